@@ -1,0 +1,185 @@
+"""Which variant serves a problem: ordered rules, each with the measurement that justifies it.
+
+The first rule that applies, and whose variant supports the problem, decides. ``tritonconv.explain`` prints the rule.
+The figures are medians of interleaved runs in float32 on 2 cores of an Intel Xeon (AVX-512, 2 MiB L2 per core) with
+torch 2.13.0, 2026-11-22, as (torch's own -> the variant); shapes are batch x channels, input size. They are ratios of
+two things measured together, not rates to expect elsewhere; ``tritonconv bench`` measures them on your machine.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from tritonconv.kernels.registry import Variant, variant
+from tritonconv.problem import PASSES, Problem
+
+# torch sends one small image with a kernel of at most 3 past oneDNN (ATen ConvParams::use_mkldnn, torch 2.13).
+SMALL_IMAGE_ELEMENTS = 20480
+# Below this the Python around a call costs more than any formulation saves (about 20 us against 3e11 FLOP/s).
+LITTLE_WORK = 5_000_000
+# Below these the reorder of a large weight costs more than what a rearrangement of the activations saves.
+FEW_VOXELS = 256
+LARGE_WEIGHT = 1 << 22
+# Activations (x and y, bytes) from which leaving NCDHW for the duration of the call pays for two copies.
+LARGE_ACTIVATIONS = 6 << 20
+
+
+class Rule(NamedTuple):
+    variant: str
+    applies: Callable[[Problem], bool]
+    because: str
+
+
+def _voxels(problem: Problem) -> int:
+    return problem.n * math.prod(problem.size)
+
+
+def _activation_bytes(problem: Problem) -> int:
+    return (math.prod(problem.x_shape) + math.prod(problem.y_shape)) * problem.dtype.itemsize
+
+
+def _large_weight(problem: Problem) -> bool:
+    return math.prod(problem.weight_shape) >= LARGE_WEIGHT and _voxels(problem) <= FEW_VOXELS
+
+
+def _idle_outputs(problem: Problem) -> bool:
+    return any(phase.taps == 0 for phase in problem.phases)
+
+
+def _bias_not_fused(problem: Problem) -> bool:
+    uneven = any(o % s for o, s in zip(problem.out_size, problem.stride, strict=True))
+    return problem.bias and (uneven or problem.dilation != (1, 1, 1))
+
+
+def _small_image(problem: Problem) -> bool:
+    elements = problem.n * problem.c_in * problem.size[0] * problem.size[1]
+    narrow = problem.kernel[1] <= 3 or problem.kernel[2] <= 3
+    return problem.n == 1 and problem.groups == 1 and narrow and elements <= SMALL_IMAGE_ELEMENTS
+
+
+FORWARD = (
+    Rule(
+        "forward_torch_depthwise",
+        lambda p: p.depthwise,
+        "torch has no fast depthwise transposed convolution: k5 s2 2x512 8^3 66 -> 9.7 ms NCDHW, 85 -> 6.7 ms "
+        "channels_last_3d; k3 s2 2x128 16^3 61 -> 27 ms, 41 -> 9.1 ms",
+    ),
+    Rule(
+        "forward_torch_shuffle",
+        lambda p: p.tiles_exactly and p.layout == "ncdhw" and _voxels(p) >= FEW_VOXELS,
+        "kernel = stride in NCDHW: 2x64->32 16x16x32 26 -> 9.2 ms, 1x384->5 7x23x23 k2x4x4 12.3 -> 3.7 ms",
+    ),
+    Rule(
+        "forward_torch_shuffle",
+        lambda p: p.tiles_exactly and p.layout == "ndhwc" and p.c_in >= 192 and not _small_image(p),
+        "kernel = stride with many input channels in channels_last_3d: 2x320->320 4^3 2.7 -> 1.9 ms, 2x768->128 "
+        "3x6x6 2.7 -> 2.3 ms, 1x384->5 7x23x23 k2x4x4 7.5 -> 2.9 ms",
+    ),
+    Rule(
+        "forward_torch_columns",
+        lambda p: p.c_out <= 3 and p.c_in >= 8 and not p.tiles_exactly,
+        "up to 3 output channels leave oneDNN's 16-wide block empty: k4 s2 2x64->1 32^3 47 -> 7.9 ms NCDHW, "
+        "43 -> 9.4 ms channels_last_3d; k3 s2 2x32->2 24x48x48 46 -> 8.6 ms, 21 -> 11 ms",
+    ),
+    Rule(
+        "forward_torch_phases",
+        lambda p: p.groups == 1 and (_idle_outputs(p) or (p.dilation != (1, 1, 1) and p.stride != (1, 1, 1))),
+        "outputs that no tap reaches, or a dilation that oneDNN's strided path lacks: k1 s2 2x64->32 16x32x32 "
+        "84 -> 10 ms NCDHW, 43 -> 4.5 ms channels_last_3d; k3 s2 dilation 2 2x32->64 8x16x16 10.5 -> 5.7 ms",
+    ),
+    Rule(
+        "forward_torch_onednn",
+        _small_image,
+        "one small image: torch does not call oneDNN for it; k3 s2 1x64->64 12x12x20 13 -> 5.6 ms NCDHW, "
+        "18 -> 6.3 ms channels_last_3d",
+    ),
+    Rule(
+        "forward_torch_onednn",
+        _bias_not_fused,
+        "oneDNN fuses a bias only where all phases have equally many outputs: k3 s2 p1 2x16->32 16x16x32 "
+        "31 -> 9.4 ms NCDHW, 16 -> 4.0 ms channels_last_3d",
+    ),
+    Rule(
+        "forward_torch_onednn",
+        lambda p: p.layout == "ncdhw" and p.groups == 1 and _activation_bytes(p) >= LARGE_ACTIVATIONS
+        and not _large_weight(p),
+        "NCDHW reorders inside oneDNN are slower than two blocked copies: k3 s2 2x32->64 8x16x16 10.2 -> 5.7 ms",
+    ),
+    Rule(
+        "forward_torch_other_layout",
+        lambda p: p.layout == "ndhwc" and p.groups == 1 and _large_weight(p),
+        "a large weight on few voxels: its reorder for channels_last_3d is slow; k4 s2 2x512->256 2x2x4 30 -> 18 ms",
+    ),
+    Rule("forward_torch_native", lambda p: True, "no formulation measured faster on this class"),
+)  # fmt: skip
+
+BACKWARD_DATA = (
+    Rule(
+        "backward_data_torch_other_layout",
+        lambda p: p.layout == "ndhwc" and p.groups == 1 and _large_weight(p),
+        "a large weight on few voxels: its reorder for channels_last_3d is slow; k4 s2 2x512->256 2x2x4 26 -> 8.4 ms",
+    ),
+    Rule(
+        "backward_data_torch_conv",
+        lambda p: True,
+        "the ordinary convolution is never slower, and reaches oneDNN for small images too: k3 s2 1x64->64 12x12x20 "
+        "8.3 -> 3.3 ms NCDHW, 12.3 -> 2.5 ms channels_last_3d",
+    ),
+)
+
+BACKWARD_WEIGHT = (
+    Rule(
+        "backward_weight_torch_depthwise",
+        lambda p: p.depthwise,
+        "oneDNN's depthwise weight gradient is fast in 2-D only: k3 s2 2x512 8^3 16.3 -> 6.0 ms NCDHW, 15.2 -> 5.5 ms "
+        "channels_last_3d; k5 s2 2x64 16x16x32 228 -> 73 ms, 79 -> 55 ms",
+    ),
+    Rule(
+        "backward_weight_torch_shuffle",
+        lambda p: p.tiles_exactly and p.c_in >= 128,
+        "kernel = stride with many input channels is one GEMM: 2x320->320 4^3 2.5 -> 0.9 ms channels_last_3d, "
+        "1x384->5 7x23x23 k2x4x4 7.6 -> 2.3 ms NCDHW",
+    ),
+    Rule(
+        "backward_weight_torch_other_layout",
+        lambda p: p.groups == 1 and p.layout == "ndhwc" and _large_weight(p),
+        "a large weight on few voxels: k4 s2 2x256->256 2x4x4 12.0 -> 4.1 ms",
+    ),
+    Rule(
+        "backward_weight_torch_other_layout",
+        lambda p: p.groups == 1 and p.layout == "ncdhw" and 4 <= p.c_out < 16 and not p.tiles_exactly,
+        "few output channels in NCDHW: k3 s2 2x16->8 24x32x40 9.4 -> 4.4 ms",
+    ),
+    Rule(
+        "backward_weight_torch_conv",
+        lambda p: True,
+        "the bias gradient apart from oneDNN's weight gradient: whole backward k2 s2 2x64->32 16x16x32 with bias "
+        "13.2 -> 5.9 ms channels_last_3d, 13.2 -> 7.9 ms NCDHW",
+    ),
+)
+
+RULES = dict(zip(PASSES, (FORWARD, BACKWARD_DATA, BACKWARD_WEIGHT), strict=True))
+FALLBACK = {name: f"{name}_torch_native" for name in PASSES}
+
+
+def choose(problem: Problem, device: torch.device, pass_name: str) -> tuple[Variant, str]:
+    """The variant for one pass of ``problem`` on ``device``, and the reason."""
+    native = variant(FALLBACK[pass_name])
+    if device.type != "cpu":
+        return native, f"no rule for {device.type}: torch's own"
+    if problem.dtype != torch.float32:
+        return native, f"the rules were measured for float32, the problem has {problem.dtype}: torch's own"
+    if problem.n == 0 or problem.c_out == 0:
+        return native, "an empty output: torch's own"
+    if problem.flops < LITTLE_WORK and math.prod(problem.y_shape) < LITTLE_WORK // 50:
+        return native, f"{problem.flops / 1e6:.2g} MFLOP: the call itself costs more than any formulation saves"
+    for rule in RULES[pass_name]:
+        if rule.applies(problem):
+            record = variant(rule.variant)
+            if record.supports(problem, device) is None:
+                return record, rule.because
+    return native, "no rule applies: torch's own"

@@ -1,0 +1,27 @@
+"""Backward-data where kernel = stride: grad_y unshuffled, then one GEMM with K = taps*c_out."""
+
+from __future__ import annotations
+
+import torch
+
+from tritonconv.kernels.registry import Variant
+from tritonconv.kernels.torch_shuffle import supports, taps_first, taps_last, unshuffle
+
+
+def launch(problem, config, grad_y, weight):
+    rows = unshuffle(problem, grad_y)
+    if problem.layout == "ndhwc":
+        grad_x = rows @ taps_last(weight).t()  # (n*voxels, c_in)
+        return grad_x.view(problem.n, *problem.size, problem.c_in).permute(0, 4, 1, 2, 3)
+    return torch.matmul(taps_first(weight), rows).view(problem.x_shape)
+
+
+VARIANT = Variant(
+    name="backward_data_torch_shuffle",
+    pass_name="backward_data",
+    idea="kernel = stride: unshuffle of phases, then one GEMM",
+    backend="torch",
+    launch=launch,
+    supports=supports,
+    workspace_bytes=lambda problem: problem.bytes("backward_data"),
+)

@@ -1,0 +1,26 @@
+"""Backward-weight by torch's own ``convolution_backward``: the baseline of every comparison."""
+
+from __future__ import annotations
+
+from tritonconv.kernels import torch_native
+from tritonconv.kernels.registry import Variant
+
+
+def supports(problem, device):
+    return None
+
+
+def launch(problem, config, x, grad_y, need_bias):
+    like_weight = x.new_empty(()).expand(problem.weight_shape)  # only its shape is read
+    return torch_native.native_gradients(problem, grad_y, x, like_weight, (False, True, need_bias))[1:]
+
+
+VARIANT = Variant(
+    name="backward_weight_torch_native",
+    pass_name="backward_weight",
+    idea="torch's own convolution_backward, weight and bias gradients together",
+    backend="torch",
+    launch=launch,
+    supports=supports,
+    deterministic=False,  # as the forward
+)

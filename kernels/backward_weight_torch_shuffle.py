@@ -1,0 +1,32 @@
+"""Backward-weight where kernel = stride: grad_y unshuffled, then one GEMM with N = taps*c_out."""
+
+from __future__ import annotations
+
+import torch
+
+from tritonconv.kernels.registry import Variant
+from tritonconv.kernels.torch_layout import bias_gradient, voxel_rows
+from tritonconv.kernels.torch_shuffle import supports, unshuffle
+
+
+def launch(problem, config, x, grad_y, need_bias):
+    rows = unshuffle(problem, grad_y)
+    c_in, c_out = problem.c_in, problem.c_out
+    if problem.layout == "ndhwc":
+        product = voxel_rows(x).flatten(0, 1).t() @ rows  # (c_in, taps*c_out)
+        grad_weight = product.view(c_in, *problem.kernel, c_out).permute(0, 4, 1, 2, 3)
+    else:
+        product = torch.matmul(x.flatten(2), rows.transpose(1, 2))  # (n, c_in, c_out*taps)
+        grad_weight = product.sum(0).view(problem.weight_shape)
+    return grad_weight, bias_gradient(grad_y) if need_bias else None
+
+
+VARIANT = Variant(
+    name="backward_weight_torch_shuffle",
+    pass_name="backward_weight",
+    idea="kernel = stride: unshuffle of phases, then one GEMM",
+    backend="torch",
+    launch=launch,
+    supports=supports,
+    workspace_bytes=lambda problem: problem.bytes("backward_weight"),
+)

@@ -1,0 +1,69 @@
+"""Forward for few output channels: one GEMM makes every (voxel, tap) product, then taps are added phase by phase.
+
+The products are taps*c_out values per input voxel, so the variant pays while c_out is small; a matrix unit or oneDNN's
+16-wide channel block would be almost empty there.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+
+from tritonconv.kernels.registry import Variant
+from tritonconv.kernels.torch_layout import add_bias_, to_layout, voxel_rows
+
+
+def supports(problem, device):
+    if problem.groups != 1:
+        return f"needs groups=1, the problem has {problem.groups}"
+    if not problem.dtype.is_floating_point:
+        return f"needs a floating-point dtype, the problem has {problem.dtype}"
+    return None
+
+
+def _axis_parts(axis):
+    """For each tap that lands: (tap, phase, slice of outputs within the phase, slice of inputs)."""
+    for index, phase in enumerate(axis.phases):
+        for tap, offset in zip(phase.taps, phase.offsets, strict=True):
+            low, high = max(0, offset), min(axis.size, phase.count + offset)
+            if low < high:
+                yield tap, index, slice(low - offset, high - offset), slice(low, high)
+
+
+def launch(problem, config, x, weight, bias):
+    n, c_out = problem.n, problem.c_out
+    rows = weight.permute(2, 3, 4, 1, 0).flatten(0, 3)  # (taps*c_out, c_in)
+    products = torch.matmul(rows, voxel_rows(x).transpose(1, 2)).view(n, *problem.kernel, c_out, *problem.size)
+    axes = problem.axes
+    steps = [len(axis.phases) for axis in axes]
+    counts = [axis.phases[0].count for axis in axes]  # the first phase is the longest
+    sums = x.new_zeros((n, *steps, c_out, *counts))
+    for parts in itertools.product(*(list(_axis_parts(axis)) for axis in axes)):
+        taps, phases, targets, sources = zip(*parts, strict=True)
+        sums[(slice(None), *phases, slice(None), *targets)] += products[(slice(None), *taps, slice(None), *sources)]
+    y = sums.permute(0, 4, 5, 1, 6, 2, 7, 3).reshape(n, c_out, *(c * s for c, s in zip(counts, steps, strict=True)))
+    od, oh, ow = problem.out_size
+    return add_bias_(to_layout(y[:, :, :od, :oh, :ow], problem.memory_format), bias)
+
+
+VARIANT = Variant(
+    name="forward_torch_columns",
+    pass_name="forward",
+    idea="few output channels: one GEMM over all taps, then an overlap-add per phase",
+    backend="torch",
+    launch=launch,
+    supports=supports,
+    workspace_bytes=lambda problem: (
+        2 * problem.bytes()
+        + problem.n
+        * problem.c_out
+        * problem.dtype.itemsize
+        * problem.kernel[0]
+        * problem.kernel[1]
+        * problem.kernel[2]
+        * problem.size[0]
+        * problem.size[1]
+        * problem.size[2]
+    ),
+)

@@ -1,0 +1,96 @@
+"""torch's own transposed convolution and its two gradients, for any problem, by differentiable torch operations.
+
+torch takes one crop per axis; a call here has a front and a back crop. The smaller of the two is given to torch, the
+rest is cut off the result (forward) or filled with zeros in grad_y (gradients). Every function here works on any
+device and dtype that torch serves, under every torch transform, so they are baseline, fallback and reference at once.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+
+from tritonconv.kernels.torch_layout import bias_gradient
+from tritonconv.problem import TorchCrop, Triple
+
+
+class Call(Protocol):
+    """What is read of a call: a :class:`tritonconv.problem.Problem`, or the same fields with symbolic sizes."""
+
+    @property
+    def c_out(self) -> int: ...
+    @property
+    def size(self) -> Triple: ...
+    @property
+    def stride(self) -> Triple: ...
+    @property
+    def torch_crop(self) -> TorchCrop: ...
+    @property
+    def out_size(self) -> Triple: ...
+    @property
+    def dilation(self) -> Triple: ...
+    @property
+    def groups(self) -> int: ...
+    @property
+    def weight_shape(self) -> tuple[int, ...]: ...
+
+
+def forward(problem: Call, x, weight, bias, operation=F.conv_transpose3d):
+    """y (n, c_out, od, oh, ow) from x (n, c_in, d, h, w), weight (c_in, c_out/groups, kd, kh, kw), bias (c_out,).
+
+    ``operation`` has the signature of ``torch.nn.functional.conv_transpose3d``.
+    """
+    crop = problem.torch_crop
+    y = operation(x, weight, bias, problem.stride, crop.padding, crop.output_padding, problem.groups, problem.dilation)
+    if not crop.exact:
+        for axis, (first, size) in enumerate(zip(crop.front, problem.out_size, strict=True), start=2):
+            y = y.narrow(axis, first, size)
+    return y
+
+
+def native_gradients(problem: Call, grad_y, x, weight, mask: tuple[bool, bool, bool]):
+    """(grad_x, grad_weight, grad_bias) of torch's own backward; the entries that ``mask`` leaves out are None."""
+    crop = problem.torch_crop
+    if not crop.exact:
+        grad_y = _pad(grad_y, crop.front, tuple(max(0, extra) for extra in crop.back))
+    bias_sizes = [problem.c_out] if mask[2] else None
+    return torch.ops.aten.convolution_backward(
+        grad_y, x, weight, bias_sizes, problem.stride, crop.padding, problem.dilation,
+        True, crop.output_padding, problem.groups, mask,
+    )  # fmt: skip
+
+
+def exact_window(problem: Call, grad_y):
+    """grad_y cut or zero-filled so that an ordinary convolution over it has exactly x's size, and its padding."""
+    crop = problem.torch_crop
+    if any(crop.front) or any(crop.back):
+        grad_y = _pad(grad_y, crop.front, crop.back)
+    return grad_y, crop.padding
+
+
+def backward_data(problem: Call, grad_y, weight):
+    """dx[i] = sum_t grad_y[i*s - p + r*t] weight[t]^T: an ordinary strided convolution of grad_y with the weight."""
+    grad_y, padding = exact_window(problem, grad_y)
+    return F.conv3d(grad_y, weight, None, problem.stride, padding, problem.dilation, problem.groups)
+
+
+def backward_weight(problem: Call, x, grad_y):
+    """dw[t] = sum_i x[i] (outer) grad_y[i*s - p + r*t]: the weight gradient of that same ordinary convolution."""
+    window, padding = exact_window(problem, grad_y)
+    like_weight = x.new_empty(()).expand(problem.weight_shape)
+    return torch.ops.aten.convolution_backward(
+        x, window, like_weight, None, problem.stride, padding, problem.dilation,
+        False, [0, 0, 0], problem.groups, (False, True, False),
+    )[1]  # fmt: skip
+
+
+def backward_weight_and_bias(problem: Call, x, grad_y, need_bias: bool):
+    """(grad_weight, grad_bias or None), the contract of the backward_weight variants."""
+    return backward_weight(problem, x, grad_y), bias_gradient(grad_y) if need_bias else None
+
+
+def _pad(tensor, front, back):
+    pads = [pad for axis in (2, 1, 0) for pad in (front[axis], back[axis])]
+    return F.pad(tensor, pads)

@@ -1,0 +1,79 @@
+"""The phases of a problem as small stride-1 convolutions: index arithmetic shared by the torch formulations.
+
+Inside a phase, output ``j`` of an axis reads ``x[j + offset]`` for each tap (:class:`tritonconv.problem.AxisPhase`).
+The taps step by ``s/g`` and the offsets by ``-r/g`` with ``g = gcd(r, s)``, so the phase is a dense correlation of
+dilation ``r/g`` with the reversed taps.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from tritonconv.kernels.torch_layout import window
+from tritonconv.problem import Phase, Problem
+
+
+def outputs(problem: Problem, phase: Phase, y: torch.Tensor) -> torch.Tensor:
+    """The view of y (n, c_out, od, oh, ow) that the phase owns."""
+    return y[
+        (slice(None), slice(None), *(slice(a.first, None, s) for a, s in zip(phase.axes, problem.stride, strict=True)))
+    ]
+
+
+def tap_slices(problem: Problem, phase: Phase) -> tuple[slice, ...]:
+    """The phase's taps on the three kernel axes, ascending."""
+    return tuple(slice(a.taps[0], a.taps[-1] + 1, a.taps[1] - a.taps[0] if len(a.taps) > 1 else 1) for a in phase.axes)
+
+
+def taps_of(problem: Problem, phase: Phase, weight: torch.Tensor) -> torch.Tensor:
+    """weight (c_in, c_out/groups, ...) of the phase's taps only, a view."""
+    return weight[(slice(None), slice(None), *tap_slices(problem, phase))]
+
+
+def dilation(phase: Phase) -> list[int]:
+    """Dilation of the phase's stride-1 correlation, per axis."""
+    return [a.offsets[0] - a.offsets[1] if len(a.offsets) > 1 else 1 for a in phase.axes]
+
+
+def as_conv_weight(problem: Problem, weight: torch.Tensor) -> torch.Tensor:
+    """A transposed-convolution weight as that of the ordinary convolution with the taps reversed.
+
+    (c_in, c_out/groups, kd, kh, kw) -> (c_out, c_in/groups, kd, kh, kw)
+    """
+    groups = problem.groups
+    flipped = weight.flip(2, 3, 4) if max(weight.shape[2:]) > 1 else weight
+    if groups == 1:
+        return flipped.transpose(0, 1)
+    grouped = flipped.unflatten(0, (groups, -1)).transpose(1, 2)  # (groups, c_out/groups, c_in/groups, ...)
+    return grouped.flatten(0, 1)
+
+
+def correlate(tensor, weight, bias, starts, counts, rates, groups):
+    """out[j] = bias + sum_m tensor[start + rate*m + j] weight[m] for j < count, zero outside the tensor.
+
+    ``weight`` is an ordinary convolution's (c_out, c/groups, k...). The front overhang becomes the convolution's own
+    padding where it can, so nothing is copied for it.
+    """
+    padding, windows, keep = [], [], []
+    for axis in range(3):
+        size, start = tensor.shape[2 + axis], starts[axis]
+        stop = start + rates[axis] * (weight.shape[2 + axis] - 1) + counts[axis]  # one past the last element read
+        pad = max(0, -start, stop - size)
+        first, last = (0, size) if pad else (start, stop)
+        if pad:  # planes that no output reads are dropped where the overhang is on the other side
+            first, last = max(0, start), min(size, stop)
+        if last <= first:  # the whole window lies outside: one plane of zeros stands for it
+            return _constant(tensor, weight, bias, counts)
+        padding.append(pad)
+        windows.append((first, last - first))
+        keep.append(first - pad)  # tensor index of the convolution's first output
+    result = F.conv3d(window(tensor, windows), weight, bias, 1, padding, rates, groups)
+    for axis in range(3):
+        result = result.narrow(2 + axis, starts[axis] - keep[axis], counts[axis])
+    return result
+
+
+def _constant(tensor, weight, bias, counts):
+    shape = (tensor.shape[0], weight.shape[0], *counts)
+    return tensor.new_zeros(shape) if bias is None else bias.view(1, -1, 1, 1, 1).expand(shape)

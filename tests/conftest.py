@@ -1,0 +1,29 @@
+"""What every test shares: the device the run used, and the rule for tests that need a GPU."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+
+def pytest_report_header(config) -> str:
+    interpreted = " with the Triton interpreter" if os.environ.get("TRITON_INTERPRET") == "1" else ""
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    return f"tritonconv: torch {torch.__version__} on {where}{interpreted}"
+
+
+def pytest_collection_modifyitems(config, items) -> None:
+    """A test marked ``gpu`` runs where a CUDA device is, and is deselected (and counted so) elsewhere."""
+    if torch.cuda.is_available():
+        return
+    needs_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if needs_gpu:
+        config.hook.pytest_deselected(items=needs_gpu)
+        items[:] = [item for item in items if item not in needs_gpu]
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)

@@ -1,0 +1,164 @@
+"""The layout of the repository, the layering of its modules, the wheel, and the import on a bare machine."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+import textwrap
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "tritonconv"
+LINKED = ("kernels", "autotune", "plots")
+TOP_LEVEL = {"pyproject.toml", "tritonconv", "kernels", "autotune", "tests", "plots", "README.md"}
+BESIDE = {"Makefile", "LICENSE", "constraints.txt"}
+
+# Lower never imports higher; modules of one layer may import each other.
+LAYERS = (
+    ("errors",),
+    ("problem",),
+    ("arguments",),
+    ("kernels",),
+    ("bench",),
+    ("autotune",),
+    ("fallback",),
+    ("dispatch",),
+    ("autograd", "operators"),
+    ("functional", "explain"),
+    ("layer", "initializers", "matlab_arguments", "matlab", "convert"),
+    ("runner",),
+    ("cli", "__main__", "__init__"),
+)
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+# The plots read results files: of the project they see the reader and the errors.
+PLOTS_SEE = {"plots", "errors", "bench.results"}
+
+
+def tracked() -> list[str]:
+    done = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.stdout.split() or [str(path.relative_to(ROOT)) for path in ROOT.rglob("*") if path.is_file()]
+
+
+def sources() -> list[Path]:
+    files = [path for path in PACKAGE.rglob("*.py") if not any(part in LINKED for part in path.parts[-2:-1])]
+    return sorted(files + [path for name in LINKED for path in (ROOT / name).rglob("*.py")])
+
+
+def module_of(path: Path) -> str:
+    relative = path.relative_to(PACKAGE) if path.is_relative_to(PACKAGE) else path.relative_to(ROOT)
+    return ".".join(relative.with_suffix("").parts)
+
+
+def project_imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name.removeprefix("tritonconv.") for name in found if name.startswith("tritonconv.")}
+
+
+def test_the_top_level_is_the_agreed_one():
+    top = {name.split("/")[0] for name in tracked()}
+    assert {name for name in top if not name.startswith(".")} <= TOP_LEVEL | BESIDE
+    assert top >= TOP_LEVEL | BESIDE
+
+
+@pytest.mark.parametrize("name", LINKED)
+def test_linked_folders_are_relative_links_without_an_init(name):
+    link = PACKAGE / name
+    assert link.is_symlink()
+    assert os.readlink(link) == f"../{name}"
+    assert not (ROOT / name / "__init__.py").exists()
+
+
+@pytest.mark.parametrize("path", sources(), ids=module_of)
+def test_lower_layers_do_not_import_higher_ones(path):
+    module = module_of(path)
+    own = module.split(".")[0]
+    for name in project_imports(path):
+        if own == "plots":
+            assert any(name == seen or name.startswith(f"{seen}.") for seen in PLOTS_SEE), f"{module} imports {name}"
+            continue
+        other = name.split(".")[0]
+        if other == "plots":
+            assert own == "cli", f"{module} imports {name}: only the command line draws"
+            continue
+        if other not in RANK:  # a name of the package itself, such as __version__
+            other = "__init__"
+        assert own in RANK, f"{module} is in no layer: add it to LAYERS"
+        assert RANK[other] <= RANK[own], f"{module} (layer {RANK[own]}) imports {name} (layer {RANK[other]})"
+
+
+@pytest.mark.parametrize("path", [*sources(), *sorted((ROOT / "tests").glob("*.py"))], ids=lambda path: path.name)
+def test_a_file_is_a_room(path):
+    assert len(path.read_text().splitlines()) <= 350
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> zipfile.ZipFile:
+    folder = tmp_path_factory.mktemp("wheel")
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(ROOT)]
+    subprocess.run(build, check=True, cwd=folder)
+    (path,) = folder.glob("*.whl")
+    return zipfile.ZipFile(path)
+
+
+def test_the_wheel_holds_only_the_package(wheel):
+    tops = {name.split("/")[0] for name in wheel.namelist()}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"tritonconv"}
+
+
+def test_the_wheel_holds_every_module_and_data_file(wheel):
+    names = set(wheel.namelist())
+    wanted = {f"tritonconv/{module_of(path).replace('.', '/')}.py" for path in sources()}
+    wanted |= {f"tritonconv/{path.relative_to(PACKAGE)}" for path in (PACKAGE / "data").glob("*.json")}
+    for folder in LINKED:
+        wanted |= {f"tritonconv/{path.relative_to(ROOT)}" for path in (ROOT / folder).rglob("*.json")}
+    assert wanted - names == set()
+
+
+def bare_python(code: str) -> str:
+    script = textwrap.dedent(code)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_imports_without_a_gpu_and_without_triton():
+    out = bare_python(
+        """
+        import sys
+        sys.modules["triton"] = None  # what an absent package looks like to an import
+        import importlib.util
+        real = importlib.util.find_spec
+        importlib.util.find_spec = lambda name, *rest: None if name == "triton" else real(name, *rest)
+        import torch, tritonconv
+        y = tritonconv.ConvTranspose3d(2, 3, 2, stride=2)(torch.ones(1, 2, 2, 2, 2))
+        print(tuple(y.shape), {v.backend for v in tritonconv.variants()})
+        """
+    )
+    assert out.strip() == "(1, 3, 4, 4, 4) {'torch'}"
+
+
+def test_the_import_draws_nothing_in_that_it_does_not_need():
+    heavy = "matplotlib rich pandas onnx triton".split()
+    out = bare_python(f"import sys, tritonconv; print([n for n in {heavy} if n in sys.modules])")
+    assert out.strip() == "[]"
+
+
+def test_variants_list_themselves_by_file():
+    from tritonconv.kernels import registry
+
+    stems = {path.stem for path in (ROOT / "kernels").glob("*.py") if path.stem.startswith(registry.PASSES)}
+    listed = {record.name for record in registry.variants()}
+    assert listed == stems if registry.have_triton() else listed <= stems
+    assert all(record.idea and "\n" not in record.idea for record in registry.variants())

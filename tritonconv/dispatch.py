@@ -1,0 +1,169 @@
+"""Turns a problem into a plan: for each pass the variant, its config and the reason. Plans are made once and kept.
+
+``use`` forces variants, ``torch.use_deterministic_algorithms`` restricts the choice, the rules of ``autotune`` decide
+the rest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from tritonconv.arguments import geometry, problem_of
+from tritonconv.autotune import rules
+from tritonconv.errors import ArgumentError, VariantNotApplicable
+from tritonconv.kernels.registry import Config, Variant, variant, variants
+from tritonconv.kernels.torch_layout import to_layout
+from tritonconv.problem import PASSES, Problem
+
+MAX_PLANS = 4096
+
+_forced: ContextVar[tuple[str, ...]] = ContextVar("tritonconv_forced", default=())
+_by_call: dict[tuple, Plan] = {}
+_by_problem: dict[tuple, Plan] = {}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What one pass runs, and why."""
+
+    variant: Variant
+    config: Config
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The three choices of one problem. The methods take and return dense tensors in the problem's layout."""
+
+    problem: Problem
+    device: torch.device
+    forward_choice: Choice
+    backward_data_choice: Choice
+    backward_weight_choice: Choice
+
+    @cached_property
+    def torch_alone(self) -> bool:
+        """Every pass is torch's own: then torch's own autograd runs it with less Python around it."""
+        return all(self.choice(name).variant.name == rules.FALLBACK[name] for name in PASSES)
+
+    def choice(self, pass_name: str) -> Choice:
+        return getattr(self, f"{pass_name}_choice")
+
+    def forward(self, x, weight, bias):
+        """x (n, c_in, d, h, w), weight, bias (c_out,) or None -> y (n, c_out, od, oh, ow)."""
+        chosen, layout = self.forward_choice, self.problem.memory_format
+        with _no_autocast(x):
+            y = chosen.variant.launch(self.problem, chosen.config, to_layout(x, layout), weight, bias)
+            return to_layout(y, layout)
+
+    def backward_data(self, grad_y, weight):
+        """grad_y (n, c_out, od, oh, ow), weight -> grad_x (n, c_in, d, h, w)."""
+        chosen, layout = self.backward_data_choice, self.problem.memory_format
+        with _no_autocast(grad_y):
+            grad_x = chosen.variant.launch(self.problem, chosen.config, to_layout(grad_y, layout), weight)
+            return to_layout(grad_x, layout)
+
+    def backward_weight(self, x, grad_y, need_bias):
+        """x, grad_y -> (grad_weight, grad_bias or None)."""
+        chosen, layout = self.backward_weight_choice, self.problem.memory_format
+        with _no_autocast(x):
+            return chosen.variant.launch(
+                self.problem, chosen.config, to_layout(x, layout), to_layout(grad_y, layout), need_bias
+            )
+
+
+_NOTHING = contextlib.nullcontext()
+
+
+def _no_autocast(tensor):
+    # A backward pass that runs inside an autocast region must not be lowered a second time.
+    kind = tensor.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _NOTHING
+
+
+def plan(problem: Problem, device: torch.device) -> Plan:
+    """The plan of a problem on a device, under the variants forced by :func:`use`.
+
+    Raises VariantNotApplicable where a forced variant does not serve the problem.
+    """
+    forced, deterministic = _forced.get(), torch.are_deterministic_algorithms_enabled()
+    key = (problem, device, forced, deterministic)
+    found = _by_problem.get(key)
+    if found is None:
+        choices = {f"{name}_choice": _choose(problem, device, name, forced, deterministic) for name in PASSES}
+        found = _remember(_by_problem, key, Plan(problem, device, **choices))
+    return found
+
+
+def plan_for(x, weight, bias, stride, padding, output_padding, groups, dilation) -> Plan:
+    """The plan of a batched call of dense tensors; the arguments are checked once per distinct call.
+
+    A repeated call costs one tuple and one dict lookup.
+    """
+    try:
+        key = (
+            x.shape, x.stride(), x.dtype, x.device,
+            weight.shape, weight.stride(), weight.dtype, weight.device,
+            None if bias is None else (bias.shape, bias.dtype, bias.device),
+            stride, padding, output_padding, groups, dilation,
+            _forced.get(), torch.are_deterministic_algorithms_enabled(),
+        )  # fmt: skip
+        found = _by_call.get(key)
+    except TypeError:  # a list among the arguments cannot be hashed: checked anew on each call
+        return plan(problem_of(x, weight, bias, geometry(stride, padding, output_padding, groups, dilation)), x.device)
+    if found is None:
+        problem = problem_of(x, weight, bias, geometry(stride, padding, output_padding, groups, dilation))
+        found = _remember(_by_call, key, plan(problem, x.device))
+    return found
+
+
+def _remember(memory: dict[tuple, Plan], key: tuple, made: Plan) -> Plan:
+    if len(memory) >= MAX_PLANS:  # endless new image sizes must not grow memory without bound
+        memory.clear()
+    memory[key] = made
+    return made
+
+
+def _choose(problem, device, pass_name, forced, deterministic) -> Choice:
+    for name in forced:
+        record = variant(name)
+        if record.pass_name == pass_name:
+            why_not = record.supports(problem, device)
+            if why_not is not None:
+                raise VariantNotApplicable(f"{name} was forced but does not serve {problem}: {why_not}")
+            return Choice(record, record.default(problem, device), "forced by tritonconv.use")
+    record, because = rules.choose(problem, device, pass_name)
+    if deterministic and not record.deterministic and device.type != "cpu":
+        for other in variants(pass_name):
+            if other.deterministic and other.supports(problem, device) is None:
+                because = f"torch.use_deterministic_algorithms is on and {record.name} is not deterministic"
+                return Choice(other, other.default(problem, device), because)
+    return Choice(record, record.default(problem, device), because)
+
+
+@contextlib.contextmanager
+def use(*names: str) -> Iterator[None]:
+    """Forces the named variants, at most one per pass, for the calls made inside the ``with`` block.
+
+    A call keeps its variants for its backward passes, wherever those run. Blocks nest; the inner one wins per pass.
+    Raises ArgumentError for an unknown name or two names of one pass; a call that a forced variant does not serve
+    raises VariantNotApplicable with the reason.
+    """
+    chosen: dict[str, str] = {}
+    for name in names:
+        pass_name = variant(name).pass_name
+        if pass_name in chosen:
+            raise ArgumentError(f"use: one variant per pass, got {chosen[pass_name]!r} and {name!r} for {pass_name}")
+        chosen[pass_name] = name
+    outer = {variant(name).pass_name: name for name in _forced.get()}
+    token = _forced.set(tuple(sorted({**outer, **chosen}.values())))
+    try:
+        yield
+    finally:
+        _forced.reset(token)

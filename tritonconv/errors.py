@@ -1,0 +1,23 @@
+"""The exceptions of the public boundary.
+
+Each is also a ``RuntimeError``, which is what torch raises for the same call, so a program that
+catches torch's error keeps working after it swaps the import.
+"""
+
+from __future__ import annotations
+
+
+class ArgumentError(ValueError, RuntimeError):
+    """A value or a shape that the operation refuses."""
+
+
+class ArgumentTypeError(TypeError, RuntimeError):
+    """A type or a dtype that the operation refuses."""
+
+
+class VariantNotApplicable(ValueError):
+    """A variant was forced with :func:`tritonconv.use` on a call it does not serve; the message says why."""
+
+
+class ResultsError(ValueError):
+    """A results file that cannot be read; the message names the file and the line."""

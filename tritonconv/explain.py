@@ -1,0 +1,68 @@
+"""``explain``: which variant serves a call, why, and why not the others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from tritonconv import fallback
+from tritonconv.arguments import geometry
+from tritonconv.dispatch import Plan, plan, plan_for
+from tritonconv.kernels.registry import variants
+from tritonconv.problem import PASSES, Problem
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What a call runs. ``plan`` is None where the call goes to torch itself, and ``reason`` then says why."""
+
+    plan: Plan | None
+    reason: str | None
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def explain(input, weight=None, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1) -> Explanation:
+    """Prints and returns the plan of a call, the reason for each choice, and for every other variant why not.
+
+    Takes the arguments of :func:`tritonconv.conv_transpose3d`, or a :class:`tritonconv.Problem` alone (for the CPU).
+    Nothing is computed. Raises what the call itself would raise.
+    """
+    if isinstance(input, Problem):
+        return _show(plan(input, torch.device("cpu")))
+    if weight is None:
+        raise TypeError("explain: weight is missing; give the arguments of conv_transpose3d, or a Problem alone")
+    args = (stride, padding, output_padding, groups, dilation)
+    batched = input.unsqueeze(0) if input.dim() == 4 else input
+    reason = fallback.reason(input, weight, bias)
+    if reason is None:
+        return _show(plan_for(batched, weight, bias, *args))
+    fallback.call_of(batched, weight, bias, geometry(*args))
+    explanation = Explanation(None, reason, f"torch itself serves this call: {reason}")
+    print(explanation)
+    return explanation
+
+
+def _show(made: Plan) -> Explanation:
+    problem = made.problem
+    lines = [
+        f"{problem} on {made.device}",
+        f"{len(problem.phases)} phases with {', '.join(str(phase.taps) for phase in problem.phases[:8])}"
+        f"{', ...' if len(problem.phases) > 8 else ''} taps, "
+        f"{problem.flops / 1e9:.3g} GFLOP useful, {problem.bytes() / 1e6:.3g} MB compulsory, "
+        f"{problem.intensity():.3g} FLOP/byte, {problem.index_bits}-bit offsets",
+    ]
+    for pass_name in PASSES:
+        choice = made.choice(pass_name)
+        lines.append(f"{pass_name}: {choice.variant.name} ({choice.variant.idea})")
+        lines.append(f"  because: {choice.reason}")
+        for other in variants(pass_name):
+            if other.name != choice.variant.name:
+                why_not = other.supports(problem, made.device) or "applies, but the choice above comes first"
+                lines.append(f"  not {other.name}: {why_not}")
+    explanation = Explanation(made, None, "\n".join(lines))
+    print(explanation)
+    return explanation

@@ -1,0 +1,122 @@
+"""What our variants do not serve goes to torch itself, with a reason, under every torch transform.
+
+The three passes here are compositions of differentiable torch operations. They keep forward-mode, vmap, complex
+numbers, tracing, fake tensors and tensor subclasses exactly as torch has them.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch.autograd import forward_ad
+
+from tritonconv.arguments import Geometry, check_shapes
+from tritonconv.errors import ArgumentError
+from tritonconv.kernels import torch_native
+from tritonconv.problem import TorchCrop, Triple
+
+DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
+DEVICES = frozenset(("cpu", "cuda"))
+_PLAIN_TYPES = frozenset((torch.Tensor, torch.nn.Parameter))
+
+
+class SymbolicCall(NamedTuple):
+    """The fields of a problem that the torch formulation reads; the sizes may be symbolic."""
+
+    c_out: int
+    size: Triple
+    stride: Triple
+    torch_crop: TorchCrop
+    out_size: Triple
+    dilation: Triple
+    groups: int
+    weight_shape: tuple[int, ...]
+
+
+def call_of(x, weight, bias, geo: Geometry) -> SymbolicCall:
+    """Checks a batched call and records it without asking for concrete sizes."""
+    out = check_shapes(x, weight, bias, geo)
+    net = tuple(b - q for b, q in zip(geo.back, geo.output_padding, strict=True))
+    return SymbolicCall(
+        c_out=weight.shape[1] * geo.groups,
+        size=tuple(x.shape[2:]),
+        stride=geo.stride,
+        torch_crop=TorchCrop.of(geo.crop, net),  # type: ignore[arg-type]
+        out_size=out,
+        dilation=geo.dilation,
+        groups=geo.groups,
+        weight_shape=tuple(weight.shape),
+    )
+
+
+@torch._dynamo.assume_constant_result  # the tracer runs it while the transforms are really active, and guards on them
+def transformed() -> bool:
+    """A functorch transform or forward-mode differentiation is active; a registered operator would lose tangents."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def plain(*tensors: torch.Tensor | None) -> bool:
+    """The quick test of the eager path: dense tensors, and nothing watches the call but ordinary autograd."""
+    if (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+    ):
+        return False
+    for tensor in tensors:
+        if tensor is not None and (
+            type(tensor) not in _PLAIN_TYPES
+            or tensor.dtype not in DTYPES
+            or tensor.device.type not in DEVICES
+            or tensor.layout is not torch.strided
+        ):
+            return False
+    return True
+
+
+def reason(*tensors: torch.Tensor | None) -> str | None:
+    """Why a call goes to torch itself; None where the variants serve it (the long form of :func:`plain`)."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "a torch.func transform is active"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation is active"
+    if torch._C._len_torch_dispatch_stack() > 0:
+        return "a torch dispatch mode is active (fake tensors, FLOP counter, make_fx)"
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit.trace or an exporter is tracing"
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if type(tensor) not in _PLAIN_TYPES:
+            return f"the tensor is a {type(tensor).__name__}, a subclass that torch handles"
+        if tensor.dtype not in DTYPES:
+            return f"{tensor.dtype} is not one of the dtypes the variants serve (float16, bfloat16, float32, float64)"
+        if tensor.device.type not in DEVICES:
+            return f"the tensor is on {tensor.device}, and the variants serve {' and '.join(sorted(DEVICES))}"
+        if tensor.layout is not torch.strided:
+            return f"the tensor has layout {tensor.layout}, not torch.strided"
+    return None
+
+
+def forward(call: torch_native.Call, x, weight, bias):
+    """torch's transposed convolution with a front and a back crop; shapes as in :func:`torch_native.forward`."""
+    _refuse_spatial_shards(x)
+    return torch_native.forward(call, x, weight, bias)
+
+
+backward_data = torch_native.backward_data
+backward_weight = torch_native.backward_weight
+
+
+def _refuse_spatial_shards(x) -> None:
+    # torch's DTensor answers a spatially sharded transposed convolution with wrong numbers and no error (torch 2.13).
+    if type(x).__name__ != "DTensor":
+        return
+    for placement in x.placements:
+        if placement.is_shard() and placement.dim >= 2:
+            raise ArgumentError(
+                f"conv_transpose3d: input is a DTensor sharded along axis {placement.dim}; spatial shards need a halo "
+                "exchange, which is not there. Shard the batch (axis 0) or redistribute first"
+            )
