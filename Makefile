@@ -1,30 +1,35 @@
-# make bench   sets up a virtual environment, times the layers on this machine, draws the charts
-# make test    sets it up too, runs the tests
+# make bench   times the layers on this machine and draws the charts
+# make test    runs the tests
 # make lint    ruff and mypy
+# Each sets up what it needs in a virtual environment first.
 PYTHON ?= python3
 VENV ?= .venv
-BIN = $(VENV)/bin
-BUDGET ?= 100
+BUDGET ?= 80
+PIP = $(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: bench test lint clean
 
-bench: $(VENV)/.ready
-	$(BIN)/tritonconv bench --suite all --seconds $(BUDGET) --output results
-	$(BIN)/tritonconv plot --output results
+bench: $(VENV)/.bench-ready
+	$(VENV)/bin/tritonconv bench --suite all --seconds $(BUDGET) --output results
+	$(VENV)/bin/tritonconv plot --output results
 
-test: $(VENV)/.ready
-	$(BIN)/python -m pytest
+test: $(VENV)/.test-ready
+	$(VENV)/bin/python -m pytest
 
-lint: $(VENV)/.ready
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+lint: $(VENV)/.test-ready
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
 
-# torch comes first and pinned, so that no other package pulls in another build of it.
-$(VENV)/.ready: pyproject.toml constraints.txt
+# torch comes first and pinned, so that no other package brings in another build of it.
+$(VENV)/.bench-ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,models]'
+	$(PIP) torch
+	$(PIP) -e '.[bench]'
+	touch $@
+
+$(VENV)/.test-ready: $(VENV)/.bench-ready
+	$(PIP) -e '.[test,models]'
 	touch $@
 
 clean:

@@ -23,12 +23,13 @@ class ConvTranspose3d(nn.ConvTranspose3d):
         """
         output_padding: Sequence[int] = self.output_padding
         if output_size is not None:
+            # torch annotates lists where its own layer passes tuples
             output_padding = self._output_padding(
                 input,
                 output_size,
-                self.stride,
-                self.padding,
-                self.kernel_size,
+                self.stride,  # type: ignore[arg-type]
+                self.padding,  # type: ignore[arg-type]
+                self.kernel_size,  # type: ignore[arg-type]
                 3,
                 self.dilation,  # type: ignore[arg-type]
             )

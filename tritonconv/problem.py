@@ -29,7 +29,8 @@ LAYOUTS = {"ncdhw": torch.contiguous_format, "ndhwc": torch.channels_last_3d}
 INT32_MAX = 2**31 - 1
 
 
-class AxisPhase(NamedTuple):
+@dataclass(frozen=True)
+class AxisPhase:
     """The outputs ``first, first + stride, ...`` of one axis (``count`` of them) and the taps they use.
 
     Output ``first + stride*j`` reads ``x[j + offset] * weight[tap]`` for each (tap, offset) pair whose input index
@@ -42,10 +43,11 @@ class AxisPhase(NamedTuple):
     offsets: tuple[int, ...]
 
 
-class Phase(NamedTuple):
+@dataclass(frozen=True)
+class Phase:
     """One residue class of the output volume: an :class:`AxisPhase` per axis."""
 
-    axes: tuple[AxisPhase, AxisPhase, AxisPhase]
+    axes: tuple[AxisPhase, ...]
 
     @property
     def taps(self) -> int:
