@@ -30,7 +30,7 @@ LAYERS = (
     ("dispatch",),
     ("autograd", "operators"),
     ("functional", "explain"),
-    ("layer", "initializers", "matlab_arguments", "matlab", "convert"),
+    ("layer", "matlab_arguments", "initializers", "factors", "matlab", "convert"),
     ("runner",),
     ("cli", "__main__", "__init__"),
 )

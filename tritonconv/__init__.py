@@ -4,10 +4,11 @@ from tritonconv.convert import ConversionReport, convert, restore
 from tritonconv.dispatch import use
 from tritonconv.errors import ArgumentError, ArgumentTypeError, ResultsError, VariantNotApplicable
 from tritonconv.explain import explain
+from tritonconv.factors import param_groups
 from tritonconv.functional import conv_transpose3d
 from tritonconv.kernels.registry import variants
 from tritonconv.layer import ConvTranspose3d, LazyConvTranspose3d
-from tritonconv.matlab import TransposedConv3dLayer, param_groups
+from tritonconv.matlab import TransposedConv3dLayer
 from tritonconv.problem import Problem
 
 __version__ = "0.1.0"

@@ -1,0 +1,182 @@
+"""Switches the transposed convolutions of a finished model to tritonconv, in place, and back.
+
+Only the *class* of a layer changes. tritonconv's layer adds a ``forward`` and no state to torch's, so the object stays
+itself: parameters and their ties, ``requires_grad``, hooks, the training flag, device and dtype, references held by
+an optimizer or by a second parent, and the root of the model all stay what they were, and ``state_dict``, pickle and
+``deepcopy`` work as before. Rebuilding the layers and hanging them in again would lose each of these somewhere.
+
+Direct calls of ``torch.nn.functional.conv_transpose3d`` in a model's code are not layers, so they are not switched.
+"""
+
+from __future__ import annotations
+
+import copyreg
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from tritonconv.errors import ArgumentTypeError
+from tritonconv.layer import ConvTranspose3d, LazyConvTranspose3d
+
+Class = type[nn.Module]
+
+OURS: dict[Class, Class] = {nn.ConvTranspose3d: ConvTranspose3d, nn.LazyConvTranspose3d: LazyConvTranspose3d}
+TORCHS: dict[Class, Class] = {ours: torchs for torchs, ours in OURS.items()}
+_SUBCLASSES: dict[Class, Class] = {}
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What :func:`convert` or :func:`restore` did: ``print(report)`` lists it.
+
+    ``model`` is the model that was passed in. ``replaced`` holds (qualified name, description) and ``left`` (qualified
+    name, reason), in the order of ``model.named_modules()``; the model itself has the empty name. A module that is
+    reached by several names is listed once, under the first.
+    """
+
+    model: nn.Module = field(repr=False)
+    replaced: tuple[tuple[str, str], ...]
+    left: tuple[tuple[str, str], ...]
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.replaced)} replaced, {len(self.left)} left"]
+        for title, rows in (("replaced", self.replaced), ("left", self.left)):
+            lines += [f"  {title:<9} {name or '(the model itself)'}: {text}" for name, text in rows]
+        return "\n".join(lines)
+
+
+def convert(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | None = None) -> ConversionReport:
+    """Makes the ``torch.nn.ConvTranspose3d`` layers of ``model``, itself included, tritonconv's; in place.
+
+    Without ``filter_fn``, layers of exactly torch's class are taken, parametrized ones and the lazy form included.
+    ``filter_fn(module, qualified_name)`` is asked about every layer of torch's class or a subclass that is not
+    tritonconv's yet, and may so choose layers and admit subclasses. An admitted subclass keeps its own methods. A
+    layer is left in any case if it has a forward of its own or if torch.distributed has sharded it already.
+    Converting twice changes nothing. :func:`restore` undoes it.
+
+    Raises ArgumentTypeError if ``model`` is no module or ``filter_fn`` cannot be called.
+    """
+    _require_module("convert", model)
+    if filter_fn is not None and not callable(filter_fn):
+        raise ArgumentTypeError(f"convert: filter_fn expects a function of (module, name), got {filter_fn!r}")
+
+    def plan(name: str, module: nn.Module, base: Class) -> Class | str:
+        if issubclass(base, (ConvTranspose3d, LazyConvTranspose3d)):
+            return "already tritonconv's"
+        if filter_fn is not None and not filter_fn(module, name):
+            return "filter_fn declined it"
+        if _sharded(base):
+            return "sharded by torch.distributed; convert before that"
+        if base.forward is not nn.ConvTranspose3d.forward:
+            return f"{_path(base)} has a forward of its own"
+        if "forward" in vars(module):
+            return "its forward was replaced on the object"
+        if base in OURS:
+            return OURS[base]
+        if issubclass(base, nn.LazyConvTranspose3d):
+            return f"{_path(base)} is a subclass of the lazy class, which changes its class by itself"
+        if filter_fn is None:
+            return f"{_path(base)} is a subclass of torch's; a filter_fn can admit it"
+        return _subclass_with_our_forward(base)
+
+    return _swap(model, plan)
+
+
+def restore(model: nn.Module) -> ConversionReport:
+    """Undoes :func:`convert`: tritonconv's ``ConvTranspose3d`` layers get back the class they had; in place.
+
+    Layers that were built as tritonconv's become torch's too, so that a model saved whole loads without tritonconv.
+    Subclasses of tritonconv's layers, and layers without a twin in torch, stay. Restoring twice changes nothing.
+    Raises ArgumentTypeError if ``model`` is no module.
+    """
+    _require_module("restore", model)
+
+    def plan(name: str, module: nn.Module, base: Class) -> Class | str:
+        if not issubclass(base, (ConvTranspose3d, LazyConvTranspose3d)):
+            return "not tritonconv's"
+        if _sharded(base):
+            return "sharded by torch.distributed"
+        return TORCHS.get(base) or vars(base).get("_converted_from") or f"{_path(base)} is a subclass of tritonconv's"
+
+    return _swap(model, plan)
+
+
+def _swap(model: nn.Module, plan: Callable[[str, nn.Module, Class], Class | str]) -> ConversionReport:
+    """Gives each transposed convolution the class that ``plan`` returns, or notes the reason that it returns."""
+    targets: list[tuple[str, nn.Module, Class]] = []
+    left: list[tuple[str, str]] = []
+    for name, module in model.named_modules():
+        base = _class_below_parametrizations(module)
+        if not issubclass(base, nn.ConvTranspose3d):
+            # TorchScript and quantized models hold classes of the same name that are no torch.nn.ConvTranspose3d.
+            if getattr(module, "original_name", base.__name__) == nn.ConvTranspose3d.__name__:
+                left.append((name, f"{_path(type(module))} is not torch.nn.ConvTranspose3d"))
+            continue
+        target = plan(name, module, base)
+        if isinstance(target, str):
+            left.append((name, target))
+        else:
+            targets.append((name, module, target if base is type(module) else _parametrized(type(module), target)))
+    # Only now, when no filter_fn can fail any more: the model changes as a whole or not at all.
+    for _, module, target in targets:
+        module.__class__ = target
+    replaced = tuple((name, f"{target.__name__}({module.extra_repr()})") for name, module, target in targets)
+    return ConversionReport(model, replaced, tuple(left))
+
+
+def _class_below_parametrizations(module: nn.Module) -> Class:
+    """The class of a module, without the one that ``torch.nn.utils.parametrize`` puts over it for its properties."""
+    cls: Any = type(module)
+    if is_parametrized(module) and len(cls.__bases__) == 1:
+        names: Any = module.parametrizations
+        if all(isinstance(vars(cls).get(name), property) for name in names):
+            return cls.__bases__[0]
+    return cls
+
+
+def _parametrized(cls: Class, base: Class) -> Class:
+    # A new class, as torch makes one per module: deep copies share theirs, and they must not be converted along.
+    namespace = {key: value for key, value in vars(cls).items() if key not in ("__dict__", "__weakref__")}
+    return type(f"Parametrized{base.__name__}", (base,), namespace)
+
+
+def _subclass_with_our_forward(base: Any) -> Class:
+    """``base`` with tritonconv's layer slipped in behind it: its own methods stay, the inherited forward is ours."""
+    if base in _SUBCLASSES:
+        return _SUBCLASSES[base]
+
+    def reduce(module: nn.Module, protocol: int) -> tuple[Any, ...]:
+        # Pickle finds a class by its name, and that name means ``base``.
+        how: Any = base.__reduce_ex__(module, max(protocol, 2))
+        default = how[0] is copyreg.__newobj__  # type: ignore[attr-defined]
+        return (_rebuild, (base,), *how[2:]) if default else how
+
+    namespace = {
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "__reduce_ex__": reduce,
+        "_converted_from": base,
+    }
+    return _SUBCLASSES.setdefault(base, type(base.__name__, (base, ConvTranspose3d), namespace))
+
+
+def _rebuild(base: Class) -> nn.Module:
+    cls = _subclass_with_our_forward(base)
+    return cls.__new__(cls)
+
+
+def _sharded(base: Class) -> bool:
+    return any(cls.__module__.startswith("torch.distributed.") for cls in base.__mro__)
+
+
+def _path(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _require_module(op: str, model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise ArgumentTypeError(f"{op}: model expects a torch.nn.Module, got {type(model).__name__}")
