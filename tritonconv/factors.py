@@ -49,9 +49,9 @@ def param_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict[
     """Optimizer groups for all of ``model``, with MATLAB's learning-rate and L2 factors where they exist.
 
     The weight and bias of each :class:`tritonconv.TransposedConv3dLayer` get ``lr * learn rate factor`` and
-    ``weight_decay * L2 factor``; every other parameter gets ``lr`` and ``weight_decay``. As in MATLAB, the biases of those layers have an
-    L2 factor of 0 unless told otherwise: they do not decay. MATLAB adds the penalty to the gradient, which is the
-    coupled decay of ``torch.optim.SGD`` and ``Adam``, not the decoupled one of ``AdamW``.
+    ``weight_decay * L2 factor``; every other parameter gets ``lr`` and ``weight_decay``. As in MATLAB, the biases of
+    those layers have an L2 factor of 0 unless told otherwise: they do not decay. MATLAB adds the penalty to the
+    gradient, which is the coupled decay of ``torch.optim.SGD`` and ``Adam``, not the decoupled one of ``AdamW``.
 
     A parameter reached twice is kept once, and one that such a layer shares with another module follows the layer.
     Parameters with equal rates share a group; groups and parameters are in the order of ``model.named_parameters()``.

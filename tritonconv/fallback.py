@@ -50,10 +50,14 @@ def call_of(x, weight, bias, geo: Geometry) -> SymbolicCall:
     )
 
 
-@torch._dynamo.assume_constant_result  # the tracer runs it while the transforms are really active, and guards on them
 def transformed() -> bool:
     """A functorch transform or forward-mode differentiation is active; a registered operator would lose tangents."""
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+# torch.compiler.assume_constant_result without its import of the whole compiler: while it traces, torch.compile runs
+# the function with the transforms really active, keeps the answer, and guards on the transforms itself.
+transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def plain(*tensors: torch.Tensor | None) -> bool:
