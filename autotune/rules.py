@@ -58,7 +58,8 @@ def _bias_not_fused(problem: Problem) -> bool:
 def _small_image(problem: Problem) -> bool:
     elements = problem.n * problem.c_in * problem.size[0] * problem.size[1]
     narrow = problem.kernel[1] <= 3 or problem.kernel[2] <= 3
-    return problem.n == 1 and problem.groups == 1 and narrow and elements <= SMALL_IMAGE_ELEMENTS
+    small = problem.n == 1 and problem.groups == 1 and narrow and elements <= SMALL_IMAGE_ELEMENTS
+    return small and not problem.tiles_exactly
 
 
 FORWARD = (
@@ -169,6 +170,9 @@ FALLBACK = {name: f"{name}_torch_native" for name in PASSES}
 def choose(problem: Problem, device: torch.device, pass_name: str) -> tuple[Variant, str]:
     """The variant for one pass of ``problem`` on ``device``, and the reason."""
     native = variant(FALLBACK[pass_name])
+    unsafe = native.supports(problem, device)
+    if unsafe is not None:
+        return variant(f"{pass_name}_torch_conv"), unsafe
     if device.type != "cpu":
         return native, f"no rule for {device.type}: torch's own"
     if problem.dtype != torch.float32:

@@ -26,7 +26,7 @@ def _planes(tensor: torch.Tensor, planes: slice) -> torch.Tensor:
 def launch(problem, config, x, grad_y, need_bias):
     if problem.kernel[1] * problem.kernel[2] > NCDHW_TAPS:
         x, grad_y = to_layout(x, CHANNELS_LAST), to_layout(grad_y, CHANNELS_LAST)
-    window, (pad_d, *padding) = torch_native.exact_window(problem, grad_y)
+    window, (pad_d, *padding) = torch_native.exact_window(problem, grad_y, torch_native.safe_padding(problem))
     (sd, *stride), (rd, *dilation) = problem.stride, problem.dilation
     like_weight = x.new_empty(()).expand(problem.c_in, 1, *problem.kernel[1:])
     slices = []

@@ -7,6 +7,9 @@ from tritonconv.kernels.registry import Variant
 
 
 def supports(problem, device):
+    padding, safe = problem.torch_crop.padding, torch_native.safe_padding(problem)
+    if device.type == "cpu" and any(p > most for p, most in zip(padding, safe, strict=True)):
+        return f"torch's CPU weight gradient is not safe with padding {padding} beyond half the kernel {problem.kernel}"
     return None
 
 

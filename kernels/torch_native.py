@@ -1,7 +1,7 @@
 """torch's own transposed convolution and its two gradients, for any problem, by differentiable torch operations.
 
-torch takes one crop per axis; a call here has a front and a back crop. The smaller of the two is given to torch, the
-rest is cut off the result (forward) or filled with zeros in grad_y (gradients). Every function here works on any
+torch takes one crop per axis; a call here has a front and a back crop. What torch's padding and output padding cannot
+express together is cut off the result (forward) or filled with zeros in grad_y (gradients). Every function here works on any
 device and dtype that torch serves, under every torch transform, so they are baseline, fallback and reference at once.
 """
 
@@ -54,7 +54,7 @@ def native_gradients(problem: Call, grad_y, x, weight, mask: tuple[bool, bool, b
     """(grad_x, grad_weight, grad_bias) of torch's own backward; the entries that ``mask`` leaves out are None."""
     crop = problem.torch_crop
     if not crop.exact:
-        grad_y = _pad(grad_y, crop.front, tuple(max(0, extra) for extra in crop.back))
+        grad_y = _pad(grad_y, crop.front, crop.back)
     bias_sizes = [problem.c_out] if mask[2] else None
     return torch.ops.aten.convolution_backward(
         grad_y, x, weight, bias_sizes, problem.stride, crop.padding, problem.dilation,
@@ -62,12 +62,34 @@ def native_gradients(problem: Call, grad_y, x, weight, mask: tuple[bool, bool, b
     )  # fmt: skip
 
 
-def exact_window(problem: Call, grad_y):
-    """grad_y cut or zero-filled so that an ordinary convolution over it has exactly x's size, and its padding."""
+def safe_padding(problem: Call) -> Triple:
+    """The most padding per axis that oneDNN's 3-D weight gradient handles: half of the dilated kernel.
+
+    With more, on a strided first axis, torch 2.13's float32 CPU build returns wrong numbers or writes outside its
+    buffers (for example kernel (5, 4, 2), stride (2, 2, 1), padding (3, 1, 0), x (3, 3, 3, 4, 3)); and where it works
+    it is slow (2 x 240->240, 6x5x5, k4 s2 p3: 33 ms against 6 ms for the input gradient; 2 cores).
+    """
+    return tuple(r * (k - 1) // 2 for r, k in zip(problem.dilation, problem.weight_shape[2:], strict=True))  # type: ignore[return-value]
+
+
+def exact_window(problem: Call, grad_y, most: Triple | None = None):
+    """grad_y cut or zero-filled so that an ordinary convolution over it has exactly x's size, and its padding.
+
+    An ordinary convolution ignores up to ``stride - 1`` planes at the end, so an output padding below the stride
+    needs nothing; a larger one (torch allows it up to the dilation) is cut off. Padding beyond ``most`` becomes
+    zeros around grad_y.
+    """
     crop = problem.torch_crop
-    if any(crop.front) or any(crop.back):
-        grad_y = _pad(grad_y, crop.front, crop.back)
-    return grad_y, crop.padding
+    padding, front, back = list(crop.padding), list(crop.front), list(crop.back)
+    for axis, (appended, stride) in enumerate(zip(crop.output_padding, problem.stride, strict=True)):
+        allowed = padding[axis] if most is None else min(padding[axis], most[axis])
+        if appended >= stride or allowed < padding[axis]:
+            cut = padding[axis] - appended  # planes cut at the back, negative where planes are appended
+            shared = min(allowed, max(cut, 0))
+            front[axis] += padding[axis] - shared
+            back[axis] += cut - shared
+            padding[axis] = shared
+    return (_pad(grad_y, front, back) if any(front) or any(back) else grad_y), tuple(padding)
 
 
 def backward_data(problem: Call, grad_y, weight):
@@ -78,7 +100,7 @@ def backward_data(problem: Call, grad_y, weight):
 
 def backward_weight(problem: Call, x, grad_y):
     """dw[t] = sum_i x[i] (outer) grad_y[i*s - p + r*t]: the weight gradient of that same ordinary convolution."""
-    window, padding = exact_window(problem, grad_y)
+    window, padding = exact_window(problem, grad_y, safe_padding(problem))
     like_weight = x.new_empty(()).expand(problem.weight_shape)
     return torch.ops.aten.convolution_backward(
         x, window, like_weight, None, problem.stride, padding, problem.dilation,
@@ -93,4 +115,8 @@ def backward_weight_and_bias(problem: Call, x, grad_y, need_bias: bool):
 
 def _pad(tensor, front, back):
     pads = [pad for axis in (2, 1, 0) for pad in (front[axis], back[axis])]
+    sizes = tensor.shape[2:]
+    if any(size + min(f, 0) + min(b, 0) <= 0 for size, f, b in zip(sizes, front, back, strict=True)):
+        # All of the tensor is cut away on one axis, which torch's pad refuses: what is left is the zeros around it.
+        return tensor.new_zeros((*tensor.shape[:2], *(s + f + b for s, f, b in zip(sizes, front, back, strict=True))))
     return F.pad(tensor, pads)

@@ -42,7 +42,7 @@ def call_of(x, weight, bias, geo: Geometry) -> SymbolicCall:
         c_out=weight.shape[1] * geo.groups,
         size=tuple(x.shape[2:]),
         stride=geo.stride,
-        torch_crop=TorchCrop.of(geo.crop, net),  # type: ignore[arg-type]
+        torch_crop=TorchCrop.of(geo.crop, net, geo.stride, geo.dilation),  # type: ignore[arg-type]
         out_size=out,
         dilation=geo.dilation,
         groups=geo.groups,

@@ -137,7 +137,7 @@ def _call(c_out, geometry, weight_shape):
     full = [(i - 1) * s + r * (k - 1) + 1 for i, s, r, k in zip(size, stride, dilation, kernel, strict=True)]
     back = tuple(f - p - o for f, p, o in zip(full, crop, out_size, strict=True))
     return fallback.SymbolicCall(
-        c_out, tuple(size), tuple(stride), TorchCrop.of(tuple(crop), back), tuple(out_size), tuple(dilation), groups,
+        c_out, tuple(size), tuple(stride), TorchCrop.of(tuple(crop), back, tuple(stride), tuple(dilation)), tuple(out_size), tuple(dilation), groups,
         tuple(weight_shape),
     )  # type: ignore[arg-type]  # fmt: skip
 

@@ -61,22 +61,33 @@ class Phase:
 
 
 class TorchCrop(NamedTuple):
-    """A front and a back crop in torch's terms: torch takes one padding per axis, the smaller of the two."""
+    """A front and a back crop in torch's terms: one padding for both ends, and an output padding at the back.
 
-    padding: Triple  # given to torch, both ends
-    front: Triple  # planes left over at the front
-    back: Triple  # planes left over at the back; negative: planes to append
+    torch cuts ``padding`` planes at the front and ``padding - output_padding`` at the back. What those two cannot
+    express is left over, to be cut off the result.
+    """
+
+    padding: Triple
     output_padding: Triple
-    exact: bool  # nothing is left over
+    front: Triple  # planes left over at the front
+    back: Triple  # planes left over at the back
+
+    @property
+    def exact(self) -> bool:
+        """Nothing is left over."""
+        return not any(self.front) and not any(self.back)
 
     @classmethod
-    def of(cls, front: Triple, back: Triple) -> TorchCrop:
+    def of(cls, front: Triple, back: Triple, stride: Triple, dilation: Triple) -> TorchCrop:
         """From the planes cut at the front and at the back (negative: appended) of each axis."""
-        common = tuple(min(p, max(b, 0)) for p, b in zip(front, back, strict=True))
-        left = tuple(p - c for p, c in zip(front, common, strict=True))
-        right = tuple(b - c for b, c in zip(back, common, strict=True))
-        appended = tuple(max(0, -b) for b in back)
-        return cls(common, left, right, appended, not any(left) and max(right) <= 0)  # type: ignore[arg-type]
+        axes = [_torch_crop(*values) for values in zip(front, back, stride, dilation, strict=True)]
+        return cls(*zip(*axes, strict=True))  # type: ignore[arg-type]
+
+
+def _torch_crop(front: int, back: int, stride: int, dilation: int) -> tuple[int, int, int, int]:
+    # torch's output padding stays below the larger of stride and dilation.
+    padding = min(front, back + max(stride, dilation) - 1)
+    return padding, max(0, padding - back), front - padding, max(0, back - padding)
 
 
 @dataclass(frozen=True)
@@ -169,7 +180,8 @@ class Problem:
     @cached_property
     def torch_crop(self) -> TorchCrop:
         """The crop as torch's operations take it."""
-        return TorchCrop.of(self.crop, tuple(axis.back_crop for axis in self.axes))  # type: ignore[arg-type]
+        back = tuple(axis.back_crop for axis in self.axes)
+        return TorchCrop.of(self.crop, back, self.stride, self.dilation)  # type: ignore[arg-type]
 
     @property
     def x_shape(self) -> tuple[int, ...]:
