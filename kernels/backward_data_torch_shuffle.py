@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import torch
-
 from tritonconv.kernels.registry import Variant
+from tritonconv.kernels.torch_layout import matmul_images
 from tritonconv.kernels.torch_shuffle import supports, taps_first, taps_last, unshuffle
 
 
@@ -13,7 +12,7 @@ def launch(problem, config, grad_y, weight):
     if problem.layout == "ndhwc":
         grad_x = rows @ taps_last(weight).t()  # (n*voxels, c_in)
         return grad_x.view(problem.n, *problem.size, problem.c_in).permute(0, 4, 1, 2, 3)
-    return torch.matmul(taps_first(weight), rows).view(problem.x_shape)
+    return matmul_images(taps_first(weight), rows).view(problem.x_shape)
 
 
 VARIANT = Variant(

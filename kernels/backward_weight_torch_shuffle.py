@@ -16,7 +16,7 @@ def launch(problem, config, x, grad_y, need_bias):
         product = voxel_rows(x).flatten(0, 1).t() @ rows  # (c_in, taps*c_out)
         grad_weight = product.view(c_in, *problem.kernel, c_out).permute(0, 4, 1, 2, 3)
     else:
-        product = torch.matmul(x.flatten(2), rows.transpose(1, 2))  # (n, c_in, c_out*taps)
+        product = torch.bmm(x.flatten(2), rows.transpose(1, 2))  # (n, c_in, c_out*taps)
         grad_weight = product.sum(0).view(problem.weight_shape)
     return grad_weight, bias_gradient(grad_y) if need_bias else None
 

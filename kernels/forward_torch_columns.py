@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import itertools
 
-import torch
-
 from tritonconv.kernels.registry import Variant
-from tritonconv.kernels.torch_layout import add_bias_, to_layout, voxel_rows
+from tritonconv.kernels.torch_layout import add_bias_, matmul_images, to_layout, voxel_rows
 
 
 def supports(problem, device):
@@ -34,7 +32,7 @@ def _axis_parts(axis):
 def launch(problem, config, x, weight, bias):
     n, c_out = problem.n, problem.c_out
     rows = weight.permute(2, 3, 4, 1, 0).flatten(0, 3)  # (taps*c_out, c_in)
-    products = torch.matmul(rows, voxel_rows(x).transpose(1, 2)).view(n, *problem.kernel, c_out, *problem.size)
+    products = matmul_images(rows, voxel_rows(x).transpose(1, 2)).view(n, *problem.kernel, c_out, *problem.size)
     axes = problem.axes
     steps = [len(axis.phases) for axis in axes]
     counts = [axis.phases[0].count for axis in axes]  # the first phase is the longest

@@ -47,6 +47,15 @@ def voxel_rows(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.permute(0, 2, 3, 4, 1).reshape(n, math.prod(tensor.shape[2:]), channels)
 
 
+def matmul_images(matrix: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    """matrix (m, k) times each of images (n, k, voxels) -> (n, m, voxels).
+
+    ``torch.matmul`` would fold the batch into the rows where an operand requires a gradient, at the price of
+    transposing copies of images and result.
+    """
+    return torch.bmm(matrix.expand(images.shape[0], *matrix.shape), images)
+
+
 def add_bias_(y: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """Adds one value per channel in place; ``y`` (n, c, d, h, w), ``bias`` (c,) or None."""
     return y if bias is None else y.add_(bias.view(1, -1, 1, 1, 1))

@@ -1,8 +1,9 @@
 """torch's own transposed convolution and its two gradients, for any problem, by differentiable torch operations.
 
 torch takes one crop per axis; a call here has a front and a back crop. What torch's padding and output padding cannot
-express together is cut off the result (forward) or filled with zeros in grad_y (gradients). Every function here works on any
-device and dtype that torch serves, under every torch transform, so they are baseline, fallback and reference at once.
+express together is cut off the result (forward) or filled with zeros in grad_y (gradients). Every function here works
+on any device and dtype that torch serves, under every torch transform, so they are baseline, fallback and reference
+at once.
 """
 
 from __future__ import annotations
