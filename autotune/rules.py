@@ -21,9 +21,14 @@ from tritonconv.problem import PASSES, Problem
 SMALL_IMAGE_ELEMENTS = 20480
 # Below this the Python around a call costs more than any formulation saves (about 20 us against 3e11 FLOP/s).
 LITTLE_WORK = 5_000_000
-# Below these the reorder of a large weight costs more than what a rearrangement of the activations saves.
+# From this many voxels a GEMM over them is worth its shuffle.
+ENOUGH_VOXELS = 100
 FEW_VOXELS = 256
-LARGE_WEIGHT = 1 << 22
+MANY_TAPS = 512
+# A weight with this many elements, and this many per voxel, costs more to reorder than the activations do.
+LARGE_WEIGHT = 1_000_000
+LARGE_WEIGHT_PER_VOXEL = 3000
+HUGE_WEIGHT_PER_VOXEL = 20_000
 # Activations (x and y, bytes) from which leaving NCDHW for the duration of the call pays for two copies.
 LARGE_ACTIVATIONS = 6 << 20
 
@@ -38,12 +43,17 @@ def _voxels(problem: Problem) -> int:
     return problem.n * math.prod(problem.size)
 
 
+def _taps(problem: Problem) -> int:
+    return math.prod(problem.kernel)
+
+
 def _activation_bytes(problem: Problem) -> int:
     return (math.prod(problem.x_shape) + math.prod(problem.y_shape)) * problem.dtype.itemsize
 
 
-def _large_weight(problem: Problem) -> bool:
-    return math.prod(problem.weight_shape) >= LARGE_WEIGHT and _voxels(problem) <= FEW_VOXELS
+def _large_weight(problem: Problem, per_voxel: int = LARGE_WEIGHT_PER_VOXEL) -> bool:
+    elements = math.prod(problem.weight_shape)
+    return problem.groups == 1 and elements >= max(LARGE_WEIGHT, per_voxel * _voxels(problem))
 
 
 def _idle_outputs(problem: Problem) -> bool:
@@ -62,8 +72,12 @@ def _small_image(problem: Problem) -> bool:
     return small and not problem.tiles_exactly
 
 
+def _dilated_stride(problem: Problem) -> bool:
+    return problem.dilation != (1, 1, 1) and problem.stride != (1, 1, 1)
+
+
 def _gradients_apart(problem: Problem) -> bool:
-    return problem.bias or problem.depthwise or problem.tiles_exactly or _small_image(problem)
+    return problem.depthwise or _small_image(problem) or (problem.bias and problem.layout == "ndhwc")
 
 
 FORWARD = (
@@ -75,7 +89,7 @@ FORWARD = (
     ),
     Rule(
         "forward_torch_shuffle",
-        lambda p: p.tiles_exactly and p.layout == "ncdhw" and _voxels(p) >= FEW_VOXELS,
+        lambda p: p.tiles_exactly and p.layout == "ncdhw" and (_voxels(p) >= FEW_VOXELS or _taps(p) >= MANY_TAPS),
         "kernel = stride in NCDHW: 2x64->32 16x16x32 26 -> 9.2 ms, 1x384->5 7x23x23 k2x4x4 12.3 -> 3.7 ms",
     ),
     Rule(
@@ -92,7 +106,7 @@ FORWARD = (
     ),
     Rule(
         "forward_torch_phases",
-        lambda p: p.groups == 1 and (_idle_outputs(p) or (p.dilation != (1, 1, 1) and p.stride != (1, 1, 1))),
+        lambda p: p.groups == 1 and (_idle_outputs(p) or _dilated_stride(p)),
         "outputs that no tap reaches, or a dilation that oneDNN's strided path lacks: k1 s2 2x64->32 16x32x32 "
         "84 -> 10 ms NCDHW, 43 -> 4.5 ms channels_last_3d; k3 s2 dilation 2 2x32->64 8x16x16 10.5 -> 5.7 ms",
     ),
@@ -116,7 +130,7 @@ FORWARD = (
     ),
     Rule(
         "forward_torch_other_layout",
-        lambda p: p.layout == "ndhwc" and p.groups == 1 and _large_weight(p),
+        lambda p: p.layout == "ndhwc" and _voxels(p) >= 16 and _large_weight(p, HUGE_WEIGHT_PER_VOXEL),
         "a large weight on few voxels: its reorder for channels_last_3d is slow; k4 s2 2x512->256 2x2x4 30 -> 18 ms",
     ),
     Rule("forward_torch_native", lambda p: True, "no formulation measured faster on this class"),
@@ -125,14 +139,14 @@ FORWARD = (
 BACKWARD_DATA = (
     Rule(
         "backward_data_torch_other_layout",
-        lambda p: p.layout == "ndhwc" and p.groups == 1 and _large_weight(p),
+        lambda p: p.layout == "ndhwc" and _large_weight(p),
         "a large weight on few voxels: its reorder for channels_last_3d is slow; k4 s2 2x512->256 2x2x4 26 -> 8.4 ms",
     ),
     Rule(
         "backward_data_torch_conv",
         _gradients_apart,
-        "the ordinary convolution reaches oneDNN for small images, and leaves the bias gradient apart: k3 s2 "
-        "1x64->64 12x12x20 8.3 -> 3.3 ms NCDHW, 12.3 -> 2.5 ms channels_last_3d",
+        "the ordinary convolution reaches oneDNN for small images, and goes with a bias gradient apart: k3 s2 "
+        "1x64->64 12x12x20 9.9 -> 4.8 ms NCDHW, 12.3 -> 2.8 ms channels_last_3d",
     ),
     Rule("backward_data_torch_native", lambda p: True, "no formulation measured faster on this class"),
 )
@@ -146,25 +160,32 @@ BACKWARD_WEIGHT = (
     ),
     Rule(
         "backward_weight_torch_shuffle",
-        lambda p: p.tiles_exactly and p.c_in >= 128,
-        "kernel = stride with many input channels is one GEMM: 2x320->320 4^3 2.5 -> 0.9 ms channels_last_3d, "
+        lambda p: p.tiles_exactly and p.c_in >= 128 and (p.layout == "ndhwc" or _voxels(p) >= ENOUGH_VOXELS),
+        "kernel = stride with many input channels is one GEMM: 2x320->256 4x4x8 4.1 -> 1.7 ms channels_last_3d, "
         "1x384->5 7x23x23 k2x4x4 7.6 -> 2.3 ms NCDHW",
     ),
     Rule(
         "backward_weight_torch_other_layout",
-        lambda p: p.groups == 1 and p.layout == "ndhwc" and _large_weight(p),
-        "a large weight on few voxels: k4 s2 2x256->256 2x4x4 12.0 -> 4.1 ms",
+        lambda p: p.layout == "ndhwc" and _large_weight(p),
+        "a large weight on few voxels: k4 s2 2x256->256 2x4x4 17 -> 9.0 ms",
     ),
     Rule(
         "backward_weight_torch_other_layout",
-        lambda p: p.groups == 1 and p.layout == "ncdhw" and 4 <= p.c_out < 16 and not p.tiles_exactly,
-        "few output channels in NCDHW: k3 s2 2x16->8 24x32x40 9.4 -> 4.4 ms",
+        lambda p: p.layout == "ncdhw" and 4 <= p.c_out // p.groups < 16 and not p.tiles_exactly,
+        "few output channels, or few per group, in NCDHW: k3 s2 2x16->8 24x32x40 12 -> 5.5 ms, k3x5x7 s2 groups 4 "
+        "2x32->32 12x12x24 13.8 -> 5.0 ms",
+    ),
+    Rule(
+        "backward_weight_torch_phases",
+        lambda p: _dilated_stride(p) or (_idle_outputs(p) and p.layout == "ncdhw"),
+        "a dilation that oneDNN's strided path lacks, or outputs that no tap reaches: k3 s2 dilation 2 2x32->64 "
+        "8x16x16 6.0 -> 2.6 ms; k1 s2 2x64->32 16x32x32 6.0 -> 4.5 ms",
     ),
     Rule(
         "backward_weight_torch_conv",
         _gradients_apart,
-        "the bias gradient apart from oneDNN's weight gradient: whole backward k2 s2 2x64->32 16x16x32 with bias "
-        "13.2 -> 5.9 ms channels_last_3d, 13.2 -> 7.9 ms NCDHW",
+        "the bias gradient apart from oneDNN's weight gradient in channels_last_3d: k3 s2 2x32->64 8x16x16 6.6 -> 3.2 "
+        "ms, k2 s2 1x32->32 28x28x36 19 -> 7.7 ms; a small image reaches oneDNN: k3 s2 1x64->64 12x12x20 11 -> 4.7 ms",
     ),
     Rule("backward_weight_torch_native", lambda p: True, "no formulation measured faster on this class"),
 )

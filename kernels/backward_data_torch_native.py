@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from tritonconv.kernels import torch_native
 from tritonconv.kernels.registry import Variant
 
@@ -11,7 +13,10 @@ def supports(problem, device):
 
 
 def launch(problem, config, grad_y, weight):
-    like_x = grad_y.new_empty(()).expand(problem.x_shape)  # only its shape is read
+    # Only its shape and layout are read.
+    like_x = torch.empty(
+        problem.x_shape, dtype=grad_y.dtype, device=grad_y.device, memory_format=problem.memory_format
+    )
     return torch_native.native_gradients(problem, grad_y, like_x, weight, (True, False, False))[0]
 
 

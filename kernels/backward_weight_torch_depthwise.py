@@ -19,7 +19,9 @@ NCDHW_TAPS = 9
 
 
 def _planes(tensor: torch.Tensor, planes: slice) -> torch.Tensor:
-    """(n, c, d, h, w) -> the chosen planes as images (n*planes, c, h, w)."""
+    """(n, c, d, h, w) -> the chosen planes as images (n*planes, c, h, w), channels_last if the tensor is."""
+    if tensor.is_contiguous(memory_format=CHANNELS_LAST):
+        return tensor.permute(0, 2, 3, 4, 1)[:, planes].flatten(0, 1).permute(0, 3, 1, 2)
     return tensor[:, :, planes].transpose(1, 2).flatten(0, 1)
 
 
@@ -28,7 +30,7 @@ def launch(problem, config, x, grad_y, need_bias):
         x, grad_y = to_layout(x, CHANNELS_LAST), to_layout(grad_y, CHANNELS_LAST)
     window, (pad_d, *padding) = torch_native.exact_window(problem, grad_y, torch_native.safe_padding(problem))
     (sd, *stride), (rd, *dilation) = problem.stride, problem.dilation
-    like_weight = x.new_empty(()).expand(problem.c_in, 1, *problem.kernel[1:])
+    like_weight = x.new_empty(problem.c_in, 1, *problem.kernel[1:])
     slices = []
     for tap in range(problem.kernel[0]):
         shift = rd * tap - pad_d  # plane i of x meets plane i*sd + shift of the window

@@ -28,7 +28,7 @@ def launch(problem, config, x, grad_y, need_bias):
             for axis, size, rate in zip(phase.axes, problem.size, rates, strict=True)
         ]
         box = window(torch_phases.outputs(problem, phase, grad_y), boxes)
-        like_weight = x.new_empty(()).expand(target.shape)
+        like_weight = x.new_empty(target.shape)
         gradient = torch.ops.aten.convolution_backward(
             x, box, like_weight, None, [1, 1, 1], [0, 0, 0], rates,
             False, [0, 0, 0], problem.groups, (False, True, False),

@@ -102,7 +102,7 @@ def backward_data(problem: Call, grad_y, weight):
 def backward_weight(problem: Call, x, grad_y):
     """dw[t] = sum_i x[i] (outer) grad_y[i*s - p + r*t]: the weight gradient of that same ordinary convolution."""
     window, padding = exact_window(problem, grad_y, safe_padding(problem))
-    like_weight = x.new_empty(()).expand(problem.weight_shape)
+    like_weight = x.new_empty(problem.weight_shape)  # only its shape is read
     return torch.ops.aten.convolution_backward(
         x, window, like_weight, None, problem.stride, padding, problem.dilation,
         False, [0, 0, 0], problem.groups, (False, True, False),

@@ -14,6 +14,7 @@ from functools import cached_property
 
 import torch
 
+from tritonconv import fallback
 from tritonconv.arguments import geometry, problem_of
 from tritonconv.autotune import rules
 from tritonconv.errors import ArgumentError, VariantNotApplicable
@@ -22,6 +23,8 @@ from tritonconv.kernels.torch_layout import to_layout
 from tritonconv.problem import PASSES, Problem
 
 MAX_PLANS = 4096
+
+_deterministic = torch._C._get_deterministic_algorithms
 
 _forced: ContextVar[tuple[str, ...]] = ContextVar("tritonconv_forced", default=())
 _by_call: dict[tuple, Plan] = {}
@@ -48,9 +51,15 @@ class Plan:
     backward_weight_choice: Choice
 
     @cached_property
-    def torch_alone(self) -> bool:
-        """Every pass is torch's own: then torch's own autograd runs it with less Python around it."""
-        return all(self.choice(name).variant.name == rules.FALLBACK[name] for name in PASSES)
+    def torch_alone(self) -> tuple | None:
+        """Where every pass is torch's own and torch has arguments for the crops: those arguments, else None.
+
+        Such a call goes straight to torch and its autograd, with no Python of ours behind it.
+        """
+        problem, crop = self.problem, self.problem.torch_crop
+        if not crop.exact or any(self.choice(name).variant.name != rules.FALLBACK[name] for name in PASSES):
+            return None
+        return problem.stride, crop.padding, crop.output_padding, problem.groups, problem.dilation
 
     def choice(self, pass_name: str) -> Choice:
         return getattr(self, f"{pass_name}_choice")
@@ -92,7 +101,7 @@ def plan(problem: Problem, device: torch.device) -> Plan:
 
     Raises VariantNotApplicable where a forced variant does not serve the problem.
     """
-    forced, deterministic = _forced.get(), torch.are_deterministic_algorithms_enabled()
+    forced, deterministic = _forced.get(), _deterministic()
     key = (problem, device, forced, deterministic)
     found = _by_problem.get(key)
     if found is None:
@@ -101,8 +110,8 @@ def plan(problem: Problem, device: torch.device) -> Plan:
     return found
 
 
-def plan_for(x, weight, bias, stride, padding, output_padding, groups, dilation) -> Plan:
-    """The plan of a batched call of dense tensors; the arguments are checked once per distinct call.
+def plan_for(x, weight, bias, stride, padding, output_padding, groups, dilation) -> Plan | None:
+    """The plan of a batched call, None where no variant serves such tensors; a distinct call is checked once.
 
     A repeated call costs one tuple and one dict lookup.
     """
@@ -112,15 +121,22 @@ def plan_for(x, weight, bias, stride, padding, output_padding, groups, dilation)
             weight.shape, weight.stride(), weight.dtype, weight.device,
             None if bias is None else (bias.shape, bias.dtype, bias.device),
             stride, padding, output_padding, groups, dilation,
-            _forced.get(), torch.are_deterministic_algorithms_enabled(),
+            _forced.get(), _deterministic(),
         )  # fmt: skip
         found = _by_call.get(key)
-    except TypeError:  # a list among the arguments cannot be hashed: checked anew on each call
-        return plan(problem_of(x, weight, bias, geometry(stride, padding, output_padding, groups, dilation)), x.device)
+    except (TypeError, RuntimeError):  # a list cannot be hashed, a sparse tensor has no strides: looked at each time
+        return _plan_anew(x, weight, bias, stride, padding, output_padding, groups, dilation)
     if found is None:
-        problem = problem_of(x, weight, bias, geometry(stride, padding, output_padding, groups, dilation))
-        found = _remember(_by_call, key, plan(problem, x.device))
+        found = _plan_anew(x, weight, bias, stride, padding, output_padding, groups, dilation)
+        if found is not None:
+            _remember(_by_call, key, found)
     return found
+
+
+def _plan_anew(x, weight, bias, *arguments) -> Plan | None:
+    if fallback.unserved(x, weight, bias) is not None:
+        return None
+    return plan(problem_of(x, weight, bias, geometry(*arguments)), x.device)
 
 
 def _remember(memory: dict[tuple, Plan], key: tuple, made: Plan) -> Plan:

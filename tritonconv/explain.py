@@ -38,8 +38,9 @@ def explain(input, weight=None, bias=None, stride=1, padding=0, output_padding=0
     args = (stride, padding, output_padding, groups, dilation)
     batched = input.unsqueeze(0) if input.dim() == 4 else input
     reason = fallback.reason(input, weight, bias)
-    if reason is None:
-        return _show(plan_for(batched, weight, bias, *args))
+    made = plan_for(batched, weight, bias, *args) if reason is None else None
+    if made is not None:
+        return _show(made)
     fallback.call_of(batched, weight, bias, geometry(*args))
     explanation = Explanation(None, reason, f"torch itself serves this call: {reason}")
     print(explanation)

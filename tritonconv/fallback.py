@@ -16,6 +16,10 @@ from tritonconv.errors import ArgumentError
 from tritonconv.kernels import torch_native
 from tritonconv.problem import TorchCrop, Triple
 
+_transforms = torch._C._functorch.peek_interpreter_stack
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_tracing = torch._C._get_tracing_state
+
 DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 DEVICES = frozenset(("cpu", "cuda"))
 _PLAIN_TYPES = frozenset((torch.Tensor, torch.nn.Parameter))
@@ -52,7 +56,7 @@ def call_of(x, weight, bias, geo: Geometry) -> SymbolicCall:
 
 def transformed() -> bool:
     """A functorch transform or forward-mode differentiation is active; a registered operator would lose tangents."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    return _transforms() is not None or forward_ad._current_level >= 0
 
 
 # torch.compiler.assume_constant_result without its import of the whole compiler: while it traces, torch.compile runs
@@ -60,41 +64,24 @@ def transformed() -> bool:
 transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def plain(*tensors: torch.Tensor | None) -> bool:
-    """The quick test of the eager path: dense tensors, and nothing watches the call but ordinary autograd."""
-    if (
-        torch._C._functorch.peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._get_tracing_state() is not None
-    ):
-        return False
-    for tensor in tensors:
-        if tensor is not None and (
-            type(tensor) not in _PLAIN_TYPES
-            or tensor.dtype not in DTYPES
-            or tensor.device.type not in DEVICES
-            or tensor.layout is not torch.strided
-        ):
-            return False
-    return True
+def plain(first: torch.Tensor, second: torch.Tensor, third: torch.Tensor | None = None) -> bool:
+    """The quick test of the eager path: ordinary tensors, and nothing watches the call but ordinary autograd."""
+    return (
+        type(first) in _PLAIN_TYPES
+        and type(second) in _PLAIN_TYPES
+        and (third is None or type(third) in _PLAIN_TYPES)
+        and _transforms() is None
+        and forward_ad._current_level < 0
+        and _dispatch_modes() == 0
+        and _tracing() is None
+    )
 
 
-def reason(*tensors: torch.Tensor | None) -> str | None:
-    """Why a call goes to torch itself; None where the variants serve it (the long form of :func:`plain`)."""
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return "a torch.func transform is active"
-    if forward_ad._current_level >= 0:
-        return "forward-mode differentiation is active"
-    if torch._C._len_torch_dispatch_stack() > 0:
-        return "a torch dispatch mode is active (fake tensors, FLOP counter, make_fx)"
-    if torch._C._get_tracing_state() is not None:
-        return "torch.jit.trace or an exporter is tracing"
+def unserved(*tensors: torch.Tensor | None) -> str | None:
+    """Why the variants do not serve tensors of this kind; None where they do."""
     for tensor in tensors:
         if tensor is None:
             continue
-        if type(tensor) not in _PLAIN_TYPES:
-            return f"the tensor is a {type(tensor).__name__}, a subclass that torch handles"
         if tensor.dtype not in DTYPES:
             return f"{tensor.dtype} is not one of the dtypes the variants serve (float16, bfloat16, float32, float64)"
         if tensor.device.type not in DEVICES:
@@ -102,6 +89,22 @@ def reason(*tensors: torch.Tensor | None) -> str | None:
         if tensor.layout is not torch.strided:
             return f"the tensor has layout {tensor.layout}, not torch.strided"
     return None
+
+
+def reason(*tensors: torch.Tensor | None) -> str | None:
+    """Why a call goes to torch itself, in words; None where the variants serve it."""
+    if _transforms() is not None:
+        return "a torch.func transform is active"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation is active"
+    if _dispatch_modes() > 0:
+        return "a torch dispatch mode is active (fake tensors, FLOP counter, make_fx)"
+    if _tracing() is not None:
+        return "torch.jit.trace or an exporter is tracing"
+    for tensor in tensors:
+        if tensor is not None and type(tensor) not in _PLAIN_TYPES:
+            return f"the tensor is a {type(tensor).__name__}, a subclass that torch handles"
+    return unserved(*tensors)
 
 
 def forward(call: torch_native.Call, x, weight, bias):

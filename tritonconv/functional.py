@@ -13,7 +13,8 @@ import torch
 from tritonconv import autograd, fallback, operators
 from tritonconv.arguments import check_types, geometry
 from tritonconv.dispatch import plan_for
-from tritonconv.kernels.torch_layout import to_layout
+
+_any_autocast = torch._C._is_any_autocast_enabled
 
 
 def conv_transpose3d(input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1):
@@ -42,7 +43,7 @@ def conv_transpose3d(input, weight, bias=None, stride=1, padding=0, output_paddi
         return _traced(input, weight, bias, stride, padding, output_padding, groups, dilation)
     if not fallback.plain(input, weight, bias):
         return _by_torch(input, weight, bias, stride, padding, output_padding, groups, dilation)
-    if torch.is_autocast_enabled(input.device.type):
+    if _any_autocast() and torch.is_autocast_enabled(input.device.type):
         input, weight, bias = _autocast(input, weight, bias)
     if input.dim() == 4:
         args = (stride, padding, output_padding, groups, dilation)
@@ -52,10 +53,11 @@ def conv_transpose3d(input, weight, bias=None, stride=1, padding=0, output_paddi
 
 def _planned(input, weight, bias, stride, padding, output_padding, groups, dilation):
     plan = plan_for(input, weight, bias, stride, padding, output_padding, groups, dilation)
-    if not plan.torch_alone:
+    if plan is None:
+        return _by_torch(input, weight, bias, stride, padding, output_padding, groups, dilation)
+    if plan.torch_alone is None:
         return autograd.forward_plain(input, weight, bias, plan)
-    y = fallback.forward(plan.problem, input, weight, bias)
-    return y if plan.problem.torch_crop.exact else to_layout(y, plan.problem.memory_format)
+    return torch.conv_transpose3d(input, weight, bias, *plan.torch_alone)
 
 
 def _by_torch(input, weight, bias, stride, padding, output_padding, groups, dilation):

@@ -137,9 +137,15 @@ def _call(c_out, geometry, weight_shape):
     full = [(i - 1) * s + r * (k - 1) + 1 for i, s, r, k in zip(size, stride, dilation, kernel, strict=True)]
     back = tuple(f - p - o for f, p, o in zip(full, crop, out_size, strict=True))
     return fallback.SymbolicCall(
-        c_out, tuple(size), tuple(stride), TorchCrop.of(tuple(crop), back, tuple(stride), tuple(dilation)), tuple(out_size), tuple(dilation), groups,
-        tuple(weight_shape),
-    )  # type: ignore[arg-type]  # fmt: skip
+        c_out=c_out,
+        size=tuple(size),  # type: ignore[arg-type]
+        stride=tuple(stride),  # type: ignore[arg-type]
+        torch_crop=TorchCrop.of(tuple(crop), back, tuple(stride), tuple(dilation)),  # type: ignore[arg-type]
+        out_size=tuple(out_size),  # type: ignore[arg-type]
+        dilation=tuple(dilation),  # type: ignore[arg-type]
+        groups=groups,
+        weight_shape=tuple(weight_shape),
+    )
 
 
 def _torch_forward(x, weight, bias, *geometry):
