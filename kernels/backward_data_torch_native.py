@@ -14,9 +14,7 @@ def supports(problem, device):
 
 def launch(problem, config, grad_y, weight):
     # Only its shape and layout are read.
-    like_x = torch.empty(
-        problem.x_shape, dtype=grad_y.dtype, device=grad_y.device, memory_format=problem.memory_format
-    )
+    like_x = torch.empty(problem.x_shape, dtype=grad_y.dtype, device=grad_y.device, memory_format=problem.memory_format)
     return torch_native.native_gradients(problem, grad_y, like_x, weight, (True, False, False))[0]
 
 

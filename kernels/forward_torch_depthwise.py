@@ -6,8 +6,6 @@ depthwise *ordinary* convolution in channels_last_3d, and inside a phase that is
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from tritonconv.kernels import forward_torch_conv, forward_torch_phases
 from tritonconv.kernels.registry import Variant
 from tritonconv.kernels.torch_layout import CHANNELS_LAST, to_layout
@@ -21,8 +19,7 @@ def supports(problem, device):
 
 def launch(problem, config, x, weight, bias):
     inner = forward_torch_conv if problem.stride == (1, 1, 1) else forward_torch_phases
-    y = inner.launch(replace(problem, layout="ndhwc"), config, to_layout(x, CHANNELS_LAST), weight, bias)
-    return to_layout(y, problem.memory_format)
+    return inner.launch(problem, config, to_layout(x, CHANNELS_LAST), weight, bias)
 
 
 VARIANT = Variant(

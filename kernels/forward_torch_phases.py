@@ -26,7 +26,9 @@ def launch(problem, config, x, weight, bias):
         starts = [axis.offsets[-1] for axis in phase.axes]
         counts = [axis.count for axis in phase.axes]
         rates = torch_phases.dilation(phase)
-        target.copy_(torch_phases.correlate(x, taps, bias, starts, counts, rates, problem.groups))
+        part = torch_phases.correlate(x, taps, bias, starts, counts, rates, problem.groups)
+        # Where x came in the other layout, a phase is turned while it is small enough for the caches.
+        target.copy_(part.contiguous(memory_format=problem.memory_format))
     return y
 
 

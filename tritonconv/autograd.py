@@ -21,19 +21,19 @@ from tritonconv.dispatch import Plan
 from tritonconv.kernels.torch_layout import bias_gradient
 
 
+def needs_gradient(x, weight, bias=None) -> bool:
+    """Autograd must record an operation on these tensors."""
+    return torch.is_grad_enabled() and (
+        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    )
+
+
 def forward(x, weight, bias, plan: Plan):
     """T: x (n, c_in, d, h, w), weight (c_in, c_out/groups, kd, kh, kw), bias (c_out,) -> y (n, c_out, od, oh, ow)."""
     if not fallback.plain(x, weight, bias):
         return fallback.forward(plan.problem, x, weight, bias)
-    return forward_plain(x, weight, bias, plan)
-
-
-def forward_plain(x, weight, bias, plan: Plan):
-    """T for tensors that :func:`tritonconv.fallback.plain` has already passed."""
-    if torch.is_grad_enabled() and (
-        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    ):
-        return _Forward.apply(x, weight, bias, plan)
+    if needs_gradient(x, weight, bias):
+        return differentiable_forward(x, weight, bias, plan)
     return plan.forward(x, weight, bias)
 
 
@@ -41,7 +41,7 @@ def backward_data(grad_y, weight, plan: Plan):
     """D: grad_y (n, c_out, od, oh, ow), weight -> grad_x (n, c_in, d, h, w)."""
     if not fallback.plain(grad_y, weight):
         return fallback.backward_data(plan.problem, grad_y, weight)
-    if torch.is_grad_enabled() and (grad_y.requires_grad or weight.requires_grad):
+    if needs_gradient(grad_y, weight):
         return _BackwardData.apply(grad_y, weight, plan)
     return plan.backward_data(grad_y, weight)
 
@@ -51,7 +51,7 @@ def backward_weight(x, grad_y, need_bias: bool, plan: Plan):
     if not fallback.plain(x, grad_y):
         grad_weight = fallback.backward_weight(plan.problem, x, grad_y)
         return grad_weight, bias_gradient(grad_y) if need_bias else None
-    if torch.is_grad_enabled() and (x.requires_grad or grad_y.requires_grad):
+    if needs_gradient(x, grad_y):
         outputs = _BackwardWeight.apply(x, grad_y, need_bias, plan)
         return outputs if need_bias else (outputs, None)
     return plan.backward_weight(x, grad_y, need_bias)
@@ -113,3 +113,6 @@ class _BackwardWeight(torch.autograd.Function):
         by_x = backward_data(grad_y, grad_weight, ctx.plan) if need_x else None
         by_grad_y = forward(x, grad_weight, grad_bias, ctx.plan) if need_grad_y else None
         return by_x, by_grad_y, None, None
+
+
+differentiable_forward = _Forward.apply

@@ -56,10 +56,18 @@ class Plan:
 
         Such a call goes straight to torch and its autograd, with no Python of ours behind it.
         """
+        return self.torch_forward if all(self._torchs(name) for name in PASSES) else None
+
+    @cached_property
+    def torch_forward(self) -> tuple | None:
+        """The same where the forward alone is torch's own: a call that needs no gradient goes straight to torch."""
         problem, crop = self.problem, self.problem.torch_crop
-        if not crop.exact or any(self.choice(name).variant.name != rules.FALLBACK[name] for name in PASSES):
+        if not crop.exact or not self._torchs("forward"):
             return None
         return problem.stride, crop.padding, crop.output_padding, problem.groups, problem.dilation
+
+    def _torchs(self, pass_name: str) -> bool:
+        return self.choice(pass_name).variant.name == rules.FALLBACK[pass_name]
 
     def choice(self, pass_name: str) -> Choice:
         return getattr(self, f"{pass_name}_choice")

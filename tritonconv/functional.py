@@ -55,9 +55,14 @@ def _planned(input, weight, bias, stride, padding, output_padding, groups, dilat
     plan = plan_for(input, weight, bias, stride, padding, output_padding, groups, dilation)
     if plan is None:
         return _by_torch(input, weight, bias, stride, padding, output_padding, groups, dilation)
-    if plan.torch_alone is None:
-        return autograd.forward_plain(input, weight, bias, plan)
-    return torch.conv_transpose3d(input, weight, bias, *plan.torch_alone)
+    direct = plan.torch_alone
+    if direct is None:
+        if autograd.needs_gradient(input, weight, bias):
+            return autograd.differentiable_forward(input, weight, bias, plan)
+        direct = plan.torch_forward
+        if direct is None:
+            return plan.forward(input, weight, bias)
+    return torch.conv_transpose3d(input, weight, bias, *direct)
 
 
 def _by_torch(input, weight, bias, stride, padding, output_padding, groups, dilation):
