@@ -43,8 +43,9 @@ def _voxels(problem: Problem) -> int:
     return problem.n * math.prod(problem.size)
 
 
-def _taps(problem: Problem) -> int:
-    return math.prod(problem.kernel)
+def _enough(problem: Problem, voxels: int = ENOUGH_VOXELS) -> bool:
+    """The GEMM is large: many voxels, or very many taps."""
+    return _voxels(problem) >= voxels or math.prod(problem.kernel) >= MANY_TAPS
 
 
 def _activation_bytes(problem: Problem) -> int:
@@ -57,7 +58,8 @@ def _large_weight(problem: Problem, per_voxel: int = LARGE_WEIGHT_PER_VOXEL) -> 
 
 
 def _idle_outputs(problem: Problem) -> bool:
-    return any(phase.taps == 0 for phase in problem.phases)
+    # Taps step through the residues of the stride by the dilation and reach s/gcd(r, s) of them at most.
+    return any(min(a.kernel, a.stride // math.gcd(a.dilation, a.stride)) < a.stride for a in problem.axes)
 
 
 def _bias_not_fused(problem: Problem) -> bool:
@@ -89,12 +91,12 @@ FORWARD = (
     ),
     Rule(
         "forward_torch_shuffle",
-        lambda p: p.tiles_exactly and p.layout == "ncdhw" and (_voxels(p) >= FEW_VOXELS or _taps(p) >= MANY_TAPS),
+        lambda p: p.tiles_exactly and p.layout == "ncdhw" and _enough(p, FEW_VOXELS),
         "kernel = stride in NCDHW: 2x64->32 16x16x32 26 -> 9.2 ms, 1x384->5 7x23x23 k2x4x4 12.3 -> 3.7 ms",
     ),
     Rule(
         "forward_torch_shuffle",
-        lambda p: p.tiles_exactly and p.layout == "ndhwc" and p.c_in >= 192 and not _small_image(p),
+        lambda p: p.tiles_exactly and p.layout == "ndhwc" and p.c_in >= 192 and _enough(p),
         "kernel = stride with many input channels in channels_last_3d: 2x320->320 4^3 2.7 -> 1.9 ms, 2x768->128 "
         "3x6x6 2.7 -> 2.3 ms, 1x384->5 7x23x23 k2x4x4 7.5 -> 2.9 ms",
     ),
@@ -106,9 +108,9 @@ FORWARD = (
     ),
     Rule(
         "forward_torch_phases",
-        lambda p: p.groups == 1 and (_idle_outputs(p) or _dilated_stride(p)),
+        lambda p: p.groups == 1 and (_idle_outputs(p) or (_dilated_stride(p) and p.layout == "ncdhw")),
         "outputs that no tap reaches, or a dilation that oneDNN's strided path lacks: k1 s2 2x64->32 16x32x32 "
-        "84 -> 10 ms NCDHW, 43 -> 4.5 ms channels_last_3d; k3 s2 dilation 2 2x32->64 8x16x16 10.5 -> 5.7 ms",
+        "84 -> 10 ms NCDHW, 43 -> 4.5 ms channels_last_3d; k3 s2 dilation 2 2x32->64 8x16x16 10.5 -> 5.7 ms NCDHW",
     ),
     Rule(
         "forward_torch_onednn",
@@ -160,7 +162,7 @@ BACKWARD_WEIGHT = (
     ),
     Rule(
         "backward_weight_torch_shuffle",
-        lambda p: p.tiles_exactly and p.c_in >= 128 and (p.layout == "ndhwc" or _voxels(p) >= ENOUGH_VOXELS),
+        lambda p: p.tiles_exactly and p.c_in >= 128 and (p.layout == "ndhwc" or _enough(p)),
         "kernel = stride with many input channels is one GEMM: 2x320->256 4x4x8 4.1 -> 1.7 ms channels_last_3d, "
         "1x384->5 7x23x23 k2x4x4 7.6 -> 2.3 ms NCDHW",
     ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -70,18 +71,22 @@ def bias_gradient(grad_y: torch.Tensor) -> torch.Tensor:
     return grad_y.sum((0, 2, 3, 4))
 
 
-def window(tensor: torch.Tensor, axis_windows: list[tuple[int, int]]) -> torch.Tensor:
+def pad(tensor: torch.Tensor, front: Sequence[int], back: Sequence[int]) -> torch.Tensor:
+    """Zeros around the three spatial axes, or planes cut off where a number is negative."""
+    if not any(front) and not any(back):
+        return tensor
+    sizes = tensor.shape[2:]
+    if any(size + min(f, 0) + min(b, 0) <= 0 for size, f, b in zip(sizes, front, back, strict=True)):
+        # All of the tensor is cut away on one axis, which torch's pad refuses: what is left is the zeros around it.
+        return tensor.new_zeros((*tensor.shape[:2], *(s + f + b for s, f, b in zip(sizes, front, back, strict=True))))
+    return F.pad(tensor, [extra for axis in (2, 1, 0) for extra in (front[axis], back[axis])])
+
+
+def window(tensor: torch.Tensor, boxes: Sequence[tuple[int, int]]) -> torch.Tensor:
     """The box that starts at ``start`` (may be negative) and has ``length`` planes on each spatial axis, zero outside.
 
-    ``axis_windows`` holds (start, length) for axes 2, 3, 4; a view where the box lies inside the tensor.
+    ``boxes`` holds (start, length) for axes 2, 3, 4; a view where the box lies inside the tensor.
     """
-    pads = []
-    for axis, (start, length) in reversed(list(enumerate(axis_windows, start=2))):
-        pads += [-start, start + length - tensor.shape[axis]]
-    return F.pad(tensor, pads) if any(pad > 0 for pad in pads) else _narrow(tensor, axis_windows)
-
-
-def _narrow(tensor: torch.Tensor, axis_windows: list[tuple[int, int]]) -> torch.Tensor:
-    for axis, (start, length) in enumerate(axis_windows, start=2):
-        tensor = tensor.narrow(axis, start, length)
-    return tensor
+    front = [-start for start, _ in boxes]
+    back = [start + length - size for (start, length), size in zip(boxes, tensor.shape[2:], strict=True)]
+    return pad(tensor, front, back)

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
-from tritonconv.kernels.torch_layout import bias_gradient
+from tritonconv.kernels.torch_layout import bias_gradient, pad
 from tritonconv.problem import TorchCrop, Triple
 
 
@@ -55,7 +55,7 @@ def native_gradients(problem: Call, grad_y, x, weight, mask: tuple[bool, bool, b
     """(grad_x, grad_weight, grad_bias) of torch's own backward; the entries that ``mask`` leaves out are None."""
     crop = problem.torch_crop
     if not crop.exact:
-        grad_y = _pad(grad_y, crop.front, crop.back)
+        grad_y = pad(grad_y, crop.front, crop.back)
     bias_sizes = [problem.c_out] if mask[2] else None
     return torch.ops.aten.convolution_backward(
         grad_y, x, weight, bias_sizes, problem.stride, crop.padding, problem.dilation,
@@ -90,7 +90,7 @@ def exact_window(problem: Call, grad_y, most: Triple | None = None):
             front[axis] += padding[axis] - shared
             back[axis] += cut - shared
             padding[axis] = shared
-    return (_pad(grad_y, front, back) if any(front) or any(back) else grad_y), tuple(padding)
+    return (pad(grad_y, front, back) if any(front) or any(back) else grad_y), tuple(padding)
 
 
 def backward_data(problem: Call, grad_y, weight):
@@ -112,12 +112,3 @@ def backward_weight(problem: Call, x, grad_y):
 def backward_weight_and_bias(problem: Call, x, grad_y, need_bias: bool):
     """(grad_weight, grad_bias or None), the contract of the backward_weight variants."""
     return backward_weight(problem, x, grad_y), bias_gradient(grad_y) if need_bias else None
-
-
-def _pad(tensor, front, back):
-    pads = [pad for axis in (2, 1, 0) for pad in (front[axis], back[axis])]
-    sizes = tensor.shape[2:]
-    if any(size + min(f, 0) + min(b, 0) <= 0 for size, f, b in zip(sizes, front, back, strict=True)):
-        # All of the tensor is cut away on one axis, which torch's pad refuses: what is left is the zeros around it.
-        return tensor.new_zeros((*tensor.shape[:2], *(s + f + b for s, f, b in zip(sizes, front, back, strict=True))))
-    return F.pad(tensor, pads)

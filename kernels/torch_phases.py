@@ -76,4 +76,4 @@ def correlate(tensor, weight, bias, starts, counts, rates, groups):
 
 def _constant(tensor, weight, bias, counts):
     shape = (tensor.shape[0], weight.shape[0], *counts)
-    return tensor.new_zeros(shape) if bias is None else bias.view(1, -1, 1, 1, 1).expand(shape)
+    return tensor.new_zeros(shape) if bias is None else bias.view(1, -1, 1, 1, 1).expand(shape).clone()

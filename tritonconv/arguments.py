@@ -16,6 +16,7 @@ from tritonconv.errors import ArgumentError, ArgumentTypeError
 from tritonconv.problem import Problem, Triple, output_size
 
 OP = "conv_transpose3d"
+LARGEST = 2**63 - 1  # torch holds sizes in 64 bits
 
 
 class Geometry(NamedTuple):
@@ -39,13 +40,22 @@ def triple(name: str, value, low: int, op: str = OP) -> Triple:
         entries *= 3
     if len(entries) != 3:
         raise ArgumentError(f"{op}: {name} expects one integer or three, got {len(entries)}: {value!r}")
-    try:
-        numbers = tuple(operator.index(entry) for entry in entries)
-    except TypeError:
-        raise ArgumentTypeError(f"{op}: {name} expects integers, got {value!r}") from None
+    numbers = tuple(_integer(name, entry, value, op) for entry in entries)
     if min(numbers) < low:
         raise ArgumentError(f"{op}: {name} must be at least {low}, got {value!r}")
     return numbers  # type: ignore[return-value]
+
+
+def _integer(name: str, entry, value, op: str) -> int:
+    try:
+        number = operator.index(entry)
+    except TypeError:
+        number = None
+    if number is None or isinstance(entry, bool):
+        raise ArgumentTypeError(f"{op}: {name} expects integers, got {value!r}")
+    if number > LARGEST:
+        raise ArgumentError(f"{op}: {name} must be at most {LARGEST}, got {value!r}")
+    return number
 
 
 def crops(padding, op: str = OP) -> tuple[Triple, Triple]:
@@ -76,10 +86,7 @@ def geometry(stride=1, padding=0, output_padding=0, groups=1, dilation=1, op: st
                 f"{op}: output_padding must be smaller than either stride or dilation on each axis, "
                 f"got output_padding {extra}, stride {steps}, dilation {rates}"
             )
-    try:
-        groups = operator.index(groups)
-    except TypeError:
-        raise ArgumentTypeError(f"{op}: groups expects an integer, got {groups!r}") from None
+    groups = _integer("groups", groups, groups, op)
     if groups < 1:
         raise ArgumentError(f"{op}: groups must be at least 1, got {groups}")
     return Geometry(steps, front, back, extra, groups, rates)

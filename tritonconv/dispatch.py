@@ -138,7 +138,18 @@ def plan_for(x, weight, bias, stride, padding, output_padding, groups, dilation)
         found = _plan_anew(x, weight, bias, stride, padding, output_padding, groups, dilation)
         if found is not None:
             _remember(_by_call, key, found)
+    elif not _integers((stride, padding, output_padding, groups, dilation)):  # 1.0 == True == 1, and they hash alike
+        geometry(stride, padding, output_padding, groups, dilation)
     return found
+
+
+def _integers(values: tuple) -> bool:
+    """Only ``int`` and tuples of it, nested; the quick test for arguments that were accepted before."""
+    for value in values:
+        kind = type(value)
+        if kind is not int and not (kind is tuple and _integers(value)):
+            return False
+    return True
 
 
 def _plan_anew(x, weight, bias, *arguments) -> Plan | None:
@@ -171,11 +182,18 @@ def _choose(problem, device, pass_name, forced, deterministic) -> Choice:
     return Choice(record, record.default(problem, device), because)
 
 
+def forced_variants() -> tuple[str, ...]:
+    """The names that :func:`use` has in force here."""
+    return _forced.get()
+
+
 @contextlib.contextmanager
 def use(*names: str) -> Iterator[None]:
     """Forces the named variants, at most one per pass, for the calls made inside the ``with`` block.
 
-    A call keeps its variants for its backward passes, wherever those run. Blocks nest; the inner one wins per pass.
+    A call keeps its variants for its backward passes, wherever those run; a compiled graph takes what is in force
+    where each of its parts runs. Calls that a transform or a tracer watches go to torch itself all the same. Blocks
+    nest; the inner one wins per pass.
     Raises ArgumentError for an unknown name or two names of one pass; a call that a forced variant does not serve
     raises VariantNotApplicable with the reason.
     """

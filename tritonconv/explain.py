@@ -9,6 +9,7 @@ import torch
 from tritonconv import fallback
 from tritonconv.arguments import geometry
 from tritonconv.dispatch import Plan, plan, plan_for
+from tritonconv.functional import autocast
 from tritonconv.kernels.registry import variants
 from tritonconv.problem import PASSES, Problem
 
@@ -35,6 +36,8 @@ def explain(input, weight=None, bias=None, stride=1, padding=0, output_padding=0
         return _show(plan(input, torch.device("cpu")))
     if weight is None:
         raise TypeError("explain: weight is missing; give the arguments of conv_transpose3d, or a Problem alone")
+    if all(isinstance(tensor, torch.Tensor) for tensor in (input, weight)):
+        input, weight, bias = autocast(input, weight, bias)
     args = (stride, padding, output_padding, groups, dilation)
     batched = input.unsqueeze(0) if input.dim() == 4 else input
     reason = fallback.reason(input, weight, bias)

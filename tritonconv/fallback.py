@@ -19,6 +19,7 @@ from tritonconv.problem import TorchCrop, Triple
 _transforms = torch._C._functorch.peek_interpreter_stack
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _tracing = torch._C._get_tracing_state
+_old_vmap = torch._C._functorch.is_legacy_batchedtensor  # of batched gradients (is_grads_batched=True)
 
 DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 DEVICES = frozenset(("cpu", "cuda"))
@@ -74,6 +75,7 @@ def plain(first: torch.Tensor, second: torch.Tensor, third: torch.Tensor | None 
         and forward_ad._current_level < 0
         and _dispatch_modes() == 0
         and _tracing() is None
+        and not (_old_vmap(first) or _old_vmap(second) or (third is not None and _old_vmap(third)))
     )
 
 
@@ -101,6 +103,8 @@ def reason(*tensors: torch.Tensor | None) -> str | None:
         return "a torch dispatch mode is active (fake tensors, FLOP counter, make_fx)"
     if _tracing() is not None:
         return "torch.jit.trace or an exporter is tracing"
+    if any(_old_vmap(tensor) for tensor in tensors if tensor is not None):
+        return "batched gradients are computed"
     for tensor in tensors:
         if tensor is not None and type(tensor) not in _PLAIN_TYPES:
             return f"the tensor is a {type(tensor).__name__}, a subclass that torch handles"
@@ -117,9 +121,14 @@ backward_data = torch_native.backward_data
 backward_weight = torch_native.backward_weight
 
 
+def is_dtensor(tensor) -> bool:
+    """A tensor of torch.distributed; told by name, for the import of that package takes a second."""
+    return type(tensor).__name__ == "DTensor"
+
+
 def _refuse_spatial_shards(x) -> None:
     # torch's DTensor answers a spatially sharded transposed convolution with wrong numbers and no error (torch 2.13).
-    if type(x).__name__ != "DTensor":
+    if not is_dtensor(x):
         return
     for placement in x.placements:
         if placement.is_shard() and placement.dim >= 2:

@@ -12,7 +12,8 @@ import torch
 
 from tritonconv import autograd, fallback, operators
 from tritonconv.arguments import check_types, geometry
-from tritonconv.dispatch import plan_for
+from tritonconv.dispatch import forced_variants, plan_for
+from tritonconv.errors import ArgumentTypeError, VariantNotApplicable
 
 _any_autocast = torch._C._is_any_autocast_enabled
 
@@ -43,8 +44,8 @@ def conv_transpose3d(input, weight, bias=None, stride=1, padding=0, output_paddi
         return _traced(input, weight, bias, stride, padding, output_padding, groups, dilation)
     if not fallback.plain(input, weight, bias):
         return _by_torch(input, weight, bias, stride, padding, output_padding, groups, dilation)
-    if _any_autocast() and torch.is_autocast_enabled(input.device.type):
-        input, weight, bias = _autocast(input, weight, bias)
+    if _any_autocast():
+        input, weight, bias = autocast(input, weight, bias)
     if input.dim() == 4:
         args = (stride, padding, output_padding, groups, dilation)
         return _planned(input.unsqueeze(0), weight, bias, *args).squeeze(0)
@@ -62,39 +63,61 @@ def _planned(input, weight, bias, stride, padding, output_padding, groups, dilat
         direct = plan.torch_forward
         if direct is None:
             return plan.forward(input, weight, bias)
-    return torch.conv_transpose3d(input, weight, bias, *direct)
+    y = torch.conv_transpose3d(input, weight, bias, *direct)
+    # torch answers some channels_last_3d calls on the CPU in NCDHW.
+    return y if plan.problem.layout == "ncdhw" else y.contiguous(memory_format=plan.problem.memory_format)
 
 
 def _by_torch(input, weight, bias, stride, padding, output_padding, groups, dilation):
     geo = geometry(stride, padding, output_padding, groups, dilation)
-    if not isinstance(input, torch.Tensor):  # a symbolic proxy (torch.fx): nothing to check, torch records the call
-        return _proxy(input, weight, bias, geo)
+    operands = {"input": input, "weight": weight, "bias": bias}
+    if not all(isinstance(t, torch.Tensor) for t in (input, weight)) or not isinstance(
+        bias, (torch.Tensor, type(None))
+    ):
+        return _not_tensors(operands, geo)
+    if not fallback.is_dtensor(input):
+        input, weight, bias = autocast(input, weight, bias)
+        check_types(input, weight, bias)
+    forced, why_not = forced_variants(), fallback.unserved(input, weight, bias)
+    if forced and why_not is not None and not input.is_meta:
+        raise VariantNotApplicable(f"{', '.join(forced)} forced but torch itself serves this call: {why_not}")
+    return _composed(input, weight, bias, geo)
+
+
+def _composed(input, weight, bias, geo):
+    """The call as torch's own operations, its shapes checked."""
     batched = input.unsqueeze(0) if input.dim() == 4 else input
     call = fallback.call_of(batched, weight, bias, geo)
     y = fallback.forward(call, batched, weight, bias)
     return y.squeeze(0) if input.dim() == 4 else y
 
 
-def _proxy(input, weight, bias, geo):
+def _not_tensors(operands, geo):
+    """A call that torch records (the proxies of torch.fx), or else something that is no tensor."""
+    if not torch.overrides.has_torch_function(tuple(operands.values())):
+        for name, value in operands.items():
+            if not isinstance(value, torch.Tensor) and not (name == "bias" and value is None):
+                raise ArgumentTypeError(
+                    f"conv_transpose3d: {name} expects a tensor, got {value!r} ({type(value).__name__})"
+                )
     if geo.crop != geo.back:
-        raise TypeError(
-            f"conv_transpose3d: padding {geo.crop}, {geo.back} cannot be recorded on a {type(input).__name__}"
-        )
-    args = (geo.stride, geo.crop, geo.output_padding, geo.groups, geo.dilation)
-    return torch.nn.functional.conv_transpose3d(input, weight, bias, *args)
+        raise ArgumentTypeError(f"conv_transpose3d: padding {geo.crop}, {geo.back} cannot be recorded symbolically")
+    return torch.nn.functional.conv_transpose3d(
+        *operands.values(),
+        geo.stride,
+        geo.crop,
+        geo.output_padding,
+        geo.groups,
+        geo.dilation,  # type: ignore[call-arg]
+    )
 
 
 def _traced(input, weight, bias, stride, padding, output_padding, groups, dilation):
-    if (
-        torch.compiler.is_exporting()
-        or fallback.transformed()
-        or input.dtype not in fallback.DTYPES
-        or input.device.type not in fallback.DEVICES
-    ):
-        return _by_torch(input, weight, bias, stride, padding, output_padding, groups, dilation)
     geo = geometry(stride, padding, output_padding, groups, dilation)
-    if torch.is_autocast_enabled(input.device.type):
-        input, weight, bias = _autocast(input, weight, bias)
+    input, weight, bias = autocast(input, weight, bias)
+    served = input.dtype in fallback.DTYPES and input.device.type in fallback.DEVICES
+    if torch.compiler.is_exporting() or fallback.transformed() or not served:
+        return _composed(input, weight, bias, geo)
     batched = input.unsqueeze(0) if input.dim() == 4 else input
     call = fallback.call_of(batched, weight, bias, geo)
     check_types(batched, weight, bias)
@@ -105,8 +128,16 @@ def _traced(input, weight, bias, stride, padding, output_padding, groups, dilati
     return y.squeeze(0) if input.dim() == 4 else y
 
 
-def _autocast(*tensors):
-    # torch's rule for convolutions: everything but float64 is computed in the autocast dtype.
-    kind = tensors[0].device.type
+def autocast(input, weight, bias):
+    """The operands as torch's autocast hands them to a convolution: all real floats but float64 in its dtype."""
+    kind = input.device.type
+    if kind not in fallback.DEVICES or not torch.is_autocast_enabled(kind):
+        return input, weight, bias
     dtype = torch.get_autocast_dtype(kind)
-    return [t if t is None or t.dtype is torch.float64 else t.to(dtype) for t in tensors]
+
+    def lowered(tensor):
+        if tensor is None or not tensor.is_floating_point() or tensor.dtype is torch.float64:
+            return tensor
+        return tensor.to(dtype)
+
+    return lowered(input), lowered(weight), lowered(bias)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from tritonconv.errors import ArgumentError
 from tritonconv.functional import conv_transpose3d
 
 
@@ -21,6 +22,10 @@ class ConvTranspose3d(nn.ConvTranspose3d):
 
         Raises ArgumentError or ValueError as torch's layer refuses.
         """
+        if self.padding_mode != "zeros":
+            raise ArgumentError(
+                f"ConvTranspose3d: only the padding mode 'zeros' is there, got padding_mode={self.padding_mode!r}"
+            )
         output_padding: Sequence[int] = self.output_padding
         if output_size is not None:
             # torch annotates lists where its own layer passes tuples
