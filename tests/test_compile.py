@@ -1,0 +1,230 @@
+"""torch.compile around the operation: graphs, gradients, new sizes, transforms and autocast inside. Runs on the CPU.
+
+``aot_eager`` traces and partitions as the default backend does, and needs no C++ compiler. Variants are forced where
+ours could run, because tiny problems go to torch itself by default.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
+from torch.func import grad, jvp, vmap
+from torch.utils.flop_counter import FlopCounterMode
+
+import tritonconv
+from tritonconv import dispatch, operators
+from tritonconv.problem import PASSES
+
+OURS, TORCH = tritonconv.conv_transpose3d, F.conv_transpose3d
+PHASES = tuple(f"{name}_torch_phases" for name in PASSES)
+HYPER = {"stride": 2, "padding": 1, "output_padding": 1}
+f64 = torch.float64
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+
+
+@pytest.fixture(params=[(), PHASES], ids=["rules", "forced"])
+def variants(request):
+    with tritonconv.use(*request.param):
+        yield request.param
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """The names of the variants that ran, in order."""
+    names = []
+
+    def recorded(pass_name, method):
+        def run(plan, *args):
+            names.append(plan.choice(pass_name).variant.name)
+            return method(plan, *args)
+
+        return run
+
+    for pass_name in PASSES:
+        monkeypatch.setattr(dispatch.Plan, pass_name, recorded(pass_name, getattr(dispatch.Plan, pass_name)))
+    return names
+
+
+def operands(n=2, size=(2, 3, 2), dtype=f64):
+    return torch.randn(n, 3, *size, dtype=dtype), torch.randn(3, 4, 3, 4, 3, dtype=dtype), torch.randn(4, dtype=dtype)
+
+
+def ours(x, weight, bias=None):
+    return OURS(x, weight, bias, **HYPER)
+
+
+def theirs(x, weight, bias=None):
+    return TORCH(x, weight, bias, **HYPER)
+
+
+def close(got, want):
+    torch.testing.assert_close(got, want, rtol=1e-10 if want.dtype in (f64, torch.complex128) else 1e-4, atol=1e-5)
+
+
+def targets(graph):
+    return [str(node.target) for node in graph.nodes if node.op == "call_function"]
+
+
+def compiled(function, dynamic=None, backend="aot_eager"):
+    return torch.compile(function, backend=backend, fullgraph=True, dynamic=dynamic)
+
+
+def gradients(function, args):
+    leaves = [t.detach().clone().requires_grad_() for t in args]
+    y = function(*leaves)
+    return y.detach(), *torch.autograd.grad(y.square().sum(), leaves)
+
+
+@pytest.mark.parametrize("shape", ["batched", "unbatched", "channels_last"])
+def test_a_compiled_call_and_its_gradients(variants, launches, shape):
+    x, weight, bias = operands()
+    x = x[0] if shape == "unbatched" else x
+    x = x.to(memory_format=torch.channels_last_3d) if shape == "channels_last" else x
+    for got, want in zip(
+        gradients(compiled(ours), (x, weight, bias)), gradients(theirs, (x, weight, bias)), strict=True
+    ):
+        close(got, want)
+    batched = x[None] if shape == "unbatched" else x
+    plan = dispatch.plan_for(batched, weight, bias, *(HYPER[k] for k in ("stride", "padding", "output_padding")), 1, 1)
+    assert sorted(launches) == sorted(plan.choice(name).variant.name for name in PASSES), (
+        "the variants of an eager call"
+    )
+
+
+def compiled_graphs(function, args):
+    """The forward and the backward graph of a compiled call, each with the real arguments it ran on."""
+    ran = []
+
+    def keep(module, inputs):
+        def run(*real):
+            ran.append((module, real))
+            return module(*real)
+
+        return run
+
+    backend = torch._dynamo.backends.common.aot_autograd(fw_compiler=keep, bw_compiler=keep)
+    gradients(compiled(function, backend=backend), args)
+    return ran
+
+
+def test_the_compiled_graph_holds_our_operators_and_counts_torchs_flops(variants):
+    args = operands()
+    flops = []
+    for (module, real), others in zip(compiled_graphs(ours, args), (0, 2), strict=True):
+        found = targets(module.graph)
+        assert [t for t in found if "conv" in t] == ["tritonconv.forward.default"] * (others == 0) + [
+            f"tritonconv.{name}.default" for name in ("backward_data", "backward_weight") if others
+        ]
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            module(*real)
+        flops.append(counter.get_total_flops())
+    leaves = [t.requires_grad_() for t in args]
+    with FlopCounterMode(display=False) as forward:
+        y = theirs(*leaves)
+    with FlopCounterMode(display=False) as backward:
+        y.square().sum().backward()
+    assert flops == [forward.get_total_flops(), backward.get_total_flops()]
+    assert min(flops) > 0
+
+
+@pytest.mark.parametrize(("dynamic", "graphs"), [(True, 1), (None, 2)])
+def test_new_sizes_do_not_recompile_without_end(variants, dynamic, graphs):
+    counter = CompileCounterWithBackend("aot_eager")
+    function = compiled(ours, dynamic=dynamic, backend=counter)
+    _, weight, bias = operands()
+    sizes = [
+        (9, (5, 6, 7)),
+        (3, (4, 5, 6)),
+        (5, (3, 3, 3)),
+        (4, (7, 2, 5)),
+        (2, (6, 8, 2)),
+        (9, (2, 2, 8)),
+    ]  # first all different
+    for n, size in sizes:
+        x = torch.randn(n, 3, *size, dtype=f64)
+        for got, want in zip(gradients(function, (x, weight, bias)), gradients(theirs, (x, weight, bias)), strict=True):
+            close(got, want)
+    assert counter.frame_count == graphs, f"{counter.frame_count} graphs for {len(sizes)} sizes"
+
+
+def test_front_and_back_crops_compile(variants):
+    args, crops = operands(), ((1, 0), (0, 2), (3, 1))
+    got = gradients(compiled(lambda *t: OURS(*t, 2, crops)), args)
+    for found, want in zip(got, gradients(lambda *t: TORCH(*t, 2)[:, :, 1:, :-2, 3:-1], args), strict=True):
+        close(found, want)
+
+
+def test_each_part_of_a_compiled_graph_takes_the_variants_in_force_where_it_runs(launches):
+    leaves = [t.requires_grad_() for t in operands()]
+    forward = [name for name in PHASES if name.startswith("forward")]
+    with tritonconv.use(*PHASES):
+        y = compiled(ours)(*leaves)
+    assert list(launches) == forward
+    y.sum().backward()
+    assert not set(launches[1:]) & set(PHASES)
+
+
+@pytest.mark.parametrize("name", ["vmap", "jvp", "grad", "forward_ad"])
+def test_transforms_inside_a_compiled_function(variants, name):
+    x, weight, bias = operands()
+
+    def by_forward_ad(f):
+        def tangent(t):
+            with forward_ad.dual_level():
+                return forward_ad.unpack_dual(f(forward_ad.make_dual(t, torch.ones_like(t)), weight, bias)).tangent
+
+        return tangent
+
+    transforms = {
+        "vmap": lambda f: lambda t: vmap(lambda one: f(one[None], weight, bias))(t),
+        "jvp": lambda f: lambda t: jvp(lambda one: f(one, weight, bias), (t,), (torch.ones_like(t),))[1],
+        "grad": lambda f: lambda t: grad(lambda one: f(one, weight, bias).pow(2).sum())(t),
+        "forward_ad": by_forward_ad,
+    }
+    close(compiled(transforms[name](ours))(x), transforms[name](theirs)(x))
+
+
+def test_autocast_inside_and_around_a_compiled_function(variants):
+    args = operands(dtype=torch.float32)
+
+    def inside(*t):
+        with torch.autocast("cpu", torch.bfloat16):
+            return ours(*t)
+
+    got = compiled(inside)(*args)
+    with torch.autocast("cpu", torch.bfloat16):
+        around, want = compiled(ours)(*args), theirs(*args)
+        assert compiled(ours)(*[t.double() for t in args]).dtype == f64
+    assert got.dtype == around.dtype == torch.bfloat16
+    limit = torch.finfo(torch.bfloat16).eps * 108**0.5 * want.abs().max()
+    assert (got - want).abs().max() <= limit
+    assert (around - want).abs().max() <= limit
+    leaves = [t.requires_grad_() for t in args]
+    assert all(g.dtype == torch.float32 for g in torch.autograd.grad(compiled(inside)(*leaves).float().sum(), leaves))
+
+
+def test_a_wrong_call_is_refused_while_compiling():
+    x, weight, bias = operands()
+    with pytest.raises(Exception, match="weight expects 3 input channels"):
+        compiled(ours)(x[:, :2], weight, bias)
+
+
+@pytest.mark.parametrize("appended", [0, 1])
+@pytest.mark.parametrize("layout", ["ncdhw", "ndhwc"])
+def test_opcheck(variants, layout, appended):
+    x, weight, bias = (t.requires_grad_() for t in operands(dtype=f64))
+    if layout == "ndhwc":
+        x = x.detach().to(memory_format=torch.channels_last_3d).requires_grad_()
+    geometry = ([2, 3, 2], [4, 7 + appended, 4], [3, 4, 3], [2, 2, 2], [1, 1, 1], [1, 1, 1], 1)
+    grad_y = torch.randn(2, 4, *geometry[1], dtype=f64, requires_grad=True)
+    torch.library.opcheck(operators.forward.default, (x, weight, bias, *geometry))
+    torch.library.opcheck(operators.forward.default, (x, weight, None, *geometry))
+    torch.library.opcheck(operators.backward_data.default, (grad_y, weight, *geometry))
+    torch.library.opcheck(operators.backward_weight.default, (x, grad_y, *geometry))

@@ -1,0 +1,282 @@
+"""Rules, plans and their memory, and ``use``. Runs on the CPU; a CUDA device is only named, never touched."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import random
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import tritonconv
+from tritonconv import ArgumentError, Problem, VariantNotApplicable, dispatch
+from tritonconv.autotune import rules
+from tritonconv.kernels.registry import variant
+from tritonconv.problem import PASSES, output_size
+
+LAST = torch.channels_last_3d
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+PHASES = tuple(f"{name}_torch_phases" for name in PASSES)
+X, WEIGHT, BIAS = torch.ones(1, 2, 2, 3, 2), torch.ones(2, 3, 3, 3, 3), torch.ones(3)
+
+
+def problems(dtype=torch.float32):
+    """Layers of the classes that models have, a few thousand."""
+    classes = [(2, 2, 0, 0, 1), (3, 2, 1, 1, 1), (4, 2, 1, 0, 1), (4, 2, 3, 0, 1), (1, 2, 0, 1, 1), (3, 1, 1, 0, 1)]
+    classes += [(5, 2, 2, 1, 1), (3, 2, 1, 0, 1), (3, 2, 2, 1, 2), (9, 4, 0, 0, 1), (4, 4, 0, 0, 1)]
+    channels = [
+        (1, 1),
+        (3, 16),
+        (16, 8),
+        (32, 64),
+        (64, 1),
+        (64, 32),
+        (96, 2),
+        (384, 5),
+        (320, 320),
+        (512, 256),
+        (768, 128),
+    ]
+    sizes = [(1, 1, 1), (2, 2, 4), (4, 4, 4), (8, 8, 8), (12, 12, 20), (24, 32, 40)]
+    for (k, s, p, q, r), (c_in, c_out), size in itertools.product(classes, channels, sizes):
+        out = output_size(size, (k,) * 3, (s,) * 3, (p,) * 3, (p,) * 3, (q,) * 3, (r,) * 3)
+        triples = [size, (k,) * 3, (s,) * 3, (p,) * 3, out, (r,) * 3]
+        if min(out) < 1:
+            continue
+        for n, layout, bias in ((1, "ncdhw", True), (2, "ndhwc", False), (2, "ncdhw", False), (2, "ndhwc", True)):
+            yield Problem(n, c_in, c_out, *triples, 1, dtype, layout, bias)
+            if c_in > 1:
+                yield Problem(n, c_in, c_in, *triples, c_in, dtype, layout, bias)
+
+
+@pytest.fixture
+def fresh(monkeypatch):
+    """Empty plan memories, and the list of the problems that calls made."""
+    made = []
+
+    def problem_of(*args):
+        made.append(original(*args))
+        return made[-1]
+
+    original = dispatch.problem_of
+    monkeypatch.setattr(dispatch, "problem_of", problem_of)
+    monkeypatch.setattr(dispatch, "_by_call", {})
+    monkeypatch.setattr(dispatch, "_by_problem", {})
+    return made
+
+
+# ------------------------------------------------------------------ rules
+
+
+@pytest.mark.parametrize("pass_name", PASSES)
+def test_rules_name_variants_of_their_pass_and_a_reason(pass_name):
+    assert variant(rules.FALLBACK[pass_name]).pass_name == pass_name
+    for rule in rules.RULES[pass_name]:
+        assert variant(rule.variant).pass_name == pass_name
+        assert len(rule.because) > 20
+
+
+@pytest.mark.parametrize("pass_name", PASSES)
+def test_the_first_rule_that_applies_decides(pass_name):
+    chosen, last = set(), rules.RULES[pass_name][-1]
+    for problem in problems():
+        record, because = rules.choose(problem, CPU, pass_name)
+        assert record.supports(problem, CPU) is None
+        assert last.applies(problem), "the last rule takes whatever is left"
+        applying = [r for r in rules.RULES[pass_name] if r.applies(problem)]
+        serving = [r for r in applying if variant(r.variant).supports(problem, CPU) is None]
+        if because not in {rule.because for rule in rules.RULES[pass_name]}:
+            continue  # decided before the rules: too little work, or an unsafe path of torch
+        assert (record.name, because) == (serving[0].variant, serving[0].because)
+        chosen.add(because)
+    unused = [rule.variant for rule in rules.RULES[pass_name] if rule.because not in chosen]
+    assert unused == [], "a rule that no layer reaches"
+
+
+@pytest.mark.parametrize("pass_name", PASSES)
+def test_what_the_rules_do_not_cover_goes_to_torchs_own(pass_name):
+    tile = Problem(2, 64, 32, (16, 16, 16), (2, 2, 2), (2, 2, 2), (0, 0, 0), (32, 32, 32))
+    native = rules.FALLBACK[pass_name]
+    small = dataclasses.replace(tile, n=1, c_in=2, c_out=2, size=(2, 2, 2), out_size=(4, 4, 4))
+    for problem, device, word in (
+        (dataclasses.replace(tile, dtype=torch.float64), CPU, "float64"),
+        (dataclasses.replace(tile, dtype=torch.bfloat16), CPU, "bfloat16"),
+        (dataclasses.replace(tile, n=0), CPU, "empty"),
+        (small, CPU, "FLOP"),
+    ):
+        record, because = rules.choose(problem, device, pass_name)
+        assert record.name == native
+        assert word in because
+
+
+def test_every_choice_serves_its_problem():
+    rng = random.Random(5)
+    for problem in rng.sample(list(problems()), 400):
+        changed = dataclasses.replace(problem, dtype=rng.choice([torch.float16, torch.float32, torch.float64]))
+        for pass_name in PASSES:
+            assert rules.choose(changed, CPU, pass_name)[0].supports(changed, CPU) is None
+
+
+# ------------------------------------------------------------------ plans and their memory
+
+
+def test_a_repeated_call_finds_its_plan(fresh):
+    for _ in range(3):
+        tritonconv.conv_transpose3d(X, WEIGHT, BIAS, stride=2, padding=1)
+    assert len(fresh) == 1
+    tritonconv.conv_transpose3d(X.clone(), WEIGHT.clone().requires_grad_(), BIAS, 2, 1)
+    assert len(fresh) == 1, "values, identity and gradients do not matter"
+    assert len(dispatch._by_call) == len(dispatch._by_problem) == 1
+
+
+@pytest.mark.parametrize("change", [
+    {"x": X.double()}, {"x": torch.ones(2, 2, 2, 3, 2)}, {"x": X.to(memory_format=LAST)}, {"bias": None},
+    {"weight": torch.ones(2, 3, 3, 3, 1)}, {"stride": 1}, {"padding": 0}, {"padding": ((1, 1), (1, 1), (1, 0))},
+    {"output_padding": 1}, {"dilation": 2}, {"weight": torch.ones(2, 3, 3, 3, 3).to(memory_format=LAST)},
+])  # fmt: skip
+def test_a_changed_call_does_not(fresh, change):
+    call = {"x": X, "weight": WEIGHT, "bias": BIAS, "stride": 2, "padding": 1, "output_padding": 0, "dilation": 1}
+    for keywords in (call, call | change):
+        tensors = [keywords[name] for name in ("x", "weight", "bias")]
+        x = tensors[0]
+        tensors = [None if t is None else t.to(x.dtype) for t in tensors]
+        rest = {name: keywords[name] for name in ("stride", "padding", "output_padding", "dilation")}
+        y = tritonconv.conv_transpose3d(*tensors, **rest)
+        if not isinstance(rest["padding"], tuple):
+            assert torch.equal(y, F.conv_transpose3d(*tensors, **rest))
+    assert len(fresh) == 2
+    assert fresh[0] != fresh[1]
+
+
+def test_lists_are_taken_and_share_the_plan(fresh):
+    for stride in ([2, 1, 2], [2, 1, 2], (2, 1, 2)):
+        y = tritonconv.conv_transpose3d(X, WEIGHT, BIAS, stride=stride, padding=[1, 0, 1])
+        assert torch.equal(y, F.conv_transpose3d(X, WEIGHT, BIAS, stride=stride, padding=[1, 0, 1]))
+    assert len(dispatch._by_problem) == 1
+    assert len(set(fresh)) == 1
+
+
+def test_memory_is_bounded(fresh, monkeypatch):
+    monkeypatch.setattr(dispatch, "MAX_PLANS", 4)
+    grown = []
+    for width in range(1, 12):
+        x = torch.ones(1, 2, 2, 2, width)
+        assert torch.equal(tritonconv.conv_transpose3d(x, WEIGHT), F.conv_transpose3d(x, WEIGHT))
+        grown.append(max(len(dispatch._by_call), len(dispatch._by_problem)))
+    assert grown[:4] == [1, 2, 3, 4]
+    assert max(grown) == 4
+    assert len(fresh) == 11
+
+
+def test_a_plan_keeps_no_tensor_alive(fresh):
+    import weakref
+
+    x = torch.ones(1, 2, 2, 2, 3)
+    tritonconv.conv_transpose3d(x, WEIGHT)
+    gone = weakref.ref(x)
+    del x
+    assert gone() is None
+
+
+def test_the_deterministic_switch_changes_the_plan_where_it_must():
+    tile = Problem(2, 64, 32, (16, 16, 16), (3, 3, 3), (2, 2, 2), (1, 1, 1), (32, 32, 32))
+    ordinary = dispatch.plan(tile, CUDA)
+    torch.use_deterministic_algorithms(True)
+    try:
+        restricted = dispatch.plan(tile, CUDA)
+        on_cpu = dispatch.plan(tile, CPU)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for pass_name in PASSES:
+        choice = restricted.choice(pass_name)
+        assert choice.variant.deterministic
+        if not ordinary.choice(pass_name).variant.deterministic:
+            assert "deterministic" in choice.reason
+        assert on_cpu.choice(pass_name) == dispatch.plan(tile, CPU).choice(pass_name)
+    assert dispatch.plan(tile, CUDA) == ordinary, "and back"
+
+
+def test_calls_from_many_threads(monkeypatch):
+    monkeypatch.setattr(dispatch, "MAX_PLANS", 3)
+    failures, start = [], threading.Barrier(6)
+
+    def work(seed):
+        rng = random.Random(seed)
+        start.wait()
+        try:
+            for _ in range(40):
+                x = torch.full((1, 2, 2, 2, rng.randint(1, 9)), float(seed))
+                if seed % 2:
+                    with tritonconv.use(*PHASES):
+                        y = tritonconv.conv_transpose3d(x, WEIGHT, BIAS, 2)
+                        assert dispatch._forced.get() == tuple(sorted(PHASES))
+                else:
+                    y = tritonconv.conv_transpose3d(x, WEIGHT, BIAS, 2)
+                    assert dispatch._forced.get() == (), "a block of another thread does not reach this one"
+                assert torch.equal(y, F.conv_transpose3d(x, WEIGHT, BIAS, 2))
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+
+
+# ------------------------------------------------------------------ use
+
+
+def chosen(*tensors, **keywords):
+    names = {"stride": 2, "padding": 0, "output_padding": 0, "groups": 1, "dilation": 1} | keywords
+    made = dispatch.plan_for(*(tensors or (X, WEIGHT, BIAS)), *names.values())
+    return tuple(made.choice(name).variant.name for name in PASSES)
+
+
+def test_a_call_under_use_is_another_call():
+    usual = chosen()
+    with tritonconv.use(*PHASES):
+        assert chosen() == PHASES
+    assert chosen() == usual
+    assert usual != PHASES
+
+
+def test_blocks_nest_and_the_inner_one_wins_per_pass():
+    usual = chosen()
+    with tritonconv.use(PHASES[0], "backward_data_torch_conv"):
+        assert chosen() == (PHASES[0], "backward_data_torch_conv", usual[2])
+        with tritonconv.use("forward_torch_other_layout", PHASES[2]):
+            assert chosen() == ("forward_torch_other_layout", "backward_data_torch_conv", PHASES[2])
+            with tritonconv.use():
+                assert chosen() == ("forward_torch_other_layout", "backward_data_torch_conv", PHASES[2])
+        assert chosen() == (PHASES[0], "backward_data_torch_conv", usual[2])
+        made = dispatch.plan_for(X, WEIGHT, None, 2, 0, 0, 1, 1)
+        assert made.forward_choice.reason == "forced by tritonconv.use"
+    with pytest.raises(KeyError), tritonconv.use(*PHASES):
+        raise KeyError
+    assert chosen() == usual, "an error leaves the block too"
+
+
+def test_use_refuses_unknown_names_and_two_of_a_pass():
+    with (
+        pytest.raises(ArgumentError, match=r"unknown variant 'forward_torch_magic'.*forward_torch_phases"),
+        tritonconv.use("forward_torch_magic"),
+    ):
+        pass
+    for other in ("forward_torch_native", "forward_torch_phases"):
+        with (
+            pytest.raises(ArgumentError, match=f"'forward_torch_phases' and '{other}'"),
+            tritonconv.use(PHASES[0], other),
+        ):
+            pass
+    assert dispatch._forced.get() == ()
+
+
+def test_a_variant_that_does_not_serve_is_refused_even_for_a_pass_that_does_not_run(fresh):
+    with tritonconv.use("backward_weight_torch_shuffle"), pytest.raises(VariantNotApplicable, match="kernel = stride"):
+        tritonconv.conv_transpose3d(X, WEIGHT, BIAS, 2)
+    assert dispatch._by_call == dispatch._by_problem == {}
