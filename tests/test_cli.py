@@ -1,0 +1,218 @@
+"""The command line: a small run from bench to pictures, and what bad input is answered with."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tritonconv import cli, dispatch, runner
+from tritonconv.bench import progress, roofs
+from tritonconv.bench.results import read
+from tritonconv.kernels import registry
+
+TINY = "swinunetr_fs48_up0"
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(roofs, "MEMORY_BYTES", {"cpu": 1 << 20})
+    monkeypatch.setattr(roofs, "LARGE_MATRIX", {"cpu": 128})
+    monkeypatch.setattr(runner, "ROOF_SECONDS", 0.0)
+    monkeypatch.setattr(runner, "CELL_SECONDS", 0.001)
+    monkeypatch.setattr(dispatch, "_by_call", {})
+    monkeypatch.setattr(dispatch, "_by_problem", {})
+
+
+def bench(tmp_path, *flags) -> list[str]:
+    return ["bench", "--only", TINY, "--device", "cpu", "--quiet", "--output", str(tmp_path), *flags]
+
+
+def test_bench_then_plot(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    assert cli.main(bench(tmp_path, "--seconds", "2")) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    path = out.rstrip().rsplit("results: ", 1)[1]
+    run = read(tmp_path / path.rsplit("/", 1)[1])
+    assert run.end["reason"] == "complete"
+    assert {(row["layout"], row["pass"], row["variant"]) for row in run.results} == {
+        (layout, name, variant)
+        for layout in ("ncdhw", "ndhwc")
+        for name in ("forward", "forward_backward")
+        for variant in ("torch", "tritonconv")
+    }
+    assert "geomean" in out
+    assert "batch at most 2" in out
+    assert run.environment["command"].startswith(f"tritonconv bench --only {TINY}")
+
+    assert cli.main(["plot", "--output", str(tmp_path)]) == 0
+    pictures = capsys.readouterr().out.split()
+    assert [name.rsplit("-", 1)[1] for name in pictures] == [
+        "roofline.png",
+        "roofline.svg",
+        "speedup.png",
+        "speedup.svg",
+    ]
+    assert all(name.startswith(str(tmp_path / run.run)) for name in pictures)
+    assert cli.main(["plot", path, "--pass", "forward", "--layout", "ncdhw", "--output", str(tmp_path / "new")]) == 0
+    assert len(list((tmp_path / "new").iterdir())) == 4
+
+
+def test_a_wrong_result_makes_the_exit_code_1(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(runner, "conv_transpose3d", lambda *args: F.conv_transpose3d(*args) + 1)
+    assert cli.main(bench(tmp_path, "--passes", "forward", "--layout", "ncdhw")) == 1
+    out = capsys.readouterr().out
+    assert f"wrong: tritonconv on {TINY} (forward): y: max error" in out
+    run = read(next(tmp_path.glob("bench-*.jsonl")))
+    assert [row["variant"] for row in run.results] == ["torch"]
+
+
+def test_an_interrupt_is_130_and_keeps_the_file(tmp_path, monkeypatch, capsys):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "interleave", interrupt)
+    assert cli.main(bench(tmp_path)) == 130
+    assert "ended early (interrupted): 0 of 4 cells" in capsys.readouterr().out
+    assert read(next(tmp_path.glob("bench-*.jsonl"))).end["reason"] == "interrupted"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["bench", "--passes", "forward,sideways"], ["--passes", "'sideways'", "forward_backward"]),
+        (["bench", "--layout", "nchw"], ["--layout", "'nchw'", "ncdhw, ndhwc"]),
+        (["bench", "--dtype", "int8"], ["--dtype", "'int8'", "bfloat16"]),
+        (["bench", "--suite", "unets"], ["--suite", "'unets'", "kernelbench"]),
+        (["bench", "--scale", "tiny"], ["--scale", "'tiny'", "cpu", "full"]),
+        (["bench", "--seconds", "-3"], ["--seconds", "'-3'", "above 0"]),
+        (["bench", "--seconds", "soon"], ["--seconds", "'soon'"]),
+        (["bench", "--seconds", "inf"], ["--seconds", "'inf'"]),
+        (["bench", "--seed", "1.5"], ["--seed", "'1.5'", "integer"]),
+        (["bench", "--only", "alexnet"], ["'alexnet'", "86 layers"]),
+        (["bench", "--variants", "forward_fast"], ["--variants", "'forward_fast'", "forward_torch_native"]),
+        (
+            ["bench", "--variants", "backward_data_torch_conv"],
+            ["--variants", "backward_data", "forward,forward_backward"],
+        ),
+        (["plot", "--pass", "upward"], ["--pass", "'upward'", "forward"]),
+        (["explain", "psmnet"], ["'psmnet'", "psmnet_train_64_64"]),
+        (["explain", TINY, "--layout", "x"], ["--layout", "'x'", "ndhwc"]),
+        (["list", "--suite", "x"], ["--suite", "'x'", "gan"]),
+        (["tune"], ["'tune'", "bench"]),
+        ([], ["bench", "required"]),
+    ],
+    ids=" ".join,
+)
+def test_bad_usage_is_2_with_the_argument_what_was_given_and_what_is_allowed(capsys, arguments, words):
+    assert cli.main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert all(word in err for word in words), err
+    assert "Traceback" not in err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_a_missing_device_is_said(capsys):
+    assert cli.main(["bench", "--device", "cuda"]) == 2
+    assert "--device: got 'cuda'" in capsys.readouterr().err
+
+
+def test_bad_files_are_2_and_named(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"kind": "environment", "schema": "one"}\n')
+    blocked = tmp_path / "blocked"
+    blocked.write_text("")
+    for arguments, words in (
+        (["plot", str(bad)], [f"{bad}:1", "schema", "'one'"]),
+        (["plot", str(tmp_path / "none.jsonl")], ["none.jsonl"]),
+        (["plot", str(tmp_path / "none")], ["none"]),
+        (["plot", "--output", str(tmp_path / "empty")], ["empty", "tritonconv bench"]),
+        (bench(blocked), ["output", str(blocked)]),
+    ):
+        assert cli.main(arguments) == 2
+        err = capsys.readouterr().err
+        assert all(word in err for word in words), err
+
+
+def test_plot_says_what_the_file_has(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    assert cli.main(bench(tmp_path, "--passes", "forward", "--layout", "ncdhw")) == 0
+    capsys.readouterr()
+    for flag, value in (("--pass", "backward_data"), ("--layout", "ndhwc"), ("--dtype", "float16")):
+        assert cli.main(["plot", "--output", str(tmp_path), flag, value]) == 2
+        err = capsys.readouterr().err
+        assert f"{flag} '{value}'" in err
+        assert "only" in err
+
+
+def test_flags_may_be_repeated_or_lists(tmp_path, capsys):
+    flags = ["--passes", "forward", "--passes", "backward_data,forward", "--layout", "ndhwc"]
+    assert cli.main(bench(tmp_path, *flags, "--variants", "forward_torch_columns")) == 0
+    rows = [json.loads(line) for line in next(tmp_path.glob("bench-*.jsonl")).read_text().splitlines()]
+    seen = {(row["pass"], row["variant"]) for row in rows if row["kind"] in ("result", "skip")}
+    assert seen == {
+        (name, variant) for name in ("forward", "backward_data") for variant in ("torch", "tritonconv")
+    } | {("forward", "forward_torch_columns")}  # fmt: skip
+
+
+def test_listing(capsys):
+    assert cli.main(["bench", "--list", "--suite", "mednext", "--only", "k5"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 3
+    assert cli.main(["list"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"{record.name}\n    {record.idea}" in out for record in registry.variants())
+    assert cli.main(["list", "--layers"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 87
+
+
+def test_explain(capsys):
+    assert cli.main(["explain", "mednext_k3_dw_512", "--layout", "ncdhw,ndhwc", "--scale", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("forward: forward_torch_depthwise") == 2
+    assert "MedNeXt" in out
+
+
+def test_help_states_the_scale_rule_and_module_entry():
+    done = subprocess.run(
+        [sys.executable, "-m", "tritonconv", "bench", "--help"], capture_output=True, text=True, check=True
+    )
+    assert "largest spatial axis is halved" in done.stdout
+    assert done.stderr == ""
+
+
+def test_progress_outside_a_terminal_is_a_line_now_and_then(capsys):
+    now = iter([0.0, 1.0, 6.0, 7.0, 8.0])
+    shown = progress.Lines(sys.stderr, clock=lambda: next(now))
+    shown.begin(4)
+    for name in "abcd":
+        shown.step(name)
+    assert capsys.readouterr().err.splitlines() == ["2/4 cells, 6 s: b", "4/4 cells, 8 s: d"]
+
+
+def test_progress_on_a_terminal_is_richs_bar_or_plain_without_rich(monkeypatch):
+    pytest.importorskip("rich")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    bar = progress.progress(quiet=False)
+    assert isinstance(bar, progress.Bar)
+    bar.begin(1)
+    bar.step("x")
+    bar.close()
+    monkeypatch.setattr(progress.importlib.util, "find_spec", lambda name: None)
+    assert isinstance(progress.progress(quiet=False), progress.Lines)
+    assert type(progress.progress(quiet=True)) is progress.Silent
+
+
+@pytest.mark.gpu
+def test_bench_on_a_gpu(tmp_path, capsys):
+    flags = ["--only", TINY, "--device", "cuda", "--quiet", "--output", str(tmp_path), "--dtype", "bfloat16,float32"]
+    assert cli.main(["bench", *flags]) == 0
+    run = read(next(tmp_path.glob("bench-*.jsonl")))
+    assert run.environment["device"] == "cuda"
+    assert len(run.results) == 2 * 2 * 2 * 2

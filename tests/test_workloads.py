@@ -1,0 +1,164 @@
+"""The layers: their counts against independent ones, the suites, the CPU scaling rule, the order of a run."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tritonconv.arguments import geometry, problem_of
+from tritonconv.bench import workloads as w
+from tritonconv.bench.calls import laid_out, torch_arguments
+from tritonconv.errors import ArgumentError
+from tritonconv.problem import LAYOUTS, Problem, output_size
+
+ALL = w.workloads()
+names = [layer.name for layer in ALL]
+
+
+def test_there_are_86_layers_with_names_and_sources_of_their_own():
+    assert len(ALL) == 86
+    assert len(set(names)) == 86
+    assert all("/" in layer.source for layer in ALL)
+
+
+def test_every_layer_is_in_exactly_one_suite():
+    by_suite = [layer.name for suite in w.suites() if suite != w.ALL for layer in w.workloads(suite)]
+    assert Counter(by_suite) == Counter(names)
+    assert {"unet", "gan", "stereo", "mednext", "kernelbench"} < set(w.suites())
+
+
+def test_the_data_file_holds_nothing_that_is_not_read():
+    rows = json.loads(w.DATA.read_text(encoding="utf-8"))["layers"]
+    assert all(row.keys() == w.Workload.__dataclass_fields__.keys() for row in rows)
+
+
+@pytest.mark.parametrize("layer", ALL, ids=names)
+def test_flops_and_bytes_equal_the_counts_in_the_data(layer):
+    problem = layer.problem(torch.bfloat16)
+    assert problem.flops / 1e9 == pytest.approx(layer.gflop, abs=5.1e-5)
+    without_bias = replace(problem, bias=False)
+    assert without_bias.bytes() / 1e6 == pytest.approx(layer.mbytes_bf16, abs=5.1e-4)
+
+
+@pytest.mark.parametrize("layer", ALL, ids=names)
+def test_torchs_arguments_come_back_from_the_problem(layer):
+    for scale in w.SCALES:
+        problem = layer.problem(scale=scale)
+        args = (layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation)
+        assert torch_arguments(problem) == args
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_dispatch_sees_the_same_problem_as_the_run(layout):
+    """The run plans by the problem, the operation by the tensors: they must agree on the layout too."""
+    for layer in ALL:
+        problem = layer.problem(layout=layout, scale="cpu")
+        x, weight = torch.empty(problem.x_shape, device="meta"), torch.empty(problem.weight_shape, device="meta")
+        bias = torch.empty(problem.c_out, device="meta") if problem.bias else None
+        assert problem_of(laid_out(x, layout), weight, bias, geometry(*torch_arguments(problem))) == problem, layer.name
+
+
+@pytest.mark.parametrize("layer", ALL, ids=names)
+def test_the_scaled_layer_keeps_what_the_rule_keeps(layer):
+    full, small = layer.problem(), layer.problem(scale="cpu")
+    for field in ("c_in", "c_out", "kernel", "stride", "crop", "dilation", "groups", "bias"):
+        assert getattr(small, field) == getattr(full, field)
+    assert [axis.back_crop for axis in small.axes] == [axis.back_crop for axis in full.axes]
+    assert small.n == min(full.n, w.CPU_BATCH)
+    within = small.flops <= w.CPU_GFLOP * 1e9 and _mbytes(small) <= w.CPU_MBYTES
+    assert within or layer.name == "dpot3d_patch16_768_32", "only this one's weight alone is over the limit"
+
+
+def _mbytes(problem: Problem) -> float:
+    return sum(4 * math.prod(shape) for shape in (problem.x_shape, problem.weight_shape, problem.y_shape)) / 1e6
+
+
+triples = st.tuples(*[st.integers(1, 5)] * 3)
+
+
+@st.composite
+def problems(draw) -> Problem:
+    kernel, stride = draw(triples), draw(triples)
+    crop = tuple(draw(st.integers(0, k)) for k in kernel)
+    size = tuple(draw(st.integers(1, 200)) + p for p in crop)
+    out = output_size(size, kernel, stride, crop, crop, (0, 0, 0), (1, 1, 1))
+    return Problem(
+        n=draw(st.integers(1, 40)), c_in=draw(st.integers(1, 64)), c_out=draw(st.integers(1, 64)), size=size,
+        kernel=kernel, stride=stride, crop=crop, out_size=tuple(max(1, extent) for extent in out),
+    )  # fmt: skip
+
+
+@given(problems())
+@settings(max_examples=60, deadline=None)
+def test_scaling_follows_its_rule(problem):
+    small = w.scaled(problem)
+    assert small.n == min(problem.n, 2)
+    assert all(1 <= new <= old for new, old in zip(small.size, problem.size, strict=True))
+    assert all(new >= min(2, old) for new, old in zip(small.size, problem.size, strict=True))
+    assert all(new == old or new in _halvings(old) for new, old in zip(small.size, problem.size, strict=True))
+    assert min(small.out_size) >= 1
+    assert [axis.back_crop for axis in small.axes] == [axis.back_crop for axis in problem.axes]
+    assert w.scaled(small) == small
+    if small.flops > w.CPU_GFLOP * 1e9 or _mbytes(small) > w.CPU_MBYTES:
+        assert w._halved(small) is None
+    elif small.size != problem.size:  # no step too many: one step before, the limit was passed
+        assert any(_was_over(small, axis) for axis in range(3))
+
+
+def _halvings(size: int) -> set[int]:
+    found = set()
+    while size > 2:
+        size = (size + 1) // 2
+        found.add(size)
+    return found
+
+
+def _was_over(small: Problem, axis: int) -> bool:
+    size = list(small.size)
+    size[axis] *= 2  # the axis before its last halving had this size or one less
+    before = w.resized(small, tuple(size))
+    return before.flops > w.CPU_GFLOP * 1e9 or _mbytes(before) > w.CPU_MBYTES
+
+
+def test_equal_problems_are_timed_once_and_every_layer_is_accounted_for():
+    for scale in w.SCALES:
+        found = w.distinct(ALL, scale)
+        assert sorted([layer.name for layer, _ in found] + [name for _, same in found for name in same]) == sorted(
+            names
+        )
+        assert len({layer.problem(scale=scale) for layer, _ in found}) == len(found)
+    assert len(w.distinct(ALL, "cpu")) >= 65
+
+
+def test_suites_take_turns_evenly():
+    order = w.in_turn(ALL)
+    assert Counter(order) == Counter(ALL)
+    sizes = Counter(layer.suite for layer in ALL)
+    half = Counter(layer.suite for layer in order[: len(order) // 2])
+    assert all(abs(half[suite] - sizes[suite] / 2) <= 1 for suite in sizes)
+
+
+def test_only_filters_by_name_within_the_suites():
+    assert {layer.name for layer in w.workloads(["stereo", "gan"], "64_1")} == {"3dgan_64_1"}
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: w.workloads("unets"), ["suite", "unets", "kernelbench"]),
+        (lambda: w.workloads("mednext", "psmnet"), ["only='psmnet'", "7 layers", "mednext"]),
+        (lambda: w.workload("psmnet"), ["'psmnet'", "psmnet_train_64_64"]),
+        (lambda: ALL[0].problem(scale="half"), ["scale", "cpu, full", "'half'"]),
+    ],
+)
+def test_errors_name_what_was_given_and_what_is_there(call, words):
+    with pytest.raises(ArgumentError) as caught:
+        call()
+    assert all(word in str(caught.value) for word in words)

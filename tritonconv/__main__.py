@@ -1,0 +1,8 @@
+"""``python -m tritonconv`` is the command ``tritonconv``."""
+
+import sys
+
+from tritonconv.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""The facts a results file must carry to be read elsewhere: versions, machine, device, commit, command line."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from functools import cache
+from pathlib import Path
+
+import torch
+
+SECONDS_FOR_GIT = 5.0
+
+
+def environment(device: torch.device, command: Sequence[str], seed: int) -> dict[str, object]:
+    """The header of a results file. Facts that cannot be had are None; nothing here raises for lack of a tool."""
+    commit, dirty = git_state(Path(__file__).resolve().parent)
+    return {
+        "utc": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(command),
+        "seed": seed,
+        "commit": commit,
+        "dirty": dirty,
+        "tritonconv": version("tritonconv"),
+        "torch": torch.__version__,
+        "triton": version("triton"),
+        "numpy": version("numpy"),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": device.type,
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+        **(_gpu(device) if device.type == "cuda" else {}),
+    }
+
+
+class OtherPrograms:
+    """How many cores other programs keep busy, by Linux's counts of busy ticks (10 ms each); steal counts as theirs."""
+
+    def __init__(self) -> None:
+        self._last = self._look()
+
+    def since_last(self) -> float | None:
+        """Cores, on average since the call before (or since the start); None where it cannot be told."""
+        before, self._last = self._last, self._look()
+        if before is None or self._last is None:
+            return None
+        wall, busy, own = (now - then for now, then in zip(self._last, before, strict=True))
+        return max(0.0, round((busy - own) / wall, 2)) if wall > 0 else None
+
+    def _look(self) -> tuple[float, float, float] | None:
+        """(wall, busy, own) in seconds. In a container with fewer cores than the host the counts are not comparable."""
+        try:
+            ticks = [
+                int(field) for field in Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()[1:9]
+            ]
+            if len(os.sched_getaffinity(0)) != os.cpu_count():
+                return None
+        except (OSError, ValueError, AttributeError):
+            return None
+        user, nice, system, _idle, _iowait, irq, softirq, steal = ticks
+        busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+        own = os.times()
+        return time.monotonic(), busy, own.user + own.system
+
+
+def version(package: str) -> str | None:
+    """The installed version of a distribution, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        module = sys.modules.get(package)
+        return getattr(module, "__version__", None)
+
+
+def cpu_name() -> str:
+    """The CPU's model name as Linux shows it, else what Python knows."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return " ".join(line.partition(":")[2].split())
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+@cache
+def git_state(folder: Path) -> tuple[str | None, bool | None]:
+    """(commit, whether tracked files differ from it) of the work tree that holds ``folder``; None where there is none.
+
+    An installed package may lie inside someone else's repository, so the folder must be tracked there.
+    """
+    if not _git(folder, "ls-files", "--", "."):
+        return None, None
+    commit = _git(folder, "rev-parse", "HEAD")
+    if commit is None:
+        return None, None
+    changes = _git(folder, "status", "--porcelain", "--untracked-files=no")
+    return commit, bool(changes) if changes is not None else None
+
+
+def _git(folder: Path, *args: str) -> str | None:
+    command = ["git", "-C", str(folder), *args]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS_FOR_GIT, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _gpu(device: torch.device) -> dict[str, object]:
+    facts = torch.cuda.get_device_properties(device)
+    return {
+        "gpu_multiprocessors": facts.multi_processor_count,
+        "gpu_memory_bytes": facts.total_memory,
+        "gpu_capability": f"{facts.major}.{facts.minor}",
+        "gpu_driver": _driver(),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "cudnn_benchmark": torch.backends.cudnn.benchmark,
+        "cudnn_allow_tf32": torch.backends.cudnn.allow_tf32,
+        "matmul_allow_tf32": torch.backends.cuda.matmul.allow_tf32,
+    }
+
+
+def _driver() -> str | None:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=SECONDS_FOR_GIT, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.split("\n")[0].strip() or None

@@ -1,0 +1,81 @@
+"""Progress on stderr: a bar of rich on a terminal, one plain line every few seconds elsewhere, nothing when quiet."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import time
+from collections.abc import Callable
+from typing import TextIO
+
+SECONDS_BETWEEN_LINES = 5.0
+
+
+class Silent:
+    """Shows nothing; also the frame of the others."""
+
+    def begin(self, cells: int) -> None:
+        pass
+
+    def step(self, text: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class Lines(Silent):
+    """``12/312 cells, 8 s: NAME`` at most every few seconds."""
+
+    def __init__(self, out: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
+        self._out, self._clock = out, clock
+        self._start = self._last = clock()
+        self._cells = self._done = 0
+
+    def begin(self, cells: int) -> None:
+        self._cells = cells
+
+    def step(self, text: str) -> None:
+        self._done += 1
+        now = self._clock()
+        if now - self._last >= SECONDS_BETWEEN_LINES or self._done == self._cells:
+            self._last = now
+            print(f"{self._done}/{self._cells} cells, {now - self._start:.0f} s: {text}", file=self._out, flush=True)
+
+
+class Bar(Silent):
+    """rich's progress bar."""
+
+    def __init__(self, out: TextIO) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        self._bar = Progress(
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.description}"),
+            console=Console(file=out),
+            transient=True,
+        )
+        self._task = self._bar.add_task("measuring the roofs", total=None)
+        self._bar.start()
+
+    def begin(self, cells: int) -> None:
+        self._bar.update(self._task, total=cells)
+
+    def step(self, text: str) -> None:
+        self._bar.update(self._task, advance=1, description=text)
+
+    def close(self) -> None:
+        self._bar.stop()
+
+
+def progress(quiet: bool, out: TextIO | None = None) -> Silent:
+    """The display that fits the stream (stderr by default); without rich a terminal gets plain lines."""
+    stream = sys.stderr if out is None else out
+    if quiet:
+        return Silent()
+    if stream.isatty() and importlib.util.find_spec("rich") is not None:
+        return Bar(stream)
+    return Lines(stream)

@@ -1,0 +1,217 @@
+"""Results files: JSON Lines, one file per run, and the one reader that plots and summaries share.
+
+The first row is the environment; then roofs, results, skips and errors as they are finished; the last row says how
+the run ended. Each row is written, flushed and synced at once, so whatever stops a run, the finished rows stay.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from types import TracebackType
+
+from tritonconv.errors import ResultsError
+
+SCHEMA = 1
+KINDS = ("environment", "roof", "result", "skip", "error", "end")
+LATEST = "latest.jsonl"
+PREFIX = "bench-"
+BASELINE, OURS = "torch", "tritonconv"
+
+_NUMBER = (int, float)
+_TEXT = (str,)
+_MAYBE_TEXT = (str, type(None))
+_MAYBE_NUMBER = (int, float, type(None))
+# What a reader relies on; a row may carry more.
+REQUIRED: dict[str, dict[str, tuple[type, ...]]] = {
+    "environment": {"schema": (int,), "run": _TEXT, "utc": _TEXT, "device": _TEXT, "device_name": _TEXT,
+                    "threads": (int,), "torch": _TEXT, "triton": _MAYBE_TEXT, "scale": _TEXT, "scale_rule": _TEXT,
+                    "commit": _MAYBE_TEXT},
+    "roof": {"name": _TEXT, "what": _TEXT, "dtype": _MAYBE_TEXT, "value": _NUMBER, "unit": _TEXT},
+    "result": {"layer": _TEXT, "suite": _TEXT, "pass": _TEXT, "dtype": _TEXT, "layout": _TEXT, "variant": _TEXT,
+               "median_ms": _NUMBER, "p20_ms": _NUMBER, "p80_ms": _NUMBER, "n_runs": (int,), "flops": _NUMBER,
+               "bytes": _NUMBER, "speedup": _MAYBE_NUMBER, "speedup_p20": _MAYBE_NUMBER, "speedup_p80": _MAYBE_NUMBER},
+    "skip": {"layer": _TEXT, "pass": _TEXT, "variant": _TEXT, "message": _TEXT},
+    "error": {"layer": _TEXT, "pass": _TEXT, "variant": _TEXT, "status": _TEXT, "message": _TEXT},
+    "end": {"reason": _TEXT},
+}  # fmt: skip
+_POSITIVE = {"roof": ("value",), "result": ("median_ms", "p20_ms", "p80_ms", "n_runs", "bytes")}
+
+
+class Writer:
+    """Writes one run into a new file of ``folder`` and points ``latest.jsonl`` at it; a context manager.
+
+    Never overwrites. Raises ResultsError where the folder or the file cannot be made.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        stamp = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%SZ")
+        self.run = f"{PREFIX}{stamp}-{secrets.token_hex(2)}"
+        self.path = folder / f"{self.run}.jsonl"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("x", encoding="utf-8")
+        except OSError as error:
+            raise ResultsError(f"output: cannot write results into {folder}: {error}") from None
+        self._point_latest(folder)
+
+    def _point_latest(self, folder: Path) -> None:
+        pointer, new = folder / LATEST, folder / f".{self.run}.link"
+        try:
+            new.symlink_to(self.path.name)
+            os.replace(new, pointer)
+        except OSError:  # no symlinks here: latest() then goes by the name, which carries the time
+            new.unlink(missing_ok=True)
+
+    def write(self, kind: str, row: Mapping[str, object]) -> dict[str, object]:
+        """Appends one row and returns it. Raises ValueError for a number that JSON cannot hold."""
+        record = {"kind": kind, **row}
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return record
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._file.close()
+
+
+@dataclass
+class Run:
+    """A results file in memory; every row is the dict of its line."""
+
+    path: Path
+    environment: dict
+    roofs: list[dict] = field(default_factory=list)
+    results: list[dict] = field(default_factory=list)
+    skips: list[dict] = field(default_factory=list)
+    errors: list[dict] = field(default_factory=list)
+    end: dict | None = None
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def run(self) -> str:
+        return self.environment["run"]
+
+    @property
+    def disturbance(self) -> str | None:
+        """A sentence where other programs kept more than a twentieth of the cores busy while results were taken."""
+        seen = [row["other_cores"] for row in self.results if isinstance(row.get("other_cores"), (int, float))]
+        cores = self.environment.get("cores")
+        if not seen or not cores or sum(seen) / len(seen) < 0.05 * cores:
+            return None
+        busy = f"{sum(seen) / len(seen):.2g} of {cores} cores"
+        return f"Other programs kept {busy} busy during the measurements, which disturbs them."
+
+    def select(self, **wanted: str | None) -> list[dict]:
+        """The results whose fields have these values (``pass_name`` stands for the field ``pass``); None is any."""
+        keys = {("pass" if key == "pass_name" else key): value for key, value in wanted.items() if value is not None}
+        return [row for row in self.results if all(row[key] == value for key, value in keys.items())]
+
+    def values(self, key: str) -> list[str]:
+        """The distinct values of a field of the results, in the order of the file."""
+        return list(dict.fromkeys(row[key] for row in self.results))
+
+
+def latest(folder: Path) -> Path:
+    """The newest results file of a folder. Raises ResultsError where there is none."""
+    pointer = folder / LATEST
+    if pointer.exists():
+        return pointer.resolve()
+    found = sorted(folder.glob(f"{PREFIX}*.jsonl"))
+    if not found:
+        raise ResultsError(
+            f"results: no {PREFIX}*.jsonl in {folder.resolve()}; run tritonconv bench first, or name a file"
+        )
+    return found[-1]
+
+
+def read(path: Path) -> Run:
+    """Reads and checks a results file.
+
+    A last line that was cut off while it was written is left out with a warning. Raises ResultsError, naming the file
+    and the line, for anything else that is wrong.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ResultsError(f"results: cannot read {path}: {error}") from None
+    lines = text.split("\n")
+    tail = lines.pop()  # empty where the file ends with a newline
+    cut_off = tail and not _is_json(tail)
+    if tail and not cut_off:
+        lines.append(tail)
+    run: Run | None = None
+    for number, line in enumerate(lines, start=1):
+        row = _checked(path, number, _parsed(path, number, line))
+        if run is None:
+            run = _begin(path, row)
+        else:
+            _add(path, number, run, row)
+    if run is None:
+        raise ResultsError(f"{path}:1: expected an environment row, the file has no finished line")
+    if cut_off:
+        run.warnings.append(f"{path}:{len(lines) + 1}: the last line was cut off and is left out")
+    return run
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except json.JSONDecodeError:
+        return False
+    return True
+
+
+def _parsed(path: Path, number: int, line: str) -> dict:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ResultsError(f"{path}:{number}: not JSON: {error}") from None
+    if not isinstance(row, dict) or row.get("kind") not in KINDS:
+        kind = row.get("kind") if isinstance(row, dict) else row
+        raise ResultsError(f"{path}:{number}: kind expects one of {', '.join(KINDS)}, got {kind!r}")
+    return row
+
+
+def _checked(path: Path, number: int, row: dict) -> dict:
+    kind = row["kind"]
+    for key, types in REQUIRED[kind].items():
+        if key not in row:
+            raise ResultsError(f"{path}:{number}: the {kind} row has no {key!r}")
+        value = row[key]
+        if not isinstance(value, types) or isinstance(value, bool):
+            names = " or ".join("null" if each is type(None) else each.__name__ for each in types)
+            raise ResultsError(f"{path}:{number}: {key} expects {names}, got {value!r}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ResultsError(f"{path}:{number}: {key} expects a finite number, got {value!r}")
+    for key in _POSITIVE.get(kind, ()):
+        if row[key] <= 0:
+            raise ResultsError(f"{path}:{number}: {key} must be above 0, got {row[key]!r}")
+    return row
+
+
+def _begin(path: Path, row: dict) -> Run:
+    if row["kind"] != "environment":
+        raise ResultsError(f"{path}:1: expected an environment row first, got kind {row['kind']!r}")
+    if row["schema"] != SCHEMA:
+        raise ResultsError(f"{path}:1: schema expects {SCHEMA}, which this version reads, got {row['schema']!r}")
+    return Run(path, row)
+
+
+def _add(path: Path, number: int, run: Run, row: dict) -> None:
+    kind = row["kind"]
+    if kind == "environment":
+        raise ResultsError(f"{path}:{number}: a second environment row; one file holds one run")
+    if kind == "end":
+        run.end = row
+    else:
+        {"roof": run.roofs, "result": run.results, "skip": run.skips, "error": run.errors}[kind].append(row)

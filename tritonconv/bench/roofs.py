@@ -1,0 +1,101 @@
+"""Measured roofs of a device: how fast it copies, and how fast it multiplies matrices, with torch's own routines.
+
+The best of many runs counts: a roof is what the machine can do, and other programs only ever make it look lower.
+Copy rates count each byte read and each byte written. On a CPU a copy that stays in the caches is a roof of its own,
+because the layers of the CPU scale fit there; on a GPU each timed call starts with L2 flushed, so one roof is enough.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+
+from tritonconv.bench.timing import Call, quantile, stopwatch_for
+
+CACHE_BYTES = 16 << 20
+MEMORY_BYTES = {"cpu": 256 << 20, "cuda": 4 << 30}
+LARGE_MATRIX = {"cpu": 2048, "cuda": 8192}
+# A dtype that takes this long (ms) for the small matrix stays with it: a CPU may be 100 times slower in float16.
+SMALL_MATRIX = 512
+SLOW_MS = 50.0
+MIN_RUNS = 3
+
+COPY_CACHE, COPY_MEMORY, MATMUL = "copy_cache", "copy_memory", "matmul"
+
+
+def measure(device: torch.device, dtypes: Iterable[torch.dtype], seconds: float = 0.3) -> Iterator[dict[str, object]]:
+    """One row per roof, each measured for about ``seconds``: copies in bytes/s, matrix products in FLOP/s."""
+    watch = stopwatch_for(device)
+    if device.type == "cpu":
+        yield _copy(COPY_CACHE, CACHE_BYTES, device, watch, seconds)
+    yield _copy(COPY_MEMORY, MEMORY_BYTES[device.type], device, watch, seconds)
+    for dtype in dtypes:
+        yield _matmul(dtype, device, watch, seconds)
+
+
+def _copy(name, working_set, device, watch, seconds):
+    source = torch.ones(working_set // 8, dtype=torch.float32, device=device)
+    target = torch.zeros_like(source)
+    moved = 2 * source.numel() * source.element_size()
+    times = _times(lambda: target.copy_(source), watch, seconds)
+    where = "in cache" if name == COPY_CACHE else "in memory"
+    return _row(name, f"copy {where} ({moved >> 20} MiB)", None, moved, "byte/s", times, working_set_bytes=moved)
+
+
+def _matmul(dtype, device, watch, seconds):
+    size = SMALL_MATRIX
+    times = _times(_product(size, dtype, device), watch, 0.0)
+    if min(times) < SLOW_MS:
+        size = LARGE_MATRIX[device.type]
+        times = _times(_product(size, dtype, device), watch, seconds)
+    name = str(dtype).removeprefix("torch.")
+    return _row(MATMUL, f"{name} matrix product ({size}³)", name, 2 * size**3, "FLOP/s", times)
+
+
+def _product(size: int, dtype: torch.dtype, device: torch.device) -> Call:
+    return functools.partial(torch.mm, *(torch.randn(size, size, device=device).to(dtype) for _ in range(2)))
+
+
+def _times(call: Call, watch, seconds: float) -> list[float]:
+    call()
+    times: list[float] = []
+    begin = time.perf_counter()
+    while len(times) < MIN_RUNS or time.perf_counter() - begin < seconds:
+        times.append(watch(call))
+    return times
+
+
+def _row(name, what, dtype, work, unit, times, **more):
+    return {
+        "name": name,
+        "what": what,
+        "dtype": dtype,
+        "value": work / (min(times) * 1e-3),
+        "median": work / (quantile(times, 0.5) * 1e-3),
+        "unit": unit,
+        "runs": len(times),
+        **more,
+    }
+
+
+def attainable(roofs: Iterable[Mapping], dtype: str, flops: float, moved: float, working_set: float) -> float | None:
+    """The FLOP/s that the roofs allow work of ``flops`` FLOP and ``moved`` bytes; None where a roof is missing.
+
+    Where two copy roofs were measured, the one whose working set is nearer to ``working_set`` bytes (by ratio) holds.
+    Of a roof measured twice the better value counts.
+    """
+    rows = list(roofs)
+    peak = max((row["value"] for row in rows if row["name"] == MATMUL and row["dtype"] == dtype), default=None)
+    copies: dict[float, float] = {}
+    for row in rows:
+        if row["name"] in (COPY_CACHE, COPY_MEMORY):
+            size = row["working_set_bytes"]
+            copies[size] = max(row["value"], copies.get(size, 0.0))
+    if peak is None or not copies or moved <= 0:
+        return None
+    nearest = min(copies, key=lambda size: abs(math.log(size / max(working_set, 1.0))))
+    return min(peak, flops / moved * copies[nearest])

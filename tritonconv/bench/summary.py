@@ -1,0 +1,142 @@
+"""What a run comes down to: geometric means of the speed-ups over torch, and the layers that are slowest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import geometric_mean
+
+from tritonconv.bench.results import BASELINE, OURS, Run
+
+# Slower than this, and with the 80th percentile of the paired ratios below it too, counts as slower than torch.
+FLOOR = 0.95
+WORST = 5
+# A cell counts as undisturbed while other programs keep at most this many cores busy.
+QUIET = 0.1
+
+
+@dataclass(frozen=True)
+class Group:
+    """The speed-ups of one variant in one pass, dtype and layout (``"all"``: both layouts together)."""
+
+    variant: str
+    pass_name: str
+    dtype: str
+    layout: str
+    rows: tuple[Mapping, ...]
+
+    @property
+    def geomean(self) -> float:
+        return geometric_mean(row["speedup"] for row in self.rows)
+
+    @property
+    def layers(self) -> int:
+        return len({row["layer"] for row in self.rows})
+
+    @property
+    def faster(self) -> int:
+        """Rows faster than torch with their 20th percentile too."""
+        return sum(row["speedup"] > 1 and row["speedup_p20"] > 1 for row in self.rows)
+
+    @property
+    def slower(self) -> int:
+        """Rows below 0.95 beyond noise."""
+        return sum(below_floor(row) for row in self.rows)
+
+    @property
+    def worst(self) -> list[Mapping]:
+        return sorted(self.rows, key=lambda row: row["speedup"])[:WORST]
+
+
+def below_floor(row: Mapping) -> bool:
+    """Slower than 0.95 of torch, beyond noise: even the 80th percentile of the paired ratios is below."""
+    return row["speedup"] < FLOOR and row["speedup_p80"] < FLOOR
+
+
+def overlaps_one(row: Mapping) -> bool:
+    """The interval from the 20th to the 80th percentile of the paired ratios holds 1: no difference is shown."""
+    return row["speedup_p20"] <= 1 <= row["speedup_p80"]
+
+
+def groups(rows: Iterable[Mapping], variant: str = OURS) -> list[Group]:
+    """One group per pass, dtype and layout, and one of all layouts where there are several; in the rows' order."""
+    rows = [row for row in rows if row["variant"] == variant and row["speedup"] is not None]
+    found = []
+    for pass_name, dtype in dict.fromkeys((row["pass"], row["dtype"]) for row in rows):
+        same = [row for row in rows if row["pass"] == pass_name and row["dtype"] == dtype]
+        layouts = list(dict.fromkeys(row["layout"] for row in same))
+        for layout in layouts:
+            mine = tuple(row for row in same if row["layout"] == layout)
+            found.append(Group(variant, pass_name, dtype, layout, mine))
+        if len(layouts) > 1:
+            found.append(Group(variant, pass_name, dtype, "all", tuple(same)))
+    return found
+
+
+def summary(run: Run) -> str:
+    """The text that ``bench`` prints at its end."""
+    env = run.environment
+    lines = [
+        f"{env['device_name']}, {env['threads']} threads, torch {env['torch']}, triton {env['triton'] or 'none'}",
+        f"scale {env['scale']}: {env['scale_rule']}",
+    ]
+    per_variant = {name: groups(run.results, name) for name in run.values("variant") if name != BASELINE}
+    if not any(per_variant.values()):
+        lines.append("no layer was timed beside torch")
+    else:
+        lines += ["", f"speed-up over {BASELINE} in the same layout, median of the ratios of neighbouring calls:", ""]
+        lines += _table([group for each in per_variant.values() for group in each])
+        lines += ["", f"faster: 20th percentile of the pairs above 1; slower: 80th percentile below {FLOOR:g}"]
+        for group in per_variant.get(OURS, []):
+            if group.layout == "all" or len({g.layout for g in per_variant[OURS]}) == 1:
+                lines += ["", f"slowest in {group.pass_name}, {group.dtype} (20th to 80th percentile of the pairs):"]
+                lines += [f"  {line}" for line in _worst(group.worst)]
+    if run.disturbance:
+        lines += ["", run.disturbance]
+        quiet = groups(row for row in run.results if (row.get("other_cores") or 0.0) <= QUIET)
+        if quiet:
+            lines += [f"{OURS} in the cells where they kept at most {QUIET} cores busy:", "", *_table(quiet)]
+    for error in run.errors:
+        lines.append(f"{error['status']}: {error['variant']} on {error['layer']} ({error['pass']}): {error['message']}")
+    if run.skips:
+        lines.append(f"{len(run.skips)} cells skipped: the variant does not serve the layer (reasons in the file)")
+    if run.end is not None and run.end["reason"] != "complete":
+        done = f"{run.end.get('cells')} of {run.end.get('of_cells')} cells"
+        why = "the time budget was used up" if run.end["reason"] == "budget" else run.end["reason"]
+        lines.append(f"ended early ({why}): {done} are in the file")
+    return "\n".join(lines)
+
+
+def _table(rows: Sequence[Group]) -> list[str]:
+    named = any(group.variant != OURS for group in rows)
+    head = ["pass", "dtype", "layout", "layers", "geomean", "faster", "slower"]
+    cells = [
+        [g.pass_name, g.dtype, g.layout, str(g.layers), f"{g.geomean:.2f}", str(g.faster), str(g.slower)] for g in rows
+    ]
+    if named:
+        head.insert(0, "variant")
+        for line, group in zip(cells, rows, strict=True):
+            line.insert(0, group.variant)
+    return columns([head, *cells], numbers=4)
+
+
+def _worst(rows: Sequence[Mapping]) -> list[str]:
+    cells = []
+    for row in rows:
+        note = "overlaps 1" if overlaps_one(row) else f"below {FLOOR:g}" if below_floor(row) else ""
+        interval = f"{row['speedup_p20']:.2f} to {row['speedup_p80']:.2f}"
+        cells.append([f"{row['speedup']:.2f}", interval, row["layout"], row["layer"], note])
+    return columns(cells, numbers=0)
+
+
+def columns(rows: Sequence[Sequence[str]], numbers: int) -> list[str]:
+    """Rows of text in aligned columns; the last ``numbers`` columns are set flush right."""
+    widths = [max(len(row[index]) for row in rows) for index in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.rjust(width) if index >= len(row) - numbers else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return lines

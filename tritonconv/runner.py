@@ -1,0 +1,273 @@
+"""``bench``: gates and times the public operation beside torch, layer by layer, and writes a results file.
+
+A *cell* is one layer in one dtype and layout for one pass. Its candidates are ``torch`` (the baseline), ``tritonconv``
+(the public operation as dispatched) and any variants asked for; they are gated (:mod:`tritonconv.bench.gate`), then
+timed in turns (:mod:`tritonconv.bench.timing`). A finished cell is on disk before the next one begins.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Protocol
+
+import torch
+
+from tritonconv.bench import gate, roofs
+from tritonconv.bench.calls import FORWARD_BACKWARD, TensorCall, Tensors, operation_call, torch_call
+from tritonconv.bench.environment import OtherPrograms, environment
+from tritonconv.bench.results import BASELINE, OURS, SCHEMA, Writer
+from tritonconv.bench.rows import Candidate, layer_fields, measured_fields
+from tritonconv.bench.subject import Subject
+from tritonconv.bench.timing import interleave, method, stopwatch_for
+from tritonconv.bench.workloads import SCALES, Workload, distinct, in_turn
+from tritonconv.dispatch import Plan, plan, use
+from tritonconv.functional import conv_transpose3d
+from tritonconv.kernels.registry import Variant
+from tritonconv.problem import PASSES, Problem
+
+# Time for one cell (s): what it gets without a budget, and the most it gets with one.
+CELL_SECONDS = 0.5
+MOST_CELL_SECONDS = 2.0
+ROOF_SECONDS = 0.3
+# Roofs are taken at the start and again this often, shorter: on a machine that others use, some find it quiet.
+ROOFS_AGAIN, SHORT_ROOF_SECONDS = 5, 0.06
+CPU = torch.device("cpu")
+
+
+class Progress(Protocol):
+    """What the runner tells while it runs: how many cells there are, and each one that is done."""
+
+    def begin(self, cells: int) -> None: ...
+    def step(self, text: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure. ``seconds`` is a budget for the whole run or None; ``scale`` is ``"cpu"`` or ``"full"``.
+
+    A variant in ``variants`` is timed by itself in the cells of its own pass.
+    """
+
+    layers: tuple[Workload, ...]
+    passes: tuple[str, ...] = ("forward", FORWARD_BACKWARD)
+    dtypes: tuple[torch.dtype, ...] = (torch.float32,)
+    layouts: tuple[str, ...] = ("ncdhw", "ndhwc")
+    variants: tuple[Variant, ...] = ()
+    scale: str = "cpu"
+    seconds: float | None = None
+    device: torch.device = CPU
+    seed: int = 0
+    command: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Where the rows are, why the run ended (``complete``, ``budget``, ``interrupted``), and how many are errors."""
+
+    path: Path
+    reason: str
+    errors: int
+
+
+def bench(options: Options, folder: Path, progress: Progress) -> Outcome:
+    """Runs everything that ``options`` asks for and writes one results file into ``folder``.
+
+    Ends early, with every finished row kept, when the budget is used up or on KeyboardInterrupt. Raises ResultsError
+    where the file cannot be written.
+    """
+    with Writer(folder) as writer, _cudnn_benchmark(options.device):
+        return _Bench(options, writer, progress).run()
+
+
+def _cudnn_benchmark(device: torch.device) -> contextlib.AbstractContextManager:
+    # The baseline on a GPU is torch at its best.
+    if device.type != "cuda":
+        return contextlib.nullcontext()
+    cudnn = torch.backends.cudnn
+    return cudnn.flags(True, True, cudnn.deterministic, cudnn.allow_tf32)
+
+
+class _Bench:
+    def __init__(self, options: Options, writer: Writer, progress: Progress) -> None:
+        self.options, self.writer, self.progress = options, writer, progress
+        self.watch = stopwatch_for(options.device)
+        self.begin = perf_counter()
+        self.roofs: list[dict] = []
+        self.reserved = 0.0  # seconds that the roofs took last time: they are taken once more at the end
+        self.others = OtherPrograms()
+        self.others_in_cell = OtherPrograms()
+        self.errors = self.done = 0
+        self.layers = dict(distinct(options.layers, options.scale))
+        self.cells = len(self.layers) * len(options.dtypes) * len(options.layouts) * len(options.passes)
+
+    def run(self) -> Outcome:
+        self.writer.write("environment", self._header())
+        reason = "complete"
+        try:
+            self._measure_roofs("start", ROOF_SECONDS)
+            self.progress.begin(self.cells)
+            again = {self.cells * part // ROOFS_AGAIN for part in range(1, ROOFS_AGAIN)} if self.cells >= 20 else ()
+            for subject, layout, pass_name in self._order():
+                if self.done in again:
+                    self._measure_roofs(f"after {self.done} cells", SHORT_ROOF_SECONDS)
+                share = self._share()
+                if share <= 0:
+                    reason = "budget"
+                    break
+                self._cell(subject, layout, pass_name, share)
+                self.done += 1
+                self.progress.step(f"{subject.layer.name} {layout} {pass_name}")
+            self._measure_roofs("end", SHORT_ROOF_SECONDS)
+        except KeyboardInterrupt:
+            reason = "interrupted"
+        seconds = round(perf_counter() - self.begin, 3)
+        end = {"reason": reason, "seconds": seconds, "cells": self.done, "of_cells": self.cells}
+        self.writer.write("end", {**end, "other_cores": self.others.since_last()})
+        return Outcome(self.writer.path, reason, self.errors)
+
+    def _header(self) -> dict[str, object]:
+        options = self.options
+        return {
+            "schema": SCHEMA,
+            "run": self.writer.run,
+            **environment(options.device, options.command, options.seed),
+            "scale": options.scale,
+            "scale_rule": SCALES[options.scale],
+            "timing": method(options.device),
+            "budget_s": options.seconds,
+            "layers": len(options.layers),
+            "distinct_layers": len(self.layers),
+        }
+
+    def _order(self) -> Iterator[tuple[Subject, str, str]]:
+        """Suites take turns; the layouts and passes of a layer stay together."""
+        options = self.options
+        outputs = frozenset(name for pass_name in options.passes for name in gate.OUTPUTS[pass_name])
+        for layer, dtype in itertools.product(in_turn(self.layers), options.dtypes):
+            same = self.layers[layer]
+            subject = Subject(layer, same, dtype, options.scale, options.device, options.seed, outputs)
+            for layout, pass_name in itertools.product(options.layouts, options.passes):
+                yield subject, layout, pass_name
+
+    def _measure_roofs(self, when: str, seconds: float) -> None:
+        begin = perf_counter()
+        for row in roofs.measure(self.options.device, self.options.dtypes, seconds):
+            self.roofs.append(self.writer.write("roof", {**row, "when": when}))
+        self.reserved = perf_counter() - begin
+
+    def _share(self) -> float:
+        """Seconds for the next cell: what is left of the budget, the roofs at the end reserved, split evenly."""
+        if self.options.seconds is None:
+            return CELL_SECONDS
+        left = self.options.seconds - (perf_counter() - self.begin) - self.reserved
+        return min(left / (self.cells - self.done), MOST_CELL_SECONDS)
+
+    def _cell(self, subject: Subject, layout: str, pass_name: str, share: float) -> None:
+        begin = perf_counter()
+        self.others_in_cell.since_last()
+        problem = subject.problem(layout)
+        head = {
+            "layer": subject.layer.name,
+            "suite": subject.layer.suite,
+            "pass": pass_name,
+            "layout": layout,
+            "dtype": str(subject.dtype).removeprefix("torch."),
+        }
+        passed = self._gated(head, subject, problem, pass_name)
+        if not passed:
+            return
+        calls = {name: one.call for name, one in passed.items()}
+        # The gate has run every call at size, so all are warm. What a slow cell takes too much, later cells lack.
+        times = interleave(calls, self.watch, share - (perf_counter() - begin))
+        others = {"other_cores": self.others_in_cell.since_last()}
+        for one in passed.values():
+            row = layer_fields(subject, problem) | measured_fields(
+                one, times, problem, head, self.roofs, subject.device
+            )
+            self.writer.write("result", {**head, **row, **others, "status": "ok", "message": ""})
+
+    def _gated(self, head: dict, subject: Subject, problem: Problem, pass_name: str) -> dict[str, Candidate]:
+        """The candidates whose outputs are right; for every other a row is written."""
+        single = [record for record in self.options.variants if record.pass_name == pass_name]
+        passed: dict[str, Candidate] = {}
+        for name, record in [(BASELINE, None), (OURS, None), *((record.name, record) for record in single)]:
+            why_not = record.supports(problem, self.options.device) if record else None
+            if why_not is not None:
+                self.writer.write("skip", {**head, "variant": name, "message": why_not})
+                continue
+            try:
+                one = _candidate(name, record, subject, problem, pass_name, passed.get(BASELINE))
+                if one.verdict.ok:
+                    passed[name] = one
+                    continue
+                status, message = "wrong", str(one.verdict)
+            except Exception as error:  # what fails is a row of its own, and the run goes on
+                status, message = "error", f"{type(error).__name__}: {error}"
+            self.errors += 1
+            self.writer.write("error", {**head, "variant": name, "status": status, "message": message})
+        return passed
+
+
+def _candidate(
+    name: str, record: Variant | None, subject: Subject, problem: Problem, pass_name: str, baseline: Candidate | None
+) -> Candidate:
+    """Prepares and judges a contestant; ``record`` is the variant to force, None for torch and the public operation."""
+    t = subject.tensors(problem)
+    if name == BASELINE:
+        call, chosen = torch_call(problem, t, pass_name), {}
+    else:
+        with use(record.name) if record else contextlib.nullcontext():
+            made = plan(problem, subject.device)
+        served = PASSES if pass_name == FORWARD_BACKWARD else (pass_name,)
+        call = _call(made, problem, t, pass_name, public=record is None)
+        chosen = {each: made.choice(each).variant for each in served}
+    return Candidate(name, chosen, call, _judge(name, chosen, call, subject, problem, pass_name, baseline))
+
+
+def _call(made: Plan, problem: Problem, t: Tensors, pass_name: str, public: bool) -> TensorCall:
+    """The public operation where it has the pass; one gradient alone, or a variant alone, through its plan."""
+    if pass_name == FORWARD_BACKWARD or (public and pass_name == "forward"):
+        return operation_call(conv_transpose3d, problem, t, pass_name)
+    if pass_name == "forward":
+        return lambda: (made.forward(t.x, t.weight, t.bias),)
+    if pass_name == "backward_data":
+        return lambda: (made.backward_data(t.grad_y, t.weight),)
+    return lambda: made.backward_weight(t.x, t.grad_y, problem.bias)
+
+
+def _judge(
+    name: str,
+    chosen: dict[str, Variant],
+    call: TensorCall,
+    subject: Subject,
+    problem: Problem,
+    pass_name: str,
+    baseline: Candidate | None,
+) -> gate.Verdict:
+    """Both steps of the gate; ``baseline`` is torch's candidate, None where torch cannot run the cell."""
+    outputs = gate.OUTPUTS[pass_name]
+    small = gate.reduced(problem)
+    if any(record.supports(small, subject.device) is not None for record in chosen.values()):
+        small = problem
+    exact = subject.exact(small, outputs)
+    t = subject.tensors(small)
+
+    def named(values: tuple) -> dict[str, torch.Tensor]:
+        return {key: value for key, value in zip(outputs, values, strict=False) if value is not None}
+
+    torchs = named(torch_call(small, t, pass_name)())
+    mine = torchs
+    if chosen:
+        with use(*(record.name for record in chosen.values())):
+            mine = named(_call(plan(small, subject.device), small, t, pass_name, public=name == OURS)())
+    verdict = gate.against_reference(small, mine, torchs, exact)
+    if not verdict.ok or not chosen or baseline is None or small == problem:
+        return verdict
+    relative = gate.relative_error(torchs, exact)
+    at_size = gate.against_torch(problem, named(call()), named(baseline.call()), relative)
+    return verdict if at_size.ok else at_size
