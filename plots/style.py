@@ -1,0 +1,115 @@
+"""What the charts share: colours, type, the footer with the environment, saving as PNG and SVG.
+
+Nothing here opens a window or keeps state in pyplot; the same results give the same SVG, byte for byte.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from tritonconv.bench.results import BASELINE, OURS, Run
+
+# Okabe and Ito's palette, safe for the common kinds of colour blindness.
+BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILLION, BLACK = (
+    "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000",
+)  # fmt: skip
+GREY, LIGHT = "#6F6F6F", "#EDEDED"
+VARIANT_COLOURS = {BASELINE: GREY, OURS: BLUE}
+OTHER_COLOURS = (ORANGE, GREEN, PURPLE, SKY, BLACK)
+LAYOUT_STYLE = {"ncdhw": (BLUE, "o"), "ndhwc": (ORANGE, "D")}
+LAYOUT_NAMES = {"ncdhw": "NCDHW", "ndhwc": "NDHWC (channels_last_3d)"}
+PASS_NAMES = {
+    "forward": "forward",
+    "backward_data": "backward, data",
+    "backward_weight": "backward, weight",
+    "forward_backward": "forward + backward",
+}
+
+RC: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 8.0,
+    "axes.titlesize": 9.0,
+    "axes.labelsize": 8.5,
+    "axes.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "xtick.minor.width": 0.4,
+    "ytick.minor.width": 0.4,
+    "legend.frameon": False,
+    "legend.fontsize": 8.0,
+    "svg.hashsalt": "tritonconv",
+    "svg.fonttype": "path",
+    "path.simplify": False,
+}
+DPI = 200
+
+
+def new_figure(width: float, height: float) -> tuple[Figure, FigureCanvasAgg]:
+    """An empty figure, inches, and its canvas; to be drawn inside :func:`style`."""
+    figure = Figure(figsize=(width, height), facecolor="white")
+    return figure, FigureCanvasAgg(figure)
+
+
+def style():
+    """The context in which a chart is drawn and saved."""
+    return matplotlib.rc_context(RC)
+
+
+def variant_colour(name: str, others: Sequence[str]) -> str:
+    """The colour of a variant; ``others`` lists the variants beside torch and tritonconv."""
+    return VARIANT_COLOURS.get(name) or OTHER_COLOURS[list(others).index(name) % len(OTHER_COLOURS)]
+
+
+def machine(run: Run) -> str:
+    """The line that says where a run was made."""
+    env = run.environment
+    commit = "no commit" if env["commit"] is None else env["commit"][:10] + ("+changes" if env.get("dirty") else "")
+    where = f"{env['device_name']}, {env['threads']} threads" if env["device"] == "cpu" else env["device_name"]
+    return (
+        f"{where}; torch {env['torch']}, triton {env['triton'] or 'not installed'}; "
+        f"tritonconv {commit}; {env['utc'][:10]}; {env['run']}"
+    )
+
+
+def footer_lines(run: Run, notes: Sequence[str], width: float) -> list[str]:
+    """Notes, scale rule and environment wrapped to a figure ``width`` inches wide."""
+    env = run.environment
+    scale = f"Layer sizes ({env['scale']}): {env['scale_rule']}."
+    if run.end is None or run.end["reason"] != "complete":
+        notes = [*notes, "The run ended early: not every layer is shown."]
+    if run.disturbance:
+        notes = [*notes, run.disturbance]
+    characters = int(width * 21.5)
+    return [line for text in (*notes, scale, machine(run)) for line in textwrap.wrap(text, characters)]
+
+
+FOOTER_LINE = 0.125  # inches
+
+
+def draw_footer(figure: Figure, lines: Sequence[str]) -> None:
+    """Sets the lines at the foot of the figure, in the space of ``len(lines) * FOOTER_LINE`` inches."""
+    width, height = figure.get_size_inches()
+    for index, line in enumerate(reversed(lines)):
+        figure.text(0.12 / width, (0.08 + index * FOOTER_LINE) / height, line, fontsize=6.2, color=GREY, va="bottom")
+
+
+def save(figure: Figure, folder: Path, stem: str) -> list[Path]:
+    """Writes ``stem.png`` and ``stem.svg``; raises OSError where that fails."""
+    paths = [folder / f"{stem}.png", folder / f"{stem}.svg"]
+    figure.savefig(paths[0], dpi=DPI, metadata={"Software": None})
+    figure.savefig(paths[1], metadata={"Date": None, "Creator": None})
+    return paths
+
+
+def suffix(**chosen: str | None) -> str:
+    """The part of a file name that says which results were left out."""
+    return "".join(f"-{value}" for value in chosen.values() if value is not None)

@@ -1,0 +1,159 @@
+"""The charts: drawn from a results file alone, the same bytes each time, with what a reader must be told."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("matplotlib")
+
+from matplotlib.axes import Axes
+
+from tests.test_results import ENVIRONMENT, ROOF, result
+from tritonconv.bench.results import Writer, read
+from tritonconv.errors import ResultsError
+from tritonconv.plots import labels, roofline, speedup, style
+
+COPY = {"name": "copy_memory", "what": "copy in memory", "dtype": None, "value": 2e10, "unit": "byte/s"}
+PEAK = {**ROOF, "value": 3e11, "what": "float32 matrix product"}
+
+
+def write(folder: Path, layers: int, roofs=(COPY, PEAK), reason="complete", layouts=("ncdhw", "ndhwc"), fast=1.0):
+    with Writer(folder) as writer:
+        writer.write("environment", ENVIRONMENT)
+        for roof in roofs:
+            writer.write("roof", roof)
+        for index in range(layers):
+            for layout in layouts:
+                for name, gain in (("torch", 1.0), ("tritonconv", 1.5 + index % 3)):
+                    ms = 2.0 * fast / gain
+                    row = result(f"layer_{index}", name, gain, gain * 0.9, gain * 1.1, layout)
+                    flops = 5e7 * (1 + index)
+                    row |= {"median_ms": ms, "p20_ms": 0.9 * ms, "p80_ms": 1.2 * ms, "flops": flops, "bytes": 4e6}
+                    writer.write("result", {**row, "suite": "unet" if index % 2 else "gan"})
+        writer.write("end", {"reason": reason})
+    return read(writer.path)
+
+
+def texts(monkeypatch, chart, run, folder, **chosen) -> str:
+    """Every text of the figure, with its line breaks taken out."""
+    found = []
+
+    def keep(figure, folder, stem):
+        found.extend(item.get_text() for item in figure.findobj(match=lambda artist: hasattr(artist, "get_text")))
+        return []
+
+    monkeypatch.setattr(style, "save", keep)
+    chart.draw(run, folder, **chosen)
+    return " ".join(reversed(found))
+
+
+@pytest.mark.parametrize("chart", [roofline, speedup])
+@pytest.mark.parametrize("layers", [1, 30])
+def test_png_and_svg_are_written_and_repeat(tmp_path, chart, layers):
+    run = write(tmp_path, layers)
+    png, svg = chart.draw(run, tmp_path)
+    assert png.read_bytes().startswith(b"\x89PNG")
+    first = svg.read_bytes()
+    assert b"</svg>" in first
+    assert chart.draw(run, tmp_path)[1].read_bytes() == first
+
+
+@pytest.mark.parametrize("chart", [roofline, speedup])
+def test_filters_reach_the_chart_and_the_file_name(tmp_path, monkeypatch, chart):
+    run = write(tmp_path, 2)
+    png, _ = chart.draw(run, tmp_path, pass_name="forward", layout="ndhwc", dtype="float32")
+    assert png.name.endswith("-forward-ndhwc-float32.png")
+    shown = texts(monkeypatch, chart, run, tmp_path, layout="ndhwc")
+    assert "NDHWC" in shown
+    assert "NCDHW" not in shown
+
+
+def footer(shown: str) -> bool:
+    facts = ("Some CPU", "2 threads", "torch 2.13.0", "triton not installed", "no commit", "2026-01-02", "(cpu): small")
+    return all(fact in shown for fact in facts)
+
+
+def test_speedup_names_every_layer_and_labels_the_geometric_means(tmp_path, monkeypatch):
+    shown = texts(monkeypatch, speedup, write(tmp_path, 3), tmp_path)
+    assert all(f"layer_{index}" in shown for index in range(3))
+    mean = (1.5 * 2.5 * 3.5) ** (1 / 3)
+    assert f"NCDHW: geometric mean {mean:.2f} (3 layers)" in shown
+    assert footer(shown)
+    assert "ended early" not in shown
+
+
+def test_roofline_labels_measured_roofs_and_names_few_layers(tmp_path, monkeypatch):
+    shown = texts(monkeypatch, roofline, write(tmp_path, 3), tmp_path)
+    assert "copy in memory: 20 GB/s" in shown
+    assert "float32 matrix product: 300 GFLOP/s" in shown
+    assert shown.count("layer_1") == 2  # in both panels
+    assert "multiply-adds that land inside the output" in shown
+    assert footer(shown)
+    assert "Ringed" not in shown
+
+
+def test_many_layers_are_numbered_beside_the_chart(tmp_path, monkeypatch):
+    shown = texts(monkeypatch, roofline, write(tmp_path, 30), tmp_path)
+    assert re.search(r"\b1  layer_0\b", shown)
+    assert re.search(r"30  layer_9\b", shown)
+    assert len(re.findall(r"layer_\d+", shown)) == 30
+
+
+def test_missing_roofs_are_said(tmp_path, monkeypatch):
+    shown = texts(monkeypatch, roofline, write(tmp_path, 2, roofs=()), tmp_path)
+    assert "no measured copy and float32 matrix roof in this file" in shown
+    assert "No roofs were measured." in shown
+
+
+def test_a_point_above_the_roofs_is_ringed_and_said(tmp_path, monkeypatch):
+    shown = texts(monkeypatch, roofline, write(tmp_path, 2, fast=0.01), tmp_path)
+    assert "Ringed: 8 of 8 points lie above every measured roof" in shown
+
+
+def test_an_early_end_is_said(tmp_path, monkeypatch):
+    for chart in (roofline, speedup):
+        with monkeypatch.context() as context:
+            assert "ended early" in texts(context, chart, write(tmp_path, 2, reason="budget"), tmp_path)
+
+
+def test_nothing_to_draw_is_an_error(tmp_path):
+    run = write(tmp_path, 1)
+    with pytest.raises(ResultsError, match="no results to draw"):
+        roofline.draw(run, tmp_path, layout="other")
+    run.results = [row | {"speedup": None} for row in run.results]
+    with pytest.raises(ResultsError, match="no layer was timed beside torch"):
+        speedup.draw(run, tmp_path)
+
+
+@pytest.fixture
+def axes_and_canvas() -> tuple[Axes, object]:
+    figure, canvas = style.new_figure(6, 5)
+    axes = figure.add_axes((0.1, 0.1, 0.85, 0.85))
+    axes.set_xlim(0, 10)
+    axes.set_ylim(0, 10)
+    return axes, canvas
+
+
+def test_labels_cover_neither_points_nor_each_other(axes_and_canvas):
+    axes, canvas = axes_and_canvas
+    placer = labels.Placer(axes, canvas)
+    points = [(3 + 0.25 * (index % 7), 4 + 0.25 * (index // 7)) for index in range(42)]
+    for x, y in points:
+        placer.block_point(x, y, 2.0)
+    for index, (x, y) in enumerate(points):
+        placer.place(str(index), x, y, 6)
+    boxes = [text.get_window_extent(canvas.get_renderer()) for text in axes.texts]
+    assert len(boxes) == len(points)
+    for index, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[index + 1 :])
+        assert not any(box.contains(*axes.transData.transform(point)) for point in points)
+        assert axes.bbox.x0 <= box.x0 <= box.x1 <= axes.bbox.x1
+
+
+def test_a_label_without_room_inside_the_frame_is_left_out(axes_and_canvas):
+    axes, canvas = axes_and_canvas
+    labels.Placer(axes, canvas).place("far away", 100, 100, 6)
+    assert not axes.texts
