@@ -4,7 +4,7 @@
 # Each sets up what it needs in a virtual environment first.
 PYTHON ?= python3
 VENV ?= .venv
-BUDGET ?= 80
+BUDGET ?= 75
 PIP = $(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: bench test lint clean

@@ -14,6 +14,7 @@ from tritonconv.bench import gate, roofs
 from tritonconv.bench.calls import ALL_PASSES, make_tensors, torch_call
 from tritonconv.bench.progress import Silent
 from tritonconv.bench.results import read
+from tritonconv.bench.summary import summary
 from tritonconv.bench.workloads import Workload, workloads
 from tritonconv.kernels import registry
 from tritonconv.problem import Problem
@@ -241,6 +242,15 @@ def test_rows_are_plain_json(tmp_path):
     outcome, _ = run(tmp_path, layer(), passes=("forward",), layouts=("ncdhw",))
     for line in outcome.path.read_text().splitlines():
         json.loads(line, parse_constant=lambda text: pytest.fail(text))
+
+
+def test_a_layer_whose_weight_is_too_large_is_left_out_with_the_reason(tmp_path):
+    heavy = layer("heavy", c_in=512, c_out=512, kernel=4)
+    _, found = run(tmp_path, layer(), heavy, passes=("forward",), layouts=("ncdhw",))
+    assert {row["layer"] for row in found.results} == {"tiny"}
+    assert found.end["of_cells"] == 1
+    assert [(row["layer"], row["message"][:26]) for row in found.skips] == [("heavy", "its weight alone is 67 MB ")]
+    assert "left out: heavy: its weight alone is 67 MB" in summary(found)
 
 
 def test_problem_sizes_are_recorded_as_timed_and_as_in_the_model(tmp_path):

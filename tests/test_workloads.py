@@ -73,7 +73,14 @@ def test_the_scaled_layer_keeps_what_the_rule_keeps(layer):
     assert [axis.back_crop for axis in small.axes] == [axis.back_crop for axis in full.axes]
     assert small.n == min(full.n, w.CPU_BATCH)
     within = small.flops <= w.CPU_GFLOP * 1e9 and _mbytes(small) <= w.CPU_MBYTES
-    assert within or layer.name == "dpot3d_patch16_768_32", "only this one's weight alone is over the limit"
+    assert within == (w.left_out(layer, "cpu") is None)
+
+
+def test_only_a_weight_over_the_limit_leaves_a_layer_out():
+    reasons = {layer.name: why for layer in ALL if (why := w.left_out(layer, "cpu"))}
+    assert list(reasons) == ["dpot3d_patch16_768_32"]
+    assert "403 MB" in reasons["dpot3d_patch16_768_32"]
+    assert not any(w.left_out(layer, "full") for layer in ALL)
 
 
 def _mbytes(problem: Problem) -> float:

@@ -24,7 +24,7 @@ from tritonconv.bench.results import BASELINE, OURS, SCHEMA, Writer
 from tritonconv.bench.rows import Candidate, layer_fields, measured_fields
 from tritonconv.bench.subject import Subject
 from tritonconv.bench.timing import interleave, method, stopwatch_for
-from tritonconv.bench.workloads import SCALES, Workload, distinct, in_turn
+from tritonconv.bench.workloads import ALL, SCALES, Workload, distinct, in_turn, left_out
 from tritonconv.dispatch import Plan, plan, use
 from tritonconv.functional import conv_transpose3d
 from tritonconv.kernels.registry import Variant
@@ -103,10 +103,16 @@ class _Bench:
         self.others_in_cell = OtherPrograms()
         self.errors = self.done = 0
         self.layers = dict(distinct(options.layers, options.scale))
+        self.left_out = {
+            layer.name: why for layer in self.layers if (why := left_out(layer, options.scale)) is not None
+        }
+        self.layers = {layer: same for layer, same in self.layers.items() if layer.name not in self.left_out}
         self.cells = len(self.layers) * len(options.dtypes) * len(options.layouts) * len(options.passes)
 
     def run(self) -> Outcome:
         self.writer.write("environment", self._header())
+        for name, why in self.left_out.items():
+            self.writer.write("skip", {"layer": name, "pass": ALL, "variant": ALL, "message": why})
         reason = "complete"
         try:
             self._measure_roofs("start", ROOF_SECONDS)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from statistics import geometric_mean
 
 from tritonconv.bench.results import BASELINE, OURS, Run
+from tritonconv.bench.workloads import ALL
 
 # Slower than this, and with the 80th percentile of the paired ratios below it too, counts as slower than torch.
 FLOOR = 0.95
@@ -98,8 +99,10 @@ def summary(run: Run) -> str:
             lines += [f"{OURS} in the cells where they kept at most {QUIET} cores busy:", "", *_table(quiet)]
     for error in run.errors:
         lines.append(f"{error['status']}: {error['variant']} on {error['layer']} ({error['pass']}): {error['message']}")
-    if run.skips:
-        lines.append(f"{len(run.skips)} cells skipped: the variant does not serve the layer (reasons in the file)")
+    whole = [row for row in run.skips if row["variant"] == ALL]
+    lines += [f"left out: {row['layer']}: {row['message']}" for row in whole]
+    if len(run.skips) > len(whole):
+        lines.append(f"{len(run.skips) - len(whole)} times a variant does not serve the layer (reasons in the file)")
     if run.end is not None and run.end["reason"] != "complete":
         done = f"{run.end.get('cells')} of {run.end.get('of_cells')} cells"
         why = "the time budget was used up" if run.end["reason"] == "budget" else run.end["reason"]

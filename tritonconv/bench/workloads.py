@@ -29,7 +29,8 @@ CPU_MBYTES = 40.0
 SCALE_RULE = (
     f"batch at most {CPU_BATCH}; then the largest spatial axis is halved (rounding up) until one call has at most "
     f"{CPU_GFLOP} GFLOP and x, weight and y together at most {CPU_MBYTES:g} MB in float32; no axis below 2 or so small "
-    "that the output is empty; channels, kernel, stride and crop as in the model"
+    "that the output is empty; channels, kernel, stride and crop as in the model; a layer whose weight alone is over "
+    "the limit is left out"
 )
 SCALES = {"cpu": SCALE_RULE, "full": "the sizes of the model, nothing shrunk"}
 
@@ -92,7 +93,7 @@ class Workload:
 def scaled(problem: Problem) -> Problem:
     """``problem`` shrunk by :data:`SCALE_RULE`; itself where it is small enough already.
 
-    A problem whose weight alone is over the limit keeps its weight and ends at the smallest axes.
+    A problem whose weight alone is over the limit ends at the smallest axes; :func:`left_out` says so.
     """
     problem = resized(problem, problem.size, min(problem.n, CPU_BATCH))
     while problem.flops > CPU_GFLOP * 1e9 or _float32_bytes(problem) > CPU_MBYTES * 1e6:
@@ -101,6 +102,18 @@ def scaled(problem: Problem) -> Problem:
             break
         problem = smaller
     return problem
+
+
+def left_out(layer: Workload, scale: str) -> str | None:
+    """Why a layer is not measured at this scale, or None.
+
+    torch takes 20 s for the gradients of the one layer this concerns, DPOT's patch decoder (2 cores of a Xeon,
+    torch 2.13, 2026-11-22): a third of a whole run.
+    """
+    mbytes = 4 * math.prod(layer.problem().weight_shape) / 1e6
+    if scale != "cpu" or mbytes <= CPU_MBYTES:
+        return None
+    return f"its weight alone is {mbytes:.0f} MB in float32, and scale cpu allows {CPU_MBYTES:g} MB in all"
 
 
 def resized(problem: Problem, size: Triple, n: int | None = None) -> Problem:
