@@ -57,6 +57,10 @@ def _large_weight(problem: Problem, per_voxel: int = LARGE_WEIGHT_PER_VOXEL) -> 
     return problem.groups == 1 and elements >= max(LARGE_WEIGHT, per_voxel * _voxels(problem))
 
 
+def _huge_weight(problem: Problem) -> bool:
+    return _large_weight(problem, HUGE_WEIGHT_PER_VOXEL) and _voxels(problem) >= 16
+
+
 def _idle_outputs(problem: Problem) -> bool:
     # Taps step through the residues of the stride by the dilation and reach s/gcd(r, s) of them at most.
     return any(min(a.kernel, a.stride // math.gcd(a.dilation, a.stride)) < a.stride for a in problem.axes)
@@ -64,7 +68,7 @@ def _idle_outputs(problem: Problem) -> bool:
 
 def _bias_not_fused(problem: Problem) -> bool:
     uneven = any(o % s for o, s in zip(problem.out_size, problem.stride, strict=True))
-    return problem.bias and (uneven or problem.dilation != (1, 1, 1))
+    return problem.bias and (uneven or not _undilated(problem))
 
 
 def _small_image(problem: Problem) -> bool:
@@ -74,12 +78,17 @@ def _small_image(problem: Problem) -> bool:
     return small and not problem.tiles_exactly
 
 
+def _undilated(problem: Problem) -> bool:
+    return problem.dilation == (1, 1, 1)
+
+
 def _dilated_stride(problem: Problem) -> bool:
-    return problem.dilation != (1, 1, 1) and problem.stride != (1, 1, 1)
+    return not _undilated(problem) and problem.stride != (1, 1, 1)
 
 
 def _gradients_apart(problem: Problem) -> bool:
-    return problem.depthwise or _small_image(problem) or (problem.bias and problem.layout == "ndhwc")
+    more_y = math.prod(problem.y_shape) >= math.prod(problem.weight_shape)
+    return problem.depthwise or _small_image(problem) or (problem.bias and problem.layout == "ndhwc" and more_y)
 
 
 FORWARD = (
@@ -108,7 +117,7 @@ FORWARD = (
     ),
     Rule(
         "forward_torch_phases",
-        lambda p: p.groups == 1 and (_idle_outputs(p) or (_dilated_stride(p) and p.layout == "ncdhw")),
+        lambda p: p.groups == 1 and (_undilated(p) or p.layout == "ncdhw") and (_dilated_stride(p) or _idle_outputs(p)),
         "outputs that no tap reaches, or a dilation that oneDNN's strided path lacks: k1 s2 2x64->32 16x32x32 "
         "84 -> 10 ms NCDHW, 43 -> 4.5 ms channels_last_3d; k3 s2 dilation 2 2x32->64 8x16x16 10.5 -> 5.7 ms NCDHW",
     ),
@@ -132,13 +141,19 @@ FORWARD = (
     ),
     Rule(
         "forward_torch_other_layout",
-        lambda p: p.layout == "ndhwc" and _voxels(p) >= 16 and _large_weight(p, HUGE_WEIGHT_PER_VOXEL),
+        lambda p: p.layout == "ndhwc" and _huge_weight(p) and not p.tiles_exactly,
         "a large weight on few voxels: its reorder for channels_last_3d is slow; k4 s2 2x512->256 2x2x4 30 -> 18 ms",
     ),
     Rule("forward_torch_native", lambda p: True, "no formulation measured faster on this class"),
 )  # fmt: skip
 
 BACKWARD_DATA = (
+    Rule(
+        "backward_data_torch_shuffle",
+        lambda p: p.tiles_exactly and p.layout == "ncdhw",
+        "kernel = stride in NCDHW: one unshuffle of grad_y serves both gradients; whole backward 2x128->64 8x16x16 "
+        "6.4 -> 4.9 ms, 1x32->32 28x28x36 19 -> 8.3 ms, 2x64->16 16x32x32 16.6 -> 7.2 ms",
+    ),
     Rule(
         "backward_data_torch_other_layout",
         lambda p: p.layout == "ndhwc" and _large_weight(p),
@@ -162,9 +177,9 @@ BACKWARD_WEIGHT = (
     ),
     Rule(
         "backward_weight_torch_shuffle",
-        lambda p: p.tiles_exactly and p.c_in >= 128 and (p.layout == "ndhwc" or _enough(p)),
-        "kernel = stride with many input channels is one GEMM: 2x320->256 4x4x8 4.1 -> 1.7 ms channels_last_3d, "
-        "1x384->5 7x23x23 k2x4x4 7.6 -> 2.3 ms NCDHW",
+        lambda p: p.tiles_exactly and (p.layout == "ncdhw" or p.c_in >= 128),
+        "kernel = stride is one GEMM: 1x384->5 7x23x23 k2x4x4 7.6 -> 2.3 ms NCDHW, where it shares its unshuffle with "
+        "the input gradient; with many input channels 2x320->256 4x4x8 4.1 -> 1.7 ms channels_last_3d",
     ),
     Rule(
         "backward_weight_torch_other_layout",

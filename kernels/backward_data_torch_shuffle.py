@@ -7,8 +7,8 @@ from tritonconv.kernels.torch_layout import matmul_images
 from tritonconv.kernels.torch_shuffle import supports, taps_first, taps_last, unshuffle
 
 
-def launch(problem, config, grad_y, weight):
-    rows = unshuffle(problem, grad_y)
+def launch(problem, config, grad_y, weight, prepared=None):
+    rows = unshuffle(problem, grad_y) if prepared is None else prepared
     if problem.layout == "ndhwc":
         grad_x = rows @ taps_last(weight).t()  # (n*voxels, c_in)
         return grad_x.view(problem.n, *problem.size, problem.c_in).permute(0, 4, 1, 2, 3)
@@ -22,5 +22,6 @@ VARIANT = Variant(
     backend="torch",
     launch=launch,
     supports=supports,
+    prepare=unshuffle,
     workspace_bytes=lambda problem: problem.bytes("backward_data"),
 )

@@ -9,8 +9,8 @@ from tritonconv.kernels.torch_layout import bias_gradient, voxel_rows
 from tritonconv.kernels.torch_shuffle import supports, unshuffle
 
 
-def launch(problem, config, x, grad_y, need_bias):
-    rows = unshuffle(problem, grad_y)
+def launch(problem, config, x, grad_y, need_bias, prepared=None):
+    rows = unshuffle(problem, grad_y) if prepared is None else prepared
     c_in, c_out = problem.c_in, problem.c_out
     if problem.layout == "ndhwc":
         product = voxel_rows(x).flatten(0, 1).t() @ rows  # (c_in, taps*c_out)
@@ -28,5 +28,6 @@ VARIANT = Variant(
     backend="torch",
     launch=launch,
     supports=supports,
+    prepare=unshuffle,
     workspace_bytes=lambda problem: problem.bytes("backward_weight"),
 )

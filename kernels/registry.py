@@ -50,6 +50,9 @@ class Variant:
 
     and returns new tensors. ``supports`` returns None, or the reason why the variant cannot serve the problem on the
     device. ``workspace_bytes`` bounds the temporary memory besides inputs and outputs.
+
+    ``prepare`` (problem, grad_y) -> tensor is work on grad_y that a backward_data and a backward_weight variant share
+    where both name the same function: it is done once, and each takes its result as the keyword ``prepared``.
     """
 
     name: str
@@ -60,6 +63,7 @@ class Variant:
     supports: Callable[[Problem, torch.device], str | None]
     space: Callable[[Problem, torch.device], tuple[Config, ...]] = field(default=_one_config)
     default: Callable[[Problem, torch.device], Config] = field(default=_no_config)
+    prepare: Callable[[Problem, torch.Tensor], torch.Tensor] | None = None
     deterministic: bool = True
     workspace_bytes: Callable[[Problem], int] = field(default=_no_workspace)
 

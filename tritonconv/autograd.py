@@ -71,6 +71,8 @@ class _Forward(torch.autograd.Function):
     def backward(ctx, grad_y):
         x, weight = ctx.saved_tensors
         need_x, need_weight, need_bias, _ = ctx.needs_input_grad
+        if need_x and need_weight and not torch.is_grad_enabled() and fallback.plain(x, weight, grad_y):
+            return (*ctx.plan.backward(x, weight, grad_y, need_bias), None)
         grad_x = backward_data(grad_y, weight, ctx.plan) if need_x else None
         grad_weight = grad_bias = None
         if need_weight:

@@ -79,20 +79,32 @@ class Plan:
             y = chosen.variant.launch(self.problem, chosen.config, to_layout(x, layout), weight, bias)
             return to_layout(y, layout)
 
-    def backward_data(self, grad_y, weight):
+    def backward_data(self, grad_y, weight, prepared=None):
         """grad_y (n, c_out, od, oh, ow), weight -> grad_x (n, c_in, d, h, w)."""
         chosen, layout = self.backward_data_choice, self.problem.memory_format
         with _no_autocast(grad_y):
-            grad_x = chosen.variant.launch(self.problem, chosen.config, to_layout(grad_y, layout), weight)
-            return to_layout(grad_x, layout)
+            operands = to_layout(grad_y, layout), weight
+            return to_layout(chosen.variant.launch(self.problem, chosen.config, *operands, **_shared(prepared)), layout)
 
-    def backward_weight(self, x, grad_y, need_bias):
+    def backward_weight(self, x, grad_y, need_bias, prepared=None):
         """x, grad_y -> (grad_weight, grad_bias or None)."""
         chosen, layout = self.backward_weight_choice, self.problem.memory_format
         with _no_autocast(x):
-            return chosen.variant.launch(
-                self.problem, chosen.config, to_layout(x, layout), to_layout(grad_y, layout), need_bias
-            )
+            operands = to_layout(x, layout), to_layout(grad_y, layout), need_bias
+            return chosen.variant.launch(self.problem, chosen.config, *operands, **_shared(prepared))
+
+    def backward(self, x, weight, grad_y, need_bias):
+        """Both gradients: (grad_x, grad_weight, grad_bias or None); what their variants share is done once."""
+        grad_y, prepared = to_layout(grad_y, self.problem.memory_format), None
+        prepare = self.backward_data_choice.variant.prepare
+        if prepare is not None and prepare is self.backward_weight_choice.variant.prepare:
+            prepared = prepare(self.problem, grad_y)
+        grad_x = self.backward_data(grad_y, weight, prepared)
+        return (grad_x, *self.backward_weight(x, grad_y, need_bias, prepared))
+
+
+def _shared(prepared) -> dict[str, torch.Tensor]:
+    return {} if prepared is None else {"prepared": prepared}
 
 
 _NOTHING = contextlib.nullcontext()

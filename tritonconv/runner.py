@@ -34,8 +34,8 @@ from tritonconv.problem import PASSES, Problem
 CELL_SECONDS = 0.5
 MOST_CELL_SECONDS = 2.0
 ROOF_SECONDS = 0.3
-# Roofs are taken at the start and again this often, shorter: on a machine that others use, some find it quiet.
-ROOFS_AGAIN, SHORT_ROOF_SECONDS = 5, 0.06
+# Roofs are taken at the start and so many times more, shorter: on a machine that others use, one may find it quiet.
+ROOFS_AGAIN, SHORT_ROOF_SECONDS = 3, 0.06
 CPU = torch.device("cpu")
 
 

@@ -57,7 +57,7 @@ def _matmul(dtype, device, watch, seconds):
 
 
 def _product(size: int, dtype: torch.dtype, device: torch.device) -> Call:
-    return functools.partial(torch.mm, *(torch.randn(size, size, device=device).to(dtype) for _ in range(2)))
+    return functools.partial(torch.mm, *(torch.rand(size, size, device=device).to(dtype) for _ in range(2)))
 
 
 def _times(call: Call, watch, seconds: float) -> list[float]:
