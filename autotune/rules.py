@@ -150,7 +150,7 @@ FORWARD = (
 BACKWARD_DATA = (
     Rule(
         "backward_data_torch_shuffle",
-        lambda p: p.tiles_exactly and p.layout == "ncdhw",
+        lambda p: p.tiles_exactly and p.layout == "ncdhw" and _enough(p),
         "kernel = stride in NCDHW: one unshuffle of grad_y serves both gradients; whole backward 2x128->64 8x16x16 "
         "6.4 -> 4.9 ms, 1x32->32 28x28x36 19 -> 8.3 ms, 2x64->16 16x32x32 16.6 -> 7.2 ms",
     ),
@@ -177,7 +177,7 @@ BACKWARD_WEIGHT = (
     ),
     Rule(
         "backward_weight_torch_shuffle",
-        lambda p: p.tiles_exactly and (p.layout == "ncdhw" or p.c_in >= 128),
+        lambda p: p.tiles_exactly and (_enough(p) if p.layout == "ncdhw" else p.c_in >= 128),
         "kernel = stride is one GEMM: 1x384->5 7x23x23 k2x4x4 7.6 -> 2.3 ms NCDHW, where it shares its unshuffle with "
         "the input gradient; with many input channels 2x320->256 4x4x8 4.1 -> 1.7 ms channels_last_3d",
     ),

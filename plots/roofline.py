@@ -207,9 +207,11 @@ def _above(run: Run, row: Mapping) -> bool:
 
 
 def _limits(run: Run, rows: Sequence[Mapping]) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Axis limits shared by all panels: every point, every whisker, and the flat roofs."""
+    """Axis limits shared by all panels: every point, the flat roofs, and whiskers unless they run far out."""
     xs = [_intensity(row) for row in rows]
-    ys = [row["flops"] / row[key] / 1e6 for row in rows for key in ("p20_ms", "p80_ms", "median_ms")]
+    medians = [_rate(row) for row in rows]
+    whiskers = [row["flops"] / row[key] / 1e6 for row in rows for key in ("p20_ms", "p80_ms")]
+    ys = [*medians, max(min(whiskers), min(medians) / 2), min(max(whiskers), max(medians) * 2)]
     peaks = [peak for dtype in {row["dtype"] for row in rows} if (peak := _peak(run, dtype))]
     best_copy = max((rate for rate, _ in _copies(run).values()), default=None)
     # Where the roofs meet belongs in the picture, with enough of the slope to its left to read its label.

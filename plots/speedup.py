@@ -90,8 +90,10 @@ def rows_by_suite(panels: Mapping[tuple[str, str], Sequence[Mapping]]) -> dict[s
 
 
 def _limits(rows: Sequence[Mapping]) -> tuple[float, float]:
-    low = min(min(row["speedup_p20"], row["speedup"]) for row in rows)
-    high = max(max(row["speedup_p80"], row["speedup"]) for row in rows)
+    values = [row["speedup"] for row in rows]
+    # A whisker that runs far out is cut off at the frame: it must not squeeze everything else.
+    low = max(min(row["speedup_p20"] for row in rows), min(values) / 1.5)
+    high = min(max(row["speedup_p80"] for row in rows), max(values) * 1.5)
     return min(0.72, low / 1.12), max(2.2, high * 1.12)
 
 
