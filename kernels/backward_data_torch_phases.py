@@ -12,7 +12,7 @@ from tritonconv.kernels.registry import Variant
 def supports(problem, device):
     if problem.stride == (1, 1, 1):
         return "stride 1 has a single phase: that is backward_data_torch_conv"
-    return None
+    return torch_phases.needs_full_precision(problem)
 
 
 def launch(problem, config, grad_y, weight):

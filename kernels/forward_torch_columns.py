@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 
+from tritonconv.kernels import torch_phases
 from tritonconv.kernels.registry import Variant
 from tritonconv.kernels.torch_layout import add_bias_, matmul_images, to_layout, voxel_rows
 
@@ -15,9 +16,7 @@ from tritonconv.kernels.torch_layout import add_bias_, matmul_images, to_layout,
 def supports(problem, device):
     if problem.groups != 1:
         return f"needs groups=1, the problem has {problem.groups}"
-    if not problem.dtype.is_floating_point:
-        return f"needs a floating-point dtype, the problem has {problem.dtype}"
-    return None
+    return torch_phases.needs_full_precision(problem)
 
 
 def _axis_parts(axis):

@@ -17,6 +17,7 @@ def supports(problem, device):
 
 def launch(problem, config, x, weight, bias):
     y = x.new_empty(problem.y_shape).contiguous(memory_format=problem.memory_format)
+    turned = not x.is_contiguous(memory_format=problem.memory_format)
     for phase in problem.phases:
         target = torch_phases.outputs(problem, phase, y)
         if not phase.taps:
@@ -27,8 +28,9 @@ def launch(problem, config, x, weight, bias):
         counts = [axis.count for axis in phase.axes]
         rates = torch_phases.dilation(phase)
         part = torch_phases.correlate(x, taps, bias, starts, counts, rates, problem.groups)
-        # Where x came in the other layout, a phase is turned while it is small enough for the caches.
-        target.copy_(part.contiguous(memory_format=problem.memory_format))
+        if turned:  # while a phase is small enough for the caches
+            part = part.contiguous(memory_format=problem.memory_format)
+        target.copy_(part)
     return y
 
 
