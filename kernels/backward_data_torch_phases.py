@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from tritonconv.kernels import torch_phases
 from tritonconv.kernels.registry import Variant
+from tritonconv.kernels.torch_layout import sum_dtype
 
 
 def supports(problem, device):
     if problem.stride == (1, 1, 1):
         return "stride 1 has a single phase: that is backward_data_torch_conv"
-    return torch_phases.needs_full_precision(problem)
+    return None
 
 
 def launch(problem, config, grad_y, weight):
@@ -26,11 +27,11 @@ def launch(problem, config, grad_y, weight):
         part = torch_phases.correlate(
             torch_phases.outputs(problem, phase, grad_y),
             taps, None, starts, problem.size, torch_phases.dilation(phase), problem.groups,
-        )  # fmt: skip
+        ).to(sum_dtype(problem.dtype))  # fmt: skip
         grad_x = part if grad_x is None else grad_x.add_(part)
     if grad_x is None:  # no tap reaches any output
         return grad_y.new_zeros(problem.x_shape)
-    return grad_x
+    return grad_x.to(problem.dtype)
 
 
 VARIANT = Variant(

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import itertools
 
-from tritonconv.kernels import torch_phases
 from tritonconv.kernels.registry import Variant
-from tritonconv.kernels.torch_layout import add_bias_, matmul_images, to_layout, voxel_rows
+from tritonconv.kernels.torch_layout import add_bias_, matmul_images, sum_dtype, to_layout, voxel_rows
 
 
 def supports(problem, device):
     if problem.groups != 1:
         return f"needs groups=1, the problem has {problem.groups}"
-    return torch_phases.needs_full_precision(problem)
+    if not problem.dtype.is_floating_point:
+        return f"needs a floating-point dtype, the problem has {problem.dtype}"
+    return None
 
 
 def _axis_parts(axis):
@@ -30,6 +31,7 @@ def _axis_parts(axis):
 
 def launch(problem, config, x, weight, bias):
     n, c_out = problem.n, problem.c_out
+    x, weight = x.to(sum_dtype(problem.dtype)), weight.to(sum_dtype(problem.dtype))
     rows = weight.permute(2, 3, 4, 1, 0).flatten(0, 3)  # (taps*c_out, c_in)
     products = matmul_images(rows, voxel_rows(x).transpose(1, 2)).view(n, *problem.kernel, c_out, *problem.size)
     axes = problem.axes
@@ -41,7 +43,7 @@ def launch(problem, config, x, weight, bias):
         sums[(slice(None), *phases, slice(None), *targets)] += products[(slice(None), *taps, slice(None), *sources)]
     y = sums.permute(0, 4, 5, 1, 6, 2, 7, 3).reshape(n, c_out, *(c * s for c, s in zip(counts, steps, strict=True)))
     od, oh, ow = problem.out_size
-    return add_bias_(to_layout(y[:, :, :od, :oh, :ow], problem.memory_format), bias)
+    return add_bias_(to_layout(y[:, :, :od, :oh, :ow], problem.memory_format), bias).to(problem.dtype)
 
 
 VARIANT = Variant(

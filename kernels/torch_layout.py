@@ -57,6 +57,11 @@ def matmul_images(matrix: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
     return torch.bmm(matrix.expand(images.shape[0], *matrix.shape), images)
 
 
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which partial sums are kept: float32 for the half types, so that a result is rounded once."""
+    return torch.float32 if dtype.is_floating_point and dtype.itemsize < 4 else dtype
+
+
 def add_bias_(y: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """Adds one value per channel in place; ``y`` (n, c, d, h, w), ``bias`` (c,) or None."""
     return y if bias is None else y.add_(bias.view(1, -1, 1, 1, 1))

@@ -49,13 +49,6 @@ def as_conv_weight(problem: Problem, weight: torch.Tensor) -> torch.Tensor:
     return grouped.flatten(0, 1)
 
 
-def needs_full_precision(problem: Problem) -> str | None:
-    """Why a variant that adds its partial sums in the problem's dtype cannot serve it, or None."""
-    if problem.dtype.is_floating_point and problem.dtype.itemsize >= 4:
-        return None
-    return f"needs float32 or float64, for partial sums are added in the problem's {problem.dtype}"
-
-
 def correlate(tensor, weight, bias, starts, counts, rates, groups):
     """out[j] = bias + sum_m tensor[start + rate*m + j] weight[m] for j < count, zero outside the tensor.
 
