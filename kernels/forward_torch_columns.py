@@ -7,6 +7,7 @@ The products are taps*c_out values per input voxel, so the variant pays while c_
 from __future__ import annotations
 
 import itertools
+import math
 
 from tritonconv.kernels.registry import Variant
 from tritonconv.kernels.torch_layout import add_bias_, matmul_images, sum_dtype, to_layout, voxel_rows
@@ -46,6 +47,11 @@ def launch(problem, config, x, weight, bias):
     return add_bias_(to_layout(y[:, :, :od, :oh, :ow], problem.memory_format), bias).to(problem.dtype)
 
 
+def _product_bytes(problem) -> int:
+    values = problem.n * problem.c_out * math.prod(problem.kernel) * math.prod(problem.size)
+    return values * sum_dtype(problem.dtype).itemsize
+
+
 VARIANT = Variant(
     name="forward_torch_columns",
     pass_name="forward",
@@ -53,16 +59,5 @@ VARIANT = Variant(
     backend="torch",
     launch=launch,
     supports=supports,
-    workspace_bytes=lambda problem: (
-        2 * problem.bytes()
-        + problem.n
-        * problem.c_out
-        * problem.dtype.itemsize
-        * problem.kernel[0]
-        * problem.kernel[1]
-        * problem.kernel[2]
-        * problem.size[0]
-        * problem.size[1]
-        * problem.size[2]
-    ),
+    workspace_bytes=lambda problem: 2 * problem.bytes() + _product_bytes(problem),
 )
