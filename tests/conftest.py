@@ -7,6 +7,10 @@ import os
 import pytest
 import torch
 
+from tritonconv import dispatch, runner
+from tritonconv.bench import roofs
+from tritonconv.problem import PASSES
+
 
 def pytest_report_header(config) -> str:
     interpreted = " with the Triton interpreter" if os.environ.get("TRITON_INTERPRET") == "1" else ""
@@ -27,3 +31,31 @@ def pytest_collection_modifyitems(config, items) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """The names of the variants that ran, in order."""
+    names = []
+
+    def recorded(pass_name, method):
+        def run(plan, *args):
+            names.append(plan.choice(pass_name).variant.name)
+            return method(plan, *args)
+
+        return run
+
+    for pass_name in PASSES:
+        monkeypatch.setattr(dispatch.Plan, pass_name, recorded(pass_name, getattr(dispatch.Plan, pass_name)))
+    return names
+
+
+@pytest.fixture
+def quick(monkeypatch) -> None:
+    """A benchmark with small roofs and short cells, and no plan that outlives the test."""
+    monkeypatch.setattr(roofs, "MEMORY_BYTES", {"cpu": 1 << 20})
+    monkeypatch.setattr(roofs, "LARGE_MATRIX", {"cpu": 128})
+    monkeypatch.setattr(runner, "ROOF_SECONDS", 0.0)
+    monkeypatch.setattr(runner, "CELL_SECONDS", 0.001)
+    monkeypatch.setattr(dispatch, "_by_call", {})
+    monkeypatch.setattr(dispatch, "_by_problem", {})

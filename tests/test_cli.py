@@ -10,22 +10,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tritonconv import cli, dispatch, runner
-from tritonconv.bench import progress, roofs
+from tritonconv import cli, runner
+from tritonconv.bench import progress
 from tritonconv.bench.results import read
 from tritonconv.kernels import registry
 
 TINY = "swinunetr_fs48_up0"
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr(roofs, "MEMORY_BYTES", {"cpu": 1 << 20})
-    monkeypatch.setattr(roofs, "LARGE_MATRIX", {"cpu": 128})
-    monkeypatch.setattr(runner, "ROOF_SECONDS", 0.0)
-    monkeypatch.setattr(runner, "CELL_SECONDS", 0.001)
-    monkeypatch.setattr(dispatch, "_by_call", {})
-    monkeypatch.setattr(dispatch, "_by_problem", {})
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 def bench(tmp_path, *flags) -> list[str]:

@@ -35,23 +35,6 @@ def variants(request):
         yield request.param
 
 
-@pytest.fixture
-def launches(monkeypatch):
-    """The names of the variants that ran, in order."""
-    names = []
-
-    def recorded(pass_name, method):
-        def run(plan, *args):
-            names.append(plan.choice(pass_name).variant.name)
-            return method(plan, *args)
-
-        return run
-
-    for pass_name in PASSES:
-        monkeypatch.setattr(dispatch.Plan, pass_name, recorded(pass_name, getattr(dispatch.Plan, pass_name)))
-    return names
-
-
 def operands(n=2, size=(2, 3, 2), dtype=f64):
     return torch.randn(n, 3, *size, dtype=dtype), torch.randn(3, 4, 3, 4, 3, dtype=dtype), torch.randn(4, dtype=dtype)
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tritonconv import dispatch, runner
-from tritonconv.bench import gate, roofs
+from tritonconv import runner
+from tritonconv.bench import gate
 from tritonconv.bench.calls import ALL_PASSES, make_tensors, torch_call
 from tritonconv.bench.progress import Silent
 from tritonconv.bench.results import read
@@ -34,15 +34,7 @@ def layer(
     )  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """Small roofs, short cells, and no plan that outlives a test."""
-    monkeypatch.setattr(roofs, "MEMORY_BYTES", {"cpu": 1 << 20})
-    monkeypatch.setattr(roofs, "LARGE_MATRIX", {"cpu": 128})
-    monkeypatch.setattr(runner, "ROOF_SECONDS", 0.0)
-    monkeypatch.setattr(runner, "CELL_SECONDS", 0.001)
-    monkeypatch.setattr(dispatch, "_by_call", {})
-    monkeypatch.setattr(dispatch, "_by_problem", {})
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 def run(tmp_path, *layers, progress=None, **options):

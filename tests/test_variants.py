@@ -149,23 +149,6 @@ def poisoned():
         torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture
-def launches(monkeypatch):
-    """The names of the variants that ran, in order."""
-    names = []
-
-    def recorded(pass_name, method):
-        def run(plan, *args):
-            names.append(plan.choice(pass_name).variant.name)
-            return method(plan, *args)
-
-        return run
-
-    for pass_name in PASSES:
-        monkeypatch.setattr(dispatch.Plan, pass_name, recorded(pass_name, getattr(dispatch.Plan, pass_name)))
-    return names
-
-
 def same(got, want) -> bool:
     return got.shape == want.shape and torch.equal(got.double(), want)
 
