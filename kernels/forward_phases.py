@@ -1,0 +1,173 @@
+"""Forward as an implicit GEMM per phase: only the taps that hit, any stride, dilation, crop and groups.
+
+One program owns BLOCK_M outputs of one phase x BLOCK_N output channels. Rows: the voxels j of the phase; columns:
+output channels; depth: the taps of the phase x input channels.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from tritonconv.kernels import triton_tiles as tiles
+from tritonconv.kernels.registry import Variant
+from tritonconv.kernels.triton_device import (
+    axis_phase,
+    grouped_order,
+    offset,
+    product,
+    ranked_phase,
+    tap_period,
+    tap_shift,
+    voxel_tiles,
+    voxels,
+)
+from tritonconv.kernels.triton_gemm import implicit_gemm
+from tritonconv.kernels.triton_launch import RUN_TIME, accounting, empty, geometry, precision, refusal, wide
+from tritonconv.kernels.triton_launch import launch as run
+from tritonconv.kernels.triton_weights import oriented, packed, preferred
+from tritonconv.problem import Problem
+
+MOST_RANKED = 64  # phases whose order is compiled into the kernel; more of them run in their natural order
+
+
+@triton.jit(launch_metadata=accounting, do_not_specialize=RUN_TIME)
+def forward_phases_kernel(
+    x_ptr,  # (n, c_in, d, h, w)
+    w_ptr,  # (c_in, c_out, taps)
+    bias_ptr,  # (c_out,) or None
+    y_ptr,  # (n, c_out, od, oh, ow)
+    n, size, out_size, crop, x_strides, w_strides, y_strides,
+    C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
+    ORDER: tl.constexpr, PHASE_INNER: tl.constexpr, PACK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr, GROUP_M: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    PHASES: tl.constexpr = product(STRIDE)
+    COLUMNS: tl.constexpr = tl.cdiv(PACK * C_OUT, BLOCK_N)
+    largest = (
+        tl.cdiv(out_size[0], STRIDE[0]),
+        tl.cdiv(out_size[1], STRIDE[1]),
+        tl.cdiv(out_size[2], STRIDE[2]),
+    )
+    tiles_m = voxel_tiles(n, largest, BLOCK_M, BLOCK_W, WIDE)
+    tiles_n = COLUMNS * (GROUPS // PACK)
+    pid = tl.program_id(0)
+    if PHASE_INNER:
+        rank, pid = pid % PHASES, pid // PHASES
+    else:
+        rank, pid = (pid // (tiles_m * tiles_n)).to(tl.int32), pid % (tiles_m * tiles_n)
+    tile_m, tile_n = grouped_order(pid, tiles_m, tiles_n, GROUP_M)
+    phase = ranked_phase(rank, ORDER)
+    phi_w = phase % STRIDE[2]
+    phi_h = phase // STRIDE[2] % STRIDE[1]
+    phi_d = phase // (STRIDE[2] * STRIDE[1])
+    first_d, outs_d, tap_d, taps_d, offset_d = axis_phase(
+        phi_d, crop[0], out_size[0], KERNEL[0], STRIDE[0], DILATION[0]
+    )
+    first_h, outs_h, tap_h, taps_h, offset_h = axis_phase(
+        phi_h, crop[1], out_size[1], KERNEL[1], STRIDE[1], DILATION[1]
+    )
+    first_w, outs_w, tap_w, taps_w, offset_w = axis_phase(
+        phi_w, crop[2], out_size[2], KERNEL[2], STRIDE[2], DILATION[2]
+    )
+    if outs_d * outs_h * outs_w == 0:  # fewer outputs than the stride: a phase may be empty
+        return
+    image, d, h, w, mask_m = voxels(tile_m, n, (outs_d, outs_h, outs_w), BLOCK_M, BLOCK_W, WIDE)
+
+    group = tile_n // COLUMNS * PACK
+    offs_n = tile_n % COLUMNS * BLOCK_N + tl.arange(0, BLOCK_N)
+    if WIDE:
+        group = group.to(tl.int64)
+    acc = implicit_gemm(
+        x_ptr + group * C_IN * x_strides[1], x_strides,
+        image, d + offset_d, h + offset_h, w + offset_w, mask_m, size,
+        w_ptr + group * C_IN * w_strides[0], w_strides,
+        (tap_d, tap_h, tap_w), (taps_d, taps_h, taps_w), offs_n,
+        (tap_period(STRIDE[0], DILATION[0]), tap_period(STRIDE[1], DILATION[1]), tap_period(STRIDE[2], DILATION[2])),
+        (-tap_shift(STRIDE[0], DILATION[0]), -tap_shift(STRIDE[1], DILATION[1]), -tap_shift(STRIDE[2], DILATION[2])),
+        KERNEL, C_IN, C_OUT, PACK, True, BLOCK_M, BLOCK_N, BLOCK_K, WIDE, PRECISION,
+    )  # fmt: skip
+
+    mask_n = offs_n < PACK * C_OUT
+    channel = group * C_OUT + offs_n
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + channel, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    rows = offset(
+        y_strides, image, 0, first_d + d * STRIDE[0], first_h + h * STRIDE[1], first_w + w * STRIDE[2]
+    )  # (BLOCK_M,)
+    y_ptrs = y_ptr + rows[:, None] + (channel * y_strides[1])[None, :]
+    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
+
+
+def phase_order(problem: Problem) -> tuple[int, ...]:
+    """The phases (index of the residue of o + crop, w fastest), most taps first; () where there are very many."""
+    if math.prod(problem.stride) > MOST_RANKED:
+        return ()
+    hits = [
+        [sum((r * tap - phi) % s == 0 for tap in range(k)) for phi in range(s)]
+        for k, s, r in zip(problem.kernel, problem.stride, problem.dilation, strict=True)
+    ]
+    taps = [math.prod(combo) for combo in itertools.product(*hits)]
+    return tuple(sorted(range(len(taps)), key=lambda phase: -taps[phase]))
+
+
+def largest_phase(problem: Problem) -> tuple[int, int, int]:
+    return tuple(-(-out // s) for out, s in zip(problem.out_size, problem.stride, strict=True))  # type: ignore[return-value]
+
+
+def launch(problem, config, x, weight, bias, out=None):
+    y = empty(problem, problem.y_shape, x) if out is None else out
+    if y.numel() == 0:
+        return y
+    config = dict(config)
+    weight = packed(weight, config.pop("WEIGHT"))
+    rows = tiles.tiles_of(problem.n, largest_phase(problem), config)
+    columns = triton.cdiv(config["PACK"] * problem.c_out // problem.groups, config["BLOCK_N"])
+    run(
+        forward_phases_kernel,
+        math.prod(problem.stride) * rows * columns * (problem.groups // config["PACK"]),
+        config,
+        x.device,
+        x_ptr=x,
+        w_ptr=weight,
+        bias_ptr=bias,
+        y_ptr=y,
+        **geometry(problem),
+        x_strides=x.stride(),
+        w_strides=oriented(weight, "forward"),
+        y_strides=y.stride(),
+        ORDER=phase_order(problem),
+        WIDE=wide(x, weight, y),
+        PRECISION=precision(problem.dtype),
+    )
+    return y
+
+
+def default(problem: Problem, device: torch.device):
+    pack = tiles.packed_groups(problem)
+    columns, depth = pack * problem.c_out // problem.groups, pack * problem.c_in // problem.groups
+    programs = math.prod(problem.stride) * problem.groups // pack
+    base = tiles.gemm(problem, largest_phase(problem), columns, depth, programs)
+    return {**base, "GROUP_M": 8, "PACK": pack, "PHASE_INNER": 1, "WEIGHT": preferred(problem)}
+
+
+def space(problem: Problem, device: torch.device):
+    return tiles.around(default(problem, device), problem, PHASE_INNER=(0,), WEIGHT=(0, 1, 2))
+
+
+VARIANT = Variant(
+    name="forward_phases",
+    pass_name="forward",
+    idea="implicit GEMM per phase: only the taps that hit",
+    backend="triton",
+    launch=launch,
+    supports=refusal,
+    space=space,
+    default=default,
+)

@@ -1,0 +1,132 @@
+"""Device code that the Triton kernels share: voxels of a tile, taps of a phase, offsets, program order, the store.
+
+Words: a *tile* is BLOCK_M voxels; ``size`` and its kin are (d, h, w); strides are in elements, (n, c, d, h, w). Ids
+are widened to 64 bits before they are multiplied, and only where WIDE says that an offset needs it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import triton
+import triton.language as tl
+
+
+@triton.constexpr_function
+def gcd(first, second):
+    return math.gcd(first, second)
+
+
+@triton.constexpr_function
+def product(values):
+    return math.prod(int(value) for value in values)
+
+
+@triton.constexpr_function
+def tap_period(stride, dilation):
+    """Taps of one phase follow each other in steps of stride / gcd(dilation, stride)."""
+    return stride // math.gcd(dilation, stride)
+
+
+@triton.constexpr_function
+def tap_shift(stride, dilation):
+    """From one tap of a phase to its next the input index falls by dilation / gcd(dilation, stride)."""
+    return dilation // math.gcd(dilation, stride)
+
+
+@triton.jit
+def voxel_tiles(n, size, BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr, WIDE: tl.constexpr):
+    """How many tiles cover n images of ``size``; see :func:`voxels`."""
+    rows = n * size[0] * size[1]
+    if BLOCK_W > 0:
+        return tl.cdiv(rows, BLOCK_M // BLOCK_W) * tl.cdiv(size[2], BLOCK_W)
+    if WIDE:
+        rows = rows.to(tl.int64)
+    return tl.cdiv(rows * size[2], BLOCK_M)
+
+
+@triton.jit
+def voxels(tile, n, size, BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr, WIDE: tl.constexpr):
+    """image, d, h, w and mask, each (BLOCK_M,), of the voxels of a tile.
+
+    BLOCK_W = 0: the voxels of all images in one row. Else BLOCK_M / BLOCK_W rows of BLOCK_W voxels along w, which the
+    compiler knows to be neighbours: wide loads and stores where w is the contiguous axis.
+    """
+    lane = tl.arange(0, BLOCK_M)
+    if WIDE:
+        tile = tile.to(tl.int64)
+    if BLOCK_W > 0:
+        tiles_w = tl.cdiv(size[2], BLOCK_W)
+        row = (tile // tiles_w) * (BLOCK_M // BLOCK_W) + lane // BLOCK_W
+        w = (tile % tiles_w) * BLOCK_W + lane % BLOCK_W
+    else:
+        voxel = tile * BLOCK_M + lane
+        row = voxel // size[2]
+        w = voxel % size[2]
+    plane = row // size[1]
+    h = row % size[1]
+    image = plane // size[0]
+    d = plane % size[0]
+    return image, d, h, w, (image < n) & (w < size[2])
+
+
+@triton.jit
+def inside(index, size):
+    """Whether 0 <= index < size."""
+    return (index >= 0) & (index < size)
+
+
+@triton.jit
+def ranked_phase(rank, ORDER: tl.constexpr):
+    """The phase at this place of ORDER (heaviest first)."""
+    phase = rank
+    for place in tl.static_range(len(ORDER)):
+        phase = tl.where(rank == place, ORDER[place], phase)
+    return phase
+
+
+@triton.jit
+def axis_phase(phi, crop, out, KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr):
+    """Along one axis, for the outputs o with (o + crop) mod stride = phi: first, outputs, tap, taps, offset.
+
+    Output ``first + stride*j`` (j < outputs) reads ``x[j + offset - m*tap_shift] * weight[tap + m*tap_period]`` for
+    m < taps.
+    """
+    PERIOD: tl.constexpr = tap_period(STRIDE, DILATION)
+    first = (phi + STRIDE - crop % STRIDE) % STRIDE
+    outputs = tl.maximum((out - first + STRIDE - 1) // STRIDE, 0)
+    tap = phi * 0 + KERNEL  # no tap, unless one of the first period hits
+    for candidate in tl.static_range(KERNEL if KERNEL < PERIOD else PERIOD):
+        tap = tl.where(phi == (DILATION * candidate) % STRIDE, candidate, tap)
+    taps = (KERNEL - tap + PERIOD - 1) // PERIOD
+    return first, outputs, tap, taps, (first + crop - DILATION * tap) // STRIDE
+
+
+@triton.jit
+def next_step(k, md, mh, mw, taps, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The place after (channels k, tap m) in the flat loop over taps and channel blocks, channels innermost."""
+    k += BLOCK_K
+    carry = k >= K
+    k = tl.where(carry, 0, k)
+    mw += carry.to(tl.int32)
+    carry = mw >= taps[2]
+    mw = tl.where(carry, 0, mw)
+    mh += carry.to(tl.int32)
+    carry = mh >= taps[1]
+    mh = tl.where(carry, 0, mh)
+    return k, md + carry.to(tl.int32), mh, mw
+
+
+@triton.jit
+def grouped_order(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """(tile_m, tile_n): GROUP_M tiles of rows share each column before the next, so both operands stay in L2."""
+    width = GROUP_M * tiles_n
+    group = pid // width
+    height = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)
+    return group * GROUP_M + (pid % width) % height, (pid % width) // height
+
+
+@triton.jit
+def offset(strides, image, channel, d, h, w):
+    """Element offset of (image, channel, d, h, w)."""
+    return image * strides[0] + channel * strides[1] + d * strides[2] + h * strides[3] + w * strides[4]

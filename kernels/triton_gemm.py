@@ -1,0 +1,71 @@
+"""The implicit GEMM that the forward and the backward-data kernels share: one loop over taps and channel blocks."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from tritonconv.kernels.triton_device import inside, next_step
+
+
+@triton.jit
+def implicit_gemm(
+    a_ptr,  # the gathered operand, at channel 0 of the group
+    a_strides,
+    image, d, h, w, mask_m,  # (BLOCK_M,): the voxel that tap m = 0 reads
+    size,  # of the gathered operand: a voxel outside reads as zero
+    w_ptr,  # the weight at channel 0 of the group on both sides
+    w_strides,  # (k, n, tap)
+    tap, taps,  # (d, h, w): the first tap and how many there are
+    offs_n,  # (BLOCK_N,): columns
+    TAP_STEP: tl.constexpr,  # (d, h, w): tap m is tap + m*TAP_STEP ...
+    VOXEL_STEP: tl.constexpr,  # ... and reads the voxel at + m*VOXEL_STEP
+    KERNEL: tl.constexpr,
+    K_GROUP: tl.constexpr,  # channels per group on the k side
+    N_GROUP: tl.constexpr,  # and on the n side
+    PACK: tl.constexpr,  # groups that share the tile, block-diagonally
+    WRAP_N: tl.constexpr,  # the weight counts n within a group and k over all of them; False: the other way round
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """sum over taps and channels k of a[voxel(tap), k] * weight[tap, k, n], float32 (BLOCK_M, BLOCK_N)."""
+    K: tl.constexpr = PACK * K_GROUP
+    N: tl.constexpr = PACK * N_GROUP
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    rows = image * a_strides[0] + d * a_strides[2] + h * a_strides[3] + w * a_strides[4]
+    offs_k = tl.arange(0, BLOCK_K)
+    columns = offs_n % N_GROUP if PACK > 1 and WRAP_N else offs_n
+    if WIDE:
+        offs_k = offs_k.to(tl.int64)
+        columns = columns.to(tl.int64)
+    columns = columns * w_strides[1]
+    k, md, mh, mw = 0, 0, 0, 0
+    for _ in range(taps[0] * taps[1] * taps[2] * tl.cdiv(K, BLOCK_K)):
+        vd, vh, vw = md * VOXEL_STEP[0], mh * VOXEL_STEP[1], mw * VOXEL_STEP[2]
+        if WIDE:
+            vd, vh, vw = vd.to(tl.int64), vh.to(tl.int64), vw.to(tl.int64)
+        hit = mask_m & inside(d + vd, size[0]) & inside(h + vh, size[1]) & inside(w + vw, size[2])
+        moved = vd * a_strides[2] + vh * a_strides[3] + vw * a_strides[4]
+        plane = (tap[0] + md * TAP_STEP[0]) * KERNEL[1] + tap[1] + mh * TAP_STEP[1]
+        index = plane * KERNEL[2] + tap[2] + mw * TAP_STEP[2]
+        if WIDE:
+            index = index.to(tl.int64)
+        channels = k + offs_k
+        weight_k = channels if PACK == 1 or WRAP_N else channels % K_GROUP
+        a_mask = hit[:, None]
+        w_mask = (offs_n < N)[None, :]
+        if K % BLOCK_K != 0:
+            a_mask = a_mask & (channels < K)[None, :]
+            w_mask = w_mask & (channels < K)[:, None]
+        if PACK > 1:
+            w_mask = w_mask & ((channels // K_GROUP)[:, None] == (offs_n // N_GROUP)[None, :])
+        a_tile = tl.load(a_ptr + (rows + moved)[:, None] + (channels * a_strides[1])[None, :], mask=a_mask, other=0.0)
+        w_tile = tl.load(
+            w_ptr + index * w_strides[2] + (weight_k * w_strides[0])[:, None] + columns[None, :], mask=w_mask, other=0.0
+        )
+        acc = tl.dot(a_tile, w_tile, acc, input_precision=PRECISION)  # (BLOCK_M, BLOCK_K) x (BLOCK_K, BLOCK_N)
+        k, md, mh, mw = next_step(k, md, mh, mw, taps, K, BLOCK_K)
+    return acc

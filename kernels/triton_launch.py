@@ -1,0 +1,118 @@
+"""Host side that the Triton variants share: what they serve, arguments of a problem, the launch, the accounting."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+import triton
+
+from tritonconv.kernels.registry import Config
+from tritonconv.problem import Problem, largest_offset
+
+INT32_LIMIT = 2**31
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+PRECISIONS = {"tf32": "tf32", "ieee": "ieee", "none": "ieee", "bf16": "ieee"}
+
+_compiled: ContextVar[list | None] = ContextVar("tritonconv_compiled", default=None)
+
+
+def refusal(problem: Problem, device: torch.device) -> str | None:
+    """Why no Triton kernel serves the problem on the device; None where one may."""
+    if problem.dtype not in DTYPES:
+        return f"Triton kernels serve float16, bfloat16 and float32, not {str(problem.dtype).removeprefix('torch.')}"
+    if device.type == "cuda" or _compiled.get() is not None:
+        return None
+    if not INTERPRETED:
+        return f"a Triton kernel needs a CUDA device, not {device} (or TRITON_INTERPRET=1 set before the import)"
+    if problem.dtype is torch.bfloat16:
+        return "Triton's interpreter computes bfloat16 products wrongly"
+    return None
+
+
+def geometry(problem: Problem) -> dict[str, Any]:
+    """The arguments that every kernel takes under the same names; channels are per group."""
+    return {
+        "n": problem.n,
+        "size": problem.size,
+        "out_size": problem.out_size,
+        "crop": problem.crop,
+        "C_IN": problem.c_in // problem.groups,
+        "C_OUT": problem.c_out // problem.groups,
+        "GROUPS": problem.groups,
+        "KERNEL": problem.kernel,
+        "STRIDE": problem.stride,
+        "DILATION": problem.dilation,
+    }
+
+
+# A kernel is compiled once for all image sizes: these are run-time numbers, whatever their divisors. Strides stay
+# specialised, for their divisibility by 16 is what permits 16-byte loads.
+RUN_TIME = ("n", "size", "out_size", "crop")
+
+
+def accounting(grid, kernel, args) -> dict[str, Any]:
+    """Triton's ``launch_metadata``: name, useful FLOPs and compulsory bytes of a launch, for a profiler (Proton)."""
+    tensor = next(value for name, value in args.items() if name.endswith("_ptr") and isinstance(value, torch.Tensor))
+    problem = Problem(
+        args["n"], args["C_IN"] * args["GROUPS"], args["C_OUT"] * args["GROUPS"], tuple(args["size"]),
+        tuple(args["KERNEL"]), tuple(args["STRIDE"]), tuple(args["crop"]), tuple(args["out_size"]),
+        tuple(args["DILATION"]), args["GROUPS"], tensor.dtype, bias=args.get("bias_ptr") is not None,
+    )  # fmt: skip
+    name = f"{kernel.name} {problem}"
+    return {"name": name, f"flops{8 * tensor.dtype.itemsize}": problem.flops, "bytes": problem.bytes()}
+
+
+def empty(problem: Problem, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+    """A new tensor in the problem's layout."""
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=problem.memory_format)
+
+
+def precision(dtype: torch.dtype) -> str:
+    """``tl.dot``'s input_precision for a dtype: what torch's own switches say of convolutions, asked at each launch."""
+    if dtype is not torch.float32:
+        return "ieee"
+    return PRECISIONS.get(torch.backends.cudnn.conv.fp32_precision, "ieee")  # type: ignore[attr-defined]
+
+
+def wide(*tensors: torch.Tensor | None) -> bool:
+    """Whether an element offset into one of the tensors needs 64 bits."""
+    return any(
+        tensor is not None and largest_offset(tuple(tensor.shape), tensor.stride()) >= INT32_LIMIT // 2
+        for tensor in tensors
+    )
+
+
+def launch(kernel, grid: int | tuple[int, ...], config: Config, device: torch.device, **arguments) -> None:
+    """Launches (or, inside :func:`compile_only`, compiles) a kernel; ``config`` holds tiles, num_warps, num_stages."""
+    arguments |= config
+    arguments["enable_fp_fusion"] = True
+    if isinstance(grid, int):
+        grid = (grid,)
+    compiled = _compiled.get()
+    if compiled is not None:
+        compiled.append((kernel.fn.__name__, dict(config), kernel.warmup(grid=grid, **arguments)))
+    elif device.type == "cuda" and device.index not in (None, torch.cuda.current_device()):
+        with torch.cuda.device(device):
+            kernel[grid](**arguments)
+    else:
+        kernel[grid](**arguments)
+
+
+@contextlib.contextmanager
+def compile_only() -> Iterator[list]:
+    """Inside the block launches compile and run nothing; yields the list of (kernel, config, compiled kernel).
+
+    The tensors may be on the ``meta`` device. The target is the one of Triton's active driver.
+    """
+    found: list = []
+    token = _compiled.set(found)
+    try:
+        yield found
+    finally:
+        _compiled.reset(token)
