@@ -1,0 +1,177 @@
+"""Forward for the compute-bound layers: the phases' implicit GEMM on tensor-descriptor boxes, a persistent grid.
+
+A tile is a box of outputs of one phase x BLOCK_N output channels; its input under one tap is one box of x. Each
+program takes every ``programs``-th tile, the tiles of the heaviest phase first.
+"""
+
+from __future__ import annotations
+
+import math
+
+import triton
+import triton.language as tl
+
+from tritonconv.kernels.forward_phases import largest_phase, phase_order
+from tritonconv.kernels.registry import Variant
+from tritonconv.kernels.triton_boxes import (
+    box_corner,
+    box_gemm,
+    box_of,
+    box_refusal,
+    box_voxels,
+    boxes,
+    describable,
+    programs,
+    store_box,
+    taps_first,
+    volume,
+)
+from tritonconv.kernels.triton_device import (
+    axis_phase,
+    grouped_order,
+    product,
+    ranked_phase,
+    tap_period,
+    tap_shift,
+)
+from tritonconv.kernels.triton_launch import RUN_TIME, accounting, empty, geometry, precision, wide
+from tritonconv.kernels.triton_launch import launch as run
+from tritonconv.kernels.triton_tiles import power_of_two
+
+
+@triton.jit(launch_metadata=accounting, do_not_specialize=RUN_TIME)
+def forward_boxes_kernel(
+    x_desc,  # (n, d, h, w, c_in)
+    w_desc,  # (tap, c_in, c_out), or (tap, c_out, c_in) where K_INNERMOST
+    bias_ptr,  # (c_out,) or None
+    y_ptr,  # (n, c_out, od, oh, ow)
+    n, size, out_size, crop, y_strides,
+    C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr, ORDER: tl.constexpr, K_INNERMOST: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    BLOCK_M: tl.constexpr = BLOCK_D * BLOCK_H * BLOCK_W
+    COLUMNS: tl.constexpr = tl.cdiv(C_OUT, BLOCK_N)
+    PHASES: tl.constexpr = product(STRIDE)
+    largest = (
+        tl.cdiv(out_size[0], STRIDE[0]),
+        tl.cdiv(out_size[1], STRIDE[1]),
+        tl.cdiv(out_size[2], STRIDE[2]),
+    )
+    tiles_m = n * boxes(largest, BLOCK_D, BLOCK_H, BLOCK_W)
+    for tile in range(tl.program_id(0), tiles_m * COLUMNS * PHASES, tl.num_programs(0)):
+        phase = ranked_phase(tile // (tiles_m * COLUMNS), ORDER)
+        tile_m, tile_n = grouped_order(tile % (tiles_m * COLUMNS), tiles_m, COLUMNS, GROUP_M)
+        first_d, outs_d, tap_d, taps_d, offset_d = axis_phase(
+            phase // (STRIDE[2] * STRIDE[1]), crop[0], out_size[0], KERNEL[0], STRIDE[0], DILATION[0]
+        )
+        first_h, outs_h, tap_h, taps_h, offset_h = axis_phase(
+            phase // STRIDE[2] % STRIDE[1], crop[1], out_size[1], KERNEL[1], STRIDE[1], DILATION[1]
+        )
+        first_w, outs_w, tap_w, taps_w, offset_w = axis_phase(
+            phase % STRIDE[2], crop[2], out_size[2], KERNEL[2], STRIDE[2], DILATION[2]
+        )
+        image, d, h, w = box_corner(tile_m, largest, BLOCK_D, BLOCK_H, BLOCK_W)
+        acc = box_gemm(
+            tl.zeros((BLOCK_M, BLOCK_N), tl.float32), x_desc, w_desc,
+            image, d + offset_d, h + offset_h, w + offset_w,
+            (tap_d, tap_h, tap_w), (taps_d, taps_h, taps_w), tile_n * BLOCK_N,
+            (
+                tap_period(STRIDE[0], DILATION[0]),
+                tap_period(STRIDE[1], DILATION[1]),
+                tap_period(STRIDE[2], DILATION[2]),
+            ),
+            (
+                -tap_shift(STRIDE[0], DILATION[0]),
+                -tap_shift(STRIDE[1], DILATION[1]),
+                -tap_shift(STRIDE[2], DILATION[2]),
+            ),
+            KERNEL, C_IN, K_INNERMOST, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
+        )  # fmt: skip
+        if bias_ptr is not None:
+            channel = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+            acc += tl.load(bias_ptr + channel, mask=channel < C_OUT, other=0.0).to(tl.float32)[None, :]
+        d, h, w, mask_m = box_voxels(d, h, w, (outs_d, outs_h, outs_w), BLOCK_M, BLOCK_H, BLOCK_W, WIDE)
+        d, h, w = first_d + d * STRIDE[0], first_h + h * STRIDE[1], first_w + w * STRIDE[2]
+        store_box(y_ptr, y_strides, acc, image, d, h, w, mask_m, tile_n * BLOCK_N, C_OUT, BLOCK_N, WIDE)
+
+
+def launch(problem, config, x, weight, bias, out=None):
+    y = empty(problem, problem.y_shape, x) if out is None else out
+    if y.numel() == 0:
+        return y
+    config = dict(config)
+    box = tuple(config[f"BLOCK_{axis}"] for axis in "DHW")
+    out_innermost = x.dtype.itemsize == 2  # TF32 wants the summed axis innermost
+    block = (config["BLOCK_K"], config["BLOCK_N"]) if out_innermost else (config["BLOCK_N"], config["BLOCK_K"])
+    largest = largest_phase(problem)
+    count = problem.n * math.prod(-(-s // b) for s, b in zip(largest, box, strict=True))
+    count *= triton.cdiv(problem.c_out, config["BLOCK_N"]) * math.prod(problem.stride)
+    x = describable(x)
+    run(
+        forward_boxes_kernel,
+        programs(x.device, count),
+        config,
+        x.device,
+        x_desc=volume(x, box, config["BLOCK_K"]),  # type: ignore[arg-type]
+        w_desc=taps_first(weight, out_innermost, block),
+        bias_ptr=bias,
+        y_ptr=y,
+        **geometry(problem),
+        y_strides=y.stride(),
+        ORDER=phase_order(problem),
+        K_INNERMOST=not out_innermost,
+        WIDE=wide(y),
+        PRECISION=precision(problem.dtype),
+    )
+    return y
+
+
+def box_config(problem, size, columns, depth):
+    """The default tile: 128 voxels in the box that covers ``size`` best, up to 128 columns."""
+    half = problem.dtype.itemsize == 2
+    d, h, w = box_of(size, 128 if half else 64)
+    block_n = power_of_two(columns, 16, 128 if half else 64)
+    return {
+        "BLOCK_D": d,
+        "BLOCK_H": h,
+        "BLOCK_W": w,
+        "BLOCK_N": block_n,
+        "BLOCK_K": power_of_two(depth, 16, 64 if half else 32),
+        "GROUP_M": 8,
+        "num_warps": 8 if block_n == 128 else 4,
+        "num_stages": 3,
+    }
+
+
+def box_space(problem, size, columns, depth):
+    """The default; fewer and more voxels; fewer and more columns; other pipelines."""
+    base = box_config(problem, size, columns, depth)
+    voxels = base["BLOCK_D"] * base["BLOCK_H"] * base["BLOCK_W"]
+    found = [base]
+    for block_m in (voxels // 2, voxels * 2):
+        d, h, w = box_of(size, block_m)
+        found.append({**base, "BLOCK_D": d, "BLOCK_H": h, "BLOCK_W": w})
+    for block_n in (base["BLOCK_N"] // 2, base["BLOCK_N"] * 2):
+        if 16 <= block_n <= 256:
+            found.append({**base, "BLOCK_N": block_n, "num_warps": 8 if block_n >= 128 else 4})
+    found += [{**base, "num_stages": stages} for stages in (2, 4)]
+    found += [{**base, "GROUP_M": group} for group in (1, 16)]
+    return tuple(found)
+
+
+def default(problem, device):
+    return box_config(problem, largest_phase(problem), problem.c_out, problem.c_in)
+
+
+VARIANT = Variant(
+    name="forward_boxes",
+    pass_name="forward",
+    idea="implicit GEMM per phase on tensor-descriptor boxes, persistent grid",
+    backend="triton",
+    launch=launch,
+    supports=box_refusal,
+    space=lambda problem, device: box_space(problem, largest_phase(problem), problem.c_out, problem.c_in),
+    default=default,
+)

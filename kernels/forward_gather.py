@@ -1,0 +1,125 @@
+"""Forward as a plain gather: every output looks at every tap, and a stride mask drops those that miss.
+
+The simplest kernel to read, and the baseline that shows what the others save: it executes s**3 times the useful work.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from tritonconv.kernels import triton_tiles as tiles
+from tritonconv.kernels.registry import Variant
+from tritonconv.kernels.triton_device import grouped_order, next_step, offset, voxel_tiles, voxels
+from tritonconv.kernels.triton_launch import RUN_TIME, accounting, empty, geometry, precision, refusal, wide
+from tritonconv.kernels.triton_launch import launch as run
+from tritonconv.kernels.triton_weights import oriented, packed, preferred
+
+
+@triton.jit
+def source(o, crop, tap, size, STRIDE: tl.constexpr, DILATION: tl.constexpr):
+    """Along one axis, the input index that output o reads through a tap, and whether there is one."""
+    reach = o + crop - DILATION * tap
+    index = reach // STRIDE
+    return index, (reach >= 0) & (reach % STRIDE == 0) & (index < size)
+
+
+@triton.jit(launch_metadata=accounting, do_not_specialize=RUN_TIME)
+def forward_gather_kernel(
+    x_ptr,  # (n, c_in, d, h, w)
+    w_ptr,  # (c_in, c_out, taps)
+    bias_ptr,  # (c_out,) or None
+    y_ptr,  # (n, c_out, od, oh, ow)
+    n, size, out_size, crop, x_strides, w_strides, y_strides,
+    C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr, GROUP_M: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    COLUMNS: tl.constexpr = tl.cdiv(C_OUT, BLOCK_N)
+    tiles_m = voxel_tiles(n, out_size, BLOCK_M, BLOCK_W, WIDE)
+    tile_m, tile_n = grouped_order(tl.program_id(0), tiles_m, COLUMNS * GROUPS, GROUP_M)
+    image, d, h, w, mask_m = voxels(tile_m, n, out_size, BLOCK_M, BLOCK_W, WIDE)
+    group = tile_n // COLUMNS
+    offs_n = tile_n % COLUMNS * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    if WIDE:
+        group, offs_n, offs_k = group.to(tl.int64), offs_n.to(tl.int64), offs_k.to(tl.int64)
+    mask_n = offs_n < C_OUT
+    x_ptr += group * C_IN * x_strides[1]
+    w_ptr += group * C_IN * w_strides[0]
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    k, td, th, tw = 0, 0, 0, 0
+    for _ in range(KERNEL[0] * KERNEL[1] * KERNEL[2] * tl.cdiv(C_IN, BLOCK_K)):
+        i_d, hit_d = source(d, crop[0], td, size[0], STRIDE[0], DILATION[0])
+        i_h, hit_h = source(h, crop[1], th, size[1], STRIDE[1], DILATION[1])
+        i_w, hit_w = source(w, crop[2], tw, size[2], STRIDE[2], DILATION[2])
+        channels = k + offs_k
+        mask_k = channels < C_IN
+        rows = offset(x_strides, image, 0, i_d, i_h, i_w)  # (BLOCK_M,)
+        x_tile = tl.load(
+            x_ptr + rows[:, None] + (channels * x_strides[1])[None, :],
+            mask=(mask_m & hit_d & hit_h & hit_w)[:, None] & mask_k[None, :],
+            other=0.0,
+        )  # (BLOCK_M, BLOCK_K)
+        tap = (td * KERNEL[1] + th) * KERNEL[2] + tw
+        if WIDE:
+            tap = tap.to(tl.int64)
+        w_tile = tl.load(
+            w_ptr + tap * w_strides[2] + (channels * w_strides[0])[:, None] + (offs_n * w_strides[1])[None, :],
+            mask=mask_k[:, None] & mask_n[None, :],
+            other=0.0,
+        )  # (BLOCK_K, BLOCK_N)
+        acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)
+        k, td, th, tw = next_step(k, td, th, tw, KERNEL, C_IN, BLOCK_K)
+
+    channel = group * C_OUT + offs_n
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + channel, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    y_ptrs = y_ptr + offset(y_strides, image, 0, d, h, w)[:, None] + (channel * y_strides[1])[None, :]
+    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
+
+
+def launch(problem, config, x, weight, bias, out=None):
+    y = empty(problem, problem.y_shape, x) if out is None else out
+    if y.numel() == 0:
+        return y
+    config = dict(config)
+    weight = packed(weight, config.pop("WEIGHT"))
+    columns = triton.cdiv(problem.c_out // problem.groups, config["BLOCK_N"])
+    run(
+        forward_gather_kernel,
+        tiles.tiles_of(problem.n, problem.out_size, config) * columns * problem.groups,
+        config,
+        x.device,
+        x_ptr=x,
+        w_ptr=weight,
+        bias_ptr=bias,
+        y_ptr=y,
+        **geometry(problem),
+        x_strides=x.stride(),
+        w_strides=oriented(weight, "forward"),
+        y_strides=y.stride(),
+        WIDE=wide(x, weight, y),
+        PRECISION=precision(problem.dtype),
+    )
+    return y
+
+
+def default(problem, device):
+    columns, depth = problem.c_out // problem.groups, problem.c_in // problem.groups
+    base = tiles.gemm(problem, problem.out_size, columns, depth, problem.groups)
+    return {**base, "GROUP_M": 8, "WEIGHT": preferred(problem)}
+
+
+VARIANT = Variant(
+    name="forward_gather",
+    pass_name="forward",
+    idea="gather over all taps with stride masks: the baseline",
+    backend="triton",
+    launch=launch,
+    supports=refusal,
+    space=lambda problem, device: tiles.around(default(problem, device), problem, WEIGHT=(0, 1, 2)),
+    default=default,
+)

@@ -1,0 +1,180 @@
+"""What the box kernels share: tensor descriptors of channels_last_3d volumes, boxes of voxels, the loop over them.
+
+A tensor descriptor (TMA on Hopper and later) fetches a box (1, d, h, w, channels) with one instruction and reads zero
+outside the volume, so a tap is a shifted box and needs no mask.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from tritonconv.kernels.triton_device import next_step, offset
+from tritonconv.kernels.triton_launch import refusal
+from tritonconv.problem import Problem, Triple
+
+ALIGNMENT = 16  # bytes, of the base and of every stride but the last (CUDA driver API, cuTensorMapEncodeTiled)
+PROGRAMS = 132  # assumed where no device can be asked
+INTERPRETED_PROGRAMS = 3  # few, so that each takes several tiles there as well
+
+
+@triton.jit
+def boxes(size, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr):
+    """How many boxes cover one volume."""
+    return tl.cdiv(size[0], BLOCK_D) * tl.cdiv(size[1], BLOCK_H) * tl.cdiv(size[2], BLOCK_W)
+
+
+@triton.jit
+def box_corner(tile, size, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr):
+    """image, d, h, w of the first voxel of a box."""
+    across = tl.cdiv(size[2], BLOCK_W)
+    row = tile // across
+    down = tl.cdiv(size[1], BLOCK_H)
+    plane = row // down
+    deep = tl.cdiv(size[0], BLOCK_D)
+    return plane // deep, plane % deep * BLOCK_D, row % down * BLOCK_H, tile % across * BLOCK_W
+
+
+@triton.jit
+def box_voxels(
+    d, h, w, size, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, WIDE: tl.constexpr
+):
+    """d, h, w and mask, each (BLOCK_M,), of the voxels of a box with this corner."""
+    lane = tl.arange(0, BLOCK_M)
+    if WIDE:
+        lane = lane.to(tl.int64)
+    d = d + lane // (BLOCK_H * BLOCK_W)
+    h = h + lane // BLOCK_W % BLOCK_H
+    w = w + lane % BLOCK_W
+    return d, h, w, (d < size[0]) & (h < size[1]) & (w < size[2])
+
+
+@triton.jit
+def box_gemm(
+    acc,
+    volume,  # descriptor (n, d, h, w, k)
+    weight,  # descriptor (tap, k, n), or (tap, n, k) where K_INNERMOST
+    image, d, h, w,  # the corner that tap m = 0 reads
+    tap, taps,  # (d, h, w): the first tap and how many there are
+    column,
+    TAP_STEP: tl.constexpr,  # (d, h, w): tap m is tap + m*TAP_STEP ...
+    VOXEL_STEP: tl.constexpr,  # ... and reads the box at + m*VOXEL_STEP
+    KERNEL: tl.constexpr,
+    K: tl.constexpr,
+    K_INNERMOST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """acc plus the sum over taps and channels k of volume[voxel(tap), k] * weight[tap, k, n]."""
+    k, md, mh, mw = 0, 0, 0, 0
+    for _ in range(taps[0] * taps[1] * taps[2] * tl.cdiv(K, BLOCK_K)):
+        corner_d = d + md * VOXEL_STEP[0]
+        corner_h = h + mh * VOXEL_STEP[1]
+        corner_w = w + mw * VOXEL_STEP[2]
+        plane = (tap[0] + md * TAP_STEP[0]) * KERNEL[1] + tap[1] + mh * TAP_STEP[1]
+        index = plane * KERNEL[2] + tap[2] + mw * TAP_STEP[2]
+        a_tile = tl.reshape(volume.load([image, corner_d, corner_h, corner_w, k]), (BLOCK_M, BLOCK_K))
+        if K_INNERMOST:
+            w_tile = tl.trans(tl.reshape(weight.load([index, column, k]), (BLOCK_N, BLOCK_K)))
+        else:
+            w_tile = tl.reshape(weight.load([index, k, column]), (BLOCK_K, BLOCK_N))
+        acc = tl.dot(a_tile, w_tile, acc, input_precision=PRECISION)
+        k, md, mh, mw = next_step(k, md, mh, mw, taps, K, BLOCK_K)
+    return acc
+
+
+@triton.jit
+def store_box(
+    out_ptr, strides, acc, image, d, h, w, mask_m, column, CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """Stores acc (BLOCK_M, BLOCK_N) at the voxels (BLOCK_M,) d, h, w and the channels from ``column`` on."""
+    channel = column + tl.arange(0, BLOCK_N)
+    if WIDE:
+        image, channel = image.to(tl.int64), channel.to(tl.int64)
+    rows = offset(strides, image, 0, d, h, w)
+    out_ptrs = out_ptr + rows[:, None] + (channel * strides[1])[None, :]
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask_m[:, None] & (channel < CHANNELS)[None, :])
+
+
+def box_refusal(problem: Problem, device: torch.device) -> str | None:
+    """Why the box kernels do not serve the problem; None where they do."""
+    why_not = refusal(problem, device)
+    if why_not is not None:
+        return why_not
+    if problem.layout != "ndhwc":
+        return "a box needs contiguous channels (channels_last_3d)"
+    if problem.groups > 1:
+        return f"a box does not stop at the edge of a group ({problem.groups} groups)"
+    per_16_bytes = ALIGNMENT // problem.dtype.itemsize
+    if problem.c_in % per_16_bytes or problem.c_out % per_16_bytes:
+        return f"c_in={problem.c_in} and c_out={problem.c_out} must be multiples of {per_16_bytes} (16-byte strides)"
+    if problem.c_in < 16 or problem.c_out < 16:
+        return f"c_in={problem.c_in} and c_out={problem.c_out} must be at least 16 to fill a box"
+    return None
+
+
+def describable(tensor: torch.Tensor) -> torch.Tensor:
+    """The volume (n, c, d, h, w) if a descriptor can address it, else a dense channels_last_3d copy."""
+    item = tensor.dtype.itemsize
+    outer = [step for axis, step in enumerate(tensor.stride()) if axis != 1 and tensor.shape[axis] > 1]
+    fits = all(step > 0 and step * item % ALIGNMENT == 0 for step in outer)
+    if fits and tensor.stride(1) == 1 and tensor.data_ptr() % ALIGNMENT == 0:
+        return tensor
+    # contiguous() would return a tensor that is dense already, wherever it starts
+    return tensor.clone(memory_format=torch.channels_last_3d)
+
+
+def volume(tensor: torch.Tensor, box: Triple, block_k: int) -> TensorDescriptor:
+    """Descriptor (n, d, h, w, c) of a volume, with boxes (1, *box, block_k)."""
+    view = tensor.permute(0, 2, 3, 4, 1)
+    # The stride of an axis of size 1 is never used, but it must be aligned like the others.
+    strides = [step if size > 1 else _aligned_stride(tensor) for size, step in zip(view.shape, view.stride(), strict=True)]
+    strides[-1] = 1
+    return TensorDescriptor(view, list(view.shape), strides, [1, *box, block_k])
+
+
+def _aligned_stride(tensor: torch.Tensor) -> int:
+    return max(1, ALIGNMENT // tensor.dtype.itemsize) * math.ceil(tensor.shape[1] * tensor.dtype.itemsize / ALIGNMENT)
+
+
+def taps_first(weight: torch.Tensor, out_innermost: bool, block: tuple[int, int]) -> TensorDescriptor:
+    """Descriptor of a packed copy of the weight: (tap, c_in, c_out) or (tap, c_out, c_in)."""
+    axes = (2, 3, 4, 0, 1) if out_innermost else (2, 3, 4, 1, 0)
+    dense = weight.permute(axes).contiguous().flatten(0, 2)
+    return TensorDescriptor(dense, list(dense.shape), list(dense.stride()), [1, *block])
+
+
+def box_of(size: Triple, block_m: int) -> Triple:
+    """(BLOCK_D, BLOCK_H, BLOCK_W), powers of two whose product is ``block_m``, that covers ``size`` with least waste.
+
+    Among equals the one with the smallest surface wins, then the widest: fewer halo voxels, longer rows.
+    """
+    return _box_of(tuple(size), block_m)
+
+
+@cache
+def _box_of(size: Triple, block_m: int) -> Triple:
+    powers = [2**e for e in range(block_m.bit_length())]
+    shapes = [(d, h, block_m // (d * h)) for d in powers for h in powers if d * h <= block_m]
+
+    def cost(shape):
+        covered = math.prod(math.ceil(s / b) * b for s, b in zip(size, shape, strict=True))
+        d, h, w = shape
+        return covered, d * h + h * w + d * w, -w
+
+    return min(shapes, key=cost)
+
+
+def programs(device: torch.device, tiles: int) -> int:
+    """The persistent grid: one program per multiprocessor, or fewer where there are fewer tiles."""
+    if device.type == "cuda" and torch.cuda.is_available():
+        return min(tiles, torch.cuda.get_device_properties(device).multi_processor_count)
+    return min(tiles, INTERPRETED_PROGRAMS if device.type == "cpu" else PROGRAMS)
