@@ -1,0 +1,163 @@
+"""Backward-data for the compute-bound layers: each stride phase of grad_y is a dense volume read in boxes.
+
+Input i under tap t reads grad_y[i*stride - crop + dilation*t], which lies in the phase of the residue of dilation*t: a
+strided view of grad_y with a descriptor of its own. Inside a phase the taps are shifts of one box.
+"""
+
+from __future__ import annotations
+
+import math
+
+import triton
+import triton.language as tl
+
+from tritonconv.kernels.forward_boxes import box_config, box_space
+from tritonconv.kernels.registry import Variant
+from tritonconv.kernels.triton_boxes import (
+    box_corner,
+    box_gemm,
+    box_refusal,
+    box_voxels,
+    boxes,
+    describable,
+    programs,
+    store_box,
+    taps_first,
+    volume,
+)
+from tritonconv.kernels.triton_device import axis_phase, grouped_order, product, tap_period, tap_shift
+from tritonconv.kernels.triton_launch import RUN_TIME, accounting, empty, geometry, precision, wide
+from tritonconv.kernels.triton_launch import launch as run
+
+MOST_PHASES = 8  # descriptors of one launch: stride 2 on each axis
+
+
+@triton.jit
+def phase_gemm(
+    acc, volume, weight, PHASE: tl.constexpr, image, d, h, w, out_size, crop, column, KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr, DILATION: tl.constexpr, K: tl.constexpr, K_INNERMOST: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """acc plus what the taps of one phase add, for the box of inputs at d, h, w; a phase without outputs adds nothing."""
+    _, outs_d, tap_d, taps_d, offset_d = axis_phase(
+        PHASE // (STRIDE[2] * STRIDE[1]), crop[0], out_size[0], KERNEL[0], STRIDE[0], DILATION[0]
+    )
+    _, outs_h, tap_h, taps_h, offset_h = axis_phase(
+        PHASE // STRIDE[2] % STRIDE[1], crop[1], out_size[1], KERNEL[1], STRIDE[1], DILATION[1]
+    )
+    _, outs_w, tap_w, taps_w, offset_w = axis_phase(
+        PHASE % STRIDE[2], crop[2], out_size[2], KERNEL[2], STRIDE[2], DILATION[2]
+    )
+    taps_d = tl.where(outs_d * outs_h * outs_w == 0, 0, taps_d)
+    return box_gemm(
+        acc, volume, weight, image, d - offset_d, h - offset_h, w - offset_w,
+        (tap_d, tap_h, tap_w), (taps_d, taps_h, taps_w), column,
+        (tap_period(STRIDE[0], DILATION[0]), tap_period(STRIDE[1], DILATION[1]), tap_period(STRIDE[2], DILATION[2])),
+        (tap_shift(STRIDE[0], DILATION[0]), tap_shift(STRIDE[1], DILATION[1]), tap_shift(STRIDE[2], DILATION[2])),
+        KERNEL, K, K_INNERMOST, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
+    )  # fmt: skip
+
+
+@triton.jit(launch_metadata=accounting, do_not_specialize=RUN_TIME)
+def backward_data_boxes_kernel(
+    phase0, phase1, phase2, phase3, phase4, phase5, phase6, phase7,  # grad_y by phase, (n, d, h, w, c_out) each
+    w_desc,  # (tap, c_out, c_in), or (tap, c_in, c_out) where K_INNERMOST
+    grad_x_ptr,  # (n, c_in, d, h, w)
+    n, size, out_size, crop, x_strides,
+    C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr, K_INNERMOST: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    BLOCK_M: tl.constexpr = BLOCK_D * BLOCK_H * BLOCK_W
+    COLUMNS: tl.constexpr = tl.cdiv(C_IN, BLOCK_N)
+    tiles_m = n * boxes(size, BLOCK_D, BLOCK_H, BLOCK_W)
+    for tile in range(tl.program_id(0), tiles_m * COLUMNS, tl.num_programs(0)):
+        tile_m, tile_n = grouped_order(tile, tiles_m, COLUMNS, GROUP_M)
+        image, d, h, w = box_corner(tile_m, size, BLOCK_D, BLOCK_H, BLOCK_W)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for PHASE in tl.static_range(product(STRIDE)):
+            grad_y = phase0
+            if PHASE == 1:
+                grad_y = phase1
+            if PHASE == 2:
+                grad_y = phase2
+            if PHASE == 3:
+                grad_y = phase3
+            if PHASE == 4:
+                grad_y = phase4
+            if PHASE == 5:
+                grad_y = phase5
+            if PHASE == 6:
+                grad_y = phase6
+            if PHASE == 7:
+                grad_y = phase7
+            acc = phase_gemm(
+                acc, grad_y, w_desc, PHASE, image, d, h, w, out_size, crop, tile_n * BLOCK_N,
+                KERNEL, STRIDE, DILATION, C_OUT, K_INNERMOST, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
+            )  # fmt: skip
+        d, h, w, mask_m = box_voxels(d, h, w, size, BLOCK_M, BLOCK_H, BLOCK_W, WIDE)
+        store_box(grad_x_ptr, x_strides, acc, image, d, h, w, mask_m, tile_n * BLOCK_N, C_IN, BLOCK_N, WIDE)
+
+
+def supports(problem, device):
+    why_not = box_refusal(problem, device)
+    if why_not is None and math.prod(problem.stride) > MOST_PHASES:
+        return f"stride {problem.stride} has more than {MOST_PHASES} phases, one descriptor each"
+    return why_not
+
+
+def phase_views(problem, grad_y):
+    """grad_y's phases, as strided views, in the order of the phases (w fastest); a phase without outputs stays whole."""
+    found = []
+    for phase in range(math.prod(problem.stride)):
+        _, sh, sw = problem.stride
+        residues = (phase // (sw * sh), phase // sw % sh, phase % sw)
+        firsts = [(phi - p) % s for phi, p, s in zip(residues, problem.crop, problem.stride, strict=True)]
+        view = grad_y[(..., *[slice(f, None, s) for f, s in zip(firsts, problem.stride, strict=True)])]
+        found.append(view if view.numel() else grad_y)
+    return found
+
+
+def launch(problem, config, grad_y, weight):
+    grad_x = empty(problem, problem.x_shape, grad_y)
+    if grad_x.numel() == 0:
+        return grad_x
+    config = dict(config)
+    box = tuple(config[f"BLOCK_{axis}"] for axis in "DHW")
+    k_innermost = grad_y.dtype.itemsize == 4  # TF32 wants the summed axis innermost
+    block = (config["BLOCK_N"], config["BLOCK_K"]) if k_innermost else (config["BLOCK_K"], config["BLOCK_N"])
+    count = problem.n * math.prod(-(-s // b) for s, b in zip(problem.size, box, strict=True))
+    views = [volume(view, box, config["BLOCK_K"]) for view in phase_views(problem, describable(grad_y))]
+    views += views[:1] * (MOST_PHASES - len(views))
+    run(
+        backward_data_boxes_kernel,
+        programs(grad_y.device, count * triton.cdiv(problem.c_in, config["BLOCK_N"])),
+        config,
+        grad_y.device,
+        **{f"phase{index}": view for index, view in enumerate(views)},
+        w_desc=taps_first(weight, k_innermost, block),
+        grad_x_ptr=grad_x,
+        **geometry(problem),
+        x_strides=grad_x.stride(),
+        K_INNERMOST=k_innermost,
+        WIDE=wide(grad_x),
+        PRECISION=precision(problem.dtype),
+    )
+    return grad_x
+
+
+def default(problem, device):
+    return box_config(problem, problem.size, problem.c_in, problem.c_out)
+
+
+VARIANT = Variant(
+    name="backward_data_boxes",
+    pass_name="backward_data",
+    idea="strided convolution of grad_y on tensor-descriptor boxes, persistent grid",
+    backend="triton",
+    launch=launch,
+    supports=supports,
+    space=lambda problem, device: box_space(problem, problem.size, problem.c_in, problem.c_out),
+    default=default,
+)
