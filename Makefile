@@ -1,13 +1,16 @@
 # make bench   times the layers on this machine and draws the charts
 # make test    runs the tests
+# make test-oldest   runs the tests of the Triton kernels on the oldest Triton that is served
 # make lint    ruff and mypy
 # Each sets up what it needs in a virtual environment first.
 PYTHON ?= python3
 VENV ?= .venv
 BUDGET ?= 75
+OLDEST ?= .venv-oldest
+KERNEL_TESTS = tests/test_triton_kernels.py tests/test_triton_layers.py tests/test_inspection.py
 PIP = $(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: bench test lint clean
+.PHONY: bench test test-oldest lint clean
 
 bench: $(VENV)/.bench-ready
 	$(VENV)/bin/tritonconv bench --suite all --seconds $(BUDGET) --output results
@@ -15,6 +18,9 @@ bench: $(VENV)/.bench-ready
 
 test: $(VENV)/.test-ready
 	$(VENV)/bin/python -m pytest
+
+test-oldest: $(OLDEST)/.ready
+	$(OLDEST)/bin/python -m pytest $(KERNEL_TESTS)
 
 lint: $(VENV)/.test-ready
 	$(VENV)/bin/ruff check .
@@ -32,5 +38,14 @@ $(VENV)/.test-ready: $(VENV)/.bench-ready
 	$(PIP) -e '.[test,models]'
 	touch $@
 
+# The interpreter of Triton 3.6.0 fails on loops with run-time bounds with numpy 2.4 and later.
+$(OLDEST)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(OLDEST)
+	grep -v '^numpy' constraints.txt > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/pip install --quiet --disable-pip-version-check -c $(OLDEST)/constraints.txt torch
+	$(OLDEST)/bin/pip install --quiet --disable-pip-version-check -c $(OLDEST)/constraints.txt \
+		'triton==3.6.0' 'numpy<2.4' pytest -e '.[bench]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(OLDEST) build dist *.egg-info

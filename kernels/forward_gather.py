@@ -10,7 +10,7 @@ import triton.language as tl
 
 from tritonconv.kernels import triton_tiles as tiles
 from tritonconv.kernels.registry import Variant
-from tritonconv.kernels.triton_device import grouped_order, next_step, offset, voxel_tiles, voxels
+from tritonconv.kernels.triton_device import grouped_order, next_step, offset, voxel_tiles, voxels, widened
 from tritonconv.kernels.triton_launch import RUN_TIME, accounting, empty, geometry, precision, refusal, wide
 from tritonconv.kernels.triton_launch import launch as run
 from tritonconv.kernels.triton_weights import oriented, packed, preferred
@@ -40,11 +40,9 @@ def forward_gather_kernel(
     tiles_m = voxel_tiles(n, out_size, BLOCK_M, BLOCK_W, WIDE)
     tile_m, tile_n = grouped_order(tl.program_id(0), tiles_m, COLUMNS * GROUPS, GROUP_M)
     image, d, h, w, mask_m = voxels(tile_m, n, out_size, BLOCK_M, BLOCK_W, WIDE)
-    group = tile_n // COLUMNS
-    offs_n = tile_n % COLUMNS * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_k = tl.arange(0, BLOCK_K)
-    if WIDE:
-        group, offs_n, offs_k = group.to(tl.int64), offs_n.to(tl.int64), offs_k.to(tl.int64)
+    group = widened(tile_n // COLUMNS, WIDE)
+    offs_n = widened(tile_n % COLUMNS * BLOCK_N + tl.arange(0, BLOCK_N), WIDE)
+    offs_k = widened(tl.arange(0, BLOCK_K), WIDE)
     mask_n = offs_n < C_OUT
     x_ptr += group * C_IN * x_strides[1]
     w_ptr += group * C_IN * w_strides[0]
@@ -63,9 +61,7 @@ def forward_gather_kernel(
             mask=(mask_m & hit_d & hit_h & hit_w)[:, None] & mask_k[None, :],
             other=0.0,
         )  # (BLOCK_M, BLOCK_K)
-        tap = (td * KERNEL[1] + th) * KERNEL[2] + tw
-        if WIDE:
-            tap = tap.to(tl.int64)
+        tap = widened((td * KERNEL[1] + th) * KERNEL[2] + tw, WIDE)
         w_tile = tl.load(
             w_ptr + tap * w_strides[2] + (channels * w_strides[0])[:, None] + (offs_n * w_strides[1])[None, :],
             mask=mask_k[:, None] & mask_n[None, :],

@@ -25,6 +25,7 @@ from tritonconv.kernels.triton_device import (
     tap_shift,
     voxel_tiles,
     voxels,
+    widened,
 )
 from tritonconv.kernels.triton_gemm import implicit_gemm
 from tritonconv.kernels.triton_launch import RUN_TIME, accounting, empty, geometry, precision, refusal, wide
@@ -80,10 +81,8 @@ def forward_phases_kernel(
         return
     image, d, h, w, mask_m = voxels(tile_m, n, (outs_d, outs_h, outs_w), BLOCK_M, BLOCK_W, WIDE)
 
-    group = tile_n // COLUMNS * PACK
+    group = widened(tile_n // COLUMNS * PACK, WIDE)
     offs_n = tile_n % COLUMNS * BLOCK_N + tl.arange(0, BLOCK_N)
-    if WIDE:
-        group = group.to(tl.int64)
     acc = implicit_gemm(
         x_ptr + group * C_IN * x_strides[1], x_strides,
         image, d + offset_d, h + offset_h, w + offset_w, mask_m, size,

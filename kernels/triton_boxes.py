@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from tritonconv.kernels.triton_device import next_step, offset
+from tritonconv.kernels.triton_device import next_step, offset, widened
 from tritonconv.kernels.triton_launch import refusal
 from tritonconv.problem import Problem, Triple
 
@@ -41,13 +41,9 @@ def box_corner(tile, size, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W
 
 
 @triton.jit
-def box_voxels(
-    d, h, w, size, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, WIDE: tl.constexpr
-):
+def box_voxels(d, h, w, size, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, WIDE: tl.constexpr):
     """d, h, w and mask, each (BLOCK_M,), of the voxels of a box with this corner."""
-    lane = tl.arange(0, BLOCK_M)
-    if WIDE:
-        lane = lane.to(tl.int64)
+    lane = widened(tl.arange(0, BLOCK_M), WIDE)
     d = d + lane // (BLOCK_H * BLOCK_W)
     h = h + lane // BLOCK_W % BLOCK_H
     w = w + lane % BLOCK_W
@@ -96,10 +92,8 @@ def store_box(
     WIDE: tl.constexpr,
 ):  # fmt: skip
     """Stores acc (BLOCK_M, BLOCK_N) at the voxels (BLOCK_M,) d, h, w and the channels from ``column`` on."""
-    channel = column + tl.arange(0, BLOCK_N)
-    if WIDE:
-        image, channel = image.to(tl.int64), channel.to(tl.int64)
-    rows = offset(strides, image, 0, d, h, w)
+    channel = widened(column + tl.arange(0, BLOCK_N), WIDE)
+    rows = offset(strides, widened(image, WIDE), 0, d, h, w)
     out_ptrs = out_ptr + rows[:, None] + (channel * strides[1])[None, :]
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask_m[:, None] & (channel < CHANNELS)[None, :])
 
@@ -136,7 +130,9 @@ def volume(tensor: torch.Tensor, box: Triple, block_k: int) -> TensorDescriptor:
     """Descriptor (n, d, h, w, c) of a volume, with boxes (1, *box, block_k)."""
     view = tensor.permute(0, 2, 3, 4, 1)
     # The stride of an axis of size 1 is never used, but it must be aligned like the others.
-    strides = [step if size > 1 else _aligned_stride(tensor) for size, step in zip(view.shape, view.stride(), strict=True)]
+    strides = [
+        step if size > 1 else _aligned_stride(tensor) for size, step in zip(view.shape, view.stride(), strict=True)
+    ]
     strides[-1] = 1
     return TensorDescriptor(view, list(view.shape), strides, [1, *box, block_k])
 

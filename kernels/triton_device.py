@@ -35,14 +35,20 @@ def tap_shift(stride, dilation):
 
 
 @triton.jit
+def widened(value, WIDE: tl.constexpr):
+    """The integer in 64 bits where WIDE."""
+    if WIDE:
+        value = value + tl.full((), 0, tl.int64)
+    return value
+
+
+@triton.jit
 def voxel_tiles(n, size, BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr, WIDE: tl.constexpr):
     """How many tiles cover n images of ``size``; see :func:`voxels`."""
     rows = n * size[0] * size[1]
     if BLOCK_W > 0:
         return tl.cdiv(rows, BLOCK_M // BLOCK_W) * tl.cdiv(size[2], BLOCK_W)
-    if WIDE:
-        rows = rows.to(tl.int64)
-    return tl.cdiv(rows * size[2], BLOCK_M)
+    return tl.cdiv(widened(rows, WIDE) * size[2], BLOCK_M)
 
 
 @triton.jit
@@ -53,8 +59,7 @@ def voxels(tile, n, size, BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr, WIDE: tl
     compiler knows to be neighbours: wide loads and stores where w is the contiguous axis.
     """
     lane = tl.arange(0, BLOCK_M)
-    if WIDE:
-        tile = tile.to(tl.int64)
+    tile = widened(tile, WIDE)
     if BLOCK_W > 0:
         tiles_w = tl.cdiv(size[2], BLOCK_W)
         row = (tile // tiles_w) * (BLOCK_M // BLOCK_W) + lane // BLOCK_W

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tritonconv.kernels.triton_device import inside, next_step
+from tritonconv.kernels.triton_device import inside, next_step, widened
 
 
 @triton.jit
@@ -36,23 +36,17 @@ def implicit_gemm(
     N: tl.constexpr = PACK * N_GROUP
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     rows = image * a_strides[0] + d * a_strides[2] + h * a_strides[3] + w * a_strides[4]
-    offs_k = tl.arange(0, BLOCK_K)
-    columns = offs_n % N_GROUP if PACK > 1 and WRAP_N else offs_n
-    if WIDE:
-        offs_k = offs_k.to(tl.int64)
-        columns = columns.to(tl.int64)
-    columns = columns * w_strides[1]
+    offs_k = widened(tl.arange(0, BLOCK_K), WIDE)
+    columns = widened(offs_n % N_GROUP if PACK > 1 and WRAP_N else offs_n, WIDE) * w_strides[1]
     k, md, mh, mw = 0, 0, 0, 0
     for _ in range(taps[0] * taps[1] * taps[2] * tl.cdiv(K, BLOCK_K)):
-        vd, vh, vw = md * VOXEL_STEP[0], mh * VOXEL_STEP[1], mw * VOXEL_STEP[2]
-        if WIDE:
-            vd, vh, vw = vd.to(tl.int64), vh.to(tl.int64), vw.to(tl.int64)
+        vd = widened(md * VOXEL_STEP[0], WIDE)
+        vh = widened(mh * VOXEL_STEP[1], WIDE)
+        vw = widened(mw * VOXEL_STEP[2], WIDE)
         hit = mask_m & inside(d + vd, size[0]) & inside(h + vh, size[1]) & inside(w + vw, size[2])
         moved = vd * a_strides[2] + vh * a_strides[3] + vw * a_strides[4]
         plane = (tap[0] + md * TAP_STEP[0]) * KERNEL[1] + tap[1] + mh * TAP_STEP[1]
-        index = plane * KERNEL[2] + tap[2] + mw * TAP_STEP[2]
-        if WIDE:
-            index = index.to(tl.int64)
+        index = widened(plane * KERNEL[2] + tap[2] + mw * TAP_STEP[2], WIDE)
         channels = k + offs_k
         weight_k = channels if PACK == 1 or WRAP_N else channels % K_GROUP
         a_mask = hit[:, None]

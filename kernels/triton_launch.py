@@ -13,7 +13,7 @@ import triton
 from tritonconv.kernels.registry import Config
 from tritonconv.problem import Problem, largest_offset
 
-INT32_LIMIT = 2**31
+WIDE_FROM = 2**30  # half of what 32 bits hold: masked lanes of a tile reach beyond the tensor
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -83,14 +83,15 @@ def precision(dtype: torch.dtype) -> str:
 def wide(*tensors: torch.Tensor | None) -> bool:
     """Whether an element offset into one of the tensors needs 64 bits."""
     return any(
-        tensor is not None and largest_offset(tuple(tensor.shape), tensor.stride()) >= INT32_LIMIT // 2
-        for tensor in tensors
+        tensor is not None and largest_offset(tuple(tensor.shape), tensor.stride()) >= WIDE_FROM for tensor in tensors
     )
 
 
 def launch(kernel, grid: int | tuple[int, ...], config: Config, device: torch.device, **arguments) -> None:
     """Launches (or, inside :func:`compile_only`, compiles) a kernel; ``config`` holds tiles, num_warps, num_stages."""
     arguments |= config
+    if arguments.get("bias_ptr") is not None:  # the one operand without strides of its own
+        arguments["bias_ptr"] = arguments["bias_ptr"].contiguous()
     arguments["enable_fp_fusion"] = True
     if isinstance(grid, int):
         grid = (grid,)

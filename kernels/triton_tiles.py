@@ -101,5 +101,3 @@ def _area(base: Config, key: str, value: int) -> int:
 def _sensible(config: Config) -> bool:
     blocks = [config[key] for key in ("BLOCK_M", "BLOCK_N", "BLOCK_K")]
     return min(blocks) >= 16 and max(blocks) <= 256 and config.get("BLOCK_W", 0) <= config["BLOCK_M"]
-
-

@@ -41,14 +41,16 @@ def oriented(weight: torch.Tensor, pass_name: str) -> tuple[int, int, int]:
     return (c_in, c_out, tap) if pass_name == "forward" else (c_out, c_in, tap)
 
 
-def preferred(problem: Problem) -> int:
+def preferred(problem: Problem, pass_name: str = "forward") -> int:
     """The default order: as given where there is one tap or the weight fits a cache, else the last axis of a tile.
 
-    16-bit dots take either operand order from shared memory; TF32 on Hopper needs c_in, the summed axis, innermost.
+    16-bit dots take either operand order from shared memory, so the tile's columns come innermost. TF32 on Hopper needs
+    the summed axis innermost: c_in in the forward, c_out in the backward-data.
     """
     elements = 1
     for size in problem.weight_shape:
         elements *= size
     if max(problem.kernel) == 1 or elements * problem.dtype.itemsize <= CACHED_BYTES:
         return AS_GIVEN
-    return OUT_INNERMOST if problem.dtype.itemsize == 2 else IN_INNERMOST
+    columns_innermost = problem.dtype.itemsize == 2
+    return OUT_INNERMOST if columns_innermost == (pass_name == "forward") else IN_INNERMOST

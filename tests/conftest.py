@@ -7,9 +7,18 @@ import os
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    # The Triton kernels themselves run, on the CPU: Triton reads this when it is imported, so it comes first.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from tritonconv import dispatch, runner
 from tritonconv.bench import roofs
 from tritonconv.problem import PASSES
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    import interpreter
+
+    interpreter.speed_up()
 
 
 def pytest_report_header(config) -> str:
@@ -31,6 +40,19 @@ def pytest_collection_modifyitems(config, items) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned():
+    """torch fills new memory with NaN while it is asked for deterministic algorithms."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.utils.deterministic.fill_uninitialized_memory
+        fresh = [torch.empty(9), torch.ones(1).new_empty(9), torch.empty_like(torch.ones(9)), torch.ones(1).resize_(9)]
+        assert all(t[1:].isnan().all() for t in fresh)
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

@@ -42,7 +42,10 @@ class Choice:
 
 @dataclass(frozen=True)
 class Plan:
-    """The three choices of one problem. The methods take and return dense tensors in the problem's layout."""
+    """The three choices of one problem. The methods return dense tensors in the problem's layout.
+
+    A torch formulation gets its operands dense in that layout, a Triton kernel as they are: it takes any strides.
+    """
 
     problem: Problem
     device: torch.device
@@ -76,31 +79,36 @@ class Plan:
         """x (n, c_in, d, h, w), weight, bias (c_out,) or None -> y (n, c_out, od, oh, ow)."""
         chosen, layout = self.forward_choice, self.problem.memory_format
         with _no_autocast(x):
-            y = chosen.variant.launch(self.problem, chosen.config, to_layout(x, layout), weight, bias)
+            y = chosen.variant.launch(self.problem, chosen.config, _operand(x, chosen, layout), weight, bias)
             return to_layout(y, layout)
 
     def backward_data(self, grad_y, weight, prepared=None):
         """grad_y (n, c_out, od, oh, ow), weight -> grad_x (n, c_in, d, h, w)."""
         chosen, layout = self.backward_data_choice, self.problem.memory_format
         with _no_autocast(grad_y):
-            operands = to_layout(grad_y, layout), weight
+            operands = _operand(grad_y, chosen, layout), weight
             return to_layout(chosen.variant.launch(self.problem, chosen.config, *operands, **_shared(prepared)), layout)
 
     def backward_weight(self, x, grad_y, need_bias, prepared=None):
         """x, grad_y -> (grad_weight, grad_bias or None)."""
         chosen, layout = self.backward_weight_choice, self.problem.memory_format
         with _no_autocast(x):
-            operands = to_layout(x, layout), to_layout(grad_y, layout), need_bias
+            operands = _operand(x, chosen, layout), _operand(grad_y, chosen, layout), need_bias
             return chosen.variant.launch(self.problem, chosen.config, *operands, **_shared(prepared))
 
     def backward(self, x, weight, grad_y, need_bias):
         """Both gradients: (grad_x, grad_weight, grad_bias or None); what their variants share is done once."""
-        grad_y, prepared = to_layout(grad_y, self.problem.memory_format), None
-        prepare = self.backward_data_choice.variant.prepare
+        prepared, prepare = None, self.backward_data_choice.variant.prepare
+        if not all(self.choice(name).variant.backend == "triton" for name in PASSES[1:]):
+            grad_y = to_layout(grad_y, self.problem.memory_format)
         if prepare is not None and prepare is self.backward_weight_choice.variant.prepare:
             prepared = prepare(self.problem, grad_y)
         grad_x = self.backward_data(grad_y, weight, prepared)
         return (grad_x, *self.backward_weight(x, grad_y, need_bias, prepared))
+
+
+def _operand(tensor, chosen: Choice, layout: torch.memory_format):
+    return tensor if chosen.variant.backend == "triton" else to_layout(tensor, layout)
 
 
 def _shared(prepared) -> dict[str, torch.Tensor]:

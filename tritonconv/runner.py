@@ -202,7 +202,7 @@ class _Bench:
         single = [record for record in self.options.variants if record.pass_name == pass_name]
         passed: dict[str, Candidate] = {}
         for name, record in [(BASELINE, None), (OURS, None), *((record.name, record) for record in single)]:
-            why_not = record.supports(problem, self.options.device) if record else None
+            why_not = _why_not(record, problem, self.options.device) if record else None
             if why_not is not None:
                 self.writer.write("skip", {**head, "variant": name, "message": why_not})
                 continue
@@ -217,6 +217,12 @@ class _Bench:
             self.errors += 1
             self.writer.write("error", {**head, "variant": name, "status": status, "message": message})
         return passed
+
+
+def _why_not(record: Variant, problem: Problem, device: torch.device) -> str | None:
+    if record.backend == "triton" and device.type == "cpu":
+        return "on a CPU Triton's interpreter runs this kernel, which says nothing about its speed"
+    return record.supports(problem, device)
 
 
 def _candidate(

@@ -1,0 +1,179 @@
+"""Every Triton variant: exact on small integers, each element written, any strides. In the interpreter, or on a GPU.
+
+Without a GPU Triton's interpreter runs the real kernels on the CPU (float32 and float16: its bfloat16 products are
+wrong). On a GPU the same tests run compiled, in bfloat16 too.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from variant_cases import DEVICE, TINY, Case, complaints, expected, run, same
+
+import tritonconv
+from tritonconv import VariantNotApplicable
+from tritonconv.kernels.registry import variant
+from tritonconv.problem import LAYOUTS, PASSES
+
+NAMES = [record.name for record in tritonconv.variants() if record.backend == "triton"]
+ON_GPU = DEVICE.type == "cuda"
+DTYPES = (torch.float32, torch.float16, torch.bfloat16) if ON_GPU else (torch.float32, torch.float16)
+
+
+def small(config) -> dict[str, int]:
+    """The config with tiles of at most 16, so that a tiny problem has several of them."""
+    changed = {key: min(value, 16) if key.startswith("BLOCK_") else value for key, value in config.items()}
+    return changed | {"BLOCK_D": 2, "BLOCK_H": 4, "BLOCK_W": 2} if "BLOCK_D" in config else changed
+
+
+def configs_of(record, turn):
+    """The configs of one test: the default, the default with small tiles, a neighbour with small tiles, in turn."""
+
+    def configs(problem):
+        default, space = record.default(problem, DEVICE), record.space(problem, DEVICE)
+        return [(default, small(default), small(space[turn % len(space)]))[turn % 3]]
+
+    return configs
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", NAMES)
+def test_exact(name, layout):
+    served, found = 0, []
+    for turn, case in enumerate(TINY.values(), start=list(LAYOUTS).index(layout)):
+        dtypes = DTYPES if ON_GPU else DTYPES[turn % 2 : turn % 2 + 1]
+        for dtype in dtypes:
+            answer = complaints(
+                variant(name), case, dtype, layout, turn % 3 != 0, DEVICE, configs_of(variant(name), turn // 2)
+            )
+            served += answer is not None
+            found += answer or []
+    assert found == []
+    assert served >= 3 or layout == "ncdhw"
+
+
+def test_every_problem_has_a_kernel_in_every_pass():
+    for layout in LAYOUTS:
+        for label, case in TINY.items():
+            problem = case.problem(torch.float16, layout)
+            for pass_name in PASSES:
+                ours = [r for r in tritonconv.variants(pass_name) if r.backend == "triton"]
+                assert any(r.supports(problem, DEVICE) is None for r in ours), f"{label} {layout} {pass_name}"
+
+
+def first_served(record, layout="ndhwc", dtype=torch.float32, at_least_voxels=4):
+    for case in TINY.values():
+        problem = case.problem(dtype, layout)
+        enough = problem.n * math.prod(problem.size) >= at_least_voxels
+        if enough and record.supports(problem, DEVICE) is None:
+            return case, problem
+    raise AssertionError(f"{record.name} serves no tiny problem")
+
+
+def operands(case, dtype, layout):
+    """x, weight, bias, grad_y on the device, and the exact answers of the passes."""
+    inputs, grad_y, y, (grad_x, grad_weight, grad_bias) = expected(case, True)
+    dense = {"device": DEVICE, "dtype": dtype, "memory_format": LAYOUTS[layout]}
+    tensors = [inputs[0].to(**dense), inputs[1].to(DEVICE, dtype), inputs[2].to(DEVICE, dtype), grad_y.to(**dense)]
+    return tensors, {"forward": [y], "backward_data": [grad_x], "backward_weight": [grad_weight, grad_bias]}
+
+
+def flipped(t):
+    """Axes in memory in reverse order."""
+    return t.permute(4, 3, 2, 1, 0).contiguous().permute(4, 3, 2, 1, 0)
+
+
+def sliced(t):
+    """A part of a larger buffer full of NaN: a read outside the part would show."""
+    big = t.new_full([size + 3 for size in t.shape], math.nan)
+    part = big[tuple(slice(1, 1 + size) for size in t.shape)]
+    return part.copy_(t)
+
+
+def spread(t):
+    """Every second element of a buffer full of NaN along the last axis."""
+    big = t.new_full([*t.shape[:-1], 2 * t.shape[-1]], math.nan)
+    return big[..., ::2].copy_(t)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("name", NAMES)
+def test_operands_of_any_strides(name):
+    record = variant(name)
+    for layout in LAYOUTS:
+        if record.supports(first_served(record)[0].problem(torch.float32, layout), DEVICE) is not None:
+            continue
+        case, problem = first_served(record, layout)
+        (x, weight, bias, grad_y), wanted = operands(case, torch.float32, layout)
+        for strided in (flipped, sliced, spread):
+            bias_view = bias.expand(2, -1).t()[:, 0]
+            tensors = strided(x), strided(weight), bias_view
+            got = run(record, problem, small(record.default(problem, DEVICE)), tensors, strided(grad_y), True)
+            assert all(map(same, got, wanted[record.pass_name])), f"{layout} {strided.__name__}"
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("name", [name for name in NAMES if variant(name).pass_name == "forward"])
+def test_output_into_a_slice_of_a_larger_buffer(name):
+    """The decoder's concatenation: y is written in place, and nothing beside it."""
+    record = variant(name)
+    case, problem = first_served(record)
+    (x, weight, bias, _), wanted = operands(case, torch.float32, "ndhwc")
+    n, channels, *size = problem.y_shape
+    buffer = torch.full((n + 1, channels + 5, *(s + 2 for s in size)), 7.0, device=DEVICE)
+    part = buffer[1:, 3 : 3 + channels, 1:-1, 1:-1, 1:-1]
+    got = record.launch(problem, small(record.default(problem, DEVICE)), x, weight, bias, out=part)
+    assert got is part
+    assert same(part, wanted["forward"][0])
+    part.fill_(7.0)
+    assert (buffer == 7.0).all()
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("name", NAMES)
+def test_results_do_not_depend_on_the_run(name):
+    """Bitwise equal run to run (the sums of weight gradients are in a fixed order)."""
+    record = variant(name)
+    case, problem = first_served(record, dtype=torch.float16)
+    torch.manual_seed(0)
+    x, weight, bias, grad_y = (torch.randn_like(t) for t in operands(case, torch.float16, "ndhwc")[0])
+    config = record.default(problem, DEVICE)
+    first = run(record, problem, config, (x, weight, bias), grad_y, True)
+    second = run(record, problem, config, (x, weight, bias), grad_y, True)
+    assert record.deterministic
+    assert all(map(torch.equal, first, second))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_out_of_reach_has_a_reason(name):
+    record = variant(name)
+    for dtype in (torch.float64, torch.complex64):
+        assert str(dtype).removeprefix("torch.") in record.supports(first_served(record)[0].problem(dtype), DEVICE)
+    for case in TINY.values():
+        for layout in LAYOUTS:
+            why_not = record.supports(case.problem(torch.float32, layout), DEVICE)
+            assert why_not is None or len(why_not) > 10
+            if why_not is not None and layout == "ncdhw":
+                x, weight, bias = (t.float().to(DEVICE) for t in expected(case, True)[0])
+                with tritonconv.use(name), pytest.raises(VariantNotApplicable) as caught:
+                    case.call(x, weight, bias)
+                assert why_not in str(caught.value)
+
+
+def test_the_interpreter_refuses_bfloat16():
+    if ON_GPU:
+        return
+    for name in NAMES:
+        problem = first_served(variant(name))[0].problem(torch.bfloat16, "ndhwc")
+        assert "bfloat16" in variant(name).supports(problem, DEVICE)
+
+
+def test_cases_cover_what_they_should():
+    """Channels 1, 3, 5, 16, 28 and 48, every kind of crop, output padding, dilation, groups and batch."""
+    channels = {c for case in TINY.values() for c in case.channels}
+    assert channels >= {1, 3, 5, 16, 28, 48}
+    assert any(case.n == 0 for case in TINY.values())
+    assert all(isinstance(case, Case) for case in TINY.values())

@@ -1,0 +1,210 @@
+"""Triton kernels in use: a layer trains on them, weights are never stale, offsets beyond 32 bits, the accounting."""
+
+from __future__ import annotations
+
+import math
+import sys
+
+import pytest
+import torch
+from test_numerics import LAYERS, check, references
+from test_triton_kernels import DTYPES, NAMES, ON_GPU, first_served, operands, small
+from variant_cases import DEVICE, run, same
+
+import tritonconv
+from tritonconv.kernels import triton_launch
+from tritonconv.kernels.registry import variant
+from tritonconv.problem import PASSES
+
+OF_PASS = {name: [n for n in NAMES if variant(n).pass_name == name] for name in PASSES}
+
+# (c_in, c_out, kernel, stride, padding, output_padding, groups): a layer of each class
+TRAINED = {
+    "k2 s2": (16, 16, 2, 2, 0, 0, 1),
+    "k3 s2": (16, 24, 3, 2, 1, 1, 1),
+    "depthwise": (16, 16, 3, 2, 1, 1, 16),
+    "groups": (8, 8, 3, 2, 1, 0, 2),
+    "one channel": (16, 1, 4, 2, 1, 0, 1),
+}
+
+
+def triples():
+    """Every Triton variant at least once, in combinations of one per pass."""
+    most = max(map(len, OF_PASS.values()))
+    return [tuple(names[i % len(names)] for names in OF_PASS.values()) for i in range(most)]
+
+
+def served(names, problem) -> bool:
+    return all(variant(name).supports(problem, DEVICE) is None for name in names)
+
+
+@pytest.mark.parametrize("names", triples(), ids="+".join)
+def test_a_layer_trains(names, launches):
+    """Forward and both backward passes in Triton; outputs, gradients and the trained weights are torch's."""
+    trained = 0
+    for c_in, c_out, k, s, p, q, groups in TRAINED.values():
+        torch.manual_seed(0)
+        torchs = torch.nn.ConvTranspose3d(c_in, c_out, k, s, p, q, groups=groups).to(DEVICE)
+        ours = tritonconv.ConvTranspose3d(c_in, c_out, k, s, p, q, groups=groups).to(DEVICE)
+        ours.load_state_dict(torchs.state_dict())
+        x = torch.randn(1, c_in, 2, 2, 3, device=DEVICE).to(memory_format=torch.channels_last_3d)
+        out = torchs(x).shape
+        problem = tritonconv.Problem(1, c_in, c_out, (2, 2, 3), (k,) * 3, (s,) * 3, (p,) * 3, tuple(out[2:]),
+                                     groups=groups, layout="ndhwc", bias=True)  # fmt: skip
+        if not served(names, problem):
+            continue
+        trained += 1
+        results = []
+        for layer in (torchs, ours):
+            optimizer, xs = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9), x.clone().requires_grad_()
+            launches.clear()
+            for _ in range(2):
+                with tritonconv.use(*names):
+                    y = layer(xs)
+                optimizer.zero_grad()
+                (y * y).mean().backward()
+                optimizer.step()
+            results.append([y, xs.grad, *(p.grad for p in layer.parameters()), *layer.parameters()])
+        assert set(launches) >= set(names)
+        for mine, theirs in zip(results[1], results[0], strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+    assert trained or any("fused" in name or "shuffle" in name for name in names)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rounding_is_torchs(name):
+    """Random numbers: no further from float64 than the limit of every other variant; float32 sums in half types."""
+    record, checked = variant(name), 0
+    for label in ("k2 s2", "k3 s2 p1 q1", "depthwise k3", "1 channel out", "k1 s2 q1"):
+        for dtype in DTYPES[1:] if not ON_GPU else DTYPES:
+            problem = LAYERS[label].problem(dtype, "ndhwc")
+            if record.supports(problem, DEVICE) is not None or (checked and not ON_GPU):
+                continue
+            checked += 1
+            inputs, grad_y, (y, grad_x, grad_weight, grad_bias) = references(label, dtype)
+            wanted = {"forward": [y], "backward_data": [grad_x], "backward_weight": [grad_weight, grad_bias]}
+            dense = {"device": DEVICE, "memory_format": torch.channels_last_3d}
+            tensors = inputs[0].to(**dense), inputs[1].to(DEVICE), inputs[2].to(DEVICE)
+            got = run(record, problem, record.default(problem, DEVICE), tensors, grad_y.to(**dense), True)
+            for mine, want in zip(got, wanted[record.pass_name], strict=True):
+                check(f"{name} {label}", mine.cpu(), want, dtype)
+    assert checked
+
+
+def far_apart(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values, an axis of them so far apart that offsets pass 2**31 elements (a few touched pages)."""
+    axis = next(axis for axis in (0, 2, 3, 4) if tensor.shape[axis] > 1)
+    strides = list(tensor.stride())
+    strides[axis] = math.ceil(2**31 / (tensor.shape[axis] - 1) / 64) * 64
+    needed = strides[axis] * (tensor.shape[axis] - 1) + tensor.numel() + 64
+    view = torch.empty(needed, dtype=tensor.dtype, device=tensor.device).as_strided(tensor.shape, strides)
+    return view.copy_(tensor)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_offsets_beyond_32_bits(name):
+    record = variant(name)
+    case, problem = first_served(record, dtype=torch.float16)
+    (x, weight, bias, grad_y), wanted = operands(case, torch.float16, "ndhwc")
+    config = small(record.default(problem, DEVICE))
+    far_x, far_grad_y = far_apart(x), far_apart(grad_y)
+    got = run(record, problem, config, (far_x, weight, bias), far_grad_y, True)
+    assert all(map(same, got, wanted[record.pass_name]))
+    if record.pass_name == "forward":
+        del far_x, far_grad_y
+        out = far_apart(torch.full(problem.y_shape, math.nan, dtype=torch.float16, device=DEVICE))
+        assert same(record.launch(problem, config, x, weight, bias, out=out), wanted["forward"][0])
+
+
+@pytest.mark.skipif(ON_GPU, reason="the interpreter's overflow checks; on a GPU the offsets above are real")
+@pytest.mark.parametrize("name", NAMES)
+def test_no_integer_overflows(name):
+    from interpreter import overflow_checks
+
+    record = variant(name)
+    case, problem = first_served(record, dtype=torch.float16)
+    (x, weight, bias, grad_y), wanted = operands(case, torch.float16, "ndhwc")
+    with overflow_checks():
+        got = run(record, problem, record.default(problem, DEVICE), (x, weight, bias), grad_y, True)
+    assert all(map(same, got, wanted[record.pass_name]))
+
+
+def orders(record, problem):
+    """Configs that differ in the packing of the weight, where the variant packs it."""
+    config = small(record.default(problem, DEVICE))
+    return [{**config, "WEIGHT": order} for order in (0, 1, 2)] if "WEIGHT" in config else [config]
+
+
+@pytest.mark.parametrize("name", OF_PASS["forward"] + OF_PASS["backward_data"])
+def test_the_weight_is_never_stale(name):
+    """After an optimizer step, an in-place edit under no_grad, and one through .data, which no version counter sees."""
+    record = variant(name)
+    case, problem = first_served(record)
+    (x, weight, bias, grad_y), wanted = operands(case, torch.float32, "ndhwc")
+    parameter = torch.nn.Parameter(weight.clone())
+    before, expected = weight.clone(), wanted[record.pass_name][0]
+
+    def doubled_by_a_step():
+        parameter.grad = -parameter.detach().clone()
+        torch.optim.SGD([parameter], lr=1.0).step()
+
+    def doubled_in_place():
+        with torch.no_grad():
+            parameter.mul_(2)
+
+    def doubled_through_data():
+        parameter.data.mul_(2)
+
+    for config in orders(record, problem):
+        for edit in (doubled_by_a_step, doubled_in_place, doubled_through_data):
+            with torch.no_grad():
+                parameter.copy_(before)
+                zero = torch.zeros_like(bias)
+                one = run(record, problem, config, (x, parameter, zero), grad_y, True)[0]
+                edit()
+                two = run(record, problem, config, (x, parameter, zero), grad_y, True)[0]
+            assert torch.equal(2 * one, two), edit.__name__
+            if record.pass_name == "backward_data":
+                assert same(one, expected)
+
+
+def test_the_accounting_of_a_launch():
+    """What the kernels tell a profiler: the problem's own FLOPs and bytes, under the kernel's name."""
+    record = variant("forward_phases")
+    case, problem = first_served(record, dtype=torch.float16)
+
+    class Kernel:
+        name = "forward_phases_kernel"
+
+    args = triton_launch.geometry(problem) | {"x_ptr": torch.empty(1, dtype=torch.float16), "bias_ptr": object()}
+    seen = triton_launch.accounting((1,), Kernel, args)
+    assert seen["flops16"] == problem.flops > 0
+    assert seen["bytes"] == problem.bytes()
+    assert seen["name"].startswith("forward_phases_kernel n")
+    assert case.n == problem.n
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_variant_has_an_accounted_kernel(name):
+    """A kernel of the variant publishes its FLOPs and bytes, and takes the arguments that they are computed from."""
+    launches = sys.modules[variant(name).launch.__module__]
+    fused = vars(sys.modules.get("tritonconv.kernels.triton_fused_backward", launches))
+    kernels = [k for k in (*vars(launches).values(), *fused.values()) if getattr(k, "__name__", "").endswith("_kernel")]
+    problem = first_served(variant(name))[1]
+
+    def accounted(kernel) -> bool:
+        published = getattr(kernel, "launch_metadata", None) or getattr(kernel, "kwargs", {}).get("launch_metadata")
+        return published is triton_launch.accounting and set(triton_launch.geometry(problem)) <= set(kernel.arg_names)
+
+    assert any(map(accounted, kernels))
+
+
+def test_precision_is_what_torch_says_of_convolutions():
+    switches, was = torch.backends.cudnn.conv, torch.backends.cudnn.conv.fp32_precision
+    try:
+        for said in ("tf32", "ieee"):
+            switches.fp32_precision = said
+            assert triton_launch.precision(torch.float32) == said
+            assert triton_launch.precision(torch.float16) == "ieee"
+    finally:
+        switches.fp32_precision = was
