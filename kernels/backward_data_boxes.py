@@ -28,6 +28,7 @@ from tritonconv.kernels.triton_boxes import (
 from tritonconv.kernels.triton_device import axis_phase, grouped_order, product, tap_period, tap_shift
 from tritonconv.kernels.triton_launch import RUN_TIME, accounting, empty, geometry, precision, wide
 from tritonconv.kernels.triton_launch import launch as run
+from tritonconv.kernels.triton_weights import OUT_INNERMOST
 
 MOST_PHASES = 8  # descriptors of one launch: stride 2 on each axis
 
@@ -35,10 +36,10 @@ MOST_PHASES = 8  # descriptors of one launch: stride 2 on each axis
 @triton.jit
 def phase_gemm(
     acc, volume, weight, PHASE: tl.constexpr, image, d, h, w, out_size, crop, column, KERNEL: tl.constexpr,
-    STRIDE: tl.constexpr, DILATION: tl.constexpr, K: tl.constexpr, K_INNERMOST: tl.constexpr, BLOCK_M: tl.constexpr,
+    STRIDE: tl.constexpr, DILATION: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """acc plus what the taps of one phase add, for the box of inputs at d, h, w; a phase without outputs adds nothing."""
+    """acc plus what the taps of one phase add to the box of inputs at d, h, w; a phase without outputs: nothing."""
     _, outs_d, tap_d, taps_d, offset_d = axis_phase(
         PHASE // (STRIDE[2] * STRIDE[1]), crop[0], out_size[0], KERNEL[0], STRIDE[0], DILATION[0]
     )
@@ -54,18 +55,18 @@ def phase_gemm(
         (tap_d, tap_h, tap_w), (taps_d, taps_h, taps_w), column,
         (tap_period(STRIDE[0], DILATION[0]), tap_period(STRIDE[1], DILATION[1]), tap_period(STRIDE[2], DILATION[2])),
         (tap_shift(STRIDE[0], DILATION[0]), tap_shift(STRIDE[1], DILATION[1]), tap_shift(STRIDE[2], DILATION[2])),
-        KERNEL, K, K_INNERMOST, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
+        KERNEL, K, True, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
     )  # fmt: skip
 
 
 @triton.jit(launch_metadata=accounting, do_not_specialize=RUN_TIME)
 def backward_data_boxes_kernel(
     phase0, phase1, phase2, phase3, phase4, phase5, phase6, phase7,  # grad_y by phase, (n, d, h, w, c_out) each
-    w_desc,  # (tap, c_out, c_in), or (tap, c_in, c_out) where K_INNERMOST
+    w_desc,  # (tap, c_in, c_out)
     grad_x_ptr,  # (n, c_in, d, h, w)
     n, size, out_size, crop, x_strides,
     C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
-    KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr, K_INNERMOST: tl.constexpr,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -94,7 +95,7 @@ def backward_data_boxes_kernel(
                 grad_y = phase7
             acc = phase_gemm(
                 acc, grad_y, w_desc, PHASE, image, d, h, w, out_size, crop, tile_n * BLOCK_N,
-                KERNEL, STRIDE, DILATION, C_OUT, K_INNERMOST, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
+                KERNEL, STRIDE, DILATION, C_OUT, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
             )  # fmt: skip
         d, h, w, mask_m = box_voxels(d, h, w, size, BLOCK_M, BLOCK_H, BLOCK_W, WIDE)
         store_box(grad_x_ptr, x_strides, acc, image, d, h, w, mask_m, tile_n * BLOCK_N, C_IN, BLOCK_N, WIDE)
@@ -108,7 +109,7 @@ def supports(problem, device):
 
 
 def phase_views(problem, grad_y):
-    """grad_y's phases, as strided views, in the order of the phases (w fastest); a phase without outputs stays whole."""
+    """grad_y's phases, as strided views, in the order of the phases (w fastest); one without outputs stays whole."""
     found = []
     for phase in range(math.prod(problem.stride)):
         _, sh, sw = problem.stride
@@ -125,8 +126,7 @@ def launch(problem, config, grad_y, weight):
         return grad_x
     config = dict(config)
     box = tuple(config[f"BLOCK_{axis}"] for axis in "DHW")
-    k_innermost = grad_y.dtype.itemsize == 4  # TF32 wants the summed axis innermost
-    block = (config["BLOCK_N"], config["BLOCK_K"]) if k_innermost else (config["BLOCK_K"], config["BLOCK_N"])
+    block = (config["BLOCK_N"], config["BLOCK_K"])
     count = problem.n * math.prod(-(-s // b) for s, b in zip(problem.size, box, strict=True))
     views = [volume(view, box, config["BLOCK_K"]) for view in phase_views(problem, describable(grad_y))]
     views += views[:1] * (MOST_PHASES - len(views))
@@ -136,11 +136,10 @@ def launch(problem, config, grad_y, weight):
         config,
         grad_y.device,
         **{f"phase{index}": view for index, view in enumerate(views)},
-        w_desc=taps_first(weight, k_innermost, block),
+        w_desc=taps_first(weight, OUT_INNERMOST, block),
         grad_x_ptr=grad_x,
         **geometry(problem),
         x_strides=grad_x.stride(),
-        K_INNERMOST=k_innermost,
         WIDE=wide(grad_x),
         PRECISION=precision(problem.dtype),
     )

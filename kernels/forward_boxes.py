@@ -37,6 +37,7 @@ from tritonconv.kernels.triton_device import (
 from tritonconv.kernels.triton_launch import RUN_TIME, accounting, empty, geometry, precision, wide
 from tritonconv.kernels.triton_launch import launch as run
 from tritonconv.kernels.triton_tiles import power_of_two
+from tritonconv.kernels.triton_weights import IN_INNERMOST, OUT_INNERMOST
 
 
 @triton.jit(launch_metadata=accounting, do_not_specialize=RUN_TIME)
@@ -103,8 +104,8 @@ def launch(problem, config, x, weight, bias, out=None):
         return y
     config = dict(config)
     box = tuple(config[f"BLOCK_{axis}"] for axis in "DHW")
-    out_innermost = x.dtype.itemsize == 2  # TF32 wants the summed axis innermost
-    block = (config["BLOCK_K"], config["BLOCK_N"]) if out_innermost else (config["BLOCK_N"], config["BLOCK_K"])
+    k_innermost = x.dtype.itemsize == 4  # TF32 wants the summed axis innermost
+    block = (config["BLOCK_N"], config["BLOCK_K"]) if k_innermost else (config["BLOCK_K"], config["BLOCK_N"])
     largest = largest_phase(problem)
     count = problem.n * math.prod(-(-s // b) for s, b in zip(largest, box, strict=True))
     count *= triton.cdiv(problem.c_out, config["BLOCK_N"]) * math.prod(problem.stride)
@@ -115,13 +116,13 @@ def launch(problem, config, x, weight, bias, out=None):
         config,
         x.device,
         x_desc=volume(x, box, config["BLOCK_K"]),  # type: ignore[arg-type]
-        w_desc=taps_first(weight, out_innermost, block),
+        w_desc=taps_first(weight, IN_INNERMOST if k_innermost else OUT_INNERMOST, block),
         bias_ptr=bias,
         y_ptr=y,
         **geometry(problem),
         y_strides=y.stride(),
         ORDER=phase_order(problem),
-        K_INNERMOST=not out_innermost,
+        K_INNERMOST=k_innermost,
         WIDE=wide(y),
         PRECISION=precision(problem.dtype),
     )

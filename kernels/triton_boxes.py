@@ -16,6 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tritonconv.kernels.triton_device import next_step, offset, widened
 from tritonconv.kernels.triton_launch import refusal
+from tritonconv.kernels.triton_weights import OUT_INNERMOST, packed, strides
 from tritonconv.problem import Problem, Triple
 
 ALIGNMENT = 16  # bytes, of the base and of every stride but the last (CUDA driver API, cuTensorMapEncodeTiled)
@@ -141,11 +142,20 @@ def _aligned_stride(tensor: torch.Tensor) -> int:
     return max(1, ALIGNMENT // tensor.dtype.itemsize) * math.ceil(tensor.shape[1] * tensor.dtype.itemsize / ALIGNMENT)
 
 
-def taps_first(weight: torch.Tensor, out_innermost: bool, block: tuple[int, int]) -> TensorDescriptor:
-    """Descriptor of a packed copy of the weight: (tap, c_in, c_out) or (tap, c_out, c_in)."""
-    axes = (2, 3, 4, 0, 1) if out_innermost else (2, 3, 4, 1, 0)
-    dense = weight.permute(axes).contiguous().flatten(0, 2)
-    return TensorDescriptor(dense, list(dense.shape), list(dense.stride()), [1, *block])
+def taps_first(weight: torch.Tensor, order: int, block: tuple[int, int]) -> TensorDescriptor:
+    """Descriptor of the packed weight: (tap, c_in, c_out), or (tap, c_out, c_in) for IN_INNERMOST."""
+    weight = packed(weight, order)
+    c_in, c_out, tap = strides(weight)
+    if (
+        any(step * weight.dtype.itemsize % ALIGNMENT for step in (c_in + c_out - 1, tap))
+        or weight.data_ptr() % ALIGNMENT
+    ):
+        weight = packed(weight.contiguous(), order)
+        c_in, c_out, tap = strides(weight)
+    taps = math.prod(weight.shape[2:])
+    if order == OUT_INNERMOST:
+        return TensorDescriptor(weight, [taps, *weight.shape[:2]], [tap, c_in, 1], [1, *block])
+    return TensorDescriptor(weight, [taps, weight.shape[1], weight.shape[0]], [tap, c_out, 1], [1, *block])
 
 
 def box_of(size: Triple, block_m: int) -> Triple:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+from collections.abc import Iterator
+from contextvars import ContextVar
+
 import torch
 
 from tritonconv.problem import Problem
@@ -12,26 +17,59 @@ AS_GIVEN, OUT_INNERMOST, IN_INNERMOST = 0, 1, 2  # the values of the config key 
 CACHED_BYTES = 32 * 1024
 _ORDERS = {OUT_INNERMOST: (2, 3, 4, 0, 1), IN_INNERMOST: (2, 3, 4, 1, 0)}
 
+Packs = dict[tuple, torch.Tensor]
+_remembered: ContextVar[Packs | None] = ContextVar("tritonconv_packs", default=None)
+
 
 def packed(weight: torch.Tensor, order: int) -> torch.Tensor:
     """``weight`` (c_in, c_out/groups, kd, kh, kw), with the same shape, its memory in the wanted order of axes.
 
-    The packed orders are (tap, c_in, c_out) and (tap, c_out, c_in). A copy is made for one launch and never kept, so
-    no edit of the weight, through an optimizer, under no_grad or through ``.data``, can leave a stale one behind.
+    The packed orders are (tap, c_in, c_out) and (tap, c_out, c_in); a weight whose last wanted axis is contiguous
+    already (channels_last_3d) stays as it is. A copy lives for one launch, or inside :func:`remembering` for as long
+    as the weight keeps its version.
     """
-    if order != AS_GIVEN:
-        axes = _ORDERS[order]
-        return weight.permute(axes).contiguous().permute([axes.index(axis) for axis in range(5)])
+    innermost = 1 if order == OUT_INNERMOST else 0
+    if order == AS_GIVEN or (weight.stride(innermost) == 1 and weight.shape[innermost] > 1):
+        return weight if _one_tap_stride(weight) else weight.contiguous()
+    packs = _remembered.get()
+    if packs is None:
+        return _pack(weight, order)
+    key = (order, weight.data_ptr(), weight._version, weight.shape, weight.stride())
+    if key not in packs:
+        packs[key] = _pack(weight, order)
+    return packs[key]
+
+
+def _pack(weight: torch.Tensor, order: int) -> torch.Tensor:
+    axes = _ORDERS[order]
+    return weight.permute(axes).contiguous().permute([axes.index(axis) for axis in range(5)])
+
+
+def _one_tap_stride(weight: torch.Tensor) -> bool:
     (_, _, kd, kh, kw), (_, _, sd, sh, sw) = weight.shape, weight.stride()
-    one_stride = (kd == 1 or kh * kw == 1 or sd == kh * kw * sw) and (kh == 1 or kw == 1 or sh == kw * sw)
-    return weight if one_stride else weight.contiguous()
+    return (kd == 1 or kh * kw == 1 or sd == kh * kw * sw) and (kh == 1 or kw == 1 or sh == kw * sw)
+
+
+@contextlib.contextmanager
+def remembering(packs: Packs) -> Iterator[None]:
+    """Inside, :func:`packed` keeps its copies in ``packs`` and finds them there: one copy per version of the weight.
+
+    Autograd opens this around a forward and its backward. Beyond that pair nothing is remembered: an edit through
+    ``weight.data`` (weight clipping, averaged models) changes no version counter, and a copy kept from call to call
+    would be stale after it.
+    """
+    token = _remembered.set(packs)
+    try:
+        yield
+    finally:
+        _remembered.reset(token)
 
 
 def strides(weight: torch.Tensor) -> tuple[int, int, int]:
     """(c_in, c_out, tap) strides of a weight that :func:`packed` returned."""
     step = weight.stride()
     kd, kh, kw = weight.shape[2:]
-    tap = step[4] if kw > 1 else step[3] if kh > 1 else step[2] if kd > 1 else 0
+    tap = step[4] if kw > 1 else step[3] if kh > 1 else step[2] if kd > 1 else math.prod(weight.shape)
     return step[0], step[1], tap
 
 
@@ -42,15 +80,12 @@ def oriented(weight: torch.Tensor, pass_name: str) -> tuple[int, int, int]:
 
 
 def preferred(problem: Problem, pass_name: str = "forward") -> int:
-    """The default order: as given where there is one tap or the weight fits a cache, else the last axis of a tile.
+    """The default order: as given where there is one tap or the weight fits a cache, else packed.
 
-    16-bit dots take either operand order from shared memory, so the tile's columns come innermost. TF32 on Hopper needs
-    the summed axis innermost: c_in in the forward, c_out in the backward-data.
+    16-bit dots take either operand order from shared memory, so forward and backward-data read the same copy. TF32 on
+    Hopper needs the summed axis innermost: c_in in the forward, c_out in the backward-data.
     """
-    elements = 1
-    for size in problem.weight_shape:
-        elements *= size
-    if max(problem.kernel) == 1 or elements * problem.dtype.itemsize <= CACHED_BYTES:
+    nbytes = math.prod(problem.weight_shape) * problem.dtype.itemsize
+    if max(problem.kernel) == 1 or nbytes <= CACHED_BYTES:
         return AS_GIVEN
-    columns_innermost = problem.dtype.itemsize == 2
-    return OUT_INNERMOST if columns_innermost == (pass_name == "forward") else IN_INNERMOST
+    return IN_INNERMOST if problem.dtype.itemsize == 4 and pass_name == "forward" else OUT_INNERMOST

@@ -12,7 +12,8 @@ from test_triton_kernels import DTYPES, NAMES, ON_GPU, first_served, operands, s
 from variant_cases import DEVICE, run, same
 
 import tritonconv
-from tritonconv.kernels import triton_launch
+from tritonconv import dispatch
+from tritonconv.kernels import triton_launch, triton_weights
 from tritonconv.kernels.registry import variant
 from tritonconv.problem import PASSES
 
@@ -166,6 +167,30 @@ def test_the_weight_is_never_stale(name):
             assert torch.equal(2 * one, two), edit.__name__
             if record.pass_name == "backward_data":
                 assert same(one, expected)
+
+
+def test_the_weight_is_packed_once_per_version(monkeypatch):
+    """A forward and its backward share one copy; the next step, with another version, makes its own."""
+    made = []
+    pack = triton_weights._pack
+    monkeypatch.setattr(triton_weights, "CACHED_BYTES", 0)
+    monkeypatch.setattr(triton_weights, "_pack", lambda weight, order: made.append(order) or pack(weight, order))
+    dtype, size = torch.float16, (1, 2, 2)
+    x = torch.ones(1, 16, *size, dtype=dtype, device=DEVICE, requires_grad=True)
+    layer = tritonconv.ConvTranspose3d(16, 16, 3, 2, dtype=dtype, device=DEVICE)
+    optimizer, seen = torch.optim.SGD(layer.parameters(), lr=0.5), []
+    with tritonconv.use("forward_phases", "backward_data_gemm"):
+        dispatch._by_problem.clear()  # its config was chosen under the other threshold
+        for _ in range(2):
+            y = layer(x)
+            y.sum().backward()
+            seen.append(y.detach().clone())
+            optimizer.step()
+            optimizer.zero_grad()
+    dispatch._by_problem.clear()
+    dispatch._by_call.clear()
+    assert made == [triton_weights.OUT_INNERMOST] * 2
+    assert not torch.equal(*seen)
 
 
 def test_the_accounting_of_a_launch():

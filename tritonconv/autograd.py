@@ -14,11 +14,16 @@ forward-mode, tracing) goes to :mod:`tritonconv.fallback`.
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 
 from tritonconv import fallback
 from tritonconv.dispatch import Plan
 from tritonconv.kernels.torch_layout import bias_gradient
+from tritonconv.kernels.triton_weights import remembering
+
+_NOTHING = contextlib.nullcontext()
 
 
 def needs_gradient(x, weight, bias=None) -> bool:
@@ -63,17 +68,22 @@ class _Forward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, plan):
         need_x, need_weight, _, _ = ctx.needs_input_grad
-        ctx.plan = plan
+        ctx.plan, ctx.packs = plan, None
         ctx.save_for_backward(x if need_weight else None, weight if need_x else None)
-        return plan.forward(x, weight, bias)
+        if not (need_x and plan.packs_weights):
+            return plan.forward(x, weight, bias)
+        ctx.packs = {}  # autograd refuses a backward with a weight of another version
+        with remembering(ctx.packs):
+            return plan.forward(x, weight, bias)
 
     @staticmethod
     def backward(ctx, grad_y):
         x, weight = ctx.saved_tensors
         need_x, need_weight, need_bias, _ = ctx.needs_input_grad
-        if need_x and need_weight and not torch.is_grad_enabled() and fallback.plain(x, weight, grad_y):
-            return (*ctx.plan.backward(x, weight, grad_y, need_bias), None)
-        grad_x = backward_data(grad_y, weight, ctx.plan) if need_x else None
+        with remembering(ctx.packs) if ctx.packs else _NOTHING:
+            if need_x and need_weight and not torch.is_grad_enabled() and fallback.plain(x, weight, grad_y):
+                return (*ctx.plan.backward(x, weight, grad_y, need_bias), None)
+            grad_x = backward_data(grad_y, weight, ctx.plan) if need_x else None
         grad_weight = grad_bias = None
         if need_weight:
             grad_weight, grad_bias = backward_weight(x, grad_y, need_bias, ctx.plan)

@@ -69,6 +69,11 @@ class Plan:
             return None
         return problem.stride, crop.padding, crop.output_padding, problem.groups, problem.dilation
 
+    @cached_property
+    def packs_weights(self) -> bool:
+        """Forward and backward-data are Triton kernels, which may share one packed copy of the weight."""
+        return all(self.choice(name).variant.backend == "triton" for name in ("forward", "backward_data"))
+
     def _torchs(self, pass_name: str) -> bool:
         return self.choice(pass_name).variant.name == rules.FALLBACK[pass_name]
 
@@ -101,7 +106,7 @@ class Plan:
         prepared, prepare = None, self.backward_data_choice.variant.prepare
         if not all(self.choice(name).variant.backend == "triton" for name in PASSES[1:]):
             grad_y = to_layout(grad_y, self.problem.memory_format)
-        if prepare is not None and prepare is self.backward_weight_choice.variant.prepare:
+        if prepare is not None and prepare is chosen.variant.prepare:
             prepared = prepare(self.problem, grad_y)
         grad_x = self.backward_data(grad_y, weight, prepared)
         return (grad_x, *self.backward_weight(x, grad_y, need_bias, prepared))
