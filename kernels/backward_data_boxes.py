@@ -25,7 +25,7 @@ from tritonconv.kernels.triton_boxes import (
     taps_first,
     volume,
 )
-from tritonconv.kernels.triton_device import axis_phase, grouped_order, product, tap_period, tap_shift
+from tritonconv.kernels.triton_device import axis_phase, ceil_div, grouped_order, product, tap_period, tap_shift
 from tritonconv.kernels.triton_launch import RUN_TIME, accounting, empty, geometry, precision, wide
 from tritonconv.kernels.triton_launch import launch as run
 from tritonconv.kernels.triton_weights import OUT_INNERMOST
@@ -71,7 +71,7 @@ def backward_data_boxes_kernel(
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     BLOCK_M: tl.constexpr = BLOCK_D * BLOCK_H * BLOCK_W
-    COLUMNS: tl.constexpr = tl.cdiv(C_IN, BLOCK_N)
+    COLUMNS: tl.constexpr = ceil_div(C_IN, BLOCK_N)
     tiles_m = n * boxes(size, BLOCK_D, BLOCK_H, BLOCK_W)
     for tile in range(tl.program_id(0), tiles_m * COLUMNS, tl.num_programs(0)):
         tile_m, tile_n = grouped_order(tile, tiles_m, COLUMNS, GROUP_M)

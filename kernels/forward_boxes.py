@@ -28,6 +28,7 @@ from tritonconv.kernels.triton_boxes import (
 )
 from tritonconv.kernels.triton_device import (
     axis_phase,
+    ceil_div,
     grouped_order,
     product,
     ranked_phase,
@@ -53,7 +54,7 @@ def forward_boxes_kernel(
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     BLOCK_M: tl.constexpr = BLOCK_D * BLOCK_H * BLOCK_W
-    COLUMNS: tl.constexpr = tl.cdiv(C_OUT, BLOCK_N)
+    COLUMNS: tl.constexpr = ceil_div(C_OUT, BLOCK_N)
     PHASES: tl.constexpr = product(STRIDE)
     largest = (
         tl.cdiv(out_size[0], STRIDE[0]),

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from tritonconv.kernels import triton_tiles as tiles
 from tritonconv.kernels.registry import Variant
-from tritonconv.kernels.triton_device import grouped_order, next_step, offset, voxel_tiles, voxels, widened
+from tritonconv.kernels.triton_device import ceil_div, grouped_order, next_step, offset, voxel_tiles, voxels, widened
 from tritonconv.kernels.triton_launch import RUN_TIME, accounting, empty, geometry, precision, refusal, wide
 from tritonconv.kernels.triton_launch import launch as run
 from tritonconv.kernels.triton_weights import oriented, packed, preferred
@@ -36,7 +36,7 @@ def forward_gather_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr, GROUP_M: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    COLUMNS: tl.constexpr = tl.cdiv(C_OUT, BLOCK_N)
+    COLUMNS: tl.constexpr = ceil_div(C_OUT, BLOCK_N)
     tiles_m = voxel_tiles(n, out_size, BLOCK_M, BLOCK_W, WIDE)
     tile_m, tile_n = grouped_order(tl.program_id(0), tiles_m, COLUMNS * GROUPS, GROUP_M)
     image, d, h, w, mask_m = voxels(tile_m, n, out_size, BLOCK_M, BLOCK_W, WIDE)

@@ -17,6 +17,7 @@ from tritonconv.kernels import triton_tiles as tiles
 from tritonconv.kernels.registry import Variant
 from tritonconv.kernels.triton_device import (
     axis_phase,
+    ceil_div,
     grouped_order,
     offset,
     product,
@@ -50,7 +51,7 @@ def forward_phases_kernel(
     WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     PHASES: tl.constexpr = product(STRIDE)
-    COLUMNS: tl.constexpr = tl.cdiv(PACK * C_OUT, BLOCK_N)
+    COLUMNS: tl.constexpr = ceil_div(PACK * C_OUT, BLOCK_N)
     largest = (
         tl.cdiv(out_size[0], STRIDE[0]),
         tl.cdiv(out_size[1], STRIDE[1]),

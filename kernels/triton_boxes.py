@@ -15,11 +15,12 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tritonconv.kernels.triton_device import next_step, offset, widened
-from tritonconv.kernels.triton_launch import refusal
+from tritonconv.kernels.triton_launch import refusal, target
 from tritonconv.kernels.triton_weights import OUT_INNERMOST, packed, strides
 from tritonconv.problem import Problem, Triple
 
 ALIGNMENT = 16  # bytes, of the base and of every stride but the last (CUDA driver API, cuTensorMapEncodeTiled)
+TMA_FROM = 90  # compute capability (CUDA C++ programming guide, "Tensor Memory Access")
 PROGRAMS = 132  # assumed where no device can be asked
 INTERPRETED_PROGRAMS = 3  # few, so that each takes several tiles there as well
 
@@ -104,6 +105,9 @@ def box_refusal(problem: Problem, device: torch.device) -> str | None:
     why_not = refusal(problem, device)
     if why_not is not None:
         return why_not
+    gpu = target()
+    if gpu is not None and (gpu.backend != "cuda" or gpu.arch < TMA_FROM):
+        return f"{gpu.backend} {gpu.arch} has no instruction that copies a box (sm_{TMA_FROM} and later have)"
     if problem.layout != "ndhwc":
         return "a box needs contiguous channels (channels_last_3d)"
     if problem.groups > 1:

@@ -30,6 +30,7 @@ def implicit_gemm(
     BLOCK_K: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
+    VOXELS_INNER: tl.constexpr = False,  # lanes run along the voxels: near each other, whatever the stride
 ):  # fmt: skip
     """sum over taps and channels k of a[voxel(tap), k] * weight[tap, k, n], float32 (BLOCK_M, BLOCK_N)."""
     K: tl.constexpr = PACK * K_GROUP
@@ -49,17 +50,21 @@ def implicit_gemm(
         index = widened(plane * KERNEL[2] + tap[2] + mw * TAP_STEP[2], WIDE)
         channels = k + offs_k
         weight_k = channels if PACK == 1 or WRAP_N else channels % K_GROUP
-        a_mask = hit[:, None]
+        a_mask, a_ptrs = hit[:, None], a_ptr + (rows + moved)[:, None] + (channels * a_strides[1])[None, :]
+        if VOXELS_INNER:
+            a_mask, a_ptrs = hit[None, :], a_ptr + (rows + moved)[None, :] + (channels * a_strides[1])[:, None]
         w_mask = (offs_n < N)[None, :]
         if K % BLOCK_K != 0:
-            a_mask = a_mask & (channels < K)[None, :]
+            a_mask = a_mask & ((channels < K)[:, None] if VOXELS_INNER else (channels < K)[None, :])
             w_mask = w_mask & (channels < K)[:, None]
         if PACK > 1:
             w_mask = w_mask & ((channels // K_GROUP)[:, None] == (offs_n // N_GROUP)[None, :])
-        a_tile = tl.load(a_ptr + (rows + moved)[:, None] + (channels * a_strides[1])[None, :], mask=a_mask, other=0.0)
+        a_tile = tl.load(a_ptrs, mask=a_mask, other=0.0)
         w_tile = tl.load(
             w_ptr + index * w_strides[2] + (weight_k * w_strides[0])[:, None] + columns[None, :], mask=w_mask, other=0.0
         )
+        if VOXELS_INNER:
+            a_tile = tl.trans(a_tile)
         acc = tl.dot(a_tile, w_tile, acc, input_precision=PRECISION)  # (BLOCK_M, BLOCK_K) x (BLOCK_K, BLOCK_N)
         k, md, mh, mw = next_step(k, md, mh, mw, taps, K, BLOCK_K)
     return acc

@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
+from functools import cache
 from typing import Any
 
 import torch
 import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import make_backend
 
 from tritonconv.kernels.registry import Config
 from tritonconv.problem import Problem, largest_offset
@@ -73,11 +76,35 @@ def empty(problem: Problem, shape: tuple[int, ...], like: torch.Tensor) -> torch
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=problem.memory_format)
 
 
+def target():
+    """Triton's GPUTarget (backend, arch): the GPU that launches go to; None where there is none (the interpreter)."""
+    try:
+        return None if INTERPRETED else triton.runtime.driver.active.get_current_target()
+    except RuntimeError:
+        return None
+
+
+@cache
+def _multiplies_tf32(backend: str, arch) -> bool:
+    options = make_backend(GPUTarget(backend, arch, 64 if backend == "hip" else 32)).parse_options(
+        {"enable_fp_fusion": True}
+    )
+    return "tf32" in options.allowed_dot_input_precisions
+
+
 def precision(dtype: torch.dtype) -> str:
-    """``tl.dot``'s input_precision for a dtype: what torch's own switches say of convolutions, asked at each launch."""
+    """``tl.dot``'s input_precision for a dtype: what torch's own switches say of convolutions, asked at each launch.
+
+    A GPU without TF32 (AMD's gfx90a) multiplies float32 in IEEE precision, whatever they say.
+    """
     if dtype is not torch.float32:
         return "ieee"
-    return PRECISIONS.get(torch.backends.cudnn.conv.fp32_precision, "ieee")  # type: ignore[attr-defined]
+    said = PRECISIONS.get(torch.backends.cudnn.conv.fp32_precision, "ieee")  # type: ignore[attr-defined]
+    if said == "tf32":
+        gpu = target()
+        if gpu is not None and not _multiplies_tf32(gpu.backend, gpu.arch):
+            return "ieee"
+    return said
 
 
 def wide(*tensors: torch.Tensor | None) -> bool:

@@ -27,7 +27,7 @@ def bench(tmp_path, *flags) -> list[str]:
 
 def test_bench_then_plot(tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    assert cli.main(bench(tmp_path, "--seconds", "2")) == 0
+    assert cli.main(bench(tmp_path, "--seconds", "30")) == 0
     out, err = capsys.readouterr()
     assert err == ""
     path = out.rstrip().rsplit("results: ", 1)[1]

@@ -21,11 +21,12 @@ BESIDE = {"Makefile", "LICENSE", "constraints.txt"}
 
 # Lower never imports higher; modules of one layer may import each other.
 LAYERS = (
-    ("errors",),
+    ("errors", "flags"),
     ("problem",),
     ("arguments",),
     ("kernels",),
     ("bench",),
+    ("inspection",),
     ("autotune",),
     ("fallback",),
     ("dispatch",),

@@ -1,4 +1,4 @@
-"""The command line: ``tritonconv bench``, ``plot``, ``explain``, ``list``.
+"""The command line: ``tritonconv bench``, ``plot``, ``explain``, ``inspect``, ``list``.
 
 Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 1 a result was wrong or could not be had,
 2 bad usage or bad input, 130 interrupted.
@@ -7,14 +7,14 @@ Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 1 a res
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 
+from tritonconv import flags
 from tritonconv.bench import results
 from tritonconv.bench.calls import ALL_PASSES, FORWARD_BACKWARD
 from tritonconv.bench.progress import progress
@@ -22,6 +22,7 @@ from tritonconv.bench.summary import columns, summary
 from tritonconv.bench.workloads import ALL, SCALES, Workload, suites, workload, workloads
 from tritonconv.errors import ArgumentError, ResultsError
 from tritonconv.explain import explain
+from tritonconv.inspection import command as inspect_command
 from tritonconv.kernels.registry import Variant, variant, variants
 from tritonconv.problem import LAYOUTS
 from tritonconv.runner import Options, bench
@@ -60,13 +61,13 @@ def _bench(options: argparse.Namespace) -> int:
     if options.list:
         print("\n".join(_layer_lines(layers, scale)))
         return OK
-    passes = _once(options.passes, ("forward", FORWARD_BACKWARD))
+    passes = flags.once(options.passes, ("forward", FORWARD_BACKWARD))
     wanted = Options(
         layers=layers,
         passes=passes,
-        dtypes=tuple(getattr(torch, name) for name in _once(options.dtype, ("float32",))),
-        layouts=_once(options.layout, tuple(LAYOUTS)),
-        variants=_variants(_once(options.variants, ()), passes),
+        dtypes=tuple(getattr(torch, name) for name in flags.once(options.dtype, ("float32",))),
+        layouts=flags.once(options.layout, tuple(LAYOUTS)),
+        variants=_variants(flags.once(options.variants, ()), passes),
         scale=scale,
         seconds=options.seconds,
         device=device,
@@ -123,8 +124,8 @@ def _check_filters(run: results.Run, chosen: dict[str, str | None]) -> None:
 
 def _explain(options: argparse.Namespace) -> int:
     layer = workload(options.layer)
-    for dtype in _once(options.dtype, ("float32",)):
-        for layout in _once(options.layout, ("ncdhw",)):
+    for dtype in flags.once(options.dtype, ("float32",)):
+        for layout in flags.once(options.layout, ("ncdhw",)):
             explain(layer.problem(getattr(torch, dtype), layout, options.scale))
     print(f"{layer.name}, suite {layer.suite}, scale {options.scale} ({SCALES[options.scale]}); source: {layer.source}")
     return OK
@@ -138,6 +139,10 @@ def _list(options: argparse.Namespace) -> int:
         varies = "" if record.deterministic else " (may differ from run to run on a GPU)"
         print(f"{record.name}\n    {record.idea}{varies}")
     return OK
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    return OK if inspect_command.inspect(options) else WRONG
 
 
 def _layer_lines(layers: Iterable[Workload], scale: str) -> list[str]:
@@ -173,56 +178,13 @@ def _variants(names: tuple[str, ...], passes: tuple[str, ...]) -> tuple[Variant,
     return tuple(found)
 
 
-def _names(allowed: Iterable[str]) -> Callable[[str], tuple[str, ...]]:
-    """An argparse type: a comma list of names, each once, all of them allowed."""
-    known = tuple(allowed)
-
-    def parse(text: str) -> tuple[str, ...]:
-        names = tuple(part.strip() for part in text.split(","))
-        for name in names:
-            if name not in known:
-                raise argparse.ArgumentTypeError(f"got {name!r}, expected a comma list of {', '.join(known)}")
-        return names
-
-    return parse
-
-
-def _once(given: list[str] | None, default: tuple[str, ...]) -> tuple[str, ...]:
-    """What a flag that may be repeated collected, each name once."""
-    return default if given is None else tuple(dict.fromkeys(given))
-
-
-def _any_names(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(","))
-
-
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number of seconds above 0")
-    return value
-
-
-def _seed(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = -1
-    if not 0 <= value < 2**63:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer from 0 to 2^63 - 1")
-    return value
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tritonconv",
         description="Measures 3-D transposed convolution on the layers of real models.",
         epilog="exit codes: 0 done; 1 a result was wrong or could not be had; 2 bad usage or input; 130 interrupted",
     )
-    commands = parser.add_subparsers(dest="name", required=True, metavar="{bench,plot,explain,list}")
+    commands = parser.add_subparsers(dest="name", required=True, metavar="{bench,plot,explain,inspect,list}")
     _add_bench(commands.add_parser(
         "bench",
         help="time the layers beside torch",
@@ -238,34 +200,33 @@ def _parser() -> argparse.ArgumentParser:
     _add_plot(commands.add_parser("plot", help="draw the roofline and the speed-up chart of a results file"))
     asked = commands.add_parser("explain", help="say which variant serves a layer, and why")
     asked.add_argument("layer", help="a layer's name (tritonconv list --layers)")
-    _add_choice(asked, "--layout", LAYOUTS, "layouts (default: ncdhw)")
-    _add_choice(asked, "--dtype", DTYPES, "dtypes (default: float32)")
+    flags.add_choice(asked, "--layout", LAYOUTS, "layouts (default: ncdhw)")
+    flags.add_choice(asked, "--dtype", DTYPES, "dtypes (default: float32)")
     asked.add_argument("--scale", choices=tuple(SCALES), default="full", help="sizes to explain (default: %(default)s)")
     asked.set_defaults(command=_explain)
+    compiled = commands.add_parser("inspect", help="compile the Triton kernels for GPUs that are not here, and look")
+    inspect_command.add(compiled)
+    compiled.set_defaults(command=_inspect)
     listed = commands.add_parser("list", help="list the variants, or the layers")
     listed.add_argument("--layers", action="store_true", help="list the layers instead")
-    _add_choice(listed, "--suite", suites(), "with --layers: suites (default: all)")
+    flags.add_choice(listed, "--suite", suites(), "with --layers: suites (default: all)")
     listed.add_argument("--scale", choices=tuple(SCALES), default="full", help="sizes to list (default: %(default)s)")
     listed.set_defaults(command=_list)
     return parser
 
 
-def _add_choice(parser: argparse.ArgumentParser, flag: str, allowed: Iterable[str], text: str) -> None:
-    parser.add_argument(flag, type=_names(allowed), action="extend", metavar="NAME[,NAME]", help=text)
-
-
 def _add_bench(parser: argparse.ArgumentParser) -> None:
-    _add_choice(parser, "--suite", suites(), "suites to run (default: all)")
+    flags.add_choice(parser, "--suite", suites(), "suites to run (default: all)")
     parser.add_argument("--only", default="", metavar="TEXT", help="only layers whose name contains TEXT")
-    _add_choice(parser, "--passes", ALL_PASSES, f"{', '.join(ALL_PASSES)} (default: forward,{FORWARD_BACKWARD})")
-    _add_choice(parser, "--dtype", DTYPES, f"{', '.join(DTYPES)} (default: float32)")
-    _add_choice(parser, "--layout", LAYOUTS, f"{', '.join(LAYOUTS)} (default: both)")
+    flags.add_choice(parser, "--passes", ALL_PASSES, f"{', '.join(ALL_PASSES)} (default: forward,{FORWARD_BACKWARD})")
+    flags.add_choice(parser, "--dtype", DTYPES, f"{', '.join(DTYPES)} (default: float32)")
+    flags.add_choice(parser, "--layout", LAYOUTS, f"{', '.join(LAYOUTS)} (default: both)")
     parser.add_argument(
-        "--variants", type=_any_names, action="extend", metavar="NAME[,NAME]",
+        "--variants", type=flags.any_names, action="extend", metavar="NAME[,NAME]",
         help="time these variants by themselves too, or 'all'; each in the cells of its own pass",
     )  # fmt: skip
     parser.add_argument(
-        "--seconds", type=_seconds, metavar="S",
+        "--seconds", type=flags.seconds, metavar="S",
         help="budget for the run: layers share it, and it ends early with everything kept (default: 0.5 s a cell)",
     )  # fmt: skip
     parser.add_argument(
@@ -275,7 +236,9 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", type=Path, default=RESULTS, metavar="DIR", help="folder of the results (default: %(default)s)"
     )
-    parser.add_argument("--seed", type=_seed, default=0, metavar="N", help="seed of the random inputs (default: 0)")
+    parser.add_argument(
+        "--seed", type=flags.seed, default=0, metavar="N", help="seed of the random inputs (default: 0)"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
     parser.add_argument("--list", action="store_true", help="list the layers that would run, and stop")
     parser.set_defaults(command=_bench)

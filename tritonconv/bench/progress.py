@@ -27,8 +27,8 @@ class Silent:
 class Lines(Silent):
     """``12/312 cells, 8 s: NAME`` at most every few seconds."""
 
-    def __init__(self, out: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
-        self._out, self._clock = out, clock
+    def __init__(self, out: TextIO, clock: Callable[[], float] = time.monotonic, unit: str = "cells") -> None:
+        self._out, self._clock, self._unit = out, clock, unit
         self._start = self._last = clock()
         self._cells = self._done = 0
 
@@ -40,13 +40,14 @@ class Lines(Silent):
         now = self._clock()
         if now - self._last >= SECONDS_BETWEEN_LINES or self._done == self._cells:
             self._last = now
-            print(f"{self._done}/{self._cells} cells, {now - self._start:.0f} s: {text}", file=self._out, flush=True)
+            seconds = f"{now - self._start:.0f} s"
+            print(f"{self._done}/{self._cells} {self._unit}, {seconds}: {text}", file=self._out, flush=True)
 
 
 class Bar(Silent):
     """rich's progress bar."""
 
-    def __init__(self, out: TextIO) -> None:
+    def __init__(self, out: TextIO, first: str = "measuring the roofs") -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -58,7 +59,7 @@ class Bar(Silent):
             console=Console(file=out),
             transient=True,
         )
-        self._task = self._bar.add_task("measuring the roofs", total=None)
+        self._task = self._bar.add_task(first, total=None)
         self._bar.start()
 
     def begin(self, cells: int) -> None:
@@ -71,11 +72,14 @@ class Bar(Silent):
         self._bar.stop()
 
 
-def progress(quiet: bool, out: TextIO | None = None) -> Silent:
-    """The display that fits the stream (stderr by default); without rich a terminal gets plain lines."""
+def progress(quiet: bool, out: TextIO | None = None, unit: str = "cells", first: str = "measuring the roofs") -> Silent:
+    """The display that fits the stream (stderr by default); without rich a terminal gets plain lines.
+
+    ``unit`` is what is counted, ``first`` what goes on before the first of them.
+    """
     stream = sys.stderr if out is None else out
     if quiet:
         return Silent()
     if stream.isatty() and importlib.util.find_spec("rich") is not None:
-        return Bar(stream)
-    return Lines(stream)
+        return Bar(stream, first)
+    return Lines(stream, unit=unit)

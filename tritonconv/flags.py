@@ -1,0 +1,63 @@
+"""Types of command-line flags: comma lists of names, seconds, seeds, counts."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Iterable
+
+
+def names(allowed: Iterable[str]) -> Callable[[str], tuple[str, ...]]:
+    """An argparse type: a comma list of names, each once, all of them allowed."""
+    known = tuple(allowed)
+
+    def parse(text: str) -> tuple[str, ...]:
+        found = any_names(text)
+        for name in found:
+            if name not in known:
+                raise argparse.ArgumentTypeError(f"got {name!r}, expected a comma list of {', '.join(known)}")
+        return found
+
+    return parse
+
+
+def any_names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(","))
+
+
+def once(given: list[str] | None, default: tuple[str, ...]) -> tuple[str, ...]:
+    """What a flag that may be repeated collected, each name once."""
+    return default if given is None else tuple(dict.fromkeys(given))
+
+
+def add_choice(parser: argparse.ArgumentParser, flag: str, allowed: Iterable[str], text: str) -> None:
+    """A flag that takes comma lists of the allowed names and may be repeated."""
+    parser.add_argument(flag, type=names(allowed), action="extend", metavar="NAME[,NAME]", help=text)
+
+
+def seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number of seconds above 0")
+    return value
+
+
+def seed(text: str) -> int:
+    return _integer(text, 0, 2**63 - 1, "0 to 2^63 - 1")
+
+
+def processes(text: str) -> int:
+    return _integer(text, 1, 1024, "1 to 1024")
+
+
+def _integer(text: str, low: int, high: int, said: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = low - 1
+    if not low <= value <= high:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer from {said}")
+    return value

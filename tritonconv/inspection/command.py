@@ -1,0 +1,132 @@
+"""The command ``tritonconv inspect``: its flags, and a run from them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+
+from tritonconv import flags
+from tritonconv.bench.environment import version
+from tritonconv.bench.progress import progress
+from tritonconv.errors import ArgumentError
+from tritonconv.inspection import jobs, readme, records, report
+from tritonconv.inspection.compiling import PRECISIONS, check_compiler
+from tritonconv.inspection.records import Inspection
+from tritonconv.inspection.targets import TARGETS
+from tritonconv.kernels.registry import Variant, variants
+from tritonconv.problem import LAYOUTS
+
+DEFAULT_TARGETS = ("sm_80", "sm_90", "sm_100")
+DEFAULT_PRECISIONS = ("bfloat16", "tf32")
+CONFIGS = ("default", "all")
+FEW, ALL = "few", "all"
+MOST_PROCESSES = 8  # each holds torch and a compiler: about 0.7 GB
+
+DESCRIPTION = f"""\
+Compiles the Triton kernels for the named targets, without a GPU, and shows what the compiler made: registers, spills,
+shared memory, occupancy, matrix and copy instructions. Each variant is compiled as it is launched for real layers.
+
+A fault of a default config makes the exit code 1: it does not compile, it spills, it needs more shared memory than the
+target has, or its tl.dot has no matrix instruction. Candidate configs (--configs all) only warn.
+
+layers:
+{chr(10).join(f"  {name:13} {layer}" for name, layer in jobs.CLASSES.items())}
+
+products: tf32 and ieee are float32 with torch.backends.cudnn.conv.fp32_precision at that value
+"""
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Gives the parser the flags of the command."""
+    parser.description = DESCRIPTION
+    parser.epilog = "example: tritonconv inspect forward_phases --targets sm_90 --layers k3s2,k4s2 --configs all"
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("variants", nargs="*", metavar="VARIANT", help="variants (default: every Triton variant)")
+    flags.add_choice(parser, "--targets", TARGETS, f"{', '.join(TARGETS)} (default: {','.join(DEFAULT_TARGETS)})")
+    flags.add_choice(
+        parser, "--dtypes", PRECISIONS, f"{', '.join(PRECISIONS)} (default: {','.join(DEFAULT_PRECISIONS)})"
+    )
+    flags.add_choice(parser, "--layouts", LAYOUTS, f"{', '.join(LAYOUTS)} (default: both)")
+    flags.add_choice(
+        parser, "--layers", (*jobs.CLASSES, FEW, ALL), f"layers (default: {FEW}, the first {jobs.FEW} a variant serves)"
+    )
+    parser.add_argument(
+        "--configs", choices=CONFIGS, default=CONFIGS[0], help="all: the candidates of the tuner too (default: default)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every record here")
+    parser.add_argument(
+        "--markdown",
+        type=Path,
+        metavar="FILE",
+        help="replace the table of this Triton version between the markers here",
+    )
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    parser.add_argument(
+        "--jobs", type=flags.processes, default=min(cores, MOST_PROCESSES), metavar="N",
+        help="processes that compile; with 1 a crash of the compiler ends the run (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
+
+
+def inspect(options: argparse.Namespace) -> bool:
+    """Runs the command; whether every default config is in order. Raises ArgumentError and ResultsError."""
+    chosen = _variants(options.variants)
+    if options.markdown is not None:
+        readme.check(options.markdown)
+    if options.json is not None and not options.json.parent.is_dir():
+        raise ArgumentError(f"argument --json: there is no folder {options.json.parent}")
+    check_compiler()
+    plan = jobs.plan(
+        chosen,
+        targets=flags.once(options.targets, DEFAULT_TARGETS),
+        precisions=flags.once(options.dtypes, DEFAULT_PRECISIONS),
+        layouts=flags.once(options.layouts, tuple(LAYOUTS)),
+        classes=_classes(options.layers),
+        candidates=options.configs == ALL,
+    )
+    for name, why in plan.left_out:
+        print(f"tritonconv inspect: {name} serves none of the layers ({why})", file=sys.stderr)
+    if not plan.jobs:
+        raise ArgumentError("no variant serves any of the layers asked for: see --layers, --dtypes and --layouts")
+    shown = progress(options.quiet, unit="launches", first="starting the compilers")
+    try:
+        shown.begin(len(plan.jobs))
+        found = jobs.run(plan.jobs, options.jobs, shown.step)
+    finally:
+        shown.close()
+    command = shlex.join(("tritonconv", *options.given))
+    inspection = Inspection(version("triton") or "none", torch.__version__, command, tuple(found))
+    report.show(inspection)
+    print(f"\n{report.verdict(inspection)}")
+    if options.json is not None:
+        records.write(inspection, options.json)
+    if options.markdown is not None:
+        readme.update(inspection, options.markdown)
+    return not inspection.failures()
+
+
+def _variants(names: list[str]) -> tuple[Variant, ...]:
+    known = tuple(record for record in variants() if record.backend == "triton")
+    if not names:
+        return known
+    found = []
+    for name in dict.fromkeys(names):
+        record = next((each for each in known if each.name == name), None)
+        if record is None:
+            what = "computed by torch" if any(name == each.name for each in variants()) else "unknown"
+            there_are = ", ".join(each.name for each in known)
+            raise ArgumentError(f"argument VARIANT: {name!r} is {what}; the Triton variants are: {there_are}")
+        found.append(record)
+    return tuple(found)
+
+
+def _classes(given: list[str] | None) -> tuple[str, ...] | None:
+    wanted = flags.once(given, (FEW,))
+    if ALL in wanted:
+        return tuple(jobs.CLASSES)
+    return None if FEW in wanted else wanted
