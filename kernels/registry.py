@@ -53,6 +53,10 @@ class Variant:
 
     ``prepare`` (problem, grad_y) -> tensor is work on grad_y that a backward_data and a backward_weight variant share
     where both name the same function: it is done once, and each takes its result as the keyword ``prepared``.
+
+    ``joint`` (problem, config, x, weight, grad_y, need_bias) -> (grad_x, grad_weight, grad_bias or None) is the whole
+    backward at once, used instead of the two launches where the chosen backward_data and backward_weight variants
+    name the same function. The config is the backward_weight variant's.
     """
 
     name: str
@@ -64,6 +68,7 @@ class Variant:
     space: Callable[[Problem, torch.device], tuple[Config, ...]] = field(default=_one_config)
     default: Callable[[Problem, torch.device], Config] = field(default=_no_config)
     prepare: Callable[[Problem, torch.Tensor], torch.Tensor] | None = None
+    joint: Callable[..., Any] | None = None
     deterministic: bool = True
     workspace_bytes: Callable[[Problem], int] = field(default=_no_workspace)
 

@@ -60,15 +60,18 @@ def launches(monkeypatch):
     """The names of the variants that ran, in order."""
     names = []
 
-    def recorded(pass_name, method):
-        def run(plan, *args):
-            names.append(plan.choice(pass_name).variant.name)
-            return method(plan, *args)
+    def record(method, *passes):
+        run = getattr(dispatch.Plan, method)
 
-        return run
+        def recorded(plan, *args):
+            names.extend(plan.choice(pass_name).variant.name for pass_name in passes)
+            return run(plan, *args)
+
+        monkeypatch.setattr(dispatch.Plan, method, recorded)
 
     for pass_name in PASSES:
-        monkeypatch.setattr(dispatch.Plan, pass_name, recorded(pass_name, getattr(dispatch.Plan, pass_name)))
+        record(pass_name, pass_name)
+    record("joint_backward", *PASSES[1:])
     return names
 
 

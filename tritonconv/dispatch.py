@@ -103,13 +103,24 @@ class Plan:
 
     def backward(self, x, weight, grad_y, need_bias):
         """Both gradients: (grad_x, grad_weight, grad_bias or None); what their variants share is done once."""
-        prepared, prepare = None, self.backward_data_choice.variant.prepare
+        data, chosen = self.backward_data_choice.variant, self.backward_weight_choice.variant
+        if data.joint is not None and data.joint is chosen.joint:
+            return self.joint_backward(x, weight, grad_y, need_bias)
+        prepared, prepare = None, data.prepare
         if not all(self.choice(name).variant.backend == "triton" for name in PASSES[1:]):
             grad_y = to_layout(grad_y, self.problem.memory_format)
-        if prepare is not None and prepare is chosen.variant.prepare:
+        if prepare is not None and prepare is chosen.prepare:
             prepared = prepare(self.problem, grad_y)
         grad_x = self.backward_data(grad_y, weight, prepared)
         return (grad_x, *self.backward_weight(x, grad_y, need_bias, prepared))
+
+    def joint_backward(self, x, weight, grad_y, need_bias):
+        """The same from the one function that both variants name as ``joint``."""
+        chosen, layout = self.backward_weight_choice, self.problem.memory_format
+        with _no_autocast(x):
+            operands = _operand(x, chosen, layout), weight, _operand(grad_y, chosen, layout), need_bias
+            grad_x, *of_parameters = chosen.variant.joint(self.problem, chosen.config, *operands)
+            return to_layout(grad_x, layout), *of_parameters
 
 
 def _operand(tensor, chosen: Choice, layout: torch.memory_format):

@@ -1,0 +1,107 @@
+"""Backward-data as an implicit GEMM over all taps: an ordinary strided convolution of grad_y.
+
+One program owns BLOCK_M input voxels x BLOCK_N input channels. Rows: the voxels i of grad_x; columns: input channels;
+depth: taps x output channels. Tap t of voxel i reads output ``i*stride - crop + dilation*t``: every tap hits (but for
+the border), so nothing is wasted, whatever the stride.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from tritonconv.kernels import triton_tiles as tiles
+from tritonconv.kernels.registry import Variant
+from tritonconv.kernels.triton_device import ceil_div, grouped_order, offset, voxel_tiles, voxels
+from tritonconv.kernels.triton_gemm import implicit_gemm
+from tritonconv.kernels.triton_launch import RUN_TIME, accounting, empty, geometry, precision, refusal, wide
+from tritonconv.kernels.triton_launch import launch as run
+from tritonconv.kernels.triton_weights import oriented, packed, preferred
+from tritonconv.problem import Problem
+
+
+@triton.jit(launch_metadata=accounting, do_not_specialize=RUN_TIME)
+def backward_data_gemm_kernel(
+    grad_y_ptr,  # (n, c_out, od, oh, ow)
+    w_ptr,  # (c_in, c_out, taps)
+    grad_x_ptr,  # (n, c_in, d, h, w)
+    n, size, out_size, crop, grad_y_strides, w_strides, grad_x_strides,
+    C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
+    PACK: tl.constexpr, VOXELS_INNER: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr, GROUP_M: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    COLUMNS: tl.constexpr = ceil_div(PACK * C_IN, BLOCK_N)
+    tiles_m = voxel_tiles(n, size, BLOCK_M, BLOCK_W, WIDE)
+    tile_m, tile_n = grouped_order(tl.program_id(0), tiles_m, COLUMNS * (GROUPS // PACK), GROUP_M)
+    image, d, h, w, mask_m = voxels(tile_m, n, size, BLOCK_M, BLOCK_W, WIDE)
+    group = tile_n // COLUMNS * PACK
+    offs_n = tile_n % COLUMNS * BLOCK_N + tl.arange(0, BLOCK_N)
+    if WIDE:
+        group = group.to(tl.int64)
+    acc = implicit_gemm(
+        grad_y_ptr + group * C_OUT * grad_y_strides[1], grad_y_strides,
+        image, d * STRIDE[0] - crop[0], h * STRIDE[1] - crop[1], w * STRIDE[2] - crop[2], mask_m, out_size,
+        w_ptr + group * C_IN * w_strides[1], w_strides,
+        (0, 0, 0), KERNEL, offs_n, (1, 1, 1), DILATION,
+        KERNEL, C_OUT, C_IN, PACK, False, BLOCK_M, BLOCK_N, BLOCK_K, WIDE, PRECISION, VOXELS_INNER,
+    )  # fmt: skip
+
+    mask_n = offs_n < PACK * C_IN
+    rows = offset(grad_x_strides, image, 0, d, h, w)  # (BLOCK_M,)
+    grad_x_ptrs = grad_x_ptr + rows[:, None] + ((group * C_IN + offs_n) * grad_x_strides[1])[None, :]
+    tl.store(grad_x_ptrs, acc.to(grad_x_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
+
+
+def launch(problem, config, grad_y, weight):
+    grad_x = empty(problem, problem.x_shape, grad_y)
+    if grad_x.numel() == 0 or grad_y.numel() == 0:
+        return grad_x.zero_()
+    config = dict(config)
+    weight = packed(weight, config.pop("WEIGHT"))
+    columns = triton.cdiv(config["PACK"] * problem.c_in // problem.groups, config["BLOCK_N"])
+    run(
+        backward_data_gemm_kernel,
+        tiles.tiles_of(problem.n, problem.size, config) * columns * (problem.groups // config["PACK"]),
+        config,
+        grad_y.device,
+        grad_y_ptr=grad_y,
+        w_ptr=weight,
+        grad_x_ptr=grad_x,
+        **geometry(problem),
+        grad_y_strides=grad_y.stride(),
+        w_strides=oriented(weight, "backward_data"),
+        grad_x_strides=grad_x.stride(),
+        VOXELS_INNER=grad_y.stride(1) != 1,
+        WIDE=wide(grad_y, weight, grad_x),
+        PRECISION=precision(problem.dtype),
+    )
+    return grad_x
+
+
+def default(problem: Problem, device: torch.device):
+    pack = tiles.packed_groups(problem)
+    columns, depth = pack * problem.c_in // problem.groups, pack * problem.c_out // problem.groups
+    base = tiles.gemm(problem, problem.size, columns, depth, problem.groups // pack)
+    base["BLOCK_M"] = max(base["BLOCK_M"], 64)  # the rows of Hopper's matrix instruction
+    if problem.dtype.itemsize == 2 and problem.layout == "ncdhw" and base["BLOCK_M"] * base["BLOCK_N"] >= 128 * 64:
+        base["num_warps"] = 8  # 2-byte loads come through registers: 254 of them in 4 warps, 103 in 8 (sm_90)
+    return {**base, "GROUP_M": 8, "PACK": pack, "WEIGHT": preferred(problem, "backward_data")}
+
+
+def space(problem: Problem, device: torch.device):
+    return tiles.around(default(problem, device), problem, WEIGHT=(0, 1, 2))
+
+
+VARIANT = Variant(
+    name="backward_data_gemm",
+    pass_name="backward_data",
+    idea="implicit GEMM over all taps: a strided convolution of grad_y",
+    backend="triton",
+    launch=launch,
+    supports=refusal,
+    space=space,
+    default=default,
+)

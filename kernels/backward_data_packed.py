@@ -1,0 +1,129 @@
+"""Backward-data for few output channels: taps and channels share the depth of the dot.
+
+One program owns BLOCK_M input voxels x BLOCK_N input channels. Rows: the voxels i of grad_x; columns: input channels;
+depth: (tap, output channel) counted together, so that one output channel still fills the dot.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from tritonconv.kernels import triton_launch, triton_taps
+from tritonconv.kernels import triton_tiles as tiles
+from tritonconv.kernels.registry import Variant
+from tritonconv.kernels.triton_device import ceil_div, grouped_order, offset, product, voxel_tiles, voxels
+from tritonconv.kernels.triton_launch import RUN_TIME, accounting, empty, geometry, precision, wide
+from tritonconv.kernels.triton_launch import launch as run
+from tritonconv.kernels.triton_taps import tap_lanes, voxel_words
+from tritonconv.kernels.triton_weights import AS_GIVEN, oriented, packed
+from tritonconv.problem import Problem
+
+MOST_CHANNELS = 16  # output channels per group; as many fill a dot without the taps
+
+
+@triton.jit(launch_metadata=accounting, do_not_specialize=RUN_TIME)
+def backward_data_packed_kernel(
+    grad_y_ptr,  # (n, c_out, od, oh, ow)
+    w_ptr,  # (c_in, c_out, taps)
+    grad_x_ptr,  # (n, c_in, d, h, w)
+    n, size, out_size, crop, grad_y_strides, w_strides, grad_x_strides,
+    C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr, GROUP_M: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    COLUMNS: tl.constexpr = ceil_div(C_IN, BLOCK_N)
+    DEPTH: tl.constexpr = product(KERNEL) * C_OUT
+    tiles_m = voxel_tiles(n, size, BLOCK_M, BLOCK_W, WIDE)
+    tile_m, tile_n = grouped_order(tl.program_id(0), tiles_m, COLUMNS * GROUPS, GROUP_M)
+    image, d, h, w, mask_m = voxels(tile_m, n, size, BLOCK_M, BLOCK_W, WIDE)
+    group = tile_n // COLUMNS
+    offs_n = tile_n % COLUMNS * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < C_IN
+    offs_k = tl.arange(0, BLOCK_K)
+    if WIDE:
+        group = group.to(tl.int64)
+        offs_k = offs_k.to(tl.int64)
+
+    od, oh, ow = d * STRIDE[0] - crop[0], h * STRIDE[1] - crop[1], w * STRIDE[2] - crop[2]
+    words = voxel_words(od, oh, ow, mask_m, out_size, KERNEL, DILATION)
+    grad_y_rows = grad_y_ptr + offset(grad_y_strides, image, group * C_OUT, od, oh, ow)[None, :]  # (1, BLOCK_M)
+    channel = group * C_IN + offs_n
+    w_columns = w_ptr + (channel * w_strides[1])[None, :]  # (1, BLOCK_N)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(0, DEPTH, BLOCK_K):
+        tap, td, th, tw, co, wanted = tap_lanes(k + offs_k, C_OUT, KERNEL)
+        moved = offset(grad_y_strides, 0, co, td * DILATION[0], th * DILATION[1], tw * DILATION[2])
+        # The voxels are the last axis, so that the lanes of a warp run along them: neighbours, whatever the stride.
+        hit = (words[None, :] & wanted[:, None]) == wanted[:, None]  # (BLOCK_K, BLOCK_M)
+        grad_y_tile = tl.load(grad_y_rows + moved[:, None], mask=hit, other=0.0)
+        w_mask = mask_n[None, :]
+        if DEPTH % BLOCK_K != 0:
+            w_mask = w_mask & (k + offs_k < DEPTH)[:, None]
+        w_tile = tl.load(w_columns + (tap * w_strides[2] + co * w_strides[0])[:, None], mask=w_mask, other=0.0)
+        acc = tl.dot(tl.trans(grad_y_tile), w_tile, acc, input_precision=PRECISION)
+
+    rows = offset(grad_x_strides, image, 0, d, h, w)  # (BLOCK_M,)
+    grad_x_ptrs = grad_x_ptr + rows[:, None] + (channel * grad_x_strides[1])[None, :]
+    tl.store(grad_x_ptrs, acc.to(grad_x_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
+
+
+def launch(problem, config, grad_y, weight):
+    grad_x = empty(problem, problem.x_shape, grad_y)
+    if grad_x.numel() == 0 or grad_y.numel() == 0:
+        return grad_x.zero_()
+    config = dict(config)
+    weight = packed(weight, config.pop("WEIGHT"))
+    columns = triton.cdiv(problem.c_in // problem.groups, config["BLOCK_N"])
+    run(
+        backward_data_packed_kernel,
+        tiles.tiles_of(problem.n, problem.size, config) * columns * problem.groups,
+        config,
+        grad_y.device,
+        grad_y_ptr=grad_y,
+        w_ptr=weight,
+        grad_x_ptr=grad_x,
+        **geometry(problem),
+        grad_y_strides=grad_y.stride(),
+        w_strides=oriented(weight, "backward_data"),
+        grad_x_strides=grad_x.stride(),
+        WIDE=wide(grad_y, weight, grad_x),
+        PRECISION=precision(problem.dtype),
+    )
+    return grad_x
+
+
+def supports(problem: Problem, device: torch.device) -> str | None:
+    why_not = triton_launch.refusal(problem, device) or triton_taps.refusal(problem)
+    if why_not is None and problem.c_out // problem.groups > MOST_CHANNELS:
+        return f"{problem.c_out // problem.groups} output channels per group fill a dot without the taps"
+    return why_not
+
+
+def default(problem: Problem, device: torch.device):
+    columns, depth = problem.c_in // problem.groups, problem.weight_shape[1] * math.prod(problem.kernel)
+    base = tiles.gemm(problem, problem.size, columns, depth, problem.groups)
+    # Each lane has an address of its own, so the tile comes through registers: half as deep, and in more threads.
+    if problem.dtype.itemsize == 2 and base["BLOCK_M"] * base["BLOCK_N"] >= 128 * 64:
+        base["num_warps"] = 8
+    return {**base, "BLOCK_K": min(base["BLOCK_K"], 32), "GROUP_M": 8, "WEIGHT": AS_GIVEN}
+
+
+def space(problem: Problem, device: torch.device):
+    return tiles.around(default(problem, device), problem, WEIGHT=(0, 1, 2))
+
+
+VARIANT = Variant(
+    name="backward_data_packed",
+    pass_name="backward_data",
+    idea="taps and few output channels share the depth of the dot",
+    backend="triton",
+    launch=launch,
+    supports=supports,
+    space=space,
+    default=default,
+)

@@ -1,0 +1,125 @@
+"""Backward-data where kernel <= stride: one GEMM, voxels x taps*c_out times taps*c_out x c_in, unshuffled by the load.
+
+One program owns BLOCK_M voxels of x x BLOCK_N of its channels in one group. Each element of grad_y belongs to one
+voxel: it is loaded once where BLOCK_N covers c_in, else by programs that stand side by side.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from tritonconv.kernels import triton_phases as phases
+from tritonconv.kernels import triton_tiles as tiles
+from tritonconv.kernels.forward_shuffle import supports
+from tritonconv.kernels.registry import Variant
+from tritonconv.kernels.triton_device import ceil_div, grouped_order, inside, voxel_tiles, voxels
+from tritonconv.kernels.triton_launch import accounting, empty, geometry, precision, wide
+from tritonconv.kernels.triton_launch import launch as run
+from tritonconv.kernels.triton_phases import column_count, decoded, load_phases, multiple
+from tritonconv.kernels.triton_weights import AS_GIVEN, IN_INNERMOST, OUT_INNERMOST, oriented, packed, preferred
+from tritonconv.problem import Problem
+
+
+@triton.jit(launch_metadata=accounting, do_not_specialize=phases.RUN_TIME)
+def backward_data_shuffle_kernel(
+    grad_y_ptr,  # (n, c_out, od, oh, ow)
+    w_ptr,  # (c_in, c_out, taps)
+    grad_x_ptr,  # (n, c_in, d, h, w)
+    n, size, out_size, crop, grad_y_strides, w_strides, grad_x_strides,
+    C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
+    ROWS: tl.constexpr, X_STEP: tl.constexpr, FACTS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr, GROUP_M: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    TILES_N: tl.constexpr = ceil_div(C_IN, BLOCK_N)
+    tiles_m = voxel_tiles(n, size, BLOCK_M, BLOCK_W, WIDE)
+    tile_m, tile_n = grouped_order(tl.program_id(0), tiles_m, TILES_N * GROUPS, GROUP_M)
+    group = tile_n // TILES_N
+    offs_n = tile_n % TILES_N * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    if WIDE:
+        group = group.to(tl.int64)
+        offs_n = offs_n.to(tl.int64)
+        offs_k = offs_k.to(tl.int64)
+    mask_n = offs_n < C_IN
+    channel_x = group * C_IN + offs_n
+    grad_y_group = grad_y_ptr + group * C_OUT * grad_y_strides[1]
+    w_columns = w_ptr + channel_x * w_strides[1]
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for step in range(tl.cdiv(column_count(KERNEL, C_OUT, ROWS), BLOCK_K)):
+        grad_y_tile = load_phases(
+            grad_y_group, grad_y_strides, tile_m, n, size, (0 - crop[0], 0 - crop[1], 0 - crop[2]), out_size, step,
+            C_OUT, KERNEL, STRIDE, ROWS, FACTS, BLOCK_M, BLOCK_K, BLOCK_W, WIDE,
+        )  # fmt: skip
+        tap_d, tap_h, tap_w, channel, mask_k = decoded(step * BLOCK_K + offs_k, C_OUT, KERNEL, ROWS)
+        tap = (tap_d * KERNEL[1] + tap_h) * KERNEL[2] + tap_w
+        w_rows = channel * w_strides[0] + tap * w_strides[2]
+        w_mask = mask_k[:, None] & mask_n[None, :]
+        w_tile = tl.load(w_columns[None, :] + w_rows[:, None], mask=w_mask, other=0.0)  # (BLOCK_K, BLOCK_N)
+        acc = tl.dot(grad_y_tile, w_tile, acc, input_precision=PRECISION)
+
+    image, d, h, w, _ = voxels(tile_m, n, size, BLOCK_M, BLOCK_W, WIDE)
+    mask_m = (image < n) & inside(w, multiple(size[2], X_STEP))
+    rows = image * grad_x_strides[0] + d * grad_x_strides[2] + h * grad_x_strides[3] + w * grad_x_strides[4]
+    grad_x_ptrs = grad_x_ptr + rows[:, None] + (channel_x * grad_x_strides[1])[None, :]
+    tl.store(grad_x_ptrs, acc.to(grad_x_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
+
+
+def launch(problem, config, grad_y, weight):
+    grad_x = empty(problem, problem.x_shape, grad_y)
+    if grad_x.numel() == 0:
+        return grad_x
+    config = dict(config)
+    weight = packed(weight, config.pop("WEIGHT"))
+    columns = triton.cdiv(problem.c_in // problem.groups, config["BLOCK_N"]) * problem.groups
+    run(
+        backward_data_shuffle_kernel,
+        tiles.tiles_of(problem.n, problem.size, config) * columns,
+        config,
+        grad_y.device,
+        grad_y_ptr=grad_y,
+        w_ptr=weight,
+        grad_x_ptr=grad_x,
+        **geometry(problem),
+        grad_y_strides=grad_y.stride(),
+        w_strides=oriented(weight, "backward_data"),
+        grad_x_strides=grad_x.stride(),
+        X_STEP=phases.width_step(problem.size[2], config),
+        FACTS=phases.facts(problem, config, grad_y),
+        WIDE=wide(grad_y, weight, grad_x),
+        PRECISION=precision(problem.dtype),
+    )
+    return grad_x
+
+
+def default(problem: Problem, device: torch.device):
+    rows = phases.whole_rows(problem)
+    depth = phases.columns(problem, rows, problem.kernel)
+    base = phases.tile(problem, problem.size, problem.c_in // problem.groups, depth)
+    if base["BLOCK_M"] * depth >= 128 * 64:  # the loads of a step take as many registers as the sums
+        base["num_warps"] = 8
+    order = preferred(problem)
+    if order != AS_GIVEN:  # the columns are c_in, the depth c_out
+        order = IN_INNERMOST if problem.dtype.itemsize == 2 or rows else OUT_INNERMOST
+    return {**base, "GROUP_M": 1, "ROWS": rows, "WEIGHT": order}
+
+
+def space(problem: Problem, device: torch.device):
+    rows = (0, 1) if phases.whole_rows(problem) else ()
+    return tiles.around(default(problem, device), problem, GROUP_M=(8,), WEIGHT=(0, 1, 2), ROWS=rows)
+
+
+VARIANT = Variant(
+    name="backward_data_shuffle",
+    pass_name="backward_data",
+    idea="kernel <= stride: one GEMM over all taps, unshuffled while it is loaded",
+    backend="triton",
+    launch=launch,
+    supports=supports,
+    space=space,
+    default=default,
+)

@@ -1,0 +1,230 @@
+"""Backward-weight of a depthwise layer without a dot: split over voxels, all taps along h and w in registers.
+
+A program owns one tap along d, BLOCK_C channels and one of SPLITS shares of the voxels. A lane of its tiles meets all
+stride_h * stride_w phases of grad_y with the window of x that they touch (the forward's window), so that each value is
+loaded once for all of its taps. The sums of the shares are added in a fixed order by a second launch. The bias gradient
+is one more "tap": programs beside the others, over the same shares, which find grad_y in the L2 cache.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from tritonconv.kernels import triton_depthwise as depthwise
+from tritonconv.kernels.registry import Variant
+from tritonconv.kernels.triton_depthwise import any_tap, far, filled, lanes, replaced, within
+from tritonconv.kernels.triton_device import ceil_div, inside
+from tritonconv.kernels.triton_launch import RUN_TIME, accounting, geometry, refusal, wide
+from tritonconv.kernels.triton_launch import launch as run
+from tritonconv.kernels.triton_reduce import sum_partials
+from tritonconv.kernels.triton_tiles import PROGRAMS
+from tritonconv.problem import Problem
+
+MOST_TAPS = 64  # along h and w: float32 sums that a thread keeps for each of its channels
+WAVES = 12  # programs per multiprocessor; about four fit at once
+
+
+@triton.jit
+def tile_at(index, planes, count, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr):
+    """image, plane, h and w of the tile of this index, w fastest."""
+    tiles_h, tiles_w = tl.cdiv(count[0], BLOCK_H), tl.cdiv(count[1], BLOCK_W)
+    w = index % tiles_w * BLOCK_W
+    index = index // tiles_w
+    h = index % tiles_h * BLOCK_H
+    index = index // tiles_h
+    return index // planes, index % planes, h, w
+
+
+@triton.jit
+def phase_tile(y_ptr, lane_h, lane_w, mask_c, size, y_strides, PLACE_H: tl.constexpr, PLACE_W: tl.constexpr,
+               STRIDE: tl.constexpr):  # fmt: skip
+    """One phase of a plane of grad_y, float32 (BLOCK_M, BLOCK_C)."""
+    h, w = lane_h * STRIDE[1] + PLACE_H, lane_w * STRIDE[2] + PLACE_W
+    mask = inside(h, size[1]) & within(w, size[2], True) & mask_c
+    return tl.load(y_ptr + (h * y_strides[3] + w * y_strides[4]), mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def correlated(acc, x_ptr, row, column, mask_c, size, x_strides, y_tiles,
+               KERNEL: tl.constexpr, PLACES: tl.constexpr, TAPS_H: tl.constexpr, TAPS_W: tl.constexpr):  # fmt: skip
+    """acc, one sum per tap of a plane, plus the products of the phases ``y_tiles`` with their window of x."""
+    for slot_h in tl.static_range(len(TAPS_H) // PLACES[0]):
+        if any_tap(TAPS_H, slot_h, PLACES[0]):
+            mask_h = inside(row + slot_h, size[1]) & mask_c
+            for slot_w in tl.static_range(len(TAPS_W) // PLACES[1]):
+                if any_tap(TAPS_W, slot_w, PLACES[1]):
+                    mask = mask_h & within(column + slot_w, size[2], True)
+                    moved = far(slot_h, x_strides[3]) + far(slot_w, x_strides[4])
+                    x_tile = tl.load(x_ptr + moved, mask=mask, other=0.0).to(tl.float32)
+                    for place_h in tl.static_range(PLACES[0]):
+                        for place_w in tl.static_range(PLACES[1]):
+                            acc = with_tap(
+                                acc, TAPS_H[slot_h * PLACES[0] + place_h], TAPS_W[slot_w * PLACES[1] + place_w],
+                                x_tile * y_tiles[place_h * PLACES[1] + place_w], KERNEL,
+                            )  # fmt: skip
+    return acc
+
+
+@triton.jit
+def with_tap(acc, TAP_H: tl.constexpr, TAP_W: tl.constexpr, value, KERNEL: tl.constexpr):
+    """acc with ``value`` added to a tap, if there is one."""
+    if TAP_H >= 0 and TAP_W >= 0:
+        acc = replaced(acc, TAP_H * KERNEL[2] + TAP_W, acc[TAP_H * KERNEL[2] + TAP_W] + value)
+    return acc
+
+
+@triton.jit(launch_metadata=accounting, do_not_specialize=(*RUN_TIME, "splits"))
+def backward_weight_depthwise_kernel(
+    x_ptr,  # (n, c_in, d, h, w)
+    grad_y_ptr,  # (n, c_out, od, oh, ow)
+    partial_ptr,  # (splits, taps, c_out) float32
+    bias_partial_ptr,  # (splits, c_out) float32, or None
+    n, size, out_size, crop, splits, x_strides, y_strides,
+    C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
+    FIRST: tl.constexpr, TAPS_H: tl.constexpr, TAPS_W: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    CHANNELS: tl.constexpr = GROUPS * C_OUT
+    BLOCKS_C: tl.constexpr = ceil_div(CHANNELS, BLOCK_C)
+    PLACES: tl.constexpr = (STRIDE[1], STRIDE[2])
+    ROLES: tl.constexpr = KERNEL[0] + (bias_partial_ptr is not None)
+    pid = tl.program_id(0)
+    block_c = pid % BLOCKS_C
+    tap_d = pid // BLOCKS_C % ROLES  # neighbours read the same share: all but the first from the L2 cache
+    split = pid // (BLOCKS_C * ROLES)
+    channel = block_c * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]  # (1, BLOCK_C)
+    mask_c = channel < CHANNELS
+    if WIDE:
+        split = split.to(tl.int64)
+        channel = channel.to(tl.int64)
+    count = (tl.cdiv(out_size[1], STRIDE[1]), tl.cdiv(out_size[2], STRIDE[2]))
+    planes = tl.where(tap_d < KERNEL[0], size[0], out_size[0])
+    tiles = n * planes * tl.cdiv(count[0], BLOCK_H) * tl.cdiv(count[1], BLOCK_W)
+    share = tl.cdiv(tiles, splits)
+    low, high = split * share, tl.minimum((split + 1) * share, tiles)
+    y_base = grad_y_ptr + channel * y_strides[1]
+    zero = tl.zeros((BLOCK_H * BLOCK_W, BLOCK_C), tl.float32)
+
+    if tap_d < KERNEL[0]:
+        x_base = x_ptr + channel // C_OUT * x_strides[1]
+        acc = filled(zero, KERNEL[1] * KERNEL[2])
+        for index in range(low, high):
+            image, plane, h, w = tile_at(index, size[0], count, BLOCK_H, BLOCK_W)
+            out_plane = plane * STRIDE[0] - crop[0] + tap_d * DILATION[0]
+            if inside(out_plane, out_size[0]):
+                lane_h, lane_w = lanes(h, w, BLOCK_H, BLOCK_W)
+                y_plane = y_base + image * y_strides[0] + out_plane * y_strides[2]
+                y_tiles = ()
+                for place in tl.static_range(PLACES[0] * PLACES[1]):
+                    y_tiles = y_tiles + (  # noqa: RUF005
+                        phase_tile(
+                            y_plane, lane_h, lane_w, mask_c, out_size, y_strides,
+                            place // PLACES[1], place % PLACES[1], STRIDE,
+                        ),
+                    )  # fmt: skip
+                row = lane_h + crop[1] // STRIDE[1] + FIRST[0]
+                column = lane_w + crop[2] // STRIDE[2] + FIRST[1]
+                x_tile = x_base + image * x_strides[0] + plane * x_strides[2]
+                x_tile += row * x_strides[3] + column * x_strides[4]
+                acc = correlated(
+                    acc, x_tile, row, column, mask_c, size, x_strides, y_tiles, KERNEL, PLACES, TAPS_H, TAPS_W
+                )
+        for tap in tl.static_range(KERNEL[1] * KERNEL[2]):
+            at = (split * KERNEL[0] + tap_d) * (KERNEL[1] * KERNEL[2]) + tap
+            tl.store(partial_ptr + at * CHANNELS + channel, tl.sum(acc[tap], 0)[None, :], mask=mask_c)
+    else:
+        if bias_partial_ptr is not None:
+            total = zero
+            for index in range(low, high):
+                image, plane, h, w = tile_at(index, out_size[0], count, BLOCK_H, BLOCK_W)
+                lane_h, lane_w = lanes(h, w, BLOCK_H, BLOCK_W)
+                y_plane = y_base + image * y_strides[0] + plane * y_strides[2]
+                for place in tl.static_range(PLACES[0] * PLACES[1]):
+                    total += phase_tile(
+                        y_plane, lane_h, lane_w, mask_c, out_size, y_strides,
+                        place // PLACES[1], place % PLACES[1], STRIDE,
+                    )  # fmt: skip
+            tl.store(bias_partial_ptr + split * CHANNELS + channel, tl.sum(total, 0)[None, :], mask=mask_c)
+
+
+def launch(problem, config, x, grad_y, need_bias):
+    if x.numel() == 0 or grad_y.numel() == 0:
+        bias = x.new_zeros(problem.c_out) if need_bias else None
+        return x.new_zeros(problem.weight_shape), bias
+    config = dict(config)
+    splits, taps, channels = config.pop("SPLITS"), math.prod(problem.kernel), problem.c_out
+    partial = torch.empty((splits, taps, channels), dtype=torch.float32, device=x.device)
+    grad_weight = torch.empty(problem.weight_shape, dtype=x.dtype, device=x.device)
+    bias_partial = partial.new_empty((splits, channels)) if need_bias else None
+    grad_bias = x.new_empty(channels) if need_bias else None
+    windows = [depthwise.phase_window(a.kernel, a.stride, a.dilation, a.crop) for a in problem.axes[1:]]
+    run(
+        backward_weight_depthwise_kernel,
+        splits * (problem.kernel[0] + need_bias) * math.ceil(channels / config["BLOCK_C"]),
+        config,
+        x.device,
+        x_ptr=x,
+        grad_y_ptr=grad_y,
+        partial_ptr=partial,
+        bias_partial_ptr=bias_partial,
+        **geometry(problem),
+        splits=splits,
+        x_strides=x.stride(),
+        y_strides=grad_y.stride(),
+        FIRST=tuple(first for first, _ in windows),
+        TAPS_H=windows[0][1],
+        TAPS_W=windows[1][1],
+        WIDE=wide(x, grad_y, partial),
+    )
+    sum_partials(partial, grad_weight.view(channels, taps).t(), bias_partial, grad_bias)
+    return grad_weight, grad_bias
+
+
+def supports(problem: Problem, device: torch.device) -> str | None:
+    taps, phases = problem.kernel[1] * problem.kernel[2], problem.stride[1] * problem.stride[2]
+    if taps > MOST_TAPS or phases > depthwise.MOST_PLACES:
+        return (
+            f"{taps} taps and {phases} phases along h and w do not fit the registers "
+            f"({MOST_TAPS} and {depthwise.MOST_PLACES} do)"
+        )
+    return refusal(problem, device) or depthwise.refused(problem)
+
+
+def default(problem: Problem, device: torch.device):
+    counts = depthwise.lane_counts(problem.out_size, problem.stride[1:])
+    values = 4  # of one thread, for each of its taps
+    while values > 1 and values * problem.kernel[1] * problem.kernel[2] > 100:
+        values //= 2
+    config = depthwise.tile(problem.layout, problem.c_out, counts, 128 * values)
+    tiles = problem.n * problem.size[0]
+    tiles *= math.ceil(counts[0] / config["BLOCK_H"]) * math.ceil(counts[1] / config["BLOCK_W"])
+    roles = (problem.kernel[0] + 1) * math.ceil(problem.c_out / config["BLOCK_C"])
+    return {**config, "SPLITS": max(1, min(tiles, WAVES * PROGRAMS // roles))}
+
+
+def space(problem: Problem, device: torch.device):
+    base = default(problem, device)
+    return depthwise.around(base, SPLITS=(max(1, base["SPLITS"] // 2), base["SPLITS"] * 2))
+
+
+def workspace_bytes(problem: Problem) -> int:
+    splits = 2 * default(problem, torch.device("cpu"))["SPLITS"]
+    return 4 * splits * (math.prod(problem.kernel) + 1) * problem.c_out
+
+
+VARIANT = Variant(
+    name="backward_weight_depthwise",
+    pass_name="backward_weight",
+    idea="one input channel per group: FMAs, split over voxels, summed in a fixed order",
+    backend="triton",
+    launch=launch,
+    supports=supports,
+    space=space,
+    default=default,
+    workspace_bytes=workspace_bytes,
+)

@@ -1,0 +1,130 @@
+"""Forward of a depthwise layer without a dot: all phases along h and w of a tile from one look at x.
+
+One program owns BLOCK_H x BLOCK_W lanes x BLOCK_C channels x PLANES output planes; a lane has all stride_h * stride_w
+phases, so that each value of x that a plane needs is loaded once for all of them, and y is written in whole rows.
+Any channel multiplier c_out/groups, stride, dilation and crop.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from tritonconv.kernels import triton_depthwise as depthwise
+from tritonconv.kernels.registry import Variant
+from tritonconv.kernels.triton_depthwise import add_window, filled, lanes, store_places, tile_of
+from tritonconv.kernels.triton_device import axis_phase, tap_period, tap_shift
+from tritonconv.kernels.triton_launch import RUN_TIME, accounting, empty, geometry, refusal, wide
+from tritonconv.kernels.triton_launch import launch as run
+from tritonconv.kernels.triton_weights import packed, strides
+from tritonconv.problem import Problem
+
+ELEMENTS = {"ndhwc": 4096, "ncdhw": 2048}  # float32 accumulators of a program: 32 or 16 in each of 128 threads
+
+
+@triton.jit(launch_metadata=accounting, do_not_specialize=RUN_TIME)
+def forward_depthwise_kernel(
+    x_ptr,  # (n, c_in, d, h, w)
+    w_ptr,  # (c_in, c_out/groups, taps)
+    bias_ptr,  # (c_out,) or None
+    y_ptr,  # (n, c_out, od, oh, ow)
+    n, size, out_size, crop, x_strides, w_strides, y_strides,
+    C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
+    FIRST: tl.constexpr, TAPS_H: tl.constexpr, TAPS_W: tl.constexpr, INTERLEAVE: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, PLANES: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    PLACES: tl.constexpr = (STRIDE[1], STRIDE[2])
+    CHANNELS: tl.constexpr = GROUPS * C_OUT
+    count = (tl.cdiv(out_size[1], STRIDE[1]), tl.cdiv(out_size[2], STRIDE[2]))
+    image, first, h, w, channel = tile_of(
+        tl.program_id(0), n, count, out_size[0], PLANES, CHANNELS, BLOCK_H, BLOCK_W, BLOCK_C, WIDE
+    )
+    mask_c = channel < CHANNELS
+    row, column = lanes(
+        h + crop[1] // STRIDE[1] + FIRST[0], w + crop[2] // STRIDE[2] + FIRST[1], BLOCK_H, BLOCK_W
+    )  # (BLOCK_M, 1): the first slot of the window
+    x_base = x_ptr + image * x_strides[0]
+    x_tile = row * x_strides[3] + column * x_strides[4] + channel // C_OUT * x_strides[1]  # (BLOCK_M, BLOCK_C)
+    w_tile = w_ptr + channel // C_OUT * w_strides[0] + channel % C_OUT * w_strides[1]  # (1, BLOCK_C)
+    start = tl.zeros((BLOCK_H * BLOCK_W, BLOCK_C), tl.float32)
+    if bias_ptr is not None:
+        start += tl.load(bias_ptr + channel, mask=mask_c, other=0.0).to(tl.float32)
+
+    SHIFT: tl.constexpr = tap_shift(STRIDE[0], DILATION[0])
+    for out_plane in range(first, tl.minimum(first + PLANES, out_size[0])):
+        reach = out_plane + crop[0]
+        _, _, tap, taps, _ = axis_phase(reach % STRIDE[0], crop[0], out_size[0], KERNEL[0], STRIDE[0], DILATION[0])
+        newest = (reach - DILATION[0] * tap) // STRIDE[0]  # the plane of x that the first tap reads
+        low = tl.maximum(tl.cdiv(newest - size[0] + 1, SHIFT), 0)
+        high = tl.where(reach < DILATION[0] * tap, 0, tl.minimum(taps, newest // SHIFT + 1))
+        acc = filled(start, STRIDE[1] * STRIDE[2])
+        for m in range(low, high):
+            tap_d = tap + m * tap_period(STRIDE[0], DILATION[0])
+            acc = add_window(
+                acc, x_base + (newest - m * SHIFT) * x_strides[2] + x_tile, row, column, mask_c, size, x_strides,
+                w_tile + tap_d * (KERNEL[1] * KERNEL[2]) * w_strides[2], w_strides[2], KERNEL, PLACES, TAPS_H, TAPS_W,
+            )  # fmt: skip
+        y_plane = y_ptr + image * y_strides[0] + out_plane * y_strides[2]
+        store_places(acc, y_plane, h, w, channel, out_size, y_strides, mask_c, PLACES, INTERLEAVE, BLOCK_H, BLOCK_W)
+
+
+def launch(problem, config, x, weight, bias, out=None):
+    y = empty(problem, problem.y_shape, x) if out is None else out
+    if y.numel() == 0:
+        return y
+    config = dict(config)
+    weight = packed(weight, config.pop("WEIGHT"))
+    windows = [depthwise.phase_window(a.kernel, a.stride, a.dilation, a.crop) for a in problem.axes[1:]]
+    run(
+        forward_depthwise_kernel,
+        depthwise.programs(problem.n, problem.c_out, problem.out_size, problem.stride[1:], config),
+        config,
+        x.device,
+        x_ptr=x,
+        w_ptr=weight,
+        bias_ptr=bias,
+        y_ptr=y,
+        **geometry(problem),
+        x_strides=x.stride(),
+        w_strides=strides(weight),
+        y_strides=y.stride(),
+        FIRST=tuple(first for first, _ in windows),
+        TAPS_H=windows[0][1],
+        TAPS_W=windows[1][1],
+        INTERLEAVE=int(problem.stride[2] == 2 and problem.layout == "ncdhw"),
+        WIDE=wide(x, weight, y),
+    )
+    return y
+
+
+def supports(problem: Problem, device: torch.device) -> str | None:
+    phases = problem.stride[1] * problem.stride[2]
+    if phases > depthwise.MOST_PLACES:
+        return f"{phases} phases along h and w need more accumulators than {depthwise.MOST_PLACES}"
+    return refusal(problem, device) or depthwise.refused(problem)
+
+
+def default(problem: Problem, device: torch.device):
+    places = problem.stride[1:]
+    elements = max(128, min(1024, ELEMENTS[problem.layout] // (places[0] * places[1])))
+    config = depthwise.tile(problem.layout, problem.c_out, depthwise.lane_counts(problem.out_size, places), elements)
+    config["PLANES"] = depthwise.planes(problem, problem.c_out, problem.out_size, places, config)
+    return {**config, "WEIGHT": depthwise.weight_order(problem)}
+
+
+def space(problem: Problem, device: torch.device):
+    return depthwise.around(default(problem, device), WEIGHT=(0, 1))
+
+
+VARIANT = Variant(
+    name="forward_depthwise",
+    pass_name="forward",
+    idea="one input channel per group: FMAs, all phases along h and w from one look at x",
+    backend="triton",
+    launch=launch,
+    supports=supports,
+    space=space,
+    default=default,
+)

@@ -1,0 +1,185 @@
+"""Forward with all phases in one tile and the taps packed into its depth: for few channels on either side.
+
+One program owns BLOCK_M cells x BLOCK_N columns (phase, channel) of one group. Output (cell j, phase) of an axis reads
+``x[j - delta] * weight[stride*delta + phase]`` for delta in [0, ceil(kernel/stride)), so the depth of the GEMM is
+(window delta, c_in), flattened: three input channels fill it as well as 64, and one output channel gives a column per
+phase. Where stride does not divide kernel some (delta, phase) have no tap and multiply by zero: at k3 s2, 27 of 64
+products count; at k4 s2, all of them.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from tritonconv.kernels import triton_phases as phases
+from tritonconv.kernels import triton_tiles as tiles
+from tritonconv.kernels.registry import Variant
+from tritonconv.kernels.triton_device import ceil_div, grouped_order, inside, product, voxel_tiles, voxels
+from tritonconv.kernels.triton_launch import accounting, empty, refusal
+from tritonconv.kernels.triton_phases import cells_of, column_count, decoded, multiple, store_phases
+from tritonconv.problem import Problem
+
+MOST_WASTE = 8  # k1 s2; beyond it a kernel that knows which phases have no tap is the natural one
+
+
+@triton.constexpr_function
+def reach(kernel, stride, shift):
+    """How many input voxels the outputs of a cell read along an axis whose cells begin ``shift`` outputs late."""
+    return (kernel - 1 - shift) // stride + (2 if shift > 0 else 1)
+
+
+@triton.constexpr_function
+def window_of(KERNEL, STRIDE, SHIFT):
+    """(d, h, w): input voxels that the outputs of one cell read."""
+    return reach(KERNEL[0], STRIDE[0], 0), reach(KERNEL[1], STRIDE[1], 0), reach(KERNEL[2], STRIDE[2], SHIFT)
+
+
+@triton.jit(launch_metadata=accounting, do_not_specialize=phases.RUN_TIME)
+def forward_phases_packed_kernel(
+    x_ptr,  # (n, c_in, d, h, w)
+    w_ptr,  # (c_in, c_out, taps)
+    bias_ptr,  # (c_out,) or None
+    y_ptr,  # (n, c_out, od, oh, ow)
+    n, size, out_size, crop, x_strides, w_strides, y_strides,
+    C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
+    ROWS: tl.constexpr, X_STEP: tl.constexpr, FACTS: tl.constexpr, SHIFT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr, GROUP_M: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    WINDOW: tl.constexpr = window_of(KERNEL, STRIDE, SHIFT)
+    DEPTH: tl.constexpr = product(WINDOW) * C_IN
+    ONE_DELTA: tl.constexpr = C_IN % BLOCK_K == 0  # a step of the depth then stays at one place of the window
+    TILES_N: tl.constexpr = ceil_div(column_count(STRIDE, C_OUT, ROWS), BLOCK_N)
+    crop = (crop[0], crop[1], crop[2] - SHIFT)
+    cells, first = cells_of(crop, out_size, STRIDE)
+    tiles_m = voxel_tiles(n, cells, BLOCK_M, BLOCK_W, WIDE)
+    tile_m, tile_n = grouped_order(tl.program_id(0), tiles_m, TILES_N * GROUPS, GROUP_M)
+    group = tile_n // TILES_N
+    tile_n = tile_n % TILES_N
+    offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    if WIDE:
+        group = group.to(tl.int64)
+        offs_k = offs_k.to(tl.int64)
+        offs_n = offs_n.to(tl.int64)
+
+    image, d, h, w, _ = voxels(tile_m, n, cells, BLOCK_M, BLOCK_W, WIDE)
+    d, h, w = (d + first[0])[:, None], (h + first[1])[:, None], (w + first[2])[:, None]
+    mask_m = (image < n)[:, None]
+    rows = image[:, None] * x_strides[0] + d * x_strides[2] + h * x_strides[3] + w * x_strides[4]
+    x_rows = x_ptr + group * C_IN * x_strides[1] + rows  # (BLOCK_M, 1)
+    width = multiple(size[2], X_STEP)
+
+    phase_d, phase_h, phase_w, channel, mask_n = decoded(offs_n, C_OUT, STRIDE, ROWS)
+    phase_w += SHIFT
+    phase_tap = (phase_d * KERNEL[1] + phase_h) * KERNEL[2] + phase_w
+    w_columns = w_ptr + group * C_IN * w_strides[0] + channel * w_strides[1] + phase_tap * w_strides[2]
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for step in range(tl.cdiv(DEPTH, BLOCK_K)):
+        k = step * BLOCK_K + offs_k
+        c = k % C_IN
+        place = step * BLOCK_K // C_IN if ONE_DELTA else k // C_IN
+        delta_d = place // (WINDOW[1] * WINDOW[2])
+        delta_h = place // WINDOW[2] % WINDOW[1]
+        delta_w = place % WINDOW[2] - (1 if SHIFT > 0 else 0)
+        if WIDE:
+            delta_d, delta_h, delta_w = delta_d.to(tl.int64), delta_h.to(tl.int64), delta_w.to(tl.int64)
+        tap = ((delta_d * STRIDE[0] * KERNEL[1] + delta_h * STRIDE[1]) * KERNEL[2] + delta_w * STRIDE[2]) * w_strides[2]
+        back = delta_d * x_strides[2] + delta_h * x_strides[3] + delta_w * x_strides[4]
+        x_columns = c * x_strides[1] - back  # (BLOCK_K,)
+        w_rows = c * w_strides[0] + tap
+        x_d, x_h, x_w, w_d, w_h, w_w = delta_d, delta_h, delta_w, delta_d, delta_h, delta_w
+        if not ONE_DELTA:
+            x_d, x_h, x_w = delta_d[None, :], delta_h[None, :], delta_w[None, :]
+            w_d, w_h, w_w = delta_d[:, None], delta_h[:, None], delta_w[:, None]
+        x_mask = mask_m & inside(d - x_d, size[0]) & inside(h - x_h, size[1]) & inside(w - x_w, width)
+        w_mask = mask_n[None, :]
+        if DEPTH % BLOCK_K != 0:
+            x_mask = x_mask & (k < DEPTH)[None, :]
+            w_mask = w_mask & (k < DEPTH)[:, None]
+        if KERNEL[0] % STRIDE[0] != 0:
+            w_mask = w_mask & (w_d * STRIDE[0] + phase_d[None, :] < KERNEL[0])
+        if KERNEL[1] % STRIDE[1] != 0:
+            w_mask = w_mask & (w_h * STRIDE[1] + phase_h[None, :] < KERNEL[1])
+        if KERNEL[2] % STRIDE[2] != 0 or SHIFT > 0:
+            w_mask = w_mask & inside(w_w * STRIDE[2] + phase_w[None, :], KERNEL[2])
+        x_tile = tl.load(x_rows + x_columns[None, :], mask=x_mask, other=0.0)  # (BLOCK_M, BLOCK_K)
+        w_tile = tl.load(w_columns[None, :] + w_rows[:, None], mask=w_mask, other=0.0)  # (BLOCK_K, BLOCK_N)
+        acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)
+
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + group * C_OUT + channel, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    origin = (first[0] * STRIDE[0] - crop[0], first[1] * STRIDE[1] - crop[1], first[2] * STRIDE[2] - crop[2])
+    store_phases(
+        acc, y_ptr + group * C_OUT * y_strides[1], y_strides, tile_m, n, cells, origin, out_size, tile_n,
+        C_OUT, STRIDE, STRIDE, ROWS, FACTS, BLOCK_M, BLOCK_N, BLOCK_W, WIDE,
+    )  # fmt: skip
+
+
+def launch(problem, config, x, weight, bias, out=None):
+    y = empty(problem, problem.y_shape, x) if out is None else out
+    if y.numel() > 0:
+        phases.forward(forward_phases_packed_kernel, problem, config, x, weight, bias, y, shift(problem, config))
+    return y
+
+
+def shift(problem: Problem, config) -> int:
+    """SHIFT: cells along w that begin with the first output, where rows are stored and the window does not grow.
+
+    At k3 s2 p1 the pairs of outputs (0, 1), (2, 3), ... read two voxels each, just as (-1, 0), (1, 2), ... do, and
+    only the former start on the boundaries that wide stores need.
+    """
+    axis = problem.axes[2]
+    late = axis.crop % axis.stride
+    if not config["ROWS"] or reach(axis.kernel, axis.stride, late) > reach(axis.kernel, axis.stride, 0):
+        return 0
+    return late
+
+
+def window(problem: Problem) -> tuple[int, int, int]:
+    return window_of(problem.kernel, problem.stride, 0)
+
+
+def supports(problem: Problem, device: torch.device) -> str | None:
+    why_not = refusal(problem, device)
+    if why_not is None and any(axis.kernel > 1 and axis.dilation > 1 for axis in problem.axes):
+        why_not = f"with dilation {problem.dilation} the taps of an output are not neighbours in steps of the stride"
+    waste = math.prod(window(problem)) * math.prod(problem.stride) / math.prod(problem.kernel)
+    if why_not is None and waste > MOST_WASTE:
+        why_not = (
+            f"{waste:.0f} products for each one that counts, at kernel {problem.kernel} and stride {problem.stride}: "
+            f"most phases have no tap (at most {MOST_WASTE} are accepted)"
+        )
+    return why_not
+
+
+def default(problem: Problem, device: torch.device):
+    rows = phases.whole_rows(problem)
+    depth = math.prod(window(problem)) * problem.c_in // problem.groups
+    base = phases.tile(problem, phases.cells(problem), phases.columns(problem, rows), depth)
+    if problem.c_in // problem.groups % base["BLOCK_K"]:  # an address and a mask of its own for each element
+        base["BLOCK_K"] = min(base["BLOCK_K"], 32)
+    return {**base, "GROUP_M": 1, "ROWS": rows, "WEIGHT": phases.weight_order(problem, rows)}
+
+
+def space(problem: Problem, device: torch.device):
+    rows = (0, 1) if phases.whole_rows(problem) else ()
+    return tiles.around(default(problem, device), problem, GROUP_M=(8,), WEIGHT=(0, 1, 2), ROWS=rows)
+
+
+VARIANT = Variant(
+    name="forward_phases_packed",
+    pass_name="forward",
+    idea="all phases in one tile, taps packed into the depth: few channels",
+    backend="triton",
+    launch=launch,
+    supports=supports,
+    space=space,
+    default=default,
+)

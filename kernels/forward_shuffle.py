@@ -1,0 +1,120 @@
+"""Forward where kernel <= stride: one GEMM over all phases, voxels x c_in times c_in x phases*c_out, then a shuffle.
+
+One program owns BLOCK_M cells x BLOCK_N columns (phase, channel) of one group. An output has at most one tap, and all
+the outputs of a cell read the same voxel of x: it is loaded once per column tile, whose programs stand side by side.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from tritonconv.kernels import triton_phases as phases
+from tritonconv.kernels import triton_tiles as tiles
+from tritonconv.kernels.registry import Variant
+from tritonconv.kernels.triton_device import ceil_div, grouped_order, inside, product, voxel_tiles, voxels
+from tritonconv.kernels.triton_launch import accounting, empty, refusal
+from tritonconv.kernels.triton_phases import cells_of, column_count, decoded, multiple, store_phases
+from tritonconv.problem import Problem
+
+
+@triton.jit(launch_metadata=accounting, do_not_specialize=phases.RUN_TIME)
+def forward_shuffle_kernel(
+    x_ptr,  # (n, c_in, d, h, w)
+    w_ptr,  # (c_in, c_out, taps)
+    bias_ptr,  # (c_out,) or None
+    y_ptr,  # (n, c_out, od, oh, ow)
+    n, size, out_size, crop, x_strides, w_strides, y_strides,
+    C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
+    ROWS: tl.constexpr, X_STEP: tl.constexpr, FACTS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr, GROUP_M: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    TILES_N: tl.constexpr = ceil_div(column_count(STRIDE, C_OUT, ROWS), BLOCK_N)
+    cells, first = cells_of(crop, out_size, STRIDE)
+    tiles_m = voxel_tiles(n, cells, BLOCK_M, BLOCK_W, WIDE)
+    tile_m, tile_n = grouped_order(tl.program_id(0), tiles_m, TILES_N * GROUPS, GROUP_M)
+    group = tile_n // TILES_N
+    tile_n = tile_n % TILES_N
+    offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    if WIDE:
+        group = group.to(tl.int64)
+        offs_k = offs_k.to(tl.int64)
+        offs_n = offs_n.to(tl.int64)
+
+    image, d, h, w, _ = voxels(tile_m, n, cells, BLOCK_M, BLOCK_W, WIDE)
+    d, h, w = d + first[0], h + first[1], w + first[2]
+    mask_m = (image < n) & inside(d, size[0]) & inside(h, size[1]) & inside(w, multiple(size[2], X_STEP))
+    rows = image * x_strides[0] + d * x_strides[2] + h * x_strides[3] + w * x_strides[4]
+    x_rows = x_ptr + group * C_IN * x_strides[1] + rows
+
+    phase_d, phase_h, phase_w, channel, mask_n = decoded(offs_n, C_OUT, STRIDE, ROWS)
+    tapped = mask_n & (phase_d < KERNEL[0]) & (phase_h < KERNEL[1]) & (phase_w < KERNEL[2])
+    tap = (phase_d * KERNEL[1] + phase_h) * KERNEL[2] + phase_w
+    columns = channel * w_strides[1] + tap * w_strides[2]
+    w_columns = w_ptr + group * C_IN * w_strides[0] + columns
+
+    steps = tl.cdiv(C_IN, BLOCK_K)
+    if product(KERNEL) != product(STRIDE):  # a tile of columns without any tap is bias alone
+        steps = steps * tl.max(tapped.to(tl.int32), axis=0)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for step in range(steps):
+        k = step * BLOCK_K + offs_k
+        x_mask = mask_m[:, None]
+        w_mask = tapped[None, :]
+        if C_IN % BLOCK_K != 0:
+            x_mask = x_mask & (k < C_IN)[None, :]
+            w_mask = w_mask & (k < C_IN)[:, None]
+        x_tile = tl.load(x_rows[:, None] + (k * x_strides[1])[None, :], mask=x_mask, other=0.0)  # (BLOCK_M, BLOCK_K)
+        w_tile = tl.load(w_columns[None, :] + (k * w_strides[0])[:, None], mask=w_mask, other=0.0)
+        acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)
+
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + group * C_OUT + channel, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    origin = (first[0] * STRIDE[0] - crop[0], first[1] * STRIDE[1] - crop[1], first[2] * STRIDE[2] - crop[2])
+    store_phases(
+        acc, y_ptr + group * C_OUT * y_strides[1], y_strides, tile_m, n, cells, origin, out_size, tile_n,
+        C_OUT, STRIDE, STRIDE, ROWS, FACTS, BLOCK_M, BLOCK_N, BLOCK_W, WIDE,
+    )  # fmt: skip
+
+
+def launch(problem, config, x, weight, bias, out=None):
+    y = empty(problem, problem.y_shape, x) if out is None else out
+    if y.numel() > 0:
+        phases.forward(forward_shuffle_kernel, problem, config, x, weight, bias, y)
+    return y
+
+
+def supports(problem: Problem, device: torch.device) -> str | None:
+    why_not = refusal(problem, device)
+    if why_not is None and any(axis.kernel > axis.stride for axis in problem.axes):
+        why_not = f"an output of kernel {problem.kernel}, stride {problem.stride} has several taps along one axis"
+    if why_not is None and any(axis.kernel > 1 and axis.dilation > 1 for axis in problem.axes):
+        why_not = f"with dilation {problem.dilation} the taps of kernel {problem.kernel} leave the cell of their voxel"
+    return why_not
+
+
+def default(problem: Problem, device: torch.device):
+    rows = phases.whole_rows(problem)
+    base = phases.tile(problem, phases.cells(problem), phases.columns(problem, rows), problem.c_in // problem.groups)
+    return {**base, "GROUP_M": 1, "ROWS": rows, "WEIGHT": phases.weight_order(problem, rows)}
+
+
+def space(problem: Problem, device: torch.device):
+    rows = (0, 1) if phases.whole_rows(problem) else ()
+    return tiles.around(default(problem, device), problem, GROUP_M=(8,), WEIGHT=(0, 1, 2), ROWS=rows)
+
+
+VARIANT = Variant(
+    name="forward_shuffle",
+    pass_name="forward",
+    idea="kernel <= stride: one GEMM over all phases, shuffled while it is stored",
+    backend="triton",
+    launch=launch,
+    supports=supports,
+    space=space,
+    default=default,
+)

@@ -1,0 +1,237 @@
+"""Where kernel = stride: grad_x, grad_weight and grad_bias from one read of grad_y and of x.
+
+Each element of grad_y belongs to one voxel of x, so a tile of BLOCK_M voxels x all the columns (tap, output channel) is
+at once the operand of ``grad_x = grad_y . weight^T`` and of ``grad_weight += grad_y^T . x``, and its column sums are
+grad_bias. A program keeps the weight and its part of grad_weight on the chip while it walks over its tiles; the parts
+are added up in a fixed order. Called apart, the three gradients would read grad_y three times and x once more.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from tritonconv.kernels import triton_phases as phases
+from tritonconv.kernels import triton_tiles as tiles
+from tritonconv.kernels.registry import Config
+from tritonconv.kernels.triton_device import inside, voxel_tiles, voxels
+from tritonconv.kernels.triton_launch import accounting, empty, geometry, precision, refusal, wide
+from tritonconv.kernels.triton_launch import launch as run
+from tritonconv.kernels.triton_phases import decoded, load_phases, multiple
+from tritonconv.kernels.triton_reduce import sum_partials
+from tritonconv.kernels.triton_weights import AS_GIVEN, oriented, packed
+from tritonconv.problem import Problem
+
+# By the bytes of an element: the most elements of grad_weight per group, padded, and the fewest voxels of a tile.
+# Compiled for sm_90 with 8 warps, all three gradients then take up to 254 registers; at twice as many elements, or
+# half as many voxels, whose dots keep the whole weight in registers, they spill.
+LARGEST = {2: 128 * 128, 4: 128 * 64}
+FEWEST = {2: 64, 4: 32}
+
+
+@triton.jit
+def _voxel_tile(
+    tile, n, size, strides, offs_c, C: tl.constexpr, X_STEP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Element offsets and mask (BLOCK_M, BLOCK_C) of a tile of x."""
+    image, d, h, w, _ = voxels(tile, n, size, BLOCK_M, BLOCK_W, WIDE)
+    mask = ((image < n) & inside(w, multiple(size[2], X_STEP)))[:, None] & (offs_c < C)[None, :]
+    rows = image * strides[0] + d * strides[2] + h * strides[3] + w * strides[4]
+    return rows[:, None] + (offs_c * strides[1])[None, :], mask
+
+
+@triton.jit(launch_metadata=accounting, do_not_specialize=phases.RUN_TIME)
+def fused_backward_kernel(
+    x_ptr,  # (n, c_in, d, h, w), or None where grad_weight is not asked for
+    w_ptr,  # (c_in, c_out, taps), or None where grad_x is not
+    grad_y_ptr,  # (n, c_out, od, oh, ow)
+    grad_x_ptr,  # (n, c_in, d, h, w) or None
+    partial_ptr,  # (splits, groups, taps, c_out, c_in), dense float32, or None
+    bias_partial_ptr,  # (splits, groups*c_out), dense float32, or None
+    n, size, out_size, crop, x_strides, w_strides, grad_y_strides, grad_x_strides,
+    C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
+    ROWS: tl.constexpr, X_STEP: tl.constexpr, FACTS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr,
+    SPLITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    split = tl.program_id(0) // GROUPS
+    group = tl.program_id(0) % GROUPS
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_c = tl.arange(0, BLOCK_C)
+    if WIDE:
+        split = split.to(tl.int64)
+        group = group.to(tl.int64)
+        offs_c = offs_c.to(tl.int64)
+    tap_d, tap_h, tap_w, channel, mask_n = decoded(offs_n, C_OUT, KERNEL, ROWS)
+    tap = (tap_d * KERNEL[1] + tap_h) * KERNEL[2] + tap_w
+    mask_w = mask_n[:, None] & (offs_c < C_IN)[None, :]
+    if grad_x_ptr is not None:
+        w_rows = channel * w_strides[0] + tap * w_strides[2]
+        w_columns = (group * C_IN + offs_c) * w_strides[1]
+        w_tile = tl.load(w_ptr + w_rows[:, None] + w_columns[None, :], mask=mask_w, other=0.0)  # (BLOCK_N, BLOCK_C)
+    acc = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
+    sums = tl.zeros((BLOCK_N,), tl.float32)
+
+    for tile in range(split, voxel_tiles(n, size, BLOCK_M, BLOCK_W, WIDE), SPLITS):
+        grad_y_tile = load_phases(
+            grad_y_ptr + group * C_OUT * grad_y_strides[1], grad_y_strides, tile, n, size, (0, 0, 0), out_size, 0,
+            C_OUT, KERNEL, STRIDE, ROWS, FACTS, BLOCK_M, BLOCK_N, BLOCK_W, WIDE,
+        )  # fmt: skip
+        if partial_ptr is not None:
+            offsets, mask = _voxel_tile(tile, n, size, x_strides, offs_c, C_IN, X_STEP, BLOCK_M, BLOCK_W, WIDE)
+            x_tile = tl.load(x_ptr + group * C_IN * x_strides[1] + offsets, mask=mask, other=0.0)
+            acc = tl.dot(tl.trans(grad_y_tile), x_tile, acc, input_precision=PRECISION)
+        if bias_partial_ptr is not None:
+            sums += tl.sum(grad_y_tile.to(tl.float32), axis=0)
+        if grad_x_ptr is not None:
+            grad_x = tl.dot(grad_y_tile, w_tile, input_precision=PRECISION)  # (BLOCK_M, BLOCK_C)
+            offsets, mask = _voxel_tile(tile, n, size, grad_x_strides, offs_c, C_IN, X_STEP, BLOCK_M, BLOCK_W, WIDE)
+            grad_x_group = grad_x_ptr + group * C_IN * grad_x_strides[1]
+            tl.store(grad_x_group + offsets, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
+
+    place = split * GROUPS + group
+    if partial_ptr is not None:
+        rows = ((place * KERNEL[0] * KERNEL[1] * KERNEL[2] + tap) * C_OUT + channel) * C_IN
+        tl.store(partial_ptr + rows[:, None] + offs_c[None, :], acc, mask=mask_w)
+    if bias_partial_ptr is not None:
+        BLOCK_O: tl.constexpr = triton.next_power_of_2(C_OUT)
+        offs_o = tl.arange(0, BLOCK_O)
+        of_channel = (channel[:, None] == offs_o[None, :]) & mask_n[:, None]
+        folded = tl.sum(tl.where(of_channel, sums[:, None], 0.0), axis=0)  # over the taps
+        tl.store(bias_partial_ptr + place * C_OUT + offs_o, folded, mask=offs_o < C_OUT)
+
+
+def backward(problem, config, x, weight, grad_y, need_bias):
+    """(grad_x, grad_weight, grad_bias): grad_x where ``weight`` is given, the other two where ``x`` is, else None."""
+    grad_x = grad_weight = grad_bias = partial = bias_partial = None
+    config = dict(config)
+    order = config.pop("WEIGHT")
+    groups, c_in, c_out = problem.groups, problem.c_in // problem.groups, problem.c_out // problem.groups
+    if weight is not None:
+        grad_x = empty(problem, problem.x_shape, grad_y)
+        weight = packed(weight, order)
+    if x is not None:
+        grad_weight = x.new_empty(problem.weight_shape)
+        grad_bias = x.new_empty(problem.c_out) if need_bias else None
+        by_tap = grad_weight.view(groups, c_in, c_out, math.prod(problem.kernel)).permute(0, 3, 2, 1)
+        options = {"dtype": torch.float32, "device": x.device}
+        splits = config["SPLITS"] if grad_y.numel() else 0  # no splits at all sum to zeros
+        partial = torch.empty((splits, *by_tap.shape), **options)
+        bias_partial = torch.empty((splits, problem.c_out), **options) if need_bias else None
+    if grad_y.numel():
+        run(
+            fused_backward_kernel,
+            config["SPLITS"] * groups,
+            config,
+            grad_y.device,
+            x_ptr=x,
+            w_ptr=weight,
+            grad_y_ptr=grad_y,
+            grad_x_ptr=grad_x,
+            partial_ptr=partial,
+            bias_partial_ptr=bias_partial,
+            **geometry(problem),
+            x_strides=() if x is None else x.stride(),
+            w_strides=() if weight is None else oriented(weight, "backward_data"),
+            grad_y_strides=grad_y.stride(),
+            grad_x_strides=() if grad_x is None else grad_x.stride(),
+            X_STEP=phases.width_step(problem.size[2], config),
+            FACTS=phases.facts(problem, config, grad_y),
+            BLOCK_N=_block_n(problem, config["ROWS"]),
+            BLOCK_C=_block_c(problem),
+            WIDE=wide(x, weight, grad_y, grad_x, partial),
+            PRECISION=precision(problem.dtype),
+        )
+    elif grad_x is not None:
+        grad_x.zero_()
+    if x is not None:
+        sum_partials(partial, by_tap, bias_partial, grad_bias)
+    return grad_x, grad_weight, grad_bias
+
+
+def _rows(problem: Problem) -> int:
+    # Triton 3.9.0 aborts for sm_100 on a float32 tile that is loaded by rows, unshuffled and transposed for a dot.
+    return phases.whole_rows(problem) if problem.dtype.itemsize == 2 else 0
+
+
+def _block_n(problem: Problem, rows: int) -> int:
+    return max(16, triton.next_power_of_2(phases.columns(problem, rows)))
+
+
+def _block_c(problem: Problem) -> int:
+    return max(16, triton.next_power_of_2(problem.c_in // problem.groups))
+
+
+def supports(problem: Problem, device: torch.device) -> str | None:
+    why_not = refusal(problem, device)
+    if why_not is None and not problem.tiles_exactly:
+        why_not = "one tile of grad_y gives all three gradients only where kernel = stride and nothing is cropped"
+    if why_not is None and problem.dtype is torch.float32 and precision(problem.dtype) == "ieee":
+        why_not = "with TF32 off float32 has no matrix instruction, and tiles of this size would spill registers"
+    if why_not is not None:
+        return why_not
+    rows, least = _rows(problem), FEWEST[problem.dtype.itemsize]
+    elements, most = _block_n(problem, rows) * _block_c(problem), LARGEST[problem.dtype.itemsize]
+    if elements > most:
+        return f"grad_weight stays in registers: at most {most} elements per group, padded, not {elements}"
+    shared = _shared_bytes(problem, rows, least)
+    if shared > tiles.SHARED_BYTES:
+        return f"weight and tiles would take {shared} bytes of shared memory, and a block has {tiles.SHARED_BYTES}"
+    return None
+
+
+def _shared_bytes(problem: Problem, rows: int, block_m: int) -> int:
+    """Shared memory of a program, in bytes: the weight, and the tiles of grad_y and x with their prefetched copies.
+
+    The factors bound what the compiler (triton 3.6.0, sm_90) took over three dozen shapes.
+    """
+    itemsize, block_n, block_c = problem.dtype.itemsize, _block_n(problem, rows), _block_c(problem)
+    copies_y, copies_x = (1.5, 2.2) if itemsize == 2 else (2, 2)
+    return int((block_n * block_c + block_m * (copies_y * block_n + copies_x * block_c)) * itemsize)
+
+
+def default(problem: Problem, device: torch.device) -> Config:
+    rows, half = _rows(problem), problem.dtype.itemsize == 2
+    block_m = 64 if half or _shared_bytes(problem, rows, 64) <= tiles.SHARED_BYTES else 32
+    block_n = _block_n(problem, rows)
+    largest = max(block_n * _block_c(problem), block_m * block_n // (2 if half else 1))
+    width = tiles.block_w(problem, problem.size, block_m)
+    most = tiles.tiles_of(problem.n, problem.size, {"BLOCK_M": block_m, "BLOCK_W": width})
+    return {
+        "BLOCK_M": block_m,
+        "BLOCK_W": width,
+        "ROWS": rows,
+        "SPLITS": max(1, min(most, tiles.PROGRAMS // problem.groups)),
+        "WEIGHT": AS_GIVEN,  # each program reads the weight once
+        "num_warps": 8 if largest >= 128 * 64 else 4,
+        "num_stages": 2,
+    }
+
+
+def space(problem: Problem, device: torch.device) -> tuple[Config, ...]:
+    base = default(problem, device)
+    changes = {
+        "BLOCK_M": (base["BLOCK_M"] // 2, base["BLOCK_M"] * 2),
+        "SPLITS": (base["SPLITS"] // 2, base["SPLITS"] * 2, base["SPLITS"] * 4),
+        "num_warps": (4, 8),
+        "num_stages": (1, 3),
+        "ROWS": (0, 1) if base["ROWS"] else (),
+    }
+    found = [base]
+    for key, values in changes.items():
+        for value in values:
+            changed = {**base, key: value}
+            if changed not in found and changed["SPLITS"] and changed["BLOCK_M"] >= max(16, changed["BLOCK_W"]):
+                found.append(changed)
+    return tuple(found)
+
+
+def workspace_bytes(problem: Problem) -> int:
+    """The partial sums of the largest number of splits in :func:`space`, in bytes."""
+    elements = math.prod(problem.weight_shape) + problem.c_out
+    return 4 * elements * 4 * max(1, tiles.PROGRAMS // problem.groups)

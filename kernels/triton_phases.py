@@ -1,0 +1,258 @@
+"""Tiles whose columns are (phase, channel): one program computes several stride phases of the same input voxels.
+
+Words: along an axis *cell* j holds the outputs o = stride*(first + j) + phase - crop, phase in [0, stride), with
+first = crop // stride; the cells cover every output. A tile is BLOCK_M cells x BLOCK_N columns in one of two orders:
+
+* ROWS = 0: (phase_d, phase_h, phase_w, channel): where channels are contiguous, so is (phase_w, channel).
+* ROWS = 1: (phase_d, phase_h, channel, phase_w padded to a power of two). On its way to memory the tile becomes
+  (BLOCK_M*span, BLOCK_N/span), so that with cells in runs along w whole rows of y are stored, phases interleaved.
+"""
+
+from __future__ import annotations
+
+import math
+
+import triton
+import triton.language as tl
+
+from tritonconv.kernels import triton_tiles as tiles
+from tritonconv.kernels.triton_device import inside, voxels
+from tritonconv.kernels.triton_launch import geometry, launch, precision, wide
+from tritonconv.kernels.triton_weights import AS_GIVEN, IN_INNERMOST, oriented, packed, preferred
+from tritonconv.problem import Problem, Triple
+
+# A crop stays specialised, unlike in triton_launch.RUN_TIME: a crop of 0 then counts as a multiple of 16, which is
+# what lets a row of cells start on a 16-byte boundary.
+RUN_TIME = ("n", "size", "out_size")
+STEP = 16  # widths that it divides, as Triton's own specialisation of strides has it, permit wide masks
+LARGEST_ACCUMULATOR = 128 * 128  # float32 elements of a default tile: 64 registers in each of 8 warps' threads
+
+
+@triton.constexpr_function
+def span(PHASES, ROWS):
+    """Columns that lie side by side in one row of y."""
+    return 1 << (int(PHASES[2]) - 1).bit_length() if ROWS else 1
+
+
+@triton.constexpr_function
+def column_count(PHASES, CHANNELS, ROWS):
+    """Columns of one group, the padded ones of ROWS included."""
+    across = span(PHASES, ROWS) if ROWS else int(PHASES[2])
+    return int(PHASES[0]) * int(PHASES[1]) * int(CHANNELS) * across
+
+
+@triton.jit
+def cells_of(crop, out_size, STRIDE: tl.constexpr):
+    """(d, h, w): how many cells there are, and the first one's place among the input voxels."""
+    first = (crop[0] // STRIDE[0], crop[1] // STRIDE[1], crop[2] // STRIDE[2])
+    cells = (
+        (crop[0] + out_size[0] - 1) // STRIDE[0] - first[0] + 1,
+        (crop[1] + out_size[1] - 1) // STRIDE[1] - first[1] + 1,
+        (crop[2] + out_size[2] - 1) // STRIDE[2] - first[2] + 1,
+    )
+    return cells, first
+
+
+@triton.jit
+def multiple(value, STEP: tl.constexpr):
+    """``value``, which STEP divides, so that the compiler knows it: a mask then holds for STEP neighbours at once."""
+    return value // STEP * STEP
+
+
+@triton.jit
+def decoded(offs_n, CHANNELS: tl.constexpr, PHASES: tl.constexpr, ROWS: tl.constexpr):
+    """phase_d, phase_h, phase_w, channel and mask, each like ``offs_n``, of columns."""
+    # Each part is divided out of offs_n itself: the compiler follows one division, not a chain of them.
+    SPAN: tl.constexpr = span(PHASES, ROWS)
+    INNER: tl.constexpr = column_count((1, 1, PHASES[2]), CHANNELS, ROWS)
+    mask = offs_n < INNER * PHASES[0] * PHASES[1]
+    if ROWS:
+        phase_w = offs_n % SPAN
+        channel = offs_n // SPAN % CHANNELS
+        if PHASES[2] != SPAN:
+            mask = mask & (phase_w < PHASES[2])
+    else:
+        phase_w = offs_n // CHANNELS % PHASES[2]
+        channel = offs_n % CHANNELS
+    return offs_n // (INNER * PHASES[1]), offs_n // INNER % PHASES[1], phase_w, channel, mask
+
+
+@triton.jit
+def _places(
+    strides, tile, n, cells, origin, out_size, tile_n,
+    CHANNELS: tl.constexpr, PHASES: tl.constexpr, STRIDE: tl.constexpr, ROWS: tl.constexpr, FACTS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Element offsets and mask (BLOCK_M*span, BLOCK_N/span) of a tile of y.
+
+    Cell 0, phase 0 is output ``origin``; a cell's first PHASES of the STRIDE outputs along each axis are columns.
+    """
+    SPAN: tl.constexpr = span(PHASES, ROWS)
+    CELL: tl.constexpr = (PHASES[0], PHASES[1], 1 if ROWS else PHASES[2])
+    WHOLE: tl.constexpr = FACTS[1]
+    fine = (cells[0], cells[1], cells[2] * SPAN)
+    image, d, h, w, _ = voxels(tile, n, fine, BLOCK_M * SPAN, BLOCK_W * SPAN, WIDE)
+    mask_m = image < n
+    if ROWS and PHASES[2] != SPAN:
+        mask_m = mask_m & (w % SPAN < PHASES[2])
+    if STRIDE[2] != SPAN:
+        w = w // SPAN * STRIDE[2] + w % SPAN
+    d = d * STRIDE[0] + origin[0]
+    h = h * STRIDE[1] + origin[1]
+    w = w + origin[2]
+    offs_n = tile_n * (BLOCK_N // SPAN) + tl.arange(0, BLOCK_N // SPAN)
+    if WIDE:
+        offs_n = offs_n.to(tl.int64)
+    phase_d, phase_h, phase_w, channel, mask_n = decoded(offs_n, CHANNELS, CELL, False)
+    if FACTS[2]:
+        inner = offs_n % (CELL[2] * CHANNELS)
+        across = w * CHANNELS
+    else:
+        inner = phase_w * strides[4] + channel * strides[1]
+        across = w * strides[4]
+    rows = image * strides[0] + d * strides[2] + h * strides[3] + across
+    columns = phase_d * strides[2] + phase_h * strides[3] + inner
+    if WHOLE[0]:
+        mask_m = mask_m & inside(d, out_size[0])
+    if WHOLE[1]:
+        mask_m = mask_m & inside(h, out_size[1])
+    if WHOLE[2] or ROWS:
+        mask_m = mask_m & inside(w, multiple(out_size[2], FACTS[0]))
+    mask = mask_m[:, None] & mask_n[None, :]
+    if not WHOLE[0]:
+        mask = mask & inside(d[:, None] + phase_d[None, :], out_size[0])
+    if not WHOLE[1]:
+        mask = mask & inside(h[:, None] + phase_h[None, :], out_size[1])
+    if not (WHOLE[2] or ROWS):
+        mask = mask & inside(w[:, None] + phase_w[None, :], out_size[2])
+    return rows[:, None] + columns[None, :], mask
+
+
+@triton.jit
+def store_phases(
+    acc,  # (BLOCK_M, BLOCK_N)
+    y_ptr,  # at channel 0 of the group
+    strides, tile, n, cells, origin, out_size, tile_n,
+    CHANNELS: tl.constexpr, PHASES: tl.constexpr, STRIDE: tl.constexpr, ROWS: tl.constexpr, FACTS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Writes the outputs of a tile, rounded once."""
+    SPAN: tl.constexpr = span(PHASES, ROWS)
+    offsets, mask = _places(
+        strides, tile, n, cells, origin, out_size, tile_n, CHANNELS, PHASES, STRIDE, ROWS, FACTS,
+        BLOCK_M, BLOCK_N, BLOCK_W, WIDE,
+    )  # fmt: skip
+    y_tile = acc.to(y_ptr.dtype.element_ty)
+    if SPAN > 1:
+        y_tile = y_tile.reshape(BLOCK_M, BLOCK_N // SPAN, SPAN).permute(0, 2, 1)
+        y_tile = y_tile.reshape(BLOCK_M * SPAN, BLOCK_N // SPAN)
+    tl.store(y_ptr + offsets, y_tile, mask=mask)
+
+
+@triton.jit
+def load_phases(
+    y_ptr,  # at channel 0 of the group
+    strides, tile, n, cells, origin, out_size, tile_n,
+    CHANNELS: tl.constexpr, PHASES: tl.constexpr, STRIDE: tl.constexpr, ROWS: tl.constexpr, FACTS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """The tile (BLOCK_M, BLOCK_N) of y that :func:`store_phases` would write; 0 where there is no output."""
+    SPAN: tl.constexpr = span(PHASES, ROWS)
+    offsets, mask = _places(
+        strides, tile, n, cells, origin, out_size, tile_n, CHANNELS, PHASES, STRIDE, ROWS, FACTS,
+        BLOCK_M, BLOCK_N, BLOCK_W, WIDE,
+    )  # fmt: skip
+    y_tile = tl.load(y_ptr + offsets, mask=mask, other=0.0)
+    if SPAN > 1:
+        y_tile = y_tile.reshape(BLOCK_M, SPAN, BLOCK_N // SPAN).permute(0, 2, 1)
+        y_tile = y_tile.reshape(BLOCK_M, BLOCK_N)
+    return y_tile
+
+
+def cells(problem: Problem, shift: int = 0) -> Triple:
+    """(d, h, w): the host's side of :func:`cells_of`; ``shift`` outputs late along w."""
+    depth, height, width = problem.crop
+    axes = zip((depth, height, width - shift), problem.out_size, problem.stride, strict=True)
+    return tuple((crop + out - 1) // s - crop // s + 1 for crop, out, s in axes)  # type: ignore[return-value]
+
+
+def columns(problem: Problem, rows: int, phases: Triple | None = None) -> int:
+    """Columns of one group, by default of all phases: the host's side of :func:`column_count`."""
+    return column_count(problem.stride if phases is None else phases, problem.c_out // problem.groups, rows)
+
+
+def whole_rows(problem: Problem) -> int:
+    """The default ROWS: where w is y's contiguous axis, unless its phases would not fit the smallest tile."""
+    contiguous = problem.layout == "ncdhw" or problem.c_out == 1
+    return int(contiguous and 1 < problem.stride[2] <= 16)
+
+
+def width_step(width: int, config) -> int:
+    """What a width is a multiple of, as far as it is compiled in: only tiles in runs along w gain from it."""
+    return STEP if config["BLOCK_W"] and width % STEP == 0 else 1
+
+
+def facts(problem: Problem, config, y) -> tuple:
+    """FACTS, what the compiler may know of y to load and store wide: (step, whole, dense).
+
+    ``step`` divides the width; ``whole`` (d, h, w): all outputs of a cell are inside y, or none is; ``dense``:
+    (phase_w, channel) is one contiguous stretch.
+    """
+    axes = zip(problem.crop, problem.out_size, problem.stride, strict=True)
+    whole = tuple(crop % s == 0 and out % s == 0 for crop, out, s in axes)
+    dense = y.stride(1) == 1 and y.stride(4) == problem.c_out // problem.groups and not config["ROWS"]
+    return width_step(problem.out_size[2], config), whole, dense
+
+
+def weight_order(problem: Problem, rows: int) -> int:
+    """The default WEIGHT: with ROWS two taps alternate along the columns, so only c_in can be contiguous in a tile."""
+    order = preferred(problem)
+    return IN_INNERMOST if rows and order != AS_GIVEN else order
+
+
+def tile(problem: Problem, size: Triple, wide: int, depth: int) -> dict[str, int]:
+    """The default tile for n * prod(size) rows and ``wide`` columns, all of them in one tile where they fit."""
+    half = problem.dtype.itemsize == 2
+    rows = problem.n * math.prod(size) * problem.groups
+    block_n = tiles.power_of_two(wide, 16, 256 if half else 128)
+    block_m = min(128, LARGEST_ACCUMULATOR // block_n) if half else 64
+    while block_n > 64 and math.ceil(rows / block_m) * math.ceil(wide / block_n) < tiles.PROGRAMS // 2:
+        block_n //= 2
+    block_k = tiles.power_of_two(depth, 16, 64 if half and problem.layout == "ndhwc" else 32)
+    width = tiles.block_w(problem, size, block_m)
+    if width == 0 and problem.c_out == 1 and size[2] >= 8:
+        width = tiles.power_of_two(min(size[2], 32), 8, block_m)
+    return {
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+        "BLOCK_K": block_k,
+        "BLOCK_W": width,
+        "num_warps": 8 if block_m * block_n >= LARGEST_ACCUMULATOR // (1 if half else 2) else 4,
+        "num_stages": 3 if (block_m + block_n) * block_k * problem.dtype.itemsize * 3 <= tiles.SHARED_BYTES else 2,
+    }
+
+
+def forward(kernel, problem: Problem, config, x, weight, bias, y, shift: int | None = None) -> None:
+    """Launches a forward kernel over tiles of (cells, columns)."""
+    config = dict(config)
+    weight = packed(weight, config.pop("WEIGHT"))
+    tiles_n = triton.cdiv(columns(problem, config["ROWS"]), config["BLOCK_N"])
+    launch(
+        kernel,
+        tiles.tiles_of(problem.n, cells(problem, shift or 0), config) * tiles_n * problem.groups,
+        config,
+        x.device,
+        x_ptr=x,
+        w_ptr=weight,
+        bias_ptr=bias,
+        y_ptr=y,
+        **geometry(problem),
+        x_strides=x.stride(),
+        w_strides=oriented(weight, "forward"),
+        y_strides=y.stride(),
+        X_STEP=width_step(problem.size[2], config),
+        FACTS=facts(problem, config, y),
+        WIDE=wide(x, weight, y),
+        PRECISION=precision(problem.dtype),
+        **({} if shift is None else {"SHIFT": shift}),
+    )
