@@ -17,7 +17,7 @@ import triton.language as tl
 from tritonconv.kernels import triton_depthwise as depthwise
 from tritonconv.kernels.registry import Variant
 from tritonconv.kernels.triton_depthwise import any_tap, far, filled, lanes, replaced, within
-from tritonconv.kernels.triton_device import ceil_div, inside
+from tritonconv.kernels.triton_device import ceil_div, constant, inside
 from tritonconv.kernels.triton_launch import RUN_TIME, accounting, geometry, refusal, wide
 from tritonconv.kernels.triton_launch import launch as run
 from tritonconv.kernels.triton_reduce import sum_partials
@@ -52,16 +52,16 @@ def phase_tile(y_ptr, lane_h, lane_w, mask_c, size, y_strides, PLACE_H: tl.const
 def correlated(acc, x_ptr, row, column, mask_c, size, x_strides, y_tiles,
                KERNEL: tl.constexpr, PLACES: tl.constexpr, TAPS_H: tl.constexpr, TAPS_W: tl.constexpr):  # fmt: skip
     """acc, one sum per tap of a plane, plus the products of the phases ``y_tiles`` with their window of x."""
-    for slot_h in tl.static_range(len(TAPS_H) // PLACES[0]):
+    for slot_h in tl.static_range(constant(len(TAPS_H) // PLACES[0])):
         if any_tap(TAPS_H, slot_h, PLACES[0]):
             mask_h = inside(row + slot_h, size[1]) & mask_c
-            for slot_w in tl.static_range(len(TAPS_W) // PLACES[1]):
+            for slot_w in tl.static_range(constant(len(TAPS_W) // PLACES[1])):
                 if any_tap(TAPS_W, slot_w, PLACES[1]):
                     mask = mask_h & within(column + slot_w, size[2], True)
                     moved = far(slot_h, x_strides[3]) + far(slot_w, x_strides[4])
                     x_tile = tl.load(x_ptr + moved, mask=mask, other=0.0).to(tl.float32)
-                    for place_h in tl.static_range(PLACES[0]):
-                        for place_w in tl.static_range(PLACES[1]):
+                    for place_h in tl.static_range(constant(PLACES[0])):
+                        for place_w in tl.static_range(constant(PLACES[1])):
                             acc = with_tap(
                                 acc, TAPS_H[slot_h * PLACES[0] + place_h], TAPS_W[slot_w * PLACES[1] + place_w],
                                 x_tile * y_tiles[place_h * PLACES[1] + place_w], KERNEL,
@@ -120,7 +120,7 @@ def backward_weight_depthwise_kernel(
                 lane_h, lane_w = lanes(h, w, BLOCK_H, BLOCK_W)
                 y_plane = y_base + image * y_strides[0] + out_plane * y_strides[2]
                 y_tiles = ()
-                for place in tl.static_range(PLACES[0] * PLACES[1]):
+                for place in tl.static_range(constant(PLACES[0] * PLACES[1])):
                     y_tiles = y_tiles + (  # noqa: RUF005
                         phase_tile(
                             y_plane, lane_h, lane_w, mask_c, out_size, y_strides,
@@ -134,7 +134,7 @@ def backward_weight_depthwise_kernel(
                 acc = correlated(
                     acc, x_tile, row, column, mask_c, size, x_strides, y_tiles, KERNEL, PLACES, TAPS_H, TAPS_W
                 )
-        for tap in tl.static_range(KERNEL[1] * KERNEL[2]):
+        for tap in tl.static_range(constant(KERNEL[1] * KERNEL[2])):
             at = (split * KERNEL[0] + tap_d) * (KERNEL[1] * KERNEL[2]) + tap
             tl.store(partial_ptr + at * CHANNELS + channel, tl.sum(acc[tap], 0)[None, :], mask=mask_c)
     else:
@@ -144,7 +144,7 @@ def backward_weight_depthwise_kernel(
                 image, plane, h, w = tile_at(index, out_size[0], count, BLOCK_H, BLOCK_W)
                 lane_h, lane_w = lanes(h, w, BLOCK_H, BLOCK_W)
                 y_plane = y_base + image * y_strides[0] + plane * y_strides[2]
-                for place in tl.static_range(PLACES[0] * PLACES[1]):
+                for place in tl.static_range(constant(PLACES[0] * PLACES[1])):
                     total += phase_tile(
                         y_plane, lane_h, lane_w, mask_c, out_size, y_strides,
                         place // PLACES[1], place % PLACES[1], STRIDE,

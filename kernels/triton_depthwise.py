@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from tritonconv.kernels.registry import Config
-from tritonconv.kernels.triton_device import ceil_div, inside
+from tritonconv.kernels.triton_device import ceil_div, constant, inside
 from tritonconv.kernels.triton_tiles import PROGRAMS
 from tritonconv.kernels.triton_weights import AS_GIVEN, OUT_INNERMOST
 from tritonconv.problem import Problem, Triple
@@ -155,11 +155,11 @@ def add_window(
                 moved = far(slot_h, a_strides[3]) + far(slot_w, a_strides[4])
                 tile = tl.load(a_ptr + moved, mask=mask, other=0.0).to(tl.float32)
             tiles = tiles + (tile,)  # noqa: RUF005
-        for place_h in tl.static_range(PLACES[0]):
+        for place_h in tl.static_range(constant(PLACES[0])):
             tap_h = looked_up(slot_h * PLACES[0] + place_h, TAPS_H)
             if tap_h >= 0:
                 for slot_w in tl.static_range(SLOTS_W):
-                    for place_w in tl.static_range(PLACES[1]):
+                    for place_w in tl.static_range(constant(PLACES[1])):
                         if TAPS_W[slot_w * PLACES[1] + place_w] >= 0:
                             tap = (tap_h * KERNEL[2] + TAPS_W[slot_w * PLACES[1] + place_w]) * tap_stride
                             w_tile = tl.load(w_ptr + tap, mask=mask_c, other=0.0).to(tl.float32)  # (1, BLOCK_C)
@@ -177,8 +177,8 @@ def store_places(acc, out_ptr, h, w, channel, size, out_strides, mask_c,
     INTERLEAVE: two places along w, joined in registers, so that neighbouring threads write neighbours along w.
     """
     WIDTH: tl.constexpr = 2 if INTERLEAVE else 1
-    for place_h in tl.static_range(PLACES[0]):
-        for place_w in tl.static_range(PLACES[1] // WIDTH):
+    for place_h in tl.static_range(constant(PLACES[0])):
+        for place_w in tl.static_range(constant(PLACES[1] // WIDTH)):
             tile = acc[place_h * PLACES[1] + place_w].to(out_ptr.dtype.element_ty)
             if INTERLEAVE:
                 odd = acc[place_h * PLACES[1] + 1].to(out_ptr.dtype.element_ty)

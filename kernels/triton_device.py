@@ -18,6 +18,12 @@ def gcd(first, second):
 
 
 @triton.constexpr_function
+def constant(value):
+    """A number out of a constexpr tuple as ``tl.static_range`` wants it: in Triton 3.6.0 indexing gives a plain int."""
+    return int(value)
+
+
+@triton.constexpr_function
 def ceil_div(value, divisor):
     """``tl.cdiv`` as a compile-time constant: in Triton 3.6.0 that of two constants is none."""
     return -(-int(value) // int(divisor))
