@@ -64,12 +64,14 @@ def backward_data_boxes_kernel(
     phase0, phase1, phase2, phase3, phase4, phase5, phase6, phase7,  # grad_y by phase, (n, d, h, w, c_out) each
     w_desc,  # (tap, c_in, c_out)
     grad_x_ptr,  # (n, c_in, d, h, w)
-    n, size, out_size, crop, x_strides,
+    n, d_in, h_in, w_in, d_out, h_out, w_out, d_crop, h_crop, w_crop,
+    x_strides,
     C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     BLOCK_M: tl.constexpr = BLOCK_D * BLOCK_H * BLOCK_W
     COLUMNS: tl.constexpr = ceil_div(C_IN, BLOCK_N)
     tiles_m = n * boxes(size, BLOCK_D, BLOCK_H, BLOCK_W)

@@ -26,13 +26,15 @@ def backward_data_depthwise_kernel(
     grad_y_ptr,  # (n, c_out, od, oh, ow)
     w_ptr,  # (c_in, c_out/groups, taps)
     grad_x_ptr,  # (n, c_in, d, h, w)
-    n, size, out_size, crop, y_strides, w_strides, x_strides,
+    n, d_in, h_in, w_in, d_out, h_out, w_out, d_crop, h_crop, w_crop,
+    y_strides, w_strides, x_strides,
     C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
     TAPS_H: tl.constexpr, TAPS_W: tl.constexpr, INTERLEAVE: tl.constexpr,
     UNROLL_H: tl.constexpr, UNROLL_W: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, PLANES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
+    size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     PLACES: tl.constexpr = (UNROLL_H, UNROLL_W)
     count = (tl.cdiv(size[1], UNROLL_H), tl.cdiv(size[2], UNROLL_W))
     image, first, h, w, channel = tile_of(

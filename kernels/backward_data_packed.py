@@ -30,12 +30,14 @@ def backward_data_packed_kernel(
     grad_y_ptr,  # (n, c_out, od, oh, ow)
     w_ptr,  # (c_in, c_out, taps)
     grad_x_ptr,  # (n, c_in, d, h, w)
-    n, size, out_size, crop, grad_y_strides, w_strides, grad_x_strides,
+    n, d_in, h_in, w_in, d_out, h_out, w_out, d_crop, h_crop, w_crop,
+    grad_y_strides, w_strides, grad_x_strides,
     C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr, GROUP_M: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     COLUMNS: tl.constexpr = ceil_div(C_IN, BLOCK_N)
     DEPTH: tl.constexpr = product(KERNEL) * C_OUT
     tiles_m = voxel_tiles(n, size, BLOCK_M, BLOCK_W, WIDE)

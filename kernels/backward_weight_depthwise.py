@@ -83,12 +83,14 @@ def backward_weight_depthwise_kernel(
     grad_y_ptr,  # (n, c_out, od, oh, ow)
     partial_ptr,  # (splits, taps, c_out) float32
     bias_partial_ptr,  # (splits, c_out) float32, or None
-    n, size, out_size, crop, splits, x_strides, y_strides,
+    n, d_in, h_in, w_in, d_out, h_out, w_out, d_crop, h_crop, w_crop,
+    splits, x_strides, y_strides,
     C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
     FIRST: tl.constexpr, TAPS_H: tl.constexpr, TAPS_W: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
+    size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     CHANNELS: tl.constexpr = GROUPS * C_OUT
     BLOCKS_C: tl.constexpr = ceil_div(CHANNELS, BLOCK_C)
     PLACES: tl.constexpr = (STRIDE[1], STRIDE[2])

@@ -60,13 +60,15 @@ def backward_weight_splitk_kernel(
     grad_y_ptr,  # (n, c_out, od, oh, ow)
     grad_w_ptr,  # (splits, c_in, c_out, taps)
     grad_b_ptr,  # (splits, c_out) or None
-    n, size, out_size, crop, splits, x_strides, grad_y_strides, grad_w_strides,
+    n, d_in, h_in, w_in, d_out, h_out, w_out, d_crop, h_crop, w_crop,
+    splits, x_strides, grad_y_strides, grad_w_strides,
     C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr,
     BIAS_V: tl.constexpr, BIAS_C: tl.constexpr, BIAS_W: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     ROWS: tl.constexpr = product(KERNEL) * C_OUT
     SAME_TAP: tl.constexpr = C_OUT % 8 == 0  # of the channels that one load takes: cheap to mask one by one
     TILES_M: tl.constexpr = ceil_div(ROWS, BLOCK_M)
@@ -226,7 +228,8 @@ def space(problem: Problem, device: torch.device):
     base = default(problem, device)
     found = []
     for changed in tiles.around(base, problem, num_warps=(4, 8), BLOCK_W=(0, base["BLOCK_K"])):
-        if changed["BLOCK_W"] <= changed["BLOCK_K"]:
+        stage = (changed["BLOCK_M"] + changed["BLOCK_N"]) * changed["BLOCK_K"] * problem.dtype.itemsize
+        if changed["BLOCK_W"] <= changed["BLOCK_K"] and stage * changed["num_stages"] <= tiles.SHARED_BYTES:
             found.append({**changed, "SPLITS": splits_of(problem, changed)})  # other tiles are other programs
     for splits in (base["SPLITS"] // 4, base["SPLITS"] // 2, base["SPLITS"] * 2, base["SPLITS"] * 4):
         if splits > 0:

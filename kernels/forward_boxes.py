@@ -47,12 +47,14 @@ def forward_boxes_kernel(
     w_desc,  # (tap, c_in, c_out), or (tap, c_out, c_in) where K_INNERMOST
     bias_ptr,  # (c_out,) or None
     y_ptr,  # (n, c_out, od, oh, ow)
-    n, size, out_size, crop, y_strides,
+    n, d_in, h_in, w_in, d_out, h_out, w_out, d_crop, h_crop, w_crop,
+    y_strides,
     C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr, ORDER: tl.constexpr, K_INNERMOST: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    out_size, crop = (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     BLOCK_M: tl.constexpr = BLOCK_D * BLOCK_H * BLOCK_W
     COLUMNS: tl.constexpr = ceil_div(C_OUT, BLOCK_N)
     PHASES: tl.constexpr = product(STRIDE)

@@ -29,12 +29,14 @@ def forward_depthwise_kernel(
     w_ptr,  # (c_in, c_out/groups, taps)
     bias_ptr,  # (c_out,) or None
     y_ptr,  # (n, c_out, od, oh, ow)
-    n, size, out_size, crop, x_strides, w_strides, y_strides,
+    n, d_in, h_in, w_in, d_out, h_out, w_out, d_crop, h_crop, w_crop,
+    x_strides, w_strides, y_strides,
     C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
     FIRST: tl.constexpr, TAPS_H: tl.constexpr, TAPS_W: tl.constexpr, INTERLEAVE: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, PLANES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
+    size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     PLACES: tl.constexpr = (STRIDE[1], STRIDE[2])
     CHANNELS: tl.constexpr = GROUPS * C_OUT
     count = (tl.cdiv(out_size[1], STRIDE[1]), tl.cdiv(out_size[2], STRIDE[2]))

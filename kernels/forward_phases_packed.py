@@ -44,13 +44,15 @@ def forward_phases_packed_kernel(
     w_ptr,  # (c_in, c_out, taps)
     bias_ptr,  # (c_out,) or None
     y_ptr,  # (n, c_out, od, oh, ow)
-    n, size, out_size, crop, x_strides, w_strides, y_strides,
+    n, d_in, h_in, w_in, d_out, h_out, w_out, d_crop, h_crop, w_crop,
+    x_strides, w_strides, y_strides,
     C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
     ROWS: tl.constexpr, X_STEP: tl.constexpr, FACTS: tl.constexpr, SHIFT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr, GROUP_M: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     WINDOW: tl.constexpr = window_of(KERNEL, STRIDE, SHIFT)
     DEPTH: tl.constexpr = product(WINDOW) * C_IN
     ONE_DELTA: tl.constexpr = C_IN % BLOCK_K == 0  # a step of the depth then stays at one place of the window

@@ -52,13 +52,15 @@ def fused_backward_kernel(
     grad_x_ptr,  # (n, c_in, d, h, w) or None
     partial_ptr,  # (splits, groups, taps, c_out, c_in), dense float32, or None
     bias_partial_ptr,  # (splits, groups*c_out), dense float32, or None
-    n, size, out_size, crop, x_strides, w_strides, grad_y_strides, grad_x_strides,
+    n, d_in, h_in, w_in, d_out, h_out, w_out, d_crop, h_crop, w_crop,
+    x_strides, w_strides, grad_y_strides, grad_x_strides,
     C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
     ROWS: tl.constexpr, X_STEP: tl.constexpr, FACTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr,
     SPLITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    size, out_size = (d_in, h_in, w_in), (d_out, h_out, w_out)
     split = tl.program_id(0) // GROUPS
     group = tl.program_id(0) % GROUPS
     offs_n = tl.arange(0, BLOCK_N)

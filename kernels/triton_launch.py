@@ -22,6 +22,11 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 PRECISIONS = {"tf32": "tf32", "ieee": "ieee", "none": "ieee", "bf16": "ieee"}
 
+# A kernel is compiled once for all image sizes: these are run-time numbers, whatever their divisors, and therefore no
+# tuples, whose elements Triton always specialises. Strides stay specialised: divisibility by 16 permits 16-byte loads.
+CROPS = ("d_crop", "h_crop", "w_crop")
+RUN_TIME = ("n", "d_in", "h_in", "w_in", "d_out", "h_out", "w_out", *CROPS)
+
 _compiled: ContextVar[list | None] = ContextVar("tritonconv_compiled", default=None)
 
 
@@ -41,10 +46,7 @@ def refusal(problem: Problem, device: torch.device) -> str | None:
 def geometry(problem: Problem) -> dict[str, Any]:
     """The arguments that every kernel takes under the same names; channels are per group."""
     return {
-        "n": problem.n,
-        "size": problem.size,
-        "out_size": problem.out_size,
-        "crop": problem.crop,
+        **dict(zip(RUN_TIME, (problem.n, *problem.size, *problem.out_size, *problem.crop), strict=True)),
         "C_IN": problem.c_in // problem.groups,
         "C_OUT": problem.c_out // problem.groups,
         "GROUPS": problem.groups,
@@ -54,17 +56,13 @@ def geometry(problem: Problem) -> dict[str, Any]:
     }
 
 
-# A kernel is compiled once for all image sizes: these are run-time numbers, whatever their divisors. Strides stay
-# specialised, for their divisibility by 16 is what permits 16-byte loads.
-RUN_TIME = ("n", "size", "out_size", "crop")
-
-
 def accounting(grid, kernel, args) -> dict[str, Any]:
     """Triton's ``launch_metadata``: name, useful FLOPs and compulsory bytes of a launch, for a profiler (Proton)."""
     tensor = next(value for name, value in args.items() if name.endswith("_ptr") and isinstance(value, torch.Tensor))
+    n, *sizes = (args[name] for name in RUN_TIME)
     problem = Problem(
-        args["n"], args["C_IN"] * args["GROUPS"], args["C_OUT"] * args["GROUPS"], tuple(args["size"]),
-        tuple(args["KERNEL"]), tuple(args["STRIDE"]), tuple(args["crop"]), tuple(args["out_size"]),
+        n, args["C_IN"] * args["GROUPS"], args["C_OUT"] * args["GROUPS"], tuple(sizes[:3]),
+        tuple(args["KERNEL"]), tuple(args["STRIDE"]), tuple(sizes[6:]), tuple(sizes[3:6]),
         tuple(args["DILATION"]), args["GROUPS"], tensor.dtype, bias=args.get("bias_ptr") is not None,
     )  # fmt: skip
     name = f"{kernel.name} {problem}"

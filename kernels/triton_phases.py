@@ -15,6 +15,7 @@ import math
 import triton
 import triton.language as tl
 
+from tritonconv.kernels import triton_launch
 from tritonconv.kernels import triton_tiles as tiles
 from tritonconv.kernels.triton_device import inside, voxels
 from tritonconv.kernels.triton_launch import geometry, launch, precision, wide
@@ -23,7 +24,7 @@ from tritonconv.problem import Problem, Triple
 
 # A crop stays specialised, unlike in triton_launch.RUN_TIME: a crop of 0 then counts as a multiple of 16, which is
 # what lets a row of cells start on a 16-byte boundary.
-RUN_TIME = ("n", "size", "out_size")
+RUN_TIME = tuple(name for name in triton_launch.RUN_TIME if name not in triton_launch.CROPS)
 STEP = 16  # widths that it divides, as Triton's own specialisation of strides has it, permit wide masks
 LARGEST_ACCUMULATOR = 128 * 128  # float32 elements of a default tile: 64 registers in each of 8 warps' threads
 

@@ -23,9 +23,10 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16) if ON_GPU else (torch.fl
 
 
 def small(config) -> dict[str, int]:
-    """The config with tiles of at most 16, so that a tiny problem has several of them."""
+    """The config with tiles of at most 16, and three splits, so that a tiny problem has several of each."""
     changed = {key: min(value, 16) if key.startswith("BLOCK_") else value for key, value in config.items()}
-    return changed | {"BLOCK_D": 2, "BLOCK_H": 4, "BLOCK_W": 2} if "BLOCK_D" in config else changed
+    changed |= {"BLOCK_D": 2, "BLOCK_H": 4, "BLOCK_W": 2} if "BLOCK_D" in config else {}
+    return changed | {"SPLITS": 3} if "SPLITS" in config else changed
 
 
 def configs_of(record, turn):
