@@ -123,7 +123,7 @@ def backward_weight_depthwise_kernel(
                 y_plane = y_base + image * y_strides[0] + out_plane * y_strides[2]
                 y_tiles = ()
                 for place in tl.static_range(constant(PLACES[0] * PLACES[1])):
-                    y_tiles = y_tiles + (  # noqa: RUF005
+                    y_tiles = y_tiles + (  # type: ignore[assignment]  # noqa: RUF005
                         phase_tile(
                             y_plane, lane_h, lane_w, mask_c, out_size, y_strides,
                             place // PLACES[1], place % PLACES[1], STRIDE,

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from tritonconv.kernels.registry import Config
-from tritonconv.kernels.triton_device import ceil_div, constant, inside
+from tritonconv.kernels.triton_device import ceil_div, constant, inside, widened
 from tritonconv.kernels.triton_tiles import PROGRAMS
 from tritonconv.kernels.triton_weights import AS_GIVEN, OUT_INNERMOST
 from tritonconv.problem import Problem, Triple
@@ -78,7 +78,7 @@ def filled(value, COUNT: tl.constexpr):
     """A tuple of COUNT times ``value``."""
     values = ()
     for _ in tl.static_range(COUNT):
-        values = values + (value,)  # noqa: RUF005
+        values = values + (value,)  # type: ignore[assignment]  # noqa: RUF005
     return values
 
 
@@ -99,9 +99,7 @@ def tile_of(pid, n, count, planes, PLANES: tl.constexpr, CHANNELS: tl.constexpr,
     h = pid % tiles_h * BLOCK_H
     pid = pid // tiles_h
     image, plane = pid // chunks, pid % chunks * PLANES
-    if WIDE:
-        return image.to(tl.int64), plane.to(tl.int64), h.to(tl.int64), w.to(tl.int64), channel.to(tl.int64)
-    return image, plane, h, w, channel
+    return widened(image, WIDE), widened(plane, WIDE), widened(h, WIDE), widened(w, WIDE), widened(channel, WIDE)
 
 
 @triton.jit
@@ -154,7 +152,7 @@ def add_window(
                 mask = mask_h & within(column + slot_w, size[2], SLOTS_W > 1)
                 moved = far(slot_h, a_strides[3]) + far(slot_w, a_strides[4])
                 tile = tl.load(a_ptr + moved, mask=mask, other=0.0).to(tl.float32)
-            tiles = tiles + (tile,)  # noqa: RUF005
+            tiles = tiles + (tile,)  # type: ignore[assignment]  # noqa: RUF005
         for place_h in tl.static_range(constant(PLACES[0])):
             tap_h = looked_up(slot_h * PLACES[0] + place_h, TAPS_H)
             if tap_h >= 0:

@@ -79,7 +79,8 @@ def sum_partials(
     splits, elements = partial.shape[0], out.numel()
     channels = 0 if bias_out is None else bias_out.numel()
     assert partial.shape[1:] == out.shape and partial.is_contiguous()
-    assert bias_out is None or (bias_partial.shape == (splits, channels) and bias_partial.is_contiguous())
+    if bias_out is not None:
+        assert bias_partial is not None and bias_partial.shape == (splits, channels) and bias_partial.is_contiguous()
     block_e = power_of_two(max(elements, channels) // PROGRAMS, 32, 512)
     tiles = triton.cdiv(elements, block_e) + triton.cdiv(channels, block_e)
     if tiles == 0:

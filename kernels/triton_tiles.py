@@ -40,11 +40,12 @@ def gemm(problem: Problem, size: Triple, columns: int, depth: int, programs: int
         block_m //= 2
     # In NCDHW neighbours of a tap start at any address: 2-byte loads through registers, so a half as deep tile.
     block_k = power_of_two(depth, 16, 64 if half and problem.layout == "ndhwc" else 32)
+    width = block_w(problem, size, block_m)
     return {
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
         "BLOCK_K": block_k,
-        "BLOCK_W": block_w(problem, size, block_m),
+        "BLOCK_W": width if half else min(width, block_m // 2),  # one row of float32 spills on sm_80
         "num_warps": 8 if block_m * block_n >= 128 * 128 else 4,
         "num_stages": 3,
     }

@@ -119,7 +119,9 @@ class Plan:
         chosen, layout = self.backward_weight_choice, self.problem.memory_format
         with _no_autocast(x):
             operands = _operand(x, chosen, layout), weight, _operand(grad_y, chosen, layout), need_bias
-            grad_x, *of_parameters = chosen.variant.joint(self.problem, chosen.config, *operands)
+            joint = chosen.variant.joint
+            assert joint is not None  # backward() asked
+            grad_x, *of_parameters = joint(self.problem, chosen.config, *operands)
             return to_layout(grad_x, layout), *of_parameters
 
 

@@ -1,0 +1,114 @@
+"""What the compiler makes of a launch, with no GPU: offsets of 64 bits, sizes of one, and no compilation per size.
+
+The tests run in a process of their own: the interpreter, in which the other tests run the kernels, compiles nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+import tritonconv
+
+ROOT = Path(__file__).resolve().parent.parent
+NAMES = [record.name for record in tritonconv.variants() if record.backend == "triton"]
+
+COMMON = """
+import dataclasses, json, sys
+import torch
+from tritonconv.inspection.compiling import GPU, META, TARGETS, compiling_for
+from tritonconv.kernels import triton_launch
+from tritonconv.kernels.registry import variant
+from tritonconv.problem import Problem, output_size
+
+def problem_of(n, size, channels=(64, 32), kernel=2, groups=1, layout="ndhwc", crop=0):
+    k, s, p = (kernel,) * 3, (2,) * 3, (crop,) * 3
+    out = output_size(size, k, s, p, p, (0,) * 3, (1,) * 3)
+    return Problem(n, *channels, size, k, s, p, out, (1,) * 3, groups, torch.bfloat16, layout, True)
+
+def served(name, **sizes):
+    record = variant(name)
+    for more in ({}, {"channels": (64, 64), "groups": 64, "kernel": 3}, {"channels": (32, 4)}, {"channels": (16, 16)}):
+        problem = problem_of(**sizes, **more)
+        if record.supports(problem, GPU) is None:
+            return record, problem
+    raise AssertionError(name)
+
+def compiled(record, problem, config=None):
+    config = record.default(problem, GPU) if config is None else config
+    options = {"dtype": problem.dtype, "device": META}
+    x = torch.empty(problem.x_shape, memory_format=problem.memory_format, **options)
+    grad_y = torch.empty(problem.y_shape, memory_format=problem.memory_format, **options)
+    weight, bias = torch.empty(problem.weight_shape, **options), torch.empty(problem.c_out, **options)
+    with triton_launch.compile_only() as found:
+        if record.pass_name == "forward":
+            record.launch(problem, config, x, weight, bias)
+        elif record.pass_name == "backward_data":
+            record.launch(problem, config, grad_y, weight)
+        else:
+            record.launch(problem, config, x, grad_y, True)
+    return config, [kernel.result() if hasattr(kernel, "result") else kernel for _, _, kernel in found]
+"""
+
+
+def in_a_process(code: str, *names: str):
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(ROOT)
+    script = COMMON + textwrap.dedent(code)
+    done = subprocess.run(
+        [sys.executable, "-c", script, *names], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_new_image_size_compiles_nothing():
+    """Channels a multiple of 16, channels_last_3d: whatever the divisors of the sizes, one kernel serves them all."""
+    anew = in_a_process(
+        """
+        anew = []
+        with compiling_for(TARGETS["sm_90"]):
+            for name in sys.argv[1:]:
+                config, kernels = None, []
+                for n, size in ((1, (16, 16, 16)), (2, (5, 7, 3)), (3, (1, 1, 48))):
+                    record, problem = served(name, n=n, size=size)
+                    config, found = compiled(record, problem, config)
+                    kernels.append(found[0])
+                if any(kernel is not kernels[0] for kernel in kernels):
+                    anew.append(name)
+        print(json.dumps(anew))
+        """,
+        *NAMES,
+    )
+    assert anew == []
+
+
+@pytest.mark.parametrize("layout", ["ncdhw", "ndhwc"])
+def test_offsets_of_64_bits_and_sizes_of_one_compile(layout):
+    wrong = in_a_process(
+        f"""
+        wrong = []
+        with compiling_for(TARGETS["sm_90"]):
+            for name in sys.argv[1:]:
+                for n, size in ((1 << 14, (64, 32, 32)), (1, (1, 1, 1))):
+                    try:
+                        record, problem = served(name, n=n, size=size, layout={layout!r})
+                    except AssertionError:
+                        continue
+                    if n > 1 and triton_launch.wide(torch.empty(problem.y_shape, device=META)) is False:
+                        wrong.append(f"{{name}}: not beyond 32 bits")
+                    try:
+                        compiled(record, problem)
+                    except Exception as error:
+                        wrong.append(f"{{name}} {{n}} {{size}}: {{type(error).__name__}} {{str(error)[-300:]}}")
+        print(json.dumps(wrong))
+        """,
+        *NAMES,
+    )
+    assert wrong == []
