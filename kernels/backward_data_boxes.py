@@ -26,7 +26,7 @@ from tritonconv.kernels.triton_boxes import (
     volume,
 )
 from tritonconv.kernels.triton_device import axis_phase, ceil_div, grouped_order, product, tap_period, tap_shift
-from tritonconv.kernels.triton_launch import RUN_TIME, accounting, empty, geometry, precision, wide
+from tritonconv.kernels.triton_launch import RUN_TIME, accounting, compute_capability, empty, geometry, precision, wide
 from tritonconv.kernels.triton_launch import launch as run
 from tritonconv.kernels.triton_weights import OUT_INNERMOST
 
@@ -149,7 +149,10 @@ def launch(problem, config, grad_y, weight):
 
 
 def default(problem, device):
-    return box_config(problem, problem.size, problem.c_in, problem.c_out)
+    config = box_config(problem, problem.size, problem.c_in, problem.c_out) | {"num_warps": 8}
+    if compute_capability() >= 100:  # the pipelines of eight phases: 128 columns spill there, and 4 warps
+        config["BLOCK_N"] = min(config["BLOCK_N"], 64)
+    return config
 
 
 VARIANT = Variant(
@@ -159,6 +162,6 @@ VARIANT = Variant(
     backend="triton",
     launch=launch,
     supports=supports,
-    space=lambda problem, device: box_space(problem, problem.size, problem.c_in, problem.c_out),
+    space=lambda problem, device: box_space(default(problem, device), problem.size),
     default=default,
 )

@@ -107,6 +107,7 @@ def default(problem: Problem, device: torch.device):
     places = 1 + overlap[0], 1 + (overlap[1] and problem.layout == "ndhwc")
     elements = max(128, min(1024, ELEMENTS[problem.layout] // (places[0] * places[1])))
     config = depthwise.tile(problem.layout, problem.c_in, depthwise.lane_counts(problem.size, places), elements)
+    config["num_warps"] = 8  # 4 spill on sm_100
     config["PLANES"] = depthwise.planes(problem, problem.c_in, problem.size, places, config)
     return {**config, "UNROLL_H": places[0], "UNROLL_W": places[1], "WEIGHT": depthwise.weight_order(problem)}
 

@@ -88,8 +88,10 @@ def default(problem: Problem, device: torch.device):
     columns, depth = pack * problem.c_in // problem.groups, pack * problem.c_out // problem.groups
     base = tiles.gemm(problem, problem.size, columns, depth, problem.groups // pack)
     base["BLOCK_M"] = max(base["BLOCK_M"], 64)  # the rows of Hopper's matrix instruction
-    if problem.dtype.itemsize == 2 and problem.layout == "ncdhw" and base["BLOCK_M"] * base["BLOCK_N"] >= 128 * 64:
-        base["num_warps"] = 8  # 2-byte loads come through registers: 254 of them in 4 warps, 103 in 8 (sm_90)
+    large = 128 * 64 if problem.dtype.itemsize == 2 else 64 * 64
+    if problem.layout == "ncdhw" and base["BLOCK_M"] * base["BLOCK_N"] >= large:
+        # Narrow loads come through registers: of bfloat16 254 in 4 warps and 103 in 8 (sm_90); float32 spills on sm_80.
+        base["num_warps"] = 8
     return {**base, "GROUP_M": 8, "PACK": pack, "WEIGHT": preferred(problem, "backward_data")}
 
 

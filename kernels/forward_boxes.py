@@ -149,9 +149,8 @@ def box_config(problem, size, columns, depth):
     }
 
 
-def box_space(problem, size, columns, depth):
+def box_space(base, size):
     """The default; fewer and more voxels; fewer and more columns; other pipelines."""
-    base = box_config(problem, size, columns, depth)
     voxels = base["BLOCK_D"] * base["BLOCK_H"] * base["BLOCK_W"]
     found = [base]
     for block_m in (voxels // 2, voxels * 2):
@@ -176,6 +175,6 @@ VARIANT = Variant(
     backend="triton",
     launch=launch,
     supports=box_refusal,
-    space=lambda problem, device: box_space(problem, largest_phase(problem), problem.c_out, problem.c_in),
+    space=lambda problem, device: box_space(default(problem, device), largest_phase(problem)),
     default=default,
 )

@@ -156,11 +156,14 @@ def default(problem: Problem, device: torch.device):
     columns, depth = pack * problem.c_out // problem.groups, pack * problem.c_in // problem.groups
     programs = math.prod(problem.stride) * problem.groups // pack
     base = tiles.gemm(problem, largest_phase(problem), columns, depth, programs)
-    return {**base, "GROUP_M": 8, "PACK": pack, "PHASE_INNER": 1, "WEIGHT": preferred(problem)}
+    # Memory-bound: the phases of a tile side by side, x comes from L2 for all but the first, and y's sectors are filled
+    # while they are there. Compute-bound: the heaviest phase first over all tiles, so that the last wave is short.
+    inner = int(problem.intensity() < tiles.RIDGE)
+    return {**base, "GROUP_M": 8, "PACK": pack, "PHASE_INNER": inner, "WEIGHT": preferred(problem)}
 
 
 def space(problem: Problem, device: torch.device):
-    return tiles.around(default(problem, device), problem, PHASE_INNER=(0,), WEIGHT=(0, 1, 2))
+    return tiles.around(default(problem, device), problem, PHASE_INNER=(0, 1), WEIGHT=(0, 1, 2))
 
 
 VARIANT = Variant(

@@ -18,7 +18,7 @@ from tritonconv.kernels import triton_phases as phases
 from tritonconv.kernels import triton_tiles as tiles
 from tritonconv.kernels.registry import Config
 from tritonconv.kernels.triton_device import inside, voxel_tiles, voxels
-from tritonconv.kernels.triton_launch import accounting, empty, geometry, precision, refusal, target, wide
+from tritonconv.kernels.triton_launch import accounting, compute_capability, empty, geometry, precision, refusal, wide
 from tritonconv.kernels.triton_launch import launch as run
 from tritonconv.kernels.triton_phases import decoded, load_phases, multiple
 from tritonconv.kernels.triton_reduce import sum_partials
@@ -203,8 +203,6 @@ def default(problem: Problem, device: torch.device) -> Config:
     block_n = _block_n(problem, rows)
     largest = max(block_n * _block_c(problem), block_m * block_n // (2 if half else 1))
     width = tiles.block_w(problem, problem.size, block_m)
-    gpu = target()
-    blackwell = gpu is not None and gpu.backend == "cuda" and gpu.arch >= 100
     most = tiles.tiles_of(problem.n, problem.size, {"BLOCK_M": block_m, "BLOCK_W": width})
     return {
         "BLOCK_M": block_m,
@@ -213,7 +211,9 @@ def default(problem: Problem, device: torch.device) -> Config:
         "SPLITS": max(1, min(most, tiles.PROGRAMS // problem.groups)),
         "WEIGHT": AS_GIVEN,  # each program reads the weight once
         "num_warps": 8 if largest >= 128 * 64 else 4,
-        "num_stages": 1 if blackwell else 2,  # compiled for sm_100, the weight's half spills with a pipeline
+        "num_stages": 1
+        if compute_capability() >= 100
+        else 2,  # on sm_100 grad_weight alone spills in two
     }
 
 

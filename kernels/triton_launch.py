@@ -82,6 +82,12 @@ def target():
         return None
 
 
+def compute_capability() -> int:
+    """Of the NVIDIA GPU that launches go to, as 90 for 9.0; 0 where there is none."""
+    gpu = target()
+    return gpu.arch if gpu is not None and gpu.backend == "cuda" else 0
+
+
 @cache
 def _multiplies_tf32(backend: str, arch) -> bool:
     options = make_backend(GPUTarget(backend, arch, 64 if backend == "hip" else 32)).parse_options(

@@ -18,7 +18,7 @@ import triton.language as tl
 from tritonconv.kernels import triton_launch
 from tritonconv.kernels import triton_tiles as tiles
 from tritonconv.kernels.triton_device import inside, voxels
-from tritonconv.kernels.triton_launch import geometry, launch, precision, wide
+from tritonconv.kernels.triton_launch import compute_capability, geometry, launch, precision, wide
 from tritonconv.kernels.triton_weights import AS_GIVEN, IN_INNERMOST, oriented, packed, preferred
 from tritonconv.problem import Problem, Triple
 
@@ -219,7 +219,8 @@ def tile(problem: Problem, size: Triple, wide: int, depth: int) -> dict[str, int
     block_m = min(128, LARGEST_ACCUMULATOR // block_n) if half else 64
     while block_n > 64 and math.ceil(rows / block_m) * math.ceil(wide / block_n) < tiles.PROGRAMS // 2:
         block_n //= 2
-    block_k = tiles.power_of_two(depth, 16, 64 if half and problem.layout == "ndhwc" else 32)
+    deep = half and problem.layout == "ndhwc" and not 0 < compute_capability() < 90  # 64 spills on sm_80
+    block_k = tiles.power_of_two(depth, 16, 64 if deep else 32)
     width = tiles.block_w(problem, size, block_m)
     if width == 0 and problem.c_out == 1 and size[2] >= 8:
         width = tiles.power_of_two(min(size[2], 32), 8, block_m)
