@@ -17,7 +17,7 @@ import triton.language as tl
 from tritonconv.kernels import triton_depthwise as depthwise
 from tritonconv.kernels.registry import Variant
 from tritonconv.kernels.triton_depthwise import any_tap, far, filled, lanes, replaced, within
-from tritonconv.kernels.triton_device import ceil_div, constant, inside
+from tritonconv.kernels.triton_device import ceil_div, constant, inside, widened
 from tritonconv.kernels.triton_launch import RUN_TIME, accounting, geometry, refusal, wide
 from tritonconv.kernels.triton_launch import launch as run
 from tritonconv.kernels.triton_reduce import sum_partials
@@ -29,14 +29,14 @@ WAVES = 12  # programs per multiprocessor; about four fit at once
 
 
 @triton.jit
-def tile_at(index, planes, count, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr):
+def tile_at(index, planes, count, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, WIDE: tl.constexpr):
     """image, plane, h and w of the tile of this index, w fastest."""
     tiles_h, tiles_w = tl.cdiv(count[0], BLOCK_H), tl.cdiv(count[1], BLOCK_W)
     w = index % tiles_w * BLOCK_W
     index = index // tiles_w
     h = index % tiles_h * BLOCK_H
     index = index // tiles_h
-    return index // planes, index % planes, h, w
+    return widened(index // planes, WIDE), widened(index % planes, WIDE), widened(h, WIDE), widened(w, WIDE)
 
 
 @triton.jit
@@ -116,7 +116,7 @@ def backward_weight_depthwise_kernel(
         x_base = x_ptr + channel // C_OUT * x_strides[1]
         acc = filled(zero, KERNEL[1] * KERNEL[2])
         for index in range(low, high):
-            image, plane, h, w = tile_at(index, size[0], count, BLOCK_H, BLOCK_W)
+            image, plane, h, w = tile_at(index, size[0], count, BLOCK_H, BLOCK_W, WIDE)
             out_plane = plane * STRIDE[0] - crop[0] + tap_d * DILATION[0]
             if inside(out_plane, out_size[0]):
                 lane_h, lane_w = lanes(h, w, BLOCK_H, BLOCK_W)
@@ -143,7 +143,7 @@ def backward_weight_depthwise_kernel(
         if bias_partial_ptr is not None:
             total = zero
             for index in range(low, high):
-                image, plane, h, w = tile_at(index, out_size[0], count, BLOCK_H, BLOCK_W)
+                image, plane, h, w = tile_at(index, out_size[0], count, BLOCK_H, BLOCK_W, WIDE)
                 lane_h, lane_w = lanes(h, w, BLOCK_H, BLOCK_W)
                 y_plane = y_base + image * y_strides[0] + plane * y_strides[2]
                 for place in tl.static_range(constant(PLACES[0] * PLACES[1])):

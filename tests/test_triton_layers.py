@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 
+import interpreter
 import pytest
 import torch
 from test_numerics import LAYERS, check, references
@@ -93,10 +95,14 @@ def test_rounding_is_torchs(name):
 
 
 def far_apart(tensor: torch.Tensor) -> torch.Tensor:
-    """The same values, an axis of them so far apart that offsets pass 2**31 elements (a few touched pages)."""
-    axis = next(axis for axis in (0, 2, 3, 4) if tensor.shape[axis] > 1)
+    """The same values, an axis of them so far apart that offsets pass 2**31 elements (a few touched pages).
+
+    The axis has at least 3 elements, so that the stride itself fits 32 bits: only its product does not.
+    """
+    axis = max((0, 2, 3, 4), key=lambda axis: tensor.shape[axis])
     strides = list(tensor.stride())
     strides[axis] = math.ceil(2**31 / (tensor.shape[axis] - 1) / 64) * 64
+    assert strides[axis] < 2**31 <= strides[axis] * (tensor.shape[axis] - 1)
     needed = strides[axis] * (tensor.shape[axis] - 1) + tensor.numel() + 64
     view = torch.empty(needed, dtype=tensor.dtype, device=tensor.device).as_strided(tensor.shape, strides)
     return view.copy_(tensor)
@@ -105,27 +111,24 @@ def far_apart(tensor: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("name", NAMES)
 def test_offsets_beyond_32_bits(name):
     record = variant(name)
-    case, problem = first_served(record, dtype=torch.float16)
+    case, problem = first_served(record, dtype=torch.float16, longest_axis=3)
     (x, weight, bias, grad_y), wanted = operands(case, torch.float16, "ndhwc")
     config = small(record.default(problem, DEVICE))
-    far_x, far_grad_y = far_apart(x), far_apart(grad_y)
-    got = run(record, problem, config, (far_x, weight, bias), far_grad_y, True)
-    assert all(map(same, got, wanted[record.pass_name]))
-    if record.pass_name == "forward":
-        del far_x, far_grad_y
-        out = far_apart(torch.full(problem.y_shape, math.nan, dtype=torch.float16, device=DEVICE))
-        assert same(record.launch(problem, config, x, weight, bias, out=out), wanted["forward"][0])
+    with contextlib.nullcontext() if ON_GPU else interpreter.overflow_checks():  # an error in place of a crash
+        got = run(record, problem, config, (far_apart(x), weight, bias), far_apart(grad_y), True)
+        assert all(map(same, got, wanted[record.pass_name]))
+        if record.pass_name == "forward":
+            out = far_apart(torch.full(problem.y_shape, math.nan, dtype=torch.float16, device=DEVICE))
+            assert same(record.launch(problem, config, x, weight, bias, out=out), wanted["forward"][0])
 
 
 @pytest.mark.skipif(ON_GPU, reason="the interpreter's overflow checks; on a GPU the offsets above are real")
 @pytest.mark.parametrize("name", NAMES)
 def test_no_integer_overflows(name):
-    from interpreter import overflow_checks
-
     record = variant(name)
     case, problem = first_served(record, dtype=torch.float16)
     (x, weight, bias, grad_y), wanted = operands(case, torch.float16, "ndhwc")
-    with overflow_checks():
+    with interpreter.overflow_checks():
         got = run(record, problem, record.default(problem, DEVICE), (x, weight, bias), grad_y, True)
     assert all(map(same, got, wanted[record.pass_name]))
 
@@ -191,6 +194,16 @@ def test_the_weight_is_packed_once_per_version(monkeypatch):
     dispatch._by_call.clear()
     assert made == [triton_weights.OUT_INNERMOST] * 2
     assert not torch.equal(*seen)
+
+
+def test_a_remembered_copy_is_of_this_weight_in_this_version():
+    weight, other = torch.randn(3, 4, 2, 2, 2), torch.randn(3, 4, 2, 2, 2)
+    with triton_weights.remembering({}):
+        for edited in (weight, other):
+            for _ in range(2):
+                assert torch.equal(triton_weights.packed(edited, triton_weights.OUT_INNERMOST), edited)
+                assert triton_weights.packed(edited, triton_weights.OUT_INNERMOST).stride(1) == 1
+                edited.mul_(2)
 
 
 def test_the_accounting_of_a_launch():

@@ -121,6 +121,7 @@ TINY = {
     "k1 s1": Case(n=1, channels=(3, 28), size=(1, 2, 9), kernel=1),
     "k2 s2 grouped": Case(n=1, channels=(4, 6), size=2, kernel=2, stride=2, groups=2),
     "k2 s2 24": Case(n=1, channels=(24, 16), size=(1, 3, 2), kernel=2, stride=2),
+    "k2 s2 cropped": Case(n=1, channels=(16, 5), size=(3, 2, 3), kernel=2, stride=2, front=1, back=1),
     "k3 s2": Case(n=1, channels=(16, 48), size=(2, 1, 3), stride=2),
     "k3 s2 p1 q1": Case(channels=(16, 28), size=(2, 3, 2), stride=2, front=1, back=1, extra=1),
     "k3 s2 p1": Case(n=1, channels=(3, 1), size=(3, 2, 2), stride=2, front=1, back=1),
@@ -153,6 +154,9 @@ TINY = {
     "depthwise s1": Case(n=1, channels=(28, 28), size=2, front=1, back=1, groups=28),
     "depthwise s3": Case(
         n=1, channels=(3, 3), size=3, kernel=(2, 3, 1), stride=3, front=(5, 1, 0), back=(2, 0, 6), groups=3
+    ),
+    "depthwise dilated": Case(
+        n=1, channels=(3, 3), size=(2, 3, 3), stride=2, dilation=(3, 2, 3), front=(1, 0, 2), back=(0, 1, 1), groups=3
     ),
     "batch 0": Case(n=0, channels=(16, 16), size=2, stride=2),
     "depthwise batch 0": Case(n=0, channels=(3, 3), size=2, kernel=2, stride=2, groups=3),
