@@ -115,6 +115,7 @@ CASES = {
 # What the Triton kernels run in the interpreter, some tens of milliseconds per program: few voxels, the same kinds.
 TINY = {
     "k2 s2": Case(channels=(48, 16), size=(2, 1, 3), kernel=2, stride=2),
+    "k2 s2, 90 voxels": Case(channels=(16, 4), size=(3, 3, 5), kernel=2, stride=2),
     "k2 s2 anisotropic": Case(channels=(5, 28), size=(1, 2, 3), kernel=(1, 2, 2), stride=(1, 2, 2)),
     "k3 s3": Case(n=1, channels=(28, 3), size=(2, 1, 2), kernel=3, stride=3),
     "k4x2x3 = stride": Case(n=1, channels=(1, 1), size=(2, 1, 3), kernel=(4, 2, 3), stride=(4, 2, 3)),
