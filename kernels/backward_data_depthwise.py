@@ -105,7 +105,10 @@ def default(problem: Problem, device: torch.device):
     # In NCDHW the lanes lie along w: a second voxel there would double the gap between the values they read.
     overlap = [axis.kernel > axis.stride and axis.size > 1 for axis in problem.axes[1:]]
     places = 1 + overlap[0], 1 + (overlap[1] and problem.layout == "ndhwc")
-    elements = max(128, min(1024, ELEMENTS[problem.layout] * 2 // (problem.dtype.itemsize * places[0] * places[1])))
+    elements = ELEMENTS[problem.layout] // (places[0] * places[1])
+    if problem.layout == "ncdhw":  # float32 of as many elements spills on sm_90, with Triton 3.6.0
+        elements = elements * 2 // problem.dtype.itemsize
+    elements = max(128, min(1024, elements))
     config = depthwise.tile(problem.layout, problem.c_in, depthwise.lane_counts(problem.size, places), elements)
     config["num_warps"] = 8  # 4 spill on sm_100
     config["PLANES"] = depthwise.planes(problem, problem.c_in, problem.size, places, config)
