@@ -211,9 +211,7 @@ def default(problem: Problem, device: torch.device) -> Config:
         "SPLITS": max(1, min(most, tiles.PROGRAMS // problem.groups)),
         "WEIGHT": AS_GIVEN,  # each program reads the weight once
         "num_warps": 8 if largest >= 128 * 64 else 4,
-        "num_stages": 1
-        if compute_capability() >= 100
-        else 2,  # on sm_100 grad_weight alone spills in two
+        "num_stages": 1 if compute_capability() >= 100 else 2,  # on sm_100 grad_weight alone spills in two
     }
 
 
