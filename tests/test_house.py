@@ -34,7 +34,7 @@ LAYERS = (
     ("functional", "explain"),
     ("layer", "matlab_arguments", "initializers", "factors", "matlab", "convert"),
     ("runner",),
-    ("cli", "__main__", "__init__"),
+    ("commands", "cli", "__main__", "__init__"),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 # The plots read results files: of the project they see the reader and the errors.
@@ -91,7 +91,7 @@ def test_lower_layers_do_not_import_higher_ones(path):
             continue
         other = name.split(".")[0]
         if other == "plots":
-            assert own == "cli", f"{module} imports {name}: only the command line draws"
+            assert own == "commands", f"{module} imports {name}: only the command line draws"
             continue
         if other not in RANK:  # a name of the package itself, such as __version__
             other = "__init__"

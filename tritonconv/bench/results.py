@@ -19,7 +19,7 @@ from types import TracebackType
 from tritonconv.errors import ResultsError
 
 SCHEMA = 1
-KINDS = ("environment", "roof", "result", "skip", "error", "end")
+KINDS = ("environment", "roof", "result", "timing", "tuned", "overhead", "skip", "error", "end")
 LATEST = "latest.jsonl"
 PREFIX = "bench-"
 BASELINE, OURS = "torch", "tritonconv"
@@ -28,6 +28,7 @@ _NUMBER = (int, float)
 _TEXT = (str,)
 _MAYBE_TEXT = (str, type(None))
 _MAYBE_NUMBER = (int, float, type(None))
+_TABLE = (dict,)
 # What a reader relies on; a row may carry more.
 REQUIRED: dict[str, dict[str, tuple[type, ...]]] = {
     "environment": {"schema": (int,), "run": _TEXT, "utc": _TEXT, "device": _TEXT, "device_name": _TEXT,
@@ -37,11 +38,23 @@ REQUIRED: dict[str, dict[str, tuple[type, ...]]] = {
     "result": {"layer": _TEXT, "suite": _TEXT, "pass": _TEXT, "dtype": _TEXT, "layout": _TEXT, "variant": _TEXT,
                "median_ms": _NUMBER, "p20_ms": _NUMBER, "p80_ms": _NUMBER, "n_runs": (int,), "flops": _NUMBER,
                "bytes": _NUMBER, "speedup": _MAYBE_NUMBER, "speedup_p20": _MAYBE_NUMBER, "speedup_p80": _MAYBE_NUMBER},
+    # One candidate of the tuner: a variant with one config. ``stage`` is "screen" or "final"; predicted_ms the model's.
+    "timing": {"layer": _TEXT, "suite": _TEXT, "pass": _TEXT, "dtype": _TEXT, "layout": _TEXT, "variant": _TEXT,
+               "config": _TABLE, "stage": _TEXT, "median_ms": _NUMBER, "p20_ms": _NUMBER, "p80_ms": _NUMBER,
+               "n_runs": (int,), "predicted_ms": _MAYBE_NUMBER, "speedup": _MAYBE_NUMBER},
+    # What the tuner stored for one pass of a layer; torch_ms is torch's own in the same rounds.
+    "tuned": {"layer": _TEXT, "suite": _TEXT, "pass": _TEXT, "dtype": _TEXT, "layout": _TEXT, "variant": _TEXT,
+              "config": _TABLE, "median_ms": _NUMBER, "torch_ms": _NUMBER},
+    # Time of the Python and the launches of one call on a tiny layer; variant is torch's or ours.
+    "overhead": {"layer": _TEXT, "pass": _TEXT, "dtype": _TEXT, "layout": _TEXT, "variant": _TEXT,
+                 "median_us": _NUMBER, "p20_us": _NUMBER, "p80_us": _NUMBER, "n_runs": (int,)},
     "skip": {"layer": _TEXT, "pass": _TEXT, "variant": _TEXT, "message": _TEXT},
     "error": {"layer": _TEXT, "pass": _TEXT, "variant": _TEXT, "status": _TEXT, "message": _TEXT},
     "end": {"reason": _TEXT},
 }  # fmt: skip
-_POSITIVE = {"roof": ("value",), "result": ("median_ms", "p20_ms", "p80_ms", "n_runs", "bytes")}
+_POSITIVE = {"roof": ("value",), "result": ("median_ms", "p20_ms", "p80_ms", "n_runs", "bytes"),
+             "timing": ("median_ms", "p20_ms", "p80_ms", "n_runs"), "tuned": ("median_ms", "torch_ms"),
+             "overhead": ("median_us", "p20_us", "p80_us", "n_runs")}  # fmt: skip
 
 
 class Writer:
@@ -92,6 +105,9 @@ class Run:
     environment: dict
     roofs: list[dict] = field(default_factory=list)
     results: list[dict] = field(default_factory=list)
+    timings: list[dict] = field(default_factory=list)
+    tuned: list[dict] = field(default_factory=list)
+    overheads: list[dict] = field(default_factory=list)
     skips: list[dict] = field(default_factory=list)
     errors: list[dict] = field(default_factory=list)
     end: dict | None = None
@@ -214,4 +230,8 @@ def _add(path: Path, number: int, run: Run, row: dict) -> None:
     if kind == "end":
         run.end = row
     else:
-        {"roof": run.roofs, "result": run.results, "skip": run.skips, "error": run.errors}[kind].append(row)
+        rows = {
+            "roof": run.roofs, "result": run.results, "timing": run.timings, "tuned": run.tuned,
+            "overhead": run.overheads, "skip": run.skips, "error": run.errors,
+        }  # fmt: skip
+        rows[kind].append(row)

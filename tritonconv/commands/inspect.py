@@ -1,4 +1,4 @@
-"""The command ``tritonconv inspect``: its flags, and a run from them."""
+"""``tritonconv inspect``: compiles the Triton kernels for GPUs that are not here, and looks."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from tritonconv import flags
 from tritonconv.bench.environment import version
 from tritonconv.bench.progress import progress
+from tritonconv.commands.common import OK, WRONG
 from tritonconv.errors import ArgumentError
 from tritonconv.inspection import jobs, readme, records, report
 from tritonconv.inspection.compiling import PRECISIONS, check_compiler
@@ -21,6 +22,7 @@ from tritonconv.inspection.targets import TARGETS
 from tritonconv.kernels.registry import Variant, variants
 from tritonconv.problem import LAYOUTS
 
+HELP = "compile the Triton kernels for GPUs that are not here, and look"
 DEFAULT_TARGETS = ("sm_80", "sm_90", "sm_100")
 DEFAULT_PRECISIONS = ("bfloat16", "tf32")
 CONFIGS = ("default", "all")
@@ -73,8 +75,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
 
 
-def inspect(options: argparse.Namespace) -> bool:
-    """Runs the command; whether every default config is in order. Raises ArgumentError and ResultsError."""
+def run(options: argparse.Namespace) -> int:
+    """1 where a default config is not in order."""
     chosen = _variants(options.variants)
     if options.markdown is not None:
         readme.check(options.markdown)
@@ -107,7 +109,7 @@ def inspect(options: argparse.Namespace) -> bool:
         records.write(inspection, options.json)
     if options.markdown is not None:
         readme.update(inspection, options.markdown)
-    return not inspection.failures()
+    return WRONG if inspection.failures() else OK
 
 
 def _variants(names: list[str]) -> tuple[Variant, ...]:

@@ -1,0 +1,43 @@
+"""What several commands share: exit codes, the flags for layers, and the device they name."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from tritonconv.bench.summary import columns
+from tritonconv.bench.workloads import Workload
+from tritonconv.errors import ArgumentError
+
+OK, WRONG, USAGE, INTERRUPTED = 0, 1, 2, 130
+DTYPES = ("float32", "float16", "bfloat16", "float64")
+DEVICES = ("auto", "cpu", "cuda")
+RESULTS = Path("results")
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=DEVICES, default="auto", help="(default: cuda if any)")
+
+
+def device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ArgumentError(f"argument --device: got 'cuda', and torch {torch.__version__} sees only the CPU")
+    return torch.device(name)
+
+
+def scale_for(given: str | None, device: torch.device) -> str:
+    """The scale asked for, else what fits the device: shrunk layers on a CPU."""
+    return given or ("cpu" if device.type == "cpu" else "full")
+
+
+def layer_lines(layers: Iterable[Workload], scale: str) -> list[str]:
+    rows = [["layer", "suite", "sizes", "used in", "source"]]
+    for layer in layers:
+        sizes = str(layer.problem(scale=scale)).replace(" float32 ncdhw", "")
+        rows.append([layer.name, layer.suite, sizes, layer.used_in, layer.source])
+    return columns(rows, numbers=0)

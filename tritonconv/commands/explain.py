@@ -1,0 +1,34 @@
+"""``tritonconv explain``: which variant serves a layer, and why."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from tritonconv import flags
+from tritonconv.bench.workloads import SCALES, workload
+from tritonconv.commands.common import DTYPES, OK
+from tritonconv.explain import explain
+from tritonconv.problem import LAYOUTS
+
+HELP = "say which variant serves a layer, and why"
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Gives the parser the flags of the command."""
+    parser.add_argument("layer", help="a layer's name (tritonconv list --layers)")
+    flags.add_choice(parser, "--layout", LAYOUTS, "layouts (default: ncdhw)")
+    flags.add_choice(parser, "--dtype", DTYPES, "dtypes (default: float32)")
+    parser.add_argument(
+        "--scale", choices=tuple(SCALES), default="full", help="sizes to explain (default: %(default)s)"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    layer = workload(options.layer)
+    for dtype in flags.once(options.dtype, ("float32",)):
+        for layout in flags.once(options.layout, ("ncdhw",)):
+            explain(layer.problem(getattr(torch, dtype), layout, options.scale))
+    print(f"{layer.name}, suite {layer.suite}, scale {options.scale} ({SCALES[options.scale]}); source: {layer.source}")
+    return OK

@@ -1,0 +1,64 @@
+"""``tritonconv plot``: draws the charts of a results file."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from tritonconv.bench import results
+from tritonconv.bench.calls import ALL_PASSES
+from tritonconv.commands.common import DTYPES, OK, RESULTS
+from tritonconv.errors import ArgumentError, ResultsError
+from tritonconv.problem import LAYOUTS
+
+HELP = "draw the charts of a results file"
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Gives the parser the flags of the command."""
+    parser.add_argument(
+        "results", nargs="?", type=Path, help="a results file, or a folder of them (default: the newest in --output)"
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help="folder of the pictures (default: beside the results)"
+    )
+    parser.add_argument("--pass", dest="pass_name", choices=ALL_PASSES, help="only this pass")
+    parser.add_argument("--layout", choices=tuple(LAYOUTS), help="only this layout")
+    parser.add_argument("--dtype", choices=DTYPES, help="only this dtype")
+
+
+def run(options: argparse.Namespace) -> int:
+    try:
+        from tritonconv.plots import roofline, speedup
+    except ImportError as error:
+        raise ArgumentError(f"drawing needs matplotlib ({error}): pip install 'tritonconv[bench]'") from None
+    folder = options.output or RESULTS
+    path = options.results or results.latest(folder)
+    if path.is_dir():
+        path = results.latest(path)
+    run = results.read(path)
+    for warning in run.warnings:
+        print(f"tritonconv plot: {warning}", file=sys.stderr)
+    chosen = {"pass_name": options.pass_name, "layout": options.layout, "dtype": options.dtype}
+    _check_filters(run, chosen)
+    folder = options.output or path.resolve().parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for chart in (roofline, speedup):
+            for picture in chart.draw(run, folder, **chosen):
+                print(picture)
+    except OSError as error:
+        raise ResultsError(f"output: cannot write pictures into {folder}: {error}") from None
+    return OK
+
+
+def _check_filters(run: results.Run, chosen: dict[str, str | None]) -> None:
+    for name, value in chosen.items():
+        field = name.removesuffix("_name")
+        found = run.values(field)
+        if value is not None and value not in found:
+            raise ResultsError(f"--{field} {value!r}: {run.path} has results for {', '.join(found) or 'no layer'} only")
+    if not run.select(**chosen):
+        asked = ", ".join(value for value in chosen.values() if value)
+        raise ResultsError(f"results: {run.path} holds no result{f' for {asked}' if asked else ''}")
