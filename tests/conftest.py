@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
 import pytest
 import torch
@@ -10,6 +11,9 @@ import torch
 if not torch.cuda.is_available():
     # The Triton kernels themselves run, on the CPU: Triton reads this when it is imported, so it comes first.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# No test sees the choices that were tuned on this machine, and none changes them.
+os.environ["TRITONCONV_CACHE"] = tempfile.mkdtemp(prefix="tritonconv-tests-")
 
 from tritonconv import dispatch, runner
 from tritonconv.bench import roofs

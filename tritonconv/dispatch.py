@@ -1,7 +1,7 @@
 """Turns a problem into a plan: for each pass the variant, its config and the reason. Plans are made once and kept.
 
-``use`` forces variants, ``torch.use_deterministic_algorithms`` restricts the choice, the rules of ``autotune`` decide
-the rest.
+``use`` forces variants, ``torch.use_deterministic_algorithms`` restricts the choice, ``autotune`` decides the rest: the
+tuned choice where there is one, else its rules.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ import torch
 from tritonconv import fallback
 from tritonconv.arguments import geometry, problem_of
 from tritonconv.autotune import rules
+from tritonconv.autotune.choose import Selection, choose, untuned
+from tritonconv.autotune.choose import forget as forget_tables
 from tritonconv.errors import ArgumentError, VariantNotApplicable
-from tritonconv.kernels.registry import Config, Variant, variant, variants
+from tritonconv.kernels.registry import variant, variants
 from tritonconv.kernels.torch_layout import to_layout
 from tritonconv.problem import PASSES, Problem
 
@@ -32,15 +34,6 @@ _by_problem: dict[tuple, Plan] = {}
 
 
 @dataclass(frozen=True)
-class Choice:
-    """What one pass runs, and why."""
-
-    variant: Variant
-    config: Config
-    reason: str
-
-
-@dataclass(frozen=True)
 class Plan:
     """The three choices of one problem. The methods return dense tensors in the problem's layout.
 
@@ -49,9 +42,9 @@ class Plan:
 
     problem: Problem
     device: torch.device
-    forward_choice: Choice
-    backward_data_choice: Choice
-    backward_weight_choice: Choice
+    forward_choice: Selection
+    backward_data_choice: Selection
+    backward_weight_choice: Selection
 
     @cached_property
     def torch_alone(self) -> tuple | None:
@@ -77,7 +70,7 @@ class Plan:
     def _torchs(self, pass_name: str) -> bool:
         return self.choice(pass_name).variant.name == rules.FALLBACK[pass_name]
 
-    def choice(self, pass_name: str) -> Choice:
+    def choice(self, pass_name: str) -> Selection:
         return getattr(self, f"{pass_name}_choice")
 
     def forward(self, x, weight, bias):
@@ -125,7 +118,7 @@ class Plan:
             return to_layout(grad_x, layout), *of_parameters
 
 
-def _operand(tensor, chosen: Choice, layout: torch.memory_format):
+def _operand(tensor, chosen: Selection, layout: torch.memory_format):
     return tensor if chosen.variant.backend == "triton" else to_layout(tensor, layout)
 
 
@@ -203,21 +196,51 @@ def _remember(memory: dict[tuple, Plan], key: tuple, made: Plan) -> Plan:
     return made
 
 
-def _choose(problem, device, pass_name, forced, deterministic) -> Choice:
+def _choose(problem, device, pass_name, forced, deterministic) -> Selection:
     for name in forced:
         record = variant(name)
         if record.pass_name == pass_name:
             why_not = record.supports(problem, device)
             if why_not is not None:
                 raise VariantNotApplicable(f"{name} was forced but does not serve {problem}: {why_not}")
-            return Choice(record, record.default(problem, device), "forced by tritonconv.use")
-    record, because = rules.choose(problem, device, pass_name)
-    if deterministic and not record.deterministic and device.type != "cpu":
+            return Selection(record, record.default(problem, device), "forced by tritonconv.use")
+    chosen = choose(problem, device, pass_name)
+    if deterministic and not chosen.variant.deterministic and device.type != "cpu":
         for other in variants(pass_name):
             if other.deterministic and other.supports(problem, device) is None:
-                because = f"torch.use_deterministic_algorithms is on and {record.name} is not deterministic"
-                return Choice(other, other.default(problem, device), because)
-    return Choice(record, record.default(problem, device), because)
+                because = f"torch.use_deterministic_algorithms is on and {chosen.variant.name} is not deterministic"
+                return Selection(other, other.default(problem, device), because)
+    return chosen
+
+
+def plan_of(problem: Problem, device: torch.device, **chosen: Selection) -> Plan:
+    """A plan outside every memory: ``chosen`` by pass, the other passes without any stored entry.
+
+    For the tuner, which measures what is not chosen yet.
+    """
+    choices = {f"{name}_choice": chosen.get(name) or untuned(problem, device, name) for name in PASSES}
+    return Plan(problem, device, **choices)
+
+
+def forget() -> None:
+    """Every call is planned anew: after the tuned choices have changed."""
+    _by_call.clear()
+    _by_problem.clear()
+    forget_tables()
+
+
+@contextlib.contextmanager
+def watch() -> Iterator[list[Problem]]:
+    """Inside the block the list fills with the distinct problems that calls make, in their order."""
+    global _by_call, _by_problem
+    found: list[Problem] = []
+    outer = _by_call, _by_problem
+    _by_call, _by_problem = {}, {}
+    try:
+        yield found
+    finally:
+        found += dict.fromkeys(problem for problem, *_ in _by_problem)
+        _by_call, _by_problem = outer
 
 
 def forced_variants() -> tuple[str, ...]:

@@ -21,3 +21,11 @@ class VariantNotApplicable(ValueError):
 
 class ResultsError(ValueError):
     """A results file that cannot be read; the message names the file and the line."""
+
+
+class StoreError(RuntimeError):
+    """The folder of the tuned choices cannot be written; the message names it."""
+
+
+class StoreWarning(UserWarning):
+    """A file of tuned choices was damaged or foreign; it was set aside and nothing else is lost."""

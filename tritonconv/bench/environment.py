@@ -82,6 +82,7 @@ def version(package: str) -> str | None:
         return getattr(module, "__version__", None)
 
 
+@cache
 def cpu_name() -> str:
     """The CPU's model name as Linux shows it, else what Python knows."""
     try:

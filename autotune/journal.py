@@ -1,0 +1,114 @@
+"""Every timing of the tuner, stored at once: what lets a tuning run that was killed go on where it was.
+
+One JSON line per timing, beside the user's table of the device. A timing is used again only for exactly the same
+problem, variant, config, sources and versions. A line that a kill cut short is skipped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tritonconv.autotune.store import locked, slug, user_folder
+from tritonconv.errors import StoreError, StoreWarning
+
+OK, WRONG, FAILED = "ok", "wrong", "failed"
+STATUSES = (OK, WRONG, FAILED)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One candidate on one problem. Times in ms; ``speedup`` over torch's own in the same rounds, None where torch
+    cannot run the problem; a candidate that failed or was wrong has a message and no times."""
+
+    problem: str
+    pass_name: str
+    variant: str
+    config: Mapping[str, int]
+    source: str
+    stage: str
+    versions: Mapping[str, str | None]
+    status: str = OK
+    message: str = ""
+    median_ms: float | None = None
+    p20_ms: float | None = None
+    p80_ms: float | None = None
+    n_runs: int = 0
+    speedup: float | None = None
+    torch_ms: float | None = None
+
+    @property
+    def identity(self) -> str:
+        parts = (self.problem, self.pass_name, self.variant, self.config, self.source, self.stage, self.versions)
+        return json.dumps(parts, sort_keys=True)
+
+
+@dataclass
+class Journal:
+    """The timings of one device, by what they are of. ``folder`` None is the user's."""
+
+    device: str
+    folder: Path | None = None
+    timings: dict[str, Timing] = field(default_factory=dict)
+
+    @property
+    def path(self) -> Path:
+        return (self.folder or user_folder()) / f"{slug(self.device)}.timings.jsonl"
+
+    @classmethod
+    def open(cls, device: str, folder: Path | None = None) -> Journal:
+        """Reads what is there; lines that are no timings are left out with one warning."""
+        journal, bad = cls(device, folder), 0
+        try:
+            text = journal.path.read_text(encoding="utf-8", errors="replace")
+        except FileNotFoundError:
+            return journal
+        except OSError as error:
+            raise StoreError(f"cannot read {journal.path}: {error}") from None
+        for line in text.splitlines():
+            timing = _timing(line)
+            if timing is None:
+                bad += bool(line.strip())
+            else:
+                journal.timings[timing.identity] = timing
+        if bad:
+            warnings.warn(f"tuner's timings: {journal.path}: {bad} damaged lines left out", StoreWarning, stacklevel=2)
+        return journal
+
+    def find(self, like: Timing) -> Timing | None:
+        """The stored timing of what ``like`` names."""
+        return self.timings.get(like.identity)
+
+    def add(self, timing: Timing) -> None:
+        """On disk when this returns. Raises StoreError where it cannot be written."""
+        line = json.dumps(asdict(timing), allow_nan=False) + "\n"
+        with locked(self.path), self.path.open("ab") as file:
+            if file.tell() and not self._ends_a_line():
+                line = "\n" + line  # behind a line that a kill cut short
+            file.write(line.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        self.timings[timing.identity] = timing
+
+    def _ends_a_line(self) -> bool:
+        with self.path.open("rb") as file:
+            file.seek(-1, os.SEEK_END)
+            return file.read(1) == b"\n"
+
+
+def _timing(line: str) -> Timing | None:
+    try:
+        data: Any = json.loads(line)
+        timing = Timing(**data)
+        texts = (timing.problem, timing.pass_name, timing.variant, timing.source, timing.stage)
+        times = (timing.median_ms, timing.p20_ms, timing.p80_ms)
+        sound = timing.status in STATUSES and all(type(text) is str for text in texts)
+        timed = timing.status != OK or all(isinstance(each, (int, float)) and each > 0 for each in times)
+    except (json.JSONDecodeError, TypeError):
+        return None
+    return timing if sound and timed and isinstance(timing.config, dict) else None

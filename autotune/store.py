@@ -1,0 +1,183 @@
+"""The tuned choices: tables shipped with the package, one per device, under the user's own.
+
+The user's folder is ``$TRITONCONV_CACHE``, else ``$XDG_CACHE_HOME/tritonconv``, else ``~/.cache/tritonconv`` (XDG Base
+Directory Specification). A table is one JSON file; it is written whole beside the old one and then put in its place,
+under a lock and with the entries that are there by then, so two processes lose nothing and a reader never sees half a
+file. A file that cannot be read is set aside under another name with a warning.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from tritonconv.autotune.key import Key
+from tritonconv.errors import StoreError, StoreWarning
+
+FORMAT = 1
+SHIPPED = Path(__file__).resolve().parent / "tables"
+LOCK_SECONDS = 60
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One stored choice. Times in ms, of the choice and of torch's own in the same rounds.
+
+    ``problem`` says in words what was measured; ``versions`` what with; ``source`` is the variant's source hash.
+    """
+
+    variant: str
+    config: Mapping[str, int]
+    ms: float
+    torch_ms: float
+    source: str
+    problem: str
+    utc: str
+    versions: Mapping[str, str | None] = field(default_factory=dict)
+
+    @property
+    def speedup(self) -> float:
+        return self.torch_ms / self.ms
+
+    @classmethod
+    def from_json(cls, data: Any) -> Entry:
+        """Raises ValueError for anything that :meth:`to_json` did not make."""
+        try:
+            entry = cls(**data)
+        except TypeError as error:
+            raise ValueError(str(error)) from None
+        texts = (entry.variant, entry.source, entry.problem, entry.utc)
+        config_ok = isinstance(entry.config, dict) and all(type(value) is int for value in entry.config.values())
+        times = (entry.ms, entry.torch_ms)
+        times_ok = all(isinstance(each, (int, float)) and 0 < each < float("inf") for each in times)
+        if not (config_ok and times_ok and isinstance(entry.versions, dict) and all(type(t) is str for t in texts)):
+            raise ValueError(f"not an entry: {data!r}")
+        return entry
+
+
+@dataclass
+class Table:
+    """What is known of one device: entries by the text of their :class:`Key`, and its measured ceilings or None."""
+
+    device: str
+    entries: dict[str, Entry] = field(default_factory=dict)
+    ceilings: dict[str, Any] | None = None
+
+    def find(self, key: Key) -> Entry | None:
+        return self.entries.get(str(key))
+
+    def over(self, lower: Table) -> Table:
+        """This table with what only ``lower`` has."""
+        return Table(self.device, {**lower.entries, **self.entries}, self.ceilings or lower.ceilings)
+
+    def text(self) -> str:
+        entries = {key: asdict(self.entries[key]) for key in sorted(self.entries)}
+        data = {"format": FORMAT, "device": self.device, "ceilings": self.ceilings, "entries": entries}
+        return json.dumps(data, indent=1, allow_nan=False) + "\n"
+
+
+def user_folder() -> Path:
+    """Where the user's tables are, whether the folder exists or not."""
+    own = os.environ.get("TRITONCONV_CACHE")
+    if own:
+        return Path(own).expanduser()
+    shared = os.environ.get("XDG_CACHE_HOME", "")
+    # The specification: a path that is not absolute is to be ignored.
+    return (Path(shared) if os.path.isabs(shared) else Path.home() / ".cache") / "tritonconv"
+
+
+def slug(device: str) -> str:
+    """The device's name as a file name: ``NVIDIA H200`` is ``nvidia_h200``."""
+    return re.sub(r"[^a-z0-9]+", "_", device.lower()).strip("_") or "device"
+
+
+def read(device: str, folder: Path | None = None) -> Table:
+    """The table of a device, the user's entries before the shipped ones. Never raises for what a file holds."""
+    name = f"{slug(device)}.json"
+    own = _load((folder or user_folder()) / name, device, aside=True)
+    return own.over(_load(SHIPPED / name, device, aside=False))
+
+
+def merge(table: Table, folder: Path | None = None) -> None:
+    """Adds entries (and ceilings, unless None) to the user's table, in place of those with the same key.
+
+    Raises StoreError where the folder cannot be written; the old file is then as it was.
+    """
+    path = (folder or user_folder()) / f"{slug(table.device)}.json"
+    with locked(path):
+        whole = table.over(_load(path, table.device, aside=True))
+        new = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+        try:
+            with new.open("w", encoding="utf-8") as file:
+                file.write(whole.text())
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(new, path)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                new.unlink(missing_ok=True)
+            raise StoreError(f"cannot write {path}: {error}") from None
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Holds the lock of a file of the store and makes its folder. Raises StoreError where that cannot be had."""
+    from filelock import FileLock, Timeout
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock", timeout=LOCK_SECONDS):
+            yield
+    except Timeout:
+        raise StoreError(f"{path}.lock was held by another process for {LOCK_SECONDS} s") from None
+    except OSError as error:
+        raise StoreError(f"cannot write into {path.parent}: {error}") from None
+
+
+def _load(path: Path, device: str, aside: bool) -> Table:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return Table(device)
+    except OSError as error:  # no permission: the file may be all right
+        warnings.warn(f"tuned choices: cannot read {path}: {error}", StoreWarning, stacklevel=4)
+        return Table(device)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        return _set_aside(path, device, aside, f"not JSON: {error}")
+    if not isinstance(data, dict) or data.get("format") != FORMAT or data.get("device") != device:
+        found = {name: data.get(name) for name in ("format", "device")} if isinstance(data, dict) else type(data)
+        return _set_aside(path, device, aside, f"expected format {FORMAT} of {device!r}, found {found}")
+    entries, bad = {}, []
+    raw = data.get("entries")
+    for key, value in raw.items() if isinstance(raw, dict) else ():
+        try:
+            entries[key] = Entry.from_json(value)
+        except ValueError:
+            bad.append(key)
+    if bad or not isinstance(raw, dict):
+        what = f"{len(bad)} entries that are none, the first of {bad[0]!r}" if bad else "no entries"
+        return Table(device, entries, None).over(_set_aside(path, device, aside, what))
+    ceilings = data.get("ceilings")
+    return Table(device, entries, ceilings if isinstance(ceilings, dict) else None)
+
+
+def _set_aside(path: Path, device: str, aside: bool, why: str) -> Table:
+    """An empty table; the user's file gets another name, a shipped one is left."""
+    where = "it is not used"
+    if aside:
+        stamp = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%S")
+        kept = path.with_name(f"{path.stem}.damaged-{stamp}-{secrets.token_hex(2)}")
+        with contextlib.suppress(OSError):
+            os.replace(path, kept)
+            where = f"it was set aside as {kept.name}"
+    warnings.warn(f"tuned choices: {path}: {why}; {where}", StoreWarning, stacklevel=5)
+    return Table(device)
