@@ -12,13 +12,17 @@ from typing import NamedTuple
 
 import torch
 
-from tritonconv.autotune import rules, store
+from tritonconv.autotune import model, rules, store
+from tritonconv.autotune.ceilings import Ceilings, from_json, nominal
 from tritonconv.autotune.key import Key, device_name
 from tritonconv.autotune.sources import source_hash
 from tritonconv.autotune.store import Entry, Table
 from tritonconv.errors import ArgumentError
 from tritonconv.kernels.registry import Config, Variant, variant
 from tritonconv.problem import Problem
+
+# A neighbour's choice may be predicted so many times slower than the untuned one: the model is no finer than that.
+SLACK = 1.5
 
 
 class Selection(NamedTuple):
@@ -41,15 +45,40 @@ def choose(problem: Problem, device: torch.device, pass_name: str) -> Selection:
         for near in key.neighbours():
             entry = table.find(near)
             found = _usable(entry, problem, device)
-            if entry is not None and found is not None:
+            if entry is not None and found is not None and _plausible(found, entry, problem, device, table):
                 return Selection(found, entry.config, _said(entry, "the neighbouring size"))
     return untuned(problem, device, pass_name)
 
 
 def untuned(problem: Problem, device: torch.device, pass_name: str) -> Selection:
-    """The choice without any stored entry."""
+    """The choice without any stored entry: the model's on a GPU whose ceilings were measured, else the rules'."""
     record, because = rules.choose(problem, device, pass_name)
-    return Selection(record, record.default(problem, device), because)
+    by_rules = Selection(record, record.default(problem, device), because)
+    if device.type != "cuda" or problem.n == 0 or problem.c_out == 0:
+        return by_rules
+    ceilings = _measured(table_of(device))
+    if ceilings is None:
+        return by_rules
+    best, config, guess = model.rank(problem, device, pass_name, ceilings)[0]
+    said = f"nothing was tuned near this size; the cost model's first choice: {guess.ms * 1e3:.3g} us, {guess.limit}"
+    return Selection(best, config, said)
+
+
+def ceilings_of(device: torch.device) -> Ceilings:
+    """The device's measured ceilings, else nominal ones."""
+    return _measured(table_of(device)) or nominal(device)
+
+
+def _measured(table: Table) -> Ceilings | None:
+    return from_json(table.ceilings) if table.ceilings else None
+
+
+def _plausible(record: Variant, entry: Entry, problem: Problem, device: torch.device, table: Table) -> bool:
+    """The model does not expect a neighbour's choice to be much slower than what would run without it."""
+    ceilings = _measured(table) or nominal(device)
+    other = untuned(problem, device, record.pass_name)
+    mine = model.estimate(record, problem, entry.config, ceilings)
+    return mine.ms <= SLACK * model.estimate(other.variant, problem, other.config, ceilings).ms
 
 
 def _usable(entry: Entry | None, problem: Problem, device: torch.device) -> Variant | None:
@@ -66,8 +95,10 @@ def _usable(entry: Entry | None, problem: Problem, device: torch.device) -> Vari
 
 
 def _said(entry: Entry, where: str) -> str:
-    faster = f"{entry.ms:.3g} ms, {entry.speedup:.2f} x torch's speed" if entry.speedup != 1 else f"{entry.ms:.3g} ms"
-    return f"tuned on {where} ({entry.problem}: {faster}, {entry.utc[:10]})"
+    return (
+        f"tuned on {where}, {entry.utc[:10]}: {entry.timed.replace('_', ' + ')} of {entry.problem} "
+        f"{entry.ms:.3g} ms, torch's own {entry.torch_ms:.3g} ms"
+    )
 
 
 def table_of(device: torch.device) -> Table:
@@ -76,10 +107,20 @@ def table_of(device: torch.device) -> Table:
     return _table(device.type, device.index, threads)
 
 
+def adopt(name: str, entries: dict[str, Entry]) -> None:
+    """Entries that another process measured, for this process: they stand before those of the files."""
+    _adopted.setdefault(name, {}).update(entries)
+    forget()
+
+
+_adopted: dict[str, dict[str, Entry]] = {}
+
+
 @cache
 def _table(kind: str, index: int | None, threads: int) -> Table:
     try:
-        return store.read(device_name(torch.device(kind, index) if index is not None else torch.device(kind)))
+        name = device_name(torch.device(kind, index) if index is not None else torch.device(kind))
+        return Table(name, _adopted.get(name, {})).over(store.read(name))
     except (RuntimeError, AssertionError):  # a GPU that is named where there is none
         return Table(kind)
 

@@ -32,7 +32,8 @@ LOCK_SECONDS = 60
 class Entry:
     """One stored choice. Times in ms, of the choice and of torch's own in the same rounds.
 
-    ``problem`` says in words what was measured; ``versions`` what with; ``source`` is the variant's source hash.
+    ``problem`` says in words what was measured, ``timed`` which part of it (a gradient is timed in a training step),
+    ``versions`` what with; ``source`` is the variant's source hash.
     """
 
     variant: str
@@ -41,6 +42,7 @@ class Entry:
     torch_ms: float
     source: str
     problem: str
+    timed: str
     utc: str
     versions: Mapping[str, str | None] = field(default_factory=dict)
 
@@ -55,7 +57,7 @@ class Entry:
             entry = cls(**data)
         except TypeError as error:
             raise ValueError(str(error)) from None
-        texts = (entry.variant, entry.source, entry.problem, entry.utc)
+        texts = (entry.variant, entry.source, entry.problem, entry.timed, entry.utc)
         config_ok = isinstance(entry.config, dict) and all(type(value) is int for value in entry.config.values())
         times = (entry.ms, entry.torch_ms)
         times_ok = all(isinstance(each, (int, float)) and 0 < each < float("inf") for each in times)

@@ -19,6 +19,7 @@ from tritonconv.kernels.triton_boxes import (
     box_refusal,
     box_voxels,
     boxes,
+    boxes_work,
     describable,
     programs,
     store_box,
@@ -29,6 +30,7 @@ from tritonconv.kernels.triton_device import axis_phase, ceil_div, grouped_order
 from tritonconv.kernels.triton_launch import RUN_TIME, accounting, compute_capability, empty, geometry, precision, wide
 from tritonconv.kernels.triton_launch import launch as run
 from tritonconv.kernels.triton_weights import OUT_INNERMOST
+from tritonconv.kernels.work import Work
 
 MOST_PHASES = 8  # descriptors of one launch: stride 2 on each axis
 
@@ -155,6 +157,11 @@ def default(problem, device):
     return config
 
 
+def work(problem, config) -> Work:
+    depth = math.prod(problem.kernel) * problem.c_out
+    return boxes_work(problem, "backward_data", config, problem.size, problem.c_in, depth)
+
+
 VARIANT = Variant(
     name="backward_data_boxes",
     pass_name="backward_data",
@@ -164,4 +171,5 @@ VARIANT = Variant(
     supports=supports,
     space=lambda problem, device: box_space(default(problem, device), problem.size),
     default=default,
+    work=work,
 )

@@ -16,6 +16,7 @@ from tritonconv.kernels.triton_depthwise import add_window, far, filled, lanes, 
 from tritonconv.kernels.triton_launch import RUN_TIME, accounting, empty, geometry, refusal, wide
 from tritonconv.kernels.triton_launch import launch as run
 from tritonconv.kernels.triton_weights import packed, strides
+from tritonconv.kernels.work import Work
 from tritonconv.problem import Problem
 
 ELEMENTS = {"ndhwc": 4096, "ncdhw": 2048}  # float32 accumulators of a program: 32 or 16 in each of 128 threads
@@ -119,6 +120,12 @@ def space(problem: Problem, device: torch.device):
     return depthwise.around(default(problem, device), WEIGHT=(0, 1), UNROLL_H=(1, 2, 4), UNROLL_W=(1, 2))
 
 
+def work(problem: Problem, config) -> Work:
+    places = config["UNROLL_H"], config["UNROLL_W"]
+    programs = depthwise.programs(problem.n, problem.c_in, problem.size, places, config)
+    return depthwise.work(problem, "backward_data", config, programs, places[0] * places[1])
+
+
 VARIANT = Variant(
     name="backward_data_depthwise",
     pass_name="backward_data",
@@ -128,4 +135,5 @@ VARIANT = Variant(
     supports=supports,
     space=space,
     default=default,
+    work=work,
 )

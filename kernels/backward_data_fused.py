@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tritonconv.kernels.registry import Variant
-from tritonconv.kernels.triton_fused_backward import backward, default, space, supports
+from tritonconv.kernels.triton_fused_backward import backward, default, space, supports, work
 
 
 def launch(problem, config, grad_y, weight):
@@ -20,4 +20,5 @@ VARIANT = Variant(
     space=space,
     default=default,
     joint=backward,
+    work=lambda problem, config: work(problem, config, "backward_data"),
 )

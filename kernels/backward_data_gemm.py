@@ -7,6 +7,8 @@ the border), so nothing is wasted, whatever the stride.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -18,6 +20,7 @@ from tritonconv.kernels.triton_gemm import implicit_gemm
 from tritonconv.kernels.triton_launch import RUN_TIME, accounting, empty, geometry, precision, refusal, wide
 from tritonconv.kernels.triton_launch import launch as run
 from tritonconv.kernels.triton_weights import oriented, packed, preferred
+from tritonconv.kernels.work import Work, tap_gemm
 from tritonconv.problem import Problem
 
 
@@ -99,6 +102,13 @@ def space(problem: Problem, device: torch.device):
     return tiles.around(default(problem, device), problem, WEIGHT=(0, 1, 2))
 
 
+def work(problem: Problem, config) -> Work:
+    pack, rows = config["PACK"], tiles.tiles_of(problem.n, problem.size, config)
+    programs = rows * triton.cdiv(pack * problem.c_in // problem.groups, config["BLOCK_N"]) * (problem.groups // pack)
+    depth = triton.cdiv(pack * problem.c_out // problem.groups, config["BLOCK_K"])
+    return tap_gemm(problem, "backward_data", config, programs, programs * depth * math.prod(problem.kernel))
+
+
 VARIANT = Variant(
     name="backward_data_gemm",
     pass_name="backward_data",
@@ -108,4 +118,5 @@ VARIANT = Variant(
     supports=refusal,
     space=space,
     default=default,
+    work=work,
 )

@@ -20,6 +20,7 @@ from tritonconv.kernels.triton_launch import RUN_TIME, accounting, empty, geomet
 from tritonconv.kernels.triton_launch import launch as run
 from tritonconv.kernels.triton_taps import tap_lanes, voxel_words
 from tritonconv.kernels.triton_weights import AS_GIVEN, oriented, packed
+from tritonconv.kernels.work import Work, tap_gemm
 from tritonconv.problem import Problem
 
 MOST_CHANNELS = 16  # output channels per group; as many fill a dot without the taps
@@ -119,6 +120,13 @@ def space(problem: Problem, device: torch.device):
     return tiles.around(default(problem, device), problem, WEIGHT=(0, 1, 2))
 
 
+def work(problem: Problem, config) -> Work:
+    rows = tiles.tiles_of(problem.n, problem.size, config)
+    programs = rows * triton.cdiv(problem.c_in // problem.groups, config["BLOCK_N"]) * problem.groups
+    depth = problem.weight_shape[1] * math.prod(problem.kernel)
+    return tap_gemm(problem, "backward_data", config, programs, programs * triton.cdiv(depth, config["BLOCK_K"]))
+
+
 VARIANT = Variant(
     name="backward_data_packed",
     pass_name="backward_data",
@@ -128,4 +136,5 @@ VARIANT = Variant(
     supports=supports,
     space=space,
     default=default,
+    work=work,
 )

@@ -19,6 +19,7 @@ from tritonconv.kernels.triton_launch import accounting, empty, geometry, precis
 from tritonconv.kernels.triton_launch import launch as run
 from tritonconv.kernels.triton_phases import column_count, decoded, load_phases, multiple
 from tritonconv.kernels.triton_weights import AS_GIVEN, IN_INNERMOST, OUT_INNERMOST, oriented, packed, preferred
+from tritonconv.kernels.work import Work, tap_gemm
 from tritonconv.problem import Problem
 
 
@@ -115,6 +116,13 @@ def space(problem: Problem, device: torch.device):
     return tiles.around(default(problem, device), problem, GROUP_M=(8,), WEIGHT=(0, 1, 2), ROWS=rows)
 
 
+def work(problem: Problem, config) -> Work:
+    rows = tiles.tiles_of(problem.n, problem.size, config)
+    programs = rows * triton.cdiv(problem.c_in // problem.groups, config["BLOCK_N"]) * problem.groups
+    depth = phases.columns(problem, config["ROWS"], problem.kernel)
+    return tap_gemm(problem, "backward_data", config, programs, programs * triton.cdiv(depth, config["BLOCK_K"]))
+
+
 VARIANT = Variant(
     name="backward_data_shuffle",
     pass_name="backward_data",
@@ -124,4 +132,5 @@ VARIANT = Variant(
     supports=supports,
     space=space,
     default=default,
+    work=work,
 )

@@ -6,6 +6,7 @@ from tritonconv.kernels import torch_native
 from tritonconv.kernels.forward_torch_depthwise import supports
 from tritonconv.kernels.registry import Variant
 from tritonconv.kernels.torch_layout import CHANNELS_LAST, to_layout
+from tritonconv.kernels.work import by_torch, size_of
 
 
 def launch(problem, config, grad_y, weight):
@@ -21,4 +22,5 @@ VARIANT = Variant(
     launch=launch,
     supports=supports,
     workspace_bytes=lambda problem: problem.bytes("backward_data"),
+    work=lambda problem, config: by_torch(problem, "backward_data", 2 * size_of(problem, "x", "y"), 3),
 )

@@ -26,4 +26,5 @@ VARIANT = Variant(
     launch=launch,
     supports=supports,
     deterministic=False,  # as the forward
+    work=lambda problem, config: torch_native.work(problem, "backward_data"),
 )

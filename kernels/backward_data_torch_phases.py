@@ -8,6 +8,7 @@ from __future__ import annotations
 from tritonconv.kernels import torch_phases
 from tritonconv.kernels.registry import Variant
 from tritonconv.kernels.torch_layout import sum_dtype
+from tritonconv.kernels.work import by_torch, size_of
 
 
 def supports(problem, device):
@@ -42,4 +43,7 @@ VARIANT = Variant(
     launch=launch,
     supports=supports,
     workspace_bytes=lambda problem: 2 * problem.bytes("backward_data"),
+    work=lambda problem, config: by_torch(
+        problem, "backward_data", 2 * size_of(problem, "weight", "y", "x"), 3 * len(problem.phases)
+    ),
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from tritonconv.kernels.registry import Variant
 from tritonconv.kernels.torch_layout import matmul_images
 from tritonconv.kernels.torch_shuffle import supports, taps_first, taps_last, unshuffle
+from tritonconv.kernels.work import by_torch, size_of
 
 
 def launch(problem, config, grad_y, weight, prepared=None):
@@ -24,4 +25,5 @@ VARIANT = Variant(
     supports=supports,
     prepare=unshuffle,
     workspace_bytes=lambda problem: problem.bytes("backward_data"),
+    work=lambda problem, config: by_torch(problem, "backward_data", 2 * size_of(problem, "y"), 2),
 )

@@ -22,6 +22,7 @@ from tritonconv.kernels.triton_launch import RUN_TIME, accounting, geometry, ref
 from tritonconv.kernels.triton_launch import launch as run
 from tritonconv.kernels.triton_reduce import sum_partials
 from tritonconv.kernels.triton_tiles import PROGRAMS
+from tritonconv.kernels.work import Work
 from tritonconv.problem import Problem
 
 MOST_TAPS = 64  # along h and w: float32 sums that a thread keeps for each of its channels
@@ -219,6 +220,13 @@ def workspace_bytes(problem: Problem) -> int:
     return 4 * splits * (math.prod(problem.kernel) + 1) * problem.c_out
 
 
+def work(problem: Problem, config) -> Work:
+    splits, taps = config["SPLITS"], math.prod(problem.kernel)
+    programs = splits * (problem.kernel[0] + problem.bias) * math.ceil(problem.c_out / config["BLOCK_C"])
+    moved = 8.0 * splits * (taps + 1) * problem.c_out
+    return depthwise.work(problem, "backward_weight", config, programs, taps // problem.kernel[0], moved, launches=2)
+
+
 VARIANT = Variant(
     name="backward_weight_depthwise",
     pass_name="backward_weight",
@@ -229,4 +237,5 @@ VARIANT = Variant(
     space=space,
     default=default,
     workspace_bytes=workspace_bytes,
+    work=work,
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tritonconv.kernels.registry import Variant
-from tritonconv.kernels.triton_fused_backward import backward, default, space, supports, workspace_bytes
+from tritonconv.kernels.triton_fused_backward import backward, default, space, supports, work, workspace_bytes
 
 
 def launch(problem, config, x, grad_y, need_bias):
@@ -21,4 +21,5 @@ VARIANT = Variant(
     default=default,
     joint=backward,
     workspace_bytes=workspace_bytes,
+    work=lambda problem, config: work(problem, config, "backward_weight"),
 )

@@ -23,6 +23,7 @@ from tritonconv.kernels.triton_launch import RUN_TIME, accounting, geometry, pre
 from tritonconv.kernels.triton_launch import launch as run
 from tritonconv.kernels.triton_reduce import sum_partials
 from tritonconv.kernels.triton_taps import tap_lanes, voxel_words
+from tritonconv.kernels.work import Work, tap_gemm
 from tritonconv.problem import Problem, Triple
 
 WAVES = 2  # of programs in one launch, all chunks together
@@ -243,6 +244,20 @@ def workspace_bytes(problem: Problem) -> int:
     return 4 * splits * (math.prod(problem.weight_shape) + problem.c_out) if splits > 1 else 0
 
 
+def work(problem: Problem, config: Config) -> Work:
+    chunk_programs, splits = programs(problem, config, False), config["SPLITS"]
+    steps = tiles.tiles_of(problem.n, problem.size, {**config, "BLOCK_M": config["BLOCK_K"]})
+    return tap_gemm(
+        problem,
+        "backward_weight",
+        config,
+        splits * programs(problem, config, problem.bias),
+        chunk_programs * max(steps, splits),
+        moved=8.0 * splits * math.prod(problem.weight_shape) if splits > 1 else 0.0,
+        launches=2 if splits > 1 else 1,
+    )
+
+
 VARIANT = Variant(
     name="backward_weight_splitk",
     pass_name="backward_weight",
@@ -253,4 +268,5 @@ VARIANT = Variant(
     space=space,
     default=default,
     workspace_bytes=workspace_bytes,
+    work=work,
 )

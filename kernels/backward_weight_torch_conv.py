@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tritonconv.kernels import torch_native
 from tritonconv.kernels.registry import Variant
+from tritonconv.kernels.work import by_torch, size_of
 
 
 def supports(problem, device):
@@ -21,4 +22,5 @@ VARIANT = Variant(
     backend="torch",
     launch=launch,
     supports=supports,
+    work=lambda problem, config: by_torch(problem, "backward_weight", size_of(problem, "y"), 3),
 )

@@ -12,6 +12,7 @@ from tritonconv.kernels import torch_native
 from tritonconv.kernels.forward_torch_depthwise import supports
 from tritonconv.kernels.registry import Variant
 from tritonconv.kernels.torch_layout import CHANNELS_LAST, bias_gradient, to_layout
+from tritonconv.kernels.work import by_torch, size_of
 
 # With up to this many taps in a plane the 2-D gradient is faster in NCDHW than after a copy to channels_last_3d
 # (2 x 64, 16x16x32, s2, 2 cores: k3 15.6 against 24.4 ms; k5 181 against 73 ms).
@@ -56,4 +57,7 @@ VARIANT = Variant(
     launch=launch,
     supports=supports,
     workspace_bytes=lambda problem: 2 * problem.bytes("backward_weight"),
+    work=lambda problem, config: by_torch(
+        problem, "backward_weight", 2 * size_of(problem, "x", "y"), 4 * problem.kernel[0]
+    ),
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from tritonconv.kernels import torch_native
 from tritonconv.kernels.registry import Variant
 from tritonconv.kernels.torch_layout import other_layout, to_layout
+from tritonconv.kernels.work import by_torch, size_of
 
 
 def supports(problem, device):
@@ -24,4 +25,5 @@ VARIANT = Variant(
     launch=launch,
     supports=supports,
     workspace_bytes=lambda problem: problem.bytes("backward_weight"),
+    work=lambda problem, config: by_torch(problem, "backward_weight", 2 * size_of(problem, "x", "y"), 3),
 )

@@ -7,6 +7,7 @@ import torch
 from tritonconv.kernels import torch_phases
 from tritonconv.kernels.registry import Variant
 from tritonconv.kernels.torch_layout import bias_gradient, window
+from tritonconv.kernels.work import by_torch, size_of
 
 
 def supports(problem, device):
@@ -45,4 +46,7 @@ VARIANT = Variant(
     launch=launch,
     supports=supports,
     workspace_bytes=lambda problem: 2 * problem.bytes("backward_weight"),
+    work=lambda problem, config: by_torch(
+        problem, "backward_weight", 2 * size_of(problem, "weight", "y"), 3 * len(problem.phases)
+    ),
 )

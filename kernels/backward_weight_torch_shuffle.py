@@ -7,6 +7,7 @@ import torch
 from tritonconv.kernels.registry import Variant
 from tritonconv.kernels.torch_layout import bias_gradient, voxel_rows
 from tritonconv.kernels.torch_shuffle import supports, unshuffle
+from tritonconv.kernels.work import by_torch, size_of
 
 
 def launch(problem, config, x, grad_y, need_bias, prepared=None):
@@ -30,4 +31,5 @@ VARIANT = Variant(
     supports=supports,
     prepare=unshuffle,
     workspace_bytes=lambda problem: problem.bytes("backward_weight"),
+    work=lambda problem, config: by_torch(problem, "backward_weight", 2 * size_of(problem, "y"), 3),
 )

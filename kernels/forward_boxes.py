@@ -20,6 +20,7 @@ from tritonconv.kernels.triton_boxes import (
     box_refusal,
     box_voxels,
     boxes,
+    boxes_work,
     describable,
     programs,
     store_box,
@@ -39,6 +40,7 @@ from tritonconv.kernels.triton_launch import RUN_TIME, accounting, empty, geomet
 from tritonconv.kernels.triton_launch import launch as run
 from tritonconv.kernels.triton_tiles import power_of_two
 from tritonconv.kernels.triton_weights import IN_INNERMOST, OUT_INNERMOST
+from tritonconv.kernels.work import Work
 
 
 @triton.jit(launch_metadata=accounting, do_not_specialize=RUN_TIME)
@@ -168,6 +170,11 @@ def default(problem, device):
     return box_config(problem, largest_phase(problem), problem.c_out, problem.c_in)
 
 
+def work(problem, config) -> Work:
+    taps = sum(phase.taps for phase in problem.phases)
+    return boxes_work(problem, "forward", config, largest_phase(problem), problem.c_out, taps * problem.c_in)
+
+
 VARIANT = Variant(
     name="forward_boxes",
     pass_name="forward",
@@ -177,4 +184,5 @@ VARIANT = Variant(
     supports=box_refusal,
     space=lambda problem, device: box_space(default(problem, device), largest_phase(problem)),
     default=default,
+    work=work,
 )

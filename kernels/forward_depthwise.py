@@ -18,6 +18,7 @@ from tritonconv.kernels.triton_device import axis_phase, tap_period, tap_shift
 from tritonconv.kernels.triton_launch import RUN_TIME, accounting, empty, geometry, refusal, wide
 from tritonconv.kernels.triton_launch import launch as run
 from tritonconv.kernels.triton_weights import packed, strides
+from tritonconv.kernels.work import Work
 from tritonconv.problem import Problem
 
 ELEMENTS = {"ndhwc": 4096, "ncdhw": 2048}  # float32 accumulators of a program: 32 or 16 in each of 128 threads
@@ -122,6 +123,12 @@ def space(problem: Problem, device: torch.device):
     return depthwise.around(default(problem, device), WEIGHT=(0, 1))
 
 
+def work(problem: Problem, config) -> Work:
+    places = problem.stride[1:]
+    programs = depthwise.programs(problem.n, problem.c_out, problem.out_size, places, config)
+    return depthwise.work(problem, "forward", config, programs, places[0] * places[1])
+
+
 VARIANT = Variant(
     name="forward_depthwise",
     pass_name="forward",
@@ -131,4 +138,5 @@ VARIANT = Variant(
     supports=supports,
     space=space,
     default=default,
+    work=work,
 )

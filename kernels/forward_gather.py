@@ -5,6 +5,8 @@ The simplest kernel to read, and the baseline that shows what the others save: i
 
 from __future__ import annotations
 
+import math
+
 import triton
 import triton.language as tl
 
@@ -14,6 +16,7 @@ from tritonconv.kernels.triton_device import ceil_div, grouped_order, next_step,
 from tritonconv.kernels.triton_launch import RUN_TIME, accounting, empty, geometry, precision, refusal, wide
 from tritonconv.kernels.triton_launch import launch as run
 from tritonconv.kernels.triton_weights import oriented, packed, preferred
+from tritonconv.kernels.work import Work, tap_gemm
 
 
 @triton.jit
@@ -113,6 +116,14 @@ def default(problem, device):
     return {**base, "GROUP_M": 8, "WEIGHT": preferred(problem)}
 
 
+def work(problem, config) -> Work:
+    columns, depth = problem.c_out // problem.groups, problem.c_in // problem.groups
+    programs = tiles.tiles_of(problem.n, problem.out_size, config)
+    programs *= triton.cdiv(columns, config["BLOCK_N"]) * problem.groups
+    steps = programs * math.prod(problem.kernel) * triton.cdiv(depth, config["BLOCK_K"])
+    return tap_gemm(problem, "forward", config, programs, steps)
+
+
 VARIANT = Variant(
     name="forward_gather",
     pass_name="forward",
@@ -122,4 +133,5 @@ VARIANT = Variant(
     supports=refusal,
     space=lambda problem, device: tiles.around(default(problem, device), problem, WEIGHT=(0, 1, 2)),
     default=default,
+    work=work,
 )

@@ -32,6 +32,7 @@ from tritonconv.kernels.triton_gemm import implicit_gemm
 from tritonconv.kernels.triton_launch import RUN_TIME, accounting, empty, geometry, precision, refusal, wide
 from tritonconv.kernels.triton_launch import launch as run
 from tritonconv.kernels.triton_weights import oriented, packed, preferred
+from tritonconv.kernels.work import Work, tap_gemm
 from tritonconv.problem import Problem
 
 MOST_RANKED = 64  # phases whose order is compiled into the kernel; more of them run in their natural order
@@ -166,6 +167,14 @@ def space(problem: Problem, device: torch.device):
     return tiles.around(default(problem, device), problem, PHASE_INNER=(0, 1), WEIGHT=(0, 1, 2))
 
 
+def work(problem: Problem, config) -> Work:
+    pack, rows = config["PACK"], tiles.tiles_of(problem.n, largest_phase(problem), config)
+    each = rows * triton.cdiv(pack * problem.c_out // problem.groups, config["BLOCK_N"]) * (problem.groups // pack)
+    depth = triton.cdiv(pack * problem.c_in // problem.groups, config["BLOCK_K"])
+    steps = each * depth * sum(phase.taps for phase in problem.phases)
+    return tap_gemm(problem, "forward", config, each * math.prod(problem.stride), steps)
+
+
 VARIANT = Variant(
     name="forward_phases",
     pass_name="forward",
@@ -175,4 +184,5 @@ VARIANT = Variant(
     supports=refusal,
     space=space,
     default=default,
+    work=work,
 )

@@ -21,6 +21,7 @@ from tritonconv.kernels.registry import Variant
 from tritonconv.kernels.triton_device import ceil_div, grouped_order, inside, product, voxel_tiles, voxels
 from tritonconv.kernels.triton_launch import accounting, empty, refusal
 from tritonconv.kernels.triton_phases import cells_of, column_count, decoded, multiple, store_phases
+from tritonconv.kernels.work import Work
 from tritonconv.problem import Problem
 
 MOST_WASTE = 8  # k1 s2; beyond it a kernel that knows which phases have no tap is the natural one
@@ -175,6 +176,11 @@ def space(problem: Problem, device: torch.device):
     return tiles.around(default(problem, device), problem, GROUP_M=(8,), WEIGHT=(0, 1, 2), ROWS=rows)
 
 
+def work(problem: Problem, config) -> Work:
+    depth = math.prod(window(problem)) * problem.c_in // problem.groups
+    return phases.work(problem, config, phases.cells(problem, shift(problem, config)), depth)
+
+
 VARIANT = Variant(
     name="forward_phases_packed",
     pass_name="forward",
@@ -184,4 +190,5 @@ VARIANT = Variant(
     supports=supports,
     space=space,
     default=default,
+    work=work,
 )

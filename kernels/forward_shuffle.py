@@ -16,6 +16,7 @@ from tritonconv.kernels.registry import Variant
 from tritonconv.kernels.triton_device import ceil_div, grouped_order, inside, product, voxel_tiles, voxels
 from tritonconv.kernels.triton_launch import accounting, empty, refusal
 from tritonconv.kernels.triton_phases import cells_of, column_count, decoded, multiple, store_phases
+from tritonconv.kernels.work import Work
 from tritonconv.problem import Problem
 
 
@@ -110,6 +111,10 @@ def space(problem: Problem, device: torch.device):
     return tiles.around(default(problem, device), problem, GROUP_M=(8,), WEIGHT=(0, 1, 2), ROWS=rows)
 
 
+def work(problem: Problem, config) -> Work:
+    return phases.work(problem, config, phases.cells(problem), problem.c_in // problem.groups)
+
+
 VARIANT = Variant(
     name="forward_shuffle",
     pass_name="forward",
@@ -119,4 +124,5 @@ VARIANT = Variant(
     supports=supports,
     space=space,
     default=default,
+    work=work,
 )

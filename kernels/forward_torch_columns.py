@@ -11,6 +11,7 @@ import math
 
 from tritonconv.kernels.registry import Variant
 from tritonconv.kernels.torch_layout import add_bias_, matmul_images, sum_dtype, to_layout, voxel_rows
+from tritonconv.kernels.work import by_torch, size_of
 
 
 def supports(problem, device):
@@ -60,4 +61,7 @@ VARIANT = Variant(
     launch=launch,
     supports=supports,
     workspace_bytes=lambda problem: 2 * problem.bytes() + _product_bytes(problem),
+    work=lambda problem, config: by_torch(
+        problem, "forward", 3 * _product_bytes(problem) + 2 * size_of(problem, "y"), 4 * math.prod(problem.kernel)
+    ),
 )

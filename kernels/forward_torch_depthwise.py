@@ -9,6 +9,7 @@ from __future__ import annotations
 from tritonconv.kernels import forward_torch_conv, forward_torch_phases
 from tritonconv.kernels.registry import Variant
 from tritonconv.kernels.torch_layout import CHANNELS_LAST, to_layout
+from tritonconv.kernels.work import by_torch, size_of
 
 
 def supports(problem, device):
@@ -30,4 +31,7 @@ VARIANT = Variant(
     launch=launch,
     supports=supports,
     workspace_bytes=lambda problem: 2 * problem.bytes(),
+    work=lambda problem, config: by_torch(
+        problem, "forward", 2 * size_of(problem, "x", "y"), 1 + 3 * len(problem.phases)
+    ),
 )

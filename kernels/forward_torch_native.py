@@ -22,4 +22,5 @@ VARIANT = Variant(
     launch=launch,
     supports=supports,
     deterministic=False,  # torch lists ConvTranspose3d on CUDA among the operations that may not be reproducible
+    work=lambda problem, config: torch_native.work(problem, "forward"),
 )

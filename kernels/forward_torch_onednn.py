@@ -14,6 +14,7 @@ import torch
 from tritonconv.kernels import torch_native
 from tritonconv.kernels.registry import Variant
 from tritonconv.kernels.torch_layout import CHANNELS_LAST, add_bias_, to_layout
+from tritonconv.kernels.work import by_torch, size_of
 
 
 def supports(problem, device):
@@ -71,4 +72,7 @@ VARIANT = Variant(
     launch=launch,
     supports=supports,
     workspace_bytes=lambda problem: problem.bytes(),
+    work=lambda problem, config: by_torch(
+        problem, "forward", (2 if problem.layout == "ncdhw" else 0) * size_of(problem, "x", "y"), 3
+    ),
 )

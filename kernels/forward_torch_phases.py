@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from tritonconv.kernels import torch_phases
 from tritonconv.kernels.registry import Variant
+from tritonconv.kernels.work import by_torch, size_of
 
 
 def supports(problem, device):
@@ -42,4 +43,7 @@ VARIANT = Variant(
     launch=launch,
     supports=supports,
     workspace_bytes=lambda problem: problem.bytes(),
+    work=lambda problem, config: by_torch(
+        problem, "forward", 2 * size_of(problem, "weight", "y"), 3 * len(problem.phases)
+    ),
 )

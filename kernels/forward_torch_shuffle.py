@@ -7,6 +7,7 @@ import torch
 from tritonconv.kernels.registry import Variant
 from tritonconv.kernels.torch_layout import matmul_images, voxel_rows
 from tritonconv.kernels.torch_shuffle import supports, taps_first, taps_last
+from tritonconv.kernels.work import by_torch, size_of
 
 
 def launch(problem, config, x, weight, bias):
@@ -32,4 +33,5 @@ VARIANT = Variant(
     launch=launch,
     supports=supports,
     workspace_bytes=lambda problem: problem.bytes(),
+    work=lambda problem, config: by_torch(problem, "forward", 2 * size_of(problem, "y"), 2),
 )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 
 from tritonconv.errors import ArgumentError
+from tritonconv.kernels.work import Work
 from tritonconv.problem import PASSES, Problem
 
 Config = Mapping[str, int]
@@ -57,6 +59,9 @@ class Variant:
     ``joint`` (problem, config, x, weight, grad_y, need_bias) -> (grad_x, grad_weight, grad_bias or None) is the whole
     backward at once, used instead of the two launches where the chosen backward_data and backward_weight variants
     name the same function. The config is the backward_weight variant's.
+
+    ``work`` (problem, config) -> :class:`~tritonconv.kernels.work.Work` is what the launch executes, for the cost
+    model; None stands for the useful FLOPs and the compulsory bytes.
     """
 
     name: str
@@ -71,6 +76,7 @@ class Variant:
     joint: Callable[..., Any] | None = None
     deterministic: bool = True
     workspace_bytes: Callable[[Problem], int] = field(default=_no_workspace)
+    work: Callable[[Problem, Config], Work] | None = None
 
     def __post_init__(self) -> None:
         if self.pass_name not in PASSES:
@@ -121,3 +127,28 @@ def variant(name: str) -> Variant:
         return _records()[name]
     except KeyError:
         raise ArgumentError(f"unknown variant {name!r}; there are: {', '.join(_records())}") from None
+
+
+def load(path: Path) -> Variant:
+    """Registers the ``VARIANT`` of a file outside the project, for this process; its name need not be the file's.
+
+    Raises ArgumentError for a file that cannot be read or run, that holds no VARIANT, or whose name is taken.
+    """
+    own = f"tritonconv_variant_{path.stem}"
+    spec = importlib.util.spec_from_file_location(own, path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise ArgumentError(f"variant file {path}: no such Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[own] = module  # where Triton and inspect look for the source
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[own]
+        raise ArgumentError(f"variant file {path}: {type(error).__name__}: {error}") from error
+    record = getattr(module, "VARIANT", None)
+    if not isinstance(record, Variant):
+        raise ArgumentError(f"variant file {path}: VARIANT expects a tritonconv.Variant, got {record!r}")
+    if record.name in _records():
+        raise ArgumentError(f"variant file {path}: the name {record.name!r} is taken (tritonconv list shows all)")
+    _records()[record.name] = record
+    return record

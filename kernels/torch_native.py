@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from tritonconv.kernels.torch_layout import bias_gradient, pad
+from tritonconv.kernels.work import Work, by_torch, size_of
 from tritonconv.problem import TorchCrop, Triple
 
 
@@ -112,3 +113,15 @@ def backward_weight(problem: Call, x, grad_y):
 def backward_weight_and_bias(problem: Call, x, grad_y, need_bias: bool):
     """(grad_weight, grad_bias or None), the contract of the backward_weight variants."""
     return backward_weight(problem, x, grad_y), bias_gradient(grad_y) if need_bias else None
+
+
+def work(problem, pass_name: str) -> Work:
+    """torch's own: NCDHW is reordered for the convolution and back, the bias is a pass of its own (ATen Convolution.cpp
+    adds it after cuDNN, and oneDNN in a slow path; its gradient is a sum of its own).
+    """
+    reorders = 2 * (problem.layout == "ncdhw")
+    moved = reorders * size_of(problem, "x", "y")
+    apart = problem.bias and pass_name != "backward_data"
+    if apart:
+        moved += (2 if pass_name == "forward" else 1) * size_of(problem, "y")
+    return by_torch(problem, pass_name, moved, 1 + reorders + apart)

@@ -7,6 +7,7 @@ outside the volume, so a tap is a shifted box and needs no mask.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -17,6 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from tritonconv.kernels.triton_device import next_step, offset, widened
 from tritonconv.kernels.triton_launch import refusal, target
 from tritonconv.kernels.triton_weights import OUT_INNERMOST, packed, strides
+from tritonconv.kernels.work import Work, tap_gemm
 from tritonconv.problem import Problem, Triple
 
 ALIGNMENT = 16  # bytes, of the base and of every stride but the last (CUDA driver API, cuTensorMapEncodeTiled)
@@ -188,3 +190,17 @@ def programs(device: torch.device, tiles: int) -> int:
     if device.type == "cuda" and torch.cuda.is_available():
         return min(tiles, torch.cuda.get_device_properties(device).multi_processor_count)
     return min(tiles, INTERPRETED_PROGRAMS if device.type == "cpu" else PROGRAMS)
+
+
+def boxes_work(problem: Problem, pass_name: str, config, size: Triple, channels: int, depth: int) -> Work:
+    """Tiles over boxes of ``size``; ``depth`` is summed per tile over all phases. The weight is packed each time."""
+    box = tuple(config[f"BLOCK_{axis}"] for axis in "DHW")
+    each = problem.n * math.prod(-(-s // b) for s, b in zip(size, box, strict=True))
+    each *= math.ceil(channels / config["BLOCK_N"])
+    packed_weight = {**config, "WEIGHT": OUT_INNERMOST}
+    found = tap_gemm(
+        problem, pass_name, packed_weight, min(each, PROGRAMS), each * math.ceil(depth / config["BLOCK_K"]),
+        block_m=math.prod(box),
+    )  # fmt: skip
+    phases = math.prod(problem.stride) if pass_name == "forward" else 1
+    return replace(found, programs=min(each * phases, PROGRAMS))  # persistent: one per multiprocessor

@@ -21,6 +21,7 @@ from tritonconv.kernels.registry import Config
 from tritonconv.kernels.triton_device import ceil_div, constant, inside, widened
 from tritonconv.kernels.triton_tiles import PROGRAMS
 from tritonconv.kernels.triton_weights import AS_GIVEN, OUT_INNERMOST
+from tritonconv.kernels.work import WARP, Work, direct
 from tritonconv.problem import Problem, Triple
 
 BLOCKS = ("BLOCK_H", "BLOCK_W", "BLOCK_C", "PLANES")
@@ -254,3 +255,12 @@ def around(base: dict[str, int], **more: tuple[int, ...]) -> tuple[dict[str, int
         if min(config[key] for key in BLOCKS if key in config) >= 1 and config not in found:
             found.append(config)
     return tuple(found)
+
+
+def work(
+    problem: Problem, pass_name: str, config: Config, programs: int, places: int, moved: float = 0.0, launches: int = 1
+) -> Work:
+    """Of a kernel whose lanes keep ``places`` sums each."""
+    lanes = config["BLOCK_H"] * config["BLOCK_W"] * config["BLOCK_C"]
+    values = max(1, lanes // (config["num_warps"] * WARP)) * places
+    return direct(problem, pass_name, config, programs, values, moved, launches)

@@ -9,6 +9,7 @@ are added up in a fixed order. Called apart, the three gradients would read grad
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 import triton
@@ -23,6 +24,7 @@ from tritonconv.kernels.triton_launch import launch as run
 from tritonconv.kernels.triton_phases import decoded, load_phases, multiple
 from tritonconv.kernels.triton_reduce import sum_partials
 from tritonconv.kernels.triton_weights import AS_GIVEN, oriented, packed
+from tritonconv.kernels.work import Work, tap_gemm
 from tritonconv.problem import Problem
 
 # By the bytes of an element: the most elements of grad_weight per group, padded, and the fewest voxels of a tile.
@@ -237,3 +239,14 @@ def workspace_bytes(problem: Problem) -> int:
     """The partial sums of the largest number of splits in :func:`space`, in bytes."""
     elements = math.prod(problem.weight_shape) + problem.c_out
     return 4 * elements * 4 * max(1, tiles.PROGRAMS // problem.groups)
+
+
+def work(problem: Problem, config: Config, pass_name: str) -> Work:
+    """Of one of the two gradients alone."""
+    splits, rows = config["SPLITS"], config["BLOCK_M"]
+    tile = {**config, "BLOCK_N": _block_c(problem), "BLOCK_K": _block_n(problem, config["ROWS"])}
+    steps = tiles.tiles_of(problem.n, problem.size, config) * problem.groups
+    partial = 8.0 * splits * math.prod(problem.weight_shape) if pass_name == "backward_weight" else 0.0
+    launches = 2 if pass_name == "backward_weight" else 1
+    found = tap_gemm(problem, pass_name, tile, splits * problem.groups, steps, partial, launches)
+    return replace(found, shared_bytes=_shared_bytes(problem, config["ROWS"], rows))

@@ -20,6 +20,7 @@ from tritonconv.kernels import triton_tiles as tiles
 from tritonconv.kernels.triton_device import inside, voxels
 from tritonconv.kernels.triton_launch import compute_capability, geometry, launch, precision, wide
 from tritonconv.kernels.triton_weights import AS_GIVEN, IN_INNERMOST, oriented, packed, preferred
+from tritonconv.kernels.work import Work, tap_gemm
 from tritonconv.problem import Problem, Triple
 
 # A crop stays specialised, unlike in triton_launch.RUN_TIME: a crop of 0 then counts as a multiple of 16, which is
@@ -258,3 +259,10 @@ def forward(kernel, problem: Problem, config, x, weight, bias, y, shift: int | N
         PRECISION=precision(problem.dtype),
         **({} if shift is None else {"SHIFT": shift}),
     )
+
+
+def work(problem: Problem, config, size: Triple, depth: int) -> Work:
+    """Of :func:`forward`: tiles over cells ``size`` and all columns, ``depth`` per output."""
+    programs = tiles.tiles_of(problem.n, size, config) * problem.groups
+    programs *= triton.cdiv(columns(problem, config["ROWS"]), config["BLOCK_N"])
+    return tap_gemm(problem, "forward", config, programs, programs * triton.cdiv(depth, config["BLOCK_K"]))

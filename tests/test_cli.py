@@ -97,7 +97,7 @@ def test_an_interrupt_is_130_and_keeps_the_file(tmp_path, monkeypatch, capsys):
         (["explain", "psmnet"], ["'psmnet'", "psmnet_train_64_64"]),
         (["explain", TINY, "--layout", "x"], ["--layout", "'x'", "ndhwc"]),
         (["list", "--suite", "x"], ["--suite", "'x'", "gan"]),
-        (["tune"], ["'tune'", "bench"]),
+        (["tun"], ["'tune'", "bench"]),
         ([], ["bench", "required"]),
     ],
     ids=" ".join,

@@ -33,7 +33,8 @@ LAYERS = (
     ("autograd", "operators"),
     ("functional", "explain"),
     ("layer", "matlab_arguments", "initializers", "factors", "matlab", "convert"),
-    ("runner",),
+    ("runner", "overhead"),
+    ("tuning",),
     ("commands", "cli", "__main__", "__init__"),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -2,14 +2,22 @@
 
 from tritonconv.convert import ConversionReport, convert, restore
 from tritonconv.dispatch import use
-from tritonconv.errors import ArgumentError, ArgumentTypeError, ResultsError, VariantNotApplicable
+from tritonconv.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    ResultsError,
+    StoreError,
+    StoreWarning,
+    VariantNotApplicable,
+)
 from tritonconv.explain import explain
 from tritonconv.factors import param_groups
 from tritonconv.functional import conv_transpose3d
-from tritonconv.kernels.registry import variants
+from tritonconv.kernels.registry import Variant, variants
 from tritonconv.layer import ConvTranspose3d, LazyConvTranspose3d
 from tritonconv.matlab import TransposedConv3dLayer
 from tritonconv.problem import Problem
+from tritonconv.tuning.api import tune
 
 __version__ = "0.1.0"
 
@@ -21,13 +29,17 @@ __all__ = [
     "LazyConvTranspose3d",
     "Problem",
     "ResultsError",
+    "StoreError",
+    "StoreWarning",
     "TransposedConv3dLayer",
+    "Variant",
     "VariantNotApplicable",
     "conv_transpose3d",
     "convert",
     "explain",
     "param_groups",
     "restore",
+    "tune",
     "use",
     "variants",
 ]

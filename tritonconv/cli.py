@@ -11,13 +11,16 @@ import os
 import sys
 from collections.abc import Sequence
 
-from tritonconv.commands import bench, explain, inspect, plot
+from tritonconv.commands import bench, explain, inspect, model, overhead, plot, tune
 from tritonconv.commands import list as list_
 from tritonconv.commands.common import INTERRUPTED, USAGE
 from tritonconv.errors import ArgumentError, ResultsError
 
 COMMANDS = {
     "bench": bench,
+    "tune": tune,
+    "model": model,
+    "overhead": overhead,
     "plot": plot,
     "explain": explain,
     "inspect": inspect,

@@ -230,16 +230,16 @@ def forget() -> None:
 
 
 @contextlib.contextmanager
-def watch() -> Iterator[list[Problem]]:
-    """Inside the block the list fills with the distinct problems that calls make, in their order."""
+def watch() -> Iterator[list[tuple[Problem, torch.device]]]:
+    """After the block the list holds the distinct problems that calls in it made, and where, in their order."""
     global _by_call, _by_problem
-    found: list[Problem] = []
+    found: list[tuple[Problem, torch.device]] = []
     outer = _by_call, _by_problem
     _by_call, _by_problem = {}, {}
     try:
         yield found
     finally:
-        found += dict.fromkeys(problem for problem, *_ in _by_problem)
+        found += dict.fromkeys((problem, device) for problem, device, *_ in _by_problem)
         _by_call, _by_problem = outer
 
 

@@ -36,13 +36,29 @@ def add_choice(parser: argparse.ArgumentParser, flag: str, allowed: Iterable[str
 
 
 def seconds(text: str) -> float:
+    return _above_zero(text, "seconds")
+
+
+def microseconds(text: str) -> float:
+    return _above_zero(text, "microseconds")
+
+
+def _above_zero(text: str, unit: str) -> float:
     try:
         value = float(text)
     except ValueError:
         value = math.nan
     if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number of seconds above 0")
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number of {unit} above 0")
     return value
+
+
+def shape(text: str) -> tuple[int, ...]:
+    """``1x64x16x16x16`` as integers; 0 is one."""
+    parts = text.split("x")
+    if not all(part.isascii() and part.isdigit() for part in parts):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected integers joined by x, such as 1x64x16x16x16")
+    return tuple(int(part) for part in parts)
 
 
 def seed(text: str) -> int:

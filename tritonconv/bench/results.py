@@ -63,9 +63,9 @@ class Writer:
     Never overwrites. Raises ResultsError where the folder or the file cannot be made.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, prefix: str = PREFIX) -> None:
         stamp = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%SZ")
-        self.run = f"{PREFIX}{stamp}-{secrets.token_hex(2)}"
+        self.run = f"{prefix}{stamp}-{secrets.token_hex(2)}"
         self.path = folder / f"{self.run}.jsonl"
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -24,7 +24,7 @@ SMALL_MATRIX = 512
 SLOW_MS = 50.0
 MIN_RUNS = 3
 
-COPY_CACHE, COPY_MEMORY, MATMUL = "copy_cache", "copy_memory", "matmul"
+COPY_CACHE, COPY_MEMORY, MATMUL, LAUNCH = "copy_cache", "copy_memory", "matmul", "launch"
 
 
 def measure(device: torch.device, dtypes: Iterable[torch.dtype], seconds: float = 0.3) -> Iterator[dict[str, object]]:

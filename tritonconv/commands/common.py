@@ -11,6 +11,8 @@ import torch
 from tritonconv.bench.summary import columns
 from tritonconv.bench.workloads import Workload
 from tritonconv.errors import ArgumentError
+from tritonconv.kernels import registry
+from tritonconv.kernels.registry import Variant
 
 OK, WRONG, USAGE, INTERRUPTED = 0, 1, 2, 130
 DTYPES = ("float32", "float16", "bfloat16", "float64")
@@ -41,3 +43,15 @@ def layer_lines(layers: Iterable[Workload], scale: str) -> list[str]:
         sizes = str(layer.problem(scale=scale)).replace(" float32 ncdhw", "")
         rows.append([layer.name, layer.suite, sizes, layer.used_in, layer.source])
     return columns(rows, numbers=0)
+
+
+def add_variant_files(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--variant-file", type=Path, action="append", default=[], dest="variant_files", metavar="FILE",
+        help="a Python file with a VARIANT record, which joins the project's variants for this run; may be repeated",
+    )  # fmt: skip
+
+
+def load_variant_files(options: argparse.Namespace) -> tuple[Variant, ...]:
+    """The records of --variant-file, registered. Raises ArgumentError that names the file."""
+    return tuple(registry.load(path) for path in options.variant_files)

@@ -1,0 +1,107 @@
+"""What a device can do at most: the rates the cost model divides by.
+
+Measured ones come from the roof rows of a results file. Where nothing was measured, and for what no roof measures
+(sizes of caches and register files), the data sheet's figure stands in, and ``measured`` says False.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from tritonconv.bench.roofs import COPY_CACHE, COPY_MEMORY, LAUNCH, MATMUL
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Rates in FLOP/s (``matrix`` by dtype, ``vector`` for FMAs) and bytes/s (``memory``, ``cache``); sizes in bytes,
+    of shared memory and registers per multiprocessor; ``launch_us`` is the time of one launch."""
+
+    device: str
+    matrix: Mapping[str, float]
+    vector: float
+    memory: float
+    cache: float
+    multiprocessors: int
+    shared_bytes: int
+    registers: int
+    launch_us: float
+    measured: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+T, G = 1e12, 1e9
+KIB = 1024
+# Dense rates of the data sheets, in the order float32 (vector), tf32, bfloat16 = float16; memory; multiprocessors;
+# shared memory per multiprocessor (CUDA C++ Programming Guide, "Technical specifications per compute capability").
+# L2 bandwidth is on no data sheet: twice the memory's is assumed until it is measured.
+_NVIDIA = {
+    (8, 0): ("A100 SXM", 19.5 * T, 156 * T, 312 * T, 2039 * G, 108, 164),
+    (8, 6): ("A10", 31.2 * T, 62.5 * T, 125 * T, 600 * G, 72, 100),
+    (8, 9): ("L40S", 91.6 * T, 183 * T, 362 * T, 864 * G, 142, 100),
+    (9, 0): ("H100 SXM", 66.9 * T, 494.7 * T, 989.4 * T, 3350 * G, 132, 228),
+    (10, 0): ("B200", 75 * T, 1125 * T, 2250 * T, 8000 * G, 148, 228),
+    (12, 0): ("RTX 5090", 104.8 * T, 104.8 * T, 209.5 * T, 1792 * G, 170, 100),
+}
+GPU_LAUNCH_US = 4.0  # the order of magnitude of a launch; measured by ``tritonconv roofs``
+# A core of any recent server: what only ranks formulations against each other until roofs are measured.
+_CPU = Ceilings("a CPU", {"float32": 100 * G}, 25 * G, 10 * G, 30 * G, 1, 1 << 20, 1 << 16, 5.0)
+
+
+def nominal(device: torch.device) -> Ceilings:
+    """Of the data sheet of a GPU with the device's compute capability (an H100's for an unknown one), or of a CPU."""
+    if device.type != "cuda":
+        return _CPU
+    capability = torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (9, 0)
+    name, vector, tf32, half, memory, count, shared = _NVIDIA.get(capability, _NVIDIA[9, 0])
+    matrix = {"float32": vector, "tf32": tf32, "bfloat16": half, "float16": half}
+    return Ceilings(name, matrix, vector, memory, 2 * memory, count, shared * KIB, 64 * KIB, GPU_LAUNCH_US)
+
+
+def from_roofs(rows: Iterable[Mapping], environment: Mapping, device: torch.device) -> Ceilings | None:
+    """From the roof rows of a results file and its environment row; None where neither a copy nor a product is there.
+
+    Of a roof measured several times the best counts, of the launch the fastest.
+    """
+    rows = list(rows)
+    base = nominal(device)
+    best: dict[str, float] = {}
+    matrix: dict[str, float] = {}
+    for row in rows:
+        name, value = row["name"], float(row["value"])
+        if name == MATMUL and row["dtype"]:
+            matrix[row["dtype"]] = max(value, matrix.get(row["dtype"], 0.0))
+        elif name == LAUNCH:
+            best[name] = min(value, best.get(name, value))
+        else:
+            best[name] = max(value, best.get(name, 0.0))
+    if COPY_MEMORY not in best or not matrix:
+        return None
+    found = replace(
+        base,
+        device=environment["device_name"],
+        matrix={**({} if device.type == "cpu" else base.matrix), **matrix},
+        memory=best[COPY_MEMORY],
+        cache=max(best.get(COPY_CACHE, 0.0), best[COPY_MEMORY]) if COPY_CACHE in best else 2 * best[COPY_MEMORY],
+        multiprocessors=environment.get("gpu_multiprocessors") or base.multiprocessors,
+        launch_us=best.get(LAUNCH, base.launch_us),
+        measured=True,
+    )
+    if device.type == "cpu":  # an FMA loop of torch's reaches about a quarter of the matrix rate
+        return replace(found, vector=max(matrix.values()) / 4)
+    return found
+
+
+def from_json(data: Mapping[str, Any]) -> Ceilings | None:
+    """What :meth:`Ceilings.to_json` made; None for anything else."""
+    try:
+        found = Ceilings(**data)
+        rates = (found.vector, found.memory, found.cache, found.multiprocessors, *found.matrix.values())
+        return found if found.matrix and all(rate > 0 for rate in rates) else None
+    except (TypeError, AttributeError):
+        return None

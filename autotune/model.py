@@ -1,0 +1,129 @@
+"""The cost model: how long a variant with a config would take at best, by counting.
+
+    time = launches * launch cost + max(FLOPs / rate, DRAM bytes / copy rate, cache bytes / cache rate) * waste
+
+``waste`` is what the last wave leaves idle: programs come in waves of (multiprocessors x programs that fit one), by its
+shared memory, registers and threads. This is the roofline (Williams et al., CACM 2009) with the tile's own traffic and
+wave quantisation; it knows no latency, no bank conflict and no instruction mix. It prunes and ranks candidates, and
+measurements decide.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from tritonconv.autotune.ceilings import Ceilings
+from tritonconv.kernels.registry import Config, Variant, variants
+from tritonconv.kernels.work import WARP, Work, by_torch
+from tritonconv.problem import Problem
+
+MOST_CANDIDATES = 12
+THREADS_PER_MULTIPROCESSOR = 2048
+MOST_PROGRAMS = 32  # resident in a multiprocessor
+MOST_REGISTERS = 255  # of one thread; a kernel that wants more spills
+SPILLED = 3.0  # a spilling kernel is ranked behind its neighbours
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """``ms`` is the predicted time, infinite where the config cannot run; ``limit`` says what it is bound by."""
+
+    ms: float
+    limit: str
+    work: Work
+    waves: float
+
+
+def work_of(record: Variant, problem: Problem, config: Config) -> Work:
+    """What a launch executes; useful FLOPs and compulsory bytes for a variant that does not say."""
+    if record.work is None:
+        return by_torch(problem, record.pass_name)
+    return record.work(problem, config)
+
+
+def estimate(record: Variant, problem: Problem, config: Config, ceilings: Ceilings) -> Estimate:
+    """The predicted time of one call."""
+    work = work_of(record, problem, config)
+    rate = _matrix_rate(problem, ceilings) if work.matrix else ceilings.vector
+    resident = _resident(work, ceilings)
+    if work.programs and not resident:
+        return Estimate(math.inf, "shared memory", work, math.inf)
+    waves, waste, starved = 0.0, 1.0, 1.0
+    if work.programs:
+        slots = resident * ceilings.multiprocessors
+        waves = work.programs / slots
+        waste = math.ceil(waves) / waves if waves > 1 else max(1.0, ceilings.multiprocessors / work.programs)
+        starved = max(1.0, ceilings.multiprocessors / 2 / work.programs)  # half of them can fill the memory bus
+    parts = {
+        "matrix" if work.matrix else "vector": work.flops / rate * waste,
+        "memory": work.memory_bytes / ceilings.memory * starved,
+        "cache": work.cache_bytes / ceilings.cache * waste if work.programs else 0.0,
+    }
+    limit = max(parts, key=lambda name: parts[name])
+    busy = parts[limit] * (SPILLED if work.registers > MOST_REGISTERS else 1.0)
+    launch = work.launches * ceilings.launch_us * 1e-6
+    return Estimate((busy + launch) * 1e3, limit if busy > launch else "launch", work, waves)
+
+
+def candidates(
+    record: Variant, problem: Problem, device: torch.device, ceilings: Ceilings, most: int = MOST_CANDIDATES
+) -> list[tuple[Config, Estimate]]:
+    """At most ``most`` configs of the space, best first; the default is always among them."""
+    default = record.default(problem, device)
+    space = [config for config in record.space(problem, device) if config != default]
+    ranked = _ranked([(config, estimate(record, problem, config, ceilings)) for config in space])
+    kept = [pair for pair in ranked if pair[1].ms < math.inf][: most - 1]
+    return _ranked([(default, estimate(record, problem, default, ceilings)), *kept])
+
+
+def _ranked(pairs: list[tuple[Config, Estimate]]) -> list[tuple[Config, Estimate]]:
+    return sorted(pairs, key=lambda pair: pair[1].ms)
+
+
+def rank(
+    problem: Problem, device: torch.device, pass_name: str, ceilings: Ceilings
+) -> list[tuple[Variant, Config, Estimate]]:
+    """Every variant that serves the problem with its best config, best first."""
+    found = []
+    for record in variants(pass_name):
+        if record.supports(problem, device) is None:
+            config, guess = candidates(record, problem, device, ceilings)[0]
+            found.append((record, config, guess))
+    return sorted(found, key=lambda each: each[2].ms)
+
+
+def correlation(predicted: Sequence[float], measured: Sequence[float]) -> float:
+    """Spearman's rank correlation, equal values sharing their mean rank; 0 where one side does not vary."""
+    left, right = _ranks(predicted), _ranks(measured)
+    if np.ptp(left) == 0 or np.ptp(right) == 0:
+        return 0.0
+    return float(np.corrcoef(left, right)[0, 1])
+
+
+def _ranks(values: Sequence[float]) -> np.ndarray:
+    _, inverse, counts = np.unique(np.asarray(values, dtype=float), return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return (last - (counts - 1) / 2)[inverse]
+
+
+def _matrix_rate(problem: Problem, ceilings: Ceilings) -> float:
+    name = str(problem.dtype).removeprefix("torch.")
+    if name == "float32" and "tf32" in ceilings.matrix and torch.backends.cudnn.conv.fp32_precision == "tf32":  # type: ignore[attr-defined]
+        name = "tf32"
+    return ceilings.matrix.get(name) or ceilings.vector
+
+
+def _resident(work: Work, ceilings: Ceilings) -> int:
+    """Programs that fit one multiprocessor together; 0 where one alone is too large."""
+    threads = work.warps * WARP
+    fits = [MOST_PROGRAMS, THREADS_PER_MULTIPROCESSOR // threads]
+    if work.shared_bytes:
+        fits.append(ceilings.shared_bytes // work.shared_bytes)
+    if work.registers:
+        fits.append(max(1, ceilings.registers // (min(work.registers, MOST_REGISTERS) * threads)))
+    return min(fits)

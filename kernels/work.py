@@ -1,0 +1,97 @@
+"""What a launch executes, counted from the problem and the config: the input of the cost model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from tritonconv.problem import Problem
+
+BASE_REGISTERS = 40  # addresses, masks and counters of a thread, besides tiles
+WARP = 32
+
+
+@dataclass(frozen=True)
+class Work:
+    """FLOPs and bytes of all launches of one call.
+
+    ``flops`` are executed ones: padding of tiles and masked taps included. ``memory_bytes`` cross DRAM once;
+    ``cache_bytes`` are what the programs load and store, most of it from L2. ``programs`` is the grid of the main
+    launch (0: torch's own, whose grid is not known), ``shared_bytes`` and ``registers`` (per thread) of one program,
+    ``matrix`` whether products go through the matrix units.
+    """
+
+    flops: float
+    memory_bytes: float
+    cache_bytes: float
+    programs: int = 0
+    shared_bytes: int = 0
+    registers: int = 0
+    warps: int = 4
+    launches: int = 1
+    matrix: bool = True
+
+
+def by_torch(problem: Problem, pass_name: str, moved: float = 0.0, launches: int = 1, flops: float = 0.0) -> Work:
+    """A torch formulation: useful FLOPs unless ``flops`` are given, compulsory bytes and ``moved`` more for copies."""
+    nbytes = problem.bytes(pass_name) + moved
+    return Work(flops or problem.flops, nbytes, nbytes, launches=launches, matrix=not problem.depthwise)
+
+
+def size_of(problem: Problem, *names: str) -> float:
+    """Bytes of the named operands together: ``x``, ``weight``, ``y``."""
+    return float(sum(math.prod(getattr(problem, f"{name}_shape")) for name in names) * problem.dtype.itemsize)
+
+
+def tap_gemm(
+    problem: Problem,
+    pass_name: str,
+    config: Mapping[str, int],
+    programs: int,
+    steps: int,
+    moved: float = 0.0,
+    launches: int = 1,
+    block_m: int | None = None,
+) -> Work:
+    """A kernel of BLOCK_M x BLOCK_N tiles that takes ``steps`` steps of BLOCK_K, summed over all ``programs``.
+
+    ``moved`` and ``launches`` count what comes besides: a second kernel, its traffic. A packed weight (config key
+    WEIGHT) is one more launch that reads and writes the weight.
+    """
+    m, n, k = block_m or config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"]
+    item, threads = problem.dtype.itemsize, config["num_warps"] * WARP
+    if config.get("WEIGHT"):
+        moved, launches = moved + 2 * size_of(problem, "weight"), launches + 1
+    memory = problem.bytes(pass_name) + moved
+    operands = (m + n) * k * item
+    return Work(
+        flops=2.0 * m * n * k * steps,
+        memory_bytes=memory,
+        cache_bytes=max(memory, float(steps) * operands + float(programs) * m * n * item),
+        programs=programs,
+        shared_bytes=operands * max(1, config["num_stages"] - 1),
+        registers=BASE_REGISTERS + math.ceil((m * n + operands / 4 / 2) / threads),
+        warps=config["num_warps"],
+        launches=launches,
+    )
+
+
+def direct(
+    problem: Problem, pass_name: str, config: Mapping[str, int], programs: int, values: int, moved: float = 0.0,
+    launches: int = 1,
+) -> Work:  # fmt: skip
+    """A kernel of FMAs without a dot: each product loads one value; a thread keeps ``values`` sums."""
+    memory = problem.bytes(pass_name) + moved
+    if config.get("WEIGHT"):
+        launches += 1
+    return Work(
+        flops=float(problem.flops),
+        memory_bytes=memory,
+        cache_bytes=max(memory, problem.flops / 2 * problem.dtype.itemsize),
+        programs=programs,
+        registers=BASE_REGISTERS + 2 * values,
+        warps=config["num_warps"],
+        launches=launches,
+        matrix=False,
+    )

@@ -1,0 +1,226 @@
+"""Many problems within one budget: what is stored already is passed over, each decision is stored at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from time import perf_counter
+from typing import Protocol
+
+import torch
+
+from tritonconv import dispatch
+from tritonconv.autotune import ceilings, store
+from tritonconv.autotune.journal import Journal
+from tritonconv.autotune.key import Key, device_name
+from tritonconv.autotune.sources import source_hash
+from tritonconv.autotune.store import Entry, Table
+from tritonconv.bench.environment import version
+from tritonconv.errors import ArgumentError
+from tritonconv.kernels.registry import variant
+from tritonconv.problem import PASSES, Problem
+from tritonconv.tuning.case import Case
+from tritonconv.tuning.contest import Contest, OutOfTime
+from tritonconv.tuning.tuner import ProblemTuner, Winner
+
+# Seconds for a problem without a budget, and the most it gets with one.
+PROBLEM_SECONDS = 4.0
+MOST_PROBLEM_SECONDS = 20.0
+
+COMPLETE, BUDGET = "complete", "budget"
+Write = Callable[[str, dict[str, object]], object]
+
+
+class Progress(Protocol):
+    def begin(self, cells: int) -> None: ...
+    def step(self, text: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class Task:
+    """A problem to tune; ``layer`` and ``suite`` are what the rows call it."""
+
+    problem: Problem
+    layer: str
+    suite: str
+
+
+@dataclass
+class Report:
+    """What a run did. ``winners`` by problem; ``known`` are the problems whose key was stored before.
+
+    ``reason`` is ``complete`` or ``budget``; the table has every winner either way.
+    """
+
+    device: str
+    reason: str = COMPLETE
+    winners: list[tuple[Task, Winner]] = field(default_factory=list)
+    known: list[Task] = field(default_factory=list)
+    left: int = 0
+    timings: int = 0
+    reused: int = 0
+    table: Path | None = None
+
+    @property
+    def torch_won(self) -> int:
+        """How many of the decisions are torch's own."""
+        return sum(winner.torch_won for _, winner in self.winners)
+
+    def __str__(self) -> str:
+        lines = [f"tuned on {self.device}: {len(self.winners)} choices, of which {self.torch_won} are torch's own"]
+        for task, winner in self.winners:
+            config = " ".join(f"{key}={value}" for key, value in winner.selection.config.items())
+            what = f"{winner.selection.variant.name} {config}".rstrip()
+            lines.append(f"  {task.layer} {task.problem.layout} {winner.pass_name}: {what}")
+        if self.known:
+            lines.append(
+                f"{len(self.known)} problems were tuned before, by themselves or by one of their kind and size"
+            )
+        lines.append(f"{self.timings} timings taken, {self.reused} found in the journal")
+        if self.reason == BUDGET:
+            lines.append(f"the budget was used up with {self.left} problems left; the same command goes on from here")
+        if self.table is not None:
+            lines.append(f"stored in {self.table}")
+        return "\n".join(lines)
+
+
+@dataclass
+class Session:
+    """One tuning run on one device. ``folder`` None is the user's store; ``write`` takes (kind, row) of a results file.
+
+    ``again`` measures what is stored once more.
+    """
+
+    device: torch.device
+    folder: Path | None = None
+    seconds: float | None = None
+    again: bool = False
+    write: Write = lambda kind, row: None
+
+    def run(self, tasks: Iterable[Task], progress: Progress) -> Report:
+        """Raises StoreError before anything is measured where the store cannot be written."""
+        name, begin = device_name(self.device), perf_counter()
+        store.merge(Table(name), self.folder)
+        journal, versions = Journal.open(name, self.folder), versions_of(self.device)
+        report = Report(name, table=(self.folder or store.user_folder()) / f"{store.slug(name)}.json")
+        waiting = self._distinct(tasks)
+        progress.begin(len(waiting))
+        guess = self._ceilings(name)
+        for index, task in enumerate(waiting):
+            share = PROBLEM_SECONDS
+            if self.seconds is not None:
+                left = self.seconds - (perf_counter() - begin)
+                share = min(left / (len(waiting) - index), MOST_PROBLEM_SECONDS)
+            deadline = float("inf") if self.seconds is None else begin + self.seconds
+            contest = Contest(Case(task.problem, self.device), journal, guess, versions, deadline, self.again)
+            try:
+                self._problem(task, contest, share, report)
+            except OutOfTime:
+                report.reason, report.left = BUDGET, len(waiting) - index
+                break
+            finally:
+                self._rows(task, contest, report)
+            progress.step(_said(task, report))
+        dispatch.forget()
+        return report
+
+    def _problem(self, task: Task, contest: Contest, share: float, report: Report) -> None:
+        table = store.read(report.device, self.folder)
+        found = {name: self._stored(table, task.problem, name, contest.versions) for name in PASSES}
+        if all(found.values()):
+            report.known.append(task)
+            return
+        if share <= 0:
+            raise OutOfTime
+        tuner = ProblemTuner(contest, share)
+        forward = found["forward"]
+        if forward is None:
+            winner = tuner.forward()
+            self._keep(task, contest, winner, report)
+            selection = winner.selection
+        else:
+            selection = dispatch.Selection(variant(forward.variant), forward.config, "stored")
+        for winner in tuner.gradients(selection):
+            self._keep(task, contest, winner, report)
+
+    def _stored(self, table: Table, problem: Problem, pass_name: str, versions: Mapping) -> Entry | None:
+        """An entry that this run would only make again."""
+        entry = None if self.again else table.find(Key.of(problem, pass_name))
+        if entry is None or dict(entry.versions) != dict(versions):
+            return None
+        try:
+            return entry if source_hash(variant(entry.variant)) == entry.source else None
+        except ArgumentError:
+            return None
+
+    def _keep(self, task: Task, contest: Contest, winner: Winner, report: Report) -> None:
+        entry = winner.entry(task.problem, contest.versions)
+        key = str(Key.of(task.problem, winner.pass_name))
+        store.merge(Table(report.device, {key: entry}), self.folder)
+        report.winners = [each for each in report.winners if each[0] != task or each[1].pass_name != winner.pass_name]
+        report.winners.append((task, winner))
+        fields = {"variant": entry.variant, "config": entry.config, "median_ms": entry.ms, "torch_ms": entry.torch_ms}
+        self.write("tuned", {**head(task, winner.pass_name), **fields, "candidates": winner.candidates, "key": key})
+
+    def _rows(self, task: Task, contest: Contest, report: Report) -> None:
+        report.timings += len(contest.measured)
+        report.reused += contest.reused
+        for timing, predicted in contest.measured:
+            fields = {"variant": timing.variant, "config": dict(timing.config), "stage": timing.stage}
+            row = {**head(task, timing.pass_name), **fields, "predicted_ms": predicted if predicted > 0 else None}
+            if timing.status == "ok":
+                names = ("median_ms", "p20_ms", "p80_ms", "n_runs", "speedup")
+                self.write("timing", {**row, **{name: getattr(timing, name) for name in names}})
+            else:
+                self.write("error", {**row, "status": timing.status, "message": timing.message})
+
+    def _distinct(self, tasks: Iterable[Task]) -> list[Task]:
+        """One task per problem; an empty output has nothing to time."""
+        found = {task.problem: task for task in reversed(list(tasks))}
+        return [task for task in reversed(found.values()) if task.problem.n and task.problem.c_out]
+
+    def _ceilings(self, name: str) -> ceilings.Ceilings:
+        stored = store.read(name, self.folder).ceilings
+        return (ceilings.from_json(stored) if stored else None) or ceilings.nominal(self.device)
+
+
+def head(task: Task, pass_name: str) -> dict[str, object]:
+    """What every row about a task begins with."""
+    problem = task.problem
+    sizes = ("n", "c_in", "c_out", "size", "kernel", "stride", "crop", "out_size", "dilation", "groups", "bias")
+    return {
+        "layer": task.layer,
+        "suite": task.suite,
+        "pass": pass_name,
+        "dtype": str(problem.dtype).removeprefix("torch."),
+        "layout": problem.layout,
+        "text": str(problem),
+        "problem": {
+            **{name: getattr(problem, name) for name in sizes},
+            "back_crop": [axis.back_crop for axis in problem.axes],
+        },
+    }
+
+
+def versions_of(device: torch.device) -> dict[str, str | None]:
+    """What a time depends on besides the device: a timing of other versions is taken again."""
+    found: dict[str, str | None] = {"torch": torch.__version__, "triton": version("triton")}
+    if device.type == "cuda":
+        found["cuda"] = torch.version.cuda
+    return found
+
+
+def tasks_of(problems: Iterable[Problem]) -> list[Task]:
+    """Tasks of problems that have no names."""
+    return [Task(problem, f"problem {index}: {problem}", "given") for index, problem in enumerate(problems, start=1)]
+
+
+def in_layouts(task: Task, layouts: Iterable[str]) -> list[Task]:
+    return [replace(task, problem=replace(task.problem, layout=layout)) for layout in layouts]
+
+
+def _said(task: Task, report: Report) -> str:
+    mine = [winner for each, winner in report.winners if each == task]
+    best = max((winner.torch_ms / winner.ms for winner in mine), default=None)
+    return f"{task.layer} {task.problem.layout}" + (f": best {best:.2f} x torch" if best else ": known")

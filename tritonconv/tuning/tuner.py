@@ -1,0 +1,169 @@
+"""Decides for one problem: the forward by itself, then both gradients together in a training step.
+
+The two gradients are decided together because variants may share work (``Variant.prepare``, ``Variant.joint``) that a
+time of one alone does not show. A challenger must beat the choice that holds without tuning beyond noise: even the 20th
+percentile of the ratios within a round is above 1. Where torch's own beats the winner so, torch's own is stored.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
+
+from tritonconv.autotune.choose import Selection, untuned
+from tritonconv.autotune.rules import FALLBACK
+from tritonconv.autotune.sources import source_hash
+from tritonconv.autotune.store import Entry
+from tritonconv.bench.calls import FORWARD_BACKWARD, TensorCall
+from tritonconv.bench.timing import Times
+from tritonconv.dispatch import plan_of
+from tritonconv.kernels.registry import NO_CONFIG, variant
+from tritonconv.problem import PASSES
+from tritonconv.tuning.contest import TORCH, Candidate, Contest
+from tritonconv.tuning.failures import disqualifies, told
+
+FINALISTS = 3
+PAIRS = 4
+# Shares of a problem's time.
+SCREENING, FORWARD_FINAL = 0.6, 0.15
+FORWARD, GRADIENTS = PASSES[:1], PASSES[1:]
+
+
+@dataclass(frozen=True)
+class Winner:
+    """What is to be stored for one pass: ``timed`` is the pass that the times are of, ``candidates`` how many ran."""
+
+    pass_name: str
+    selection: Selection
+    ms: float
+    torch_ms: float
+    candidates: int
+    timed: str
+
+    @property
+    def torch_won(self) -> bool:
+        return self.selection.variant.name == FALLBACK[self.pass_name]
+
+    def entry(self, problem, versions: Mapping[str, str | None]) -> Entry:
+        return Entry(
+            variant=self.selection.variant.name,
+            config=dict(self.selection.config),
+            ms=self.ms,
+            torch_ms=self.torch_ms,
+            source=source_hash(self.selection.variant),
+            problem=str(problem),
+            timed=self.timed,
+            utc=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            versions=versions,
+        )
+
+
+class ProblemTuner:
+    """Tunes the problem of a contest in about ``seconds``; what is in the journal is not timed again."""
+
+    def __init__(self, contest: Contest, seconds: float) -> None:
+        self.contest, self.case, self.seconds = contest, contest.case, seconds
+        self.fields = {name: contest.candidates(name) for name in PASSES}
+        self.each = SCREENING * seconds / max(1, sum(len(found) for found in self.fields.values()))
+
+    def forward(self) -> Winner:
+        """Raises OutOfTime, as :meth:`gradients` does."""
+        (name,) = FORWARD
+        ran = self.contest.screen(name, self.fields[name], self.each)
+        holder = self._untuned(name)
+        finalists = {each.label: each for each in (holder, *(candidate for candidate, _ in ran[:FINALISTS]))}
+        calls = {TORCH: self.case.baseline(self.case.problem, name)}
+        for label, each in list(finalists.items()):
+            call = self._verified(name, each, {name: each.selection})
+            if call is None:
+                finalists.pop(label)
+            else:
+                calls[label] = call
+        times = self.contest.final(calls, FORWARD_FINAL * self.seconds)
+        for each in finalists.values():
+            self.contest.finished(name, each, times)
+        best = self._decided(times, holder.label, list(finalists))
+        selection = finalists[best].selection if best != TORCH else _native(name)
+        return Winner(name, selection, times.spread(best).median, times.spread(TORCH).median, len(ran), name)
+
+    def gradients(self, forward: Selection) -> tuple[Winner, ...]:
+        """The winners of the two gradients, after those of all three passes where torch alone wins the whole step."""
+        data, weight = GRADIENTS
+        ran = {name: self.contest.screen(name, self.fields[name], self.each) for name in GRADIENTS}
+        holder = self._untuned(data), self._untuned(weight)
+        pairs = {_label(pair): pair for pair in [holder, *self._pairs(ran)]}
+        calls = {TORCH: self.case.baseline(self.case.problem, FORWARD_BACKWARD)}
+        for label, pair in list(pairs.items()):
+            chosen = {FORWARD[0]: forward, data: pair[0].selection, weight: pair[1].selection}
+            call = self._verified(FORWARD_BACKWARD, pair[1], chosen)
+            if call is None:
+                pairs.pop(label)
+            else:
+                calls[label] = call
+        share = (1 - SCREENING - FORWARD_FINAL) * self.seconds
+        times = self.contest.final(calls, share)
+        best = self._decided(times, _label(holder), list(pairs))
+        found = pairs[best] if best != TORCH else tuple(Candidate(_native(name), 0.0) for name in GRADIENTS)
+        step = times.spread(best).median, times.spread(TORCH).median
+        winners = [
+            Winner(name, each.selection, *step, len(ran[name]), FORWARD_BACKWARD)
+            for name, each in zip(GRADIENTS, found, strict=True)
+        ]
+        if best == TORCH and forward.variant.name != FALLBACK[FORWARD[0]]:
+            winners.append(Winner(FORWARD[0], _native(FORWARD[0]), *step, 0, FORWARD_BACKWARD))
+        return tuple(winners)
+
+    def _pairs(self, ran) -> list[tuple[Candidate, Candidate]]:
+        """The best of each gradient, and the pairs that share work, cheapest first by their times apart."""
+        data, weight = (ran[name] for name in GRADIENTS)
+        if not data or not weight:
+            return []
+        best = [(data[0][0], weight[0][0])]
+        shared = []
+        for (left, first), (right, second) in itertools.product(data, weight):
+            mine, theirs = left.selection.variant, right.selection.variant
+            joint = mine.joint is not None and mine.joint is theirs.joint
+            if joint or (mine.prepare is not None and mine.prepare is theirs.prepare):
+                shared.append(((first.median_ms or 0.0) + (second.median_ms or 0.0), (left, right)))
+        best += [pair for _, pair in sorted(shared, key=lambda each: each[0])[: PAIRS - 2]]
+        native = tuple(Candidate(_native(name), 0.0) for name in GRADIENTS)
+        if self.case.torch_is_safe:
+            best.append(native)  # type: ignore[arg-type]
+        return best
+
+    def _untuned(self, pass_name: str) -> Candidate:
+        return Candidate(untuned(self.case.problem, self.case.device, pass_name), 0.0)
+
+    def _decided(self, times: Times, holder: str, labels: list[str]) -> str:
+        """The winner's label: challengers in the order of their speed, torch's own last."""
+        ordered = sorted(labels, key=lambda label: -times.speedup(label, TORCH).median)
+        best = holder if holder in labels else (ordered[0] if ordered else TORCH)
+        for label in (*ordered, TORCH) if self.case.torch_serves else ordered:
+            if label != best and times.speedup(label, best).p20 > 1:
+                best = label
+        return best
+
+    def _verified(self, pass_name: str, candidate: Candidate, chosen: dict[str, Selection]) -> TensorCall | None:
+        """The call of a plan whose answers are right; a candidate that is wrong or cannot run is told and None."""
+        plan = plan_of(self.case.problem, self.case.device, **chosen)
+        try:
+            verdict = self.case.judge(plan, pass_name)
+        except Exception as error:
+            if not disqualifies(error):
+                raise
+            self.contest.wrong(pass_name, candidate, told(error))
+            return None
+        if not verdict.ok:
+            self.contest.wrong(pass_name, candidate, str(verdict))
+            return None
+        return self.case.call(plan, pass_name)
+
+
+def _label(pair: tuple[Candidate, Candidate]) -> str:
+    return " + ".join(each.label for each in pair)
+
+
+def _native(pass_name: str) -> Selection:
+    return Selection(variant(FALLBACK[pass_name]), NO_CONFIG, "torch's own won")
