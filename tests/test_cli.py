@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tritonconv import cli, runner
+from tritonconv import cli, contestants, runner
 from tritonconv.bench import progress
 from tritonconv.bench.results import read
 from tritonconv.kernels import registry
@@ -57,7 +57,7 @@ def test_bench_then_plot(tmp_path, capsys):
 
 
 def test_a_wrong_result_makes_the_exit_code_1(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(runner, "conv_transpose3d", lambda *args: F.conv_transpose3d(*args) + 1)
+    monkeypatch.setattr(contestants, "conv_transpose3d", lambda *args: F.conv_transpose3d(*args) + 1)
     assert cli.main(bench(tmp_path, "--passes", "forward", "--layout", "ncdhw")) == 1
     out = capsys.readouterr().out
     assert f"wrong: tritonconv on {TINY} (forward): y: max error" in out

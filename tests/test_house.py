@@ -33,8 +33,9 @@ LAYERS = (
     ("autograd", "operators"),
     ("functional", "explain"),
     ("layer", "matlab_arguments", "initializers", "factors", "matlab", "convert"),
-    ("runner", "overhead"),
+    ("contestants", "runner", "overhead"),
     ("tuning",),
+    ("campaign",),
     ("commands", "cli", "__main__", "__init__"),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tritonconv import runner
+from tritonconv import contestants, runner
 from tritonconv.bench import gate
 from tritonconv.bench.calls import ALL_PASSES, make_tensors, torch_call
 from tritonconv.bench.progress import Silent
@@ -103,7 +103,7 @@ def test_single_variants_are_timed_or_skipped_with_the_reason(tmp_path):
     ],
 )
 def test_a_wrong_result_is_not_timed(tmp_path, monkeypatch, what, change):
-    monkeypatch.setattr(runner, "conv_transpose3d", lambda *args: change(F.conv_transpose3d(*args)))
+    monkeypatch.setattr(contestants, "conv_transpose3d", lambda *args: change(F.conv_transpose3d(*args)))
     outcome, found = run(tmp_path, layer(), passes=("forward",), layouts=("ncdhw",))
     assert outcome.errors == 1
     assert [row["variant"] for row in found.results] == ["torch"]
@@ -116,7 +116,7 @@ def test_a_wrong_gradient_is_found_in_a_training_step(tmp_path, monkeypatch):
     def ten_percent_more_bias_gradient(x, weight, bias, *args):
         return F.conv_transpose3d(x, weight, bias + 0.1 * (bias - bias.detach()), *args)
 
-    monkeypatch.setattr(runner, "conv_transpose3d", ten_percent_more_bias_gradient)
+    monkeypatch.setattr(contestants, "conv_transpose3d", ten_percent_more_bias_gradient)
     _, found = run(tmp_path, layer(), passes=("forward", "forward_backward"), layouts=("ncdhw",))
     assert [(row["pass"], row["message"][:9]) for row in found.errors] == [("forward_backward", "grad_bias")]
 

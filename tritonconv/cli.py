@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from tritonconv.commands import bench, explain, inspect, model, overhead, plot, tune
+from tritonconv.commands import bench, campaign, compare, explain, inspect, model, overhead, plot, roofs, tune
 from tritonconv.commands import list as list_
 from tritonconv.commands.common import INTERRUPTED, USAGE
 from tritonconv.errors import ArgumentError, ResultsError
@@ -19,6 +19,9 @@ from tritonconv.errors import ArgumentError, ResultsError
 COMMANDS = {
     "bench": bench,
     "tune": tune,
+    "campaign": campaign,
+    "roofs": roofs,
+    "compare": compare,
     "model": model,
     "overhead": overhead,
     "plot": plot,

@@ -28,7 +28,9 @@ MAX_PLANS = 4096
 
 _deterministic = torch._C._get_deterministic_algorithms
 
-_forced: ContextVar[tuple[str, ...]] = ContextVar("tritonconv_forced", default=())
+# (variant, its config as items, None for the default), sorted by name.
+Forced = tuple[tuple[str, tuple[tuple[str, int], ...] | None], ...]
+_forced: ContextVar[Forced] = ContextVar("tritonconv_forced", default=())
 _by_call: dict[tuple, Plan] = {}
 _by_problem: dict[tuple, Plan] = {}
 
@@ -197,13 +199,14 @@ def _remember(memory: dict[tuple, Plan], key: tuple, made: Plan) -> Plan:
 
 
 def _choose(problem, device, pass_name, forced, deterministic) -> Selection:
-    for name in forced:
+    for name, items in forced:
         record = variant(name)
         if record.pass_name == pass_name:
             why_not = record.supports(problem, device)
             if why_not is not None:
                 raise VariantNotApplicable(f"{name} was forced but does not serve {problem}: {why_not}")
-            return Selection(record, record.default(problem, device), "forced by tritonconv.use")
+            config = record.default(problem, device) if items is None else dict(items)
+            return Selection(record, config, "forced by tritonconv.use")
     chosen = choose(problem, device, pass_name)
     if deterministic and not chosen.variant.deterministic and device.type != "cpu":
         for other in variants(pass_name):
@@ -245,7 +248,7 @@ def watch() -> Iterator[list[tuple[Problem, torch.device]]]:
 
 def forced_variants() -> tuple[str, ...]:
     """The names that :func:`use` has in force here."""
-    return _forced.get()
+    return tuple(name for name, _ in _forced.get())
 
 
 @contextlib.contextmanager
@@ -264,8 +267,21 @@ def use(*names: str) -> Iterator[None]:
         if pass_name in chosen:
             raise ArgumentError(f"use: one variant per pass, got {chosen[pass_name]!r} and {name!r} for {pass_name}")
         chosen[pass_name] = name
-    outer = {variant(name).pass_name: name for name in _forced.get()}
-    token = _forced.set(tuple(sorted({**outer, **chosen}.values())))
+    with _forcing({pass_name: (name, None) for pass_name, name in chosen.items()}):
+        yield
+
+
+def pinned(*selections: Selection) -> contextlib.AbstractContextManager[None]:
+    """As :func:`use`, each variant with the selection's config; at most one per pass."""
+    return _forcing(
+        {chosen.variant.pass_name: (chosen.variant.name, tuple(chosen.config.items())) for chosen in selections}
+    )
+
+
+@contextlib.contextmanager
+def _forcing(chosen: dict) -> Iterator[None]:
+    outer = {variant(name).pass_name: (name, items) for name, items in _forced.get()}
+    token = _forced.set(tuple(sorted({**outer, **chosen}.values(), key=lambda pair: pair[0])))
     try:
         yield
     finally:

@@ -61,6 +61,13 @@ def shape(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in parts)
 
 
+def counts(text: str) -> tuple[int, ...]:
+    """A comma list of integers above 0, each once, ascending."""
+    return tuple(
+        sorted({_integer(part.strip(), 1, 2**20, "1 to 2^20, or a comma list of them") for part in text.split(",")})
+    )
+
+
 def seed(text: str) -> int:
     return _integer(text, 0, 2**63 - 1, "0 to 2^63 - 1")
 

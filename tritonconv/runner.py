@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -17,18 +17,17 @@ from typing import Protocol
 
 import torch
 
-from tritonconv.bench import gate, roofs
-from tritonconv.bench.calls import FORWARD_BACKWARD, TensorCall, Tensors, operation_call, torch_call
+from tritonconv.bench import gate, gpu, roofs
+from tritonconv.bench.calls import FORWARD_BACKWARD
 from tritonconv.bench.environment import OtherPrograms, environment
-from tritonconv.bench.results import BASELINE, OURS, SCHEMA, Writer
+from tritonconv.bench.results import BASELINE, COMPILED, OURS, SCHEMA, Writer
 from tritonconv.bench.rows import Candidate, layer_fields, measured_fields
 from tritonconv.bench.subject import Subject
 from tritonconv.bench.timing import interleave, method, stopwatch_for
 from tritonconv.bench.workloads import ALL, SCALES, Workload, distinct, in_turn, left_out
-from tritonconv.dispatch import Plan, plan, use
-from tritonconv.functional import conv_transpose3d
+from tritonconv.contestants import candidate, why_not
 from tritonconv.kernels.registry import Variant
-from tritonconv.problem import PASSES, Problem
+from tritonconv.problem import Problem
 
 # Time for one cell (s): what it gets without a budget, and the most it gets with one.
 CELL_SECONDS = 0.5
@@ -50,7 +49,8 @@ class Progress(Protocol):
 class Options:
     """What to measure. ``seconds`` is a budget for the whole run or None; ``scale`` is ``"cpu"`` or ``"full"``.
 
-    A variant in ``variants`` is timed by itself in the cells of its own pass.
+    A variant in ``variants`` is timed by itself in the cells of its own pass. ``compiled`` adds torch.compile.
+    ``done`` are cells (layer, dtype, layout, pass) that an earlier run has.
     """
 
     layers: tuple[Workload, ...]
@@ -63,6 +63,8 @@ class Options:
     device: torch.device = CPU
     seed: int = 0
     command: tuple[str, ...] = ()
+    compiled: bool = False
+    done: frozenset[tuple[str, str, str, str]] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,46 @@ def bench(options: Options, folder: Path, progress: Progress) -> Outcome:
     Ends early, with every finished row kept, when the budget is used up or on KeyboardInterrupt. Raises ResultsError
     where the file cannot be written.
     """
-    with Writer(folder) as writer, _cudnn_benchmark(options.device):
-        return _Bench(options, writer, progress).run()
+    with Writer(folder) as writer:
+        writer.write("environment", header(options, writer))
+        begin, others = perf_counter(), OtherPrograms()
+        run = measure(options, writer, progress)
+        end = {
+            "reason": run.reason,
+            "seconds": round(perf_counter() - begin, 3),
+            "cells": run.done,
+            "of_cells": run.cells,
+        }
+        writer.write("end", {**end, "other_cores": others.since_last()})
+        return Outcome(writer.path, run.reason, run.errors)
+
+
+def measure(options: Options, writer: Writer, progress: Progress, known_roofs: Iterable[dict] = ()) -> _Bench:
+    """The cells, and the roofs where none are known, into a file that is open; its header and its end are others' work.
+
+    Returns the run with ``reason``, ``errors``, ``done`` and ``cells``.
+    """
+    with _cudnn_benchmark(options.device):
+        run = _Bench(options, writer, progress, known_roofs)
+        run.run()
+    return run
+
+
+def header(options: Options, writer: Writer) -> dict[str, object]:
+    """The environment row of a run of the benchmark."""
+    return {
+        "schema": SCHEMA,
+        "run": writer.run,
+        **environment(options.device, options.command, options.seed),
+        "scale": options.scale,
+        "scale_rule": SCALES[options.scale],
+        "timing": method(options.device),
+        "budget_s": options.seconds,
+        "layers": len(options.layers),
+        "distinct_layers": len(
+            [1 for layer, _ in distinct(options.layers, options.scale) if left_out(layer, options.scale) is None]
+        ),
+    }
 
 
 def _cudnn_benchmark(device: torch.device) -> contextlib.AbstractContextManager:
@@ -93,27 +133,26 @@ def _cudnn_benchmark(device: torch.device) -> contextlib.AbstractContextManager:
 
 
 class _Bench:
-    def __init__(self, options: Options, writer: Writer, progress: Progress) -> None:
+    def __init__(self, options: Options, writer: Writer, progress: Progress, known_roofs: Iterable[dict]) -> None:
         self.options, self.writer, self.progress = options, writer, progress
         self.watch = stopwatch_for(options.device)
         self.begin = perf_counter()
-        self.roofs: list[dict] = []
+        self.roofs: list[dict] = list(known_roofs)
+        self.measures_roofs = not self.roofs
         self.reserved = 0.0  # seconds that the roofs took last time: they are taken once more at the end
-        self.others = OtherPrograms()
         self.others_in_cell = OtherPrograms()
+        self.reason = "complete"
         self.errors = self.done = 0
         self.layers = dict(distinct(options.layers, options.scale))
         self.left_out = {
             layer.name: why for layer in self.layers if (why := left_out(layer, options.scale)) is not None
         }
         self.layers = {layer: same for layer, same in self.layers.items() if layer.name not in self.left_out}
-        self.cells = len(self.layers) * len(options.dtypes) * len(options.layouts) * len(options.passes)
+        self.cells = sum(1 for _ in self._order())
 
-    def run(self) -> Outcome:
-        self.writer.write("environment", self._header())
+    def run(self) -> None:
         for name, why in self.left_out.items():
             self.writer.write("skip", {"layer": name, "pass": ALL, "variant": ALL, "message": why})
-        reason = "complete"
         try:
             self._measure_roofs("start", ROOF_SECONDS)
             self.progress.begin(self.cells)
@@ -123,32 +162,14 @@ class _Bench:
                     self._measure_roofs(f"after {self.done} cells", SHORT_ROOF_SECONDS)
                 share = self._share()
                 if share <= 0:
-                    reason = "budget"
+                    self.reason = "budget"
                     break
                 self._cell(subject, layout, pass_name, share)
                 self.done += 1
                 self.progress.step(f"{subject.layer.name} {layout} {pass_name}")
             self._measure_roofs("end", SHORT_ROOF_SECONDS)
         except KeyboardInterrupt:
-            reason = "interrupted"
-        seconds = round(perf_counter() - self.begin, 3)
-        end = {"reason": reason, "seconds": seconds, "cells": self.done, "of_cells": self.cells}
-        self.writer.write("end", {**end, "other_cores": self.others.since_last()})
-        return Outcome(self.writer.path, reason, self.errors)
-
-    def _header(self) -> dict[str, object]:
-        options = self.options
-        return {
-            "schema": SCHEMA,
-            "run": self.writer.run,
-            **environment(options.device, options.command, options.seed),
-            "scale": options.scale,
-            "scale_rule": SCALES[options.scale],
-            "timing": method(options.device),
-            "budget_s": options.seconds,
-            "layers": len(options.layers),
-            "distinct_layers": len(self.layers),
-        }
+            self.reason = "interrupted"
 
     def _order(self) -> Iterator[tuple[Subject, str, str]]:
         """Suites take turns; the layouts and passes of a layer stay together."""
@@ -158,9 +179,12 @@ class _Bench:
             same = self.layers[layer]
             subject = Subject(layer, same, dtype, options.scale, options.device, options.seed, outputs)
             for layout, pass_name in itertools.product(options.layouts, options.passes):
-                yield subject, layout, pass_name
+                if (layer.name, _name(dtype), layout, pass_name) not in options.done:
+                    yield subject, layout, pass_name
 
     def _measure_roofs(self, when: str, seconds: float) -> None:
+        if not self.measures_roofs:
+            return
         begin = perf_counter()
         for row in roofs.measure(self.options.device, self.options.dtypes, seconds):
             self.roofs.append(self.writer.write("roof", {**row, "when": when}))
@@ -182,32 +206,46 @@ class _Bench:
             "suite": subject.layer.suite,
             "pass": pass_name,
             "layout": layout,
-            "dtype": str(subject.dtype).removeprefix("torch."),
+            "dtype": _name(subject.dtype),
         }
         passed = self._gated(head, subject, problem, pass_name)
         if not passed:
             return
-        calls = {name: one.call for name, one in passed.items()}
+        graphs = {name: gpu.captured(one.call, subject.device) for name, one in passed.items()} if self._on_gpu else {}
+        calls = {name: graphs.get(name) or one.call for name, one in passed.items()}
         # The gate has run every call at size, so all are warm. What a slow cell takes too much, later cells lack.
         times = interleave(calls, self.watch, share - (perf_counter() - begin))
         others = {"other_cores": self.others_in_cell.since_last()}
         for one in passed.values():
-            row = layer_fields(subject, problem) | measured_fields(
-                one, times, problem, head, self.roofs, subject.device
-            )
+            row = layer_fields(subject, problem) | measured_fields(one, times, problem, head, self.roofs)
+            if self._on_gpu:
+                row |= {
+                    "timing": "graph" if graphs[one.name] else "events",
+                    "l2_flushed": True,
+                    "graph_ms": row["median_ms"] if graphs[one.name] else None,
+                    "wall_ms": gpu.wall_ms(one.call, subject.device),
+                    "peak_bytes": gpu.peak_bytes(one.call, subject.device),
+                }
             self.writer.write("result", {**head, **row, **others, "status": "ok", "message": ""})
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self.options.device.type == "cuda"
 
     def _gated(self, head: dict, subject: Subject, problem: Problem, pass_name: str) -> dict[str, Candidate]:
         """The candidates whose outputs are right; for every other a row is written."""
         single = [record for record in self.options.variants if record.pass_name == pass_name]
         passed: dict[str, Candidate] = {}
-        for name, record in [(BASELINE, None), (OURS, None), *((record.name, record) for record in single)]:
-            why_not = _why_not(record, problem, self.options.device) if record else None
-            if why_not is not None:
-                self.writer.write("skip", {**head, "variant": name, "message": why_not})
+        plain: list[tuple[str, Variant | None]] = [(BASELINE, None), (OURS, None)]
+        if self.options.compiled:
+            plain.append((COMPILED, None))
+        for name, record in [*plain, *((record.name, record) for record in single)]:
+            refused = why_not(record, problem, self.options.device) if record else None
+            if refused is not None:
+                self.writer.write("skip", {**head, "variant": name, "message": refused})
                 continue
             try:
-                one = _candidate(name, record, subject, problem, pass_name, passed.get(BASELINE))
+                one = candidate(name, record, subject, problem, pass_name, passed.get(BASELINE))
                 if one.verdict.ok:
                     passed[name] = one
                     continue
@@ -219,67 +257,5 @@ class _Bench:
         return passed
 
 
-def _why_not(record: Variant, problem: Problem, device: torch.device) -> str | None:
-    if record.backend == "triton" and device.type == "cpu":
-        return "on a CPU Triton's interpreter runs this kernel, which says nothing about its speed"
-    return record.supports(problem, device)
-
-
-def _candidate(
-    name: str, record: Variant | None, subject: Subject, problem: Problem, pass_name: str, baseline: Candidate | None
-) -> Candidate:
-    """Prepares and judges a contestant; ``record`` is the variant to force, None for torch and the public operation."""
-    t = subject.tensors(problem)
-    if name == BASELINE:
-        call, chosen = torch_call(problem, t, pass_name), {}
-    else:
-        with use(record.name) if record else contextlib.nullcontext():
-            made = plan(problem, subject.device)
-        served = PASSES if pass_name == FORWARD_BACKWARD else (pass_name,)
-        call = _call(made, problem, t, pass_name, public=record is None)
-        chosen = {each: made.choice(each).variant for each in served}
-    return Candidate(name, chosen, call, _judge(name, chosen, call, subject, problem, pass_name, baseline))
-
-
-def _call(made: Plan, problem: Problem, t: Tensors, pass_name: str, public: bool) -> TensorCall:
-    """The public operation where it has the pass; one gradient alone, or a variant alone, through its plan."""
-    if pass_name == FORWARD_BACKWARD or (public and pass_name == "forward"):
-        return operation_call(conv_transpose3d, problem, t, pass_name)
-    if pass_name == "forward":
-        return lambda: (made.forward(t.x, t.weight, t.bias),)
-    if pass_name == "backward_data":
-        return lambda: (made.backward_data(t.grad_y, t.weight),)
-    return lambda: made.backward_weight(t.x, t.grad_y, problem.bias)
-
-
-def _judge(
-    name: str,
-    chosen: dict[str, Variant],
-    call: TensorCall,
-    subject: Subject,
-    problem: Problem,
-    pass_name: str,
-    baseline: Candidate | None,
-) -> gate.Verdict:
-    """Both steps of the gate; ``baseline`` is torch's candidate, None where torch cannot run the cell."""
-    outputs = gate.OUTPUTS[pass_name]
-    small = gate.reduced(problem)
-    if any(record.supports(small, subject.device) is not None for record in chosen.values()):
-        small = problem
-    exact = subject.exact(small, outputs)
-    t = subject.tensors(small)
-
-    def named(values: tuple) -> dict[str, torch.Tensor]:
-        return {key: value for key, value in zip(outputs, values, strict=False) if value is not None}
-
-    torchs = named(torch_call(small, t, pass_name)())
-    mine = torchs
-    if chosen:
-        with use(*(record.name for record in chosen.values())):
-            mine = named(_call(plan(small, subject.device), small, t, pass_name, public=name == OURS)())
-    verdict = gate.against_reference(small, mine, torchs, exact)
-    if not verdict.ok or not chosen or baseline is None or small == problem:
-        return verdict
-    relative = gate.relative_error(torchs, exact)
-    at_size = gate.against_torch(problem, named(call()), named(baseline.call()), relative)
-    return verdict if at_size.ok else at_size
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

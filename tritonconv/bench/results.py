@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -19,10 +20,13 @@ from types import TracebackType
 from tritonconv.errors import ResultsError
 
 SCHEMA = 1
-KINDS = ("environment", "roof", "result", "timing", "tuned", "overhead", "skip", "error", "end")
+KINDS = ("environment", "roof", "check", "result", "timing", "tuned", "overhead", "skip", "error", "end")
 LATEST = "latest.jsonl"
-PREFIX = "bench-"
-BASELINE, OURS = "torch", "tritonconv"
+PREFIX, CAMPAIGN = "bench-", "campaign-"
+NAME = re.compile(r"[a-z]+-\d{8}T\d{6}Z-[0-9a-f]+\.jsonl$")
+# Rows that agree in these are about the same thing.
+SAME = ("layer", "pass", "dtype", "layout", "variant", "config", "stage")
+BASELINE, OURS, COMPILED = "torch", "tritonconv", "torch_compile"
 
 _NUMBER = (int, float)
 _TEXT = (str,)
@@ -38,6 +42,9 @@ REQUIRED: dict[str, dict[str, tuple[type, ...]]] = {
     "result": {"layer": _TEXT, "suite": _TEXT, "pass": _TEXT, "dtype": _TEXT, "layout": _TEXT, "variant": _TEXT,
                "median_ms": _NUMBER, "p20_ms": _NUMBER, "p80_ms": _NUMBER, "n_runs": (int,), "flops": _NUMBER,
                "bytes": _NUMBER, "speedup": _MAYBE_NUMBER, "speedup_p20": _MAYBE_NUMBER, "speedup_p80": _MAYBE_NUMBER},
+    # A variant whose answer was held against float64, and not timed.
+    "check": {"layer": _TEXT, "pass": _TEXT, "dtype": _TEXT, "layout": _TEXT, "variant": _TEXT,
+              "max_error": _NUMBER, "tolerance": _NUMBER},
     # One candidate of the tuner: a variant with one config. ``stage`` is "screen" or "final"; predicted_ms the model's.
     "timing": {"layer": _TEXT, "suite": _TEXT, "pass": _TEXT, "dtype": _TEXT, "layout": _TEXT, "variant": _TEXT,
                "config": _TABLE, "stage": _TEXT, "median_ms": _NUMBER, "p20_ms": _NUMBER, "p80_ms": _NUMBER,
@@ -108,6 +115,7 @@ class Run:
     timings: list[dict] = field(default_factory=list)
     tuned: list[dict] = field(default_factory=list)
     overheads: list[dict] = field(default_factory=list)
+    checks: list[dict] = field(default_factory=list)
     skips: list[dict] = field(default_factory=list)
     errors: list[dict] = field(default_factory=list)
     end: dict | None = None
@@ -142,12 +150,42 @@ def latest(folder: Path) -> Path:
     pointer = folder / LATEST
     if pointer.exists():
         return pointer.resolve()
-    found = sorted(folder.glob(f"{PREFIX}*.jsonl"))
+    return files(folder)[-1]
+
+
+def load(path: Path) -> Run:
+    """A results file; of a folder the newest, or all parts of a campaign as one (:func:`merged`)."""
+    if not path.is_dir():
+        return read(path)
+    newest = latest(path)
+    if not newest.name.startswith(CAMPAIGN):
+        return read(newest)
+    return merged([read(each) for each in files(path) if each.name.startswith(CAMPAIGN)])
+
+
+def files(folder: Path) -> list[Path]:
+    """The results files of a folder, oldest first: the name carries the time. Raises ResultsError for none."""
+    found = [path for path in folder.glob("*.jsonl") if NAME.match(path.name) and not path.is_symlink()]
     if not found:
-        raise ResultsError(
-            f"results: no {PREFIX}*.jsonl in {folder.resolve()}; run tritonconv bench first, or name a file"
-        )
-    return found[-1]
+        raise ResultsError(f"results: no results file in {folder.resolve()}; run tritonconv bench, or name a file")
+    return sorted(found, key=lambda path: path.name.split("-", 1)[1])
+
+
+def merged(runs: Sequence[Run]) -> Run:
+    """Runs of one device as one, given oldest first: the newest environment, and of rows about the same the newest.
+
+    Raises ResultsError for runs of different devices.
+    """
+    devices = sorted({run.environment["device_name"] for run in runs})
+    if len(devices) != 1:
+        raise ResultsError(f"results: one device at a time, got {', '.join(devices) or 'no run'}")
+    whole = Run(runs[-1].path, runs[-1].environment, end=runs[-1].end)
+    for kind in ("results", "timings", "tuned", "overheads", "checks"):
+        rows = {json.dumps([row.get(key) for key in SAME]): row for run in runs for row in getattr(run, kind)}
+        getattr(whole, kind).extend(rows.values())
+    for kind in ("roofs", "skips", "errors", "warnings"):
+        getattr(whole, kind).extend(row for run in runs for row in getattr(run, kind))
+    return whole
 
 
 def read(path: Path) -> Run:
@@ -232,6 +270,6 @@ def _add(path: Path, number: int, run: Run, row: dict) -> None:
     else:
         rows = {
             "roof": run.roofs, "result": run.results, "timing": run.timings, "tuned": run.tuned,
-            "overhead": run.overheads, "skip": run.skips, "error": run.errors,
+            "overhead": run.overheads, "check": run.checks, "skip": run.skips, "error": run.errors,
         }  # fmt: skip
         rows[kind].append(row)

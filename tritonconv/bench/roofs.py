@@ -23,6 +23,8 @@ LARGE_MATRIX = {"cpu": 2048, "cuda": 8192}
 SMALL_MATRIX = 512
 SLOW_MS = 50.0
 MIN_RUNS = 3
+LAUNCHES, MOST_LAUNCH_SECONDS = 100, 0.2
+TF32 = "tf32"  # the name of a float32 product with TF32
 
 COPY_CACHE, COPY_MEMORY, MATMUL, LAUNCH = "copy_cache", "copy_memory", "matmul", "launch"
 
@@ -33,8 +35,9 @@ def measure(device: torch.device, dtypes: Iterable[torch.dtype], seconds: float 
     if device.type == "cpu":
         yield _copy(COPY_CACHE, CACHE_BYTES, device, watch, seconds)
     yield _copy(COPY_MEMORY, MEMORY_BYTES[device.type], device, watch, seconds)
+    yield _launch(device, seconds)
     for dtype in dtypes:
-        yield _matmul(dtype, device, watch, seconds)
+        yield from _matmuls(dtype, device, watch, seconds)
 
 
 def _copy(name, working_set, device, watch, seconds):
@@ -46,13 +49,47 @@ def _copy(name, working_set, device, watch, seconds):
     return _row(name, f"copy {where} ({moved >> 20} MiB)", None, moved, "byte/s", times, working_set_bytes=moved)
 
 
-def _matmul(dtype, device, watch, seconds):
+def _launch(device: torch.device, seconds: float):
+    """One call of the smallest operation, from Python: on a GPU of many that are queued, on a CPU with its work."""
+    tensor = torch.zeros(1, device=device)
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+    def watch(call: Call) -> float:
+        wait()
+        begin = time.perf_counter()
+        for _ in range(LAUNCHES):
+            call()
+        wait()
+        return (time.perf_counter() - begin) * 1e6 / LAUNCHES
+
+    times = _times(lambda: tensor.add_(1), watch, min(seconds, MOST_LAUNCH_SECONDS))
+    best, middle = min(times), quantile(times, 0.5)
+    return {"name": LAUNCH, "what": "launch of a tiny operation", "dtype": None, "value": best, "median": middle,
+            "unit": "us", "runs": len(times) * LAUNCHES}  # fmt: skip
+
+
+def _matmuls(dtype: torch.dtype, device: torch.device, watch, seconds: float) -> Iterator[dict[str, object]]:
+    """The product; on a GPU float32 without TF32 and then with it, named so."""
+    if device.type != "cuda" or dtype is not torch.float32:
+        yield _matmul(dtype, device, watch, seconds)
+        return
+    before = torch.backends.cuda.matmul.allow_tf32
+    try:
+        torch.backends.cuda.matmul.allow_tf32 = False
+        yield _matmul(dtype, device, watch, seconds)
+        torch.backends.cuda.matmul.allow_tf32 = True
+        yield _matmul(dtype, device, watch, seconds, TF32)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def _matmul(dtype, device, watch, seconds, name=None):
     size = SMALL_MATRIX
     times = _times(_product(size, dtype, device), watch, 0.0)
     if min(times) < SLOW_MS:
         size = LARGE_MATRIX[device.type]
         times = _times(_product(size, dtype, device), watch, seconds)
-    name = str(dtype).removeprefix("torch.")
+    name = name or str(dtype).removeprefix("torch.")
     return _row(MATMUL, f"{name} matrix product ({size}³)", name, 2 * size**3, "FLOP/s", times)
 
 
@@ -82,13 +119,24 @@ def _row(name, what, dtype, work, unit, times, **more):
     }
 
 
-def attainable(roofs: Iterable[Mapping], dtype: str, flops: float, moved: float, working_set: float) -> float | None:
+def tf32() -> bool:
+    """torch's switch says that convolutions of float32 multiply in TF32; a CPU has no such roof."""
+    return torch.backends.cudnn.conv.fp32_precision == TF32  # type: ignore[attr-defined]
+
+
+def attainable(
+    roofs: Iterable[Mapping], dtype: str, flops: float, moved: float, working_set: float, tf32: bool = False
+) -> float | None:
     """The FLOP/s that the roofs allow work of ``flops`` FLOP and ``moved`` bytes; None where a roof is missing.
+
+    ``tf32``: convolutions of float32 multiply in TF32, as on a GPU by default.
 
     Where two copy roofs were measured, the one whose working set is nearer to ``working_set`` bytes (by ratio) holds.
     Of a roof measured twice the better value counts.
     """
     rows = list(roofs)
+    if dtype == "float32" and tf32 and any(row["name"] == MATMUL and row["dtype"] == TF32 for row in rows):
+        dtype = TF32
     peak = max((row["value"] for row in rows if row["name"] == MATMUL and row["dtype"] == dtype), default=None)
     copies: dict[float, float] = {}
     for row in rows:

@@ -4,38 +4,56 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-
-import torch
+from typing import Protocol
 
 from tritonconv.bench import gate, roofs
 from tritonconv.bench.calls import TensorCall, work
+from tritonconv.bench.classes import layer_class
 from tritonconv.bench.results import BASELINE
 from tritonconv.bench.subject import Subject
 from tritonconv.bench.timing import Times
-from tritonconv.kernels.registry import Variant
+from tritonconv.kernels.registry import Config, Variant
 from tritonconv.problem import Problem
+
+
+class Choice(Protocol):
+    """A variant and its config, as dispatch chose them."""
+
+    @property
+    def variant(self) -> Variant: ...
+    @property
+    def config(self) -> Config: ...
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A contestant of a cell: what it runs by pass (nothing for torch), the call at size, and the gate's verdict."""
+    """A contestant of a cell: what it runs by pass (nothing for torch), the call at size, the gate's verdict, and the
+    seconds of its first call, compilation included."""
 
     name: str
-    chosen: dict[str, Variant]
+    chosen: Mapping[str, Choice]
     call: TensorCall
     verdict: gate.Verdict
+    first_s: float
+
+
+def sizes_of(problem: Problem) -> dict[str, object]:
+    """The sizes and hyper-parameters of a problem, by their names in :class:`~tritonconv.problem.Problem`."""
+    names = ("n", "c_in", "c_out", "size", "kernel", "stride", "crop", "out_size", "dilation", "groups", "bias")
+    back_crop = [axis.back_crop for axis in problem.axes]
+    return {**{name: getattr(problem, name) for name in names}, "back_crop": back_crop}
 
 
 def layer_fields(subject: Subject, problem: Problem) -> dict[str, object]:
     """The layer: where it comes from, its sizes as timed and as in the model."""
-    names = ("n", "c_in", "c_out", "size", "kernel", "stride", "crop", "out_size", "dilation", "groups", "bias")
-    sizes = {name: getattr(problem, name) for name in names}
     original = subject.original(problem.layout)
     return {
         "source": subject.layer.source,
+        **({"family": subject.layer.family} if subject.layer.family else {}),
         "duplicates": subject.duplicates,
         "text": str(problem),
-        "problem": {**sizes, "back_crop": [axis.back_crop for axis in problem.axes]},
+        "problem": sizes_of(problem),
+        "class": layer_class(sizes_of(problem)),
         "scaled": problem != original,
         "original": {name: getattr(original, name) for name in ("n", "size", "out_size")},
     }
@@ -47,18 +65,18 @@ def measured_fields(
     problem: Problem,
     head: Mapping[str, str],
     measured_roofs: Iterable[Mapping],
-    device: torch.device,
 ) -> dict[str, object]:
     """The candidate: times (ms), rates, share of the roof, errors, speed-up; ``head`` holds the pass and the dtype."""
     flops, moved = work(problem, head["pass"])
-    allowed = roofs.attainable(measured_roofs, head["dtype"], flops, moved, problem.bytes())
+    allowed = roofs.attainable(measured_roofs, head["dtype"], flops, moved, problem.bytes(), roofs.tf32())
     spread = times.spread(one.name)
     seconds = spread.median * 1e-3
+    executed = executed_flops(one, problem)
     ratio = times.speedup(one.name, BASELINE) if BASELINE in times.rounds else None
     return {
         "variant": one.name,
-        "chosen": {name: record.name for name, record in one.chosen.items()},
-        "config": {name: dict(record.default(problem, device)) for name, record in one.chosen.items()},
+        "chosen": {name: each.variant.name for name, each in one.chosen.items()},
+        "config": {name: dict(each.config) for name, each in one.chosen.items()},
         "median_ms": spread.median,
         "p20_ms": spread.p20,
         "p80_ms": spread.p80,
@@ -67,14 +85,27 @@ def measured_fields(
         "bytes": moved,
         "gflop_per_s": flops / seconds / 1e9,
         "gb_per_s": moved / seconds / 1e9,
+        "executed_flops": executed,
+        "executed_gflop_per_s": executed / seconds / 1e9 if executed else None,
+        "timing": "wall",
+        "wall_ms": spread.median,
+        "compile_s": max(0.0, one.first_s - seconds),
         "percent_of_roof": 100 * flops / seconds / allowed if allowed else None,
         "gate_output": one.verdict.output,
         "max_error": one.verdict.max_error,
         "torch_error": one.verdict.torch_error,
         "tolerance": one.verdict.tolerance,
-        "deterministic": all(record.deterministic for record in one.chosen.values()) if one.chosen else None,
+        "deterministic": all(each.variant.deterministic for each in one.chosen.values()) if one.chosen else None,
         "baseline": BASELINE,
         "speedup": ratio.median if ratio else None,
         "speedup_p20": ratio.p20 if ratio else None,
         "speedup_p80": ratio.p80 if ratio else None,
     }
+
+
+def executed_flops(one: Candidate, problem: Problem) -> float | None:
+    """What the variants execute, padding and masked taps included; None where one of them does not say."""
+    counts = [each.variant.work(problem, each.config) for each in one.chosen.values() if each.variant.work]
+    if not counts or len(counts) < len(one.chosen):
+        return None
+    return float(sum(count.flops for count in counts))

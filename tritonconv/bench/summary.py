@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import geometric_mean
 
-from tritonconv.bench.results import BASELINE, OURS, Run
+from tritonconv.bench.classes import CLASSES
+from tritonconv.bench.results import BASELINE, COMPILED, OURS, Run
 from tritonconv.bench.workloads import ALL
 
 # Slower than this, and with the 80th percentile of the paired ratios below it too, counts as slower than torch.
@@ -14,6 +15,7 @@ FLOOR = 0.95
 WORST = 5
 # A cell counts as undisturbed while other programs keep at most this many cores busy.
 QUIET = 0.1
+FAST_P = (0.8, 1.0, 1.5, 2.0, 3.0)
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,58 @@ def groups(rows: Iterable[Mapping], variant: str = OURS) -> list[Group]:
     return found
 
 
+def best_torch(rows: Iterable[Mapping]) -> dict[tuple[str, str, str], float]:
+    """The least median (ms) of torch and torch.compile over all layouts, by (layer, dtype, pass)."""
+    found: dict[tuple[str, str, str], float] = {}
+    for row in rows:
+        if row["variant"] in (BASELINE, COMPILED):
+            key = row["layer"], row["dtype"], row["pass"]
+            found[key] = min(row["median_ms"], found.get(key, row["median_ms"]))
+    return found
+
+
+def against_best(rows: Iterable[Mapping], variant: str = OURS) -> list[tuple[Mapping, float]]:
+    """Each row of the variant with its speed-up over the best torch: a ratio of medians, of different rounds."""
+    rows = list(rows)
+    best = best_torch(rows)
+    keyed = [((row["layer"], row["dtype"], row["pass"]), row) for row in rows if row["variant"] == variant]
+    return [(row, best[key] / row["median_ms"]) for key, row in keyed if key in best]
+
+
+def fast_p(ratios: Sequence[float], p: float) -> float:
+    """KernelBench's fast_p: the share of all that are right and more than ``p`` times as fast as torch."""
+    return sum(ratio > p for ratio in ratios) / len(ratios) if ratios else 0.0
+
+
+def _in_classes(run: Run) -> list[str]:
+    """Geometric means per class of layer and pass, our best layout against the best torch."""
+    by: dict[tuple[str, str], dict[tuple[str, str], float]] = {}
+    for row, ratio in against_best(run.results):
+        mine = by.setdefault((row.get("class", "?"), row["pass"]), {})
+        layer = row["layer"], row["dtype"]
+        mine[layer] = max(ratio, mine.get(layer, 0.0))
+    if not by:
+        return []
+    wrong = {(row["layer"], row.get("dtype"), row["pass"]) for row in run.errors if row["variant"] == OURS}
+    head = ["class", "pass", "layers", "geomean", *(f"fast_{p:g}" for p in FAST_P)]
+    lines = []
+    for name in (*CLASSES, "?"):
+        lines += [[name, *_fast(pass_name, by[kind, pass_name], 0)] for kind, pass_name in by if kind == name]
+    for pass_name in dict.fromkeys(each for _, each in by):
+        whole: dict[tuple[str, str], float] = {}
+        for (_, each), ratios in by.items():
+            if each == pass_name:
+                whole |= ratios
+        lines.append(["all", *_fast(pass_name, whole, sum(each == pass_name for _, _, each in wrong))])
+    return columns([head, *lines], numbers=2 + len(FAST_P))
+
+
+def _fast(pass_name: str, ratios: Mapping[tuple[str, str], float], wrong: int) -> list[str]:
+    values = [*ratios.values(), *[0.0] * wrong]  # a wrong answer is not fast
+    shares = [f"{fast_p(values, p):.0%}" for p in FAST_P]
+    return [pass_name, str(len(ratios)), f"{geometric_mean(ratios.values()):.2f}", *shares]
+
+
 def summary(run: Run) -> str:
     """The text that ``bench`` prints at its end."""
     env = run.environment
@@ -88,6 +142,11 @@ def summary(run: Run) -> str:
         lines += ["", f"speed-up over {BASELINE} in the same layout, median of the ratios of neighbouring calls:", ""]
         lines += _table([group for each in per_variant.values() for group in each])
         lines += ["", f"faster: 20th percentile of the pairs above 1; slower: 80th percentile below {FLOOR:g}"]
+        classes = _in_classes(run)
+        if classes:
+            lines += ["", "our best layout against the best torch (any layout; medians of different rounds):", ""]
+            lines += classes
+            lines += ["", "fast_p: share of layers that are right and more than p times as fast (KernelBench)"]
         for group in per_variant.get(OURS, []):
             if group.layout == "all" or len({g.layout for g in per_variant[OURS]}) == 1:
                 lines += ["", f"slowest in {group.pass_name}, {group.dtype} (20th to 80th percentile of the pairs):"]
@@ -104,7 +163,7 @@ def summary(run: Run) -> str:
     if len(run.skips) > len(whole):
         lines.append(f"{len(run.skips) - len(whole)} times a variant does not serve the layer (reasons in the file)")
     if run.end is not None and run.end["reason"] != "complete":
-        done = f"{run.end.get('cells')} of {run.end.get('of_cells')} cells"
+        done = f"{run.end['cells']} of {run.end['of_cells']} cells" if "cells" in run.end else "its finished rows"
         why = "the time budget was used up" if run.end["reason"] == "budget" else run.end["reason"]
         lines.append(f"ended early ({why}): {done} are in the file")
     return "\n".join(lines)

@@ -26,6 +26,7 @@ ALL = "all"
 CPU_BATCH = 2
 CPU_GFLOP = 0.6
 CPU_MBYTES = 40.0
+MOST_CPU_GFLOP = 10.0  # of a layer at a size that was asked for
 SCALE_RULE = (
     f"batch at most {CPU_BATCH}; then the largest spatial axis is halved (rounding up) until one call has at most "
     f"{CPU_GFLOP} GFLOP and x, weight and y together at most {CPU_MBYTES:g} MB in float32; no axis below 2 or so small "
@@ -41,7 +42,7 @@ class Workload:
 
     ``used_in`` is the precision in which the source trains or runs the layer, ``gflop`` and ``mbytes_bf16`` are
     independent counts (10^9 useful FLOP; 10^6 bytes of x, weight and y in bfloat16) that the tests hold against
-    :class:`~tritonconv.problem.Problem`.
+    :class:`~tritonconv.problem.Problem`. ``family`` names the layer that this one is at another size.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Workload:
     gflop: float
     mbytes_bf16: float
     source: str
+    family: str = ""
 
     def problem(self, dtype: torch.dtype = torch.float32, layout: str = "ncdhw", scale: str = "full") -> Problem:
         """The layer as a problem; ``scale`` is ``"full"`` or ``"cpu"`` (see :func:`scaled`).
@@ -87,7 +89,7 @@ class Workload:
             layout=layout,
             bias=self.bias,
         )
-        return scaled(problem) if scale == "cpu" else problem
+        return scaled(problem) if scale == "cpu" and not self.family else problem
 
 
 def scaled(problem: Problem) -> Problem:
@@ -112,8 +114,25 @@ def left_out(layer: Workload, scale: str) -> str | None:
     """
     mbytes = 4 * math.prod(layer.problem().weight_shape) / 1e6
     if scale != "cpu" or mbytes <= CPU_MBYTES:
-        return None
+        too_large = scale == "cpu" and layer.family and layer.problem().flops > MOST_CPU_GFLOP * 1e9
+        return f"over {MOST_CPU_GFLOP:g} GFLOP, the limit of --sizes at scale cpu" if too_large else None
     return f"its weight alone is {mbytes:.0f} MB in float32, and scale cpu allows {CPU_MBYTES:g} MB in all"
+
+
+def at_sizes(layer: Workload, sizes: Iterable[int]) -> tuple[Workload, ...]:
+    """The layer with batch 1 at cubic input sizes, to see how time grows with work; never shrunk.
+
+    A size whose output would be empty is left out.
+    """
+    found = []
+    for size in sizes:
+        small = replace(layer, name=f"{layer.name}@{size}", n=1, size=(size,) * 3, family=layer.name)
+        try:
+            small.problem()
+        except ArgumentError:
+            continue
+        found.append(small)
+    return tuple(found)
 
 
 def resized(problem: Problem, size: Triple, n: int | None = None) -> Problem:

@@ -12,8 +12,19 @@ from tritonconv.bench import results
 from tritonconv.bench.calls import ALL_PASSES, FORWARD_BACKWARD
 from tritonconv.bench.progress import progress
 from tritonconv.bench.summary import summary
-from tritonconv.bench.workloads import ALL, SCALES, suites, workloads
-from tritonconv.commands.common import DTYPES, INTERRUPTED, OK, RESULTS, WRONG, add_device, layer_lines, scale_for
+from tritonconv.bench.workloads import ALL, SCALES, at_sizes, suites, workloads
+from tritonconv.commands.common import (
+    DTYPES,
+    INTERRUPTED,
+    OK,
+    RESULTS,
+    WRONG,
+    add_device,
+    add_variant_files,
+    layer_lines,
+    load_variant_files,
+    scale_for,
+)
 from tritonconv.commands.common import device as device_of
 from tritonconv.errors import ArgumentError
 from tritonconv.kernels.registry import Variant, variant, variants
@@ -59,6 +70,16 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seed", type=flags.seed, default=0, metavar="N", help="seed of the random inputs (default: 0)"
     )
+    add_variant_files(parser)
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, help="time torch.compile too (default: on a GPU only)"
+    )
+    parser.add_argument(
+        "--sizes",
+        type=flags.counts,
+        metavar="N[,N]",
+        help="also measure each layer at these cubic input sizes, batch 1: how time grows with work",
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
     parser.add_argument("--list", action="store_true", help="list the layers that would run, and stop")
 
@@ -66,7 +87,10 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     device = device_of(options.device)
     scale = scale_for(options.scale, device)
+    added = load_variant_files(options)
     layers = workloads(options.suite or ALL, options.only)
+    if options.sizes:
+        layers = tuple(each for layer in layers for each in (layer, *at_sizes(layer, options.sizes)))
     if options.list:
         print("\n".join(layer_lines(layers, scale)))
         return OK
@@ -76,7 +100,8 @@ def run(options: argparse.Namespace) -> int:
         passes=passes,
         dtypes=tuple(getattr(torch, name) for name in flags.once(options.dtype, ("float32",))),
         layouts=flags.once(options.layout, tuple(LAYOUTS)),
-        variants=_variants(flags.once(options.variants, ()), passes),
+        variants=(*_variants(flags.once(options.variants, ()), passes), *added),
+        compiled=device.type == "cuda" if options.compile is None else options.compile,
         scale=scale,
         seconds=options.seconds,
         device=device,

@@ -8,7 +8,7 @@ import torch
 
 from tritonconv import flags
 from tritonconv.bench.workloads import SCALES, workload
-from tritonconv.commands.common import DTYPES, OK
+from tritonconv.commands.common import DTYPES, OK, add_variant_files, load_variant_files
 from tritonconv.explain import explain
 from tritonconv.problem import LAYOUTS
 
@@ -23,9 +23,11 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--scale", choices=tuple(SCALES), default="full", help="sizes to explain (default: %(default)s)"
     )
+    add_variant_files(parser)
 
 
 def run(options: argparse.Namespace) -> int:
+    load_variant_files(options)
     layer = workload(options.layer)
     for dtype in flags.once(options.dtype, ("float32",)):
         for layout in flags.once(options.layout, ("ncdhw",)):

@@ -13,9 +13,9 @@ from tritonconv.autotune.journal import FAILED, OK, WRONG, Journal, Timing
 from tritonconv.autotune.sources import source_hash
 from tritonconv.bench.calls import TensorCall
 from tritonconv.bench.timing import Times, interleave, stopwatch_for
+from tritonconv.contestants import why_not
 from tritonconv.dispatch import plan_of
 from tritonconv.kernels.registry import variants
-from tritonconv.runner import _why_not as why_not
 from tritonconv.tuning.case import Case
 from tritonconv.tuning.failures import context_is_lost, disqualifies, told
 

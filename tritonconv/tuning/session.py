@@ -17,6 +17,7 @@ from tritonconv.autotune.key import Key, device_name
 from tritonconv.autotune.sources import source_hash
 from tritonconv.autotune.store import Entry, Table
 from tritonconv.bench.environment import version
+from tritonconv.bench.rows import sizes_of
 from tritonconv.errors import ArgumentError
 from tritonconv.kernels.registry import variant
 from tritonconv.problem import PASSES, Problem
@@ -188,7 +189,6 @@ class Session:
 def head(task: Task, pass_name: str) -> dict[str, object]:
     """What every row about a task begins with."""
     problem = task.problem
-    sizes = ("n", "c_in", "c_out", "size", "kernel", "stride", "crop", "out_size", "dilation", "groups", "bias")
     return {
         "layer": task.layer,
         "suite": task.suite,
@@ -196,10 +196,7 @@ def head(task: Task, pass_name: str) -> dict[str, object]:
         "dtype": str(problem.dtype).removeprefix("torch."),
         "layout": problem.layout,
         "text": str(problem),
-        "problem": {
-            **{name: getattr(problem, name) for name in sizes},
-            "back_crop": [axis.back_crop for axis in problem.axes],
-        },
+        "problem": sizes_of(problem),
     }
 
 

@@ -1,0 +1,60 @@
+"""What only a GPU has: a call captured in a CUDA graph, its eager wall time, its memory.
+
+A graph's replay is the work without Python and without launches; the eager wall time has both.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from tritonconv.bench.timing import Call
+
+WARM_CALLS = 3  # before a capture: autotuning and lazy allocations do not belong into it
+WALL_SECONDS, MOST_WALL_CALLS = 0.02, 200
+
+
+def captured(call: Call, device: torch.device) -> Callable[[], None] | None:
+    """The replay of a CUDA graph of one call, None where the call cannot be captured. Outputs stay in the graph."""
+    try:
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_CALLS):
+                call()
+        torch.cuda.current_stream(device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outputs = call()
+    except RuntimeError:  # a synchronisation or a host-side branch inside the call
+        torch.cuda.synchronize(device)
+        return None
+
+    def replay(outputs=outputs) -> None:  # keeps the outputs' memory alive
+        graph.replay()
+
+    return replay
+
+
+def wall_ms(call: Call, device: torch.device) -> float:
+    """Eager wall time per call in ms: calls made back to back, the wait for the last one included."""
+    torch.cuda.synchronize(device)
+    begin = time.perf_counter()
+    calls = 0
+    while calls < MOST_WALL_CALLS and time.perf_counter() - begin < WALL_SECONDS:
+        call()
+        calls += 1
+    torch.cuda.synchronize(device)
+    return (time.perf_counter() - begin) / calls * 1e3
+
+
+def peak_bytes(call: Call, device: torch.device) -> int:
+    """Memory that one call takes at most besides what is allocated before it; its outputs count."""
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    call()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before

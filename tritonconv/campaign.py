@@ -1,0 +1,246 @@
+"""Everything that a device should be asked, in the order of value, within one budget: verify, roofs, tune, bench.
+
+A folder holds the campaign: its store of tuned choices and one results file per run. A later run goes on where the
+budget ended: what was verified, tuned or benchmarked by the same sources is not done again, and a cell is benchmarked
+anew where tuning has changed what it runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from time import perf_counter
+
+import torch
+
+from tritonconv import dispatch, overhead
+from tritonconv.autotune import store
+from tritonconv.autotune.ceilings import from_roofs
+from tritonconv.autotune.choose import Selection
+from tritonconv.autotune.key import device_name
+from tritonconv.autotune.sources import source_hash
+from tritonconv.autotune.store import Table
+from tritonconv.bench import gate, results, roofs
+from tritonconv.bench.calls import FORWARD_BACKWARD
+from tritonconv.bench.results import OURS, Run, Writer
+from tritonconv.bench.rows import sizes_of
+from tritonconv.bench.workloads import distinct, in_turn, left_out, workload
+from tritonconv.contestants import why_not
+from tritonconv.inspection.jobs import CLASSES
+from tritonconv.kernels.registry import variants
+from tritonconv.problem import PASSES
+from tritonconv.runner import Options, header, measure
+from tritonconv.tuning.case import Case
+from tritonconv.tuning.failures import context_is_lost, told
+from tritonconv.tuning.session import Progress, Session, Task
+
+# Shares of the budget, as far as a step has something to do; the benchmark has what the others leave.
+VERIFY, ROOFS, TUNE, OVERHEAD = 0.12, 0.06, 0.42, 0.03
+END = 0.02  # for what is running when a step's time is over
+CHECKED_AXES = 12  # a problem is verified at no more voxels per axis
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The results file of this run, why it ended, how many answers were wrong, and what each step did."""
+
+    path: Path
+    reason: str
+    errors: int
+    steps: tuple[str, ...]
+
+
+class Campaign:
+    """One run of a campaign; ``options`` say which layers, dtypes, layouts and passes, and the budget."""
+
+    def __init__(self, options: Options, folder: Path, progress: Progress) -> None:
+        assert options.seconds is not None
+        self.options, self.folder, self.progress = options, folder, progress
+        self.device, self.seconds = options.device, options.seconds
+        self.begin = perf_counter()
+        self.errors = 0
+        self.said: list[str] = []
+
+    def run(self) -> Outcome:
+        """Raises ResultsError or StoreError where the folder cannot be written or holds another device's results."""
+        self.earlier = self._earlier()
+        reason = "complete"
+        with _store(self.folder / "store"), Writer(self.folder, results.CAMPAIGN) as writer:
+            self.writer = writer
+            writer.write("environment", header(self.options, writer))
+            try:
+                self._verify()
+                measured = self._roofs()
+                finished = self._tune()
+                finished = self._bench(measured) and finished
+                self._overhead()
+                reason = "complete" if finished else "budget"
+            except KeyboardInterrupt:
+                reason = "interrupted"
+            writer.write("end", {"reason": reason, "seconds": round(perf_counter() - self.begin, 3)})
+        return Outcome(writer.path, reason, self.errors, tuple(self.said))
+
+    def _earlier(self) -> Run | None:
+        """What earlier runs of this folder measured with the same commit on this device."""
+        if not self.folder.is_dir() or not any(self.folder.glob(f"{results.CAMPAIGN}*.jsonl")):
+            return None
+        runs = [results.read(path) for path in results.files(self.folder) if path.name.startswith(results.CAMPAIGN)]
+        return results.merged(runs)
+
+    def _left(self, reserved: float = 0.0) -> float:
+        """Seconds until the budget ends, a share of it reserved for what comes after."""
+        return self.seconds * (1 - END - reserved) - (perf_counter() - self.begin)
+
+    # -------------------------------------------------------------- verify
+
+    def _verify(self) -> None:
+        """Every variant on one layer per class, against float64."""
+        done = {(row["layer"], row["pass"], row["dtype"], row["layout"], row["variant"], row.get("source"))
+                for row in (self.earlier.checks if self.earlier else ())}  # fmt: skip
+        waiting = [each for each in self._checks() if self._identity(*each) not in done]
+        self.progress.begin(len(waiting))
+        deadline, checked = perf_counter() + min(VERIFY * self.seconds, self._left()), 0
+        for task, name in waiting:
+            if perf_counter() >= deadline:
+                break
+            self._check(task, name)
+            checked += 1
+            self.progress.step(f"verify {name} on {task.layer}")
+        rest = f", {len(waiting) - checked} left for another run" if checked < len(waiting) else ""
+        self.said.append(f"verify: {checked} answers held against float64, {self.errors} wrong or failed{rest}")
+
+    def _checks(self) -> Iterator[tuple[Task, str]]:
+        for dtype in self.options.dtypes:
+            for layer in (workload(name) for name in dict.fromkeys(CLASSES.values())):
+                for layout in self.options.layouts:
+                    task = Task(_small(layer.problem(dtype, layout)), layer.name, layer.suite)
+                    for record in variants():
+                        if why_not(record, task.problem, self.device) is None:
+                            yield task, record.name
+
+    def _identity(self, task: Task, name: str) -> tuple:
+        record = next(each for each in variants() if each.name == name)
+        dtype = str(task.problem.dtype).removeprefix("torch.")
+        return task.layer, record.pass_name, dtype, task.problem.layout, name, source_hash(record)
+
+    def _check(self, task: Task, name: str) -> None:
+        layer, pass_name, dtype, layout, _, source = self._identity(task, name)
+        record = next(each for each in variants() if each.name == name)
+        head = {"layer": layer, "suite": task.suite, "pass": pass_name, "dtype": dtype, "layout": layout,
+                "variant": name, "source": source, "problem": sizes_of(task.problem)}  # fmt: skip
+        chosen = Selection(record, record.default(task.problem, self.device), "verified")
+        try:
+            plan = dispatch.plan_of(task.problem, self.device, **{pass_name: chosen})
+            verdict = Case(task.problem, self.device).judge(plan, pass_name)
+        except Exception as error:
+            self.errors += 1
+            self.writer.write("error", {**head, "status": "error", "message": told(error)})
+            if context_is_lost(error):
+                raise
+            return
+        if verdict.ok:
+            self.writer.write("check", {**head, "max_error": verdict.max_error, "tolerance": verdict.tolerance})
+        else:
+            self.errors += 1
+            self.writer.write("error", {**head, "status": "wrong", "message": str(verdict)})
+
+    # -------------------------------------------------------------- the other steps
+
+    def _roofs(self) -> list[dict]:
+        if self.earlier and self.earlier.roofs:
+            self.said.append("roofs: known from an earlier run")
+            return self.earlier.roofs
+        each = min(0.5, ROOFS * self.seconds / (3 + 2 * len(self.options.dtypes)))
+        found = [self.writer.write("roof", {**row, "when": "start"})
+                 for row in roofs.measure(self.device, self.options.dtypes, each)]  # fmt: skip
+        measured = from_roofs(found, header(self.options, self.writer), self.device)
+        if measured is not None:
+            store.merge(Table(device_name(self.device), {}, measured.to_json()))
+            dispatch.forget()
+        self.said.append(f"roofs: {len(found)} measured")
+        return found
+
+    def _tune(self) -> bool:
+        seconds = min(TUNE * self.seconds, self._left())
+        if seconds <= 0:
+            return False
+        scale = self.options.scale
+        tasks = [
+            Task(layer.problem(dtype, layout, scale), layer.name, layer.suite)
+            for dtype in self.options.dtypes
+            for layer in in_turn(layer for layer, _ in distinct(self.options.layers, scale))
+            for layout in self.options.layouts
+            if left_out(layer, scale) is None
+        ]
+        report = Session(self.device, None, seconds, write=self.writer.write).run(tasks, self.progress)
+        self.said.append(
+            f"tune: {len(report.winners)} choices ({report.torch_won} of them torch's own), "
+            f"{len(report.known)} problems known before, {report.left} left for another run"
+        )
+        return report.reason == "complete"
+
+    def _bench(self, known_roofs: list[dict]) -> bool:
+        seconds = self._left(OVERHEAD)
+        if seconds <= 0:
+            self.said.append("bench: no time was left")
+            return False
+        options = replace(self.options, seconds=seconds, done=self._done())
+        run = measure(options, self.writer, self.progress, known_roofs)
+        self.errors += run.errors
+        self.said.append(f"bench: {run.done} of {run.cells} cells, {len(options.done)} known before")
+        if run.reason == "interrupted":
+            raise KeyboardInterrupt
+        return run.reason == "complete"
+
+    def _done(self) -> frozenset[tuple[str, str, str, str]]:
+        """Cells of earlier runs that ran what dispatch chooses now."""
+        if self.earlier is None:
+            return frozenset()
+        layers = {layer.name: layer for layer in self.options.layers}
+        found = set()
+        for row in self.earlier.results:
+            layer = layers.get(row["layer"])
+            if layer is None or row["variant"] != OURS or row["layout"] not in self.options.layouts:
+                continue
+            problem = layer.problem(getattr(torch, row["dtype"]), row["layout"], self.options.scale)
+            plan = dispatch.plan(problem, self.device)
+            served = PASSES if row["pass"] == FORWARD_BACKWARD else (row["pass"],)
+            now = {name: [plan.choice(name).variant.name, dict(plan.choice(name).config)] for name in served}
+            if now == {name: [row["chosen"].get(name), row["config"].get(name)] for name in served}:
+                found.add((row["layer"], row["dtype"], row["layout"], row["pass"]))
+        return frozenset(found)
+
+    def _overhead(self) -> None:
+        seconds = min(OVERHEAD * self.seconds, self._left())
+        if seconds <= 0 or (self.earlier and self.earlier.overheads):
+            return
+        rows = [self.writer.write("overhead", row) for row in overhead.measure(self.device, torch.float32, seconds)]
+        worst = max(overhead.excess(rows).values())
+        self.said.append(f"overhead: at most {worst:+.1f} us per call over torch's layer")
+
+
+def _small(problem):
+    """The problem with axes of at most CHECKED_AXES voxels and batch at most 2."""
+    size = tuple(min(each, CHECKED_AXES) for each in problem.size)
+    with contextlib.suppress(ValueError):  # a crop that would leave nothing
+        return gate.resized(problem, size, min(problem.n, gate.LARGEST_BATCH))
+    return problem
+
+
+@contextlib.contextmanager
+def _store(folder: Path) -> Iterator[None]:
+    """The campaign's own store is the user's inside the block."""
+    before = os.environ.get("TRITONCONV_CACHE")
+    os.environ["TRITONCONV_CACHE"] = str(folder.absolute())
+    dispatch.forget()
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TRITONCONV_CACHE"]
+        else:
+            os.environ["TRITONCONV_CACHE"] = before
+        dispatch.forget()

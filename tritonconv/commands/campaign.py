@@ -1,0 +1,87 @@
+"""``tritonconv campaign``: verify, measure the roofs, tune and benchmark, within one budget."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from tritonconv import flags
+from tritonconv.bench import results
+from tritonconv.bench.calls import ALL_PASSES, FORWARD_BACKWARD
+from tritonconv.bench.progress import progress
+from tritonconv.bench.summary import summary
+from tritonconv.bench.workloads import ALL, SCALES, suites, workloads
+from tritonconv.campaign import Campaign
+from tritonconv.commands.common import (
+    DTYPES,
+    INTERRUPTED,
+    OK,
+    WRONG,
+    add_device,
+    add_variant_files,
+    load_variant_files,
+    scale_for,
+)
+from tritonconv.commands.common import device as device_of
+from tritonconv.problem import LAYOUTS
+from tritonconv.runner import Options
+
+HELP = "verify, roofs, tune and bench in one budget; run again, it goes on"
+OTHER_SUITES = ("kernelbench",)  # not layers of models: asked for by name
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Gives the parser the flags of the command."""
+    parser.description = (
+        "In the order of value: every variant is held against float64 on one layer per class; the device's roofs are "
+        "measured; the layers are tuned; then benchmarked with what was found; the overhead of a call is measured. "
+        "Everything is kept when the budget ends, and the same command goes on from there. tritonconv report DIR "
+        "renders it."
+    )
+    parser.add_argument("--seconds", type=flags.seconds, required=True, metavar="S", help="budget for all of it")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the results and of the store")
+    flags.add_choice(parser, "--suite", suites(), "suites (default: those of models)")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only layers whose name contains TEXT")
+    flags.add_choice(parser, "--dtype", DTYPES, "dtypes (default: float32 on a CPU; bfloat16, float32 on a GPU)")
+    flags.add_choice(parser, "--layout", LAYOUTS, f"{', '.join(LAYOUTS)} (default: both)")
+    flags.add_choice(parser, "--passes", ALL_PASSES, f"passes of the bench (default: forward,{FORWARD_BACKWARD})")
+    parser.add_argument("--scale", choices=tuple(SCALES), help="(default: cpu on a CPU, else full)")
+    add_device(parser)
+    add_variant_files(parser)
+    parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
+
+
+def run(options: argparse.Namespace) -> int:
+    added = load_variant_files(options)
+    device = device_of(options.device)
+    gpu = device.type == "cuda"
+    core = tuple(name for name in suites() if name not in (*OTHER_SUITES, ALL))
+    wanted = Options(
+        layers=workloads(options.suite or core, options.only),
+        passes=flags.once(options.passes, ("forward", FORWARD_BACKWARD)),
+        dtypes=tuple(
+            getattr(torch, name) for name in flags.once(options.dtype, ("bfloat16", "float32") if gpu else ("float32",))
+        ),
+        layouts=flags.once(options.layout, tuple(LAYOUTS)),
+        variants=added,
+        scale=scale_for(options.scale, device),
+        seconds=options.seconds,
+        device=device,
+        command=("tritonconv", *options.given),
+        compiled=gpu,
+    )
+    shown = progress(options.quiet, unit="steps", first="verifying")
+    try:
+        outcome = Campaign(wanted, options.out, shown).run()
+    finally:
+        shown.close()
+    print(summary(results.load(options.out)))
+    print("\n" + "\n".join(outcome.steps))
+    print(f"\nresults: {outcome.path}")
+    if outcome.reason == "budget":
+        print("the budget was used up; the same command goes on from here")
+    if outcome.reason == "interrupted":
+        return INTERRUPTED
+    return WRONG if outcome.errors else OK

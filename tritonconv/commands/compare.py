@@ -1,0 +1,117 @@
+"""``tritonconv compare A B``: what has become faster or slower between two results files."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import geometric_mean
+from typing import NamedTuple
+
+from tritonconv.bench import results
+from tritonconv.bench.results import BASELINE, Run
+from tritonconv.bench.summary import columns
+from tritonconv.commands.common import OK, WRONG
+from tritonconv.errors import ArgumentError, ResultsError
+
+HELP = "compare two results files; exit code 1 where something became slower beyond noise"
+THRESHOLD = 0.05
+SHOWN = 10
+KEY = ("layer", "pass", "dtype", "layout", "variant")
+
+
+class Change(NamedTuple):
+    """One row in both files. ``ratio`` above 1: B is faster. ``beyond``: the intervals from the 20th to the 80th
+    percentile do not touch."""
+
+    row: Mapping
+    ratio: float
+    beyond: bool
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Gives the parser the flags of the command."""
+    parser.description = (
+        "Joins two results files on layer, pass, dtype, layout and variant. On a GPU times are compared. On a CPU, "
+        "whose speed changes with what else runs, the speed-up over torch in the same run is compared, so torch's "
+        "own rows drop out. A row is a regression where B is slower by more than the threshold and the intervals "
+        "from the 20th to the 80th percentile do not touch."
+    )
+    parser.add_argument("before", type=Path, metavar="A", help="a results file, or a folder (its newest)")
+    parser.add_argument("after", type=Path, metavar="B", help="a results file, or a folder (its newest)")
+    parser.add_argument(
+        "--threshold", type=_share, default=THRESHOLD, metavar="X", help="slower by this share (default: %(default)s)"
+    )
+    parser.add_argument("--any-device", action="store_true", help="compare runs of different devices too")
+
+
+def run(options: argparse.Namespace) -> int:
+    before, after = (_read(path) for path in (options.before, options.after))
+    names = [each.environment["device_name"] for each in (before, after)]
+    if names[0] != names[1] and not options.any_device:
+        raise ArgumentError(f"A was measured on {names[0]}, B on {names[1]} (--any-device compares them all the same)")
+    by_speedup = "cpu" in (before.environment["device"], after.environment["device"])
+    changes = compare(before, after, by_speedup)
+    if not changes:
+        raise ResultsError("compare: A and B have no row in common")
+    regressions = [each for each in changes if each.beyond and each.ratio < 1 / (1 + options.threshold)]
+    print(f"A {before.run}\nB {after.run}\n{_what(by_speedup)}; above 1: B is faster\n")
+    print("\n".join(_means(changes)))
+    for title, rows in (("slower beyond noise", regressions), ("faster beyond noise", _faster(changes, options))):
+        print(f"\n{title}: {len(rows)} of {len(changes)}")
+        print("\n".join(_lines(rows[:SHOWN])))
+    return WRONG if regressions else OK
+
+
+def compare(before: Run, after: Run, by_speedup: bool) -> list[Change]:
+    """The rows that both runs have, the slowest in B first."""
+    left, right = ({tuple(row[key] for key in KEY): row for row in each.results} for each in (before, after))
+    found = []
+    for key in left.keys() & right.keys():
+        old, new = left[key], right[key]
+        if by_speedup:
+            if old["speedup"] is None or new["speedup"] is None or old["variant"] == BASELINE:
+                continue
+            ratio = new["speedup"] / old["speedup"]
+            apart = new["speedup_p80"] < old["speedup_p20"] or new["speedup_p20"] > old["speedup_p80"]
+        else:
+            ratio = old["median_ms"] / new["median_ms"]
+            apart = new["p20_ms"] > old["p80_ms"] or new["p80_ms"] < old["p20_ms"]
+        found.append(Change(new, ratio, apart))
+    return sorted(found, key=lambda each: (each.ratio, str(each.row["layer"])))
+
+
+def _faster(changes: list[Change], options: argparse.Namespace) -> list[Change]:
+    return [each for each in reversed(changes) if each.beyond and each.ratio > 1 + options.threshold]
+
+
+def _what(by_speedup: bool) -> str:
+    return "speed-up over torch in B over that in A" if by_speedup else "time in A over time in B"
+
+
+def _means(changes: list[Change]) -> list[str]:
+    kinds = dict.fromkeys((each.row["pass"], each.row["dtype"], each.row["variant"]) for each in changes)
+    lines = [["pass", "dtype", "variant", "rows", "geomean", "least", "most"]]
+    for kind in sorted(kinds):
+        mine = [each.ratio for each in changes if (each.row["pass"], each.row["dtype"], each.row["variant"]) == kind]
+        lines.append([*kind, str(len(mine)), *(f"{each:.3f}" for each in (geometric_mean(mine), min(mine), max(mine)))])
+    return columns(lines, numbers=4)
+
+
+def _lines(changes: list[Change]) -> list[str]:
+    cells = [[f"  {each.ratio:.3f}", *(str(each.row[key]) for key in KEY)] for each in changes]
+    return columns(cells, numbers=0) if cells else ["  none"]
+
+
+def _read(path: Path) -> Run:
+    return results.read(results.latest(path) if path.is_dir() else path)
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 10:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a share such as 0.05")
+    return value

@@ -1,0 +1,101 @@
+"""The contestants of a cell: torch's own, torch.compile, the public operation, single variants; prepared and judged."""
+
+from __future__ import annotations
+
+import contextlib
+from time import perf_counter
+
+import torch
+import torch.nn.functional as F
+
+from tritonconv.bench import gate
+from tritonconv.bench.calls import FORWARD_BACKWARD, TensorCall, Tensors, operation_call, torch_call
+from tritonconv.bench.results import BASELINE, COMPILED, OURS
+from tritonconv.bench.rows import Candidate
+from tritonconv.bench.subject import Subject
+from tritonconv.dispatch import Plan, Selection, pinned, plan, use
+from tritonconv.functional import conv_transpose3d
+from tritonconv.kernels.registry import Variant
+from tritonconv.problem import PASSES, Problem
+
+
+def why_not(record: Variant, problem: Problem, device: torch.device) -> str | None:
+    """Why a variant is not measured on a device; None where it is."""
+    if record.backend == "triton" and device.type == "cpu":
+        return "on a CPU Triton's interpreter runs this kernel, which says nothing about its speed"
+    return record.supports(problem, device)
+
+
+def candidate(
+    name: str, record: Variant | None, subject: Subject, problem: Problem, pass_name: str, baseline: Candidate | None
+) -> Candidate:
+    """Prepares and judges a contestant; ``record`` is the variant to force, None for torch and the public operation."""
+    t = subject.tensors(problem)
+    chosen: dict[str, Selection] = {}
+    if name == BASELINE:
+        call = torch_call(problem, t, pass_name)
+    elif name == COMPILED:
+        call = operation_call(_compiled(), problem, t, pass_name)
+    else:
+        with use(record.name) if record else contextlib.nullcontext():
+            made = plan(problem, subject.device)
+        served = PASSES if pass_name == FORWARD_BACKWARD else (pass_name,)
+        call = _call(made, problem, t, pass_name, public=record is None)
+        chosen = {each: made.choice(each) for each in served}
+    begin = perf_counter()
+    call()
+    if subject.device.type == "cuda":
+        torch.cuda.synchronize(subject.device)
+    first_s = perf_counter() - begin
+    return Candidate(name, chosen, call, _judge(name, chosen, call, subject, problem, pass_name, baseline), first_s)
+
+
+def _compiled():
+    """torch.compile of torch's own operation, compiled anew: one graph per problem, as a model's would be."""
+    torch.compiler.reset()
+    # A lambda, for torch.compile leaves a function of torch's C++ as it is.
+    return torch.compile(lambda *args: F.conv_transpose3d(*args), fullgraph=True, dynamic=False)
+
+
+def _call(made: Plan, problem: Problem, t: Tensors, pass_name: str, public: bool) -> TensorCall:
+    """The public operation where it has the pass; one gradient alone, or a variant alone, through its plan."""
+    if pass_name == FORWARD_BACKWARD or (public and pass_name == "forward"):
+        return operation_call(conv_transpose3d, problem, t, pass_name)
+    if pass_name == "forward":
+        return lambda: (made.forward(t.x, t.weight, t.bias),)
+    if pass_name == "backward_data":
+        return lambda: (made.backward_data(t.grad_y, t.weight),)
+    return lambda: made.backward_weight(t.x, t.grad_y, problem.bias)
+
+
+def _judge(
+    name: str,
+    chosen: dict[str, Selection],
+    call: TensorCall,
+    subject: Subject,
+    problem: Problem,
+    pass_name: str,
+    baseline: Candidate | None,
+) -> gate.Verdict:
+    """Both steps of the gate; ``baseline`` is torch's candidate, None where torch cannot run the cell."""
+    outputs = gate.OUTPUTS[pass_name]
+    small = gate.reduced(problem)
+    if any(each.variant.supports(small, subject.device) is not None for each in chosen.values()):
+        small = problem
+    exact = subject.exact(small, outputs)
+    t = subject.tensors(small)
+
+    def named(values: tuple) -> dict[str, torch.Tensor]:
+        return {key: value for key, value in zip(outputs, values, strict=False) if value is not None}
+
+    torchs = named(torch_call(small, t, pass_name)())
+    mine = torchs
+    if chosen:
+        with pinned(*chosen.values()):
+            mine = named(_call(plan(small, subject.device), small, t, pass_name, public=name == OURS)())
+    verdict = gate.against_reference(small, mine, torchs, exact)
+    if not verdict.ok or not chosen or baseline is None or small == problem:
+        return verdict
+    relative = gate.relative_error(torchs, exact)
+    at_size = gate.against_torch(problem, named(call()), named(baseline.call()), relative)
+    return verdict if at_size.ok else at_size
