@@ -20,6 +20,7 @@ from tritonconv.errors import ResultsError
 from tritonconv.plots import style
 from tritonconv.plots.labels import Placer
 
+MADE_BY = "tritonconv bench"
 PANEL_WIDTH, PANEL_HEIGHT = 5.3, 4.3  # inches, with its axis labels
 FEW = 12  # layers that are named in the chart itself
 TABLE_LINE = 0.118  # inches

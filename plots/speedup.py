@@ -13,6 +13,7 @@ from tritonconv.bench.results import BASELINE, OURS, Run
 from tritonconv.errors import ResultsError
 from tritonconv.plots import style
 
+MADE_BY = "tritonconv bench"
 ROW = 0.148  # inches per layer
 PANEL = 3.5  # inches
 MARGIN_RIGHT, AXIS = 0.25, 0.5

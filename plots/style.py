@@ -88,7 +88,7 @@ def footer_lines(run: Run, notes: Sequence[str], width: float) -> list[str]:
         notes = [*notes, "The run ended early: not every layer is shown."]
     if run.disturbance:
         notes = [*notes, run.disturbance]
-    characters = int(width * 21.5)
+    characters = int(width * 20.5)
     return [line for text in (*notes, scale, machine(run)) for line in textwrap.wrap(text, characters)]
 
 

@@ -50,10 +50,14 @@ def test_bench_then_plot(tmp_path, capsys):
         "roofline.svg",
         "speedup.png",
         "speedup.svg",
+        "best.png",
+        "best.svg",
+        "percent.png",
+        "percent.svg",
     ]
     assert all(name.startswith(str(tmp_path / run.run)) for name in pictures)
     assert cli.main(["plot", path, "--pass", "forward", "--layout", "ncdhw", "--output", str(tmp_path / "new")]) == 0
-    assert len(list((tmp_path / "new").iterdir())) == 4
+    assert len(list((tmp_path / "new").iterdir())) == 8
 
 
 def test_a_wrong_result_makes_the_exit_code_1(tmp_path, monkeypatch, capsys):

@@ -155,7 +155,7 @@ def latest(folder: Path) -> Path:
 
 def load(path: Path) -> Run:
     """A results file; of a folder the newest, or all parts of a campaign as one (:func:`merged`)."""
-    if not path.is_dir():
+    if path.suffix == ".jsonl":
         return read(path)
     newest = latest(path)
     if not newest.name.startswith(CAMPAIGN):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from types import ModuleType
 
+from tritonconv import flags
 from tritonconv.bench import results
 from tritonconv.bench.calls import ALL_PASSES
 from tritonconv.commands.common import DTYPES, OK, RESULTS
@@ -17,11 +19,18 @@ HELP = "draw the charts of a results file"
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Gives the parser the flags of the command."""
+    parser.description = (
+        "Draws every chart that the results have rows for, as PNG and SVG; needs nothing but the file. Of a folder the "
+        "newest file is taken, or all parts of a campaign."
+    )
     parser.add_argument(
         "results", nargs="?", type=Path, help="a results file, or a folder of them (default: the newest in --output)"
     )
     parser.add_argument(
         "--output", type=Path, metavar="DIR", help="folder of the pictures (default: beside the results)"
+    )
+    parser.add_argument(
+        "--chart", type=flags.any_names, default=(), metavar="NAME[,NAME]", help="only these charts (default: all)"
     )
     parser.add_argument("--pass", dest="pass_name", choices=ALL_PASSES, help="only this pass")
     parser.add_argument("--layout", choices=tuple(LAYOUTS), help="only this layout")
@@ -29,28 +38,36 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    try:
-        from tritonconv.plots import roofline, speedup
-    except ImportError as error:
-        raise ArgumentError(f"drawing needs matplotlib ({error}): pip install 'tritonconv[bench]'") from None
-    folder = options.output or RESULTS
-    path = options.results or results.latest(folder)
-    if path.is_dir():
-        path = results.latest(path)
-    run = results.read(path)
+    charts = drawing()
+    for name in options.chart:
+        if name not in charts.names():
+            raise ArgumentError(f"argument --chart: got {name!r}, expected a comma list of {', '.join(charts.names())}")
+    path = options.results or options.output or RESULTS
+    run = results.load(path)
     for warning in run.warnings:
         print(f"tritonconv plot: {warning}", file=sys.stderr)
     chosen = {"pass_name": options.pass_name, "layout": options.layout, "dtype": options.dtype}
     _check_filters(run, chosen)
-    folder = options.output or path.resolve().parent
+    folder = options.output or (path if path.is_dir() else path.resolve().parent)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for chart in (roofline, speedup):
-            for picture in chart.draw(run, folder, **chosen):
-                print(picture)
+        drawn = charts.draw(run, folder, options.chart, **chosen)
     except OSError as error:
         raise ResultsError(f"output: cannot write pictures into {folder}: {error}") from None
+    for pictures in drawn.values():
+        print("\n".join(map(str, pictures)))
     return OK
+
+
+def drawing() -> ModuleType:
+    """The module of the charts. Raises ArgumentError where matplotlib is not installed."""
+    try:
+        import matplotlib  # noqa: F401
+
+        from tritonconv.plots import charts
+    except ImportError as error:
+        raise ArgumentError(f"drawing needs matplotlib ({error}): pip install 'tritonconv[bench]'") from None
+    return charts
 
 
 def _check_filters(run: results.Run, chosen: dict[str, str | None]) -> None:

@@ -1,0 +1,86 @@
+"""Speed-up over the best torch: every layer sorted, the geometric mean, one panel per pass and dtype.
+
+The best torch is the fastest of ``torch`` and ``torch.compile`` in any memory format, ours the best of its formats:
+what a user who is free to choose can gain. The two medians come from different rounds of one run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import geometric_mean
+
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+from tritonconv.bench.results import BASELINE, COMPILED, OURS, Run
+from tritonconv.errors import ResultsError
+from tritonconv.plots import figures, style
+
+MADE_BY = "tritonconv bench"
+ROW, PANEL = 0.125, 2.2
+Ratios = dict[str, float]
+
+
+def draw(
+    run: Run, folder: Path, pass_name: str | None = None, layout: str | None = None, dtype: str | None = None
+) -> list[Path]:
+    """Returns the paths of the PNG and the SVG. Raises ResultsError where nothing was timed beside torch."""
+    panels = ratios(run.select(pass_name=pass_name, layout=layout, dtype=dtype))
+    if not panels:
+        raise ResultsError(f"{run.path}: no layer was timed beside torch")
+    with style.style():
+        return style.save(_figure(run, panels), folder, f"{run.run}-best{style.suffix(p=pass_name, l=layout, d=dtype)}")
+
+
+def ratios(rows: Sequence[Mapping]) -> dict[tuple[str, str], Ratios]:
+    """Speed-ups by layer, by (pass, dtype)."""
+    best: dict[tuple, dict[str, float]] = {}
+    for row in rows:
+        side = "torch" if row["variant"] in (BASELINE, COMPILED) else "ours" if row["variant"] == OURS else None
+        if side is not None and not row.get("family"):
+            mine = best.setdefault((row["pass"], row["dtype"], row["layer"]), {})
+            mine[side] = min(row["median_ms"], mine.get(side, row["median_ms"]))
+    found: dict[tuple[str, str], Ratios] = {}
+    for (pass_name, dtype, layer), sides in best.items():
+        if len(sides) == 2:
+            found.setdefault((pass_name, dtype), {})[layer] = sides["torch"] / sides["ours"]
+    return found
+
+
+def _figure(run: Run, panels: Mapping[tuple[str, str], Ratios]):
+    layers = max(len(each) for each in panels.values())
+    left = figures.room_for([name for each in panels.values() for name in each])
+    notes = [
+        f"Ratio of medians: the fastest of {BASELINE} and {COMPILED} in any memory format, by {OURS}'s best memory "
+        "format. Dashed: geometric mean."
+    ]
+    frame = figures.Frame(
+        run, f"{OURS} against the best torch", notes, (PANEL, max(1.2, ROW * layers)), len(panels), left=left
+    )
+    values = [value for each in panels.values() for value in each.values()]
+    low, high = min(0.8, min(values) / 1.1), max(2.0, max(values) * 1.12)
+    for column, ((pass_name, dtype), each) in enumerate(panels.items()):
+        axes = frame.panel(column, title=f"{style.PASS_NAMES.get(pass_name, pass_name)}, {dtype}")
+        ordered = sorted(each.items(), key=lambda pair: -pair[1])
+        figures.names_down(axes, [name for name, _ in ordered])
+        for index, (_, value) in enumerate(ordered):
+            colour = style.BLUE if value >= 1 else style.VERMILLION
+            axes.plot([1, value], [index, index], color=colour, linewidth=1.0, solid_capstyle="butt", zorder=2)
+            axes.plot(value, index, "o" if value >= 1 else "v", color=colour, markersize=3.2, zorder=3)
+        mean = geometric_mean(each.values())
+        axes.axvline(1, color="black", linewidth=0.9)
+        axes.axvline(mean, color=style.BLUE, linewidth=0.9, linestyle=(0, (4, 2)))
+        axes.annotate(
+            f"mean {mean:.2f}", (mean, 1), xytext=(2, 3), xycoords=("data", "axes fraction"),
+            textcoords="offset points", fontsize=7, color=style.BLUE, va="bottom", annotation_clip=False,
+        )  # fmt: skip
+        axes.set_title(axes.get_title(loc="left"), loc="left", fontweight="bold", pad=13)
+        axes.set_xscale("log", base=2)
+        axes.set_xlim(low, high)
+        ticks = [2.0**power for power in range(-6, 9)]
+        axes.xaxis.set_major_locator(FixedLocator([tick for tick in ticks if low <= tick <= high]))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.grid(axis="x", color="#DDDDDD", linewidth=0.5)
+        axes.set_xlabel("speed-up over the best torch")
+    return frame.done()

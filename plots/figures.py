@@ -1,0 +1,92 @@
+"""Frames that charts share: a title, panels side by side or in rows, the footer. Lengths are in inches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from tritonconv.bench.results import Run
+from tritonconv.plots import style
+
+TITLE = 0.42
+BELOW = 0.5  # ticks and label of the x axis
+
+
+class Frame:
+    """A figure of given panels: ``columns`` x ``rows`` boxes of ``size``, ``left`` inches of names before each."""
+
+    def __init__(
+        self,
+        run: Run,
+        title: str,
+        notes: Sequence[str],
+        size: tuple[float, float],
+        columns: int = 1,
+        rows: int = 1,
+        left: float = 0.6,
+        above: float = 0.25,
+    ) -> None:
+        self.size, self.left, self.above, self.rows = size, left, above, rows
+        self.width = max(columns * (left + size[0]) + 0.2, 3.35)
+        self.footer = style.footer_lines(run, notes, self.width)
+        self.foot = 0.1 + len(self.footer) * style.FOOTER_LINE
+        self.height = TITLE + rows * (above + size[1] + BELOW) + self.foot
+        self.figure, self.canvas = style.new_figure(self.width, self.height)
+        text = self.figure.text(
+            0.12 / self.width, 1 - 0.1 / self.height, title, fontsize=10.5, fontweight="bold", va="top"
+        )
+        room = self.width - 0.24
+        wide = text.get_window_extent(self.canvas.get_renderer()).width / self.figure.dpi
+        if wide > room:
+            text.set_fontsize(10.5 * room / wide)
+
+    def panel(self, column: int, row: int = 0, title: str = "") -> Axes:
+        """The axes of one box, rows counted from the top."""
+        low = self.foot + (self.rows - 1 - row) * (self.above + self.size[1] + BELOW) + BELOW
+        start = column * (self.left + self.size[0]) + self.left
+        box = (start / self.width, low / self.height, self.size[0] / self.width, self.size[1] / self.height)
+        axes = self.figure.add_axes(box)
+        longest = max((len(line) for line in title.split("\n")), default=0)
+        # A bold letter is about 0.6 of its size wide, and a title may begin over the names.
+        fits = self.size[0] * 72 / (0.62 * longest) if longest else 8.5
+        axes.set_title(title, loc="left", fontweight="bold", fontsize=max(6.5, min(8.5, fits)))
+        axes.set_axisbelow(True)
+        return axes
+
+    def legend(self, handles: Sequence[Line2D | Patch]) -> None:
+        """At the right of the title, one line."""
+        place = (1 - 0.1 / self.width, 1 - 0.04 / self.height)
+        self.figure.legend(
+            handles=handles, loc="upper right", bbox_to_anchor=place, ncols=len(handles), borderaxespad=0,
+            handlelength=1.4, handletextpad=0.3, columnspacing=1.0,
+        )  # fmt: skip
+
+    def done(self) -> Figure:
+        style.draw_footer(self.figure, self.footer)
+        return self.figure
+
+
+def log_axis(axis) -> None:
+    """Plain numbers at the decades, none between."""
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def names_down(axes: Axes, labels: Sequence[str], fontsize: float = 6.6) -> None:
+    """A label beside each of the lines 0, 1, ... from the top."""
+    axes.set_ylim(len(labels) - 0.4, -0.6)
+    axes.set_yticks(range(len(labels)), labels, fontsize=fontsize)
+    axes.tick_params(axis="y", length=0, pad=3)
+    axes.spines["left"].set_visible(False)
+    for index in range(1, len(labels), 2):
+        axes.axhspan(index - 0.5, index + 0.5, color="#F6F6F6", linewidth=0, zorder=0)
+
+
+def room_for(labels: Sequence[str]) -> float:
+    """Inches for labels beside a panel."""
+    return 0.3 + 0.057 * max(len(label) for label in labels)

@@ -1,0 +1,73 @@
+"""Share of the attainable roof per layer, sorted: torch and tritonconv on one line, one panel per pass, dtype, layout.
+
+100 % is the measured roof at the layer's intensity: useful FLOPs over min(matrix rate, intensity x copy rate).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from matplotlib.lines import Line2D
+
+from tritonconv.bench.results import BASELINE, OURS, Run
+from tritonconv.errors import ResultsError
+from tritonconv.plots import figures, style
+
+MADE_BY = "tritonconv bench"
+ROW, PANEL = 0.125, 2.0
+Pairs = dict[str, dict[str, float]]
+
+
+def draw(
+    run: Run, folder: Path, pass_name: str | None = None, layout: str | None = None, dtype: str | None = None
+) -> list[Path]:
+    """Returns the paths of the PNG and the SVG. Raises ResultsError where no row has its share of a roof."""
+    panels: dict[tuple[str, str, str], Pairs] = {}
+    for row in run.select(pass_name=pass_name, layout=layout, dtype=dtype):
+        share = row.get("percent_of_roof")
+        if share is not None and row["variant"] in (BASELINE, OURS) and not row.get("family"):
+            panel = panels.setdefault((row["pass"], row["dtype"], row["layout"]), {})
+            panel.setdefault(row["layer"], {})[row["variant"]] = share
+    if not panels:
+        raise ResultsError(f"{run.path}: no result has its share of a measured roof")
+    with style.style():
+        stem = f"{run.run}-percent{style.suffix(p=pass_name, l=layout, d=dtype)}"
+        return style.save(_figure(run, panels), folder, stem)
+
+
+def _figure(run: Run, panels: Mapping[tuple[str, str, str], Pairs]):
+    layers = max(len(each) for each in panels.values())
+    left = figures.room_for([name for each in panels.values() for name in each])
+    columns = 2 if len(panels) > 1 else 1
+    rows = -(-len(panels) // columns)
+    notes = [
+        "100 % is the measured roof at the layer's arithmetic intensity (useful FLOPs, compulsory bytes). More than "
+        "100 %: a smaller cache held the data, or other programs slowed the roof down."
+    ]
+    frame = figures.Frame(
+        run, "Share of the attainable roof", notes, (PANEL, max(1.2, ROW * layers)), columns, rows, left
+    )
+    most = max([100.0, *(value for each in panels.values() for pair in each.values() for value in pair.values())])
+    for index, ((pass_name, dtype, layout), each) in enumerate(panels.items()):
+        title = f"{style.PASS_NAMES.get(pass_name, pass_name)}, {layout.upper()}, {dtype}"
+        axes = frame.panel(index % columns, index // columns, title)
+        ordered = sorted(each.items(), key=lambda pair: -pair[1].get(OURS, 0.0))
+        figures.names_down(axes, [name for name, _ in ordered])
+        for line, (_, pair) in enumerate(ordered):
+            axes.plot(list(pair.values()), [line] * len(pair), color="#B5B5B5", linewidth=0.8, zorder=2)
+            for name, value in pair.items():
+                colour = style.variant_colour(name, ())
+                face = "white" if name == BASELINE else colour
+                axes.plot(value, line, "o", color=colour, markerfacecolor=face, markersize=3.2, zorder=3)
+        axes.axvline(100, color="black", linewidth=0.9)
+        axes.set_xlim(0, most * 1.05)
+        axes.grid(axis="x", color="#DDDDDD", linewidth=0.5)
+        axes.set_xlabel("% of the attainable roof")
+    handles = [
+        Line2D([], [], linestyle="none", marker="o", markersize=4.5, color=style.variant_colour(name, ()), label=name,
+               markerfacecolor="white" if name == BASELINE else style.variant_colour(name, ()))
+        for name in (BASELINE, OURS)
+    ]  # fmt: skip
+    frame.legend(handles)
+    return frame.done()

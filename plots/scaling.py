@@ -1,0 +1,79 @@
+"""How time grows with work: one layer at several input sizes, time against useful FLOPs, torch and tritonconv."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+
+from tritonconv.bench.results import BASELINE, OURS, Run
+from tritonconv.errors import ResultsError
+from tritonconv.plots import figures, style
+
+MADE_BY = "tritonconv bench --sizes 4,8,16,32"
+LEAST = 3  # sizes that make a line
+PANEL = (2.55, 1.9)
+LINES = {"ncdhw": ("o", "-"), "ndhwc": ("D", (0, (3, 1.5)))}
+
+
+def draw(
+    run: Run, folder: Path, pass_name: str | None = None, layout: str | None = None, dtype: str | None = None
+) -> list[Path]:
+    """Returns the paths of the PNG and the SVG. Raises ResultsError where no layer was measured at three sizes."""
+    panels: dict[tuple[str, str, str], list[Mapping]] = {}
+    for row in run.select(pass_name=pass_name, layout=layout, dtype=dtype):
+        if row.get("family") and row["variant"] in (BASELINE, OURS):
+            panels.setdefault((row["family"], row["pass"], row["dtype"]), []).append(row)
+    panels = {key: rows for key, rows in panels.items() if len({row["layer"] for row in rows}) >= LEAST}
+    if not panels:
+        raise ResultsError(f"{run.path}: no layer was measured at {LEAST} sizes")
+    with style.style():
+        stem = f"{run.run}-scaling{style.suffix(p=pass_name, l=layout, d=dtype)}"
+        return style.save(_figure(run, panels), folder, stem)
+
+
+def _figure(run: Run, panels: Mapping[tuple[str, str, str], list[Mapping]]):
+    columns = min(2, len(panels))
+    notes = [
+        "One layer per panel at cubic input sizes, batch 1. Bands: 20th to 80th percentile. Circles and full lines: "
+        "NCDHW; diamonds and dashes: NDHWC (channels_last_3d). Grey: the least time the measured roofs allow."
+    ]
+    frame = figures.Frame(run, "Time against work", notes, PANEL, columns, -(-len(panels) // columns), left=0.62)
+    for index, ((family, pass_name, dtype), rows) in enumerate(panels.items()):
+        title = f"{family}, {style.PASS_NAMES.get(pass_name, pass_name)}, {dtype}"
+        axes = frame.panel(index % columns, index // columns, title)
+        _lines(axes, rows)
+        axes.set_xlabel("useful GFLOP")
+        axes.set_ylabel("ms")
+    handles = [Line2D([], [], color=style.variant_colour(name, ()), label=name) for name in (BASELINE, OURS)]
+    frame.legend(handles)
+    return frame.done()
+
+
+def _lines(axes: Axes, rows: list[Mapping]) -> None:
+    for name in (BASELINE, OURS):
+        for layout, (marker, dash) in LINES.items():
+            mine = sorted(
+                (row for row in rows if row["variant"] == name and row["layout"] == layout),
+                key=lambda row: row["flops"],
+            )
+            if not mine:
+                continue
+            colour = style.variant_colour(name, ())
+            work = [row["flops"] / 1e9 for row in mine]
+            low, high = ([row[key] for row in mine] for key in ("p20_ms", "p80_ms"))
+            axes.fill_between(work, low, high, color=colour, alpha=0.15, linewidth=0)
+            axes.plot(work, [row["median_ms"] for row in mine], marker=marker, linestyle=dash, color=colour,
+                      markersize=3, linewidth=1.1, markerfacecolor="white" if name == BASELINE else colour)  # fmt: skip
+    floors = {row["flops"]: row["median_ms"] * row["percent_of_roof"] / 100
+              for row in rows if row.get("percent_of_roof")}  # fmt: skip
+    if floors:
+        axes.plot([flops / 1e9 for flops in sorted(floors)], [floors[flops] for flops in sorted(floors)],
+                  color="#9A9A9A", linewidth=0.9, zorder=1)  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    for axis in (axes.xaxis, axes.yaxis):
+        figures.log_axis(axis)
+    axes.grid(which="major", color="#E4E4E4", linewidth=0.5)
