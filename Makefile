@@ -15,6 +15,7 @@ PIP = $(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints
 bench: $(VENV)/.bench-ready
 	$(VENV)/bin/tritonconv bench --suite all --seconds $(BUDGET) --output results
 	$(VENV)/bin/tritonconv plot --output results
+	$(VENV)/bin/tritonconv report results
 
 test: $(VENV)/.test-ready
 	$(VENV)/bin/python -m pytest

@@ -25,7 +25,7 @@ def draw(
     run: Run, folder: Path, pass_name: str | None = None, layout: str | None = None, dtype: str | None = None
 ) -> list[Path]:
     """Returns the paths of the PNG and the SVG. Raises ResultsError where nothing was timed beside torch."""
-    panels = ratios(run.select(pass_name=pass_name, layout=layout, dtype=dtype))
+    panels = ratios(run.of_models(pass_name=pass_name, layout=layout, dtype=dtype))
     if not panels:
         raise ResultsError(f"{run.path}: no layer was timed beside torch")
     with style.style():
@@ -37,7 +37,7 @@ def ratios(rows: Sequence[Mapping]) -> dict[tuple[str, str], Ratios]:
     best: dict[tuple, dict[str, float]] = {}
     for row in rows:
         side = "torch" if row["variant"] in (BASELINE, COMPILED) else "ours" if row["variant"] == OURS else None
-        if side is not None and not row.get("family"):
+        if side is not None:
             mine = best.setdefault((row["pass"], row["dtype"], row["layer"]), {})
             mine[side] = min(row["median_ms"], mine.get(side, row["median_ms"]))
     found: dict[tuple[str, str], Ratios] = {}

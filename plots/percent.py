@@ -24,9 +24,9 @@ def draw(
 ) -> list[Path]:
     """Returns the paths of the PNG and the SVG. Raises ResultsError where no row has its share of a roof."""
     panels: dict[tuple[str, str, str], Pairs] = {}
-    for row in run.select(pass_name=pass_name, layout=layout, dtype=dtype):
+    for row in run.of_models(pass_name=pass_name, layout=layout, dtype=dtype):
         share = row.get("percent_of_roof")
-        if share is not None and row["variant"] in (BASELINE, OURS) and not row.get("family"):
+        if share is not None and row["variant"] in (BASELINE, OURS):
             panel = panels.setdefault((row["pass"], row["dtype"], row["layout"]), {})
             panel.setdefault(row["layer"], {})[row["variant"]] = share
     if not panels:

@@ -33,7 +33,7 @@ def draw(
 
     Raises ResultsError where no result is left.
     """
-    rows = run.select(pass_name=pass_name, layout=layout, dtype=dtype)
+    rows = run.of_models(pass_name=pass_name, layout=layout, dtype=dtype)
     if not rows:
         raise ResultsError(f"{run.path}: no results to draw")
     numbers = _numbers(rows)

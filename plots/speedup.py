@@ -27,7 +27,7 @@ def draw(
 
     One panel per pass (and dtype, where there are several). Raises ResultsError where nothing was timed beside torch.
     """
-    rows = run.select(pass_name=pass_name, layout=layout, dtype=dtype, variant=OURS)
+    rows = run.of_models(pass_name=pass_name, layout=layout, dtype=dtype, variant=OURS)
     rows = [row for row in rows if row["speedup"] is not None]
     if not rows:
         raise ResultsError(f"{run.path}: no layer was timed beside {BASELINE}, so there is no speed-up to draw")

@@ -30,7 +30,8 @@ from tritonconv.bench.rows import sizes_of
 from tritonconv.bench.workloads import distinct, in_turn, left_out, workload
 from tritonconv.contestants import why_not
 from tritonconv.inspection.jobs import CLASSES
-from tritonconv.kernels.registry import variants
+from tritonconv.inspection.precompile import Precompiler, target_of
+from tritonconv.kernels.registry import variant, variants
 from tritonconv.problem import PASSES
 from tritonconv.runner import Options, header, measure
 from tritonconv.tuning.case import Case
@@ -103,12 +104,17 @@ class Campaign:
         waiting = [each for each in self._checks() if self._identity(*each) not in done]
         self.progress.begin(len(waiting))
         deadline, checked = perf_counter() + min(VERIFY * self.seconds, self._left()), 0
-        for task, name in waiting:
-            if perf_counter() >= deadline:
-                break
-            self._check(task, name)
-            checked += 1
-            self.progress.step(f"verify {name} on {task.layer}")
+        with Precompiler(target_of(self.device)) as compiler:
+            started = compiler.start(
+                (name, task.problem, variant(name).default(task.problem, self.device)) for task, name in waiting
+            )
+            for index, (task, name) in enumerate(waiting):
+                compiler.finish(started[index : index + 1], max(0.0, deadline - perf_counter()))
+                if perf_counter() >= deadline:
+                    break
+                self._check(task, name)
+                checked += 1
+                self.progress.step(f"verify {name} on {task.layer}")
         rest = f", {len(waiting) - checked} left for another run" if checked < len(waiting) else ""
         self.said.append(f"verify: {checked} answers held against float64, {self.errors} wrong or failed{rest}")
 
@@ -122,13 +128,13 @@ class Campaign:
                             yield task, record.name
 
     def _identity(self, task: Task, name: str) -> tuple:
-        record = next(each for each in variants() if each.name == name)
+        record = variant(name)
         dtype = str(task.problem.dtype).removeprefix("torch.")
         return task.layer, record.pass_name, dtype, task.problem.layout, name, source_hash(record)
 
     def _check(self, task: Task, name: str) -> None:
         layer, pass_name, dtype, layout, _, source = self._identity(task, name)
-        record = next(each for each in variants() if each.name == name)
+        record = variant(name)
         head = {"layer": layer, "suite": task.suite, "pass": pass_name, "dtype": dtype, "layout": layout,
                 "variant": name, "source": source, "problem": sizes_of(task.problem)}  # fmt: skip
         chosen = Selection(record, record.default(task.problem, self.device), "verified")
@@ -173,7 +179,7 @@ class Campaign:
             for dtype in self.options.dtypes
             for layer in in_turn(layer for layer, _ in distinct(self.options.layers, scale))
             for layout in self.options.layouts
-            if left_out(layer, scale) is None
+            if left_out(layer, scale) is None and not layer.family
         ]
         report = Session(self.device, None, seconds, write=self.writer.write).run(tasks, self.progress)
         self.said.append(

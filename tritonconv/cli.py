@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from tritonconv.commands import bench, campaign, compare, explain, inspect, model, overhead, plot, roofs, tune
+from tritonconv.commands import bench, campaign, compare, explain, inspect, model, overhead, plot, report, roofs, tune
 from tritonconv.commands import list as list_
 from tritonconv.commands.common import INTERRUPTED, USAGE
 from tritonconv.errors import ArgumentError, ResultsError
@@ -25,6 +25,7 @@ COMMANDS = {
     "model": model,
     "overhead": overhead,
     "plot": plot,
+    "report": report,
     "explain": explain,
     "inspect": inspect,
     "list": list_,

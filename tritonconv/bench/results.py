@@ -140,6 +140,10 @@ class Run:
         keys = {("pass" if key == "pass_name" else key): value for key, value in wanted.items() if value is not None}
         return [row for row in self.results if all(row[key] == value for key, value in keys.items())]
 
+    def of_models(self, **wanted: str | None) -> list[dict]:
+        """:meth:`select` without layers at sizes that no model has (``--sizes``)."""
+        return [row for row in self.select(**wanted) if not row.get("family")]
+
     def values(self, key: str) -> list[str]:
         """The distinct values of a field of the results, in the order of the file."""
         return list(dict.fromkeys(row[key] for row in self.results))
@@ -155,7 +159,7 @@ def latest(folder: Path) -> Path:
 
 def load(path: Path) -> Run:
     """A results file; of a folder the newest, or all parts of a campaign as one (:func:`merged`)."""
-    if path.suffix == ".jsonl":
+    if path.is_file() or path.suffix == ".jsonl":
         return read(path)
     newest = latest(path)
     if not newest.name.startswith(CAMPAIGN):

@@ -63,7 +63,7 @@ def overlaps_one(row: Mapping) -> bool:
 
 def groups(rows: Iterable[Mapping], variant: str = OURS) -> list[Group]:
     """One group per pass, dtype and layout, and one of all layouts where there are several; in the rows' order."""
-    rows = [row for row in rows if row["variant"] == variant and row["speedup"] is not None]
+    rows = [row for row in rows if row["variant"] == variant and row["speedup"] is not None and not row.get("family")]
     found = []
     for pass_name, dtype in dict.fromkeys((row["pass"], row["dtype"]) for row in rows):
         same = [row for row in rows if row["pass"] == pass_name and row["dtype"] == dtype]
@@ -102,7 +102,7 @@ def fast_p(ratios: Sequence[float], p: float) -> float:
 def _in_classes(run: Run) -> list[str]:
     """Geometric means per class of layer and pass, our best layout against the best torch."""
     by: dict[tuple[str, str], dict[tuple[str, str], float]] = {}
-    for row, ratio in against_best(run.results):
+    for row, ratio in against_best(run.of_models()):
         mine = by.setdefault((row.get("class", "?"), row["pass"]), {})
         layer = row["layer"], row["dtype"]
         mine[layer] = max(ratio, mine.get(layer, 0.0))

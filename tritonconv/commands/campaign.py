@@ -12,7 +12,7 @@ from tritonconv.bench import results
 from tritonconv.bench.calls import ALL_PASSES, FORWARD_BACKWARD
 from tritonconv.bench.progress import progress
 from tritonconv.bench.summary import summary
-from tritonconv.bench.workloads import ALL, SCALES, suites, workloads
+from tritonconv.bench.workloads import ALL, SCALES, at_sizes, suites, workloads
 from tritonconv.campaign import Campaign
 from tritonconv.commands.common import (
     DTYPES,
@@ -30,6 +30,9 @@ from tritonconv.runner import Options
 
 HELP = "verify, roofs, tune and bench in one budget; run again, it goes on"
 OTHER_SUITES = ("kernelbench",)  # not layers of models: asked for by name
+# Layers of different classes that are also measured at several sizes: how time grows with work.
+FAMILIES = ("segresnet_deconv_up0", "psmnet_train_64_32", "mednext_k3_dw_128", "monai_unet_spleen_32_2")
+SIZES = {"cpu": (4, 6, 8, 12, 16, 24), "gpu": (8, 16, 32, 64, 128)}
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -58,8 +61,10 @@ def run(options: argparse.Namespace) -> int:
     device = device_of(options.device)
     gpu = device.type == "cuda"
     core = tuple(name for name in suites() if name not in (*OTHER_SUITES, ALL))
+    layers = workloads(options.suite or core, options.only)
+    families = (each for each in layers if each.name in FAMILIES)
     wanted = Options(
-        layers=workloads(options.suite or core, options.only),
+        layers=(*layers, *(each for family in families for each in at_sizes(family, SIZES["gpu" if gpu else "cpu"]))),
         passes=flags.once(options.passes, ("forward", FORWARD_BACKWARD)),
         dtypes=tuple(
             getattr(torch, name) for name in flags.once(options.dtype, ("bfloat16", "float32") if gpu else ("float32",))

@@ -133,13 +133,13 @@ def compile_job(job: Job, record: Variant | None = None) -> list[Record]:
         with compiling_for(target), products_in(job.precision), _seconds() as seconds:
             config = record.default(problem, GPU) if job.config is None else job.config
             common["config"] = dict(config)
-            kernels = _launch(record, problem, config)
+            kernels = compile_launch(record, problem, config)
             return [Record(**common, **_measured(name, kernel, target, seconds)) for name, kernel in kernels]
     except Exception as error:  # a kernel that does not compile is a result
         return [Record(**common, error=_text(error), seconds=round(time.perf_counter() - begin, 3))]
 
 
-def _launch(record: Variant, problem: Problem, config: Config) -> list[tuple[str, Any]]:
+def compile_launch(record: Variant, problem: Problem, config: Config) -> list[tuple[str, Any]]:
     """(name, compiled kernel) of everything the variant launches.
 
     The whole backward at once is compiled with the backward-weight variant, whose config it takes.

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 
+import torch
+
 from tritonconv.autotune import model
 from tritonconv.autotune.ceilings import Ceilings
 from tritonconv.autotune.choose import Selection
@@ -16,6 +18,7 @@ from tritonconv.bench.timing import Times, interleave, stopwatch_for
 from tritonconv.contestants import why_not
 from tritonconv.dispatch import plan_of
 from tritonconv.kernels.registry import variants
+from tritonconv.problem import Problem
 from tritonconv.tuning.case import Case
 from tritonconv.tuning.failures import context_is_lost, disqualifies, told
 
@@ -23,7 +26,7 @@ SCREEN, FINAL = "screen", "final"
 TORCH = "torch"
 # A first call so many times slower than torch's second is not timed again.
 HOPELESS = 8.0
-MOST_CONFIGS = 12
+OVERTIME = 2.0  # times its seconds that a screening may take before it leaves configs out
 
 
 class OutOfTime(Exception):
@@ -43,6 +46,21 @@ class Candidate:
         return f"{self.selection.variant.name} {config}".strip()
 
 
+def candidates(
+    problem: Problem, device: torch.device, pass_name: str, ceilings: Ceilings, most: int
+) -> list[Candidate]:
+    """Every variant that serves the problem with at most ``most`` configs: first each one's best by the model."""
+    found = []
+    for record in variants(pass_name):
+        if why_not(record, problem, device) is None:
+            best = model.candidates(record, problem, device, ceilings, most)
+            found += [
+                (place, Candidate(Selection(record, config, "candidate"), guess.ms))
+                for place, (config, guess) in enumerate(best)
+            ]
+    return [each for _, each in sorted(found, key=lambda pair: (pair[0], pair[1].predicted_ms))]
+
+
 @dataclass
 class Contest:
     """Times candidates of one case. ``versions`` are those of what a time depends on; ``deadline`` by perf_counter."""
@@ -60,19 +78,18 @@ class Contest:
         self.watch = stopwatch_for(self.case.device)
         self._baseline_ms: dict[str, float] = {}
 
-    def candidates(self, pass_name: str) -> list[Candidate]:
-        """Every variant that serves the problem, with at most a dozen configs each; the model's best first."""
-        found = []
-        for record in variants(pass_name):
-            if why_not(record, self.case.problem, self.case.device) is not None:
-                continue
-            best = model.candidates(record, self.case.problem, self.case.device, self.ceilings, MOST_CONFIGS)
-            found += [Candidate(Selection(record, config, "candidate"), guess.ms) for config, guess in best]
-        return sorted(found, key=lambda each: each.predicted_ms)
-
     def screen(self, pass_name: str, candidates: Sequence[Candidate], seconds: float) -> list[tuple[Candidate, Timing]]:
-        """The candidates that ran, fastest against torch first. Raises OutOfTime."""
-        timed = [(each, self._screened(pass_name, each, seconds)) for each in candidates]
+        """The candidates that ran, fastest against torch first: in about ``seconds``, which may end before the last.
+
+        Each variant's best by the model has been tried by then. Raises OutOfTime at the deadline.
+        """
+        begin, timed = perf_counter(), []
+        tried = set()
+        for each in candidates:
+            late = perf_counter() - begin > OVERTIME * seconds  # slow to compile
+            if not late or each.selection.variant.name not in tried:
+                timed.append((each, self._screened(pass_name, each, seconds / len(candidates))))
+            tried.add(each.selection.variant.name)
         ran = [(each, timing) for each, timing in timed if timing.status == OK]
         return sorted(ran, key=lambda pair: -(pair[1].speedup or 0.0))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
@@ -19,15 +19,19 @@ from tritonconv.autotune.store import Entry, Table
 from tritonconv.bench.environment import version
 from tritonconv.bench.rows import sizes_of
 from tritonconv.errors import ArgumentError
+from tritonconv.inspection.precompile import Job, Precompiler, target_of
 from tritonconv.kernels.registry import variant
 from tritonconv.problem import PASSES, Problem
 from tritonconv.tuning.case import Case
-from tritonconv.tuning.contest import Contest, OutOfTime
+from tritonconv.tuning.contest import Contest, OutOfTime, candidates
 from tritonconv.tuning.tuner import ProblemTuner, Winner
 
 # Seconds for a problem without a budget, and the most it gets with one.
 PROBLEM_SECONDS = 4.0
 MOST_PROBLEM_SECONDS = 20.0
+MOST_CONFIGS, FEW_CONFIGS = 12, 2  # of a variant; the fewest are the model's first and the default
+# Problems whose kernels are being compiled while one is timed, and how long one waits for its own.
+AHEAD, COMPILING_SECONDS = 3, 120.0
 
 COMPLETE, BUDGET = "complete", "budget"
 Write = Callable[[str, dict[str, object]], object]
@@ -101,62 +105,94 @@ class Session:
 
     def run(self, tasks: Iterable[Task], progress: Progress) -> Report:
         """Raises StoreError before anything is measured where the store cannot be written."""
-        name, begin = device_name(self.device), perf_counter()
+        name = device_name(self.device)
         store.merge(Table(name), self.folder)
-        journal, versions = Journal.open(name, self.folder), versions_of(self.device)
-        report = Report(name, table=(self.folder or store.user_folder()) / f"{store.slug(name)}.json")
         waiting = self._distinct(tasks)
+        self.begin, self.journal = perf_counter(), Journal.open(name, self.folder)
+        self.versions, self.ceilings = versions_of(self.device), self._ceilings(name)
+        self.most = self._most_configs(len(waiting))
+        self.report = Report(name, table=(self.folder or store.user_folder()) / f"{store.slug(name)}.json")
         progress.begin(len(waiting))
-        guess = self._ceilings(name)
-        for index, task in enumerate(waiting):
-            share = PROBLEM_SECONDS
-            if self.seconds is not None:
-                left = self.seconds - (perf_counter() - begin)
-                share = min(left / (len(waiting) - index), MOST_PROBLEM_SECONDS)
-            deadline = float("inf") if self.seconds is None else begin + self.seconds
-            contest = Contest(Case(task.problem, self.device), journal, guess, versions, deadline, self.again)
-            try:
-                self._problem(task, contest, share, report)
-            except OutOfTime:
-                report.reason, report.left = BUDGET, len(waiting) - index
-                break
-            finally:
-                self._rows(task, contest, report)
-            progress.step(_said(task, report))
+        with Precompiler(target_of(self.device)) as compiler:
+            ahead = [compiler.start(self._jobs(task)) for task in waiting[:AHEAD]]
+            for index, task in enumerate(waiting):
+                ahead += [compiler.start(self._jobs(each)) for each in waiting[index + AHEAD : index + AHEAD + 1]]
+                compiler.finish(ahead[index], COMPILING_SECONDS)
+                if not self._one(task, len(waiting) - index):
+                    break
+                progress.step(_said(task, self.report))
         dispatch.forget()
-        return report
+        return self.report
 
-    def _problem(self, task: Task, contest: Contest, share: float, report: Report) -> None:
-        table = store.read(report.device, self.folder)
-        found = {name: self._stored(table, task.problem, name, contest.versions) for name in PASSES}
+    def _one(self, task: Task, left: int) -> bool:
+        """Tunes one problem, with ``left`` to go; False where the budget is used up."""
+        share, deadline = PROBLEM_SECONDS, float("inf")
+        if self.seconds is not None:
+            deadline = self.begin + self.seconds
+            share = min((deadline - perf_counter()) / left, MOST_PROBLEM_SECONDS)
+        case = Case(task.problem, self.device)
+        contest = Contest(case, self.journal, self.ceilings, self.versions, deadline, self.again)
+        try:
+            self._problem(task, contest, share)
+        except OutOfTime:
+            self.report.reason, self.report.left = BUDGET, left
+            return False
+        finally:
+            self._rows(task, contest)
+        return True
+
+    def _most_configs(self, problems: int) -> int:
+        """Configs per variant: fewer where the budget is short, for each must be compiled."""
+        if self.seconds is None:
+            return MOST_CONFIGS
+        share = self.seconds / max(1, problems)
+        return max(FEW_CONFIGS, min(MOST_CONFIGS, int(MOST_CONFIGS * share / MOST_PROBLEM_SECONDS)))
+
+    def _jobs(self, task: Task) -> list[Job]:
+        """What has to be compiled for a problem; nothing for one that is known."""
+        if target_of(self.device) is None:
+            return []
+        table = store.read(self.report.device, self.folder)
+        return [
+            (each.selection.variant.name, task.problem, each.selection.config)
+            for name in PASSES
+            if not self._stored(table, task.problem, name)
+            for each in candidates(task.problem, self.device, name, self.ceilings, self.most)
+            if each.selection.variant.backend == "triton"
+        ]
+
+    def _problem(self, task: Task, contest: Contest, share: float) -> None:
+        table = store.read(self.report.device, self.folder)
+        found = {name: self._stored(table, task.problem, name) for name in PASSES}
         if all(found.values()):
-            report.known.append(task)
+            self.report.known.append(task)
             return
         if share <= 0:
             raise OutOfTime
-        tuner = ProblemTuner(contest, share)
+        fields = {name: candidates(task.problem, self.device, name, self.ceilings, self.most) for name in PASSES}
+        tuner = ProblemTuner(contest, fields, share)
         forward = found["forward"]
         if forward is None:
             winner = tuner.forward()
-            self._keep(task, contest, winner, report)
+            self._keep(task, winner)
             selection = winner.selection
         else:
             selection = dispatch.Selection(variant(forward.variant), forward.config, "stored")
         for winner in tuner.gradients(selection):
-            self._keep(task, contest, winner, report)
+            self._keep(task, winner)
 
-    def _stored(self, table: Table, problem: Problem, pass_name: str, versions: Mapping) -> Entry | None:
+    def _stored(self, table: Table, problem: Problem, pass_name: str) -> Entry | None:
         """An entry that this run would only make again."""
         entry = None if self.again else table.find(Key.of(problem, pass_name))
-        if entry is None or dict(entry.versions) != dict(versions):
+        if entry is None or dict(entry.versions) != self.versions:
             return None
         try:
             return entry if source_hash(variant(entry.variant)) == entry.source else None
         except ArgumentError:
             return None
 
-    def _keep(self, task: Task, contest: Contest, winner: Winner, report: Report) -> None:
-        entry = winner.entry(task.problem, contest.versions)
+    def _keep(self, task: Task, winner: Winner) -> None:
+        entry, report = winner.entry(task.problem, self.versions), self.report
         key = str(Key.of(task.problem, winner.pass_name))
         store.merge(Table(report.device, {key: entry}), self.folder)
         report.winners = [each for each in report.winners if each[0] != task or each[1].pass_name != winner.pass_name]
@@ -164,9 +200,9 @@ class Session:
         fields = {"variant": entry.variant, "config": entry.config, "median_ms": entry.ms, "torch_ms": entry.torch_ms}
         self.write("tuned", {**head(task, winner.pass_name), **fields, "candidates": winner.candidates, "key": key})
 
-    def _rows(self, task: Task, contest: Contest, report: Report) -> None:
-        report.timings += len(contest.measured)
-        report.reused += contest.reused
+    def _rows(self, task: Task, contest: Contest) -> None:
+        self.report.timings += len(contest.measured)
+        self.report.reused += contest.reused
         for timing, predicted in contest.measured:
             fields = {"variant": timing.variant, "config": dict(timing.config), "stage": timing.stage}
             row = {**head(task, timing.pass_name), **fields, "predicted_ms": predicted if predicted > 0 else None}

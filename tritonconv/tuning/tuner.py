@@ -63,15 +63,15 @@ class Winner:
 class ProblemTuner:
     """Tunes the problem of a contest in about ``seconds``; what is in the journal is not timed again."""
 
-    def __init__(self, contest: Contest, seconds: float) -> None:
-        self.contest, self.case, self.seconds = contest, contest.case, seconds
-        self.fields = {name: contest.candidates(name) for name in PASSES}
-        self.each = SCREENING * seconds / max(1, sum(len(found) for found in self.fields.values()))
+    def __init__(self, contest: Contest, fields: Mapping[str, list[Candidate]], seconds: float) -> None:
+        self.contest, self.case, self.seconds, self.fields = contest, contest.case, seconds, fields
+        whole = max(1, sum(len(found) for found in fields.values()))
+        self.screening = {name: SCREENING * seconds * len(found) / whole for name, found in fields.items()}
 
     def forward(self) -> Winner:
         """Raises OutOfTime, as :meth:`gradients` does."""
         (name,) = FORWARD
-        ran = self.contest.screen(name, self.fields[name], self.each)
+        ran = self.contest.screen(name, self.fields[name], self.screening[name])
         holder = self._untuned(name)
         finalists = {each.label: each for each in (holder, *(candidate for candidate, _ in ran[:FINALISTS]))}
         calls = {TORCH: self.case.baseline(self.case.problem, name)}
@@ -91,7 +91,7 @@ class ProblemTuner:
     def gradients(self, forward: Selection) -> tuple[Winner, ...]:
         """The winners of the two gradients, after those of all three passes where torch alone wins the whole step."""
         data, weight = GRADIENTS
-        ran = {name: self.contest.screen(name, self.fields[name], self.each) for name in GRADIENTS}
+        ran = {name: self.contest.screen(name, self.fields[name], self.screening[name]) for name in GRADIENTS}
         holder = self._untuned(data), self._untuned(weight)
         pairs = {_label(pair): pair for pair in [holder, *self._pairs(ran)]}
         calls = {TORCH: self.case.baseline(self.case.problem, FORWARD_BACKWARD)}

@@ -1,0 +1,224 @@
+"""One self-contained HTML page of a run: means, charts, every layer, roofs, tuned choices, errors, the environment.
+
+Everything comes from the results file; pictures are inlined as SVG, nothing is loaded from anywhere.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from statistics import geometric_mean
+
+from tritonconv.bench.results import BASELINE, OURS, Run
+from tritonconv.errors import ResultsError
+from tritonconv.plots import best, charts, style
+from tritonconv.plots.page import PAGE
+
+CAPTIONS = {
+    "roofline": "Roofline", "speedup": "Speed-up per layer and memory format", "best": "Speed-up over the best torch",
+    "percent": "Share of the attainable roof", "scaling": "Time against work", "landscape": "Tuning landscape",
+    "overhead": "Overhead of a call",
+}  # fmt: skip
+ENVIRONMENT = (
+    "device_name", "gpu_driver", "gpu_capability", "cuda", "cudnn", "cudnn_allow_tf32", "cpu", "cores", "threads",
+    "torch", "triton", "numpy", "python", "system", "tritonconv", "commit", "dirty", "utc", "scale", "scale_rule",
+    "timing", "command", "seed", "budget_s",
+)  # fmt: skip
+
+LONG = 48  # characters of a cell that may be broken into lines
+Cell = str | float | int | None
+
+
+def write(run: Run, path: Path) -> Path:
+    """Writes the page. Raises ResultsError where there is nothing to show, OSError where it cannot be written."""
+    if not any((run.results, run.roofs, run.timings, run.overheads, run.checks)):
+        raise ResultsError(f"{run.path}: nothing was measured, so there is nothing to report")
+    text = page(run)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def page(run: Run) -> str:
+    """The page's HTML."""
+    sections = [
+        ("Means", _means(run)),
+        *_pictures(run),
+        ("Layers", _layers(run)),
+        ("Roofs", _roofs(run)),
+        ("Tuned choices", _tuned(run)),
+        ("Overhead, in numbers", _overheads(run)),
+        ("Verified", _checks(run)),
+        ("Errors", _errors(run)),
+        ("Left out", _skips(run)),
+        ("Environment", _environment(run)),
+    ]
+    body = "\n".join(f"<section><h2>{escape(title)}</h2>\n{text}</section>" for title, text in sections if text)
+    title = f"tritonconv on {run.environment['device_name']}"
+    return PAGE.substitute(title=escape(title), lead=_lead(run), body=body)
+
+
+def _lead(run: Run) -> str:
+    told = [style.machine(run)]
+    if run.end is None:
+        told.append("The run was cut off: its finished rows are shown.")
+    elif run.end["reason"] != "complete":
+        told.append(f"The run ended early ({run.end['reason']}): its finished rows are shown.")
+    if run.disturbance:
+        told.append(run.disturbance)
+    return "\n".join(f"<p>{escape(text)}</p>" for text in (*told, *run.warnings))
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[Cell]], numbers: int) -> str:
+    """A table whose last ``numbers`` columns are numbers; a click on a head sorts by it. Empty without rows."""
+    lines = [_row(row, len(head) - numbers) for row in rows]
+    if not lines:
+        return ""
+    heads = "".join(
+        f'<th class="{"n" if index >= len(head) - numbers else "t"}"><button>{escape(name)}</button></th>'
+        for index, name in enumerate(head)
+    )
+    return f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>\n'
+
+
+def _row(row: Sequence[Cell], first_number: int) -> str:
+    cells = []
+    for index, value in enumerate(row):
+        kind = "n" if index >= first_number else "t"
+        key = f' data-v="{value}"' if isinstance(value, (int, float)) else ""
+        text = shown(value)
+        kind += " long" if len(text) > LONG else ""
+        cells.append(f'<td class="{kind}"{key}>{escape(text)}</td>')
+    return f"<tr>{''.join(cells)}</tr>\n"
+
+
+def shown(value: Cell) -> str:
+    """A number with three figures, text as it is, nothing for None."""
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return str(value)
+
+
+def _means(run: Run) -> str:
+    rows: list[list[Cell]] = []
+    ours = [row for row in run.of_models(variant=OURS) if row["speedup"] is not None]
+    for key in dict.fromkeys((row["pass"], row["dtype"], row["layout"]) for row in ours):
+        mine = [row for row in ours if (row["pass"], row["dtype"], row["layout"]) == key]
+        rows.append([*key, "all", len(mine), geometric_mean(row["speedup"] for row in mine)])
+        for kind in sorted({row["class"] for row in mine if "class" in row}):
+            same = [row["speedup"] for row in mine if row.get("class") == kind]
+            rows.append([*key, kind, len(same), geometric_mean(same)])
+    paired = table(["pass", "dtype", "layout", "class", "layers", "geometric mean"], rows, 2)
+    over: list[list[Cell]] = [
+        [*key, len(each), geometric_mean(each.values())] for key, each in best.ratios(run.of_models()).items()
+    ]
+    free = table(["pass", "dtype", "layers", "geometric mean"], over, 2)
+    said = f"<p>Speed-up over {BASELINE} in the same memory format, from calls made next to each other:</p>\n"
+    best_said = "<p>Over the best torch, our best memory format (a ratio of medians):</p>\n"
+    return (said + paired if paired else "") + (best_said + free if free else "")
+
+
+def _pictures(run: Run) -> list[tuple[str, str]]:
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in charts.names():
+            try:
+                paths = charts.draw(run, Path(folder), (name,))[name]
+            except ResultsError:
+                continue
+            svg = next(path for path in paths if path.suffix == ".svg").read_text(encoding="utf-8")
+            found.append((CAPTIONS.get(name, name), f'<div class="scroll picture">{_inline(svg, name)}</div>'))
+    return found
+
+
+def _inline(svg: str, prefix: str) -> str:
+    """The svg element alone, its ids made its own: several share the page."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r'\bid="', f'id="{prefix}-', svg)
+    return re.sub(r'(url\(#|xlink:href="#)', rf"\g<1>{prefix}-", svg)
+
+
+def _layers(run: Run) -> str:
+    torchs = {_where(row): row for row in run.results if row["variant"] == BASELINE}
+    head = ["layer", "suite", "pass", "dtype", "layout", "variant", "torch ms", "ms", "speed-up", "20 %", "80 %",
+            "% of roof", "max error", "torch's error"]  # fmt: skip
+    rows: list[list[Cell]] = []
+    for row in run.results:
+        if row["variant"] == BASELINE:
+            continue
+        theirs = torchs.get(_where(row))
+        chosen = ", ".join(dict.fromkeys((row.get("chosen") or {}).values()))
+        label = row["variant"] if row["variant"] != OURS or not chosen else chosen
+        rows.append([
+            row["layer"], row["suite"], row["pass"], row["dtype"], row["layout"], label,
+            theirs["median_ms"] if theirs else None, row["median_ms"],
+            row["speedup"], row["speedup_p20"], row["speedup_p80"],
+            row.get("percent_of_roof"), row.get("max_error"), row.get("torch_error"),
+        ])  # fmt: skip
+    return table(head, rows, 8)
+
+
+def _where(row: Mapping) -> tuple:
+    return row["layer"], row["pass"], row["dtype"], row["layout"]
+
+
+def _roofs(run: Run) -> str:
+    best_of: dict[str, Mapping] = {}
+    for row in run.roofs:
+        better = min if row["unit"] == "us" else max
+        best_of[row["what"]] = better(row, best_of.get(row["what"], row), key=lambda each: each["value"])
+    rows = [[row["what"], row["unit"], float(row["value"])] for row in best_of.values()]
+    return table(["roof", "unit", "value"], rows, 1)
+
+
+def _tuned(run: Run) -> str:
+    rows = [
+        [row["layer"], row["pass"], row["dtype"], row["layout"], row["variant"],
+         " ".join(f"{key}={value}" for key, value in row["config"].items()), row.get("candidates"),
+         row["torch_ms"], row["median_ms"], row["torch_ms"] / row["median_ms"]]
+        for row in run.tuned
+    ]  # fmt: skip
+    head = ["layer", "pass", "dtype", "layout", "variant", "config", "candidates", "torch ms", "ms", "speed-up"]
+    return table(head, rows, 4)
+
+
+def _overheads(run: Run) -> str:
+    rows = [
+        [row["layer"], row["pass"], row["dtype"], row["variant"], row["median_us"], row["p20_us"], row["p80_us"]]
+        for row in run.overheads
+    ]
+    return table(["layer", "pass", "dtype", "layer of", "us per call", "20 %", "80 %"], rows, 3)
+
+
+def _checks(run: Run) -> str:
+    by: dict[tuple, list[Mapping]] = {}
+    for row in run.checks:
+        by.setdefault((row["variant"], row["dtype"]), []).append(row)
+    rows = [
+        [*key, len(each), max(row["max_error"] / row["tolerance"] for row in each if row["tolerance"] > 0)]
+        for key, each in by.items()
+        if any(row["tolerance"] > 0 for row in each)
+    ]
+    said = "<p>Variants held against float64 on one layer per class; the worst error as a share of what is allowed.</p>"
+    found = table(["variant", "dtype", "answers", "worst error / allowed"], rows, 2)
+    return said + found if found else ""
+
+
+def _errors(run: Run) -> str:
+    rows = [[row["status"], row["variant"], row["layer"], row["pass"], row["message"]] for row in run.errors]
+    return table(["what", "variant", "layer", "pass", "message"], rows, 0)
+
+
+def _skips(run: Run) -> str:
+    rows = dict.fromkeys((row["variant"], row["layer"], row["pass"], row["message"]) for row in run.skips)
+    return table(["variant", "layer", "pass", "why"], rows, 0)
+
+
+def _environment(run: Run) -> str:
+    env = run.environment
+    rows = [[name, str(env[name])] for name in ENVIRONMENT if env.get(name) is not None]
+    return table(["what", "value"], rows, 0)

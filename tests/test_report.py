@@ -1,0 +1,213 @@
+"""The charts beside roofline and speed-up, and the HTML report: from results files alone. CPU only."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("matplotlib")
+
+from tests.test_plots import COPY, PEAK
+from tests.test_results import ENVIRONMENT, result
+from tritonconv import cli
+from tritonconv.bench.results import Run, Writer, read
+from tritonconv.errors import ResultsError
+from tritonconv.plots import best, charts, landscape, percent, report, scaling
+
+HEAD = {"suite": "unet", "pass": "forward", "dtype": "float32", "layout": "ncdhw"}
+COMMANDS = {"landscape": "tritonconv tune", "overhead": "tritonconv overhead", "scaling": "--sizes"}
+
+
+def timing(variant: str, ms: float, predicted: float | None, config: dict | None = None, layer="a") -> dict:
+    times = {"median_ms": ms, "p20_ms": 0.9 * ms, "p80_ms": 1.1 * ms, "n_runs": 5, "speedup": 1.0}
+    return {**HEAD, "layer": layer, "variant": variant, "config": config or {}, "stage": "screen",
+            "predicted_ms": predicted, **times}  # fmt: skip
+
+
+def timed(layer: str, variant: str, ms: float, layout: str = "ncdhw", **more) -> dict:
+    row = result(layer, variant, 1.0, 0.9, 1.1, layout)
+    return {**row, "median_ms": ms, "p20_ms": 0.9 * ms, "p80_ms": 1.1 * ms, **more}
+
+
+def write(folder: Path, name: str = "layer") -> Run:
+    """One file with rows of every kind."""
+    with Writer(folder) as writer:
+        writer.write("environment", {**ENVIRONMENT, "device_name": "a box"})
+        for roof in (COPY, PEAK):
+            writer.write("roof", roof)
+        for index in range(3):
+            for variant, ms in (("torch", 2.0 + index), ("tritonconv", 1.0)):
+                more = {"percent_of_roof": 40.0 + index, "class": "k = s", "max_error": 1e-6, "torch_error": 2e-6,
+                        "chosen": {"forward": "forward_torch_conv"} if variant != "torch" else {}}  # fmt: skip
+                writer.write("result", timed(f"{name}_{index}", variant, ms, **more))
+        for size in (4, 8, 16):
+            for variant in ("torch", "tritonconv"):
+                row = timed(f"{name}_0@{size}", variant, size / 4, family=f"{name}_0", percent_of_roof=50.0)
+                writer.write("result", {**row, "flops": 1e6 * size**3})
+        for index, variant in enumerate(("forward_torch_conv", "forward_torch_phases", "forward_torch_native")):
+            writer.write("timing", timing(variant, 1.0 + index, 2.0 - index / 2, layer=f"{name}_0"))
+        tuned = {**HEAD, "layer": f"{name}_0", "variant": "forward_torch_conv", "config": {}, "median_ms": 1.0}
+        writer.write("tuned", {**tuned, "torch_ms": 3.0, "candidates": 3})
+        for variant, us in (("torch", 8.0), ("tritonconv", 11.0)):
+            row = {
+                **HEAD,
+                "layer": "tiny",
+                "variant": variant,
+                "median_us": us,
+                "p20_us": us,
+                "p80_us": us,
+                "n_runs": 9,
+            }
+            writer.write("overhead", row)
+        check = {**HEAD, "layer": f"{name}_0", "variant": "forward_torch_conv", "max_error": 1.0, "tolerance": 4.0}
+        writer.write("check", check)
+        writer.write("skip", {"layer": "big", "pass": "all", "variant": "all", "message": "its weight alone"})
+        writer.write("end", {"reason": "complete"})
+    return read(writer.path)
+
+
+# ------------------------------------------------------------------ charts
+
+
+def test_the_charts_are_the_files_that_say_who_writes_their_rows():
+    assert set(charts.names()) == {"roofline", "speedup", "best", "percent", "scaling", "landscape", "overhead"}
+    assert charts.names()[:2] == ("roofline", "speedup")
+    assert all(charts.chart(name).MADE_BY.startswith("tritonconv ") for name in charts.names())
+    assert set(report.CAPTIONS) == set(charts.names())
+
+
+@pytest.mark.parametrize("name", ["best", "percent", "scaling", "landscape", "overhead"])
+def test_a_chart_is_a_png_and_an_svg_and_repeats(tmp_path, name):
+    run = write(tmp_path)
+    png, svg = charts.chart(name).draw(run, tmp_path)
+    assert png.read_bytes().startswith(b"\x89PNG") and png.stem == f"{run.run}-{name}"
+    first = svg.read_bytes()
+    charts.chart(name).draw(run, tmp_path)
+    assert svg.read_bytes() == first and b"</svg>" in first
+    with pytest.raises(ResultsError):
+        charts.chart(name).draw(run, tmp_path, dtype="float16")
+
+
+@pytest.mark.parametrize("name", charts.names())
+def test_a_chart_without_rows_names_the_command_that_writes_them(tmp_path, name):
+    with Writer(tmp_path) as writer:
+        writer.write("environment", ENVIRONMENT)
+    with pytest.raises(ResultsError, match=re.escape(COMMANDS.get(name, "tritonconv bench"))):
+        charts.draw(read(writer.path), tmp_path, (name,))
+
+
+def test_the_best_torch_counts_in_any_layout(tmp_path):
+    rows = [timed("a", "torch", 4.0), timed("a", "torch", 2.0, "ndhwc"), timed("a", "torch_compile", 3.0)]
+    rows += [timed("a", "tritonconv", 1.0), timed("b", "tritonconv", 1.0)]
+    assert best.ratios(rows) == {("forward", "float32"): {"a": 2.0}}
+
+
+def test_a_kernels_tiles_are_a_map_and_formulations_are_bars():
+    rows = [
+        timing("k", m * n, 1.0, {"BLOCK_M": m, "BLOCK_N": n, "num_warps": 4}) for m in (32, 64) for n in (16, 32, 64)
+    ]
+    assert landscape._tiles(rows) == ("BLOCK_N", "BLOCK_M")
+    assert landscape._tiles(rows[:1]) is None and landscape._tiles([timing("k", 1.0, 1.0)]) is None
+    assert list(landscape._rank([3.0, 1.0, 1.0])) == [3.0, 1.5, 1.5]
+    assert landscape.LEAST == scaling.LEAST == 3
+
+
+def test_a_map_of_tiles_is_drawn(tmp_path):
+    with Writer(tmp_path) as writer:
+        writer.write("environment", ENVIRONMENT)
+        for m in (32, 64):
+            for n in (16, 32):
+                writer.write("timing", timing("k", m * n / 100, m + n, {"BLOCK_M": m, "BLOCK_N": n}))
+    assert len(landscape.draw(read(writer.path), tmp_path)) == 2
+
+
+def test_plot_draws_what_there_is_and_what_is_asked(tmp_path, capsys):
+    run = write(tmp_path)
+    assert cli.main(["plot", str(run.path), "--output", str(tmp_path / "all")]) == 0
+    assert len(capsys.readouterr().out.split()) == 2 * len(charts.names())
+    assert cli.main(["plot", str(run.path), "--chart", "overhead,percent", "--output", str(tmp_path / "two")]) == 0
+    assert len(list((tmp_path / "two").iterdir())) == 4
+    assert cli.main(["plot", str(run.path), "--chart", "pie"]) == 2
+    assert "'pie'" in capsys.readouterr().err
+    assert percent.MADE_BY == "tritonconv bench"
+
+
+# ------------------------------------------------------------------ the report
+
+
+class Page(HTMLParser):
+    """The tables by their heading, and every address the page names."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tables: dict[str, list[list[str]]] = {}
+        self.addresses: list[str] = []
+        self.heading, self.inside = "", ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes) -> None:
+        self.inside = tag
+        self.addresses += [value for key, value in attributes if key in ("src", "href", "xlink:href") and value]
+        if tag == "h2":
+            self.heading = ""
+        if tag == "tr":
+            self.tables.setdefault(self.heading, []).append([])
+        if tag in ("td", "th"):
+            self.tables[self.heading][-1].append("")
+
+    def handle_data(self, data: str) -> None:
+        if self.inside == "h2":
+            self.heading += data
+        elif self.inside in ("td", "button"):
+            self.tables[self.heading][-1][-1] += data
+
+    def handle_endtag(self, tag: str) -> None:
+        self.inside = ""
+
+
+def test_the_report_holds_the_files_numbers_and_loads_nothing(tmp_path, capsys):
+    run = write(tmp_path)
+    assert cli.main(["report", str(run.path)]) == 0
+    path = Path(capsys.readouterr().out.strip())
+    assert path == tmp_path.resolve() / "report.html"
+    page = Page(path.read_text(encoding="utf-8"))
+    assert all(address.startswith("#") for address in page.addresses)
+    layers = page.tables["Layers"]
+    row = next(line for line in layers if line[0] == "layer_2")
+    assert row[5:9] == ["forward_torch_conv", "4", "1", "1"] and row[11:] == ["42", "1e-06", "2e-06"]
+    assert len(layers) == 1 + 6  # three layers, three sizes of one
+    assert page.tables["Tuned choices"][1][:5] == ["layer_0", "forward", "float32", "ncdhw", "forward_torch_conv"]
+    assert page.tables["Tuned choices"][1][-3:] == ["3", "1", "3"]
+    assert page.tables["Verified"][1] == ["forward_torch_conv", "float32", "1", "0.25"]
+    assert page.tables["Left out"][1][3] == "its weight alone"
+    assert ["device_name", "a box"] in page.tables["Environment"]
+    titles = re.findall(r"<h2>(.*?)</h2>", path.read_text(encoding="utf-8"))
+    assert [title for title in titles if title in report.CAPTIONS.values()] == [
+        report.CAPTIONS[name] for name in charts.names()
+    ]
+
+
+def test_ids_of_the_pictures_do_not_collide(tmp_path):
+    ids = re.findall(r'\bid="([^"]+)"', report.page(write(tmp_path)))
+    assert len(ids) > 20 and len(set(ids)) == len(ids)
+
+
+def test_names_from_the_file_are_escaped(tmp_path):
+    text = report.page(write(tmp_path, "<script>alert(1)</script>"))
+    assert "<script>alert" not in text and "&lt;script&gt;alert(1)" in text
+
+
+def test_an_unfinished_run_says_so_and_an_empty_one_is_refused(tmp_path, capsys):
+    with Writer(tmp_path) as writer:
+        writer.write("environment", ENVIRONMENT)
+        writer.write("roof", COPY)
+    assert "cut off" in report.page(read(writer.path))
+    with Writer(tmp_path / "empty") as writer:
+        writer.write("environment", ENVIRONMENT)
+    assert cli.main(["report", str(writer.path)]) == 2
+    assert "nothing was measured" in capsys.readouterr().err
+    assert not (tmp_path / "empty" / "report.html").exists()
+    assert cli.main(["report", str(tmp_path / "none")]) == 2
