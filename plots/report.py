@@ -23,7 +23,7 @@ CAPTIONS = {
     "overhead": "Overhead of a call",
 }  # fmt: skip
 ENVIRONMENT = (
-    "device_name", "gpu_driver", "gpu_capability", "cuda", "cudnn", "cudnn_allow_tf32", "cpu", "cores", "threads",
+    "device_name", "gpu_driver", "gpu_capability", "cuda", "cudnn", "cudnn_conv_fp32", "cpu", "cores", "threads",
     "torch", "triton", "numpy", "python", "system", "tritonconv", "commit", "dirty", "utc", "scale", "scale_rule",
     "timing", "command", "seed", "budget_s",
 )  # fmt: skip

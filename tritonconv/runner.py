@@ -7,7 +7,6 @@ timed in turns (:mod:`tritonconv.bench.timing`). A finished cell is on disk befo
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -101,7 +100,7 @@ def measure(options: Options, writer: Writer, progress: Progress, known_roofs: I
 
     Returns the run with ``reason``, ``errors``, ``done`` and ``cells``.
     """
-    with _cudnn_benchmark(options.device):
+    with gpu.cudnn_benchmark():
         run = _Bench(options, writer, progress, known_roofs)
         run.run()
     return run
@@ -122,14 +121,6 @@ def header(options: Options, writer: Writer) -> dict[str, object]:
             [1 for layer, _ in distinct(options.layers, options.scale) if left_out(layer, options.scale) is None]
         ),
     }
-
-
-def _cudnn_benchmark(device: torch.device) -> contextlib.AbstractContextManager:
-    # The baseline on a GPU is torch at its best.
-    if device.type != "cuda":
-        return contextlib.nullcontext()
-    cudnn = torch.backends.cudnn
-    return cudnn.flags(True, True, cudnn.deterministic, cudnn.allow_tf32)
 
 
 class _Bench:

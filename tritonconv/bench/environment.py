@@ -128,8 +128,9 @@ def _gpu(device: torch.device) -> dict[str, object]:
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
         "cudnn_benchmark": torch.backends.cudnn.benchmark,
-        "cudnn_allow_tf32": torch.backends.cudnn.allow_tf32,
-        "matmul_allow_tf32": torch.backends.cuda.matmul.allow_tf32,
+        # The old switches, allow_tf32, raise where a program has set the new ones.
+        "cudnn_conv_fp32": torch.backends.cudnn.conv.fp32_precision,  # type: ignore[attr-defined]
+        "matmul_fp32": torch.backends.cuda.matmul.fp32_precision,  # type: ignore[attr-defined]
     }
 
 

@@ -5,8 +5,9 @@ A graph's replay is the work without Python and without launches; the eager wall
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -14,6 +15,17 @@ from tritonconv.bench.timing import Call
 
 WARM_CALLS = 3  # before a capture: autotuning and lazy allocations do not belong into it
 WALL_SECONDS, MOST_WALL_CALLS = 0.02, 200
+
+
+@contextlib.contextmanager
+def cudnn_benchmark() -> Iterator[None]:
+    """Inside the block cuDNN chooses its algorithms by trying them: the baseline on a GPU is torch at its best."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def captured(call: Call, device: torch.device) -> Callable[[], None] | None:

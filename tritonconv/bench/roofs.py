@@ -11,6 +11,7 @@ import functools
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 
@@ -73,14 +74,14 @@ def _matmuls(dtype: torch.dtype, device: torch.device, watch, seconds: float) ->
     if device.type != "cuda" or dtype is not torch.float32:
         yield _matmul(dtype, device, watch, seconds)
         return
-    before = torch.backends.cuda.matmul.allow_tf32
+    switch: Any = torch.backends.cuda.matmul
+    before = switch.fp32_precision
     try:
-        torch.backends.cuda.matmul.allow_tf32 = False
-        yield _matmul(dtype, device, watch, seconds)
-        torch.backends.cuda.matmul.allow_tf32 = True
-        yield _matmul(dtype, device, watch, seconds, TF32)
+        for precision, name in (("ieee", None), (TF32, TF32)):
+            switch.fp32_precision = precision
+            yield _matmul(dtype, device, watch, seconds, name)
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        switch.fp32_precision = before
 
 
 def _matmul(dtype, device, watch, seconds, name=None):

@@ -16,6 +16,7 @@ from tritonconv.autotune.journal import Journal
 from tritonconv.autotune.key import Key, device_name
 from tritonconv.autotune.sources import source_hash
 from tritonconv.autotune.store import Entry, Table
+from tritonconv.bench import gpu
 from tritonconv.bench.environment import version
 from tritonconv.bench.rows import sizes_of
 from tritonconv.errors import ArgumentError
@@ -113,7 +114,7 @@ class Session:
         self.most = self._most_configs(len(waiting))
         self.report = Report(name, table=(self.folder or store.user_folder()) / f"{store.slug(name)}.json")
         progress.begin(len(waiting))
-        with Precompiler(target_of(self.device)) as compiler:
+        with gpu.cudnn_benchmark(), Precompiler(target_of(self.device)) as compiler:
             ahead = [compiler.start(self._jobs(task)) for task in waiting[:AHEAD]]
             for index, task in enumerate(waiting):
                 ahead += [compiler.start(self._jobs(each)) for each in waiting[index + AHEAD : index + AHEAD + 1]]
