@@ -28,6 +28,7 @@ CROPS = ("d_crop", "h_crop", "w_crop")
 RUN_TIME = ("n", "d_in", "h_in", "w_in", "d_out", "h_out", "w_out", *CROPS)
 
 _compiled: ContextVar[list | None] = ContextVar("tritonconv_compiled", default=None)
+_recorded: ContextVar[list | None] = ContextVar("tritonconv_recorded", default=None)
 
 
 def refusal(problem: Problem, device: torch.device) -> str | None:
@@ -129,11 +130,36 @@ def launch(kernel, grid: int | tuple[int, ...], config: Config, device: torch.de
     compiled = _compiled.get()
     if compiled is not None:
         compiled.append((kernel.fn.__name__, dict(config), kernel.warmup(grid=grid, **arguments)))
-    elif device.type == "cuda" and device.index not in (None, torch.cuda.current_device()):
+        return
+    recorded = _recorded.get()
+    if recorded is not None:
+        recorded.append((kernel, grid, arguments))
+    enqueue(kernel, grid, device, arguments)
+
+
+def enqueue(kernel, grid: tuple[int, ...], device: torch.device, arguments: dict[str, Any]) -> None:
+    """Launches a kernel on a device with all of its arguments."""
+    if device.type == "cuda" and device.index not in (None, torch.cuda.current_device()):
         with torch.cuda.device(device):
             kernel[grid](**arguments)
     else:
         kernel[grid](**arguments)
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list]:
+    """Inside the block the list fills with the launches made: (kernel, grid, arguments)."""
+    found: list = []
+    token = _recorded.set(found)
+    try:
+        yield found
+    finally:
+        _recorded.reset(token)
+
+
+def compiling() -> bool:
+    """Inside :func:`compile_only`."""
+    return _compiled.get() is not None
 
 
 @contextlib.contextmanager

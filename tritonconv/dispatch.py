@@ -7,10 +7,10 @@ tuned choice where there is one, else its rules.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 
@@ -69,6 +69,14 @@ class Plan:
         """Forward and backward-data are Triton kernels, which may share one packed copy of the weight."""
         return all(self.choice(name).variant.backend == "triton" for name in ("forward", "backward_data"))
 
+    @cached_property
+    def _forward(self) -> Callable[..., torch.Tensor]:
+        return _launch_of(self.forward_choice, self.problem)
+
+    @cached_property
+    def _backward_data(self) -> Callable[..., torch.Tensor]:
+        return _launch_of(self.backward_data_choice, self.problem)
+
     def _torchs(self, pass_name: str) -> bool:
         return self.choice(pass_name).variant.name == rules.FALLBACK[pass_name]
 
@@ -79,15 +87,16 @@ class Plan:
         """x (n, c_in, d, h, w), weight, bias (c_out,) or None -> y (n, c_out, od, oh, ow)."""
         chosen, layout = self.forward_choice, self.problem.memory_format
         with _no_autocast(x):
-            y = chosen.variant.launch(self.problem, chosen.config, _operand(x, chosen, layout), weight, bias)
-            return to_layout(y, layout)
+            return to_layout(self._forward(_operand(x, chosen, layout), weight, bias), layout)
 
     def backward_data(self, grad_y, weight, prepared=None):
         """grad_y (n, c_out, od, oh, ow), weight -> grad_x (n, c_in, d, h, w)."""
         chosen, layout = self.backward_data_choice, self.problem.memory_format
         with _no_autocast(grad_y):
             operands = _operand(grad_y, chosen, layout), weight
-            return to_layout(chosen.variant.launch(self.problem, chosen.config, *operands, **_shared(prepared)), layout)
+            if prepared is None:
+                return to_layout(self._backward_data(*operands), layout)
+            return to_layout(chosen.variant.launch(self.problem, chosen.config, *operands, prepared=prepared), layout)
 
     def backward_weight(self, x, grad_y, need_bias, prepared=None):
         """x, grad_y -> (grad_weight, grad_bias or None)."""
@@ -118,6 +127,15 @@ class Plan:
             assert joint is not None  # backward() asked
             grad_x, *of_parameters = joint(self.problem, chosen.config, *operands)
             return to_layout(grad_x, layout), *of_parameters
+
+
+def _launch_of(chosen: Selection, problem: Problem) -> Callable[..., torch.Tensor]:
+    """The launch of a choice, of the operands alone; a Triton kernel's grid and arguments are kept."""
+    if chosen.variant.backend != "triton":
+        return partial(chosen.variant.launch, problem, chosen.config)
+    from tritonconv.kernels.triton_replay import Replay  # needs Triton
+
+    return Replay(chosen.variant.launch, problem, chosen.config)
 
 
 def _operand(tensor, chosen: Selection, layout: torch.memory_format):
