@@ -53,8 +53,8 @@ class Frame:
         axes = self.figure.add_axes(box)
         longest = max((len(line) for line in title.split("\n")), default=0)
         # A bold letter is about 0.6 of its size wide, and a title may begin over the names.
-        fits = self.size[0] * 72 / (0.62 * longest) if longest else 8.5
-        axes.set_title(title, loc="left", fontweight="bold", fontsize=max(6.5, min(8.5, fits)))
+        fits = self.size[0] * 72 / (0.66 * longest) if longest else 8.5
+        axes.set_title(title, loc="left", fontweight="bold", fontsize=max(6, min(8.5, fits)))
         axes.set_axisbelow(True)
         return axes
 

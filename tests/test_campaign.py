@@ -15,7 +15,7 @@ from tritonconv.errors import ResultsError
 from tritonconv.tuning import session
 
 pytestmark = pytest.mark.usefixtures("quick")
-SMALL = ("--suite", "unet", "--only", "spleen_32_2", "--layout", "ncdhw", "--quiet")
+SMALL = ("--suite", "unet", "--only", "spleen_64_16", "--layout", "ncdhw", "--quiet")
 
 
 @pytest.fixture(autouse=True)

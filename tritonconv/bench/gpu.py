@@ -18,8 +18,11 @@ WALL_SECONDS, MOST_WALL_CALLS = 0.02, 200
 
 
 @contextlib.contextmanager
-def cudnn_benchmark() -> Iterator[None]:
+def cudnn_benchmark(device: torch.device) -> Iterator[None]:
     """Inside the block cuDNN chooses its algorithms by trying them: the baseline on a GPU is torch at its best."""
+    if device.type != "cuda":
+        yield
+        return
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = True
     try:

@@ -114,7 +114,7 @@ class Session:
         self.most = self._most_configs(len(waiting))
         self.report = Report(name, table=(self.folder or store.user_folder()) / f"{store.slug(name)}.json")
         progress.begin(len(waiting))
-        with gpu.cudnn_benchmark(), Precompiler(target_of(self.device)) as compiler:
+        with gpu.cudnn_benchmark(self.device), Precompiler(target_of(self.device)) as compiler:
             ahead = [compiler.start(self._jobs(task)) for task in waiting[:AHEAD]]
             for index, task in enumerate(waiting):
                 ahead += [compiler.start(self._jobs(each)) for each in waiting[index + AHEAD : index + AHEAD + 1]]
