@@ -21,6 +21,9 @@ from tritonconv.problem import PASSES, Problem
 SMALL_IMAGE_ELEMENTS = 20480
 # Below this the Python around a call costs more than any formulation saves (about 20 us against 3e11 FLOP/s).
 LITTLE_WORK = 5_000_000
+# An overlap-add is one small operation per tap, about 20 us each: k3 s2 1x32->2 12^3 0.11 -> 0.57 ms, 24^3 (1.7e6 FLOP
+# per tap) 0.79 -> 1.16 ms.
+WORK_PER_TAP = 3_000_000
 # From this many voxels a GEMM over them is worth its shuffle.
 ENOUGH_VOXELS = 100
 FEW_VOXELS = 256
@@ -111,7 +114,8 @@ FORWARD = (
     ),
     Rule(
         "forward_torch_columns",
-        lambda p: p.c_out <= 3 and p.c_in >= 8 and not p.tiles_exactly,
+        lambda p: p.c_out <= 3 and p.c_in >= 8 and not p.tiles_exactly
+        and p.flops >= WORK_PER_TAP * math.prod(p.kernel),
         "up to 3 output channels leave oneDNN's 16-wide block empty: k4 s2 2x64->1 32^3 47 -> 7.9 ms NCDHW, "
         "43 -> 9.4 ms channels_last_3d; k3 s2 2x32->2 24x48x48 46 -> 8.6 ms, 21 -> 11 ms",
     ),
