@@ -190,7 +190,7 @@ def test_progress_outside_a_terminal_is_a_line_now_and_then(capsys):
     shown.begin(4)
     for name in "abcd":
         shown.step(name)
-    assert capsys.readouterr().err.splitlines() == ["2/4 cells, 6 s: b", "4/4 cells, 8 s: d"]
+    assert capsys.readouterr().err.splitlines() == ["2/4 cells, 6 s, about 6 s left: b", "4/4 cells, 8 s: d"]
 
 
 def test_progress_on_a_terminal_is_richs_bar_or_plain_without_rich(monkeypatch):

@@ -25,7 +25,7 @@ class Silent:
 
 
 class Lines(Silent):
-    """``12/312 cells, 8 s: NAME`` at most every few seconds."""
+    """``12/312 cells, 8 s, about 200 s left: NAME`` at most every few seconds."""
 
     def __init__(self, out: TextIO, clock: Callable[[], float] = time.monotonic, unit: str = "cells") -> None:
         self._out, self._clock, self._unit = out, clock, unit
@@ -34,14 +34,18 @@ class Lines(Silent):
 
     def begin(self, cells: int) -> None:
         self._cells = cells
+        if self._done:  # another round, as in a campaign
+            self._done, self._start = 0, self._clock()
 
     def step(self, text: str) -> None:
         self._done += 1
         now = self._clock()
         if now - self._last >= SECONDS_BETWEEN_LINES or self._done == self._cells:
             self._last = now
-            seconds = f"{now - self._start:.0f} s"
-            print(f"{self._done}/{self._cells} {self._unit}, {seconds}: {text}", file=self._out, flush=True)
+            spent = now - self._start
+            left = spent / self._done * (self._cells - self._done)
+            rest = f", about {left:.0f} s left" if left > 0 else ""
+            print(f"{self._done}/{self._cells} {self._unit}, {spent:.0f} s{rest}: {text}", file=self._out, flush=True)
 
 
 class Bar(Silent):
@@ -49,12 +53,20 @@ class Bar(Silent):
 
     def __init__(self, out: TextIO, first: str = "measuring the roofs") -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
 
         self._bar = Progress(
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
+            TimeRemainingColumn(),
             TextColumn("{task.description}"),
             console=Console(file=out),
             transient=True,
@@ -63,7 +75,7 @@ class Bar(Silent):
         self._bar.start()
 
     def begin(self, cells: int) -> None:
-        self._bar.update(self._task, total=cells)
+        self._bar.reset(self._task, total=cells)
 
     def step(self, text: str) -> None:
         self._bar.update(self._task, advance=1, description=text)
