@@ -21,6 +21,7 @@ from tritonconv.kernels.triton_device import ceil_div, constant, inside, widened
 from tritonconv.kernels.triton_launch import RUN_TIME, accounting, geometry, refusal, wide
 from tritonconv.kernels.triton_launch import launch as run
 from tritonconv.kernels.triton_reduce import sum_partials
+from tritonconv.kernels.triton_tape import fresh
 from tritonconv.kernels.triton_tiles import PROGRAMS
 from tritonconv.kernels.work import Work
 from tritonconv.problem import Problem
@@ -161,10 +162,10 @@ def launch(problem, config, x, grad_y, need_bias):
         return x.new_zeros(problem.weight_shape), bias
     config = dict(config)
     splits, taps, channels = config.pop("SPLITS"), math.prod(problem.kernel), problem.c_out
-    partial = torch.empty((splits, taps, channels), dtype=torch.float32, device=x.device)
-    grad_weight = torch.empty(problem.weight_shape, dtype=x.dtype, device=x.device)
-    bias_partial = partial.new_empty((splits, channels)) if need_bias else None
-    grad_bias = x.new_empty(channels) if need_bias else None
+    partial = fresh((splits, taps, channels), x, torch.float32)
+    grad_weight = fresh(problem.weight_shape, x)
+    bias_partial = fresh((splits, channels), x, torch.float32) if need_bias else None
+    grad_bias = fresh((channels,), x) if need_bias else None
     windows = [depthwise.phase_window(a.kernel, a.stride, a.dilation, a.crop) for a in problem.axes[1:]]
     run(
         backward_weight_depthwise_kernel,

@@ -22,6 +22,7 @@ from tritonconv.kernels.triton_device import ceil_div, inside, offset, product, 
 from tritonconv.kernels.triton_launch import RUN_TIME, accounting, geometry, precision, wide
 from tritonconv.kernels.triton_launch import launch as run
 from tritonconv.kernels.triton_reduce import sum_partials
+from tritonconv.kernels.triton_tape import fresh
 from tritonconv.kernels.triton_taps import tap_lanes, voxel_words
 from tritonconv.kernels.work import Work, tap_gemm
 from tritonconv.problem import Problem, Triple
@@ -125,8 +126,8 @@ def backward_weight_splitk_kernel(
 
 
 def launch(problem, config, x, grad_y, need_bias):
-    grad_weight = x.new_empty(problem.weight_shape)
-    grad_bias = x.new_empty(problem.c_out) if need_bias else None
+    grad_weight = fresh(problem.weight_shape, x)
+    grad_bias = fresh((problem.c_out,), x) if need_bias else None
     if x.numel() == 0 or grad_y.numel() == 0:
         return grad_weight.zero_(), None if grad_bias is None else grad_bias.zero_()
     config = dict(config)
@@ -134,8 +135,8 @@ def launch(problem, config, x, grad_y, need_bias):
     by_row = grad_weight.flatten(2).permute(2, 1, 0)  # (taps, c_out, c_in), as the tiles lie
     partial, bias_partial = by_row[None], grad_bias
     if splits > 1:
-        partial = x.new_empty((splits, *by_row.shape), dtype=torch.float32)
-        bias_partial = x.new_empty((splits, problem.c_out), dtype=torch.float32) if need_bias else None
+        partial = fresh((splits, *by_row.shape), x, torch.float32)
+        bias_partial = fresh((splits, problem.c_out), x, torch.float32) if need_bias else None
     step = partial.stride()
     run(
         backward_weight_splitk_kernel,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import torch
 import triton
@@ -17,6 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tritonconv.kernels.triton_device import next_step, offset, widened
 from tritonconv.kernels.triton_launch import refusal, target
+from tritonconv.kernels.triton_tape import derived
 from tritonconv.kernels.triton_weights import OUT_INNERMOST, packed, strides
 from tritonconv.kernels.work import Work, tap_gemm
 from tritonconv.problem import Problem, Triple
@@ -130,7 +131,7 @@ def describable(tensor: torch.Tensor) -> torch.Tensor:
     if fits and tensor.stride(1) == 1 and tensor.data_ptr() % ALIGNMENT == 0:
         return tensor
     # contiguous() would return a tensor that is dense already, wherever it starts
-    return tensor.clone(memory_format=torch.channels_last_3d)
+    return derived(tensor, partial(torch.clone, memory_format=torch.channels_last_3d))
 
 
 def volume(tensor: torch.Tensor, box: Triple, block_k: int) -> TensorDescriptor:
@@ -156,7 +157,7 @@ def taps_first(weight: torch.Tensor, order: int, block: tuple[int, int]) -> Tens
         any(step * weight.dtype.itemsize % ALIGNMENT for step in (c_in + c_out - 1, tap))
         or weight.data_ptr() % ALIGNMENT
     ):
-        weight = packed(weight.contiguous(), order)
+        weight = packed(derived(weight, torch.Tensor.contiguous), order)
         c_in, c_out, tap = strides(weight)
     taps = math.prod(weight.shape[2:])
     if order == OUT_INNERMOST:

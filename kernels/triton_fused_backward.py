@@ -23,6 +23,7 @@ from tritonconv.kernels.triton_launch import accounting, compute_capability, emp
 from tritonconv.kernels.triton_launch import launch as run
 from tritonconv.kernels.triton_phases import decoded, load_phases, multiple
 from tritonconv.kernels.triton_reduce import sum_partials
+from tritonconv.kernels.triton_tape import fresh
 from tritonconv.kernels.triton_weights import AS_GIVEN, oriented, packed
 from tritonconv.kernels.work import Work, tap_gemm
 from tritonconv.problem import Problem
@@ -120,13 +121,12 @@ def backward(problem, config, x, weight, grad_y, need_bias):
         grad_x = empty(problem, problem.x_shape, grad_y)
         weight = packed(weight, order)
     if x is not None:
-        grad_weight = x.new_empty(problem.weight_shape)
-        grad_bias = x.new_empty(problem.c_out) if need_bias else None
+        grad_weight = fresh(problem.weight_shape, x)
+        grad_bias = fresh((problem.c_out,), x) if need_bias else None
         by_tap = grad_weight.view(groups, c_in, c_out, math.prod(problem.kernel)).permute(0, 3, 2, 1)
-        options = {"dtype": torch.float32, "device": x.device}
         splits = config["SPLITS"] if grad_y.numel() else 0  # no splits at all sum to zeros
-        partial = torch.empty((splits, *by_tap.shape), **options)
-        bias_partial = torch.empty((splits, problem.c_out), **options) if need_bias else None
+        partial = fresh((splits, *by_tap.shape), x, torch.float32)
+        bias_partial = fresh((splits, problem.c_out), x, torch.float32) if need_bias else None
     if grad_y.numel():
         run(
             fused_backward_kernel,

@@ -13,6 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import make_backend
 
+from tritonconv.kernels import triton_tape
 from tritonconv.kernels.registry import Config
 from tritonconv.problem import Problem, largest_offset
 
@@ -28,7 +29,6 @@ CROPS = ("d_crop", "h_crop", "w_crop")
 RUN_TIME = ("n", "d_in", "h_in", "w_in", "d_out", "h_out", "w_out", *CROPS)
 
 _compiled: ContextVar[list | None] = ContextVar("tritonconv_compiled", default=None)
-_recorded: ContextVar[list | None] = ContextVar("tritonconv_recorded", default=None)
 
 
 def refusal(problem: Problem, device: torch.device) -> str | None:
@@ -72,7 +72,7 @@ def accounting(grid, kernel, args) -> dict[str, Any]:
 
 def empty(problem: Problem, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
     """A new tensor in the problem's layout."""
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=problem.memory_format)
+    return triton_tape.fresh(shape, like, memory_format=problem.memory_format)
 
 
 def target():
@@ -123,7 +123,7 @@ def launch(kernel, grid: int | tuple[int, ...], config: Config, device: torch.de
     """Launches (or, inside :func:`compile_only`, compiles) a kernel; ``config`` holds tiles, num_warps, num_stages."""
     arguments |= config
     if arguments.get("bias_ptr") is not None:  # the one operand without strides of its own
-        arguments["bias_ptr"] = arguments["bias_ptr"].contiguous()
+        arguments["bias_ptr"] = triton_tape.derived(arguments["bias_ptr"], torch.Tensor.contiguous)
     arguments["enable_fp_fusion"] = True
     if isinstance(grid, int):
         grid = (grid,)
@@ -131,30 +131,19 @@ def launch(kernel, grid: int | tuple[int, ...], config: Config, device: torch.de
     if compiled is not None:
         compiled.append((kernel.fn.__name__, dict(config), kernel.warmup(grid=grid, **arguments)))
         return
-    recorded = _recorded.get()
-    if recorded is not None:
-        recorded.append((kernel, grid, arguments))
-    enqueue(kernel, grid, device, arguments)
-
-
-def enqueue(kernel, grid: tuple[int, ...], device: torch.device, arguments: dict[str, Any]) -> None:
-    """Launches a kernel on a device with all of its arguments."""
     if device.type == "cuda" and device.index not in (None, torch.cuda.current_device()):
         with torch.cuda.device(device):
-            kernel[grid](**arguments)
+            launched = kernel[grid](**arguments)
     else:
-        kernel[grid](**arguments)
+        launched = kernel[grid](**arguments)
+    tape = triton_tape.current()
+    if tape is not None:
+        tape.launched(kernel, grid, arguments, launched)
 
 
-@contextlib.contextmanager
-def recording() -> Iterator[list]:
-    """Inside the block the list fills with the launches made: (kernel, grid, arguments)."""
-    found: list = []
-    token = _recorded.set(found)
-    try:
-        yield found
-    finally:
-        _recorded.reset(token)
+def stream_of(device: torch.device) -> int:
+    """The handle of the CUDA stream that launches on the device go to; 0 on a CPU."""
+    return triton.runtime.driver.active.get_current_stream(device.index) if device.type == "cuda" else 0
 
 
 def compiling() -> bool:

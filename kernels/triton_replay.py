@@ -1,9 +1,8 @@
 """Launches kept for the next call: what a variant works out on the host is worked out once per kind of operands.
 
 A variant's ``launch`` computes its grid and a few dozen arguments from the problem, the config and the strides of the
-operands. Where its launches name no other tensors than the operands and the result, the next call with the same strides
-needs only a new result and the same launches, which must write all of it. A packed weight or partial sums are tensors
-of a call's own: such a call is made afresh each time.
+operands. The next call with operands of the same strides and alignment repeats its steps instead (see
+:mod:`tritonconv.kernels.triton_tape`): new results and workspaces, the weight packed anew, the same kernels.
 """
 
 from __future__ import annotations
@@ -13,58 +12,71 @@ from typing import Any
 
 import torch
 
+from tritonconv.kernels import triton_tape
 from tritonconv.kernels.registry import Config
-from tritonconv.kernels.triton_launch import compiling, enqueue, precision, recording
+from tritonconv.kernels.triton_launch import compiling, precision, stream_of
+from tritonconv.kernels.triton_tape import Step, Tape
 from tritonconv.problem import Problem
 
 MOST_KEPT = 64  # kinds of operands of one plan
-Launch = Callable[..., torch.Tensor]
-Step = tuple[Any, Any, dict[str, Any], dict[str, int]]  # kernel, grid, constant arguments, operand by name
+ALIGNMENT = 16  # bytes: what Triton specialises pointers on
+
+# The steps and the places of the results among the values: of one result, or of a tuple, None for one not wanted.
+Kept = tuple[list[Step], "int | tuple[int | None, ...]"]
 
 
 class Replay:
-    """A variant's ``launch`` with a memory. Calls take the operands after (problem, config) and return the result."""
+    """A variant's ``launch`` with a memory. Calls take the operands after (problem, config) and return the results."""
 
-    def __init__(self, launch: Launch, problem: Problem, config: Config) -> None:
+    def __init__(self, launch: Callable[..., Any], problem: Problem, config: Config) -> None:
         self.launch, self.problem, self.config = launch, problem, config
-        self.kept: dict[tuple, tuple[list[Step], tuple] | None] = {}
+        self.kept: dict[tuple, Kept | None] = {}
 
-    def __call__(self, *operands: torch.Tensor | None) -> torch.Tensor:
+    def __call__(self, *operands: Any) -> Any:
+        """At least one operand is a tensor; the others may be None or bool. All tensors are on one device."""
         if compiling():
             return self.launch(self.problem, self.config, *operands)
-        first = operands[0]
-        assert first is not None
-        key = (precision(first.dtype), first.device, *(each if each is None else each.stride() for each in operands))
+        first = operands[0] if operands[0] is not None else operands[1]
+        device = first.device
+        key = (precision(first.dtype), device, *map(_kind, operands))
         known = self.kept.get(key)
         if known is None:
             return self._first(key, operands)
-        steps, (shape, stride) = known
-        result = torch.empty_strided(shape, stride, dtype=first.dtype, device=first.device)
-        tensors = (*operands, result)
-        for kernel, grid, constants, roles in steps:
-            enqueue(kernel, grid, first.device, constants | {name: tensors[role] for name, role in roles.items()})
-        return result
+        steps, results = known
+        values = list(operands)
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                _play(steps, values, stream_of(device))
+        else:
+            _play(steps, values, stream_of(device))
+        if isinstance(results, int):
+            return values[results]
+        return tuple(None if place is None else values[place] for place in results)
 
-    def _first(self, key: tuple, operands: tuple[torch.Tensor | None, ...]) -> torch.Tensor:
-        with recording() as launches:
+    def _first(self, key: tuple, operands: tuple) -> Any:
+        with triton_tape.recording(operands) as tape:
             result = self.launch(self.problem, self.config, *operands)
-        if key not in self.kept and len(self.kept) < MOST_KEPT and launches:
-            steps = [_step(kernel, grid, arguments, (*operands, result)) for kernel, grid, arguments in launches]
-            whole = [step for step in steps if step is not None]
-            self.kept[key] = (whole, (result.shape, result.stride())) if len(whole) == len(steps) else None
+        if tape.told_apart and key not in self.kept and len(self.kept) < MOST_KEPT:
+            self.kept[key] = _kept(tape, result)
         return result
 
 
-def _step(kernel, grid, arguments: dict[str, Any], tensors: tuple) -> Step | None:
-    """The launch with its operands taken out, None where it names a tensor that is none of ``tensors``."""
-    roles: dict[str, int] = {}
-    constants = {}
-    for name, value in arguments.items():
-        if not hasattr(value, "data_ptr") and not hasattr(value, "base"):
-            constants[name] = value
-            continue
-        role = next((index for index, each in enumerate(tensors) if each is value), None)
-        if role is None:
-            return None
-        roles[name] = role
-    return kernel, grid, constants, roles
+def _play(steps: list[Step], values: list, stream: int) -> None:
+    for step in steps:
+        step(values, stream)
+
+
+def _kind(operand: Any) -> Any:
+    """What the launch may depend on besides the problem."""
+    if isinstance(operand, torch.Tensor):
+        return operand.stride(), operand.data_ptr() % ALIGNMENT == 0
+    return operand
+
+
+def _kept(tape: Tape, result: Any) -> Kept | None:
+    """The steps of a whole tape with a launch in it, whose results are among its values."""
+    several = isinstance(result, tuple)
+    places = tuple(None if each is None else tape.place(each) for each in (result if several else (result,)))
+    if not tape.whole or not tape.kernels:
+        return None
+    return tape.steps, places if several else places[0]  # type: ignore[return-value]

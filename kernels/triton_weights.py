@@ -6,9 +6,11 @@ import contextlib
 import math
 from collections.abc import Iterator
 from contextvars import ContextVar
+from functools import partial
 
 import torch
 
+from tritonconv.kernels.triton_tape import derived
 from tritonconv.problem import Problem
 
 AS_GIVEN, OUT_INNERMOST, IN_INNERMOST = 0, 1, 2  # the values of the config key WEIGHT
@@ -28,6 +30,10 @@ def packed(weight: torch.Tensor, order: int) -> torch.Tensor:
     already (channels_last_3d) stays as it is. A copy lives for one launch, or inside :func:`remembering` for as long
     as the weight keeps its version.
     """
+    return derived(weight, partial(_packed, order=order))
+
+
+def _packed(weight: torch.Tensor, order: int) -> torch.Tensor:
     innermost = 1 if order == OUT_INNERMOST else 0
     if order == AS_GIVEN or (weight.stride(innermost) == 1 and weight.shape[innermost] > 1):
         return weight if _one_tap_stride(weight) else weight.contiguous()

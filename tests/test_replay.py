@@ -30,8 +30,8 @@ def config_of(record, **changes) -> dict[str, int]:
 
 @pytest.fixture
 def made(monkeypatch):
-    """How many launches were worked out, and how many were enqueued."""
-    counts = {"worked out": 0, "enqueued": 0}
+    """How many times arguments were worked out, and handed to ``launch``."""
+    counts = {"worked out": 0, "launched": 0}
     real = triton_launch.geometry
     for module in ("forward_gather", "backward_data_gemm"):
 
@@ -40,24 +40,24 @@ def made(monkeypatch):
             return real(problem)
 
         monkeypatch.setattr(f"tritonconv.kernels.{module}.geometry", geometry)
-    enqueue = triton_launch.enqueue
+    launched = triton_launch.launch
 
-    def counted(*args):
-        counts["enqueued"] += 1
-        enqueue(*args)
+    def counted(*args, **kwargs):
+        counts["launched"] += 1
+        launched(*args, **kwargs)
 
-    monkeypatch.setattr(triton_launch, "enqueue", counted)
-    monkeypatch.setattr("tritonconv.kernels.triton_replay.enqueue", counted)
+    for module in ("forward_gather", "backward_data_gemm"):
+        monkeypatch.setattr(f"tritonconv.kernels.{module}.run", counted)
     return counts
 
 
-def test_the_second_call_only_enqueues_and_is_right_for_its_own_operands(made):
+def test_the_second_call_works_nothing_out_and_is_right_for_its_own_operands(made):
     replay = Replay(GATHER.launch, UP, config_of(GATHER, WEIGHT=0))
-    for call in range(3):
+    for _ in range(3):
         x, weight, bias = integers(*UP.x_shape), integers(*UP.weight_shape), integers(3)
         y = replay(x, weight, bias)
         assert torch.equal(y, torch.conv_transpose3d(x, weight, bias, 2))
-        assert made == {"worked out": 1, "enqueued": call + 1}
+        assert made == {"worked out": 1, "launched": 1}
 
 
 def test_other_strides_and_no_bias_are_worked_out_by_themselves(made):
@@ -67,18 +67,38 @@ def test_other_strides_and_no_bias_are_worked_out_by_themselves(made):
     sliced = integers(1, 4, 2, 3, 8)[..., ::2]
     for operands in ((x, weight, bias), (last, weight, bias), (sliced, weight, bias), (x, weight, None)) * 2:
         assert torch.equal(replay(*operands), torch.conv_transpose3d(*operands, 2))
-    assert made == {"worked out": 4, "enqueued": 8}
+    assert made == {"worked out": 4, "launched": 4}
 
 
 def test_a_packed_weight_is_made_anew_each_time(made):
     replay = Replay(GEMM.launch, UP, config_of(GEMM, WEIGHT=1))
     weight = integers(*UP.weight_shape)
-    for call in range(2):
+    for _ in range(3):
         grad_y = integers(*UP.y_shape)
         want = torch.nn.functional.conv3d(grad_y, weight, stride=2)
         assert torch.equal(replay(grad_y, weight), want)
         weight.data.mul_(2)  # which no version counter sees
-        assert made["worked out"] == call + 1
+    assert made["worked out"] == 1
+
+
+def test_a_call_whose_operands_share_memory_is_not_kept(made):
+    square = Problem(1, 4, 4, (3, 3, 3), (3, 3, 3), (1, 1, 1), (1, 1, 1), (3, 3, 3))
+    record = variant("backward_weight_splitk")
+    replay = Replay(record.launch, square, record.default(square, torch.device(DEVICE)))
+    both = integers(*square.x_shape)
+    for operands in ((both, both), (both, integers(*square.y_shape)), (both, integers(*square.y_shape))):
+        want = torch.nn.grad.conv3d_weight(operands[1], square.weight_shape, operands[0], padding=1)
+        assert torch.equal(replay(*operands, False)[0], want)
+    assert list(replay.kept.values()).count(None) == 0 and len(replay.kept) == 1
+
+
+def test_operands_of_another_alignment_are_worked_out_by_themselves(made):
+    replay = Replay(GATHER.launch, UP, config_of(GATHER, WEIGHT=0))
+    buffer, weight = integers(UP.x_shape[1] * 24 + 1), integers(*UP.weight_shape)
+    for start in (0, 1, 0, 1):
+        x = buffer[start : start + 96].view(UP.x_shape)
+        assert torch.equal(replay(x, weight, None), torch.conv_transpose3d(x, weight, None, 2))
+    assert made["worked out"] == 2
 
 
 def test_nothing_of_a_call_is_kept_alive():
@@ -104,27 +124,35 @@ WIDE = Problem(1, 16, 16, (2, 3, 4), (2, 2, 2), (2, 2, 2), (0, 0, 0), (4, 6, 8),
 HALO = Problem(1, 3, 5, (2, 3, 4), (3, 3, 3), (2, 2, 2), (1, 1, 1), (4, 6, 8), bias=True)
 DEPTHWISE = Problem(1, 4, 4, (2, 3, 4), (3, 3, 3), (2, 2, 2), (1, 1, 1), (4, 6, 8), groups=4)
 SERVED = [
-    (record.name, problem)
+    (record, problem)
     for record in variants()
     for problem in (UP, WIDE, HALO, DEPTHWISE)
-    if record.backend == "triton" and record.pass_name != "backward_weight"
-    and record.supports(problem, torch.device(DEVICE)) is None
-]  # fmt: skip
+    if record.backend == "triton" and record.supports(problem, torch.device(DEVICE)) is None
+]
 
 
-@pytest.mark.parametrize(("name", "problem"), SERVED, ids=[f"{name} {problem}" for name, problem in SERVED])
-def test_every_variants_second_call_is_right(name, problem, poisoned):
-    record = variant(name)
-    replay = Replay(record.launch, problem, record.default(problem, torch.device(DEVICE)))
-    crop = problem.torch_crop
-    for _ in range(2):
-        weight = integers(*problem.weight_shape)
-        if record.pass_name == "forward":
-            x, bias = integers(*problem.x_shape), integers(problem.c_out) if problem.bias else None
-            x = x.contiguous(memory_format=problem.memory_format)
-            want = torch.conv_transpose3d(x, weight, bias, 2, crop.padding, crop.output_padding, problem.groups)
-            assert torch.equal(replay(x, weight, bias), want)
-        else:
+@pytest.mark.parametrize(("record", "problem"), SERVED, ids=[f"{each.name} {problem}" for each, problem in SERVED])
+def test_every_variants_second_call_is_right(record, problem, poisoned):
+    launches = [record.launch] if record.joint is None else [record.launch, record.joint]
+    for launch in launches:
+        replay = Replay(launch, problem, record.default(problem, torch.device(DEVICE)))
+        for _ in range(2):
+            x = integers(*problem.x_shape).contiguous(memory_format=problem.memory_format).requires_grad_()
+            weight, bias = integers(*problem.weight_shape).requires_grad_(), integers(problem.c_out).requires_grad_()
             grad_y = integers(*problem.y_shape).contiguous(memory_format=problem.memory_format)
-            want = torch.nn.functional.conv3d(grad_y, weight, None, 2, crop.padding, 1, problem.groups)
-            assert torch.equal(replay(grad_y, weight), want)
+            crop = problem.torch_crop
+            used = bias if problem.bias else None
+            y = torch.conv_transpose3d(x, weight, used, 2, crop.padding, crop.output_padding, problem.groups)
+            grads = torch.autograd.grad(y, (x, weight), grad_y)
+            sums = grad_y.sum((0, 2, 3, 4))
+            with torch.no_grad():
+                if launch is record.joint:
+                    found, want = replay(x, weight, grad_y, True), (*grads, sums)
+                elif record.pass_name == "forward":
+                    found, want = (replay(x, weight, used),), (y,)
+                elif record.pass_name == "backward_data":
+                    found, want = (replay(grad_y, weight),), grads[:1]
+                else:
+                    found, want = replay(x, grad_y, True), (grads[1], sums)
+            assert [torch.equal(*pair) for pair in zip(found, want, strict=True)] == [True] * len(want)
+        assert all(replay.kept.values()) and len(replay.kept) == 1

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 
@@ -77,6 +78,16 @@ class Plan:
     def _backward_data(self) -> Callable[..., torch.Tensor]:
         return _launch_of(self.backward_data_choice, self.problem)
 
+    @cached_property
+    def _backward_weight(self) -> Callable[..., tuple]:
+        return _launch_of(self.backward_weight_choice, self.problem)
+
+    @cached_property
+    def _joint(self) -> Callable[..., tuple]:
+        chosen = self.backward_weight_choice
+        assert chosen.variant.joint is not None  # backward() asked
+        return _kept(chosen.variant.joint, chosen, self.problem)
+
     def _torchs(self, pass_name: str) -> bool:
         return self.choice(pass_name).variant.name == rules.FALLBACK[pass_name]
 
@@ -103,7 +114,9 @@ class Plan:
         chosen, layout = self.backward_weight_choice, self.problem.memory_format
         with _no_autocast(x):
             operands = _operand(x, chosen, layout), _operand(grad_y, chosen, layout), need_bias
-            return chosen.variant.launch(self.problem, chosen.config, *operands, **_shared(prepared))
+            if prepared is None:
+                return self._backward_weight(*operands)
+            return chosen.variant.launch(self.problem, chosen.config, *operands, prepared=prepared)
 
     def backward(self, x, weight, grad_y, need_bias):
         """Both gradients: (grad_x, grad_weight, grad_bias or None); what their variants share is done once."""
@@ -123,27 +136,25 @@ class Plan:
         chosen, layout = self.backward_weight_choice, self.problem.memory_format
         with _no_autocast(x):
             operands = _operand(x, chosen, layout), weight, _operand(grad_y, chosen, layout), need_bias
-            joint = chosen.variant.joint
-            assert joint is not None  # backward() asked
-            grad_x, *of_parameters = joint(self.problem, chosen.config, *operands)
+            grad_x, *of_parameters = self._joint(*operands)
             return to_layout(grad_x, layout), *of_parameters
 
 
-def _launch_of(chosen: Selection, problem: Problem) -> Callable[..., torch.Tensor]:
-    """The launch of a choice, of the operands alone; a Triton kernel's grid and arguments are kept."""
+def _launch_of(chosen: Selection, problem: Problem) -> Callable[..., Any]:
+    return _kept(chosen.variant.launch, chosen, problem)
+
+
+def _kept(launch: Callable[..., Any], chosen: Selection, problem: Problem) -> Callable[..., Any]:
+    """A launch of a choice, of the operands alone; what the Triton kernels' host side works out is kept."""
     if chosen.variant.backend != "triton":
-        return partial(chosen.variant.launch, problem, chosen.config)
+        return partial(launch, problem, chosen.config)
     from tritonconv.kernels.triton_replay import Replay  # needs Triton
 
-    return Replay(chosen.variant.launch, problem, chosen.config)
+    return Replay(launch, problem, chosen.config)
 
 
 def _operand(tensor, chosen: Selection, layout: torch.memory_format):
     return tensor if chosen.variant.backend == "triton" else to_layout(tensor, layout)
-
-
-def _shared(prepared) -> dict[str, torch.Tensor]:
-    return {} if prepared is None else {"prepared": prepared}
 
 
 _NOTHING = contextlib.nullcontext()

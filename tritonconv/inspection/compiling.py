@@ -63,7 +63,7 @@ def check_compiler() -> None:
         raise ArgumentError("TRITON_INTERPRET=1 is set, and the interpreter compiles nothing: unset it")
 
 
-class _Driver:
+class TargetDriver:
     """As much of a Triton driver as compilation asks for."""
 
     def __init__(self, target: Target) -> None:
@@ -90,7 +90,7 @@ def compiling_for(target: Target) -> Iterator[None]:
     from triton.runtime import driver
 
     before = driver._active
-    driver.set_active(_Driver(target))
+    driver.set_active(TargetDriver(target))
     try:
         yield
     finally:
