@@ -33,7 +33,8 @@ class Entry:
     """One stored choice. Times in ms, of the choice and of torch's own in the same rounds.
 
     ``problem`` says in words what was measured, ``timed`` which part of it (a gradient is timed in a training step),
-    ``versions`` what with; ``source`` is the variant's source hash.
+    ``versions`` what with; ``source`` is the variant's source hash. ``rivals`` is how many candidates it was chosen
+    from: a tuner that knows more of them chooses anew.
     """
 
     variant: str
@@ -45,6 +46,7 @@ class Entry:
     timed: str
     utc: str
     versions: Mapping[str, str | None] = field(default_factory=dict)
+    rivals: int = 0
 
     @property
     def speedup(self) -> float:
@@ -60,7 +62,9 @@ class Entry:
         texts = (entry.variant, entry.source, entry.problem, entry.timed, entry.utc)
         config_ok = isinstance(entry.config, dict) and all(type(value) is int for value in entry.config.values())
         times = (entry.ms, entry.torch_ms)
-        times_ok = all(isinstance(each, (int, float)) and 0 < each < float("inf") for each in times)
+        times_ok = type(entry.rivals) is int and all(
+            isinstance(each, (int, float)) and 0 < each < float("inf") for each in times
+        )
         if not (config_ok and times_ok and isinstance(entry.versions, dict) and all(type(t) is str for t in texts)):
             raise ValueError(f"not an entry: {data!r}")
         return entry

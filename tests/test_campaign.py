@@ -23,7 +23,7 @@ def few(monkeypatch):
     """Two classes of layers are verified, and a problem is tuned in no time."""
     monkeypatch.setattr(campaign, "CLASSES", {"k2s2": "segresnet_deconv_up2", "k3s2": "psmnet_train_64_32"})
     monkeypatch.setattr(campaign, "CHECKED_AXES", 3)
-    monkeypatch.setattr(session, "MOST_PROBLEM_SECONDS", 0.2)
+    monkeypatch.setattr(session, "WHOLE", session.WHOLE._replace(seconds=0.2))
     monkeypatch.setattr(runner, "MOST_CELL_SECONDS", 0.2)
 
 

@@ -19,6 +19,8 @@ from tritonconv.bench.workloads import distinct, workload, workloads
 from tritonconv.kernels import registry
 from tritonconv.kernels.registry import variant, variants
 from tritonconv.problem import Problem
+from tritonconv.tuning.contest import candidates
+from tritonconv.tuning.session import EFFORTS, WHOLE
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 GPU = Ceilings("a GPU", {"float32": 60e12, "tf32": 400e12, "bfloat16": 800e12, "float16": 800e12}, 60e12, 3e12, 6e12,
@@ -126,6 +128,21 @@ class TestTheKernels:
                 assert len(found) <= 12 and times == sorted(times)
                 assert record.default(each, CUDA) in [config for config, _ in found]
                 assert len(model.candidates(record, each, CUDA, GPU, most=3)) <= 3
+
+    def test_triton_candidates_are_those_that_the_model_does_not_rule_out_and_more_with_each_effort(self):
+        each = problem("psmnet_train_64_32")
+        efforts = (*EFFORTS, WHOLE)
+        fields = [candidates(each, CUDA, "forward", GPU, effort) for effort in efforts]
+        for effort, field in zip(efforts, fields, strict=True):
+            least = min(one.predicted_ms for one in field if one.selection.variant.backend == "triton")
+            names = [one.selection.variant.name for one in field]
+            assert all(one.predicted_ms <= effort.far * least for one in field if not one.label.startswith("forward_t"))
+            assert max(names.count(name) for name in names) <= effort.configs
+            assert "forward_torch_native" in names and "forward_phases" in names
+        labels = [{one.label for one in field} for field in fields]
+        assert labels[0] < labels[1] < labels[2]
+        # A kernel that executes eight products for each one that counts is no candidate at first.
+        assert not any("forward_gather" in label for label in labels[0])
 
     def test_the_model_is_the_default_on_a_gpu_that_was_measured(self, tmp_path, monkeypatch):
         measured = dataclasses.replace(GPU, measured=True).to_json()

@@ -18,12 +18,13 @@ import tritonconv
 from tritonconv import ArgumentError, Problem, dispatch
 from tritonconv.autotune import choose, journal, store
 from tritonconv.autotune.key import Key, device_name
+from tritonconv.bench import failures
 from tritonconv.bench.progress import Silent
 from tritonconv.bench.timing import Times
 from tritonconv.errors import ArgumentTypeError, StoreError
 from tritonconv.kernels import registry
 from tritonconv.problem import PASSES
-from tritonconv.tuning import api, contest, failures, session
+from tritonconv.tuning import api, contest, session
 from tritonconv.tuning.session import Session, tasks_of
 
 CPU = torch.device("cpu")
@@ -160,6 +161,39 @@ def test_a_mistake_in_the_program_propagates_and_loses_nothing(clockless, broken
     assert len(entries("forward")) == 2 and len(entries("backward_data")) == 1
 
 
+def test_a_session_that_goes_on_tells_of_a_mistake_and_tunes_the_rest(clockless, broken):
+    rows = []
+    broken("forward_torch_shuffle", raising(TypeError("launch() takes 4 arguments")))
+    whole = Session(CPU, goes_on=True, write=lambda kind, row: rows.append((kind, row)))
+    report = whole.run(tasks_of([UP, HALO]), Silent())  # kernel 3 at stride 2 is nothing for the broken one
+    assert report.errors == 1 and {task.problem for task, _ in report.winners} == {HALO}
+    (told,) = [row for kind, row in rows if kind == "error"]
+    assert "takes 4" in told["message"] and told["text"] == str(UP)
+    broken("forward_torch_shuffle", raising(RuntimeError("CUDA error: an illegal memory access was encountered")))
+    with pytest.raises(RuntimeError, match="illegal"):
+        Session(CPU, goes_on=True).run(tasks_of([UP]), Silent())
+
+
+def test_the_efforts_deepen_and_time_nothing_twice(clockless, monkeypatch):
+    everything, tried = contest.candidates, []
+    efforts = tuple(session.WHOLE._replace(configs=count) for count in (1, 2, 99))
+    monkeypatch.setattr(Session, "_efforts", lambda self: efforts)
+    monkeypatch.setattr(
+        session, "candidates",
+        lambda *args: everything(*args)[: args[-1].configs],
+    )  # fmt: skip
+    real = contest.Contest._pair
+    monkeypatch.setattr(
+        contest.Contest, "_pair", lambda self, *args: tried.append((args[0], args[2])) or real(self, *args)
+    )
+    report = Session(CPU).run(tasks_of([UP]), Silent())
+    fields = {name: len(everything(UP, CPU, name, session.ceilings.nominal(CPU), efforts[-1])) for name in PASSES}
+    assert {key.split()[0]: each.rivals for key, each in entries().items()} == fields
+    assert len(tried) == len(set(tried)) == sum(fields.values())
+    assert len(report.winners) == 3 and report.known == []
+    assert len(Session(CPU).run(tasks_of([UP]), Silent()).known) == 1
+
+
 @pytest.mark.parametrize(
     ("error", "out", "lost"),
     [
@@ -170,6 +204,7 @@ def test_a_mistake_in_the_program_propagates_and_loses_nothing(clockless, broken
         (RuntimeError("Triton Error [CUDA]: invalid argument"), True, False),
         (RuntimeError("cuDNN error: unable to find an engine to execute this computation"), True, False),
         (RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"), False, True),
+        (RuntimeError("PassManager::run failed"), True, False),
         (RuntimeError("shape mismatch"), False, False),
         (NameError("BLOCK_M"), False, False),
         (AssertionError(), False, False),

@@ -25,6 +25,7 @@ from tritonconv.autotune.sources import source_hash
 from tritonconv.autotune.store import Table
 from tritonconv.bench import gate, results, roofs
 from tritonconv.bench.calls import FORWARD_BACKWARD
+from tritonconv.bench.failures import context_is_lost, told
 from tritonconv.bench.results import OURS, Run, Writer
 from tritonconv.bench.rows import sizes_of
 from tritonconv.bench.workloads import distinct, in_turn, left_out, workload
@@ -35,7 +36,6 @@ from tritonconv.kernels.registry import variant, variants
 from tritonconv.problem import PASSES
 from tritonconv.runner import Options, header, measure
 from tritonconv.tuning.case import Case
-from tritonconv.tuning.failures import context_is_lost, told
 from tritonconv.tuning.session import Progress, Session, Task
 
 # Shares of the budget, as far as a step has something to do; the benchmark has what the others leave.
@@ -181,10 +181,12 @@ class Campaign:
             for layout in self.options.layouts
             if left_out(layer, scale) is None and not layer.family
         ]
-        report = Session(self.device, None, seconds, write=self.writer.write).run(tasks, self.progress)
+        session = Session(self.device, None, seconds, write=self.writer.write, goes_on=True)
+        report = session.run(tasks, self.progress)
+        self.errors += report.errors
         self.said.append(
             f"tune: {len(report.winners)} choices ({report.torch_won} of them torch's own), "
-            f"{len(report.known)} problems known before, {report.left} left for another run"
+            f"{len(report.known)} problems known before, {report.unfinished}"
         )
         return report.reason == "complete"
 

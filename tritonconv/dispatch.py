@@ -23,6 +23,7 @@ from tritonconv.autotune.choose import forget as forget_tables
 from tritonconv.errors import ArgumentError, VariantNotApplicable
 from tritonconv.kernels.registry import variant, variants
 from tritonconv.kernels.torch_layout import to_layout
+from tritonconv.kernels.triton_weights import AS_GIVEN
 from tritonconv.problem import PASSES, Problem
 
 MAX_PLANS = 4096
@@ -67,8 +68,9 @@ class Plan:
 
     @cached_property
     def packs_weights(self) -> bool:
-        """Forward and backward-data are Triton kernels, which may share one packed copy of the weight."""
-        return all(self.choice(name).variant.backend == "triton" for name in ("forward", "backward_data"))
+        """Forward and backward-data are Triton kernels that may share one packed copy of the weight."""
+        both = self.forward_choice, self.backward_data_choice
+        return all(each.variant.backend == "triton" and each.config.get("WEIGHT") != AS_GIVEN for each in both)
 
     @cached_property
     def _forward(self) -> Callable[..., torch.Tensor]:

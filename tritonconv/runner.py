@@ -19,6 +19,7 @@ import torch
 from tritonconv.bench import gate, gpu, roofs
 from tritonconv.bench.calls import FORWARD_BACKWARD
 from tritonconv.bench.environment import OtherPrograms, environment
+from tritonconv.bench.failures import context_is_lost
 from tritonconv.bench.results import BASELINE, COMPILED, OURS, SCHEMA, Writer
 from tritonconv.bench.rows import Candidate, layer_fields, measured_fields
 from tritonconv.bench.subject import Subject
@@ -241,10 +242,14 @@ class _Bench:
                     passed[name] = one
                     continue
                 status, message = "wrong", str(one.verdict)
+                lost = None
             except Exception as error:  # what fails is a row of its own, and the run goes on
                 status, message = "error", f"{type(error).__name__}: {error}"
+                lost = error if context_is_lost(error) else None
             self.errors += 1
             self.writer.write("error", {**head, "variant": name, "status": status, "message": message})
+            if lost is not None:  # every later cell would fail too
+                raise lost
         return passed
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
+from typing import NamedTuple
 
 import torch
 
@@ -14,13 +15,13 @@ from tritonconv.autotune.choose import Selection
 from tritonconv.autotune.journal import FAILED, OK, WRONG, Journal, Timing
 from tritonconv.autotune.sources import source_hash
 from tritonconv.bench.calls import TensorCall
+from tritonconv.bench.failures import context_is_lost, disqualifies, told
 from tritonconv.bench.timing import Times, interleave, stopwatch_for
 from tritonconv.contestants import why_not
 from tritonconv.dispatch import plan_of
 from tritonconv.kernels.registry import variants
 from tritonconv.problem import Problem
 from tritonconv.tuning.case import Case
-from tritonconv.tuning.failures import context_is_lost, disqualifies, told
 
 SCREEN, FINAL = "screen", "final"
 TORCH = "torch"
@@ -46,19 +47,42 @@ class Candidate:
         return f"{self.selection.variant.name} {config}".strip()
 
 
+class Effort(NamedTuple):
+    """How many candidates a problem has: at most ``configs`` of a variant, in about ``seconds`` in all.
+
+    Of the Triton kernels, which must be compiled, a variant takes part if the model expects at most ``far`` times the
+    time of the best one, with those configs that it expects within ``near`` times that.
+    """
+
+    configs: int
+    near: float
+    far: float
+    seconds: float
+
+
 def candidates(
-    problem: Problem, device: torch.device, pass_name: str, ceilings: Ceilings, most: int
+    problem: Problem, device: torch.device, pass_name: str, ceilings: Ceilings, effort: Effort
 ) -> list[Candidate]:
-    """Every variant that serves the problem with at most ``most`` configs: first each one's best by the model."""
+    """The candidates from every variant that serves the problem: first each one's best by the model."""
     found = []
     for record in variants(pass_name):
         if why_not(record, problem, device) is None:
-            best = model.candidates(record, problem, device, ceilings, most)
+            best = model.candidates(record, problem, device, ceilings, effort.configs)
             found += [
                 (place, Candidate(Selection(record, config, "candidate"), guess.ms))
                 for place, (config, guess) in enumerate(best)
             ]
-    return [each for _, each in sorted(found, key=lambda pair: (pair[0], pair[1].predicted_ms))]
+    least = min((each.predicted_ms for _, each in found if _compiled(each)), default=0.0)
+    kept = [
+        (place, each)
+        for place, each in found
+        if not _compiled(each) or each.predicted_ms <= (effort.near if place else effort.far) * least
+    ]
+    return [each for _, each in sorted(kept, key=lambda pair: (pair[0], pair[1].predicted_ms))]
+
+
+def _compiled(candidate: Candidate) -> bool:
+    return candidate.selection.variant.backend == "triton"
 
 
 @dataclass

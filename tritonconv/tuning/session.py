@@ -11,26 +11,29 @@ from typing import Protocol
 import torch
 
 from tritonconv import dispatch
-from tritonconv.autotune import ceilings, store
+from tritonconv.autotune import ceilings, model, store
 from tritonconv.autotune.journal import Journal
 from tritonconv.autotune.key import Key, device_name
 from tritonconv.autotune.sources import source_hash
 from tritonconv.autotune.store import Entry, Table
 from tritonconv.bench import gpu
 from tritonconv.bench.environment import version
+from tritonconv.bench.failures import context_is_lost, told
 from tritonconv.bench.rows import sizes_of
+from tritonconv.bench.workloads import ALL
 from tritonconv.errors import ArgumentError
 from tritonconv.inspection.precompile import Job, Precompiler, target_of
 from tritonconv.kernels.registry import variant
 from tritonconv.problem import PASSES, Problem
 from tritonconv.tuning.case import Case
-from tritonconv.tuning.contest import Contest, OutOfTime, candidates
+from tritonconv.tuning.contest import Candidate, Contest, Effort, OutOfTime, candidates
 from tritonconv.tuning.tuner import ProblemTuner, Winner
 
-# Seconds for a problem without a budget, and the most it gets with one.
-PROBLEM_SECONDS = 4.0
-MOST_PROBLEM_SECONDS = 20.0
-MOST_CONFIGS, FEW_CONFIGS = 12, 2  # of a variant; the fewest are the model's first and the default
+PROBLEM_SECONDS = 4.0  # for a problem without a budget
+# Within a budget a GPU's problems are gone through several times, each time deeper: kernels must be compiled, and every
+# problem should have its likely candidates tried before any has all of them. What was timed is not timed again.
+EFFORTS = (Effort(2, 1.5, 3.0, 1.0), Effort(4, 1.5, 4.0, 2.0))
+WHOLE = Effort(model.MOST_CANDIDATES, 3.0, 12.0, 20.0)
 # Problems whose kernels are being compiled while one is timed, and how long one waits for its own.
 AHEAD, COMPILING_SECONDS = 3, 120.0
 
@@ -56,7 +59,8 @@ class Task:
 class Report:
     """What a run did. ``winners`` by problem; ``known`` are the problems whose key was stored before.
 
-    ``reason`` is ``complete`` or ``budget``; the table has every winner either way.
+    ``reason`` is ``complete`` or ``budget``; the table has every winner either way. ``left`` problems were left in
+    ``round`` (number, of how many).
     """
 
     device: str
@@ -64,6 +68,8 @@ class Report:
     winners: list[tuple[Task, Winner]] = field(default_factory=list)
     known: list[Task] = field(default_factory=list)
     left: int = 0
+    round: tuple[int, int] = (1, 1)
+    errors: int = 0
     timings: int = 0
     reused: int = 0
     table: Path | None = None
@@ -72,6 +78,12 @@ class Report:
     def torch_won(self) -> int:
         """How many of the decisions are torch's own."""
         return sum(winner.torch_won for _, winner in self.winners)
+
+    @property
+    def unfinished(self) -> str:
+        """What was left, in words."""
+        number, rounds = self.round
+        return f"{self.left} problems left" + (f" in round {number} of {rounds}" if rounds > 1 else "")
 
     def __str__(self) -> str:
         lines = [f"tuned on {self.device}: {len(self.winners)} choices, of which {self.torch_won} are torch's own"]
@@ -85,7 +97,7 @@ class Report:
             )
         lines.append(f"{self.timings} timings taken, {self.reused} found in the journal")
         if self.reason == BUDGET:
-            lines.append(f"the budget was used up with {self.left} problems left; the same command goes on from here")
+            lines.append(f"the budget was used up with {self.unfinished}; the same command goes on from here")
         if self.table is not None:
             lines.append(f"stored in {self.table}")
         return "\n".join(lines)
@@ -95,7 +107,8 @@ class Report:
 class Session:
     """One tuning run on one device. ``folder`` None is the user's store; ``write`` takes (kind, row) of a results file.
 
-    ``again`` measures what is stored once more.
+    ``again`` measures what is stored once more. With ``goes_on`` a problem that raises is an error row, and the next
+    one follows, as long as the GPU answers.
     """
 
     device: torch.device
@@ -103,6 +116,7 @@ class Session:
     seconds: float | None = None
     again: bool = False
     write: Write = lambda kind, row: None
+    goes_on: bool = False
 
     def run(self, tasks: Iterable[Task], progress: Progress) -> Report:
         """Raises StoreError before anything is measured where the store cannot be written."""
@@ -111,43 +125,54 @@ class Session:
         waiting = self._distinct(tasks)
         self.begin, self.journal = perf_counter(), Journal.open(name, self.folder)
         self.versions, self.ceilings = versions_of(self.device), self._ceilings(name)
-        self.most = self._most_configs(len(waiting))
         self.report = Report(name, table=(self.folder or store.user_folder()) / f"{store.slug(name)}.json")
-        progress.begin(len(waiting))
+        self.deadline = float("inf") if self.seconds is None else self.begin + self.seconds
+        efforts = self._efforts()
+        progress.begin(len(waiting) * len(efforts))
         with gpu.cudnn_benchmark(self.device), Precompiler(target_of(self.device)) as compiler:
-            ahead = [compiler.start(self._jobs(task)) for task in waiting[:AHEAD]]
-            for index, task in enumerate(waiting):
-                ahead += [compiler.start(self._jobs(each)) for each in waiting[index + AHEAD : index + AHEAD + 1]]
-                compiler.finish(ahead[index], COMPILING_SECONDS)
-                if not self._one(task, len(waiting) - index):
+            for self.effort in efforts:
+                self.report.known = []
+                if not self._all(waiting, compiler, progress):
                     break
-                progress.step(_said(task, self.report))
         dispatch.forget()
         return self.report
 
+    def _efforts(self) -> tuple[Effort, ...]:
+        by_degrees = self.device.type == "cuda" and self.seconds is not None and not self.again
+        return (*EFFORTS, WHOLE) if by_degrees else (WHOLE,)
+
+    def _all(self, waiting: list[Task], compiler: Precompiler, progress: Progress) -> bool:
+        """Goes through the problems once with the present effort; False where the budget is used up."""
+        ahead = [compiler.start(self._jobs(task)) for task in waiting[:AHEAD]]
+        for index, task in enumerate(waiting):
+            ahead += [compiler.start(self._jobs(each)) for each in waiting[index + AHEAD : index + AHEAD + 1]]
+            compiler.finish(ahead[index], max(0.0, min(COMPILING_SECONDS, self.deadline - perf_counter())))
+            if not self._one(task, len(waiting) - index):
+                return False
+            progress.step(_said(task, self.report))
+        return True
+
     def _one(self, task: Task, left: int) -> bool:
         """Tunes one problem, with ``left`` to go; False where the budget is used up."""
-        share, deadline = PROBLEM_SECONDS, float("inf")
+        share = PROBLEM_SECONDS
         if self.seconds is not None:
-            deadline = self.begin + self.seconds
-            share = min((deadline - perf_counter()) / left, MOST_PROBLEM_SECONDS)
+            share = min((self.deadline - perf_counter()) / left, self.effort.seconds)
         case = Case(task.problem, self.device)
-        contest = Contest(case, self.journal, self.ceilings, self.versions, deadline, self.again)
+        contest = Contest(case, self.journal, self.ceilings, self.versions, self.deadline, self.again)
         try:
             self._problem(task, contest, share)
         except OutOfTime:
             self.report.reason, self.report.left = BUDGET, left
+            self.report.round = 1 + self._efforts().index(self.effort), len(self._efforts())
             return False
+        except Exception as error:
+            self.report.errors += 1
+            self.write("error", {**head(task, ALL), "variant": ALL, "status": "error", "message": told(error)})
+            if not self.goes_on or context_is_lost(error):
+                raise
         finally:
             self._rows(task, contest)
         return True
-
-    def _most_configs(self, problems: int) -> int:
-        """Configs per variant: fewer where the budget is short, for each must be compiled."""
-        if self.seconds is None:
-            return MOST_CONFIGS
-        share = self.seconds / max(1, problems)
-        return max(FEW_CONFIGS, min(MOST_CONFIGS, int(MOST_CONFIGS * share / MOST_PROBLEM_SECONDS)))
 
     def _jobs(self, task: Task) -> list[Job]:
         """What has to be compiled for a problem; nothing for one that is known."""
@@ -156,21 +181,24 @@ class Session:
         table = store.read(self.report.device, self.folder)
         return [
             (each.selection.variant.name, task.problem, each.selection.config)
-            for name in PASSES
-            if not self._stored(table, task.problem, name)
-            for each in candidates(task.problem, self.device, name, self.ceilings, self.most)
+            for name, field in self._fields(task.problem).items()
+            if not self._stored(table, task.problem, name, len(field))
+            for each in field
             if each.selection.variant.backend == "triton"
         ]
 
+    def _fields(self, problem: Problem) -> dict[str, list[Candidate]]:
+        return {name: candidates(problem, self.device, name, self.ceilings, self.effort) for name in PASSES}
+
     def _problem(self, task: Task, contest: Contest, share: float) -> None:
         table = store.read(self.report.device, self.folder)
-        found = {name: self._stored(table, task.problem, name) for name in PASSES}
+        fields = self._fields(task.problem)
+        found = {name: self._stored(table, task.problem, name, len(fields[name])) for name in PASSES}
         if all(found.values()):
             self.report.known.append(task)
             return
         if share <= 0:
             raise OutOfTime
-        fields = {name: candidates(task.problem, self.device, name, self.ceilings, self.most) for name in PASSES}
         tuner = ProblemTuner(contest, fields, share)
         forward = found["forward"]
         if forward is None:
@@ -182,10 +210,10 @@ class Session:
         for winner in tuner.gradients(selection):
             self._keep(task, winner)
 
-    def _stored(self, table: Table, problem: Problem, pass_name: str) -> Entry | None:
-        """An entry that this run would only make again."""
+    def _stored(self, table: Table, problem: Problem, pass_name: str, rivals: int) -> Entry | None:
+        """An entry that this run would only make again: as many candidates were there."""
         entry = None if self.again else table.find(Key.of(problem, pass_name))
-        if entry is None or dict(entry.versions) != self.versions:
+        if entry is None or dict(entry.versions) != self.versions or entry.rivals < rivals:
             return None
         try:
             return entry if source_hash(variant(entry.variant)) == entry.source else None

@@ -17,12 +17,12 @@ from tritonconv.autotune.rules import FALLBACK
 from tritonconv.autotune.sources import source_hash
 from tritonconv.autotune.store import Entry
 from tritonconv.bench.calls import FORWARD_BACKWARD, TensorCall
+from tritonconv.bench.failures import disqualifies, told
 from tritonconv.bench.timing import Times
 from tritonconv.dispatch import plan_of
 from tritonconv.kernels.registry import NO_CONFIG, variant
 from tritonconv.problem import PASSES
 from tritonconv.tuning.contest import TORCH, Candidate, Contest
-from tritonconv.tuning.failures import disqualifies, told
 
 FINALISTS = 3
 PAIRS = 4
@@ -33,7 +33,10 @@ FORWARD, GRADIENTS = PASSES[:1], PASSES[1:]
 
 @dataclass(frozen=True)
 class Winner:
-    """What is to be stored for one pass: ``timed`` is the pass that the times are of, ``candidates`` how many ran."""
+    """What is to be stored for one pass: ``timed`` is the pass that the times are of.
+
+    ``candidates`` is how many ran, ``rivals`` how many there were.
+    """
 
     pass_name: str
     selection: Selection
@@ -41,6 +44,7 @@ class Winner:
     torch_ms: float
     candidates: int
     timed: str
+    rivals: int = 0
 
     @property
     def torch_won(self) -> bool:
@@ -57,6 +61,7 @@ class Winner:
             timed=self.timed,
             utc=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             versions=versions,
+            rivals=self.rivals,
         )
 
 
@@ -86,7 +91,8 @@ class ProblemTuner:
             self.contest.finished(name, each, times)
         best = self._decided(times, holder.label, list(finalists))
         selection = finalists[best].selection if best != TORCH else _native(name)
-        return Winner(name, selection, times.spread(best).median, times.spread(TORCH).median, len(ran), name)
+        ms, torch_ms = times.spread(best).median, times.spread(TORCH).median
+        return Winner(name, selection, ms, torch_ms, len(ran), name, len(self.fields[name]))
 
     def gradients(self, forward: Selection) -> tuple[Winner, ...]:
         """The winners of the two gradients, after those of all three passes where torch alone wins the whole step."""
@@ -108,11 +114,12 @@ class ProblemTuner:
         found = pairs[best] if best != TORCH else tuple(Candidate(_native(name), 0.0) for name in GRADIENTS)
         step = times.spread(best).median, times.spread(TORCH).median
         winners = [
-            Winner(name, each.selection, *step, len(ran[name]), FORWARD_BACKWARD)
+            Winner(name, each.selection, *step, len(ran[name]), FORWARD_BACKWARD, len(self.fields[name]))
             for name, each in zip(GRADIENTS, found, strict=True)
         ]
         if best == TORCH and forward.variant.name != FALLBACK[FORWARD[0]]:
-            winners.append(Winner(FORWARD[0], _native(FORWARD[0]), *step, 0, FORWARD_BACKWARD))
+            rivals = len(self.fields[FORWARD[0]])
+            winners.append(Winner(FORWARD[0], _native(FORWARD[0]), *step, 0, FORWARD_BACKWARD, rivals))
         return tuple(winners)
 
     def _pairs(self, ran) -> list[tuple[Candidate, Candidate]]:

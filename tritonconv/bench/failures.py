@@ -10,6 +10,8 @@ import torch
 
 # Of triton.runtime.errors and triton.compiler.errors; by name, for Triton may be absent.
 TOO_LARGE = ("OutOfResources", "PTXASError", "MLIRCompilationError")
+# LLVM's and MLIR's passes give up on some tiles.
+COMPILER = ("PassManager::run failed", "failed to translate module to LLVM IR", "LLVM ERROR")
 OUT_OF_MEMORY = ("out of memory", "DefaultCPUAllocator: can't allocate")
 LAUNCH = (
     "too many resources requested",
@@ -33,7 +35,7 @@ def disqualifies(error: BaseException) -> bool:
     if not isinstance(error, RuntimeError) or context_is_lost(error):
         return False
     text = str(error)
-    return any(words in text for words in OUT_OF_MEMORY) or (
+    return any(words in text for words in (*OUT_OF_MEMORY, *COMPILER)) or (
         ("CUDA" in text or "cuDNN" in text) and any(words in text for words in LAUNCH)
     )
 
