@@ -8,8 +8,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 
-from tritonconv import campaign, cli, dispatch, runner
+from tritonconv import campaign, cli, contestants, dispatch, runner
 from tritonconv.bench import results
 from tritonconv.errors import ResultsError
 from tritonconv.tuning import session
@@ -52,6 +53,19 @@ def test_one_command_does_all_steps_in_one_file_and_a_second_run_repeats_nothing
     assert not (second.roofs or second.checks or second.timings or second.results or second.overheads)
     whole = results.load(tmp_path)
     assert len(whole.results) == len(first.results) and whole.run == second.run
+
+
+def test_torch_compile_is_asked_last_and_adds_its_rows_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(contestants, "_compiled", lambda: torch.nn.functional.conv_transpose3d)
+    assert run(tmp_path, 10, "--compile") == 0
+    out = capsys.readouterr().out
+    assert "bench: 2 of 2 cells" in out and "torch.compile: 2 of 2 cells" in out
+    (path,) = results.files(tmp_path)
+    rows = results.read(path).results
+    assert Counter(row["variant"] for row in rows) == {"torch": 2, "tritonconv": 2, "torch_compile": 2}
+    assert [row["variant"] for row in rows[-2:]] == ["torch_compile"] * 2 and rows[-1]["speedup"] > 0
+    assert run(tmp_path, 10, "--compile") == 0
+    assert "torch.compile: 0 of 0 cells, 2 known before" in capsys.readouterr().out
 
 
 def test_a_cell_whose_choice_has_changed_is_measured_again(tmp_path, capsys):

@@ -26,7 +26,7 @@ from tritonconv.autotune.store import Table
 from tritonconv.bench import gate, results, roofs
 from tritonconv.bench.calls import FORWARD_BACKWARD
 from tritonconv.bench.failures import context_is_lost, told
-from tritonconv.bench.results import OURS, Run, Writer
+from tritonconv.bench.results import COMPILED, OURS, Run, Writer
 from tritonconv.bench.rows import sizes_of
 from tritonconv.bench.workloads import distinct, in_turn, left_out, workload
 from tritonconv.contestants import why_not
@@ -195,10 +195,22 @@ class Campaign:
         if seconds <= 0:
             self.said.append("bench: no time was left")
             return False
-        options = replace(self.options, seconds=seconds, done=self._done())
+        options = replace(self.options, seconds=seconds, compiled=False, done=self._done())
+        finished = self._cells("bench", options, known_roofs)
+        if finished and self.options.compiled:  # torch.compile is slow to ask, so it is asked last
+            done = frozenset(
+                (row["layer"], row["dtype"], row["layout"], row["pass"])
+                for row in (self.earlier.results if self.earlier else ())
+                if row["variant"] == COMPILED
+            )
+            options = replace(options, seconds=self._left(OVERHEAD), variants=(), only_compiled=True, done=done)
+            finished = self._cells("torch.compile", options, known_roofs)
+        return finished
+
+    def _cells(self, step: str, options: Options, known_roofs: list[dict]) -> bool:
         run = measure(options, self.writer, self.progress, known_roofs)
         self.errors += run.errors
-        self.said.append(f"bench: {run.done} of {run.cells} cells, {len(options.done)} known before")
+        self.said.append(f"{step}: {run.done} of {run.cells} cells, {len(options.done)} known before")
         if run.reason == "interrupted":
             raise KeyboardInterrupt
         return run.reason == "complete"

@@ -49,8 +49,9 @@ class Progress(Protocol):
 class Options:
     """What to measure. ``seconds`` is a budget for the whole run or None; ``scale`` is ``"cpu"`` or ``"full"``.
 
-    A variant in ``variants`` is timed by itself in the cells of its own pass. ``compiled`` adds torch.compile.
-    ``done`` are cells (layer, dtype, layout, pass) that an earlier run has.
+    A variant in ``variants`` is timed by itself in the cells of its own pass. ``compiled`` adds torch.compile, which
+    takes a second or more per cell; with ``only_compiled`` its are the only rows, timed beside torch. ``done`` are
+    cells (layer, dtype, layout, pass) that an earlier run has.
     """
 
     layers: tuple[Workload, ...]
@@ -64,6 +65,7 @@ class Options:
     seed: int = 0
     command: tuple[str, ...] = ()
     compiled: bool = False
+    only_compiled: bool = False
     done: frozenset[tuple[str, str, str, str]] = frozenset()
 
 
@@ -208,7 +210,8 @@ class _Bench:
         # The gate has run every call at size, so all are warm. What a slow cell takes too much, later cells lack.
         times = interleave(calls, self.watch, share - (perf_counter() - begin))
         others = {"other_cores": self.others_in_cell.since_last()}
-        for one in passed.values():
+        written = [one for one in passed.values() if one.name == COMPILED or not self.options.only_compiled]
+        for one in written:
             row = layer_fields(subject, problem) | measured_fields(one, times, problem, head, self.roofs)
             if self._on_gpu:
                 row |= {
@@ -228,8 +231,10 @@ class _Bench:
         """The candidates whose outputs are right; for every other a row is written."""
         single = [record for record in self.options.variants if record.pass_name == pass_name]
         passed: dict[str, Candidate] = {}
-        plain: list[tuple[str, Variant | None]] = [(BASELINE, None), (OURS, None)]
-        if self.options.compiled:
+        plain: list[tuple[str, Variant | None]] = [(BASELINE, None)]
+        if not self.options.only_compiled:
+            plain.append((OURS, None))
+        if self.options.compiled or self.options.only_compiled:
             plain.append((COMPILED, None))
         for name, record in [*plain, *((record.name, record) for record in single)]:
             refused = why_not(record, problem, self.options.device) if record else None

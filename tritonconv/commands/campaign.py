@@ -53,6 +53,10 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scale", choices=tuple(SCALES), help="(default: cpu on a CPU, else full)")
     add_device(parser)
     add_variant_files(parser)
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction,
+        help="time torch.compile too, when all else is done (default: on a GPU only)",
+    )  # fmt: skip
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
 
 
@@ -75,7 +79,7 @@ def run(options: argparse.Namespace) -> int:
         seconds=options.seconds,
         device=device,
         command=("tritonconv", *options.given),
-        compiled=gpu,
+        compiled=gpu if options.compile is None else options.compile,
     )
     shown = progress(options.quiet, unit="steps", first="verifying")
     try:
