@@ -46,6 +46,18 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _exact_products():
+    """On a GPU float32 is multiplied as float32, which the limits are for; a test of TF32 says so."""
+    if not torch.cuda.is_available():
+        yield
+        return
+    from tritonconv.inspection.compiling import products_in
+
+    with products_in("ieee"):
+        yield
+
+
 @pytest.fixture
 def poisoned():
     """torch fills new memory with NaN while it is asked for deterministic algorithms."""
