@@ -27,6 +27,7 @@ from tritonconv.tuning.case import Case
 pytestmark = pytest.mark.gpu
 
 MOST_VOXELS = 24  # of an axis of a real layer as it is judged
+SIZE = (5, 6, 7)
 
 
 def judged(name: str, problem: Problem):
@@ -56,14 +57,16 @@ def test_rounding_is_torchs_on_the_same_gpu(name, precision):
 def layers_of(names):
     """(layer, x, grad_y) of each class of layers that the variants serve, in float16 and channels_last_3d."""
     for c_in, c_out, k, s, p, q, groups in TRAINED.values():
-        layer = tritonconv.ConvTranspose3d(c_in, c_out, k, s, p, q, groups=groups).to(DEVICE, torch.float16)
-        x = torch.randn(2, c_in, 5, 6, 7, device=DEVICE, dtype=torch.float16)
-        x = x.to(memory_format=torch.channels_last_3d)
-        y = torch.empty_like(layer(x))
-        problem = Problem(2, c_in, c_out, (5, 6, 7), (k,) * 3, (s,) * 3, (p,) * 3, tuple(y.shape[2:]), groups=groups,
+        out = tuple((size - 1) * s - 2 * p + k + q for size in SIZE)
+        problem = Problem(2, c_in, c_out, SIZE, (k,) * 3, (s,) * 3, (p,) * 3, out, groups=groups,
                           dtype=torch.float16, layout="ndhwc", bias=True)  # fmt: skip
         if served(names, problem):
-            yield layer, x.requires_grad_(), torch.randn_like(y)
+            layer = tritonconv.ConvTranspose3d(c_in, c_out, k, s, p, q, groups=groups).to(DEVICE, torch.float16)
+            x, grad_y = (
+                torch.randn(shape, device=DEVICE).to(torch.float16, memory_format=torch.channels_last_3d)
+                for shape in (problem.x_shape, problem.y_shape)
+            )
+            yield layer, x.requires_grad_(), grad_y
 
 
 def step(layer, x, grad_y) -> list[torch.Tensor]:
