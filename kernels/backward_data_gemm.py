@@ -2,7 +2,8 @@
 
 One program owns BLOCK_M input voxels x BLOCK_N input channels. Rows: the voxels i of grad_x; columns: input channels;
 depth: taps x output channels. Tap t of voxel i reads output ``i*stride - crop + dilation*t``: every tap hits (but for
-the border), so nothing is wasted, whatever the stride.
+the border), so nothing is wasted, whatever the stride. The few voxels of a deep layer fill few programs with a long
+depth each: there SPLITS programs share it, and their float32 partials are added in a fixed order.
 """
 
 from __future__ import annotations
@@ -14,33 +15,42 @@ import triton
 import triton.language as tl
 
 from tritonconv.kernels import triton_tiles as tiles
-from tritonconv.kernels.registry import Variant
-from tritonconv.kernels.triton_device import ceil_div, grouped_order, offset, voxel_tiles, voxels
+from tritonconv.kernels.registry import Config, Variant
+from tritonconv.kernels.triton_device import ceil_div, grouped_order, offset, voxel_tiles, voxels, widened
 from tritonconv.kernels.triton_gemm import implicit_gemm
 from tritonconv.kernels.triton_launch import RUN_TIME, accounting, empty, geometry, precision, refusal, wide
 from tritonconv.kernels.triton_launch import launch as run
+from tritonconv.kernels.triton_reduce import sum_volumes
+from tritonconv.kernels.triton_tape import fresh
 from tritonconv.kernels.triton_weights import oriented, packed, preferred
 from tritonconv.kernels.work import Work, tap_gemm
 from tritonconv.problem import Problem
 
+LEAST_STEPS = 8  # of BLOCK_K that a program is worth
+LARGEST_TILE = 128 * 128
 
-@triton.jit(launch_metadata=accounting, do_not_specialize=RUN_TIME)
+
+@triton.jit(launch_metadata=accounting, do_not_specialize=(*RUN_TIME, "splits"))
 def backward_data_gemm_kernel(
     grad_y_ptr,  # (n, c_out, od, oh, ow)
     w_ptr,  # (c_in, c_out, taps)
-    grad_x_ptr,  # (n, c_in, d, h, w)
+    grad_x_ptr,  # (splits, n, c_in, d, h, w)
     n, d_in, h_in, w_in, d_out, h_out, w_out, d_crop, h_crop, w_crop,
-    grad_y_strides, w_strides, grad_x_strides,
+    splits, split_stride, grad_y_strides, w_strides, grad_x_strides,
     C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
-    PACK: tl.constexpr, VOXELS_INNER: tl.constexpr,
+    PACK: tl.constexpr, VOXELS_INNER: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr, GROUP_M: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     COLUMNS: tl.constexpr = ceil_div(PACK * C_IN, BLOCK_N)
     tiles_m = voxel_tiles(n, size, BLOCK_M, BLOCK_W, WIDE)
-    tile_m, tile_n = grouped_order(tl.program_id(0), tiles_m, COLUMNS * (GROUPS // PACK), GROUP_M)
+    pid, split = tl.program_id(0), 0
+    if SPLIT:
+        split, pid = pid % splits, pid // splits
+        grad_x_ptr += widened(split, WIDE) * split_stride
+    tile_m, tile_n = grouped_order(pid, tiles_m, COLUMNS * (GROUPS // PACK), GROUP_M)
     image, d, h, w, mask_m = voxels(tile_m, n, size, BLOCK_M, BLOCK_W, WIDE)
     group = tile_n // COLUMNS * PACK
     offs_n = tile_n % COLUMNS * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -52,6 +62,7 @@ def backward_data_gemm_kernel(
         w_ptr + group * C_IN * w_strides[1], w_strides,
         (0, 0, 0), KERNEL, offs_n, (1, 1, 1), DILATION,
         KERNEL, C_OUT, C_IN, PACK, False, BLOCK_M, BLOCK_N, BLOCK_K, WIDE, PRECISION, VOXELS_INNER,
+        split, splits, SPLIT,
     )  # fmt: skip
 
     mask_n = offs_n < PACK * C_IN
@@ -66,24 +77,45 @@ def launch(problem, config, grad_y, weight):
         return grad_x.zero_()
     config = dict(config)
     weight = packed(weight, config.pop("WEIGHT"))
-    columns = triton.cdiv(config["PACK"] * problem.c_in // problem.groups, config["BLOCK_N"])
+    splits = config.pop("SPLITS")
+    sums, strides = grad_x, (0, *grad_x.stride())
+    if splits > 1:
+        n, c_in, *size = problem.x_shape
+        sums = fresh((splits, n, *size, c_in), grad_y, torch.float32)
+        strides = sums.permute(0, 1, 5, 2, 3, 4).stride()
     run(
         backward_data_gemm_kernel,
-        tiles.tiles_of(problem.n, problem.size, config) * columns * (problem.groups // config["PACK"]),
+        programs(problem, config) * splits,
         config,
         grad_y.device,
         grad_y_ptr=grad_y,
         w_ptr=weight,
-        grad_x_ptr=grad_x,
+        grad_x_ptr=sums,
         **geometry(problem),
+        splits=splits,
+        split_stride=strides[0],
         grad_y_strides=grad_y.stride(),
         w_strides=oriented(weight, "backward_data"),
-        grad_x_strides=grad_x.stride(),
+        grad_x_strides=strides[1:],
         VOXELS_INNER=grad_y.stride(1) != 1,
-        WIDE=wide(grad_y, weight, grad_x),
+        SPLIT=splits > 1,
+        WIDE=wide(grad_y, weight, sums),
         PRECISION=precision(problem.dtype),
     )
+    if splits > 1:
+        sum_volumes(sums, grad_x)
     return grad_x
+
+
+def programs(problem: Problem, config: Config) -> int:
+    """How many programs one chunk of the depth has."""
+    columns = triton.cdiv(config["PACK"] * problem.c_in // problem.groups, config["BLOCK_N"])
+    return tiles.tiles_of(problem.n, problem.size, config) * columns * (problem.groups // config["PACK"])
+
+
+def steps_of(problem: Problem, config: Config) -> int:
+    """Steps of BLOCK_K over the whole depth."""
+    return math.prod(problem.kernel) * triton.cdiv(config["PACK"] * problem.c_out // problem.groups, config["BLOCK_K"])
 
 
 def default(problem: Problem, device: torch.device):
@@ -95,18 +127,29 @@ def default(problem: Problem, device: torch.device):
     if problem.layout == "ncdhw" and base["BLOCK_M"] * base["BLOCK_N"] >= large:
         # Narrow loads come through registers: of bfloat16 254 in 4 warps and 103 in 8 (sm_90); float32 spills on sm_80.
         base["num_warps"] = 8
-    return {**base, "GROUP_M": 8, "PACK": pack, "WEIGHT": preferred(problem, "backward_data")}
+    base |= {"GROUP_M": 8, "PACK": pack, "WEIGHT": preferred(problem, "backward_data")}
+    most = tiles.PROGRAMS // max(1, programs(problem, base))
+    return {**base, "SPLITS": max(1, min(most, steps_of(problem, base) // LEAST_STEPS))}
 
 
 def space(problem: Problem, device: torch.device):
-    return tiles.around(default(problem, device), problem, WEIGHT=(0, 1, 2))
+    base = default(problem, device)
+    splits = (
+        sorted({1, max(1, base["SPLITS"] // 2), base["SPLITS"] * 2} - {base["SPLITS"]}) if base["SPLITS"] > 1 else ()
+    )
+    return tiles.around(base, problem, WEIGHT=(0, 1, 2), SPLITS=tuple(splits))
 
 
 def work(problem: Problem, config) -> Work:
-    pack, rows = config["PACK"], tiles.tiles_of(problem.n, problem.size, config)
-    programs = rows * triton.cdiv(pack * problem.c_in // problem.groups, config["BLOCK_N"]) * (problem.groups // pack)
-    depth = triton.cdiv(pack * problem.c_out // problem.groups, config["BLOCK_K"])
-    return tap_gemm(problem, "backward_data", config, programs, programs * depth * math.prod(problem.kernel))
+    each, splits = programs(problem, config), config["SPLITS"]
+    partials = 2.0 * splits * math.prod(problem.x_shape) * 4 if splits > 1 else 0.0
+    steps = each * steps_of(problem, config)
+    return tap_gemm(problem, "backward_data", config, each * splits, steps, partials, 1 + (splits > 1))
+
+
+def workspace_bytes(problem: Problem) -> int:
+    """Of the partials: splitting stops at about one program per multiprocessor."""
+    return 2 * tiles.PROGRAMS * LARGEST_TILE * 4
 
 
 VARIANT = Variant(
@@ -118,5 +161,6 @@ VARIANT = Variant(
     supports=refusal,
     space=space,
     default=default,
+    workspace_bytes=workspace_bytes,
     work=work,
 )

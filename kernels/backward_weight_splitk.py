@@ -18,7 +18,7 @@ import triton.language as tl
 from tritonconv.kernels import triton_launch, triton_taps
 from tritonconv.kernels import triton_tiles as tiles
 from tritonconv.kernels.registry import Config, Variant
-from tritonconv.kernels.triton_device import ceil_div, inside, offset, product, voxel_tiles, voxels, widened
+from tritonconv.kernels.triton_device import ceil_div, chunk, inside, offset, product, voxel_tiles, voxels, widened
 from tritonconv.kernels.triton_launch import RUN_TIME, accounting, geometry, precision, wide
 from tritonconv.kernels.triton_launch import launch as run
 from tritonconv.kernels.triton_reduce import sum_partials
@@ -30,14 +30,6 @@ from tritonconv.problem import Problem, Triple
 WAVES = 2  # of programs in one launch, all chunks together
 BIAS_BYTES = 16 * 1024  # of grad_y that a program of the bias gradient has in flight; half where loads are narrow
 LEAST_STEPS = 8  # of BLOCK_K that a chunk is worth
-
-
-@triton.jit
-def chunk(split, splits, count):
-    """The first tile of a chunk and the one after its last; two chunks differ by at most one tile."""
-    share, rest = count // splits, count % splits
-    first = split * share + tl.minimum(split, rest)
-    return first, first + share + (split < rest).to(tl.int32)
 
 
 @triton.jit

@@ -143,6 +143,14 @@ def next_step(k, md, mh, mw, taps, K: tl.constexpr, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
+def chunk(split, splits, count):
+    """Of ``count`` tiles or steps the first of a chunk and the one after its last; two chunks differ by at most one."""
+    share, rest = count // splits, count % splits
+    first = split * share + tl.minimum(split, rest)
+    return first, first + share + (split < rest).to(tl.int32)
+
+
+@triton.jit
 def grouped_order(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr):
     """(tile_m, tile_n): GROUP_M tiles of rows share each column before the next, so both operands stay in L2."""
     width = GROUP_M * tiles_n

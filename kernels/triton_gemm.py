@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tritonconv.kernels.triton_device import inside, next_step, widened
+from tritonconv.kernels.triton_device import chunk, inside, next_step, widened
 
 
 @triton.jit
@@ -31,6 +31,8 @@ def implicit_gemm(
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     VOXELS_INNER: tl.constexpr = False,  # lanes run along the voxels: near each other, whatever the stride
+    split=0, splits=1,
+    SPLIT: tl.constexpr = False,  # only this one of so many chunks of the steps
 ):  # fmt: skip
     """sum over taps and channels k of a[voxel(tap), k] * weight[tap, k, n], float32 (BLOCK_M, BLOCK_N)."""
     K: tl.constexpr = PACK * K_GROUP
@@ -40,7 +42,13 @@ def implicit_gemm(
     offs_k = widened(tl.arange(0, BLOCK_K), WIDE)
     columns = widened(offs_n % N_GROUP if PACK > 1 and WRAP_N else offs_n, WIDE) * w_strides[1]
     k, md, mh, mw = 0, 0, 0, 0
-    for _ in range(taps[0] * taps[1] * taps[2] * tl.cdiv(K, BLOCK_K)):
+    first, last = 0, taps[0] * taps[1] * taps[2] * tl.cdiv(K, BLOCK_K)
+    if SPLIT:
+        first, last = chunk(split, splits, last)
+        k, mw = first % tl.cdiv(K, BLOCK_K) * BLOCK_K, first // tl.cdiv(K, BLOCK_K)
+        mh, mw = mw // taps[2], mw % taps[2]
+        md, mh = mh // taps[1], mh % taps[1]
+    for _ in range(first, last):
         vd = widened(md * VOXEL_STEP[0], WIDE)
         vh = widened(mh * VOXEL_STEP[1], WIDE)
         vw = widened(mw * VOXEL_STEP[2], WIDE)

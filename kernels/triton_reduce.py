@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tritonconv.kernels.triton_device import ceil_div
+from tritonconv.kernels.triton_device import ceil_div, divided, offset, widened
 from tritonconv.kernels.triton_launch import launch as run
 from tritonconv.kernels.triton_launch import wide
 from tritonconv.kernels.triton_tiles import PROGRAMS, power_of_two
@@ -61,6 +61,49 @@ def sum_partials_kernel(
             channel = (tile - TILES) * BLOCK_E + offs_e
             acc = summed(bias_partial_ptr, splits, BIAS, channel, BLOCK_S, BLOCK_E, WIDE)
             tl.store(bias_ptr + channel * bias_stride, acc.to(bias_ptr.dtype.element_ty), mask=channel < BIAS)
+
+
+@triton.jit(do_not_specialize=("splits", "elements", "d", "h", "w"))
+def sum_volumes_kernel(
+    partial_ptr,  # (splits, n, d, h, w, CHANNELS), dense
+    out_ptr,  # (n, CHANNELS, d, h, w)
+    splits, elements, d, h, w, out_strides,
+    CHANNELS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    element = widened(tl.program_id(0), WIDE) * BLOCK_E + tl.arange(0, BLOCK_E)
+    acc = summed(partial_ptr, splits, elements, element, BLOCK_S, BLOCK_E, WIDE)
+    row, place_w = divided(element // CHANNELS, w, WIDE)
+    plane, place_h = divided(row, h, WIDE)
+    image, place_d = divided(plane, d, WIDE)
+    where = offset(out_strides, image, element % CHANNELS, place_d, place_h, place_w)
+    tl.store(out_ptr + where, acc.to(out_ptr.dtype.element_ty), mask=element < elements)
+
+
+def sum_volumes(partial: torch.Tensor, out: torch.Tensor) -> None:
+    """Writes ``partial.sum(0)``, partial (splits, n, d, h, w, c) dense float32, into ``out`` (n, c, d, h, w).
+
+    In one launch and a fixed order, rounded once; ``out`` has any strides.
+    """
+    splits, n, d, h, w, channels = partial.shape
+    elements = out.numel()
+    assert tuple(out.shape) == (n, channels, d, h, w) and partial.is_contiguous() and elements
+    block_e = power_of_two(elements // PROGRAMS, 32, 512)
+    run(
+        sum_volumes_kernel,
+        triton.cdiv(elements, block_e),
+        {"BLOCK_S": power_of_two(splits, 1, TILE // block_e), "BLOCK_E": block_e, "num_warps": 4},
+        out.device,
+        partial_ptr=partial,
+        out_ptr=out,
+        splits=splits,
+        elements=elements,
+        d=d,
+        h=h,
+        w=w,
+        out_strides=out.stride(),
+        CHANNELS=channels,
+        WIDE=wide(partial, out),
+    )
 
 
 def sum_partials(

@@ -22,7 +22,7 @@ def test_a_replayed_launch_is_the_one_that_triton_makes():
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
         "forward_shuffle 1 same",
-        "backward_data_gemm 1 same",
+        "backward_data_gemm 2 same",
         "forward_boxes 1 same",
         "backward_data_boxes 1 same",
         "backward_weight_fused 2 same",
