@@ -55,15 +55,18 @@ def test_rounding_is_torchs_on_the_same_gpu(name, precision):
 
 
 def layers_of(names):
-    """(layer, x, grad_y) of each class of layers that the variants serve, in float16 and channels_last_3d."""
+    """(layer, x, grad_y) of each class of layers that the variants serve, in float16; NDHWC where they serve that."""
     for c_in, c_out, k, s, p, q, groups in TRAINED.values():
         out = tuple((size - 1) * s - 2 * p + k + q for size in SIZE)
-        problem = Problem(2, c_in, c_out, SIZE, (k,) * 3, (s,) * 3, (p,) * 3, out, groups=groups,
-                          dtype=torch.float16, layout="ndhwc", bias=True)  # fmt: skip
-        if served(names, problem):
+        problems = [
+            Problem(2, c_in, c_out, SIZE, (k,) * 3, (s,) * 3, (p,) * 3, out, groups=groups, dtype=torch.float16,
+                    layout=layout, bias=True) for layout in ("ndhwc", "ncdhw")
+        ]  # fmt: skip
+        problem = next((each for each in problems if served(names, each)), None)
+        if problem is not None:
             layer = tritonconv.ConvTranspose3d(c_in, c_out, k, s, p, q, groups=groups).to(DEVICE, torch.float16)
             x, grad_y = (
-                torch.randn(shape, device=DEVICE).to(torch.float16, memory_format=torch.channels_last_3d)
+                torch.randn(shape, device=DEVICE).to(torch.float16, memory_format=problem.memory_format)
                 for shape in (problem.x_shape, problem.y_shape)
             )
             yield layer, x.requires_grad_(), grad_y

@@ -10,8 +10,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from tritonconv import Problem
-from tritonconv.kernels import triton_launch
+from tritonconv import Problem, dispatch
+from tritonconv.autotune.choose import Selection
+from tritonconv.kernels import triton_channels_last, triton_launch
 from tritonconv.kernels.registry import variant, variants
 from tritonconv.kernels.triton_replay import Replay
 
@@ -122,11 +123,12 @@ def test_the_switch_of_the_products_is_asked_at_each_call(made, monkeypatch):
 
 WIDE = Problem(1, 16, 16, (2, 3, 4), (2, 2, 2), (2, 2, 2), (0, 0, 0), (4, 6, 8), layout="ndhwc")
 HALO = Problem(1, 3, 5, (2, 3, 4), (3, 3, 3), (2, 2, 2), (1, 1, 1), (4, 6, 8), bias=True)
+COPIED = Problem(1, 16, 16, (2, 1, 3), (3, 3, 3), (2, 2, 2), (1, 1, 1), (4, 2, 6), bias=True)
 DEPTHWISE = Problem(1, 4, 4, (2, 3, 4), (3, 3, 3), (2, 2, 2), (1, 1, 1), (4, 6, 8), groups=4)
 SERVED = [
     (record, problem)
     for record in variants()
-    for problem in (UP, WIDE, HALO, DEPTHWISE)
+    for problem in (UP, WIDE, HALO, COPIED, DEPTHWISE)
     if record.backend == "triton" and record.supports(problem, torch.device(DEVICE)) is None
 ]
 
@@ -156,3 +158,20 @@ def test_every_variants_second_call_is_right(record, problem, poisoned):
                     found, want = replay(x, grad_y, True), (grads[1], sums)
             assert [torch.equal(*pair) for pair in zip(found, want, strict=True)] == [True] * len(want)
         assert all(replay.kept.values()) and len(replay.kept) == 1
+
+
+def test_one_copy_of_grad_y_serves_both_gradients(monkeypatch):
+    pair = [variant(name) for name in ("backward_data_gemm_last", "backward_weight_splitk_last")]
+    where = torch.device(DEVICE)
+    chosen = {each.pass_name: Selection(each, each.default(COPIED, where), "tested") for each in pair}
+    plan = dispatch.plan_of(COPIED, where, **chosen)
+    copies = []
+    real = triton_channels_last.launch
+    monkeypatch.setattr(triton_channels_last, "launch", lambda *args, **kw: copies.append(1) or real(*args, **kw))
+    for _ in range(3):
+        x, weight, grad_y = (integers(*shape) for shape in (COPIED.x_shape, COPIED.weight_shape, COPIED.y_shape))
+        want = torch.nn.functional.conv3d(grad_y, weight, None, 2, 1)
+        found = plan.backward(x, weight, grad_y, True)
+        assert torch.equal(found[0], want) and torch.equal(found[2], grad_y.sum((0, 2, 3, 4)))
+        assert torch.equal(found[1], torch.nn.grad.conv3d_weight(grad_y, COPIED.weight_shape, x, 2, 1))
+    assert len(copies) == 2  # of grad_y and of x, in the first call; the later ones replay them

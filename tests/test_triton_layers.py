@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import sys
+import types
 
 import interpreter
 import pytest
@@ -35,8 +37,11 @@ GENERAL = ("forward_phases", "backward_data_gemm", "backward_weight_splitk")
 
 
 def triples():
-    """One variant per pass: each variant between the two general ones of the other passes, and the fused backward."""
-    found = [("forward_shuffle", "backward_data_fused", "backward_weight_fused")]
+    """One variant per pass: each between the two general ones of the other passes, and those that share work."""
+    found = [
+        ("forward_shuffle", "backward_data_fused", "backward_weight_fused"),
+        ("forward_phases_last", "backward_data_gemm_last", "backward_weight_splitk_last"),
+    ]
     for pass_name, general in zip(PASSES, GENERAL, strict=True):
         found += [tuple(name if g == general else g for g in GENERAL) for name in OF_PASS[pass_name]]
     return list(dict.fromkeys(found))
@@ -55,12 +60,16 @@ def test_a_layer_trains(names, launches):
         torchs = torch.nn.ConvTranspose3d(c_in, c_out, k, s, p, q, groups=groups).to(DEVICE)
         ours = tritonconv.ConvTranspose3d(c_in, c_out, k, s, p, q, groups=groups).to(DEVICE)
         ours.load_state_dict(torchs.state_dict())
-        x = torch.randn(1, c_in, 2, 2, 3, device=DEVICE).to(memory_format=torch.channels_last_3d)
+        x = torch.randn(1, c_in, 2, 2, 3, device=DEVICE)
         out = torchs(x).shape
-        problem = tritonconv.Problem(1, c_in, c_out, (2, 2, 3), (k,) * 3, (s,) * 3, (p,) * 3, tuple(out[2:]),
-                                     groups=groups, layout="ndhwc", bias=True)  # fmt: skip
-        if not served(names, problem) or (trained and names != GENERAL):
+        problems = [
+            tritonconv.Problem(1, c_in, c_out, (2, 2, 3), (k,) * 3, (s,) * 3, (p,) * 3, tuple(out[2:]),
+                               groups=groups, layout=layout, bias=True) for layout in ("ndhwc", "ncdhw")
+        ]  # fmt: skip
+        problem = next((each for each in problems if served(names, each)), None)
+        if problem is None or (trained and names != GENERAL):
             continue
+        x = x.to(memory_format=problem.memory_format)
         trained += 1
         results = []
         for layer in (torchs, ours):
@@ -83,15 +92,16 @@ def test_a_layer_trains(names, launches):
 def test_rounding_is_torchs(name):
     """Random numbers: no further from float64 than the limit of every other variant; float32 sums in half types."""
     record, checked = variant(name), 0
-    for label in ("k2 s2", "k3 s2 p1 q1", "depthwise k3", "1 channel out", "k1 s2 q1"):
+    labels = ("k2 s2", "k3 s2 p1 q1", "k4 s2 p1", "depthwise k3", "1 channel out", "k1 s2 q1")
+    for label, layout in itertools.product(labels, ("ndhwc", "ncdhw")):
         for dtype in DTYPES[1:] if not ON_GPU else DTYPES:
-            problem = LAYERS[label].problem(dtype, "ndhwc")
+            problem = LAYERS[label].problem(dtype, layout)
             if record.supports(problem, DEVICE) is not None or (checked and not ON_GPU):
                 continue
             checked += 1
             inputs, grad_y, (y, grad_x, grad_weight, grad_bias) = references(label, dtype)
             wanted = {"forward": [y], "backward_data": [grad_x], "backward_weight": [grad_weight, grad_bias]}
-            dense = {"device": DEVICE, "memory_format": torch.channels_last_3d}
+            dense = {"device": DEVICE, "memory_format": problem.memory_format}
             tensors = inputs[0].to(**dense), inputs[1].to(DEVICE), inputs[2].to(DEVICE)
             got = run(record, problem, record.default(problem, DEVICE), tensors, grad_y.to(**dense), True)
             for mine, want in zip(got, wanted[record.pass_name], strict=True):
@@ -117,7 +127,7 @@ def far_apart(tensor: torch.Tensor) -> torch.Tensor:
 def test_offsets_beyond_32_bits(name):
     record = variant(name)
     case, problem = first_served(record, dtype=torch.float16, longest_axis=3)
-    (x, weight, bias, grad_y), wanted = operands(case, torch.float16, "ndhwc")
+    (x, weight, bias, grad_y), wanted = operands(case, torch.float16, problem.layout)
     config = small(record.default(problem, DEVICE))
     with contextlib.nullcontext() if ON_GPU else interpreter.overflow_checks():  # an error in place of a crash
         got = run(record, problem, config, (far_apart(x), weight, bias), far_apart(grad_y), True)
@@ -132,7 +142,7 @@ def test_offsets_beyond_32_bits(name):
 def test_no_integer_overflows(name):
     record = variant(name)
     case, problem = first_served(record, dtype=torch.float16)
-    (x, weight, bias, grad_y), wanted = operands(case, torch.float16, "ndhwc")
+    (x, weight, bias, grad_y), wanted = operands(case, torch.float16, problem.layout)
     with interpreter.overflow_checks():
         got = run(record, problem, record.default(problem, DEVICE), (x, weight, bias), grad_y, True)
     assert all(map(same, got, wanted[record.pass_name]))
@@ -149,7 +159,7 @@ def test_the_weight_is_never_stale(name):
     """After an optimizer step, an in-place edit under no_grad, and one through .data, which no version counter sees."""
     record = variant(name)
     case, problem = first_served(record)
-    (x, weight, bias, grad_y), wanted = operands(case, torch.float32, "ndhwc")
+    (x, weight, bias, grad_y), wanted = operands(case, torch.float32, problem.layout)
     parameter = torch.nn.Parameter(weight.clone())
     before, expected = weight.clone(), wanted[record.pass_name][0]
 
@@ -231,8 +241,10 @@ def test_the_accounting_of_a_launch():
 def test_every_variant_has_an_accounted_kernel(name):
     """A kernel of the variant publishes its FLOPs and bytes, and takes the arguments that they are computed from."""
     launches = sys.modules[variant(name).launch.__module__]
-    fused = vars(sys.modules.get("tritonconv.kernels.triton_fused_backward", launches))
-    kernels = [k for k in (*vars(launches).values(), *fused.values()) if getattr(k, "__name__", "").endswith("_kernel")]
+    fused = sys.modules.get("tritonconv.kernels.triton_fused_backward", launches)
+    used = (launches, fused, *(each for each in vars(launches).values() if isinstance(each, types.ModuleType)))
+    found = [each for module in used for each in vars(module).values()]
+    kernels = [each for each in found if getattr(each, "__name__", "").endswith("_kernel")]
     problem = first_served(variant(name))[1]
 
     def accounted(kernel) -> bool:

@@ -90,6 +90,13 @@ class Plan:
         assert chosen.variant.joint is not None  # backward() asked
         return _kept(chosen.variant.joint, chosen, self.problem)
 
+    @cached_property
+    def _prepare(self) -> Callable[..., torch.Tensor]:
+        chosen = self.backward_data_choice
+        prepare = chosen.variant.prepare
+        assert prepare is not None  # backward() asked
+        return _kept(lambda problem, config, grad_y: prepare(problem, grad_y), chosen, self.problem)
+
     def _torchs(self, pass_name: str) -> bool:
         return self.choice(pass_name).variant.name == rules.FALLBACK[pass_name]
 
@@ -106,19 +113,15 @@ class Plan:
         """grad_y (n, c_out, od, oh, ow), weight -> grad_x (n, c_in, d, h, w)."""
         chosen, layout = self.backward_data_choice, self.problem.memory_format
         with _no_autocast(grad_y):
-            operands = _operand(grad_y, chosen, layout), weight
-            if prepared is None:
-                return to_layout(self._backward_data(*operands), layout)
-            return to_layout(chosen.variant.launch(self.problem, chosen.config, *operands, prepared=prepared), layout)
+            operands = _operand(grad_y, chosen, layout), weight, *_given(prepared, grad_y)
+            return to_layout(self._backward_data(*operands), layout)
 
     def backward_weight(self, x, grad_y, need_bias, prepared=None):
         """x, grad_y -> (grad_weight, grad_bias or None)."""
         chosen, layout = self.backward_weight_choice, self.problem.memory_format
         with _no_autocast(x):
             operands = _operand(x, chosen, layout), _operand(grad_y, chosen, layout), need_bias
-            if prepared is None:
-                return self._backward_weight(*operands)
-            return chosen.variant.launch(self.problem, chosen.config, *operands, prepared=prepared)
+            return self._backward_weight(*operands, *_given(prepared, grad_y))
 
     def backward(self, x, weight, grad_y, need_bias):
         """Both gradients: (grad_x, grad_weight, grad_bias or None); what their variants share is done once."""
@@ -129,7 +132,8 @@ class Plan:
         if not all(self.choice(name).variant.backend == "triton" for name in PASSES[1:]):
             grad_y = to_layout(grad_y, self.problem.memory_format)
         if prepare is not None and prepare is chosen.prepare:
-            prepared = prepare(self.problem, grad_y)
+            with _no_autocast(grad_y):
+                prepared = self._prepare(grad_y)
         grad_x = self.backward_data(grad_y, weight, prepared)
         return (grad_x, *self.backward_weight(x, grad_y, need_bias, prepared))
 
@@ -140,6 +144,11 @@ class Plan:
             operands = _operand(x, chosen, layout), weight, _operand(grad_y, chosen, layout), need_bias
             grad_x, *of_parameters = self._joint(*operands)
             return to_layout(grad_x, layout), *of_parameters
+
+
+def _given(prepared: torch.Tensor | None, grad_y: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What was prepared, as a further operand; nothing where there was nothing to do."""
+    return () if prepared is None or prepared is grad_y else (prepared,)
 
 
 def _launch_of(chosen: Selection, problem: Problem) -> Callable[..., Any]:
