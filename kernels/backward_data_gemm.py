@@ -16,7 +16,7 @@ import triton.language as tl
 
 from tritonconv.kernels import triton_tiles as tiles
 from tritonconv.kernels.registry import Config, Variant
-from tritonconv.kernels.triton_device import ceil_div, grouped_order, offset, voxel_tiles, voxels, widened
+from tritonconv.kernels.triton_device import ceil_div, grouped_order, offset, store_tile, voxel_tiles, voxels, widened
 from tritonconv.kernels.triton_gemm import implicit_gemm
 from tritonconv.kernels.triton_launch import RUN_TIME, accounting, empty, geometry, precision, refusal, wide
 from tritonconv.kernels.triton_launch import launch as run
@@ -39,7 +39,7 @@ def backward_data_gemm_kernel(
     splits, split_stride, grad_y_strides, w_strides, grad_x_strides,
     C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
-    PACK: tl.constexpr, VOXELS_INNER: tl.constexpr, SPLIT: tl.constexpr,
+    PACK: tl.constexpr, Y_VOXELS_INNER: tl.constexpr, X_VOXELS_INNER: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr, GROUP_M: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -61,14 +61,13 @@ def backward_data_gemm_kernel(
         image, d * STRIDE[0] - crop[0], h * STRIDE[1] - crop[1], w * STRIDE[2] - crop[2], mask_m, out_size,
         w_ptr + group * C_IN * w_strides[1], w_strides,
         (0, 0, 0), KERNEL, offs_n, (1, 1, 1), DILATION,
-        KERNEL, C_OUT, C_IN, PACK, False, BLOCK_M, BLOCK_N, BLOCK_K, WIDE, PRECISION, VOXELS_INNER,
+        KERNEL, C_OUT, C_IN, PACK, False, BLOCK_M, BLOCK_N, BLOCK_K, WIDE, PRECISION, Y_VOXELS_INNER,
         split, splits, SPLIT,
     )  # fmt: skip
 
     mask_n = offs_n < PACK * C_IN
     rows = offset(grad_x_strides, image, 0, d, h, w)  # (BLOCK_M,)
-    grad_x_ptrs = grad_x_ptr + rows[:, None] + ((group * C_IN + offs_n) * grad_x_strides[1])[None, :]
-    tl.store(grad_x_ptrs, acc.to(grad_x_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
+    store_tile(grad_x_ptr, rows, (group * C_IN + offs_n) * grad_x_strides[1], acc, mask_m, mask_n, X_VOXELS_INNER)
 
 
 def launch(problem, config, grad_y, weight):
@@ -97,7 +96,8 @@ def launch(problem, config, grad_y, weight):
         grad_y_strides=grad_y.stride(),
         w_strides=oriented(weight, "backward_data"),
         grad_x_strides=strides[1:],
-        VOXELS_INNER=grad_y.stride(1) != 1,
+        Y_VOXELS_INNER=grad_y.stride(1) != 1,
+        X_VOXELS_INNER=strides[2] != 1,
         SPLIT=splits > 1,
         WIDE=wide(grad_y, weight, sums),
         PRECISION=precision(problem.dtype),
@@ -137,7 +137,7 @@ def space(problem: Problem, device: torch.device):
     splits = (
         sorted({1, max(1, base["SPLITS"] // 2), base["SPLITS"] * 2} - {base["SPLITS"]}) if base["SPLITS"] > 1 else ()
     )
-    return tiles.around(base, problem, WEIGHT=(0, 1, 2), SPLITS=tuple(splits))
+    return tiles.around(base, problem, WEIGHT=(0, 1, 2), num_stages=tiles.UNSTAGED, SPLITS=tuple(splits))
 
 
 def work(problem: Problem, config) -> Work:

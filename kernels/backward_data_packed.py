@@ -15,7 +15,7 @@ import triton.language as tl
 from tritonconv.kernels import triton_launch, triton_taps
 from tritonconv.kernels import triton_tiles as tiles
 from tritonconv.kernels.registry import Variant
-from tritonconv.kernels.triton_device import ceil_div, grouped_order, offset, product, voxel_tiles, voxels
+from tritonconv.kernels.triton_device import ceil_div, grouped_order, offset, product, store_tile, voxel_tiles, voxels
 from tritonconv.kernels.triton_launch import RUN_TIME, accounting, empty, geometry, precision, wide
 from tritonconv.kernels.triton_launch import launch as run
 from tritonconv.kernels.triton_taps import tap_lanes, voxel_words
@@ -36,7 +36,7 @@ def backward_data_packed_kernel(
     C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr, GROUP_M: tl.constexpr,
-    WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    VOXELS_INNER: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     COLUMNS: tl.constexpr = ceil_div(C_IN, BLOCK_N)
@@ -71,8 +71,7 @@ def backward_data_packed_kernel(
         acc = tl.dot(tl.trans(grad_y_tile), w_tile, acc, input_precision=PRECISION)
 
     rows = offset(grad_x_strides, image, 0, d, h, w)  # (BLOCK_M,)
-    grad_x_ptrs = grad_x_ptr + rows[:, None] + (channel * grad_x_strides[1])[None, :]
-    tl.store(grad_x_ptrs, acc.to(grad_x_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
+    store_tile(grad_x_ptr, rows, channel * grad_x_strides[1], acc, mask_m, mask_n, VOXELS_INNER)
 
 
 def launch(problem, config, grad_y, weight):
@@ -94,6 +93,7 @@ def launch(problem, config, grad_y, weight):
         grad_y_strides=grad_y.stride(),
         w_strides=oriented(weight, "backward_data"),
         grad_x_strides=grad_x.stride(),
+        VOXELS_INNER=grad_x.stride(1) != 1,
         WIDE=wide(grad_y, weight, grad_x),
         PRECISION=precision(problem.dtype),
     )
@@ -117,7 +117,7 @@ def default(problem: Problem, device: torch.device):
 
 
 def space(problem: Problem, device: torch.device):
-    return tiles.around(default(problem, device), problem, WEIGHT=(0, 1, 2))
+    return tiles.around(default(problem, device), problem, WEIGHT=(0, 1, 2), num_stages=tiles.UNSTAGED)
 
 
 def work(problem: Problem, config) -> Work:

@@ -14,7 +14,7 @@ from tritonconv.kernels import triton_phases as phases
 from tritonconv.kernels import triton_tiles as tiles
 from tritonconv.kernels.forward_shuffle import supports
 from tritonconv.kernels.registry import Variant
-from tritonconv.kernels.triton_device import ceil_div, grouped_order, inside, voxel_tiles, voxels
+from tritonconv.kernels.triton_device import ceil_div, grouped_order, inside, store_tile, voxel_tiles, voxels
 from tritonconv.kernels.triton_launch import accounting, empty, geometry, precision, wide
 from tritonconv.kernels.triton_launch import launch as run
 from tritonconv.kernels.triton_phases import column_count, decoded, load_phases, multiple
@@ -34,7 +34,7 @@ def backward_data_shuffle_kernel(
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
     ROWS: tl.constexpr, X_STEP: tl.constexpr, FACTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr, GROUP_M: tl.constexpr,
-    WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    VOXELS_INNER: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     TILES_N: tl.constexpr = ceil_div(C_IN, BLOCK_N)
@@ -68,8 +68,7 @@ def backward_data_shuffle_kernel(
     image, d, h, w, _ = voxels(tile_m, n, size, BLOCK_M, BLOCK_W, WIDE)
     mask_m = (image < n) & inside(w, multiple(size[2], X_STEP))
     rows = image * grad_x_strides[0] + d * grad_x_strides[2] + h * grad_x_strides[3] + w * grad_x_strides[4]
-    grad_x_ptrs = grad_x_ptr + rows[:, None] + (channel_x * grad_x_strides[1])[None, :]
-    tl.store(grad_x_ptrs, acc.to(grad_x_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
+    store_tile(grad_x_ptr, rows, channel_x * grad_x_strides[1], acc, mask_m, mask_n, VOXELS_INNER)
 
 
 def launch(problem, config, grad_y, weight):
@@ -93,6 +92,7 @@ def launch(problem, config, grad_y, weight):
         grad_x_strides=grad_x.stride(),
         X_STEP=phases.width_step(problem.size[2], config),
         FACTS=phases.facts(problem, config, grad_y),
+        VOXELS_INNER=grad_x.stride(1) != 1,
         WIDE=wide(grad_y, weight, grad_x),
         PRECISION=precision(problem.dtype),
     )

@@ -12,7 +12,16 @@ import triton.language as tl
 
 from tritonconv.kernels import triton_tiles as tiles
 from tritonconv.kernels.registry import Variant
-from tritonconv.kernels.triton_device import ceil_div, grouped_order, next_step, offset, voxel_tiles, voxels, widened
+from tritonconv.kernels.triton_device import (
+    ceil_div,
+    grouped_order,
+    next_step,
+    offset,
+    store_tile,
+    voxel_tiles,
+    voxels,
+    widened,
+)
 from tritonconv.kernels.triton_launch import RUN_TIME, accounting, empty, geometry, precision, refusal, wide
 from tritonconv.kernels.triton_launch import launch as run
 from tritonconv.kernels.triton_weights import oriented, packed, preferred
@@ -38,7 +47,7 @@ def forward_gather_kernel(
     C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr, GROUP_M: tl.constexpr,
-    WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    VOXELS_INNER: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     COLUMNS: tl.constexpr = ceil_div(C_OUT, BLOCK_N)
@@ -78,8 +87,8 @@ def forward_gather_kernel(
     channel = group * C_OUT + offs_n
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + channel, mask=mask_n, other=0.0).to(tl.float32)[None, :]
-    y_ptrs = y_ptr + offset(y_strides, image, 0, d, h, w)[:, None] + (channel * y_strides[1])[None, :]
-    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
+    rows = offset(y_strides, image, 0, d, h, w)  # (BLOCK_M,)
+    store_tile(y_ptr, rows, channel * y_strides[1], acc, mask_m, mask_n, VOXELS_INNER)
 
 
 def launch(problem, config, x, weight, bias, out=None):
@@ -102,6 +111,7 @@ def launch(problem, config, x, weight, bias, out=None):
         x_strides=x.stride(),
         w_strides=oriented(weight, "forward"),
         y_strides=y.stride(),
+        VOXELS_INNER=y.stride(1) != 1,
         WIDE=wide(x, weight, y),
         PRECISION=precision(problem.dtype),
     )

@@ -22,6 +22,7 @@ from tritonconv.kernels.triton_device import (
     offset,
     product,
     ranked_phase,
+    store_tile,
     tap_period,
     tap_shift,
     voxel_tiles,
@@ -49,6 +50,7 @@ def forward_phases_kernel(
     C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
     ORDER: tl.constexpr, PHASE_INNER: tl.constexpr, PACK: tl.constexpr,
+    X_VOXELS_INNER: tl.constexpr, Y_VOXELS_INNER: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr, GROUP_M: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -95,6 +97,7 @@ def forward_phases_kernel(
         (tap_period(STRIDE[0], DILATION[0]), tap_period(STRIDE[1], DILATION[1]), tap_period(STRIDE[2], DILATION[2])),
         (-tap_shift(STRIDE[0], DILATION[0]), -tap_shift(STRIDE[1], DILATION[1]), -tap_shift(STRIDE[2], DILATION[2])),
         KERNEL, C_IN, C_OUT, PACK, True, BLOCK_M, BLOCK_N, BLOCK_K, WIDE, PRECISION,
+        X_VOXELS_INNER,
     )  # fmt: skip
 
     mask_n = offs_n < PACK * C_OUT
@@ -104,8 +107,7 @@ def forward_phases_kernel(
     rows = offset(
         y_strides, image, 0, first_d + d * STRIDE[0], first_h + h * STRIDE[1], first_w + w * STRIDE[2]
     )  # (BLOCK_M,)
-    y_ptrs = y_ptr + rows[:, None] + (channel * y_strides[1])[None, :]
-    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
+    store_tile(y_ptr, rows, channel * y_strides[1], acc, mask_m, mask_n, Y_VOXELS_INNER)
 
 
 def phase_order(problem: Problem) -> tuple[int, ...]:
@@ -146,6 +148,8 @@ def launch(problem, config, x, weight, bias, out=None):
         w_strides=oriented(weight, "forward"),
         y_strides=y.stride(),
         ORDER=phase_order(problem),
+        X_VOXELS_INNER=x.stride(1) != 1 and config["BLOCK_W"] == 0,
+        Y_VOXELS_INNER=y.stride(1) != 1,
         WIDE=wide(x, weight, y),
         PRECISION=precision(problem.dtype),
     )
@@ -164,7 +168,9 @@ def default(problem: Problem, device: torch.device):
 
 
 def space(problem: Problem, device: torch.device):
-    return tiles.around(default(problem, device), problem, PHASE_INNER=(0, 1), WEIGHT=(0, 1, 2))
+    return tiles.around(
+        default(problem, device), problem, PHASE_INNER=(0, 1), WEIGHT=(0, 1, 2), num_stages=tiles.UNSTAGED
+    )
 
 
 def work(problem: Problem, config) -> Work:

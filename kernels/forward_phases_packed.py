@@ -173,7 +173,9 @@ def default(problem: Problem, device: torch.device):
 
 def space(problem: Problem, device: torch.device):
     rows = (0, 1) if phases.whole_rows(problem) else ()
-    return tiles.around(default(problem, device), problem, GROUP_M=(8,), WEIGHT=(0, 1, 2), ROWS=rows)
+    return tiles.around(
+        default(problem, device), problem, GROUP_M=(8,), WEIGHT=(0, 1, 2), num_stages=tiles.UNSTAGED, ROWS=rows
+    )
 
 
 def work(problem: Problem, config) -> Work:

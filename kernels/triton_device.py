@@ -160,6 +160,21 @@ def grouped_order(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
+def store_tile(out_ptr, rows, columns, tile, mask_m, mask_n, VOXELS_INNER: tl.constexpr):
+    """Stores a tile (BLOCK_M voxels, BLOCK_N channels) at ``rows + columns``, rounded once.
+
+    VOXELS_INNER: lanes run along the voxels. Without it the compiler, which cannot see which voxels are neighbours,
+    spreads the lanes of a warp over the channels: in NCDHW each then writes 2 bytes of a sector of its own.
+    """
+    tile = tile.to(out_ptr.dtype.element_ty)
+    if VOXELS_INNER:
+        mask = mask_n[:, None] & mask_m[None, :]
+        tl.store(out_ptr + columns[:, None] + rows[None, :], tl.trans(tile), mask=mask)
+    else:
+        tl.store(out_ptr + rows[:, None] + columns[None, :], tile, mask=mask_m[:, None] & mask_n[None, :])
+
+
+@triton.jit
 def offset(strides, image, channel, d, h, w):
     """Element offset of (image, channel, d, h, w)."""
     return image * strides[0] + channel * strides[1] + d * strides[2] + h * strides[3] + w * strides[4]

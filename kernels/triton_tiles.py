@@ -12,6 +12,8 @@ from tritonconv.problem import Problem, Triple
 
 SHARED_BYTES = 99 * 1024  # what every listed target has per block: sm_86, sm_89 and sm_120 (CUDA C++ guide, table 24)
 RIDGE = 206  # FLOP per byte from which an H200 is compute-bound: 989 TFLOP/s (bf16) by 4.8 TB/s (its data sheet)
+# Without a software pipeline loads go through L1, where what one tap read waits for the next; cp.async passes it by.
+UNSTAGED = (1,)
 PROGRAMS = 132  # of one wave on an H100 or H200; a smaller machine only sees more waves
 
 
