@@ -1,7 +1,6 @@
 """Speed-up over the best torch: every layer sorted, the geometric mean, one panel per pass and dtype.
 
-The best torch is the fastest of ``torch`` and ``torch.compile`` in any memory format, ours the best of its formats:
-what a user who is free to choose can gain. The two medians come from different rounds of one run.
+Which is the best torch, and which our best: :mod:`tritonconv.bench.standings`.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from statistics import geometric_mean
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from tritonconv.bench.results import BASELINE, COMPILED, OURS, Run
+from tritonconv.bench.standings import by_pass, standings
 from tritonconv.errors import ResultsError
 from tritonconv.plots import figures, style
 
@@ -34,17 +34,8 @@ def draw(
 
 def ratios(rows: Sequence[Mapping]) -> dict[tuple[str, str], Ratios]:
     """Speed-ups by layer, by (pass, dtype)."""
-    best: dict[tuple, dict[str, float]] = {}
-    for row in rows:
-        side = "torch" if row["variant"] in (BASELINE, COMPILED) else "ours" if row["variant"] == OURS else None
-        if side is not None:
-            mine = best.setdefault((row["pass"], row["dtype"], row["layer"]), {})
-            mine[side] = min(row["median_ms"], mine.get(side, row["median_ms"]))
-    found: dict[tuple[str, str], Ratios] = {}
-    for (pass_name, dtype, layer), sides in best.items():
-        if len(sides) == 2:
-            found.setdefault((pass_name, dtype), {})[layer] = sides["torch"] / sides["ours"]
-    return found
+    groups = by_pass(standings(rows))
+    return {key: {each.ours["layer"]: each.ratio for each in found} for key, found in groups.items()}
 
 
 def _figure(run: Run, panels: Mapping[tuple[str, str], Ratios]):

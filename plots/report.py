@@ -13,8 +13,9 @@ from pathlib import Path
 from statistics import geometric_mean
 
 from tritonconv.bench.results import BASELINE, OURS, Run
+from tritonconv.bench.standings import by_pass, mean, standings
 from tritonconv.errors import ResultsError
-from tritonconv.plots import best, charts, style
+from tritonconv.plots import charts, style
 from tritonconv.plots.page import PAGE
 
 CAPTIONS = {
@@ -46,6 +47,7 @@ def page(run: Run) -> str:
     sections = [
         ("Means", _means(run)),
         *_pictures(run),
+        ("Against the best torch", _against_the_best(run)),
         ("Layers", _layers(run)),
         ("Roofs", _roofs(run)),
         ("Tuned choices", _tuned(run)),
@@ -114,9 +116,10 @@ def _means(run: Run) -> str:
             rows.append([*key, kind, len(same), geometric_mean(same)])
     paired = table(["pass", "dtype", "layout", "class", "layers", "geometric mean"], rows, 2)
     over: list[list[Cell]] = [
-        [*key, len(each), geometric_mean(each.values())] for key, each in best.ratios(run.of_models()).items()
+        [*key, len(each), mean(each), sum(one.ratio < 1 for one in each), sum(one.torch_chosen for one in each)]
+        for key, each in by_pass(standings(run.of_models())).items()
     ]
-    free = table(["pass", "dtype", "layers", "geometric mean"], over, 2)
+    free = table(["pass", "dtype", "layers", "geometric mean", "below 1", "torch's own runs"], over, 4)
     said = f"<p>Speed-up over {BASELINE} in the same memory format, from calls made next to each other:</p>\n"
     best_said = "<p>Over the best torch, our best memory format (a ratio of medians):</p>\n"
     return (said + paired if paired else "") + (best_said + free if free else "")
@@ -142,6 +145,24 @@ def _inline(svg: str, prefix: str) -> str:
     return re.sub(r'(url\(#|xlink:href="#)', rf"\g<1>{prefix}-", svg)
 
 
+def _against_the_best(run: Run) -> str:
+    head = ["layer", "class", "pass", "dtype", "best torch", "ours", "torch ms", "ms", "speed-up", "% of roof"]
+    rows: list[list[Cell]] = [
+        [each.ours["layer"], each.ours.get("class"), each.ours["pass"], each.ours["dtype"],
+         f"{each.torch['variant']} {each.torch['layout']}", f"{chosen(each.ours)} {each.ours['layout']}",
+         each.torch["median_ms"], each.ours["median_ms"], each.ratio, each.ours.get("percent_of_roof")]
+        for each in standings(run.of_models())
+    ]  # fmt: skip
+    said = "<p>The fastest torch in any memory format, and our fastest: a ratio of medians.</p>\n"
+    found = table(head, rows, 4)
+    return said + found if found else ""
+
+
+def chosen(row: Mapping) -> str:
+    """The variants that a row of ours ran, or its name where it does not say."""
+    return ", ".join(dict.fromkeys((row.get("chosen") or {}).values())) or row["variant"]
+
+
 def _layers(run: Run) -> str:
     torchs = {_where(row): row for row in run.results if row["variant"] == BASELINE}
     head = ["layer", "suite", "pass", "dtype", "layout", "variant", "torch ms", "ms", "speed-up", "20 %", "80 %",
@@ -151,8 +172,7 @@ def _layers(run: Run) -> str:
         if row["variant"] == BASELINE:
             continue
         theirs = torchs.get(_where(row))
-        chosen = ", ".join(dict.fromkeys((row.get("chosen") or {}).values()))
-        label = row["variant"] if row["variant"] != OURS or not chosen else chosen
+        label = row["variant"] if row["variant"] != OURS else chosen(row)
         rows.append([
             row["layer"], row["suite"], row["pass"], row["dtype"], row["layout"], label,
             theirs["median_ms"] if theirs else None, row["median_ms"],

@@ -11,7 +11,7 @@ import torch
 
 from tritonconv import ArgumentError, cli
 from tritonconv.autotune import choose
-from tritonconv.bench import gpu, results, summary
+from tritonconv.bench import gpu, results, standings, summary
 from tritonconv.bench.classes import CLASSES, layer_class
 from tritonconv.bench.workloads import at_sizes, workload, workloads
 from tritonconv.errors import ResultsError
@@ -165,9 +165,21 @@ def row(layer="a", layout="ncdhw", variant="torch", ms=1.0, **more) -> dict:
 
 def test_the_best_torch_is_the_fastest_of_all_layouts_and_of_compile():
     rows = [row(ms=3.0), row(layout="ndhwc", ms=2.0), row(variant="torch_compile", ms=2.5)]
-    assert summary.best_torch(rows) == {("a", "float32", "forward"): 2.0}
-    ours = [*rows, row(variant="tritonconv", ms=1.0), row("b", variant="tritonconv")]
-    assert [ratio for _, ratio in summary.against_best(ours)] == [2.0]
+    native = row("c", variant="tritonconv", chosen={"forward": "forward_torch_native"})
+    ours = [
+        row(variant="tritonconv", ms=1.5),
+        row(variant="tritonconv", ms=1.0),
+        row("b", variant="tritonconv"),
+        native,
+    ]
+    found = standings.standings([*rows, row("c", ms=0.5), *ours])
+    assert [(each.ours["layer"], each.torch["layout"], each.ratio) for each in found] == [
+        ("a", "ndhwc", 2.0),
+        ("c", "ncdhw", 0.5),
+    ]
+    assert [each.torch_chosen for each in found] == [False, True]
+    assert standings.mean(found) == pytest.approx(1.0)
+    assert list(standings.by_pass(found)) == [("forward", "float32")]
 
 
 def test_fast_p_is_the_share_above_p():

@@ -22,6 +22,7 @@ BESIDE = {"Makefile", "LICENSE", "constraints.txt"}
 # Lower never imports higher; modules of one layer may import each other.
 LAYERS = (
     ("errors", "flags"),
+    ("markdown",),
     ("problem",),
     ("arguments",),
     ("kernels",),
@@ -40,7 +41,7 @@ LAYERS = (
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 # The plots read results files: of the project they see the reader and the errors.
-PLOTS_SEE = {"plots", "errors", "bench.results"}
+PLOTS_SEE = {"plots", "errors", "markdown", "bench.results", "bench.standings"}
 
 
 def tracked() -> list[str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tritonconv import cli
+from tritonconv import cli, markdown
 from tritonconv.bench.workloads import workload
 from tritonconv.errors import ArgumentError, ResultsError
 from tritonconv.inspection import compiling, jobs, machine_code, readme, records, report, targets
@@ -74,8 +74,8 @@ def compiling_process(folder: Path, *command: str) -> subprocess.CompletedProces
 @pytest.fixture(scope="module")
 def small_run(tmp_path_factory) -> tuple[subprocess.CompletedProcess[str], Inspection, str]:
     """forward_phases on one layer for four targets: the process, its JSON and its Markdown."""
-    folder = tmp_path_factory.mktemp("inspect")
-    (folder / "R.md").write_text(f"before\n{readme.BEGIN}\n{readme.END}\nafter\n")
+    folder, (begin, end) = tmp_path_factory.mktemp("inspect"), markdown.markers("inspect")
+    (folder / "R.md").write_text(f"before\n{begin}\n{end}\nafter\n")
     command = ["-m", "tritonconv", "inspect", "forward_phases", "--targets", "sm_80,sm_90,sm_100,gfx942", *SMALL]
     files = ["--json", "run.json", "--markdown", "R.md"]
     done = compiling_process(folder, *command, *files, "--jobs", "1", "--quiet")
@@ -113,7 +113,8 @@ def test_a_default_config_compiles_for_every_target_with_its_matrix_instructions
 @needs_triton
 def test_the_markdown_of_a_run_has_a_row_per_target(small_run):
     _, run, text = small_run
-    assert text.startswith("before\n") and text.endswith(f"{readme.END}\nafter\n")
+    end = markdown.markers("inspect")[1]
+    assert text.startswith("before\n") and text.endswith(f"{end}\nafter\n")
     assert f"### Triton {run.triton}" in text
     rows = [line for line in text.splitlines() if line.startswith("| forward_phases | k3s2 bfloat16 ndhwc |")]
     assert [row.split("|")[3].strip() for row in rows] == ["sm_80", "sm_90", "sm_100", "gfx942"]
@@ -227,8 +228,8 @@ def test_the_json_file_round_trips(tmp_path):
 
 
 def test_each_triton_version_has_its_own_section(tmp_path):
-    path = tmp_path / "R.md"
-    path.write_text(f"head\n\n{readme.BEGIN}\nold text\n{readme.END}\n\n### Triton stays\n")
+    path, (begin, end) = tmp_path / "R.md", markdown.markers("inspect")
+    path.write_text(f"head\n\n{begin}\nold text\n{end}\n\n### Triton stays\n")
     readme.update(inspection(triton="3.9.0"), path)
     readme.update(inspection(triton="3.10.0"), path)
     readme.update(inspection(triton="3.6.0"), path)
@@ -277,7 +278,7 @@ def test_the_table_shows_every_record(capsys):
         (["--jobs", "0"], ["--jobs", "'0'", "1 to 1024"]),
         (["--configs", "some"], ["--configs", "'some'", "default", "all"]),
         (["--markdown", "none.md"], ["--markdown", "none.md"]),
-        (["--markdown", "LICENSE"], ["--markdown", "LICENSE", readme.BEGIN]),
+        (["--markdown", "LICENSE"], ["--markdown", "LICENSE", markdown.markers("inspect")[0]]),
         (["--json", "none/run.json"], ["--json", "none"]),
     ],
     ids=" ".join,

@@ -12,7 +12,7 @@ pytest.importorskip("matplotlib")
 
 from tests.test_plots import COPY, PEAK
 from tests.test_results import ENVIRONMENT, result
-from tritonconv import cli
+from tritonconv import cli, markdown
 from tritonconv.bench.results import Run, Writer, read
 from tritonconv.errors import ResultsError
 from tritonconv.plots import best, charts, landscape, percent, report, scaling
@@ -211,3 +211,24 @@ def test_an_unfinished_run_says_so_and_an_empty_one_is_refused(tmp_path, capsys)
     assert "nothing was measured" in capsys.readouterr().err
     assert not (tmp_path / "empty" / "report.html").exists()
     assert cli.main(["report", str(tmp_path / "none")]) == 2
+
+
+def test_a_run_is_a_section_of_a_markdown_file(tmp_path, capsys):
+    run, readme = write(tmp_path / "results"), tmp_path / "R.md"
+    begin, end = markdown.markers("report")
+    readme.write_text(f"# Head\n\n{begin}\n\n### another device\n\nkept\n\n{end}\n\ntail\n")
+    for _ in range(2):
+        assert cli.main(["report", str(run.path), "--markdown", str(readme), "--every-layer"]) == 0
+    text = readme.read_text()
+    assert text.startswith("# Head\n") and text.endswith("\n\ntail\n") and "### another device\n\nkept" in text
+    assert text.count("### a box") == 1
+    assert "| forward | float32 | all | 3 | 2.88 | 2.00 | 0 | 0 |" in text
+    assert "| forward | float32 | k = s | 3 | 2.88 | 2.00 | 0 | 0 |" in text
+    assert "| layer_0 | k = s | torch ncdhw | forward_torch_conv ncdhw | 2 | 1 | 2.00 | 40 |" in text
+    assert "layer_0@4" not in text  # sizes that no model has
+    assert cli.main(["report", str(run.path), "--markdown", str(readme)]) == 0
+    assert "layer_0" not in readme.read_text() and "| all |" in readme.read_text()
+    capsys.readouterr()
+    (tmp_path / "none.md").write_text("no markers")
+    assert cli.main(["report", str(run.path), "--markdown", str(tmp_path / "none.md")]) == 2
+    assert "report: begin" in capsys.readouterr().err

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from statistics import geometric_mean
 
 from tritonconv.bench.classes import CLASSES
-from tritonconv.bench.results import BASELINE, COMPILED, OURS, Run
+from tritonconv.bench.results import BASELINE, OURS, Run
+from tritonconv.bench.standings import standings
 from tritonconv.bench.workloads import ALL
 
 # Slower than this, and with the 80th percentile of the paired ratios below it too, counts as slower than torch.
@@ -76,24 +77,6 @@ def groups(rows: Iterable[Mapping], variant: str = OURS) -> list[Group]:
     return found
 
 
-def best_torch(rows: Iterable[Mapping]) -> dict[tuple[str, str, str], float]:
-    """The least median (ms) of torch and torch.compile over all layouts, by (layer, dtype, pass)."""
-    found: dict[tuple[str, str, str], float] = {}
-    for row in rows:
-        if row["variant"] in (BASELINE, COMPILED):
-            key = row["layer"], row["dtype"], row["pass"]
-            found[key] = min(row["median_ms"], found.get(key, row["median_ms"]))
-    return found
-
-
-def against_best(rows: Iterable[Mapping], variant: str = OURS) -> list[tuple[Mapping, float]]:
-    """Each row of the variant with its speed-up over the best torch: a ratio of medians, of different rounds."""
-    rows = list(rows)
-    best = best_torch(rows)
-    keyed = [((row["layer"], row["dtype"], row["pass"]), row) for row in rows if row["variant"] == variant]
-    return [(row, best[key] / row["median_ms"]) for key, row in keyed if key in best]
-
-
 def fast_p(ratios: Sequence[float], p: float) -> float:
     """KernelBench's fast_p: the share of all that are right and more than ``p`` times as fast as torch."""
     return sum(ratio > p for ratio in ratios) / len(ratios) if ratios else 0.0
@@ -102,10 +85,9 @@ def fast_p(ratios: Sequence[float], p: float) -> float:
 def _in_classes(run: Run) -> list[str]:
     """Geometric means per class of layer and pass, our best layout against the best torch."""
     by: dict[tuple[str, str], dict[tuple[str, str], float]] = {}
-    for row, ratio in against_best(run.of_models()):
-        mine = by.setdefault((row.get("class", "?"), row["pass"]), {})
-        layer = row["layer"], row["dtype"]
-        mine[layer] = max(ratio, mine.get(layer, 0.0))
+    for one in standings(run.of_models()):
+        mine = by.setdefault((one.ours.get("class", "?"), one.ours["pass"]), {})
+        mine[one.ours["layer"], one.ours["dtype"]] = one.ratio
     if not by:
         return []
     wrong = {(row["layer"], row.get("dtype"), row["pass"]) for row in run.errors if row["variant"] == OURS}

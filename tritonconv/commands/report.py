@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from tritonconv import markdown
 from tritonconv.bench import results
 from tritonconv.commands.common import OK, RESULTS
 from tritonconv.commands.plot import drawing
@@ -25,12 +26,19 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", type=Path, metavar="FILE", help="the page (default: report.html beside the results)"
     )
+    parser.add_argument(
+        "--markdown", type=Path, metavar="FILE",
+        help="also replace the section of this device between the markers of a Markdown file",
+    )  # fmt: skip
+    parser.add_argument("--every-layer", action="store_true", help="with a table of every layer in the Markdown file")
 
 
 def run(options: argparse.Namespace) -> int:
     drawing()
-    from tritonconv.plots import report
+    from tritonconv.plots import readme, report
 
+    if options.markdown is not None:
+        markdown.parts(options.markdown, readme.COMMAND)
     found = results.load(options.results)
     folder = options.results if options.results.is_dir() else options.results.resolve().parent
     path = options.output or folder / "report.html"
@@ -38,4 +46,7 @@ def run(options: argparse.Namespace) -> int:
         print(report.write(found, path))
     except OSError as error:
         raise ResultsError(f"output: cannot write {path}: {error}") from None
+    if options.markdown is not None:
+        readme.update(found, options.markdown, options.every_layer)
+        print(options.markdown)
     return OK

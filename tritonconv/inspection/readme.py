@@ -5,13 +5,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from tritonconv.errors import ArgumentError
+from tritonconv import markdown
 from tritonconv.inspection.jobs import CLASSES
 from tritonconv.inspection.records import Inspection, Record, faults, grouped, heaviest
 from tritonconv.inspection.report import class_of, matrix
 
-BEGIN, END = "<!-- tritonconv inspect: begin -->", "<!-- tritonconv inspect: end -->"
-HEADING = "### Triton "
+COMMAND = "inspect"
 HEAD = (
     "variant", "layer", "target", "matrix", "registers", "spills B", "shared KiB", "blocks", "threads", "bulk", "async",
     "local", "kernels", "most registers", "most shared KiB", "faults",
@@ -26,9 +25,7 @@ def section(inspection: Inspection) -> str:
     """The table of one Triton version: a row per variant and target, in the order of the run."""
     records = [record for record in inspection.records if record.default]
     rows = [_row(group) for group in grouped(records, "variant", "target").values()]
-    rule = ["---" if index < TEXTS else "---:" for index in range(len(HEAD))]
-    table = "\n".join(f"| {' | '.join(row)} |" for row in (HEAD, rule, *rows))
-    return f"{HEADING}{inspection.triton}\n\n{_caption(inspection, records)}\n\n{table}\n"
+    return f"{_caption(inspection, records)}\n\n{markdown.table(HEAD, rows, TEXTS)}\n"
 
 
 def _caption(inspection: Inspection, records: list[Record]) -> str:
@@ -94,29 +91,12 @@ def representative(records: list[Record]) -> Record:
 
 def check(path: Path) -> None:
     """Raises ArgumentError where the file is not one that :func:`update` can write into."""
-    _parts(path)
-
-
-def _parts(path: Path) -> tuple[str, str, str]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ArgumentError(f"argument --markdown: cannot read {path}: {error.strerror}") from None
-    begin, end = text.find(BEGIN), text.find(END)
-    if not 0 <= begin < end:
-        raise ArgumentError(f"argument --markdown: {path} needs the lines {BEGIN!r} and {END!r}, in this order")
-    begin += len(BEGIN)
-    return text[:begin], text[begin:end], text[end:]
+    markdown.parts(path, COMMAND)
 
 
 def update(inspection: Inspection, path: Path) -> None:
     """Replaces the section of this Triton version between the markers of the file; the newest version stands first."""
-    before, middle, after = _parts(path)
-    found = {part.split("\n", 1)[0].strip(): f"{HEADING}{part}" for part in middle.split(HEADING)[1:]}
-    found[inspection.triton] = section(inspection)
-    newest_first = sorted(found, key=_version, reverse=True)
-    text = "\n\n".join(found[version].strip() for version in newest_first)
-    path.write_text(f"{before}\n\n{text}\n\n{after}", encoding="utf-8")
+    markdown.update(path, COMMAND, f"Triton {inspection.triton}", section(inspection), _version, newest_first=True)
 
 
 def _version(text: str) -> tuple[int, ...]:

@@ -1,0 +1,50 @@
+"""Tables in Markdown files: sections between two markers, each replaced on its own by the command that makes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tritonconv.errors import ArgumentError
+
+HEADING = "### "
+
+
+def markers(command: str) -> tuple[str, str]:
+    """The lines between which a command writes."""
+    return f"<!-- tritonconv {command}: begin -->", f"<!-- tritonconv {command}: end -->"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], texts: int) -> str:
+    """A table whose first ``texts`` columns are text and flush left."""
+    rule = ["---" if index < texts else "---:" for index in range(len(head))]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *rows))
+
+
+def parts(path: Path, command: str) -> tuple[str, str, str]:
+    """The file before, between and after the markers. Raises ArgumentError where it has none."""
+    begin_line, end_line = markers(command)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ArgumentError(f"argument --markdown: cannot read {path}: {error.strerror}") from None
+    begin, end = text.find(begin_line), text.find(end_line)
+    if not 0 <= begin < end:
+        raise ArgumentError(
+            f"argument --markdown: {path} needs the lines {begin_line!r} and {end_line!r}, in this order"
+        )
+    begin += len(begin_line)
+    return text[:begin], text[begin:end], text[end:]
+
+
+def update(path: Path, command: str, title: str, body: str, order: Callable[[str], Any], newest_first: bool) -> None:
+    """Puts the section ``### title`` between the markers, in the place of the one of this title; others stay.
+
+    ``order`` gives a title's place among them.
+    """
+    before, middle, after = parts(path, command)
+    found = {part.split("\n", 1)[0].strip(): f"{HEADING}{part}" for part in f"\n{middle}".split(f"\n{HEADING}")[1:]}
+    found[title] = f"{HEADING}{title}\n\n{body}"
+    text = "\n\n".join(found[name].strip() for name in sorted(found, key=order, reverse=newest_first))
+    path.write_text(f"{before}\n\n{text}\n\n{after}", encoding="utf-8")
