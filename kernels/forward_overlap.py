@@ -1,0 +1,280 @@
+"""Forward for very few output channels: x times all taps once, then neighbouring products added in registers.
+
+One program owns a box of BLOCK_D x BLOCK_H x BLOCK_W input voxels. It multiplies them with every tap, columns (phase,
+channel, window delta), and adds to each voxel's products those of its neighbours before it, which the same program
+holds: output (cell j, phase) of an axis is the sum over delta of ``x[j - delta] * weight[stride*delta + phase]``. So x
+is read once and not once per delta; the first voxels of a box along an axis with two deltas are its halo, computed by
+the box before them too.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+
+from tritonconv.kernels import triton_phases as phases
+from tritonconv.kernels import triton_tiles as tiles
+from tritonconv.kernels.registry import Variant
+from tritonconv.kernels.triton_device import inside, offset, product, widened
+from tritonconv.kernels.triton_launch import RUN_TIME, accounting, empty, geometry, precision, refusal, wide
+from tritonconv.kernels.triton_launch import launch as run
+from tritonconv.kernels.triton_phases import cells_of
+from tritonconv.kernels.triton_weights import oriented, packed, preferred
+from tritonconv.kernels.work import Work, tap_gemm
+from tritonconv.problem import Problem, Triple
+
+MOST_COLUMNS = 256
+LEAST_BOX = 4  # voxels along an axis with a halo
+
+
+@triton.constexpr_function
+def power(value):
+    """The power of two at or above."""
+    return 1 << (int(value) - 1).bit_length()
+
+
+@triton.constexpr_function
+def window_of(KERNEL, STRIDE):
+    """(d, h, w): voxels that the outputs of a cell read, 1 or 2."""
+    return tuple(-(-int(k) // int(s)) for k, s in zip(KERNEL, STRIDE, strict=True))
+
+
+@triton.jit
+def behind(tile, by, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The rows of a tile (ROWS, COLUMNS) moved ``by`` places on; the first ones keep what they had."""
+    source = tl.maximum(tl.arange(0, ROWS) - by, 0)
+    return tl.gather(tile, tl.broadcast_to(source[:, None], (ROWS, COLUMNS)), axis=0)
+
+
+@triton.jit
+def folded(tile, by, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """(ROWS, COLUMNS/2): of each pair of columns the first, plus the second of the row ``by`` places before."""
+    first, second = tl.split(tl.reshape(tile, (ROWS, COLUMNS // 2, 2)))
+    return first + behind(second, by, ROWS, COLUMNS // 2)
+
+
+@triton.jit(launch_metadata=accounting, do_not_specialize=RUN_TIME)
+def forward_overlap_kernel(
+    x_ptr,  # (n, c_in, d, h, w)
+    w_ptr,  # (c_in, c_out, taps)
+    bias_ptr,  # (c_out,) or None
+    y_ptr,  # (n, c_out, od, oh, ow)
+    n, d_in, h_in, w_in, d_out, h_out, w_out, d_crop, h_crop, w_crop,
+    x_strides, w_strides, y_strides,
+    C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_K: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
+    BLOCK_M: tl.constexpr = BLOCK_D * BLOCK_H * BLOCK_W
+    WINDOW: tl.constexpr = window_of(KERNEL, STRIDE)
+    DELTAS: tl.constexpr = product(WINDOW)
+    CHANNELS: tl.constexpr = power(C_OUT)
+    SUMS: tl.constexpr = product(STRIDE) * CHANNELS
+    BLOCK_N: tl.constexpr = 16 if SUMS * DELTAS < 16 else SUMS * DELTAS
+    cells, first = cells_of(crop, out_size, STRIDE)
+    boxes_h = tl.cdiv(cells[1], BLOCK_H - (WINDOW[1] - 1))
+    boxes_w = tl.cdiv(cells[2], BLOCK_W - (WINDOW[2] - 1))
+    boxes_d = tl.cdiv(cells[0], BLOCK_D - (WINDOW[0] - 1))
+    pid = tl.program_id(0)
+    row = tl.arange(0, BLOCK_M)
+    at_d, at_h, at_w = row // (BLOCK_H * BLOCK_W), row // BLOCK_W % BLOCK_H, row % BLOCK_W
+    # The cell of a voxel is the one whose delta 0 it is.
+    cell_w = pid % boxes_w * (BLOCK_W - (WINDOW[2] - 1)) - (WINDOW[2] - 1) + at_w
+    cell_h = pid // boxes_w % boxes_h * (BLOCK_H - (WINDOW[1] - 1)) - (WINDOW[1] - 1) + at_h
+    cell_d = pid // (boxes_w * boxes_h) % boxes_d * (BLOCK_D - (WINDOW[0] - 1)) - (WINDOW[0] - 1) + at_d
+    image = widened(pid // (boxes_w * boxes_h * boxes_d), WIDE)
+    cell_d, cell_h, cell_w = widened(cell_d, WIDE), widened(cell_h, WIDE), widened(cell_w, WIDE)
+    d, h, w = cell_d + first[0], cell_h + first[1], cell_w + first[2]
+    mask_m = inside(d, size[0]) & inside(h, size[1]) & inside(w, size[2])
+    x_rows = x_ptr + offset(x_strides, image, 0, d, h, w)
+
+    column = tl.arange(0, BLOCK_N)
+    delta, summed = column % DELTAS, column // DELTAS
+    phase_w, channel = summed % STRIDE[2], summed // STRIDE[2] % CHANNELS
+    phase_h = summed // (STRIDE[2] * CHANNELS) % STRIDE[1]
+    phase_d = summed // (STRIDE[2] * CHANNELS * STRIDE[1])
+    tap_w = delta % WINDOW[2] * STRIDE[2] + phase_w
+    tap_h = delta // WINDOW[2] % WINDOW[1] * STRIDE[1] + phase_h
+    tap_d = delta // (WINDOW[2] * WINDOW[1]) * STRIDE[0] + phase_d
+    tapped = (tap_d < KERNEL[0]) & (tap_h < KERNEL[1]) & (tap_w < KERNEL[2]) & (channel < C_OUT)
+    tap = widened((tap_d * KERNEL[1] + tap_h) * KERNEL[2] + tap_w, WIDE)
+    w_columns = w_ptr + tap * w_strides[2] + channel * w_strides[1]
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(0, C_IN, BLOCK_K):
+        offs_k = widened(k + tl.arange(0, BLOCK_K), WIDE)
+        x_mask, w_mask = mask_m[:, None], tapped[None, :]
+        if C_IN % BLOCK_K != 0:
+            x_mask = x_mask & (offs_k < C_IN)[None, :]
+            w_mask = w_mask & (offs_k < C_IN)[:, None]
+        x_tile = tl.load(x_rows[:, None] + (offs_k * x_strides[1])[None, :], mask=x_mask, other=0.0)
+        w_tile = tl.load(w_columns[None, :] + (offs_k * w_strides[0])[:, None], mask=w_mask, other=0.0)
+        acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)  # (BLOCK_M, BLOCK_K) x (BLOCK_K, BLOCK_N)
+
+    COLUMNS_H: tl.constexpr = BLOCK_N // WINDOW[2]
+    COLUMNS_D: tl.constexpr = COLUMNS_H // WINDOW[1]
+    COLUMNS: tl.constexpr = COLUMNS_D // WINDOW[0]  # SUMS, or more of them that are nothing
+    if WINDOW[2] == 2:
+        acc = folded(acc, 1, BLOCK_M, BLOCK_N)
+    if WINDOW[1] == 2:
+        acc = folded(acc, BLOCK_W, BLOCK_M, COLUMNS_H)
+    if WINDOW[0] == 2:
+        acc = folded(acc, BLOCK_H * BLOCK_W, BLOCK_M, COLUMNS_D)
+
+    # A voxel and its phases along w become rows, so that the lanes of a warp write a row of y.
+    PAIR: tl.constexpr = STRIDE[2]
+    acc = tl.reshape(
+        tl.permute(tl.reshape(acc, (BLOCK_M, COLUMNS // PAIR, PAIR)), (0, 2, 1)), (BLOCK_M * PAIR, COLUMNS // PAIR)
+    )
+    fine = tl.arange(0, BLOCK_M * PAIR)
+    at_d, at_h, at_w = fine // (BLOCK_H * BLOCK_W * PAIR), fine // (BLOCK_W * PAIR) % BLOCK_H, fine % (BLOCK_W * PAIR)
+    own = (at_d >= WINDOW[0] - 1) & (at_h >= WINDOW[1] - 1) & (at_w >= (WINDOW[2] - 1) * PAIR)
+    first_w = pid % boxes_w * (BLOCK_W - (WINDOW[2] - 1)) - (WINDOW[2] - 1) + first[2]
+    first_h = pid // boxes_w % boxes_h * (BLOCK_H - (WINDOW[1] - 1)) - (WINDOW[1] - 1) + first[1]
+    first_d = pid // (boxes_w * boxes_h) % boxes_d * (BLOCK_D - (WINDOW[0] - 1)) - (WINDOW[0] - 1) + first[0]
+    out_w = widened(first_w * PAIR - crop[2] + at_w, WIDE)
+    out_h = widened((first_h + at_h) * STRIDE[1] - crop[1], WIDE)
+    out_d = widened((first_d + at_d) * STRIDE[0] - crop[0], WIDE)
+    place = tl.arange(0, COLUMNS // PAIR)
+    channel = place % CHANNELS
+    out_h = out_h[:, None] + (place // CHANNELS % STRIDE[1])[None, :]
+    out_d = out_d[:, None] + (place // (CHANNELS * STRIDE[1]))[None, :]
+    mask = own[:, None] & ((channel < C_OUT) & (place < SUMS // PAIR))[None, :] & inside(out_w, out_size[2])[:, None]
+    mask = mask & inside(out_h, out_size[1]) & inside(out_d, out_size[0])
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + channel, mask=channel < C_OUT, other=0.0).to(tl.float32)[None, :]
+    channel = widened(channel, WIDE)
+    y_ptrs = y_ptr + offset(y_strides, image, channel[None, :], out_d, out_h, out_w[:, None])
+    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def launch(problem, config, x, weight, bias, out=None):
+    y = empty(problem, problem.y_shape, x) if out is None else out
+    if y.numel() == 0:
+        return y
+    config = dict(config)
+    weight = packed(weight, config.pop("WEIGHT"))
+    run(
+        forward_overlap_kernel,
+        boxes(problem, config),
+        config,
+        x.device,
+        x_ptr=x,
+        w_ptr=weight,
+        bias_ptr=bias,
+        y_ptr=y,
+        **geometry(problem),
+        x_strides=x.stride(),
+        w_strides=oriented(weight, "forward"),
+        y_strides=y.stride(),
+        WIDE=wide(x, weight, y),
+        PRECISION=precision(problem.dtype),
+    )
+    return y
+
+
+def boxes(problem: Problem, config) -> int:
+    """How many programs there are."""
+    own = (config[f"BLOCK_{axis}"] - (reads - 1) for axis, reads in zip("DHW", window(problem), strict=True))
+    return problem.n * math.prod(-(-c // o) for c, o in zip(phases.cells(problem), own, strict=True))
+
+
+def window(problem: Problem) -> Triple:
+    return window_of(problem.kernel, problem.stride)
+
+
+def columns(problem: Problem) -> int:
+    """BLOCK_N: every (phase, channel, delta)."""
+    return max(16, math.prod(problem.stride) * power(problem.c_out) * math.prod(window(problem)))
+
+
+def supports(problem: Problem, device: torch.device) -> str | None:
+    why_not = refusal(problem, device)
+    if why_not is not None:
+        return why_not
+    if problem.groups > 1:
+        return f"{problem.groups} groups: the taps of one group fill no tile"
+    if any(axis.kernel > 1 and axis.dilation > 1 for axis in problem.axes):
+        return f"with dilation {problem.dilation} the taps of an output are not neighbours in steps of the stride"
+    if any(s not in (1, 2) or w > 2 for s, w in zip(problem.stride, window(problem), strict=True)):
+        return f"kernel {problem.kernel}, stride {problem.stride}: strides 1 and 2 and kernels to twice them are served"
+    if math.prod(window(problem)) == 1:
+        return f"kernel {problem.kernel}, stride {problem.stride}: no outputs overlap"
+    if columns(problem) > MOST_COLUMNS:
+        return f"{columns(problem)} products per voxel: at most {MOST_COLUMNS} fit a tile"
+    return None
+
+
+@cache
+def box(cells: Triple, reads: Triple, block_m: int, least_w: int) -> Triple:
+    """(BLOCK_D, BLOCK_H, BLOCK_W) whose boxes cover the cells with the fewest voxels, halos included."""
+    powers = [2**each for each in range(block_m.bit_length())]
+    shapes = [(d, h, block_m // (d * h)) for d, h in itertools.product(powers, powers) if d * h <= block_m]
+    shapes = [s for s in shapes if all(b >= LEAST_BOX or r == 1 for b, r in zip(s, reads, strict=True))]
+    wide_ones = [s for s in shapes if s[2] >= least_w]
+
+    def voxels(shape: Triple) -> tuple[int, int]:
+        counts = (-(-c // (b - (r - 1))) for c, b, r in zip(cells, shape, reads, strict=True))
+        return math.prod(counts) * block_m, -shape[2]
+
+    return min(wide_ones or shapes, key=voxels)
+
+
+def default(problem: Problem, device: torch.device):
+    return _config(problem, 128 if problem.dtype.itemsize == 2 else 64)
+
+
+def _config(problem: Problem, block_m: int) -> dict[str, int]:
+    half, last = problem.dtype.itemsize == 2, problem.layout == "ndhwc"
+    block_n = columns(problem)
+    d, h, w = box(phases.cells(problem), window(problem), block_m, 4 if last else 8)
+    deep = 64 if half and last and block_n <= 128 else 32
+    return {
+        "BLOCK_D": d,
+        "BLOCK_H": h,
+        "BLOCK_W": w,
+        "BLOCK_K": tiles.power_of_two(problem.c_in, 16, deep),
+        "num_warps": 8 if block_m * block_n >= 128 * 128 else 4,
+        "num_stages": 3,
+        "WEIGHT": preferred(problem),
+    }
+
+
+def space(problem: Problem, device: torch.device):
+    base = default(problem, device)
+    found = [
+        base,
+        *(_config(problem, block_m) for block_m in (64, 128, 256) if block_m * columns(problem) <= 256 * 128),
+    ]
+    found += [{**base, "num_stages": stages} for stages in (1, 2, 4)]
+    found += [{**base, "num_warps": warps} for warps in (4, 8)]
+    found += [{**base, "WEIGHT": order} for order in (0, 1, 2)]
+    found.append({**base, "BLOCK_K": max(16, base["BLOCK_K"] // 2)})
+    return tuple(config for index, config in enumerate(found) if config not in found[:index])
+
+
+def work(problem: Problem, config) -> Work:
+    block_m = config["BLOCK_D"] * config["BLOCK_H"] * config["BLOCK_W"]
+    count = boxes(problem, config)
+    steps = count * triton.cdiv(problem.c_in, config["BLOCK_K"])
+    return tap_gemm(problem, "forward", {**config, "BLOCK_N": columns(problem)}, count, steps, block_m=block_m)
+
+
+VARIANT = Variant(
+    name="forward_overlap",
+    pass_name="forward",
+    idea="very few channels out: x times all taps once, overlapping products added in registers",
+    backend="triton",
+    launch=launch,
+    supports=supports,
+    space=space,
+    default=default,
+    work=work,
+)
