@@ -1,6 +1,8 @@
 # make bench   times the layers on this machine and draws the charts
 # make test    runs the tests
 # make test-oldest   runs the tests of the Triton kernels on the oldest Triton that is served
+# make test-gpu    on a machine with a GPU: what only a GPU shows, and the kernel tests compiled
+# make sanitize    the same kernels under NVIDIA's compute-sanitizer
 # make lint    ruff and mypy
 # Each sets up what it needs in a virtual environment first.
 PYTHON ?= python3
@@ -10,7 +12,10 @@ OLDEST ?= .venv-oldest
 KERNEL_TESTS = tests/test_triton_kernels.py tests/test_triton_layers.py tests/test_inspection.py
 PIP = $(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: bench test test-oldest lint clean
+GPU_TESTS = tests/test_gpu.py tests/test_triton_kernels.py tests/test_triton_layers.py tests/test_replay.py \
+	tests/test_fused_backward.py tests/test_direct_launch.py
+
+.PHONY: bench test test-oldest test-gpu sanitize lint clean
 
 bench: $(VENV)/.bench-ready
 	$(VENV)/bin/tritonconv bench --suite all --seconds $(BUDGET) --output results
@@ -22,6 +27,14 @@ test: $(VENV)/.test-ready
 
 test-oldest: $(OLDEST)/.ready
 	$(OLDEST)/bin/python -m pytest $(KERNEL_TESTS)
+
+test-gpu: $(VENV)/.test-ready
+	$(VENV)/bin/python -m pytest $(GPU_TESTS)
+
+# Every allocation of its own, so that an access beyond it is seen.
+sanitize: $(VENV)/.test-ready
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
+		$(VENV)/bin/python -m pytest tests/test_triton_kernels.py -k "exact or strides"
 
 lint: $(VENV)/.test-ready
 	$(VENV)/bin/ruff check .

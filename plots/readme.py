@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tritonconv import markdown
 from tritonconv.bench.results import Run
-from tritonconv.bench.standings import Standing, by_pass, mean, standings
+from tritonconv.bench.standings import Standing, by_pass, eager, mean, standings
 from tritonconv.errors import ResultsError
 from tritonconv.plots import style
 from tritonconv.plots.report import chosen, shown
@@ -28,9 +28,9 @@ def update(run: Run, path: Path, every_layer: bool) -> None:
 
 def section(run: Run, found: Sequence[Standing], every_layer: bool) -> str:
     """The Markdown of a run: means, of all layers and by class, and with ``every_layer`` a table of each."""
-    groups = by_pass(found)
-    means = []
-    for key, each in groups.items():
+    groups, means = by_pass(found), []
+    called = {(f"{name} (eager)", dtype): each for (name, dtype), each in by_pass(eager(run.of_models())).items()}
+    for key, each in (groups | called).items():
         means.append([*key, "all", *_mean(each)])
         for kind in sorted({one.ours.get("class") or "" for one in each} - {""}):
             means.append([*key, kind, *_mean([one for one in each if one.ours.get("class") == kind])])
@@ -48,9 +48,11 @@ def _mean(each: Sequence[Standing]) -> list[str]:
 
 
 def _caption(run: Run) -> str:
+    on_gpu = bool(eager(run.of_models()))
     said = [
         f"{style.machine(run)}. Layers: {run.environment['scale_rule']}.",
-        "Speed-up of our fastest memory format over the fastest of torch and torch.compile in any: a ratio of medians.",
+        "Speed-up of our fastest memory format over the fastest of torch and torch.compile in any: a ratio of medians"
+        + ("; (eager) is by the wall time of a call, the others by the time of a CUDA graph." if on_gpu else "."),
     ]
     return "\n".join(said + ([run.disturbance] if run.disturbance else []))
 

@@ -180,6 +180,9 @@ def test_the_best_torch_is_the_fastest_of_all_layouts_and_of_compile():
     assert [each.torch_chosen for each in found] == [False, True]
     assert standings.mean(found) == pytest.approx(1.0)
     assert list(standings.by_pass(found)) == [("forward", "float32")]
+    assert standings.eager(ours) == []
+    graphs = [{**each, "timing": "graph", "wall_ms": 3 * each["median_ms"] + 1} for each in (*rows, *ours)]
+    assert [each.ratio for each in standings.eager(graphs)] == [7 / 4]
 
 
 def test_fast_p_is_the_share_above_p():
