@@ -16,16 +16,15 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tritonconv.kernels.triton_device import next_step, offset, widened
-from tritonconv.kernels.triton_launch import refusal, target
+from tritonconv.kernels.triton_launch import multiprocessors, refusal, target
 from tritonconv.kernels.triton_tape import derived
+from tritonconv.kernels.triton_tiles import PROGRAMS
 from tritonconv.kernels.triton_weights import OUT_INNERMOST, packed, strides
 from tritonconv.kernels.work import Work, tap_gemm
 from tritonconv.problem import Problem, Triple
 
 ALIGNMENT = 16  # bytes, of the base and of every stride but the last (CUDA driver API, cuTensorMapEncodeTiled)
 TMA_FROM = 90  # compute capability (CUDA C++ programming guide, "Tensor Memory Access")
-PROGRAMS = 132  # assumed where no device can be asked
-INTERPRETED_PROGRAMS = 3  # few, so that each takes several tiles there as well
 
 
 @triton.jit
@@ -188,9 +187,7 @@ def _box_of(size: Triple, block_m: int) -> Triple:
 
 def programs(device: torch.device, tiles: int) -> int:
     """The persistent grid: one program per multiprocessor, or fewer where there are fewer tiles."""
-    if device.type == "cuda" and torch.cuda.is_available():
-        return min(tiles, torch.cuda.get_device_properties(device).multi_processor_count)
-    return min(tiles, INTERPRETED_PROGRAMS if device.type == "cpu" else PROGRAMS)
+    return min(tiles, multiprocessors(device))
 
 
 def boxes_work(problem: Problem, pass_name: str, config, size: Triple, channels: int, depth: int) -> Work:

@@ -15,8 +15,10 @@ from triton.compiler.compiler import make_backend
 
 from tritonconv.kernels import triton_tape
 from tritonconv.kernels.registry import Config
+from tritonconv.kernels.triton_tiles import PROGRAMS
 from tritonconv.problem import Problem, largest_offset
 
+INTERPRETED_PROGRAMS = 3  # few, so that each takes several tiles there as well
 WIDE_FROM = 2**30  # half of what 32 bits hold: masked lanes of a tile reach beyond the tensor
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -87,6 +89,13 @@ def compute_capability() -> int:
     """Of the NVIDIA GPU that launches go to, as 90 for 9.0; 0 where there is none."""
     gpu = target()
     return gpu.arch if gpu is not None and gpu.backend == "cuda" else 0
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many a persistent grid has to fill; few in the interpreter, an H100's where the device is not there."""
+    if device.type == "cuda" and torch.cuda.is_available():
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return INTERPRETED_PROGRAMS if device.type == "cpu" else PROGRAMS
 
 
 @cache

@@ -1,0 +1,181 @@
+"""Forward where kernel <= stride, for large layers of few channels: each program keeps the weight and takes many tiles.
+
+As :mod:`~tritonconv.kernels.forward_shuffle`, but where c_in fits one step of the depth the weight's tile is the same
+for all tiles of a column. There a program per tile loads as many bytes of weight as it writes of y; here a persistent
+grid loads them once, and the next tiles of x are on their way while one is multiplied and stored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import triton
+import triton.language as tl
+
+from tritonconv.kernels import forward_shuffle
+from tritonconv.kernels import triton_phases as phases
+from tritonconv.kernels import triton_tiles as tiles
+from tritonconv.kernels.registry import Config, Variant
+from tritonconv.kernels.triton_device import ceil_div, inside, voxel_tiles, voxels, widened
+from tritonconv.kernels.triton_launch import accounting, empty, geometry, multiprocessors, precision, wide
+from tritonconv.kernels.triton_launch import launch as run
+from tritonconv.kernels.triton_phases import cells_of, column_count, decoded, multiple, store_phases
+from tritonconv.kernels.triton_weights import oriented, packed
+from tritonconv.kernels.work import Work, size_of
+from tritonconv.problem import Problem
+
+DEEPEST = {2: 128, 4: 64}  # channels of x, by the bytes of an element: one step of the depth
+
+
+@triton.jit(launch_metadata=accounting, do_not_specialize=phases.RUN_TIME)
+def forward_shuffle_resident_kernel(
+    x_ptr,  # (n, c_in, d, h, w)
+    w_ptr,  # (c_in, c_out, taps)
+    bias_ptr,  # (c_out,) or None
+    y_ptr,  # (n, c_out, od, oh, ow)
+    n, d_in, h_in, w_in, d_out, h_out, w_out, d_crop, h_crop, w_crop,
+    x_strides, w_strides, y_strides,
+    C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
+    ROWS: tl.constexpr, X_STEP: tl.constexpr, FACTS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
+    TILES_N: tl.constexpr = ceil_div(column_count(STRIDE, C_OUT, ROWS), BLOCK_N)
+    cells, first = cells_of(crop, out_size, STRIDE)
+    origin = (first[0] * STRIDE[0] - crop[0], first[1] * STRIDE[1] - crop[1], first[2] * STRIDE[2] - crop[2])
+    tiles_m = voxel_tiles(n, cells, BLOCK_M, BLOCK_W, WIDE)
+    tile_n = tl.program_id(0) % TILES_N
+    offs_n = widened(tile_n * BLOCK_N + tl.arange(0, BLOCK_N), WIDE)
+    offs_k = widened(tl.arange(0, BLOCK_K), WIDE)
+    mask_k = offs_k < C_IN
+
+    phase_d, phase_h, phase_w, channel, mask_n = decoded(offs_n, C_OUT, STRIDE, ROWS)
+    tapped = mask_n & (phase_d < KERNEL[0]) & (phase_h < KERNEL[1]) & (phase_w < KERNEL[2])
+    tap = (phase_d * KERNEL[1] + phase_h) * KERNEL[2] + phase_w
+    columns = channel * w_strides[1] + tap * w_strides[2]
+    w_ptrs = w_ptr + columns[None, :] + (offs_k * w_strides[0])[:, None]
+    w_tile = tl.load(w_ptrs, mask=tapped[None, :] & mask_k[:, None], other=0.0)  # (BLOCK_K, BLOCK_N)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + channel, mask=mask_n, other=0.0).to(tl.float32)
+
+    for tile_m in range(tl.program_id(0) // TILES_N, tiles_m, tl.num_programs(0) // TILES_N):
+        image, d, h, w, _ = voxels(tile_m, n, cells, BLOCK_M, BLOCK_W, WIDE)
+        d, h, w = d + first[0], h + first[1], w + first[2]
+        mask_m = (image < n) & inside(d, size[0]) & inside(h, size[1]) & inside(w, multiple(size[2], X_STEP))
+        rows = image * x_strides[0] + d * x_strides[2] + h * x_strides[3] + w * x_strides[4]
+        x_mask = mask_m[:, None]
+        if C_IN != BLOCK_K:
+            x_mask = x_mask & mask_k[None, :]
+        x_tile = tl.load(x_ptr + rows[:, None] + (offs_k * x_strides[1])[None, :], mask=x_mask, other=0.0)
+        acc = tl.dot(x_tile, w_tile, input_precision=PRECISION)  # (BLOCK_M, BLOCK_K) x (BLOCK_K, BLOCK_N)
+        if bias_ptr is not None:
+            acc += bias[None, :]
+        store_phases(
+            acc, y_ptr, y_strides, tile_m, n, cells, origin, out_size, tile_n,
+            C_OUT, STRIDE, STRIDE, ROWS, FACTS, BLOCK_M, BLOCK_N, BLOCK_W, WIDE,
+        )  # fmt: skip
+
+
+def launch(problem, config, x, weight, bias, out=None):
+    y = empty(problem, problem.y_shape, x) if out is None else out
+    if y.numel() == 0:
+        return y
+    config = dict(_deep(problem, config))
+    weight = packed(weight, config.pop("WEIGHT"))
+    run(
+        forward_shuffle_resident_kernel,
+        grid(problem, config, multiprocessors(x.device) * config.pop("RESIDENT")),
+        config,
+        x.device,
+        x_ptr=x,
+        w_ptr=weight,
+        bias_ptr=bias,
+        y_ptr=y,
+        **geometry(problem),
+        x_strides=x.stride(),
+        w_strides=oriented(weight, "forward"),
+        y_strides=y.stride(),
+        X_STEP=phases.width_step(problem.size[2], config),
+        FACTS=phases.facts(problem, config, y),
+        WIDE=wide(x, weight, y),
+        PRECISION=precision(problem.dtype),
+    )
+    return y
+
+
+def grid(problem: Problem, config: Config, slots: int) -> int:
+    """Programs: as many as there is room for, a multiple of the columns' tiles, and no more than there are tiles."""
+    across = triton.cdiv(phases.columns(problem, config["ROWS"]), config["BLOCK_N"])
+    return min(tiles.tiles_of(problem.n, phases.cells(problem), config), max(1, slots // across)) * across
+
+
+def supports(problem: Problem, device: torch.device) -> str | None:
+    why_not = forward_shuffle.supports(problem, device)
+    if why_not is None and problem.groups > 1:
+        why_not = f"{problem.groups} groups: each has a weight of its own"
+    if why_not is None and problem.c_in > DEEPEST[problem.dtype.itemsize]:
+        why_not = f"c_in={problem.c_in}: at most {DEEPEST[problem.dtype.itemsize]} channels fit one step of the depth"
+    return why_not
+
+
+def default(problem: Problem, device: torch.device):
+    base = forward_shuffle.default(problem, device)
+    config = {key: value for key, value in base.items() if key not in ("BLOCK_K", "GROUP_M")}
+    while config["BLOCK_N"] > 64 and not _fits(problem, config):
+        config["BLOCK_N"] //= 2
+    while config["num_stages"] > 1 and not _fits(problem, config):
+        config["num_stages"] -= 1
+    return {**config, "RESIDENT": 2}
+
+
+def _deep(problem: Problem, config: Config) -> Config:
+    """With BLOCK_K: all of c_in in one step."""
+    return {**config, "BLOCK_K": tiles.power_of_two(problem.c_in, 16, DEEPEST[problem.dtype.itemsize])}
+
+
+def _shared_bytes(problem: Problem, config: Config) -> int:
+    """The weight and the pipeline of x."""
+    rows = config["BLOCK_N"] + config["BLOCK_M"] * config["num_stages"]
+    return rows * _deep(problem, config)["BLOCK_K"] * problem.dtype.itemsize
+
+
+def _fits(problem: Problem, config: Config) -> bool:
+    return _shared_bytes(problem, config) <= tiles.SHARED_BYTES
+
+
+def space(problem: Problem, device: torch.device):
+    base = _deep(problem, default(problem, device))
+    more = {"WEIGHT": (0, 1, 2), "ROWS": (0, 1) if phases.whole_rows(problem) else (), "RESIDENT": (1, 2, 3, 4)}
+    found = (each for each in tiles.around(base, problem, **more) if each["BLOCK_K"] == base["BLOCK_K"])
+    shallow = ({key: value for key, value in each.items() if key != "BLOCK_K"} for each in found)
+    return tuple(each for each in shallow if _fits(problem, each))
+
+
+def work(problem: Problem, config: Config) -> Work:
+    deep = _deep(problem, config)
+    found, slots = forward_shuffle.work(problem, deep), grid(problem, config, tiles.PROGRAMS * config["RESIDENT"])
+    kept = float(slots * deep["BLOCK_K"] * config["BLOCK_N"] * problem.dtype.itemsize)
+    across = triton.cdiv(phases.columns(problem, config["ROWS"]), config["BLOCK_N"])
+    moved = size_of(problem, "x") * across + size_of(problem, "y") + kept
+    return replace(
+        found,
+        cache_bytes=max(found.memory_bytes, moved),
+        programs=slots,
+        shared_bytes=_shared_bytes(problem, config),
+    )
+
+
+VARIANT = Variant(
+    name="forward_shuffle_resident",
+    pass_name="forward",
+    idea="kernel <= stride, few channels in: a persistent grid that keeps the weight",
+    backend="triton",
+    launch=launch,
+    supports=supports,
+    space=space,
+    default=default,
+    work=work,
+)
