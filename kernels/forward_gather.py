@@ -121,7 +121,8 @@ def launch(problem, config, x, weight, bias, out=None):
 def default(problem, device):
     columns, depth = problem.c_out // problem.groups, problem.c_in // problem.groups
     base = tiles.gemm(problem, problem.out_size, columns, depth, problem.groups)
-    if base["BLOCK_M"] * base["BLOCK_N"] >= 128 * 64:  # the stride masks need registers: with 4 warps it spills
+    large = 128 * 64 if problem.dtype.itemsize == 2 else 64 * 64
+    if base["BLOCK_M"] * base["BLOCK_N"] >= large:  # the stride masks need registers: with 4 warps it spills
         base["num_warps"] = 8
     return {**base, "GROUP_M": 8, "WEIGHT": preferred(problem)}
 

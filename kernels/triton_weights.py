@@ -14,9 +14,10 @@ from tritonconv.kernels.triton_tape import derived
 from tritonconv.problem import Problem
 
 AS_GIVEN, OUT_INNERMOST, IN_INNERMOST = 0, 1, 2  # the values of the config key WEIGHT
-# torch's order has the taps innermost: neighbours of a tile then lie taps*itemsize bytes apart. A weight this small
-# stays in a multiprocessor's L1 cache beside the tiles, so that a launch for its packing would buy nothing.
-CACHED_BYTES = 32 * 1024
+# torch's order has the taps innermost: neighbours of a tile then lie taps*itemsize bytes apart, and a load of 32 lanes
+# touches up to 32 sectors. A weight this small stays in a multiprocessor's L1 cache, and in a small problem a launch
+# for its packing takes longer than that: at 4 TB/s the bytes of such a problem take 2 us.
+CACHED_BYTES, SMALL_PROBLEM = 32 * 1024, 8 << 20
 _ORDERS = {OUT_INNERMOST: (2, 3, 4, 0, 1), IN_INNERMOST: (2, 3, 4, 1, 0)}
 
 Packs = dict[tuple, torch.Tensor]
@@ -86,12 +87,12 @@ def oriented(weight: torch.Tensor, pass_name: str) -> tuple[int, int, int]:
 
 
 def preferred(problem: Problem, pass_name: str = "forward") -> int:
-    """The default order: as given where there is one tap or the weight fits a cache, else packed.
+    """The default order: as given where there is one tap, or the weight fits a cache in a small problem; else packed.
 
     16-bit dots take either operand order from shared memory, so forward and backward-data read the same copy. TF32 on
     Hopper needs the summed axis innermost: c_in in the forward, c_out in the backward-data.
     """
     nbytes = math.prod(problem.weight_shape) * problem.dtype.itemsize
-    if max(problem.kernel) == 1 or nbytes <= CACHED_BYTES:
+    if max(problem.kernel) == 1 or (nbytes <= CACHED_BYTES and problem.bytes(pass_name) <= SMALL_PROBLEM):
         return AS_GIVEN
     return IN_INNERMOST if problem.dtype.itemsize == 4 and pass_name == "forward" else OUT_INNERMOST

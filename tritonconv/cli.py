@@ -11,7 +11,20 @@ import os
 import sys
 from collections.abc import Sequence
 
-from tritonconv.commands import bench, campaign, compare, explain, inspect, model, overhead, plot, report, roofs, tune
+from tritonconv.commands import (
+    accesses,
+    bench,
+    campaign,
+    compare,
+    explain,
+    inspect,
+    model,
+    overhead,
+    plot,
+    report,
+    roofs,
+    tune,
+)
 from tritonconv.commands import list as list_
 from tritonconv.commands.common import INTERRUPTED, USAGE
 from tritonconv.errors import ArgumentError, ResultsError
@@ -28,6 +41,7 @@ COMMANDS = {
     "report": report,
     "explain": explain,
     "inspect": inspect,
+    "accesses": accesses,
     "list": list_,
 }
 

@@ -77,7 +77,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """1 where a default config is not in order."""
-    chosen = _variants(options.variants)
+    chosen = triton_variants(options.variants)
     if options.markdown is not None:
         readme.check(options.markdown)
     if options.json is not None and not options.json.parent.is_dir():
@@ -88,7 +88,7 @@ def run(options: argparse.Namespace) -> int:
         targets=flags.once(options.targets, DEFAULT_TARGETS),
         precisions=flags.once(options.dtypes, DEFAULT_PRECISIONS),
         layouts=flags.once(options.layouts, tuple(LAYOUTS)),
-        classes=_classes(options.layers),
+        classes=wanted_classes(options.layers),
         candidates=options.configs == ALL,
     )
     for name, why in plan.left_out:
@@ -112,7 +112,7 @@ def run(options: argparse.Namespace) -> int:
     return WRONG if inspection.failures() else OK
 
 
-def _variants(names: list[str]) -> tuple[Variant, ...]:
+def triton_variants(names: list[str]) -> tuple[Variant, ...]:
     known = tuple(record for record in variants() if record.backend == "triton")
     if not names:
         return known
@@ -127,7 +127,7 @@ def _variants(names: list[str]) -> tuple[Variant, ...]:
     return tuple(found)
 
 
-def _classes(given: list[str] | None) -> tuple[str, ...] | None:
+def wanted_classes(given: list[str] | None) -> tuple[str, ...] | None:
     wanted = flags.once(given, (FEW,))
     if ALL in wanted:
         return tuple(jobs.CLASSES)
