@@ -15,7 +15,16 @@ import triton.language as tl
 from tritonconv.kernels import triton_launch, triton_taps
 from tritonconv.kernels import triton_tiles as tiles
 from tritonconv.kernels.registry import Variant
-from tritonconv.kernels.triton_device import ceil_div, grouped_order, offset, product, store_tile, voxel_tiles, voxels
+from tritonconv.kernels.triton_device import (
+    ceil_div,
+    grouped_order,
+    load_along,
+    offset,
+    product,
+    store_tile,
+    voxel_tiles,
+    voxels,
+)
 from tritonconv.kernels.triton_launch import RUN_TIME, accounting, empty, geometry, precision, wide
 from tritonconv.kernels.triton_launch import launch as run
 from tritonconv.kernels.triton_taps import tap_lanes, voxel_words
@@ -36,7 +45,7 @@ def backward_data_packed_kernel(
     C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr, GROUP_M: tl.constexpr,
-    VOXELS_INNER: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    X_VOXELS_INNER: tl.constexpr, Y_VOXELS_INNER: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     COLUMNS: tl.constexpr = ceil_div(C_IN, BLOCK_N)
@@ -63,7 +72,10 @@ def backward_data_packed_kernel(
         moved = offset(grad_y_strides, 0, co, td * DILATION[0], th * DILATION[1], tw * DILATION[2])
         # The voxels are the last axis, so that the lanes of a warp run along them: neighbours, whatever the stride.
         hit = (words[None, :] & wanted[:, None]) == wanted[:, None]  # (BLOCK_K, BLOCK_M)
-        grad_y_tile = tl.load(grad_y_rows + moved[:, None], mask=hit, other=0.0)
+        if Y_VOXELS_INNER:
+            grad_y_tile = load_along(grad_y_rows + moved[:, None], hit, 1)
+        else:
+            grad_y_tile = tl.load(grad_y_rows + moved[:, None], mask=hit, other=0.0)
         w_mask = mask_n[None, :]
         if DEPTH % BLOCK_K != 0:
             w_mask = w_mask & (k + offs_k < DEPTH)[:, None]
@@ -71,7 +83,7 @@ def backward_data_packed_kernel(
         acc = tl.dot(tl.trans(grad_y_tile), w_tile, acc, input_precision=PRECISION)
 
     rows = offset(grad_x_strides, image, 0, d, h, w)  # (BLOCK_M,)
-    store_tile(grad_x_ptr, rows, channel * grad_x_strides[1], acc, mask_m, mask_n, VOXELS_INNER)
+    store_tile(grad_x_ptr, rows, channel * grad_x_strides[1], acc, mask_m, mask_n, X_VOXELS_INNER)
 
 
 def launch(problem, config, grad_y, weight):
@@ -93,7 +105,8 @@ def launch(problem, config, grad_y, weight):
         grad_y_strides=grad_y.stride(),
         w_strides=oriented(weight, "backward_data"),
         grad_x_strides=grad_x.stride(),
-        VOXELS_INNER=grad_x.stride(1) != 1,
+        X_VOXELS_INNER=grad_x.stride(1) != 1,
+        Y_VOXELS_INNER=grad_y.stride(1) != 1 or problem.weight_shape[1] % 2 != 0,
         WIDE=wide(grad_y, weight, grad_x),
         PRECISION=precision(problem.dtype),
     )

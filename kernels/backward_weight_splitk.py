@@ -18,7 +18,17 @@ import triton.language as tl
 from tritonconv.kernels import triton_launch, triton_taps
 from tritonconv.kernels import triton_tiles as tiles
 from tritonconv.kernels.registry import Config, Variant
-from tritonconv.kernels.triton_device import ceil_div, chunk, inside, offset, product, voxel_tiles, voxels, widened
+from tritonconv.kernels.triton_device import (
+    ceil_div,
+    chunk,
+    inside,
+    load_along,
+    offset,
+    product,
+    voxel_tiles,
+    voxels,
+    widened,
+)
 from tritonconv.kernels.triton_launch import RUN_TIME, accounting, geometry, precision, wide
 from tritonconv.kernels.triton_launch import launch as run
 from tritonconv.kernels.triton_reduce import sum_partials
@@ -60,6 +70,7 @@ def backward_weight_splitk_kernel(
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr,
     BIAS_V: tl.constexpr, BIAS_C: tl.constexpr, BIAS_W: tl.constexpr,
+    Y_VOXELS_INNER: tl.constexpr, X_VOXELS_INNER: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
@@ -107,9 +118,16 @@ def backward_weight_splitk_kernel(
             words = voxel_words(od, oh, ow, mask_k, out_size, KERNEL, DILATION)
             hit = (words[None, :] & wanted[:, None]) == wanted[:, None]  # (BLOCK_M, BLOCK_K)
         grad_y_columns = offset(grad_y_strides, image, 0, od, oh, ow)[None, :]
-        grad_y_tile = tl.load(grad_y_rows + grad_y_columns, mask=hit, other=0.0)
+        if Y_VOXELS_INNER:
+            grad_y_tile = load_along(grad_y_rows + grad_y_columns, hit, 1)  # (BLOCK_M, BLOCK_K)
+        else:
+            grad_y_tile = tl.load(grad_y_rows + grad_y_columns, mask=hit, other=0.0)
         x_columns = offset(x_strides, image, 0, d, h, w)[None, :]
-        x_tile = tl.load(x_rows + x_columns, mask=mask_n[:, None] & mask_k[None, :], other=0.0)
+        x_mask = mask_n[:, None] & mask_k[None, :]
+        if X_VOXELS_INNER:
+            x_tile = load_along(x_rows + x_columns, x_mask, 1)  # (BLOCK_N, BLOCK_K)
+        else:
+            x_tile = tl.load(x_rows + x_columns, mask=x_mask, other=0.0)
         acc = tl.dot(grad_y_tile, tl.trans(x_tile), acc, input_precision=PRECISION)
 
     rows = widened(split, WIDE) * grad_w_strides[0] + co * grad_w_strides[2] + tap * grad_w_strides[3]
@@ -144,6 +162,8 @@ def launch(problem, config, x, grad_y, need_bias):
         x_strides=x.stride(),
         grad_y_strides=grad_y.stride(),
         grad_w_strides=(step[0], step[3], step[2], step[1]),
+        Y_VOXELS_INNER=grad_y.stride(1) != 1,
+        X_VOXELS_INNER=x.stride(1) != 1 and config["BLOCK_W"] == 0,
         WIDE=wide(x, grad_y, partial),
         PRECISION=precision(problem.dtype),
     )

@@ -11,6 +11,10 @@ import math
 import triton
 import triton.language as tl
 
+# Where the compiler sees no neighbours along either axis of a tile of addresses, the lanes of a warp run along the last
+# axis; in Triton 3.6 along the first (seen in the layouts that 3.6.0 and 3.7.0 to 3.9.0 give the same kernels).
+TIES_LAST = tl.constexpr(tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 7))
+
 
 @triton.constexpr_function
 def gcd(first, second):
@@ -160,14 +164,22 @@ def grouped_order(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
+def load_along(pointers, mask, AXIS: tl.constexpr):
+    """A tile (A, B); the lanes of a warp run along AXIS where the compiler sees no neighbours along either."""
+    if (AXIS == 1) == TIES_LAST:
+        return tl.load(pointers, mask=mask, other=0.0)
+    return tl.trans(tl.load(tl.trans(pointers), mask=tl.trans(mask), other=0.0))
+
+
+@triton.jit
 def store_tile(out_ptr, rows, columns, tile, mask_m, mask_n, VOXELS_INNER: tl.constexpr):
     """Stores a tile (BLOCK_M voxels, BLOCK_N channels) at ``rows + columns``, rounded once.
 
-    VOXELS_INNER: lanes run along the voxels. Without it the compiler, which cannot see which voxels are neighbours,
-    spreads the lanes of a warp over the channels: in NCDHW each then writes 2 bytes of a sector of its own.
+    VOXELS_INNER: lanes run along the voxels, although the compiler cannot see which voxels are neighbours. Along the
+    channels each lane would write 2 bytes of a sector of its own in NCDHW.
     """
     tile = tile.to(out_ptr.dtype.element_ty)
-    if VOXELS_INNER:
+    if VOXELS_INNER and TIES_LAST:
         mask = mask_n[:, None] & mask_m[None, :]
         tl.store(out_ptr + columns[:, None] + rows[None, :], tl.trans(tile), mask=mask)
     else:

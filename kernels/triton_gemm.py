@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tritonconv.kernels.triton_device import chunk, inside, next_step, widened
+from tritonconv.kernels.triton_device import TIES_LAST, chunk, inside, next_step, widened
 
 
 @triton.jit
@@ -59,11 +59,11 @@ def implicit_gemm(
         channels = k + offs_k
         weight_k = channels if PACK == 1 or WRAP_N else channels % K_GROUP
         a_mask, a_ptrs = hit[:, None], a_ptr + (rows + moved)[:, None] + (channels * a_strides[1])[None, :]
-        if VOXELS_INNER:
+        if VOXELS_INNER and TIES_LAST:
             a_mask, a_ptrs = hit[None, :], a_ptr + (rows + moved)[None, :] + (channels * a_strides[1])[:, None]
         w_mask = (offs_n < N)[None, :]
         if K % BLOCK_K != 0:
-            a_mask = a_mask & ((channels < K)[:, None] if VOXELS_INNER else (channels < K)[None, :])
+            a_mask = a_mask & ((channels < K)[:, None] if VOXELS_INNER and TIES_LAST else (channels < K)[None, :])
             w_mask = w_mask & (channels < K)[:, None]
         if PACK > 1:
             w_mask = w_mask & ((channels // K_GROUP)[:, None] == (offs_n // N_GROUP)[None, :])
@@ -71,7 +71,7 @@ def implicit_gemm(
         w_tile = tl.load(
             w_ptr + index * w_strides[2] + (weight_k * w_strides[0])[:, None] + columns[None, :], mask=w_mask, other=0.0
         )
-        if VOXELS_INNER:
+        if VOXELS_INNER and TIES_LAST:
             a_tile = tl.trans(a_tile)
         acc = tl.dot(a_tile, w_tile, acc, input_precision=PRECISION)  # (BLOCK_M, BLOCK_K) x (BLOCK_K, BLOCK_N)
         k, md, mh, mw = next_step(k, md, mh, mw, taps, K, BLOCK_K)

@@ -55,11 +55,11 @@ def watching() -> Iterator[list[Seen]]:
             itemsize = np.dtype(interpreter._get_np_dtype(pointers.get_element_ty())).itemsize
             seen.append((kind, itemsize, pointers.data.copy(), np.array(mask.data, dtype=bool)))
 
-    def masked_load(pointers, mask, *rest):
+    def masked_load(pointers, mask, *rest, **more):
         note("load", pointers, mask)
-        return load(pointers, mask, *rest)
+        return load(pointers, mask, *rest, **more)
 
-    def masked_store(pointers, value, mask, *rest):
+    def masked_store(pointers, value, mask, *rest, **more):
         note("store", pointers, mask)
 
     def one_program(self, *args, **kwargs):
@@ -69,7 +69,10 @@ def watching() -> Iterator[list[Seen]]:
         try:
             call(self, *args, **kwargs)
         except Exception as error:
-            if not isinstance(error, _Enough) and not isinstance(error.__cause__, _Enough):
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, _Enough):  # the interpreter wraps it at each call
+                cause = cause.__cause__
+            if cause is None:
                 raise
         finally:
             self.grid = whole
