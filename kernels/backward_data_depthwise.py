@@ -61,7 +61,7 @@ def backward_data_depthwise_kernel(
                 weight = tap_d * (KERNEL[1] * KERNEL[2]) * w_strides[2] + output * w_strides[1]
                 acc = add_window(
                     acc, y_base + moved + y_tile, row, column, mask_c, out_size, y_strides,
-                    w_tile + weight, w_strides[2], KERNEL, PLACES, TAPS_H, TAPS_W,
+                    w_tile + weight, w_strides[2], KERNEL, PLACES, TAPS_H, TAPS_W, UNROLL_W * STRIDE[2] > 1,
                 )  # fmt: skip
         x_plane = grad_x_ptr + image * x_strides[0] + plane * x_strides[2]
         store_places(acc, x_plane, h, w, channel, size, x_strides, mask_c, PLACES, INTERLEAVE, BLOCK_H, BLOCK_W)

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from tritonconv.kernels.registry import Config
-from tritonconv.kernels.triton_device import ceil_div, constant, inside, widened
+from tritonconv.kernels.triton_device import ceil_div, constant, inside, load_along, widened
 from tritonconv.kernels.triton_tiles import PROGRAMS
 from tritonconv.kernels.triton_weights import AS_GIVEN, OUT_INNERMOST
 from tritonconv.kernels.work import WARP, Work, direct
@@ -138,6 +138,7 @@ def add_window(
     w_ptr,  # (1, BLOCK_C) pointers to tap (tap_d, 0, 0)
     tap_stride,
     KERNEL: tl.constexpr, PLACES: tl.constexpr, TAPS_H: tl.constexpr, TAPS_W: tl.constexpr,
+    APART: tl.constexpr = False,  # the voxels of neighbouring rows are no neighbours: the store's layout suits no load
 ):  # fmt: skip
     """acc plus all taps of one plane: each slot of the window is loaded once.
 
@@ -152,7 +153,10 @@ def add_window(
             if any_tap(TAPS_W, slot_w, PLACES[1]):
                 mask = mask_h & within(column + slot_w, size[2], SLOTS_W > 1)
                 moved = far(slot_h, a_strides[3]) + far(slot_w, a_strides[4])
-                tile = tl.load(a_ptr + moved, mask=mask, other=0.0).to(tl.float32)
+                if APART and a_ptr.shape[1] < 4:
+                    tile = load_along(a_ptr + moved, mask, 1).to(tl.float32)
+                else:
+                    tile = tl.load(a_ptr + moved, mask=mask, other=0.0).to(tl.float32)
             tiles = tiles + (tile,)  # type: ignore[assignment]  # noqa: RUF005
         for place_h in tl.static_range(constant(PLACES[0])):
             tap_h = looked_up(slot_h * PLACES[0] + place_h, TAPS_H)
