@@ -77,6 +77,6 @@ def _kept(tape: Tape, result: Any) -> Kept | None:
     """The steps of a whole tape with a launch in it, whose results are among its values."""
     several = isinstance(result, tuple)
     places = tuple(None if each is None else tape.place(each) for each in (result if several else (result,)))
-    if not tape.whole or not tape.kernels:
+    if not tape.whole or not tape.kernels or not tape.untouched():
         return None
     return tape.steps, places if several else places[0]  # type: ignore[return-value]

@@ -2,7 +2,8 @@
 
 Each becomes a step that a later call with the same kind of operands repeats, without the arithmetic on the host. A
 tensor is known by its address, so a launch may name a view of it. A launch that names any other tensor, or operands
-that share an address, cannot be repeated: the tape is then not whole.
+that share an address, cannot be repeated, nor can one beside which torch itself has written to a tensor: the tape is
+then not whole.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ class Tape:
         self.steps: list[Step] = []
         self.whole = True
         self.kernels = 0
+        self.versions: list[tuple[torch.Tensor, int]] = []
         self.places: dict[int, int] = {}  # by address
         self.owners: dict[int, int] = {}  # by the address of the storage; -1 where several live in it
         for place, value in enumerate(self.values):
@@ -41,8 +43,13 @@ class Tape:
         address = tensor.data_ptr()
         self.whole = self.whole and address != 0 and address not in self.places
         self.places[address] = place
+        self.versions.append((tensor, _version(tensor)))
         storage = tensor.untyped_storage().data_ptr()
         self.owners[storage] = -1 if storage in self.owners else place
+
+    def untouched(self) -> bool:
+        """No operation of torch's has written to a tensor since it was placed."""
+        return all(_version(tensor) == version for tensor, version in self.versions)
 
     def place(self, tensor: torch.Tensor) -> int:
         """Where among the values the tensor begins; -1, and the tape is not whole, where it is none of them."""
@@ -104,6 +111,11 @@ class Tape:
         size, stride = tensor.size(), tensor.stride()
         beyond = tensor.storage_offset() - self.values[owner].storage_offset()
         return lambda values: values[owner].as_strided(size, stride, values[owner].storage_offset() + beyond)
+
+
+def _version(tensor: torch.Tensor) -> int:
+    """How often torch has written to it; 0 where torch does not count (inference mode)."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _directly(compiled) -> bool:

@@ -93,6 +93,25 @@ def test_a_call_whose_operands_share_memory_is_not_kept(made):
     assert list(replay.kept.values()).count(None) == 0 and len(replay.kept) == 1
 
 
+def test_a_launch_beside_which_torch_writes_is_not_kept(made):
+    def launch(problem, config, x, weight, bias):
+        y = triton_launch.empty(problem, problem.y_shape, x)
+        GATHER.launch(problem, config, x, weight, bias, out=y)
+        return y.mul_(2)
+
+    replay = Replay(launch, UP, config_of(GATHER, WEIGHT=0))
+    for _ in range(3):
+        x, weight, bias = integers(*UP.x_shape), integers(*UP.weight_shape), integers(3)
+        assert torch.equal(replay(x, weight, bias), 2 * torch.conv_transpose3d(x, weight, bias, 2))
+    assert list(replay.kept.values()) == [None]
+    with torch.inference_mode():  # tensors whose versions torch does not count
+        quiet = Replay(GATHER.launch, UP, config_of(GATHER, WEIGHT=0))
+        for _ in range(2):
+            x, weight, bias = integers(*UP.x_shape), integers(*UP.weight_shape), integers(3)
+            assert torch.equal(quiet(x, weight, bias), torch.conv_transpose3d(x, weight, bias, 2))
+        assert all(quiet.kept.values())
+
+
 def test_operands_of_another_alignment_are_worked_out_by_themselves(made):
     replay = Replay(GATHER.launch, UP, config_of(GATHER, WEIGHT=0))
     buffer, weight = integers(UP.x_shape[1] * 24 + 1), integers(*UP.weight_shape)
