@@ -29,6 +29,8 @@ from tritonconv.kernels.work import Work, tap_gemm
 from tritonconv.problem import Problem, Triple
 
 MOST_COLUMNS = 256
+# Of so few channels a stride has other divisors at every image size, and no wide store needs them.
+Y_STRIDES = ("y_n", "y_c", "y_d", "y_h")
 LEAST_BOX = 4  # voxels along an axis with a halo
 
 
@@ -58,14 +60,14 @@ def folded(tile, by, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     return first + behind(second, by, ROWS, COLUMNS // 2)
 
 
-@triton.jit(launch_metadata=accounting, do_not_specialize=RUN_TIME)
+@triton.jit(launch_metadata=accounting, do_not_specialize=(*RUN_TIME, *Y_STRIDES))
 def forward_overlap_kernel(
     x_ptr,  # (n, c_in, d, h, w)
     w_ptr,  # (c_in, c_out, taps)
     bias_ptr,  # (c_out,) or None
     y_ptr,  # (n, c_out, od, oh, ow)
     n, d_in, h_in, w_in, d_out, h_out, w_out, d_crop, h_crop, w_crop,
-    x_strides, w_strides, y_strides,
+    x_strides, w_strides, y_n, y_c, y_d, y_h, y_w,
     C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -151,6 +153,7 @@ def forward_overlap_kernel(
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + channel, mask=channel < C_OUT, other=0.0).to(tl.float32)[None, :]
     channel = widened(channel, WIDE)
+    y_strides = (y_n, y_c, y_d, y_h, y_w)
     y_ptrs = y_ptr + offset(y_strides, image, channel[None, :], out_d, out_h, out_w[:, None])
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
@@ -173,7 +176,7 @@ def launch(problem, config, x, weight, bias, out=None):
         **geometry(problem),
         x_strides=x.stride(),
         w_strides=oriented(weight, "forward"),
-        y_strides=y.stride(),
+        **dict(zip((*Y_STRIDES, "y_w"), y.stride(), strict=True)),
         WIDE=wide(x, weight, y),
         PRECISION=precision(problem.dtype),
     )

@@ -29,7 +29,7 @@ BLOCK_V = 128  # voxels of a tile
 def channels_last_kernel(
     x_ptr,  # (n, CHANNELS, voxels), dense
     out_ptr,  # (n, voxels, CHANNELS), dense
-    n, voxels,
+    n, voxels,  # specialised on whether 16 divides it: wide loads
     CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     tiles_v, tiles_c = tl.cdiv(voxels, BLOCK_V), tl.cdiv(CHANNELS, BLOCK_C)
