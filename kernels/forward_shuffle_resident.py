@@ -18,10 +18,8 @@ from tritonconv.kernels import triton_phases as phases
 from tritonconv.kernels import triton_tiles as tiles
 from tritonconv.kernels.registry import Config, Variant
 from tritonconv.kernels.triton_device import ceil_div, inside, voxel_tiles, voxels, widened
-from tritonconv.kernels.triton_launch import accounting, empty, geometry, multiprocessors, precision, wide
-from tritonconv.kernels.triton_launch import launch as run
+from tritonconv.kernels.triton_launch import accounting, empty, multiprocessors
 from tritonconv.kernels.triton_phases import cells_of, column_count, decoded, multiple, store_phases
-from tritonconv.kernels.triton_weights import oriented, packed
 from tritonconv.kernels.work import Work, size_of
 from tritonconv.problem import Problem
 
@@ -81,28 +79,10 @@ def forward_shuffle_resident_kernel(
 
 def launch(problem, config, x, weight, bias, out=None):
     y = empty(problem, problem.y_shape, x) if out is None else out
-    if y.numel() == 0:
-        return y
-    config = dict(_deep(problem, config))
-    weight = packed(weight, config.pop("WEIGHT"))
-    run(
-        forward_shuffle_resident_kernel,
-        grid(problem, config, multiprocessors(x.device) * config.pop("RESIDENT")),
-        config,
-        x.device,
-        x_ptr=x,
-        w_ptr=weight,
-        bias_ptr=bias,
-        y_ptr=y,
-        **geometry(problem),
-        x_strides=x.stride(),
-        w_strides=oriented(weight, "forward"),
-        y_strides=y.stride(),
-        X_STEP=phases.width_step(problem.size[2], config),
-        FACTS=phases.facts(problem, config, y),
-        WIDE=wide(x, weight, y),
-        PRECISION=precision(problem.dtype),
-    )
+    if y.numel() > 0:
+        config = dict(_deep(problem, config))
+        programs = grid(problem, config, multiprocessors(x.device) * config.pop("RESIDENT"))
+        phases.forward(forward_shuffle_resident_kernel, problem, config, x, weight, bias, y, grid=programs)
     return y
 
 

@@ -235,14 +235,17 @@ def tile(problem: Problem, size: Triple, wide: int, depth: int) -> dict[str, int
     }
 
 
-def forward(kernel, problem: Problem, config, x, weight, bias, y, shift: int | None = None) -> None:
-    """Launches a forward kernel over tiles of (cells, columns)."""
+def forward(
+    kernel, problem: Problem, config, x, weight, bias, y, shift: int | None = None, grid: int | None = None
+) -> None:
+    """Launches a forward kernel over tiles of (cells, columns): ``grid`` programs, by default one per tile."""
     config = dict(config)
     weight = packed(weight, config.pop("WEIGHT"))
     tiles_n = triton.cdiv(columns(problem, config["ROWS"]), config["BLOCK_N"])
+    each = tiles.tiles_of(problem.n, cells(problem, shift or 0), config) * tiles_n * problem.groups
     launch(
         kernel,
-        tiles.tiles_of(problem.n, cells(problem, shift or 0), config) * tiles_n * problem.groups,
+        each if grid is None else grid,
         config,
         x.device,
         x_ptr=x,
