@@ -20,7 +20,7 @@ from tritonconv.kernels.triton_depthwise import any_tap, far, filled, lanes, rep
 from tritonconv.kernels.triton_device import ceil_div, constant, inside, widened
 from tritonconv.kernels.triton_launch import RUN_TIME, accounting, geometry, refusal, wide
 from tritonconv.kernels.triton_launch import launch as run
-from tritonconv.kernels.triton_reduce import sum_partials
+from tritonconv.kernels.triton_reduce import sum_weights
 from tritonconv.kernels.triton_tape import fresh
 from tritonconv.kernels.triton_tiles import PROGRAMS
 from tritonconv.kernels.work import Work
@@ -162,7 +162,7 @@ def launch(problem, config, x, grad_y, need_bias):
         return x.new_zeros(problem.weight_shape), bias
     config = dict(config)
     splits, taps, channels = config.pop("SPLITS"), math.prod(problem.kernel), problem.c_out
-    partial = fresh((splits, taps, channels), x, torch.float32)
+    partial = fresh((splits, 1, taps, 1, channels), x, torch.float32)
     grad_weight = fresh(problem.weight_shape, x)
     bias_partial = fresh((splits, channels), x, torch.float32) if need_bias else None
     grad_bias = fresh((channels,), x) if need_bias else None
@@ -185,7 +185,7 @@ def launch(problem, config, x, grad_y, need_bias):
         TAPS_W=windows[1][1],
         WIDE=wide(x, grad_y, partial),
     )
-    sum_partials(partial, grad_weight.view(channels, taps).t(), bias_partial, grad_bias)
+    sum_weights(partial, grad_weight.view(channels, 1, *problem.kernel), bias_partial, grad_bias)
     return grad_weight, grad_bias
 
 

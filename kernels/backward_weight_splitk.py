@@ -31,7 +31,7 @@ from tritonconv.kernels.triton_device import (
 )
 from tritonconv.kernels.triton_launch import RUN_TIME, accounting, geometry, precision, wide
 from tritonconv.kernels.triton_launch import launch as run
-from tritonconv.kernels.triton_reduce import sum_partials
+from tritonconv.kernels.triton_reduce import sum_weights
 from tritonconv.kernels.triton_tape import fresh
 from tritonconv.kernels.triton_taps import tap_lanes, voxel_words
 from tritonconv.kernels.work import Work, tap_gemm
@@ -40,6 +40,9 @@ from tritonconv.problem import Problem, Triple
 WAVES = 2  # of programs in one launch, all chunks together
 BIAS_BYTES = 16 * 1024  # of grad_y that a program of the bias gradient has in flight; half where loads are narrow
 LEAST_STEPS = 8  # of BLOCK_K that a chunk is worth
+# Elements of grad_weight, whose taps are neighbours, that tiles along its channels write themselves, each into a sector
+# of its own: 8 MiB of sectors, which take about as long as a launch at the 4 TB/s of an H200's memory.
+LARGEST_SCATTER = 1 << 18
 
 
 @triton.jit
@@ -143,10 +146,11 @@ def launch(problem, config, x, grad_y, need_bias):
     config = dict(config)
     splits = config.pop("SPLITS")
     by_row = grad_weight.flatten(2).permute(2, 1, 0)  # (taps, c_out, c_in), as the tiles lie
-    partial, bias_partial = by_row[None], grad_bias
-    if splits > 1:
-        partial = fresh((splits, *by_row.shape), x, torch.float32)
-        bias_partial = fresh((splits, problem.c_out), x, torch.float32) if need_bias else None
+    partial, bias_partial = by_row[None, None], grad_bias
+    if through_partials(problem, splits):
+        partial = fresh((splits, 1, *by_row.shape), x, torch.float32 if splits > 1 else x.dtype)
+    if splits > 1 and need_bias:
+        bias_partial = fresh((splits, problem.c_out), x, torch.float32)
     step = partial.stride()
     run(
         backward_weight_splitk_kernel,
@@ -161,15 +165,20 @@ def launch(problem, config, x, grad_y, need_bias):
         splits=splits,
         x_strides=x.stride(),
         grad_y_strides=grad_y.stride(),
-        grad_w_strides=(step[0], step[3], step[2], step[1]),
+        grad_w_strides=(step[0], step[4], step[3], step[2]),
         Y_VOXELS_INNER=grad_y.stride(1) != 1,
         X_VOXELS_INNER=x.stride(1) != 1 and config["BLOCK_W"] == 0,
         WIDE=wide(x, grad_y, partial),
         PRECISION=precision(problem.dtype),
     )
-    if splits > 1:
-        sum_partials(partial, by_row, bias_partial, grad_bias)
+    if through_partials(problem, splits):
+        sum_weights(partial, grad_weight, *((bias_partial, grad_bias) if splits > 1 else ()))
     return grad_weight, grad_bias
+
+
+def through_partials(problem: Problem, splits: int) -> bool:
+    """Whether a second launch writes grad_weight: it adds several chunks, or it puts a large one in order."""
+    return splits > 1 or math.prod(problem.weight_shape) > LARGEST_SCATTER
 
 
 def programs(problem: Problem, config: Config, need_bias: bool) -> int:
@@ -254,20 +263,22 @@ def space(problem: Problem, device: torch.device):
 def workspace_bytes(problem: Problem) -> int:
     """Of the float32 partials, at the most chunks of the space."""
     splits = max(config["SPLITS"] for config in space(problem, torch.device("cuda")))
-    return 4 * splits * (math.prod(problem.weight_shape) + problem.c_out) if splits > 1 else 0
+    return 4 * splits * (math.prod(problem.weight_shape) + problem.c_out) if through_partials(problem, splits) else 0
 
 
 def work(problem: Problem, config: Config) -> Work:
     chunk_programs, splits = programs(problem, config, False), config["SPLITS"]
     steps = tiles.tiles_of(problem.n, problem.size, {**config, "BLOCK_M": config["BLOCK_K"]})
+    twice = through_partials(problem, splits)
+    each = 4 if splits > 1 else problem.dtype.itemsize
     return tap_gemm(
         problem,
         "backward_weight",
         config,
         splits * programs(problem, config, problem.bias),
         chunk_programs * max(steps, splits),
-        moved=8.0 * splits * math.prod(problem.weight_shape) if splits > 1 else 0.0,
-        launches=2 if splits > 1 else 1,
+        moved=2.0 * each * splits * math.prod(problem.weight_shape) if twice else 0.0,
+        launches=2 if twice else 1,
     )
 
 

@@ -10,61 +10,21 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-import triton
-import triton.language as tl
 
+from tritonconv.kernels import triton_transpose
 from tritonconv.kernels.registry import Config, Variant
-from tritonconv.kernels.triton_device import widened
-from tritonconv.kernels.triton_launch import launch, wide
-from tritonconv.kernels.triton_tape import derived, fresh
-from tritonconv.kernels.triton_tiles import power_of_two
+from tritonconv.kernels.triton_tape import derived
 from tritonconv.kernels.work import Work, size_of
 from tritonconv.problem import Problem
 
 LEAST_CHANNELS = 16  # of a group: fewer fill no 32-byte sector
-BLOCK_V = 128  # voxels of a tile
-
-
-@triton.jit(do_not_specialize=("n",))
-def channels_last_kernel(
-    x_ptr,  # (n, CHANNELS, voxels), dense
-    out_ptr,  # (n, voxels, CHANNELS), dense
-    n, voxels,  # specialised on whether 16 divides it: wide loads
-    CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    tiles_v, tiles_c = tl.cdiv(voxels, BLOCK_V), tl.cdiv(CHANNELS, BLOCK_C)
-    pid = tl.program_id(0)
-    image = widened(pid // (tiles_v * tiles_c), WIDE)
-    offs_c = pid % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)
-    offs_v = widened(pid // tiles_c % tiles_v * BLOCK_V + tl.arange(0, BLOCK_V), WIDE)
-    mask = (offs_c < CHANNELS)[:, None] & (offs_v < voxels)[None, :]
-    rows = widened(offs_c, WIDE) * voxels
-    x_tile = tl.load(x_ptr + image * CHANNELS * voxels + rows[:, None] + offs_v[None, :], mask=mask)
-    out_ptrs = out_ptr + (image * voxels + offs_v)[:, None] * CHANNELS + offs_c[None, :]
-    tl.store(out_ptrs, tl.trans(x_tile), mask=tl.trans(mask))
 
 
 def channels_last(x: torch.Tensor) -> torch.Tensor:
     """``x`` (n, c, d, h, w) dense in channels_last_3d: itself where it is already."""
     if x.is_contiguous(memory_format=torch.channels_last_3d) or not x.is_contiguous():
         return derived(x, lambda tensor: tensor.contiguous(memory_format=torch.channels_last_3d))
-    n, channels, *size = x.shape
-    out = fresh(x.shape, x, memory_format=torch.channels_last_3d)
-    voxels = size[0] * size[1] * size[2]
-    block_c = power_of_two(channels, 8, 64)
-    launch(
-        channels_last_kernel,
-        n * triton.cdiv(voxels, BLOCK_V) * triton.cdiv(channels, block_c),
-        {"BLOCK_C": block_c, "BLOCK_V": BLOCK_V, "num_warps": 4},
-        x.device,
-        x_ptr=x,
-        out_ptr=out,
-        n=n,
-        voxels=voxels,
-        CHANNELS=channels,
-        WIDE=wide(x),
-    )
-    return out
+    return triton_transpose.channels_last(x)
 
 
 def grad_y_last(problem: Problem, grad_y: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,7 @@ from tritonconv.kernels.triton_device import inside, voxel_tiles, voxels
 from tritonconv.kernels.triton_launch import accounting, compute_capability, empty, geometry, precision, refusal, wide
 from tritonconv.kernels.triton_launch import launch as run
 from tritonconv.kernels.triton_phases import decoded, load_phases, multiple
-from tritonconv.kernels.triton_reduce import sum_partials
+from tritonconv.kernels.triton_reduce import sum_weights
 from tritonconv.kernels.triton_tape import fresh
 from tritonconv.kernels.triton_weights import AS_GIVEN, oriented, packed
 from tritonconv.kernels.work import Work, tap_gemm
@@ -123,9 +123,8 @@ def backward(problem, config, x, weight, grad_y, need_bias):
     if x is not None:
         grad_weight = fresh(problem.weight_shape, x)
         grad_bias = fresh((problem.c_out,), x) if need_bias else None
-        by_tap = grad_weight.view(groups, c_in, c_out, math.prod(problem.kernel)).permute(0, 3, 2, 1)
         splits = config["SPLITS"] if grad_y.numel() else 0  # no splits at all sum to zeros
-        partial = fresh((splits, *by_tap.shape), x, torch.float32)
+        partial = fresh((splits, groups, math.prod(problem.kernel), c_out, c_in), x, torch.float32)
         bias_partial = fresh((splits, problem.c_out), x, torch.float32) if need_bias else None
     if grad_y.numel():
         run(
@@ -154,7 +153,7 @@ def backward(problem, config, x, weight, grad_y, need_bias):
     elif grad_x is not None:
         grad_x.zero_()
     if x is not None:
-        sum_partials(partial, by_tap, bias_partial, grad_bias)  # type: ignore[arg-type]
+        sum_weights(partial, grad_weight, bias_partial, grad_bias)  # type: ignore[arg-type]
     return grad_x, grad_weight, grad_bias
 
 

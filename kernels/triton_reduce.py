@@ -1,147 +1,140 @@
-"""The sum of float32 partial results in a fixed order, the second half of every split reduction.
+"""The sum of partial results in a fixed order, the second half of every split reduction.
 
-A kernel that splits a long sum over programs writes one partial per split, and no atomics: the same problem and
-config then always add the same numbers in the same order.
+A kernel that splits a long sum over programs writes one float32 partial per split, and no atomics: the same problem and
+config then always add the same numbers in the same order. The partials hold the channels of a tile side by side, the
+results often another axis (the taps of a weight, the voxels of NCDHW): tiles are read along one and written along the
+other. Written along the channels, each lane would fill 2 bytes of a sector of its own.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import triton
 import triton.language as tl
 
-from tritonconv.kernels.triton_device import ceil_div, divided, offset, widened
+from tritonconv.kernels.triton_device import widened
 from tritonconv.kernels.triton_launch import launch as run
 from tritonconv.kernels.triton_launch import wide
 from tritonconv.kernels.triton_tiles import PROGRAMS, power_of_two
 
-TILE = 2048  # float32 values that one program has in flight: 16 in each of its 128 threads
+TILE = 2048  # values that one program has in flight: 16 in each of its 128 threads
+ROW = 32  # channels of a tile: a request of 128 bytes
+LAST = torch.channels_last_3d
 
 
 @triton.jit
-def summed(partial_ptr, splits, elements, element, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr, WIDE: tl.constexpr):
-    """The sums of the columns ``element`` (BLOCK_E,) of ``partial`` (splits, elements), float32."""
-    offs_s = tl.arange(0, BLOCK_S)
-    if WIDE:
-        offs_s = offs_s.to(tl.int64)
-        element = element.to(tl.int64)
-    pointers = partial_ptr + offs_s[:, None] * elements + element[None, :]  # (BLOCK_S, BLOCK_E)
-    acc = tl.zeros((BLOCK_S, BLOCK_E), tl.float32)
+def summed(
+    partial_ptr, splits, elements, places, mask,
+    BLOCK_S: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_I: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """The sums, float32 (BLOCK_F, BLOCK_I), at ``places`` of ``partial`` (splits, elements)."""
+    offs_s = widened(tl.arange(0, BLOCK_S), WIDE)
+    pointers = partial_ptr + (offs_s * elements)[:, None, None] + places[None, :, :]  # (BLOCK_S, BLOCK_F, BLOCK_I)
+    acc = tl.zeros((BLOCK_S, BLOCK_F, BLOCK_I), tl.float32)
     for first in range(0, splits, BLOCK_S):
-        mask = (first + offs_s < splits)[:, None] & (element < elements)[None, :]
-        acc += tl.load(pointers, mask=mask, other=0.0)
+        wanted = (first + offs_s < splits)[:, None, None] & mask[None, :, :]
+        acc += tl.load(pointers, mask=wanted, other=0.0).to(tl.float32)
         pointers += BLOCK_S * elements
     return tl.sum(acc, 0)
 
 
-@triton.jit(do_not_specialize=("splits",))
+@triton.jit(do_not_specialize=("splits", "batch"))
 def sum_partials_kernel(
-    partial_ptr,  # (splits, *SHAPE), dense
+    partial_ptr,  # (splits, batch, flat, INNER), dense
     bias_partial_ptr,  # (splits, BIAS), dense, or None
-    out_ptr,  # SHAPE
+    out_ptr,  # (batch, INNER, flat), or (batch, flat, INNER) where not TRANSPOSED, dense
     bias_ptr,  # (BIAS,) or None
-    splits, out_strides, bias_stride,
-    SHAPE: tl.constexpr, ELEMENTS: tl.constexpr, BIAS: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr, WIDE: tl.constexpr,
+    splits, batch, flat,
+    INNER: tl.constexpr, BIAS: tl.constexpr, TRANSPOSED: tl.constexpr,
+    TAPS: tl.constexpr, OTHER: tl.constexpr,  # flat is (OTHER, TAPS) in ``out``, (TAPS, OTHER) in ``partial``; or 0
+    BLOCK_S: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_I: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    TILES: tl.constexpr = ceil_div(ELEMENTS, BLOCK_E)
-    tile = tl.program_id(0)
-    offs_e = tl.arange(0, BLOCK_E)
-    if tile < TILES:
-        element = tile * BLOCK_E + offs_e
-        acc = summed(partial_ptr, splits, ELEMENTS, element, BLOCK_S, BLOCK_E, WIDE)
-        rest = element.to(tl.int64) if WIDE else element
-        where = rest * 0
-        for back in tl.static_range(len(SHAPE)):  # the last axis counts fastest
-            where += rest % SHAPE[len(SHAPE) - 1 - back] * out_strides[len(SHAPE) - 1 - back]
-            rest = rest // SHAPE[len(SHAPE) - 1 - back]
-        tl.store(out_ptr + where, acc.to(out_ptr.dtype.element_ty), mask=element < ELEMENTS)
+    tiles_f, tiles_i = tl.cdiv(flat, BLOCK_F), tl.cdiv(INNER, BLOCK_I)
+    tile, tiles = tl.program_id(0), batch * tiles_f * tiles_i
+    if tile < tiles:
+        image = widened(tile // (tiles_f * tiles_i), WIDE)
+        offs_f = widened(tile // tiles_i % tiles_f * BLOCK_F + tl.arange(0, BLOCK_F), WIDE)
+        offs_i = widened(tile % tiles_i * BLOCK_I + tl.arange(0, BLOCK_I), WIDE)
+        row = image * flat + (offs_f % TAPS * OTHER + offs_f // TAPS if TAPS else offs_f)
+        mask = (offs_f < flat)[:, None] & (offs_i < INNER)[None, :]
+        elements = widened(batch * flat, WIDE) * INNER
+        places = (row * INNER)[:, None] + offs_i[None, :]
+        acc = summed(partial_ptr, splits, elements, places, mask, BLOCK_S, BLOCK_F, BLOCK_I, WIDE)
+        acc = acc.to(out_ptr.dtype.element_ty)
+        if TRANSPOSED:
+            out_ptrs = out_ptr + ((image * INNER + offs_i) * flat)[:, None] + offs_f[None, :]
+            tl.store(out_ptrs, tl.trans(acc), mask=tl.trans(mask))
+        else:
+            tl.store(out_ptr + ((image * flat + offs_f) * INNER)[:, None] + offs_i[None, :], acc, mask=mask)
     else:
         if bias_ptr is not None:
-            channel = (tile - TILES) * BLOCK_E + offs_e
-            acc = summed(bias_partial_ptr, splits, BIAS, channel, BLOCK_S, BLOCK_E, WIDE)
-            tl.store(bias_ptr + channel * bias_stride, acc.to(bias_ptr.dtype.element_ty), mask=channel < BIAS)
-
-
-@triton.jit(do_not_specialize=("splits", "elements", "d", "h", "w"))
-def sum_volumes_kernel(
-    partial_ptr,  # (splits, n, d, h, w, CHANNELS), dense
-    out_ptr,  # (n, CHANNELS, d, h, w)
-    splits, elements, d, h, w, out_strides,
-    CHANNELS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    element = widened(tl.program_id(0), WIDE) * BLOCK_E + tl.arange(0, BLOCK_E)
-    acc = summed(partial_ptr, splits, elements, element, BLOCK_S, BLOCK_E, WIDE)
-    row, place_w = divided(element // CHANNELS, w, WIDE)
-    plane, place_h = divided(row, h, WIDE)
-    image, place_d = divided(plane, d, WIDE)
-    where = offset(out_strides, image, element % CHANNELS, place_d, place_h, place_w)
-    tl.store(out_ptr + where, acc.to(out_ptr.dtype.element_ty), mask=element < elements)
+            channel = (tile - tiles) * (BLOCK_F * BLOCK_I) + tl.arange(0, BLOCK_F * BLOCK_I)[None, :]
+            wanted = channel < BIAS
+            sums = summed(bias_partial_ptr, splits, BIAS, channel, wanted, BLOCK_S, 1, BLOCK_F * BLOCK_I, WIDE)
+            tl.store(bias_ptr + channel, sums.to(bias_ptr.dtype.element_ty), mask=wanted)
 
 
 def sum_volumes(partial: torch.Tensor, out: torch.Tensor) -> None:
-    """Writes ``partial.sum(0)``, partial (splits, n, d, h, w, c) dense float32, into ``out`` (n, c, d, h, w).
+    """Writes ``partial.sum(0)``, partial (splits, n, d, h, w, c) dense, into ``out`` (n, c, d, h, w).
 
-    In one launch and a fixed order, rounded once; ``out`` has any strides.
+    In one launch and a fixed order, rounded once; ``out`` is dense, contiguous or channels_last_3d.
     """
-    splits, n, d, h, w, channels = partial.shape
-    elements = out.numel()
-    assert tuple(out.shape) == (n, channels, d, h, w) and partial.is_contiguous() and elements
-    block_e = power_of_two(elements // PROGRAMS, 32, 512)
-    run(
-        sum_volumes_kernel,
-        triton.cdiv(elements, block_e),
-        {"BLOCK_S": power_of_two(splits, 1, TILE // block_e), "BLOCK_E": block_e, "num_warps": 4},
-        out.device,
-        partial_ptr=partial,
-        out_ptr=out,
-        splits=splits,
-        elements=elements,
-        d=d,
-        h=h,
-        w=w,
-        out_strides=out.stride(),
-        CHANNELS=channels,
-        WIDE=wide(partial, out),
-    )
+    splits, n, *size, channels = partial.shape
+    assert tuple(out.shape) == (n, channels, *size)
+    _sum(partial, out, (splits, n, math.prod(size), channels), not out.is_contiguous(memory_format=LAST))
 
 
-def sum_partials(
+def sum_weights(
     partial: torch.Tensor,
-    out: torch.Tensor,
+    grad_weight: torch.Tensor,
     bias_partial: torch.Tensor | None = None,
-    bias_out: torch.Tensor | None = None,
+    grad_bias: torch.Tensor | None = None,
 ) -> None:
-    """Writes ``partial.sum(0)`` into ``out``, rounded once to its dtype, in one launch and a fixed order.
+    """Writes ``partial.sum(0)``, partial (splits, groups, taps, c_out, c_in) dense, into ``grad_weight``.
 
-    ``partial`` is (splits, *out.shape), dense, float32. ``out`` has any rank and any strides: hand over a permuted
-    view of the result, so that its axes come in the order in which the partials hold them, such as
-    ``grad_weight.flatten(2).permute(2, 0, 1)`` for partials (splits, tap, c_in, c_out). ``bias_partial``
-    (splits, channels) into ``bias_out`` (channels,) rides along in the same launch. No splits at all gives zeros.
+    In one launch and a fixed order, rounded once; ``grad_weight`` (groups*c_in, c_out, kd, kh, kw) is contiguous.
+    ``bias_partial`` (splits, channels) into ``grad_bias`` (channels,) rides along in the same launch. No splits at all
+    give zeros.
     """
-    splits, elements = partial.shape[0], out.numel()
+    splits, groups, taps, c_out, c_in = partial.shape
+    assert tuple(grad_weight.shape[:2]) == (groups * c_in, c_out) and grad_weight.is_contiguous()
+    assert grad_bias is None or (bias_partial is not None and bias_partial.shape == (splits, grad_bias.numel()))
+    _sum(partial, grad_weight, (splits, groups, taps * c_out, c_in), True, (taps, c_out), bias_partial, grad_bias)
+
+
+def _sum(partial, out, shape, transposed, taps=(0, 0), bias_partial=None, bias_out=None) -> None:
+    splits, batch, flat, inner = shape
+    assert partial.is_contiguous() and partial.numel() == splits * out.numel()
     channels = 0 if bias_out is None else bias_out.numel()
-    assert partial.shape[1:] == out.shape and partial.is_contiguous()
-    if bias_out is not None:
-        assert bias_partial is not None and bias_partial.shape == (splits, channels) and bias_partial.is_contiguous()
-    block_e = power_of_two(max(elements, channels) // PROGRAMS, 32, 512)
-    tiles = triton.cdiv(elements, block_e) + triton.cdiv(channels, block_e)
-    if tiles == 0:
+    most = power_of_two(max(out.numel(), channels) // PROGRAMS, 32, TILE)
+    block_i = power_of_two(inner, 1, min(ROW, most))
+    block_f = power_of_two(flat, 1, most // block_i)
+    grid = batch * triton.cdiv(flat, block_f) * triton.cdiv(inner, block_i) + triton.cdiv(channels, block_f * block_i)
+    if grid == 0:
         return
     run(
         sum_partials_kernel,
-        tiles,
-        {"BLOCK_S": power_of_two(splits, 1, TILE // block_e), "BLOCK_E": block_e, "num_warps": 4},
+        grid,
+        {
+            "BLOCK_S": power_of_two(splits, 1, TILE // (block_f * block_i)),
+            "BLOCK_F": block_f,
+            "BLOCK_I": block_i,
+            "num_warps": 4,
+        },
         out.device,
         partial_ptr=partial,
         bias_partial_ptr=bias_partial,
         out_ptr=out,
         bias_ptr=bias_out,
         splits=splits,
-        out_strides=out.stride(),
-        bias_stride=0 if bias_out is None else bias_out.stride(0),
-        SHAPE=tuple(out.shape),
-        ELEMENTS=elements,
+        batch=batch,
+        flat=flat,
+        INNER=inner,
         BIAS=channels,
+        TRANSPOSED=transposed,
+        TAPS=taps[0],
+        OTHER=taps[1],
         WIDE=wide(partial, out),
     )

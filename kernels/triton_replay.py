@@ -8,15 +8,14 @@ operands. The next call with operands of the same strides and alignment repeats 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
 from tritonconv.kernels import triton_tape
-from tritonconv.kernels.registry import Config
 from tritonconv.kernels.triton_launch import compiling, precision, stream_of
 from tritonconv.kernels.triton_tape import Step, Tape
-from tritonconv.problem import Problem
 
 MOST_KEPT = 64  # kinds of operands of one plan
 ALIGNMENT = 16  # bytes: what Triton specialises pointers on
@@ -26,16 +25,19 @@ Kept = tuple[list[Step], "int | tuple[int | None, ...]"]
 
 
 class Replay:
-    """A variant's ``launch`` with a memory. Calls take the operands after (problem, config) and return the results."""
+    """A ``launch`` with a memory: of a variant, whose first arguments (problem, config) are ``fixed``.
 
-    def __init__(self, launch: Callable[..., Any], problem: Problem, config: Config) -> None:
-        self.launch, self.problem, self.config = launch, problem, config
+    Calls take the operands after them and return the results.
+    """
+
+    def __init__(self, launch: Callable[..., Any], *fixed: Any, **more: Any) -> None:
+        self.launch = partial(launch, *fixed, **more)
         self.kept: dict[tuple, Kept | None] = {}
 
     def __call__(self, *operands: Any) -> Any:
         """At least one operand is a tensor; the others may be None or bool. All tensors are on one device."""
         if compiling():
-            return self.launch(self.problem, self.config, *operands)
+            return self.launch(*operands)
         first = operands[0] if operands[0] is not None else operands[1]
         device = first.device
         key = (precision(first.dtype), device, *map(_kind, operands))
@@ -55,7 +57,7 @@ class Replay:
 
     def _first(self, key: tuple, operands: tuple) -> Any:
         with triton_tape.recording(operands) as tape:
-            result = self.launch(self.problem, self.config, *operands)
+            result = self.launch(*operands)
         if tape.told_apart and key not in self.kept and len(self.kept) < MOST_KEPT:
             self.kept[key] = _kept(tape, result)
         return result

@@ -165,10 +165,17 @@ def fresh(
     like: torch.Tensor,
     dtype: torch.dtype | None = None,
     memory_format: torch.memory_format = torch.contiguous_format,
+    strides: Sequence[int] | None = None,
 ) -> torch.Tensor:
-    """A new tensor for a kernel to write: a result or a workspace, on ``like``'s device, by default of its dtype."""
+    """A new tensor for a kernel to write: a result or a workspace, on ``like``'s device, by default of its dtype.
+
+    ``strides`` (dense, in elements) stand before ``memory_format``.
+    """
     dtype = like.dtype if dtype is None else dtype
-    tensor = torch.empty(shape, dtype=dtype, device=like.device, memory_format=memory_format)
+    if strides is None:
+        tensor = torch.empty(shape, dtype=dtype, device=like.device, memory_format=memory_format)
+    else:
+        tensor = torch.empty_strided(shape, strides, dtype=dtype, device=like.device)
     tape = _tape.get()
     if tape is not None:
         size, stride, device = tensor.size(), tensor.stride(), tensor.device

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 
@@ -18,7 +18,8 @@ AS_GIVEN, OUT_INNERMOST, IN_INNERMOST = 0, 1, 2  # the values of the config key 
 # touches up to 32 sectors. A weight this small stays in a multiprocessor's L1 cache, and in a small problem a launch
 # for its packing takes longer than that: at 4 TB/s the bytes of such a problem take 2 us.
 CACHED_BYTES, SMALL_PROBLEM = 32 * 1024, 8 << 20
-_ORDERS = {OUT_INNERMOST: (2, 3, 4, 0, 1), IN_INNERMOST: (2, 3, 4, 1, 0)}
+_INNERMOST = {OUT_INNERMOST: 1, IN_INNERMOST: 0}  # axes of the weight
+MOST_PACKERS = 1024  # kinds of weights whose launches are kept
 
 Packs = dict[tuple, torch.Tensor]
 _remembered: ContextVar[Packs | None] = ContextVar("tritonconv_packs", default=None)
@@ -35,8 +36,8 @@ def packed(weight: torch.Tensor, order: int) -> torch.Tensor:
 
 
 def _packed(weight: torch.Tensor, order: int) -> torch.Tensor:
-    innermost = 1 if order == OUT_INNERMOST else 0
-    if order == AS_GIVEN or (weight.stride(innermost) == 1 and weight.shape[innermost] > 1):
+    innermost = _INNERMOST.get(order)
+    if innermost is None or (weight.stride(innermost) == 1 and weight.shape[innermost] > 1):
         return weight if _one_tap_stride(weight) else weight.contiguous()
     packs = _remembered.get()
     if packs is None:
@@ -48,8 +49,19 @@ def _packed(weight: torch.Tensor, order: int) -> torch.Tensor:
 
 
 def _pack(weight: torch.Tensor, order: int) -> torch.Tensor:
-    axes = _ORDERS[order]
+    if weight.is_contiguous():
+        return _packer(order, weight.shape, weight.dtype)(weight)
+    axes = (2, 3, 4, 0, 1) if order == OUT_INNERMOST else (2, 3, 4, 1, 0)
     return weight.permute(axes).contiguous().permute([axes.index(axis) for axis in range(5)])
+
+
+@lru_cache(MOST_PACKERS)
+def _packer(order: int, shape: torch.Size, dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What copies contiguous weights of this kind, in a launch that is kept from call to call."""
+    from tritonconv.kernels.triton_replay import Replay  # needs Triton, which autograd imports this file without
+    from tritonconv.kernels.triton_transpose import taps_first
+
+    return Replay(taps_first, innermost=_INNERMOST[order])
 
 
 def _one_tap_stride(weight: torch.Tensor) -> bool:

@@ -20,8 +20,8 @@ SHUFFLE = Problem(1, 32, 16, (3, 4, 5), (2, 2, 2), (2, 2, 2), (0, 0, 0), (6, 8, 
 HALO = Problem(1, 16, 16, (3, 4, 5), (3, 3, 3), (2, 2, 2), (1, 1, 1), (6, 8, 10), dtype=HALF, layout="ndhwc")
 CASES = (
     ("forward_shuffle", SHUFFLE),  # one launch
-    ("backward_data_gemm", HALO),  # a packed weight
-    ("forward_boxes", HALO),  # descriptors
+    ("backward_data_gemm", HALO),  # a sum of partial results
+    ("forward_boxes", HALO),  # a packed weight, descriptors
     ("backward_data_boxes", HALO),  # of views
     ("backward_weight_fused", SHUFFLE),  # partial sums, the bias too; and the whole backward at once
 )

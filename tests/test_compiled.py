@@ -85,7 +85,7 @@ def test_a_new_image_size_compiles_nothing():
                 for n, size in ((1, (16, 16, 16)), (2, (5, 7, 3)), (3, (1, 1, 48))):
                     record, problem = served(name, n=n, size=size)
                     config, found = compiled(record, problem, config)
-                    kernels.append(next(each for each in found if each.name != "channels_last_kernel"))
+                    kernels.append(next(each for each in found if each.name != "transpose_kernel"))
                 if any(kernel is not kernels[0] for kernel in kernels):
                     anew.append(name)
         print(json.dumps(anew))

@@ -23,8 +23,8 @@ def test_a_replayed_launch_is_the_one_that_triton_makes():
     assert done.stdout.splitlines() == [
         "forward_shuffle 1 same",
         "backward_data_gemm 2 same",
-        "forward_boxes 1 same",
-        "backward_data_boxes 1 same",
+        "forward_boxes 2 same",
+        "backward_data_boxes 2 same",
         "backward_weight_fused 2 same",
         "backward_weight_fused joint 2 same",
     ]

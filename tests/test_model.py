@@ -89,9 +89,9 @@ class TestTheKernels:
 
     def test_the_shuffle_is_best_where_kernel_is_stride(self):
         each = problem("segresnet_deconv_up2")
-        assert self.ms("forward_shuffle", each) == min(
-            self.ms(record.name, each) for record in triton("forward") if record.supports(each, CUDA) is None
-        )
+        served = [record.name for record in triton("forward") if record.supports(each, CUDA) is None]
+        assert "forward_phases" in served
+        assert min(served, key=lambda name: self.ms(name, each)).startswith("forward_shuffle")
 
     def test_splits_fill_the_machine(self):
         each = problem("segresnet_deconv_up2")

@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 from tritonconv import Problem, dispatch
 from tritonconv.autotune.choose import Selection
-from tritonconv.kernels import triton_channels_last, triton_launch
+from tritonconv.kernels import triton_launch, triton_transpose
 from tritonconv.kernels.registry import variant, variants
 from tritonconv.kernels.triton_replay import Replay
 
@@ -185,8 +185,8 @@ def test_one_copy_of_grad_y_serves_both_gradients(monkeypatch):
     chosen = {each.pass_name: Selection(each, each.default(COPIED, where), "tested") for each in pair}
     plan = dispatch.plan_of(COPIED, where, **chosen)
     copies = []
-    real = triton_channels_last.launch
-    monkeypatch.setattr(triton_channels_last, "launch", lambda *args, **kw: copies.append(1) or real(*args, **kw))
+    real = triton_transpose.launch
+    monkeypatch.setattr(triton_transpose, "launch", lambda *args, **kw: copies.append(1) or real(*args, **kw))
     for _ in range(3):
         x, weight, grad_y = (integers(*shape) for shape in (COPIED.x_shape, COPIED.weight_shape, COPIED.y_shape))
         want = torch.nn.functional.conv3d(grad_y, weight, None, 2, 1)
