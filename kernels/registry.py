@@ -11,8 +11,8 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from functools import cache
+from dataclasses import dataclass, field, replace
+from functools import cache, wraps
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -106,8 +106,31 @@ def _records() -> dict[str, Variant]:
             raise ArgumentError(
                 f"{path.name}: VARIANT.name expects {path.stem!r} (the file's stem), got {record.name!r}"
             )
-        found[record.name] = record
+        found[record.name] = _spread(record)
     return found
+
+
+def _spread(record: Variant) -> Variant:
+    """A Triton kernel is asked about, and launched for, the :attr:`~tritonconv.problem.Problem.spread` problem.
+
+    torch's own operations get the stride that was given: which of its algorithms serve it may depend on that.
+    """
+    if record.backend != "triton":
+        return record
+    names = ("launch", "supports", "space", "default", "joint", "workspace_bytes", "work")
+    return replace(record, **{name: _of_spread(getattr(record, name)) for name in names})
+
+
+@cache  # two variants that name one function still do
+def _of_spread(function: Callable[..., Any] | None) -> Callable[..., Any] | None:
+    if function is None:
+        return None
+
+    @wraps(function)
+    def asked(problem: Problem, *more: Any, **named: Any) -> Any:
+        return function(problem.spread, *more, **named)
+
+    return asked
 
 
 def variants(pass_name: str | None = None) -> tuple[Variant, ...]:
@@ -150,5 +173,5 @@ def load(path: Path) -> Variant:
         raise ArgumentError(f"variant file {path}: VARIANT expects a tritonconv.Variant, got {record!r}")
     if record.name in _records():
         raise ArgumentError(f"variant file {path}: the name {record.name!r} is taken (tritonconv list shows all)")
-    _records()[record.name] = record
-    return record
+    _records()[record.name] = _spread(record)
+    return _records()[record.name]

@@ -217,6 +217,16 @@ def test_tiles_exactly_means_one_tap_per_output(expected, axes):
     assert (variant("forward_torch_shuffle").supports(problem, cpu) is None) is expected
 
 
+def test_an_axis_of_one_voxel_has_any_stride():
+    first = Problem(2, 5, 8, (1, 1, 1), (4, 4, 4), (1, 2, 4), (0, 1, 0), (4, 3, 4))
+    assert first.spread.stride == (4, 4, 4) and first.spread.flops == first.flops and first.spread.tiles_exactly is False
+    assert dataclasses.replace(first, crop=(0, 0, 0), out_size=(4, 4, 4)).spread.tiles_exactly
+    long = dataclasses.replace(first, size=(1, 1, 2), stride=(1, 2, 2), out_size=(4, 3, 6))
+    assert long.spread is long  # outputs along w have several taps
+    assert dataclasses.replace(long, stride=(1, 2, 4), out_size=(4, 3, 8)).spread.stride == (4, 4, 4)
+    assert dataclasses.replace(first, dilation=(2, 1, 1), out_size=(7, 3, 4)).spread.stride == (1, 2, 4)
+
+
 def test_depthwise_is_one_channel_in_and_out_per_group():
     axes = [(2, 3, 2, 1, 1, 1, 1)] * 3
     assert problem_of(axes, c_in=4, c_out=4, groups=4).depthwise

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -234,6 +234,20 @@ class Problem:
         """32 or 64: the width that the largest element offset of dense x, weight and y needs."""
         largest = max(math.prod(shape) for shape in (self.x_shape, self.weight_shape, self.y_shape)) - 1
         return index_bits(largest)
+
+    @cached_property
+    def spread(self) -> Problem:
+        """The same sums without overlaps: a stride of the kernel along axes of one voxel, which are never strided along.
+
+        The problem itself where outputs would have several taps all the same. The first layer of a GAN (4 taps, one
+        voxel, whatever stride) is such a problem: as it is given, a kernel would try every tap for every output.
+        """
+        stride = tuple(max(axis.stride, axis.kernel) if axis.size == 1 else axis.stride for axis in self.axes)
+        apart = all(
+            axis.kernel <= s and (axis.kernel == 1 or axis.dilation == 1)
+            for axis, s in zip(self.axes, stride, strict=True)
+        )
+        return replace(self, stride=stride) if apart and stride != self.stride else self  # type: ignore[arg-type]
 
     @property
     def depthwise(self) -> bool:
