@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from tritonconv.bench.roofs import COPY_CACHE, COPY_MEMORY, LAUNCH, MATMUL
+from tritonconv.bench.roofs import COPY_CACHE, COPY_L2, COPY_MEMORY, LAUNCH, MATMUL
 
 
 @dataclass(frozen=True)
@@ -82,12 +82,13 @@ def from_roofs(rows: Iterable[Mapping], environment: Mapping, device: torch.devi
             best[name] = max(value, best.get(name, 0.0))
     if COPY_MEMORY not in best or not matrix:
         return None
+    caches = [best[name] for name in (COPY_CACHE, COPY_L2) if name in best]
     found = replace(
         base,
         device=environment["device_name"],
         matrix={**({} if device.type == "cpu" else base.matrix), **matrix},
         memory=best[COPY_MEMORY],
-        cache=max(best.get(COPY_CACHE, 0.0), best[COPY_MEMORY]) if COPY_CACHE in best else 2 * best[COPY_MEMORY],
+        cache=max(*caches, best[COPY_MEMORY]) if caches else 2 * best[COPY_MEMORY],
         multiprocessors=environment.get("gpu_multiprocessors") or base.multiprocessors,
         launch_us=best.get(LAUNCH, base.launch_us),
         measured=True,

@@ -27,8 +27,9 @@ from tritonconv.kernels.triton_boxes import (
     volume,
 )
 from tritonconv.kernels.triton_device import axis_phase, ceil_div, grouped_order, product, tap_period, tap_shift
-from tritonconv.kernels.triton_launch import RUN_TIME, accounting, compute_capability, empty, geometry, precision, wide
+from tritonconv.kernels.triton_launch import RUN_TIME, accounting, empty, geometry, precision, wide
 from tritonconv.kernels.triton_launch import launch as run
+from tritonconv.kernels.triton_target import compute_capability
 from tritonconv.kernels.triton_weights import OUT_INNERMOST
 from tritonconv.kernels.work import Work
 

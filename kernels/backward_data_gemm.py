@@ -128,16 +128,27 @@ def default(problem: Problem, device: torch.device):
         # Narrow loads come through registers: of bfloat16 254 in 4 warps and 103 in 8 (sm_90); float32 spills on sm_80.
         base["num_warps"] = 8
     base |= {"GROUP_M": 8, "PACK": pack, "WEIGHT": preferred(problem, "backward_data")}
-    most = tiles.PROGRAMS // max(1, programs(problem, base))
-    return {**base, "SPLITS": max(1, min(most, steps_of(problem, base) // LEAST_STEPS))}
+    return {**base, "SPLITS": splits_of(problem, base)}
+
+
+def splits_of(problem: Problem, config: Config) -> int:
+    """SPLITS: as many as give each multiprocessor a program, each worth its start."""
+    most = tiles.PROGRAMS // max(1, programs(problem, config))
+    return max(1, min(most, steps_of(problem, config) // LEAST_STEPS))
 
 
 def space(problem: Problem, device: torch.device):
     base = default(problem, device)
-    splits = (
-        sorted({1, max(1, base["SPLITS"] // 2), base["SPLITS"] * 2} - {base["SPLITS"]}) if base["SPLITS"] > 1 else ()
-    )
-    return tiles.around(base, problem, WEIGHT=(0, 1, 2), num_stages=tiles.UNSTAGED, SPLITS=tuple(splits))
+    found = [
+        {**changed, "SPLITS": splits_of(problem, changed)}  # other tiles are other programs
+        for changed in tiles.around(base, problem, WEIGHT=(0, 1, 2), num_stages=tiles.UNSTAGED)
+    ]
+    if base["SPLITS"] > 1:
+        found += [{**base, "SPLITS": splits} for splits in (1, base["SPLITS"] // 2, base["SPLITS"] * 2)]
+    # Few voxels: large tiles, which load less, and more splits to fill the machine.
+    large = {**base, "BLOCK_M": 128, "num_warps": 8 if base["BLOCK_N"] >= 128 else base["num_warps"]}
+    found += [{**each, "SPLITS": splits_of(problem, each)} for each in tiles.around(large, problem)]
+    return tuple(config for i, config in enumerate(found) if config not in found[:i])
 
 
 def work(problem: Problem, config) -> Work:

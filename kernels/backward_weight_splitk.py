@@ -251,8 +251,7 @@ def space(problem: Problem, device: torch.device):
     base = default(problem, device)
     found = []
     for changed in tiles.around(base, problem, num_warps=(4, 8), BLOCK_W=(0, base["BLOCK_K"])):
-        stage = (changed["BLOCK_M"] + changed["BLOCK_N"]) * changed["BLOCK_K"] * problem.dtype.itemsize
-        if changed["BLOCK_W"] <= changed["BLOCK_K"] and stage * changed["num_stages"] <= tiles.SHARED_BYTES:
+        if changed["BLOCK_W"] <= changed["BLOCK_K"]:
             found.append({**changed, "SPLITS": splits_of(problem, changed)})  # other tiles are other programs
     for splits in (base["SPLITS"] // 4, base["SPLITS"] // 2, base["SPLITS"] * 2, base["SPLITS"] * 4):
         if splits > 0:

@@ -118,14 +118,12 @@ def _spread(record: Variant) -> Variant:
     if record.backend != "triton":
         return record
     names = ("launch", "supports", "space", "default", "joint", "workspace_bytes", "work")
-    return replace(record, **{name: _of_spread(getattr(record, name)) for name in names})
+    asked: dict[str, Any] = {name: _of_spread(each) for name in names if (each := getattr(record, name)) is not None}
+    return replace(record, **asked)
 
 
 @cache  # two variants that name one function still do
-def _of_spread(function: Callable[..., Any] | None) -> Callable[..., Any] | None:
-    if function is None:
-        return None
-
+def _of_spread(function: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(function)
     def asked(problem: Problem, *more: Any, **named: Any) -> Any:
         return function(problem.spread, *more, **named)

@@ -16,8 +16,9 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tritonconv.kernels.triton_device import next_step, offset, widened
-from tritonconv.kernels.triton_launch import multiprocessors, refusal, target
+from tritonconv.kernels.triton_launch import multiprocessors, refusal
 from tritonconv.kernels.triton_tape import derived
+from tritonconv.kernels.triton_target import target
 from tritonconv.kernels.triton_tiles import PROGRAMS
 from tritonconv.kernels.triton_weights import OUT_INNERMOST, packed, strides
 from tritonconv.kernels.work import Work, tap_gemm

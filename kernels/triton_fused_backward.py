@@ -19,11 +19,12 @@ from tritonconv.kernels import triton_phases as phases
 from tritonconv.kernels import triton_tiles as tiles
 from tritonconv.kernels.registry import Config
 from tritonconv.kernels.triton_device import inside, voxel_tiles, voxels
-from tritonconv.kernels.triton_launch import accounting, compute_capability, empty, geometry, precision, refusal, wide
+from tritonconv.kernels.triton_launch import accounting, empty, geometry, precision, refusal, wide
 from tritonconv.kernels.triton_launch import launch as run
 from tritonconv.kernels.triton_phases import decoded, load_phases, multiple
 from tritonconv.kernels.triton_reduce import sum_weights
 from tritonconv.kernels.triton_tape import fresh
+from tritonconv.kernels.triton_target import compute_capability
 from tritonconv.kernels.triton_weights import AS_GIVEN, oriented, packed
 from tritonconv.kernels.work import Work, tap_gemm
 from tritonconv.problem import Problem

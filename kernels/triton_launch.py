@@ -15,13 +15,13 @@ from triton.compiler.compiler import make_backend
 
 from tritonconv.kernels import triton_tape
 from tritonconv.kernels.registry import Config
+from tritonconv.kernels.triton_target import INTERPRETED, target
 from tritonconv.kernels.triton_tiles import PROGRAMS
 from tritonconv.problem import Problem, largest_offset
 
 INTERPRETED_PROGRAMS = 3  # few, so that each takes several tiles there as well
 WIDE_FROM = 2**30  # half of what 32 bits hold: masked lanes of a tile reach beyond the tensor
 
-INTERPRETED = bool(triton.knobs.runtime.interpret)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 PRECISIONS = {"tf32": "tf32", "ieee": "ieee", "none": "ieee", "bf16": "ieee"}
 
@@ -75,20 +75,6 @@ def accounting(grid, kernel, args) -> dict[str, Any]:
 def empty(problem: Problem, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
     """A new tensor in the problem's layout."""
     return triton_tape.fresh(shape, like, memory_format=problem.memory_format)
-
-
-def target():
-    """Triton's GPUTarget (backend, arch): the GPU that launches go to; None where there is none (the interpreter)."""
-    try:
-        return None if INTERPRETED else triton.runtime.driver.active.get_current_target()
-    except RuntimeError:
-        return None
-
-
-def compute_capability() -> int:
-    """Of the NVIDIA GPU that launches go to, as 90 for 9.0; 0 where there is none."""
-    gpu = target()
-    return gpu.arch if gpu is not None and gpu.backend == "cuda" else 0
 
 
 def multiprocessors(device: torch.device) -> int:

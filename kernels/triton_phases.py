@@ -18,7 +18,8 @@ import triton.language as tl
 from tritonconv.kernels import triton_launch
 from tritonconv.kernels import triton_tiles as tiles
 from tritonconv.kernels.triton_device import inside, voxels
-from tritonconv.kernels.triton_launch import compute_capability, geometry, launch, precision, wide
+from tritonconv.kernels.triton_launch import geometry, launch, precision, wide
+from tritonconv.kernels.triton_target import compute_capability
 from tritonconv.kernels.triton_weights import AS_GIVEN, IN_INNERMOST, oriented, packed, preferred
 from tritonconv.kernels.work import Work, tap_gemm
 from tritonconv.problem import Problem, Triple

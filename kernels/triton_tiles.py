@@ -8,9 +8,10 @@ from collections.abc import Iterator
 import triton
 
 from tritonconv.kernels.registry import Config
+from tritonconv.kernels.triton_target import LEAST_SHARED_BYTES, pipeline_buffers, shared_bytes
 from tritonconv.problem import Problem, Triple
 
-SHARED_BYTES = 99 * 1024  # what every listed target has per block: sm_86, sm_89 and sm_120 (CUDA C++ guide, table 24)
+SHARED_BYTES = LEAST_SHARED_BYTES  # a default config fits every listed target
 RIDGE = 206  # FLOP per byte from which an H200 is compute-bound: 989 TFLOP/s (bf16) by 4.8 TB/s (its data sheet)
 # Without a software pipeline loads go through L1, where what one tap read waits for the next; cp.async passes it by.
 UNSTAGED = (1,)
@@ -64,9 +65,9 @@ def packed_groups(problem: Problem) -> int:
 
 
 def fits(config: Config, itemsize: int) -> bool:
-    """Whether the operands of the pipeline fit the shared memory of every target."""
+    """Whether the operands of the pipeline fit the shared memory of a block of the target."""
     stage = (config["BLOCK_M"] + config["BLOCK_N"]) * config["BLOCK_K"] * itemsize
-    return stage * max(1, config["num_stages"] - 1) <= SHARED_BYTES
+    return stage * pipeline_buffers(config["num_stages"]) <= shared_bytes()
 
 
 def tiles_of(n: int, size: Triple, config: Config) -> int:
@@ -78,7 +79,7 @@ def tiles_of(n: int, size: Triple, config: Config) -> int:
 
 
 def around(base: Config, problem: Problem, **more: tuple[int, ...]) -> tuple[Config, ...]:
-    """``base`` and its neighbours: halved and doubled tiles, other stages, and ``more`` values of other keys."""
+    """``base`` and its neighbours that fit: halved and doubled tiles, other stages, ``more`` values of other keys."""
     found = [dict(base)]
     for changed in _neighbours(base, more):
         if changed not in found and fits(changed, problem.dtype.itemsize) and _sensible(changed):
@@ -95,6 +96,12 @@ def _neighbours(base: Config, more: dict[str, tuple[int, ...]]) -> Iterator[dict
     for key, values in more.items():
         for value in values:
             yield {**base, key: value}
+    for key in (
+        "BLOCK_M",
+        "BLOCK_N",
+    ):  # where a large tile leaves one program to a multiprocessor, it alone hides latency
+        value = base[key] * 2
+        yield {**base, key: value, "num_warps": 8 if _area(base, key, value) >= 128 * 128 else 4, "num_stages": 4}
 
 
 def _area(base: Config, key: str, value: int) -> int:

@@ -6,10 +6,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from tritonconv.kernels.triton_weights import AS_GIVEN, CACHED_BYTES, OUT_INNERMOST
 from tritonconv.problem import Problem
 
 BASE_REGISTERS = 40  # addresses, masks and counters of a thread, besides tiles
 WARP = 32
+SECTOR = 32  # bytes: what L2 hands out
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,8 @@ def tap_gemm(
     """A kernel of BLOCK_M x BLOCK_N tiles that takes ``steps`` steps of BLOCK_K, summed over all ``programs``.
 
     ``moved`` and ``launches`` count what comes besides: a second kernel, its traffic. A packed weight (config key
-    WEIGHT) is one more launch that reads and writes the weight.
+    WEIGHT) is one more launch that reads and writes the weight; as it is given, whole sectors of it are loaded for one
+    tap each.
     """
     m, n, k = block_m or config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"]
     item, threads = problem.dtype.itemsize, config["num_warps"] * WARP
@@ -65,16 +68,25 @@ def tap_gemm(
         moved, launches = moved + 2 * size_of(problem, "weight"), launches + 1
     memory = problem.bytes(pass_name) + moved
     operands = (m + n) * k * item
+    loaded = m * k * item + n * k * _weight_bytes(problem, config)
     return Work(
         flops=2.0 * m * n * k * steps,
         memory_bytes=memory,
-        cache_bytes=max(memory, float(steps) * operands + float(programs) * m * n * item),
+        cache_bytes=max(memory, float(steps) * loaded + float(programs) * m * n * item),
         programs=programs,
         shared_bytes=operands * max(1, config["num_stages"] - 1),
         registers=BASE_REGISTERS + math.ceil((m * n + operands / 4 / 2) / threads),
         warps=config["num_warps"],
         launches=launches,
     )
+
+
+def _weight_bytes(problem: Problem, config: Mapping[str, int]) -> float:
+    """Bytes that come from L2 for one element of the weight."""
+    item, given = problem.dtype.itemsize, config.get("WEIGHT", OUT_INNERMOST) == AS_GIVEN
+    if not given or size_of(problem, "weight") <= CACHED_BYTES:
+        return item
+    return min(SECTOR, math.prod(problem.kernel) * item)
 
 
 def direct(

@@ -190,6 +190,12 @@ def test_ceilings_come_from_roofs_the_best_of_each():
     assert not ceilings.nominal(CPU).measured
 
 
+def test_what_l2_hands_out_is_measured_or_assumed():
+    rows = [roof("copy_memory", 4e12), roof("matmul", 8e14, "bfloat16")]
+    assert ceilings.from_roofs(rows, {"device_name": "a GPU"}, CUDA).cache == 8e12
+    assert ceilings.from_roofs([*rows, roof("copy_l2", 6e12)], {"device_name": "a GPU"}, CUDA).cache == 6e12
+
+
 @pytest.mark.parametrize("data", [{}, {"device": "x"}, {**GPU.to_json(), "memory": 0}, {**GPU.to_json(), "more": 1}])
 def test_ceilings_that_are_none_are_not_read(data):
     assert ceilings.from_json(data) is None

@@ -237,10 +237,10 @@ class Problem:
 
     @cached_property
     def spread(self) -> Problem:
-        """The same sums without overlaps: a stride of the kernel along axes of one voxel, which are never strided along.
+        """The same sums without overlaps: a stride of at least the kernel along axes of one voxel, where none is taken.
 
-        The problem itself where outputs would have several taps all the same. The first layer of a GAN (4 taps, one
-        voxel, whatever stride) is such a problem: as it is given, a kernel would try every tap for every output.
+        The problem itself where outputs have several taps all the same. The first layer of a GAN (4 taps, one voxel,
+        whatever stride) is such a problem: as it is given, a kernel would try every tap for every output.
         """
         stride = tuple(max(axis.stride, axis.kernel) if axis.size == 1 else axis.stride for axis in self.axes)
         apart = all(

@@ -3,6 +3,7 @@
 The best of many runs counts: a roof is what the machine can do, and other programs only ever make it look lower.
 Copy rates count each byte read and each byte written. On a CPU a copy that stays in the caches is a roof of its own,
 because the layers of the CPU scale fit there; on a GPU each timed call starts with L2 flushed, so one roof is enough.
+What a GPU's L2 hands out is measured for the cost model alone.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 
+from tritonconv.bench import gpu
 from tritonconv.bench.timing import Call, quantile, stopwatch_for
 
 CACHE_BYTES = 16 << 20
@@ -27,7 +29,8 @@ MIN_RUNS = 3
 LAUNCHES, MOST_LAUNCH_SECONDS = 100, 0.2
 TF32 = "tf32"  # the name of a float32 product with TF32
 
-COPY_CACHE, COPY_MEMORY, MATMUL, LAUNCH = "copy_cache", "copy_memory", "matmul", "launch"
+L2_COPIES = 100  # in one timed graph: the flush before it is then of no account
+COPY_CACHE, COPY_MEMORY, COPY_L2, MATMUL, LAUNCH = "copy_cache", "copy_memory", "copy_l2", "matmul", "launch"
 
 
 def measure(device: torch.device, dtypes: Iterable[torch.dtype], seconds: float = 0.3) -> Iterator[dict[str, object]]:
@@ -36,6 +39,8 @@ def measure(device: torch.device, dtypes: Iterable[torch.dtype], seconds: float 
     if device.type == "cpu":
         yield _copy(COPY_CACHE, CACHE_BYTES, device, watch, seconds)
     yield _copy(COPY_MEMORY, MEMORY_BYTES[device.type], device, watch, seconds)
+    if device.type == "cuda":
+        yield from _copies_in_l2(device, watch, seconds)
     yield _launch(device, seconds)
     for dtype in dtypes:
         yield from _matmuls(dtype, device, watch, seconds)
@@ -48,6 +53,24 @@ def _copy(name, working_set, device, watch, seconds):
     times = _times(lambda: target.copy_(source), watch, seconds)
     where = "in cache" if name == COPY_CACHE else "in memory"
     return _row(name, f"copy {where} ({moved >> 20} MiB)", None, moved, "byte/s", times, working_set_bytes=moved)
+
+
+def _copies_in_l2(device: torch.device, watch, seconds: float) -> Iterator[dict[str, object]]:
+    """Copies within half of L2 after each other, in a graph; nothing where they cannot be captured."""
+    half = torch.cuda.get_device_properties(device).L2_cache_size // 2
+    source = torch.ones(half // 8, dtype=torch.float32, device=device)
+    target = torch.zeros_like(source)
+
+    def copies() -> None:
+        for _ in range(L2_COPIES):
+            target.copy_(source)
+
+    replay = gpu.captured(copies, device)
+    if replay is not None:
+        moved = 2 * source.numel() * source.element_size()
+        times = _times(replay, watch, seconds)
+        yield _row(COPY_L2, f"copy in L2 ({moved >> 20} MiB)", None, L2_COPIES * moved, "byte/s", times,
+                   working_set_bytes=moved)  # fmt: skip
 
 
 def _launch(device: torch.device, seconds: float):

@@ -1,0 +1,38 @@
+"""The GPU that launches go to, as far as a kernel's host side asks; with no GPU the one that is compiled for."""
+
+from __future__ import annotations
+
+import triton
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+KIB = 1024
+# Per block, by compute capability (CUDA C++ guide, table 24), and what every listed target has: sm_86, sm_89, sm_120.
+_SHARED_BYTES = {80: 163 * KIB, 87: 163 * KIB, 90: 227 * KIB, 100: 227 * KIB, 103: 227 * KIB}
+LEAST_SHARED_BYTES = 99 * KIB
+
+
+def target():
+    """Triton's GPUTarget (backend, arch); None where there is none (the interpreter)."""
+    try:
+        return None if INTERPRETED else triton.runtime.driver.active.get_current_target()
+    except RuntimeError:
+        return None
+
+
+def compute_capability() -> int:
+    """Of the NVIDIA GPU, as 90 for 9.0; 0 where there is none."""
+    gpu = target()
+    return gpu.arch if gpu is not None and gpu.backend == "cuda" else 0
+
+
+def shared_bytes() -> int:
+    """Shared memory that one block may have."""
+    return _SHARED_BYTES.get(compute_capability(), LEAST_SHARED_BYTES)
+
+
+def pipeline_buffers(num_stages: int) -> int:
+    """Copies of a loop's operands in shared memory: on Hopper the products read one while ``num_stages - 1`` fill.
+
+    Compiled for sm_80 and sm_90, the kernels of one pipeline take 2 and 3 copies in 3 stages.
+    """
+    return max(1, num_stages if compute_capability() >= 90 else num_stages - 1)
