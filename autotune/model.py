@@ -1,11 +1,13 @@
 """The cost model: how long a variant with a config would take at best, by counting.
 
-    time = launches * launch cost + max(FLOPs / rate, DRAM bytes / copy rate, cache bytes / cache rate) * waste
+    time = launches * launch cost
+           + max(FLOPs / rate * waste, DRAM bytes / copy rate, cache bytes / cache rate * waste, waits * waves)
 
 ``waste`` is what the last wave leaves idle: programs come in waves of (multiprocessors x programs that fit one), by its
-shared memory, registers and threads. This is the roofline (Williams et al., CACM 2009) with the tile's own traffic and
-wave quantisation; it knows no latency, no bank conflict and no instruction mix. It prunes and ranks candidates, and
-measurements decide.
+shared memory, registers and threads. ``waits`` are the latencies of a program's loads that its pipeline does not hide:
+they decide where few programs sum over a long depth. This is the roofline (Williams et al., CACM 2009) with the tile's
+own traffic, wave quantisation and latency; it knows no bank conflict and no instruction mix. It prunes and ranks
+candidates, and measurements decide.
 """
 
 from __future__ import annotations
@@ -26,6 +28,9 @@ MOST_CANDIDATES = 12
 THREADS_PER_MULTIPROCESSOR = 2048
 MOST_PROGRAMS = 32  # resident in a multiprocessor
 MOST_REGISTERS = 255  # of one thread; a kernel that wants more spills
+# Seconds from the load of a tile to its product: about 300 cycles to L2 and back, and a barrier, at 1.7 GHz:
+# an order of magnitude that has not been measured.
+LATENCY = 0.25e-6
 SPILLED = 3.0  # a spilling kernel is ranked behind its neighbours
 
 
@@ -63,6 +68,7 @@ def estimate(record: Variant, problem: Problem, config: Config, ceilings: Ceilin
         "matrix" if work.matrix else "vector": work.flops / rate * waste,
         "memory": work.memory_bytes / ceilings.memory * starved,
         "cache": work.cache_bytes / ceilings.cache * waste if work.programs else 0.0,
+        "latency": work.depth / (1 + work.ahead) * LATENCY * max(1.0, math.ceil(waves)),
     }
     limit = max(parts, key=lambda name: parts[name])
     busy = parts[limit] * (SPILLED if work.registers > MOST_REGISTERS else 1.0)

@@ -21,7 +21,8 @@ class Work:
     ``flops`` are executed ones: padding of tiles and masked taps included. ``memory_bytes`` cross DRAM once;
     ``cache_bytes`` are what the programs load and store, most of it from L2. ``programs`` is the grid of the main
     launch (0: torch's own, whose grid is not known), ``shared_bytes`` and ``registers`` (per thread) of one program,
-    ``matrix`` whether products go through the matrix units.
+    ``matrix`` whether products go through the matrix units. ``depth``: how many loads of tiles a program waits for, one
+    after the other, with ``ahead`` more of them on their way meanwhile.
     """
 
     flops: float
@@ -33,6 +34,8 @@ class Work:
     warps: int = 4
     launches: int = 1
     matrix: bool = True
+    depth: float = 0.0
+    ahead: int = 0
 
 
 def by_torch(problem: Problem, pass_name: str, moved: float = 0.0, launches: int = 1, flops: float = 0.0) -> Work:
@@ -78,6 +81,8 @@ def tap_gemm(
         registers=BASE_REGISTERS + math.ceil((m * n + operands / 4 / 2) / threads),
         warps=config["num_warps"],
         launches=launches,
+        depth=steps / max(1, programs),
+        ahead=max(0, config["num_stages"] - 2),
     )
 
 

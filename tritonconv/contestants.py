@@ -8,7 +8,7 @@ from time import perf_counter
 import torch
 import torch.nn.functional as F
 
-from tritonconv.bench import gate
+from tritonconv.bench import gate, gpu
 from tritonconv.bench.calls import FORWARD_BACKWARD, TensorCall, Tensors, operation_call, torch_call
 from tritonconv.bench.results import BASELINE, COMPILED, OURS
 from tritonconv.bench.rows import Candidate
@@ -88,7 +88,8 @@ def _judge(
     def named(values: tuple) -> dict[str, torch.Tensor]:
         return {key: value for key, value in zip(outputs, values, strict=False) if value is not None}
 
-    torchs = named(torch_call(small, t, pass_name)())
+    with gpu.cudnn_benchmark(subject.device, wanted=small == problem):
+        torchs = named(torch_call(small, t, pass_name)())
     mine = torchs
     if chosen:
         with pinned(*chosen.values()):

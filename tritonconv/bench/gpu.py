@@ -18,13 +18,16 @@ WALL_SECONDS, MOST_WALL_CALLS = 0.02, 200
 
 
 @contextlib.contextmanager
-def cudnn_benchmark(device: torch.device) -> Iterator[None]:
-    """Inside the block cuDNN chooses its algorithms by trying them: the baseline on a GPU is torch at its best."""
+def cudnn_benchmark(device: torch.device, wanted: bool = True) -> Iterator[None]:
+    """Inside the block cuDNN chooses its algorithms by trying them: the baseline on a GPU is torch at its best.
+
+    Not ``wanted``: it takes the first that its rules name, which is enough where nothing is timed.
+    """
     if device.type != "cuda":
         yield
         return
     before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.benchmark = wanted
     try:
         yield
     finally:

@@ -10,7 +10,7 @@ import torch
 
 from tritonconv.autograd import differentiable_forward
 from tritonconv.autotune.rules import FALLBACK
-from tritonconv.bench import gate
+from tritonconv.bench import gate, gpu
 from tritonconv.bench.calls import FORWARD_BACKWARD, TensorCall, Tensors, make_tensors, torch_call
 from tritonconv.dispatch import Plan, plan_of
 from tritonconv.kernels.registry import variant
@@ -96,7 +96,8 @@ class Case:
         if key not in self._outputs:
             self._outputs[key] = gate.reference(small, t.x, t.weight, t.bias, t.grad_y, gate.OUTPUTS[FORWARD_BACKWARD])
         exact = {name: value for name, value in self._outputs[key].items() if name in outputs}
-        return exact, _by_name(self.baseline(small, pass_name)(), pass_name)
+        with gpu.cudnn_benchmark(self.device, wanted=small == self.problem):
+            return exact, _by_name(self.baseline(small, pass_name)(), pass_name)
 
     def _on(self, plan: Plan, problem: Problem) -> Plan:
         return Plan(problem, self.device, *(plan.choice(name) for name in PASSES))
