@@ -18,7 +18,7 @@ import triton.language as tl
 from tritonconv.kernels import triton_phases as phases
 from tritonconv.kernels import triton_tiles as tiles
 from tritonconv.kernels.registry import Variant
-from tritonconv.kernels.triton_device import ceil_div, grouped_order, inside, product, voxel_tiles, voxels
+from tritonconv.kernels.triton_device import ceil_div, grouped_order, inside, load_voxels, product, voxel_tiles, voxels
 from tritonconv.kernels.triton_launch import accounting, empty, refusal
 from tritonconv.kernels.triton_phases import cells_of, column_count, decoded, multiple, store_phases
 from tritonconv.kernels.work import Work
@@ -49,7 +49,7 @@ def forward_phases_packed_kernel(
     x_strides, w_strides, y_strides,
     C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
-    ROWS: tl.constexpr, X_STEP: tl.constexpr, FACTS: tl.constexpr, SHIFT: tl.constexpr,
+    ROWS: tl.constexpr, X_VOXELS_INNER: tl.constexpr, X_STEP: tl.constexpr, FACTS: tl.constexpr, SHIFT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr, GROUP_M: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -112,7 +112,7 @@ def forward_phases_packed_kernel(
             w_mask = w_mask & (w_h * STRIDE[1] + phase_h[None, :] < KERNEL[1])
         if KERNEL[2] % STRIDE[2] != 0 or SHIFT > 0:
             w_mask = w_mask & inside(w_w * STRIDE[2] + phase_w[None, :], KERNEL[2])
-        x_tile = tl.load(x_rows + x_columns[None, :], mask=x_mask, other=0.0)  # (BLOCK_M, BLOCK_K)
+        x_tile = load_voxels(x_rows + x_columns[None, :], x_mask, X_VOXELS_INNER)  # (BLOCK_M, BLOCK_K)
         w_tile = tl.load(w_columns[None, :] + w_rows[:, None], mask=w_mask, other=0.0)  # (BLOCK_K, BLOCK_N)
         acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)
 

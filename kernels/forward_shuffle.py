@@ -13,7 +13,7 @@ import triton.language as tl
 from tritonconv.kernels import triton_phases as phases
 from tritonconv.kernels import triton_tiles as tiles
 from tritonconv.kernels.registry import Variant
-from tritonconv.kernels.triton_device import ceil_div, grouped_order, inside, product, voxel_tiles, voxels
+from tritonconv.kernels.triton_device import ceil_div, grouped_order, inside, load_voxels, product, voxel_tiles, voxels
 from tritonconv.kernels.triton_launch import accounting, empty, refusal
 from tritonconv.kernels.triton_phases import cells_of, column_count, decoded, multiple, store_phases
 from tritonconv.kernels.work import Work
@@ -30,7 +30,7 @@ def forward_shuffle_kernel(
     x_strides, w_strides, y_strides,
     C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
-    ROWS: tl.constexpr, X_STEP: tl.constexpr, FACTS: tl.constexpr,
+    ROWS: tl.constexpr, X_VOXELS_INNER: tl.constexpr, X_STEP: tl.constexpr, FACTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr, GROUP_M: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -71,7 +71,8 @@ def forward_shuffle_kernel(
         if C_IN % BLOCK_K != 0:
             x_mask = x_mask & (k < C_IN)[None, :]
             w_mask = w_mask & (k < C_IN)[:, None]
-        x_tile = tl.load(x_rows[:, None] + (k * x_strides[1])[None, :], mask=x_mask, other=0.0)  # (BLOCK_M, BLOCK_K)
+        x_ptrs = x_rows[:, None] + (k * x_strides[1])[None, :]  # (BLOCK_M, BLOCK_K)
+        x_tile = load_voxels(x_ptrs, x_mask, X_VOXELS_INNER)
         w_tile = tl.load(w_columns[None, :] + (k * w_strides[0])[:, None], mask=w_mask, other=0.0)
         acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)
 

@@ -17,7 +17,7 @@ from tritonconv.kernels import forward_shuffle
 from tritonconv.kernels import triton_phases as phases
 from tritonconv.kernels import triton_tiles as tiles
 from tritonconv.kernels.registry import Config, Variant
-from tritonconv.kernels.triton_device import ceil_div, inside, voxel_tiles, voxels, widened
+from tritonconv.kernels.triton_device import ceil_div, inside, load_voxels, voxel_tiles, voxels, widened
 from tritonconv.kernels.triton_launch import accounting, empty, multiprocessors
 from tritonconv.kernels.triton_phases import cells_of, column_count, decoded, multiple, store_phases
 from tritonconv.kernels.work import Work, size_of
@@ -36,7 +36,7 @@ def forward_shuffle_resident_kernel(
     x_strides, w_strides, y_strides,
     C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
-    ROWS: tl.constexpr, X_STEP: tl.constexpr, FACTS: tl.constexpr,
+    ROWS: tl.constexpr, X_VOXELS_INNER: tl.constexpr, X_STEP: tl.constexpr, FACTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -67,7 +67,8 @@ def forward_shuffle_resident_kernel(
         x_mask = mask_m[:, None]
         if C_IN != BLOCK_K:
             x_mask = x_mask & mask_k[None, :]
-        x_tile = tl.load(x_ptr + rows[:, None] + (offs_k * x_strides[1])[None, :], mask=x_mask, other=0.0)
+        x_ptrs = x_ptr + rows[:, None] + (offs_k * x_strides[1])[None, :]
+        x_tile = load_voxels(x_ptrs, x_mask, X_VOXELS_INNER)
         acc = tl.dot(x_tile, w_tile, input_precision=PRECISION)  # (BLOCK_M, BLOCK_K) x (BLOCK_K, BLOCK_N)
         if bias_ptr is not None:
             acc += bias[None, :]

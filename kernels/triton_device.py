@@ -172,6 +172,14 @@ def load_along(pointers, mask, AXIS: tl.constexpr):
 
 
 @triton.jit
+def load_voxels(pointers, mask, VOXELS_INNER: tl.constexpr):
+    """A tile (voxels, channels). VOXELS_INNER: in NCDHW, whose rows are too short to show the compiler neighbours."""
+    if VOXELS_INNER:
+        return load_along(pointers, mask, 0)
+    return tl.load(pointers, mask=mask, other=0.0)
+
+
+@triton.jit
 def store_tile(out_ptr, rows, columns, tile, mask_m, mask_n, VOXELS_INNER: tl.constexpr):
     """Stores a tile (BLOCK_M voxels, BLOCK_N channels) at ``rows + columns``, rounded once.
 

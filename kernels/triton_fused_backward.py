@@ -21,7 +21,7 @@ from tritonconv.kernels.registry import Config
 from tritonconv.kernels.triton_device import inside, voxel_tiles, voxels
 from tritonconv.kernels.triton_launch import accounting, empty, geometry, precision, refusal, wide
 from tritonconv.kernels.triton_launch import launch as run
-from tritonconv.kernels.triton_phases import decoded, load_phases, multiple
+from tritonconv.kernels.triton_phases import decoded, load_phases, multiple, phases_first
 from tritonconv.kernels.triton_reduce import sum_weights
 from tritonconv.kernels.triton_tape import fresh
 from tritonconv.kernels.triton_target import compute_capability
@@ -60,7 +60,7 @@ def fused_backward_kernel(
     x_strides, w_strides, grad_y_strides, grad_x_strides,
     C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
-    ROWS: tl.constexpr, X_STEP: tl.constexpr, FACTS: tl.constexpr,
+    ROWS: tl.constexpr, GIVEN: tl.constexpr, X_STEP: tl.constexpr, FACTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr,
     SPLITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -77,9 +77,14 @@ def fused_backward_kernel(
     tap = (tap_d * KERNEL[1] + tap_h) * KERNEL[2] + tap_w
     mask_w = mask_n[:, None] & (offs_c < C_IN)[None, :]
     if grad_x_ptr is not None:
-        w_rows = channel * w_strides[0] + tap * w_strides[2]
-        w_columns = (group * C_IN + offs_c) * w_strides[1]
-        w_tile = tl.load(w_ptr + w_rows[:, None] + w_columns[None, :], mask=mask_w, other=0.0)  # (BLOCK_N, BLOCK_C)
+        if GIVEN:  # a row (channel, tap) of the weight lies side by side
+            w_rows = w_ptr + (group * C_IN + offs_c) * (KERNEL[0] * KERNEL[1] * KERNEL[2] * C_OUT)
+            w_rows = tl.load(w_rows[:, None] + offs_n[None, :], mask=(offs_c < C_IN)[:, None], other=0.0)
+            w_tile = tl.trans(phases_first(w_rows, KERNEL, ROWS))  # (BLOCK_N, BLOCK_C)
+        else:
+            w_rows = channel * w_strides[0] + tap * w_strides[2]
+            w_columns = (group * C_IN + offs_c) * w_strides[1]
+            w_tile = tl.load(w_ptr + w_rows[:, None] + w_columns[None, :], mask=mask_w, other=0.0)
     acc = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     sums = tl.zeros((BLOCK_N,), tl.float32)
 
@@ -144,6 +149,7 @@ def backward(problem, config, x, weight, grad_y, need_bias):
             w_strides=() if weight is None else oriented(weight, "backward_data"),
             grad_y_strides=grad_y.stride(),
             grad_x_strides=() if grad_x is None else grad_x.stride(),
+            GIVEN=weight is not None and _whole_rows(problem, weight, config["ROWS"]),
             X_STEP=phases.width_step(problem.size[2], config),
             FACTS=phases.facts(problem, config, grad_y),
             BLOCK_N=_block_n(problem, config["ROWS"]),
@@ -156,6 +162,12 @@ def backward(problem, config, x, weight, grad_y, need_bias):
     if x is not None:
         sum_weights(partial, grad_weight, bias_partial, grad_bias)  # type: ignore[arg-type]
     return grad_x, grad_weight, grad_bias
+
+
+def _whole_rows(problem: Problem, weight: torch.Tensor, rows: int) -> bool:
+    """A row of the weight, as torch has it, fills the columns of a tile."""
+    columns = math.prod(problem.kernel) * problem.c_out // problem.groups
+    return weight.is_contiguous() and columns == _block_n(problem, rows)
 
 
 def _rows(problem: Problem) -> int:

@@ -17,7 +17,7 @@ import triton.language as tl
 
 from tritonconv.kernels import triton_launch
 from tritonconv.kernels import triton_tiles as tiles
-from tritonconv.kernels.triton_device import inside, voxels
+from tritonconv.kernels.triton_device import inside, load_along, product, voxels
 from tritonconv.kernels.triton_launch import geometry, launch, precision, wide
 from tritonconv.kernels.triton_target import compute_capability
 from tritonconv.kernels.triton_weights import AS_GIVEN, IN_INNERMOST, oriented, packed, preferred
@@ -81,6 +81,26 @@ def decoded(offs_n, CHANNELS: tl.constexpr, PHASES: tl.constexpr, ROWS: tl.const
 
 
 @triton.jit
+def phases_first(tile, KERNEL: tl.constexpr, ROWS: tl.constexpr):
+    """A tile (rows, columns) whose columns are (channel, tap), as a weight's are, with them in the order of ROWS."""
+    TAPS: tl.constexpr = product(KERNEL)
+    M: tl.constexpr = tile.shape[0]
+    N: tl.constexpr = tile.shape[1]
+    if ROWS:
+        return tile.reshape(M, N // TAPS, TAPS // KERNEL[2], KERNEL[2]).permute(0, 2, 1, 3).reshape(M, N)
+    return tile.reshape(M, N // TAPS, TAPS).permute(0, 2, 1).reshape(M, N)
+
+
+@triton.jit
+def channels_first(tile, KERNEL: tl.constexpr):
+    """A tile in the order of ROWS = 1 with its columns as (channel, tap)."""
+    TAPS: tl.constexpr = product(KERNEL)
+    M: tl.constexpr = tile.shape[0]
+    N: tl.constexpr = tile.shape[1]
+    return tile.reshape(M, TAPS // KERNEL[2], N // TAPS, KERNEL[2]).permute(0, 2, 1, 3).reshape(M, N)
+
+
+@triton.jit
 def _places(
     strides, tile, n, cells, origin, out_size, tile_n,
     CHANNELS: tl.constexpr, PHASES: tl.constexpr, STRIDE: tl.constexpr, ROWS: tl.constexpr, FACTS: tl.constexpr,
@@ -90,6 +110,8 @@ def _places(
 
     Cell 0, phase 0 is output ``origin``; a cell's first PHASES of the STRIDE outputs along each axis are columns.
     """
+    if FACTS[3]:
+        strides = (strides[0], strides[1], strides[2], strides[3], FACTS[3])
     SPAN: tl.constexpr = span(PHASES, ROWS)
     CELL: tl.constexpr = (PHASES[0], PHASES[1], 1 if ROWS else PHASES[2])
     WHOLE: tl.constexpr = FACTS[1]
@@ -165,7 +187,10 @@ def load_phases(
         strides, tile, n, cells, origin, out_size, tile_n, CHANNELS, PHASES, STRIDE, ROWS, FACTS,
         BLOCK_M, BLOCK_N, BLOCK_W, WIDE,
     )  # fmt: skip
-    y_tile = tl.load(y_ptr + offsets, mask=mask, other=0.0)
+    if ROWS and SPAN == 1:  # one phase of a stride: no neighbours in sight
+        y_tile = load_along(y_ptr + offsets, mask, 0)
+    else:
+        y_tile = tl.load(y_ptr + offsets, mask=mask, other=0.0)
     if SPAN > 1:
         y_tile = y_tile.reshape(BLOCK_M, SPAN, BLOCK_N // SPAN).permute(0, 2, 1)
         y_tile = y_tile.reshape(BLOCK_M, BLOCK_N)
@@ -195,16 +220,21 @@ def width_step(width: int, config) -> int:
     return STEP if config["BLOCK_W"] and width % STEP == 0 else 1
 
 
-def facts(problem: Problem, config, y) -> tuple:
-    """FACTS, what the compiler may know of y to load and store wide: (step, whole, dense).
+def facts(problem: Problem, config, y, channels: int | None = None) -> tuple:
+    """FACTS, what the compiler may know of y to load and store wide: (step, whole, dense, across).
 
     ``step`` divides the width; ``whole`` (d, h, w): all outputs of a cell are inside y, or none is; ``dense``:
-    (phase_w, channel) is one contiguous stretch.
+    (phase_w, channel) is one contiguous stretch of a tile of ``channels``, by default all of a group's; ``across`` is
+    y's stride along w where that is its number of channels, as a constant that shows how far its multiples are aligned,
+    else 0.
     """
     axes = zip(problem.crop, problem.out_size, problem.stride, strict=True)
     whole = tuple(crop % s == 0 and out % s == 0 for crop, out, s in axes)
-    dense = y.stride(1) == 1 and y.stride(4) == problem.c_out // problem.groups and not config["ROWS"]
-    return width_step(problem.out_size[2], config), whole, dense
+    group = problem.c_out // problem.groups
+    last = y.stride(1) == 1 and not config["ROWS"]
+    dense = last and y.stride(4) == group and channels in (None, group)
+    across = problem.c_out if last and y.stride(4) == problem.c_out else 0
+    return width_step(problem.out_size[2], config), whole, dense, across
 
 
 def weight_order(problem: Problem, rows: int) -> int:
@@ -257,6 +287,7 @@ def forward(
         x_strides=x.stride(),
         w_strides=oriented(weight, "forward"),
         y_strides=y.stride(),
+        X_VOXELS_INNER=x.stride(1) != 1 and config["BLOCK_W"] == 0,
         X_STEP=width_step(problem.size[2], config),
         FACTS=facts(problem, config, y),
         WIDE=wide(x, weight, y),

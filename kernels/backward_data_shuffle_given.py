@@ -1,0 +1,172 @@
+"""Backward-data where kernel = stride, the weight read as it is given: one launch, for small layers.
+
+As in :mod:`~tritonconv.kernels.forward_shuffle_given`: the depth of the GEMM is a row of the weight, (channel, tap),
+in steps of whole channels with all their taps, and no launch packs the weight. In each step one of the two tiles is put
+in the other's order between shared memory and the registers from which the dot takes its left operand. With ROWS that
+is the tile of grad_y, which goes this way anyway. Else it is the weight's, as often the smaller one, and the sums are
+(channel, voxel): grad_y's rows in registers would be read at the same banks of shared memory. To read whole sectors of
+grad_y in channels_last_3d a step is twice as deep as that of :mod:`~tritonconv.kernels.backward_data_shuffle`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from tritonconv.kernels import backward_data_shuffle
+from tritonconv.kernels import triton_phases as phases
+from tritonconv.kernels import triton_tiles as tiles
+from tritonconv.kernels.forward_shuffle_given import columns_of, fits, unfit
+from tritonconv.kernels.registry import Config, Variant
+from tritonconv.kernels.triton_device import (
+    ceil_div,
+    grouped_order,
+    inside,
+    product,
+    store_tile,
+    voxel_tiles,
+    voxels,
+    widened,
+)
+from tritonconv.kernels.triton_launch import accounting, empty, geometry, precision, refusal, wide
+from tritonconv.kernels.triton_launch import launch as run
+from tritonconv.kernels.triton_phases import channels_first, load_phases, multiple, phases_first
+from tritonconv.kernels.work import SECTOR, Work, tap_gemm
+from tritonconv.problem import Problem
+
+DEEPEST = {2: 128, 4: 64}  # columns of a step, by the bytes of an element
+LOADED = {2: 128 * 64, 4: 64 * 64}  # elements of a step's tile; with twice as many 4 warps of sm_80 spill
+
+
+@triton.jit(launch_metadata=accounting, do_not_specialize=phases.RUN_TIME)
+def backward_data_shuffle_given_kernel(
+    grad_y_ptr,  # (n, c_out, od, oh, ow)
+    w_ptr,  # (c_in, c_out, taps), dense
+    grad_x_ptr,  # (n, c_in, d, h, w)
+    n, d_in, h_in, w_in, d_out, h_out, w_out, d_crop, h_crop, w_crop,
+    grad_y_strides, grad_x_strides,
+    C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
+    ROWS: tl.constexpr, X_STEP: tl.constexpr, FACTS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr, GROUP_M: tl.constexpr,
+    VOXELS_INNER: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
+    TAPS: tl.constexpr = product(KERNEL)
+    CHANNELS: tl.constexpr = BLOCK_K // TAPS  # of a step
+    TILES_N: tl.constexpr = ceil_div(C_IN, BLOCK_N)
+    tiles_m = voxel_tiles(n, size, BLOCK_M, BLOCK_W, WIDE)
+    tile_m, tile_n = grouped_order(tl.program_id(0), tiles_m, TILES_N * GROUPS, GROUP_M)
+    group = tile_n // TILES_N
+    offs_n = tile_n % TILES_N * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    if WIDE:
+        group = group.to(tl.int64)
+        offs_n = offs_n.to(tl.int64)
+    mask_n = offs_n < C_IN
+    channel_x = group * C_IN + offs_n
+    w_rows = w_ptr + channel_x * (C_OUT * TAPS)
+
+    acc = tl.zeros((BLOCK_M if ROWS else BLOCK_N, BLOCK_N if ROWS else BLOCK_M), tl.float32)
+    for step in range(C_OUT // CHANNELS):
+        channel = widened(step * CHANNELS, WIDE)
+        grad_y_tile = load_phases(
+            grad_y_ptr + (group * C_OUT + channel) * grad_y_strides[1], grad_y_strides,
+            tile_m, n, size, (0 - crop[0], 0 - crop[1], 0 - crop[2]), out_size, 0,
+            CHANNELS, KERNEL, STRIDE, ROWS, FACTS, BLOCK_M, BLOCK_K, BLOCK_W, WIDE,
+        )  # fmt: skip
+        w_ptrs = w_rows[:, None] + (channel * TAPS + offs_k)[None, :]
+        w_tile = tl.load(w_ptrs, mask=mask_n[:, None], other=0.0)  # (BLOCK_N, BLOCK_K)
+        if ROWS:
+            acc = tl.dot(channels_first(grad_y_tile, KERNEL), tl.trans(w_tile), acc, input_precision=PRECISION)
+        else:
+            acc = tl.dot(phases_first(w_tile, KERNEL, ROWS), tl.trans(grad_y_tile), acc, input_precision=PRECISION)
+    if not ROWS:
+        acc = tl.trans(acc)
+
+    image, d, h, w, _ = voxels(tile_m, n, size, BLOCK_M, BLOCK_W, WIDE)
+    mask_m = (image < n) & inside(w, multiple(size[2], X_STEP))
+    rows = image * grad_x_strides[0] + d * grad_x_strides[2] + h * grad_x_strides[3] + w * grad_x_strides[4]
+    store_tile(grad_x_ptr, rows, channel_x * grad_x_strides[1], acc, mask_m, mask_n, VOXELS_INNER)
+
+
+def launch(problem, config, grad_y, weight):
+    if not weight.is_contiguous():  # channels_last_3d, or a slice: that kernel takes any strides
+        packing = backward_data_shuffle
+        return packing.launch(problem, packing.default(problem, grad_y.device), grad_y, weight)
+    grad_x = empty(problem, problem.x_shape, grad_y)
+    if grad_x.numel() == 0:
+        return grad_x
+    config = {**config, "BLOCK_K": columns_of(problem, config["BLOCK_K"])}
+    run(
+        backward_data_shuffle_given_kernel,
+        _programs(problem, config),
+        config,
+        grad_y.device,
+        grad_y_ptr=grad_y,
+        w_ptr=weight,
+        grad_x_ptr=grad_x,
+        **geometry(problem),
+        grad_y_strides=grad_y.stride(),
+        grad_x_strides=grad_x.stride(),
+        X_STEP=phases.width_step(problem.size[2], config),
+        FACTS=phases.facts(problem, config, grad_y, config["BLOCK_K"] // math.prod(problem.kernel)),
+        VOXELS_INNER=grad_x.stride(1) != 1,
+        WIDE=wide(grad_y, weight, grad_x),
+        PRECISION=precision(problem.dtype),
+    )
+    return grad_x
+
+
+def _programs(problem: Problem, config: Config) -> int:
+    columns = triton.cdiv(problem.c_in // problem.groups, config["BLOCK_N"]) * problem.groups
+    return tiles.tiles_of(problem.n, problem.size, config) * columns
+
+
+def supports(problem: Problem, device: torch.device) -> str | None:
+    return refusal(problem, device) or unfit(problem, DEEPEST[problem.dtype.itemsize])
+
+
+def default(problem: Problem, device: torch.device):
+    base, itemsize = backward_data_shuffle.default(problem, device), problem.dtype.itemsize
+    config = {key: value for key, value in base.items() if key != "WEIGHT"}
+    sector = math.prod(problem.kernel) * SECTOR // itemsize if problem.layout == "ndhwc" else 0
+    config["BLOCK_K"] = columns_of(problem, min(max(config["BLOCK_K"], sector), DEEPEST[itemsize]))
+    most = LOADED[itemsize] // config["BLOCK_K"]
+    widest = most if itemsize == 2 or config["ROWS"] else 64  # 128 spill on sm_80
+    config |= {"BLOCK_M": min(config["BLOCK_M"], most), "BLOCK_N": min(config["BLOCK_N"], widest)}
+    stage = (config["BLOCK_M"] + config["BLOCK_N"]) * config["BLOCK_K"] * itemsize
+    config["num_stages"] = 3 if 3 * stage <= tiles.SHARED_BYTES else 2
+    return config
+
+
+def space(problem: Problem, device: torch.device):
+    rows = (0, 1) if phases.whole_rows(problem) else ()
+    found = tiles.around(default(problem, device), problem, GROUP_M=(8,), ROWS=rows)
+    return tuple(each for each in found if fits(problem, each["BLOCK_K"]) and _loads(problem, each))
+
+
+def _loads(problem: Problem, config: Config) -> bool:
+    return max(config["BLOCK_M"], config["BLOCK_N"]) * config["BLOCK_K"] <= LOADED[problem.dtype.itemsize]
+
+
+def work(problem: Problem, config: Config) -> Work:
+    programs = _programs(problem, config)
+    steps = phases.columns(problem, config["ROWS"], problem.kernel) // config["BLOCK_K"]
+    return tap_gemm(problem, "backward_data", config, programs, programs * steps)
+
+
+VARIANT = Variant(
+    name="backward_data_shuffle_given",
+    pass_name="backward_data",
+    idea="kernel = stride, the weight as given: each step puts a tile in order, nothing is packed",
+    backend="triton",
+    launch=launch,
+    supports=supports,
+    space=space,
+    default=default,
+    work=work,
+)
