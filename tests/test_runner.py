@@ -219,6 +219,29 @@ def test_the_reference_is_the_definition(name):
     assert all(torch.equal(exact[key], torchs[key]) for key in exact)
 
 
+def test_the_gate_permits_what_tf32_does_to_the_operands_and_no_more():
+    problem = layer(c_in=48, c_out=16).problem(torch.float32)
+    t, wanted = make_tensors(problem, CPU, 0), gate.OUTPUTS["forward_backward"]
+    operands = problem, t.x, t.weight, t.bias, t.grad_y, wanted
+    exact, cut = gate.reference(*operands), gate.reference_in_tf32(*operands)
+    assert cut.keys() == exact.keys() - {"grad_bias"}
+    torchs = {key: value.float() for key, value in exact.items()}  # an IEEE answer, as if torch had not taken TF32
+    mine = torchs | {key: value.float() for key, value in cut.items()}
+    strict, permitted = gate.errors(torchs, exact, {}), gate.errors(torchs, exact, cut)
+    assert not gate.against_reference(problem, mine, strict, exact).ok
+    assert gate.against_reference(problem, mine, permitted, exact).ok
+    assert gate.relative_error(permitted, exact) < 2**-8 and permitted["grad_bias"] == strict["grad_bias"]
+    for name in cut:
+        off = mine | {name: mine[name] + 4 * permitted[name]}
+        assert not gate.against_reference(problem, off, permitted, exact).ok
+    assert not gate.in_tf32(problem, CPU)
+    with torch.backends.cudnn.flags(allow_tf32=True):
+        assert gate.in_tf32(problem, torch.device("cuda"))
+        assert not gate.in_tf32(dataclasses.replace(problem, dtype=torch.float16), torch.device("cuda"))
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        assert not gate.in_tf32(problem, torch.device("cuda"))
+
+
 def test_the_gate_is_cheap_and_of_the_same_kind():
     for one in workloads():
         problem = one.problem()

@@ -94,9 +94,10 @@ def _judge(
     if chosen:
         with pinned(*chosen.values()):
             mine = named(_call(plan(small, subject.device), small, t, pass_name, public=name == OURS)())
-    verdict = gate.against_reference(small, mine, torchs, exact)
+    errors = gate.errors(torchs, exact, subject.cut(small, outputs))
+    verdict = gate.against_reference(small, mine, errors, exact)
     if not verdict.ok or not chosen or baseline is None or small == problem:
         return verdict
-    relative = gate.relative_error(torchs, exact)
+    relative = gate.relative_error(errors, exact)
     at_size = gate.against_torch(problem, named(call()), named(baseline.call()), relative)
     return verdict if at_size.ok else at_size

@@ -3,7 +3,9 @@
 1. On a reduced problem of the same kind (few voxels, the same kernel, stride, crop, dilation and groups) each output is
    held against a float64 reference made from the same rounded inputs, one tap at a time, straight from the definition:
    ``max error <= 2 x torch's own error in the same dtype + eps * sqrt(K) * scale``, where K is the number of terms of a
-   sum, eps belongs to the type in which sums are kept and scale is the largest reference value.
+   sum, eps belongs to the type in which sums are kept and scale is the largest reference value. Where torch's switch
+   permits TF32, torch's own error is at least what TF32 itself does to the operands: torch may have served the call
+   without it.
 2. On the tensors that are timed, the output is held against torch's, within ``4 x (torch's relative error from step 1
    + eps * sqrt(K)) * scale``: an index that goes wrong only at size is caught without a float64 convolution at size.
 """
@@ -18,6 +20,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from tritonconv.bench import roofs
 from tritonconv.bench.workloads import resized
 from tritonconv.errors import ArgumentError
 from tritonconv.problem import Axis, Problem
@@ -33,7 +36,10 @@ OUTPUTS = {
     "forward_backward": ("y", "grad_x", "grad_weight", "grad_bias"),
 }
 
+TF32_BITS = 13  # of a float32's mantissa that the matrix units do not read (PTX ISA, "Matrix fragments", .tf32)
+
 Outputs = Mapping[str, torch.Tensor]
+Errors = Mapping[str, float]  # by output
 
 
 @dataclass(frozen=True)
@@ -126,6 +132,19 @@ def reference(problem: Problem, x, weight, bias, grad_y, outputs: Iterable[str])
     return {name: found[name] for name in found if name in wanted}
 
 
+def reference_in_tf32(problem: Problem, x, weight, bias, grad_y, outputs: Iterable[str]) -> dict[str, torch.Tensor]:
+    """The products of :func:`reference`, in float64, of float32 operands as the matrix units read them in TF32."""
+    x, weight, grad_y = (
+        (t.detach().view(torch.int32) >> TF32_BITS << TF32_BITS).view(torch.float32) for t in (x, weight, grad_y)
+    )
+    return reference(problem, x, weight, bias, grad_y, set(outputs) - {"grad_bias"})
+
+
+def in_tf32(problem: Problem, device: torch.device) -> bool:
+    """torch's switch permits TF32 for the products: on a GPU, of float32."""
+    return device.type == "cuda" and problem.dtype is torch.float32 and roofs.tf32()
+
+
 def _depthwise_product(formula: str, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """The einsum of one channel per group without a tiny GEMM for each: (n, d, h, w, g, 1) with (g, 1, 1) or alike."""
     if right.dim() == 3:
@@ -155,14 +174,21 @@ def _overlap(axis: Axis, tap: int) -> tuple[slice, slice]:
     return slice(low, high), slice(first, first + (high - low - 1) * axis.stride + 1, axis.stride)
 
 
-def against_reference(problem: Problem, mine: Outputs, torchs: Outputs, exact: Outputs) -> Verdict:
-    """Step 1. ``mine``, ``torchs`` and ``exact`` are the outputs of the candidate, of torch, and in float64."""
+def errors(torchs: Outputs, exact: Outputs, cut: Outputs) -> dict[str, float]:
+    """torch's largest error in each output, against ``exact`` in float64.
+
+    ``cut``: the outputs of :func:`reference_in_tf32`, or none where TF32 is not permitted.
+    """
+    found = {name: _distance(torchs[name], want) for name, want in exact.items()}
+    return found | {name: max(found[name], _distance(cut[name], exact[name])) for name in found if name in cut}
+
+
+def against_reference(problem: Problem, mine: Outputs, torchs: Errors, exact: Outputs) -> Verdict:
+    """Step 1. ``mine`` and ``exact`` are the outputs of the candidate and in float64, ``torchs`` torch's errors."""
     verdicts = []
     for name, want in exact.items():
-        scale = _largest(want)
-        theirs = _distance(torchs[name], want)
-        tolerance = 2 * theirs + sum_eps(problem.dtype) * math.sqrt(terms(problem, name)) * scale
-        verdicts.append(_verdict(name, mine, want, theirs, tolerance))
+        tolerance = 2 * torchs[name] + sum_eps(problem.dtype) * math.sqrt(terms(problem, name)) * _largest(want)
+        verdicts.append(_verdict(name, mine, want, torchs[name], tolerance))
     return worst(verdicts)
 
 
@@ -176,9 +202,9 @@ def against_torch(problem: Problem, mine: Outputs, torchs: Outputs, relative: fl
     return worst(verdicts)
 
 
-def relative_error(torchs: Outputs, exact: Outputs) -> float:
+def relative_error(torchs: Errors, exact: Outputs) -> float:
     """The largest of torch's errors, each over the scale of its output."""
-    return max(_distance(torchs[name], want) / max(_largest(want), 1e-30) for name, want in exact.items())
+    return max(torchs[name] / max(_largest(want), 1e-30) for name, want in exact.items())
 
 
 def worst(verdicts: Iterable[Verdict]) -> Verdict:

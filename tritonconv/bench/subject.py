@@ -26,7 +26,7 @@ class Subject:
     seed: int
     outputs: frozenset[str]
     _tensors: dict[Problem, Tensors] = field(default_factory=dict)
-    _exact: dict[Problem, dict[str, torch.Tensor]] = field(default_factory=dict)
+    _exact: dict[tuple, dict[str, torch.Tensor]] = field(default_factory=dict)
 
     def problem(self, layout: str) -> Problem:
         """The problem that is timed."""
@@ -48,8 +48,16 @@ class Subject:
 
     def exact(self, problem: Problem, outputs: Iterable[str]) -> dict[str, torch.Tensor]:
         """The float64 outputs; one reference serves all layouts and passes."""
+        return self._in_float64(problem, outputs, gate.reference)
+
+    def cut(self, problem: Problem, outputs: Iterable[str]) -> dict[str, torch.Tensor]:
+        """The same of operands as TF32 has them; none where torch's switch does not permit it."""
+        return self._in_float64(problem, outputs, gate.reference_in_tf32) if gate.in_tf32(problem, self.device) else {}
+
+    def _in_float64(self, problem: Problem, outputs: Iterable[str], reference) -> dict[str, torch.Tensor]:
         plain = replace(problem, layout="ncdhw")
-        if plain not in self._exact:
+        key = plain, reference
+        if key not in self._exact:
             t = self.tensors(plain)
-            self._exact[plain] = gate.reference(plain, t.x, t.weight, t.bias, t.grad_y, self.outputs)
-        return {name: self._exact[plain][name] for name in outputs if name in self._exact[plain]}
+            self._exact[key] = reference(plain, t.x, t.weight, t.bias, t.grad_y, self.outputs)
+        return {name: self._exact[key][name] for name in outputs if name in self._exact[key]}

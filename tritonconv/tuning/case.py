@@ -71,11 +71,11 @@ class Case:
     def judge(self, plan: Plan, pass_name: str) -> gate.Verdict:
         """Both steps of the gate for a plan that is meant for ``self.problem``."""
         small = self._reduced(plan, pass_name)
-        exact, torchs = self._reference(small, pass_name)
-        verdict = gate.against_reference(small, self._named(self._on(plan, small), pass_name), torchs, exact)
+        exact, errors = self._reference(small, pass_name)
+        verdict = gate.against_reference(small, self._named(self._on(plan, small), pass_name), errors, exact)
         if not verdict.ok or small == self.problem:
             return verdict
-        relative = gate.relative_error(torchs, exact)
+        relative = gate.relative_error(errors, exact)
         key = (self.problem, pass_name)
         if key not in self._outputs:
             outputs = self.baseline(self.problem, pass_name)()
@@ -89,15 +89,21 @@ class Case:
         serves = all(plan.choice(name).variant.supports(small, self.device) is None for name in served)
         return small if serves else self.problem
 
-    def _reference(self, small: Problem, pass_name: str) -> tuple[gate.Outputs, gate.Outputs]:
+    def _reference(self, small: Problem, pass_name: str) -> tuple[gate.Outputs, gate.Errors]:
+        """The outputs in float64, and torch's errors."""
         outputs = gate.OUTPUTS[pass_name]
-        t = self.tensors(small)
-        key = (small, "exact")
-        if key not in self._outputs:
-            self._outputs[key] = gate.reference(small, t.x, t.weight, t.bias, t.grad_y, gate.OUTPUTS[FORWARD_BACKWARD])
-        exact = {name: value for name, value in self._outputs[key].items() if name in outputs}
+        exact = self._in_float64(small, gate.reference)
+        in_tf32 = self._in_float64(small, gate.reference_in_tf32) if gate.in_tf32(small, self.device) else {}
         with gpu.cudnn_benchmark(self.device, wanted=small == self.problem):
-            return exact, _by_name(self.baseline(small, pass_name)(), pass_name)
+            torchs = _by_name(self.baseline(small, pass_name)(), pass_name)
+        exact = {name: value for name, value in exact.items() if name in outputs}
+        return exact, gate.errors(torchs, exact, in_tf32)
+
+    def _in_float64(self, small: Problem, reference) -> gate.Outputs:
+        key, t = (small, reference), self.tensors(small)
+        if key not in self._outputs:
+            self._outputs[key] = reference(small, t.x, t.weight, t.bias, t.grad_y, gate.OUTPUTS[FORWARD_BACKWARD])
+        return self._outputs[key]
 
     def _on(self, plan: Plan, problem: Problem) -> Plan:
         return Plan(problem, self.device, *(plan.choice(name) for name in PASSES))
