@@ -2,8 +2,9 @@
 
 The first rule that applies, and whose variant supports the problem, decides. ``tritonconv.explain`` prints the rule.
 The figures are medians of interleaved runs in float32 on 2 cores of an Intel Xeon (AVX-512, 2 MiB L2 per core) with
-torch 2.13.0, 2026-11-22, as (torch's own -> the variant); shapes are batch x channels, input size. They are ratios of
-two things measured together, not rates to expect elsewhere; ``tritonconv bench`` measures them on your machine.
+torch 2.13.0, 2026-11-22 (images of one voxel: 2026-11-25), as (torch's own -> the variant); shapes are batch x
+channels, input size. They are ratios of two things measured together, not rates to expect elsewhere; ``tritonconv
+bench`` measures them on your machine.
 """
 
 from __future__ import annotations
@@ -89,12 +90,22 @@ def _dilated_stride(problem: Problem) -> bool:
     return not _undilated(problem) and problem.stride != (1, 1, 1)
 
 
+def _one_voxel(problem: Problem) -> bool:
+    return problem.size == (1, 1, 1)
+
+
 def _gradients_apart(problem: Problem) -> bool:
     more_y = math.prod(problem.y_shape) >= math.prod(problem.weight_shape)
     return problem.depthwise or _small_image(problem) or (problem.bias and problem.layout == "ndhwc" and more_y)
 
 
 FORWARD = (
+    Rule(
+        "forward_torch_linear",
+        _one_voxel,
+        "images of one voxel: k4 s2 32x200->512 16.5 -> 4.7 ms NCDHW, 18.3 -> 4.9 ms channels_last_3d, at stride 1 "
+        "4.9 -> 4.3 ms; k4 1x100->64 0.20 -> 0.03 ms",
+    ),
     Rule(
         "forward_torch_depthwise",
         lambda p: p.depthwise,
@@ -153,6 +164,12 @@ FORWARD = (
 
 BACKWARD_DATA = (
     Rule(
+        "backward_data_torch_linear",
+        _one_voxel,
+        "images of one voxel: k4 s2 32x200->512 9.7 -> 3.2 ms NCDHW, 18.1 -> 3.9 ms channels_last_3d, at stride 1 "
+        "4.1 -> 3.3 ms; k4 1x100->64 0.16 -> 0.03 ms",
+    ),
+    Rule(
         "backward_data_torch_shuffle",
         lambda p: p.tiles_exactly and p.layout == "ncdhw" and _enough(p),
         "kernel = stride in NCDHW: one unshuffle of grad_y serves both gradients; whole backward 2x128->64 8x16x16 "
@@ -173,6 +190,12 @@ BACKWARD_DATA = (
 )
 
 BACKWARD_WEIGHT = (
+    Rule(
+        "backward_weight_torch_linear",
+        _one_voxel,
+        "images of one voxel: k4 s2 32x200->512 19.8 -> 3.9 ms NCDHW, 49.5 -> 7.4 ms channels_last_3d, at stride 1 "
+        "6.6 -> 4.4 ms; k4 1x100->64 0.25 -> 0.04 ms",
+    ),
     Rule(
         "backward_weight_torch_depthwise",
         lambda p: p.depthwise,
@@ -227,7 +250,8 @@ def choose(problem: Problem, device: torch.device, pass_name: str) -> tuple[Vari
         return native, f"the rules were measured for float32, the problem has {problem.dtype}: torch's own"
     if problem.n == 0 or problem.c_out == 0:
         return native, "an empty output: torch's own"
-    if problem.flops < LITTLE_WORK and math.prod(problem.y_shape) < LITTLE_WORK // 50:
+    small = problem.flops < LITTLE_WORK and math.prod(problem.y_shape) < LITTLE_WORK // 50
+    if small and not _one_voxel(problem):  # 41 us of torch's for 8x64->32 k2, 10 us as a product
         return native, f"{problem.flops / 1e6:.2g} MFLOP: the call itself costs more than any formulation saves"
     for rule in RULES[pass_name]:
         if rule.applies(problem):

@@ -225,6 +225,7 @@ STRIDED = [gapped, reversed_axes, channels_last_slice, interior]
 SMALL = [
     Layer(2, 4, 6, (3, 4, 5), 3, 2, 1, 1), Layer(2, 4, 6, (3, 4, 5), 2), Layer(2, 4, 2, (3, 4, 5), 3, 1, 1),
     Layer(2, 4, 4, (3, 4, 5), 3, 2, 1, 0, 4), Layer(1, 4, 6, (3, 4, 5), 1), Layer(2, 4, 4, (2, 3, 2), 2, 2, 0, 0, 2),
+    Layer(2, 4, 6, (1, 1, 1), 4),
 ]  # fmt: skip
 
 
@@ -278,3 +279,22 @@ def test_expanded_operands(name):
             found = torch.autograd.grad(y.sum(), leaves)
             assert torch.equal(y, wanted[0]), f"{layer} axis {axis}"
             assert all(map(torch.equal, found, wanted[1:])), f"{layer} axis {axis}"
+
+
+@pytest.mark.parametrize("of_weight", [torch.contiguous_format, torch.channels_last_3d])
+@pytest.mark.parametrize("of_x", [torch.contiguous_format, torch.channels_last_3d])
+def test_one_voxel_in_every_pair_of_memory_formats(of_x, of_weight):
+    """One matrix product, whichever of taps and channels are innermost in the weight and in grad_y."""
+    names = [f"{pass_name}_torch_linear" for pass_name in PASSES]
+    x, weight, bias = integers((3, 4, 1, 1, 1)), integers((4, 5, 2, 3, 4)), integers((5,))
+    leaves = [x.to(memory_format=of_x), weight.to(memory_format=of_weight), bias]
+    wanted = torch.conv_transpose3d(x, weight, bias, 2)
+    grad_y = integers(wanted.shape)
+    for memory_format in (torch.contiguous_format, torch.channels_last_3d):
+        leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+        with tritonconv.use(*names):
+            y = tritonconv.conv_transpose3d(*leaves, stride=2)
+        found = torch.autograd.grad(y, leaves, grad_y.to(memory_format=memory_format))
+        exact = [leaf.detach().clone().requires_grad_() for leaf in (x, weight, bias)]
+        assert torch.equal(y, wanted)
+        assert all(map(torch.equal, found, torch.autograd.grad(torch.conv_transpose3d(*exact, 2), exact, grad_y)))

@@ -109,6 +109,11 @@ CASES = {
     "depthwise cropped": Case(channels=(3, 3), kernel=(2, 3, 1), stride=3, front=(5, 1, 0), back=(2, 0, 6), groups=3),
     "depthwise batch 0": Case(n=0, channels=(3, 3), stride=2, groups=3),
     "one voxel k4": Case(channels=(5, 8), size=1, kernel=4, stride=2),
+    "one voxel k4 s1, no overlap": Case(channels=(16, 5), size=1, kernel=4),
+    "one voxel k2": Case(n=1, channels=(1, 3), size=1, kernel=2, stride=2),
+    "one voxel anisotropic": Case(channels=(3, 1), size=1, kernel=(1, 4, 2), stride=3),
+    "one voxel k1": Case(channels=(8, 6), size=1, kernel=1, stride=2),
+    "one voxel k5": Case(n=3, channels=(2, 2), size=1, kernel=5),
     "one voxel": Case(n=1, size=1, stride=2, front=1, back=1, extra=1),
     "one long axis": Case(channels=(2, 2), size=(1, 1, 7), kernel=(1, 1, 11), stride=(1, 1, 4)),
 }

@@ -1,0 +1,29 @@
+"""Forward of images of one voxel: (n, c_in) times the weight (c_in, c_out*taps) is y, in the order of the weight."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from tritonconv.kernels.registry import Variant
+from tritonconv.kernels.torch_linear import channels_inside, flat, spread, supports
+
+
+def launch(problem, config, x, weight, bias):
+    inside, taps = channels_inside(weight), math.prod(problem.kernel)
+    rows, matrix = x.flatten(1), flat(weight, inside)
+    if bias is None:
+        return spread(rows @ matrix, problem, inside)
+    offsets = bias.repeat(taps) if inside else bias.repeat_interleave(taps)
+    return spread(torch.addmm(offsets, rows, matrix), problem, inside)
+
+
+VARIANT = Variant(
+    name="forward_torch_linear",
+    pass_name="forward",
+    idea="images of one voxel: a row each of one GEMM",
+    backend="torch",
+    launch=launch,
+    supports=supports,
+)
