@@ -1,0 +1,186 @@
+"""What runs only beside a GPU, gone through beside a stand-in for one (stand_in_gpu.py), each in a process of its own.
+
+A campaign from its first step to its last, training steps, and two tests of test_gpu.py.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import stand_in_gpu
+
+from tritonconv.bench import results
+from tritonconv.kernels.registry import variant
+from tritonconv.problem import PASSES
+
+TESTS = Path(__file__).resolve().parent
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="a real GPU is here: test_gpu.py asks it"),
+    pytest.mark.skipif(torch.backends.cuda.is_built(), reason="a CUDA build of torch has the guard of a real GPU"),
+    pytest.mark.skipif(shutil.which(stand_in_gpu.COMPILER) is None, reason=f"needs {stand_in_gpu.COMPILER}"),
+]
+SHARED = "forward_shuffle+backward_data_fused+backward_weight_fused"
+
+
+@pytest.fixture(scope="module")
+def beside(tmp_path_factory):
+    """Runs Python with arguments in a process that may have the stand-in: (exit code, standard output)."""
+    folder = tmp_path_factory.mktemp("stand_in_gpu")
+    own = {
+        **os.environ,
+        "STAND_IN_GPU": str(stand_in_gpu.build(folder)),
+        "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}",
+        "TRITONCONV_CACHE": str(folder / "cache"),
+    }
+
+    def run(*arguments: object) -> tuple[int, str]:
+        command = [sys.executable, *map(str, arguments)]
+        done = subprocess.run(command, env=own, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
+        print(done.stdout, done.stderr, sep="\n")  # pytest shows it where the test fails
+        return done.returncode, done.stdout
+
+    return run
+
+
+def script(code: str) -> tuple[str, str]:
+    """The arguments of Python for a piece of code that has the stand-in."""
+    return "-c", f"import stand_in_gpu\nstand_in_gpu.install()\n{textwrap.dedent(code)}"
+
+
+def test_a_campaign_goes_through_all_its_steps(beside, tmp_path):
+    layer = "segresnet_deconv_up2"
+    asked = ("--suite", "unet", "--only", layer, "--dtype", "float16", "--scale", "cpu", "--no-compile", "--quiet")
+    command = (TESTS / "stand_in_gpu.py", "campaign", "--seconds", 300, "--out", tmp_path, *asked)
+    code, out = beside(*command)
+    assert code == 0
+    found = results.read(results.latest(tmp_path))
+    assert (found.environment["device"], found.environment["device_name"]) == ("cuda", stand_in_gpu.NAME)
+    assert found.end["reason"] == "complete" and not found.errors
+
+    checked = {(row["pass"], row["layout"]) for row in found.checks if variant(row["variant"]).backend == "triton"}
+    assert checked == {(name, layout) for name in PASSES for layout in ("ncdhw", "ndhwc")}
+    assert {row["name"] for row in found.roofs} >= {"copy_memory", "launch", "matmul"}
+    assert {(row["pass"], row["layout"]) for row in found.tuned} == checked
+    assert {variant(row["variant"]).backend for row in found.tuned} == {"triton"}
+    assert Counter(row["variant"] for row in found.results) == {"torch": 4, "tritonconv": 4}
+    for row in found.results:
+        assert row["timing"] == "graph" and row["graph_ms"] == row["median_ms"]
+        if row["variant"] == "tritonconv":  # the choices that were tuned, as they are now
+            last = {each["pass"]: each for each in found.tuned if each["layout"] == row["layout"]}
+            assert row["chosen"] == {name: last[name]["variant"] for name in row["chosen"]}
+            assert row["speedup"] > 1
+    assert Counter(row["variant"] for row in found.overheads) == {"torch": 3, "tritonconv": 3}
+
+    code, out = beside(*command)
+    assert code == 0
+    assert "verify: 0 answers" in out and "tune: 0 choices" in out and "bench: 0 of 0 cells, 4 known before" in out
+
+
+def test_a_tensor_of_the_cpu_among_those_of_the_device_is_refused(beside):
+    code, out = beside(
+        *script(
+            """
+            import torch, tritonconv
+            from tritonconv import Problem
+            from tritonconv.kernels.registry import variant
+
+            problem = Problem(1, 4, 4, (2, 3, 4), (2, 2, 2), (2, 2, 2), (0, 0, 0), (4, 6, 8))
+            x, weight = torch.randn(problem.x_shape), torch.randn(problem.weight_shape)
+            gather = variant("forward_gather")
+            calls = [
+                lambda x, weight: torch.conv_transpose3d(x, weight, None, 2),
+                lambda x, weight: tritonconv.conv_transpose3d(x, weight, None, 2),
+                lambda x, weight: gather.launch(problem, gather.default(problem, x.device), x, weight, None),
+            ]
+            for call in calls:
+                assert call(x.cuda(), weight.cuda()).device == torch.device("cuda", 0)
+                try:
+                    call(x.cuda(), weight)
+                except (RuntimeError, ValueError) as error:
+                    print(error)
+            """
+        )
+    )
+    assert code == 0
+    same, own, pointer = out.splitlines()
+    assert "Expected all tensors to be on the same device" in same
+    assert "weight is on cpu but input is on cuda:0" in own
+    assert "cannot be accessed from Triton" in pointer
+
+
+def test_a_training_step_is_torchs_on_the_cpu_also_when_it_is_replayed(beside):
+    code, out = beside(
+        *script(
+            """
+            import torch, tritonconv
+            from tritonconv.kernels import triton_replay
+
+            replayed, play = [], triton_replay._play
+            triton_replay._play = lambda *given: (replayed.append(1), play(*given))
+            theirs = torch.nn.ConvTranspose3d(4, 6, 3, 2, 1, 1)
+            with torch.no_grad():
+                for each in theirs.parameters():
+                    each.random_(-3, 4)  # integers, for which every sum is exact
+            ours = tritonconv.ConvTranspose3d(4, 6, 3, 2, 1, 1)
+            ours.load_state_dict(theirs.state_dict())
+            ours.cuda()
+            for step in range(3):
+                x, grad_y = (torch.randint(-3, 4, size).float() for size in ((1, 4, 2, 3, 2), (1, 6, 4, 6, 4)))
+                seen = []
+                for layer, device in ((theirs, "cpu"), (ours, "cuda")):
+                    optimizer = torch.optim.SGD(layer.parameters(), lr=0.5)
+                    mine = x.clone().to(device).requires_grad_()
+                    with tritonconv.use("forward_phases", "backward_data_gemm", "backward_weight_splitk"):
+                        y = layer(mine)
+                        optimizer.zero_grad()
+                        y.backward(grad_y.to(device))
+                    optimizer.step()
+                    seen.append([y, mine.grad, *layer.parameters()])
+                    assert all(each.device.type == device for each in seen[-1])
+                assert all(torch.equal(right, each.cpu()) for right, each in zip(*seen, strict=True))
+                print(len(replayed))
+            """
+        )
+    )
+    assert code == 0
+    assert out.split() == ["0", "3", "6"]
+
+
+def test_a_graph_makes_its_calls_again_and_waits_for_nothing(beside):
+    code, out = beside(
+        *script(
+            """
+            import torch
+            from tritonconv.bench.gpu import captured
+
+            x, y, halves = torch.ones(3, device="cuda"), torch.zeros(3, device="cuda"), torch.ones(3)
+            replay = captured(lambda: y.copy_((x * 2).view(3, 1).squeeze(1)), x.device)
+            x.fill_(5)
+            replay()
+            print(*y.cpu().tolist())
+            for call in (lambda: x.sum().item(), lambda: x.cpu(), lambda: halves.cuda(), torch.cuda.synchronize):
+                print(captured(call, x.device))
+            """
+        )
+    )
+    assert code == 0
+    assert out.splitlines() == ["10.0 10.0 10.0", *["None"] * 4]
+
+
+def test_the_tests_for_a_gpu_pass(beside):
+    names = ("test_a_training_step_in_a_cuda_graph", "test_launches_follow_the_current_stream")
+    chosen = [f"{TESTS / 'test_gpu.py'}::{name}[{SHARED}]" for name in names]
+    code, out = beside(TESTS / "stand_in_gpu.py", "pytest", "-p", "no:cacheprovider", *chosen)
+    assert code == 0, out
+    assert "2 passed" in out
