@@ -17,6 +17,7 @@ import triton.language as tl
 from tritonconv.kernels.triton_device import widened
 from tritonconv.kernels.triton_launch import launch as run
 from tritonconv.kernels.triton_launch import wide
+from tritonconv.kernels.triton_phases import STEP, multiple
 from tritonconv.kernels.triton_tiles import PROGRAMS, power_of_two
 
 TILE = 2048  # values that one program has in flight: 16 in each of its 128 threads
@@ -40,17 +41,19 @@ def summed(
     return tl.sum(acc, 0)
 
 
-@triton.jit(do_not_specialize=("splits", "batch"))
+@triton.jit(do_not_specialize=("splits", "batch", "flat"))
 def sum_partials_kernel(
     partial_ptr,  # (splits, batch, flat, INNER), dense
     bias_partial_ptr,  # (splits, BIAS), dense, or None
     out_ptr,  # (batch, INNER, flat), or (batch, flat, INNER) where not TRANSPOSED, dense
     bias_ptr,  # (BIAS,) or None
     splits, batch, flat,
-    INNER: tl.constexpr, BIAS: tl.constexpr, TRANSPOSED: tl.constexpr,
+    INNER: tl.constexpr, STEP: tl.constexpr,  # divides flat: wide stores
+    BIAS: tl.constexpr, TRANSPOSED: tl.constexpr,
     TAPS: tl.constexpr, OTHER: tl.constexpr,  # flat is (OTHER, TAPS) in ``out``, (TAPS, OTHER) in ``partial``; or 0
     BLOCK_S: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_I: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
+    flat = multiple(flat, STEP)
     tiles_f, tiles_i = tl.cdiv(flat, BLOCK_F), tl.cdiv(INNER, BLOCK_I)
     tile, tiles = tl.program_id(0), batch * tiles_f * tiles_i
     if tile < tiles:
@@ -132,6 +135,7 @@ def _sum(partial, out, shape, transposed, taps=(0, 0), bias_partial=None, bias_o
         batch=batch,
         flat=flat,
         INNER=inner,
+        STEP=STEP if flat % STEP == 0 else 1,
         BIAS=channels,
         TRANSPOSED=transposed,
         TAPS=taps[0],

@@ -14,11 +14,10 @@ import triton.language as tl
 
 from tritonconv.kernels.triton_device import widened
 from tritonconv.kernels.triton_launch import launch, wide
-from tritonconv.kernels.triton_phases import multiple
+from tritonconv.kernels.triton_phases import STEP, multiple
 from tritonconv.kernels.triton_tape import fresh
 from tritonconv.kernels.triton_tiles import PROGRAMS, power_of_two
 
-WIDE_STEP = 16  # as Triton's own specialisation of integers has it: whatever the size, a volume's copy compiles twice
 SMALLEST, LARGEST = 1024, 8192  # elements of a tile: of 4 bytes 8 to 64 in each of its 128 threads
 ROWS = 64  # at least so many, where there are: elements of a tile that become neighbours
 
@@ -74,7 +73,7 @@ def channels_last(x: torch.Tensor) -> torch.Tensor:
     n, channels, *size = x.shape
     out = fresh(x.shape, x, memory_format=torch.channels_last_3d)
     voxels = math.prod(size)
-    _transpose(x, out, n, channels, voxels, WIDE_STEP if voxels % WIDE_STEP == 0 else 1)
+    _transpose(x, out, n, channels, voxels, STEP if voxels % STEP == 0 else 1)
     return out
 
 
@@ -88,7 +87,7 @@ def taps_first(weight: torch.Tensor, innermost: int) -> torch.Tensor:
     channels = (1, c_in) if innermost == 0 else (c_out, 1)
     out = fresh(weight.shape, weight, strides=(*channels, kh * kw * plane, kw * plane, plane))
     if innermost == 0:  # a row for each c_in, in it all (c_out, tap) side by side
-        _transpose(weight, out, 1, c_in, c_out * taps, math.gcd(c_out * taps, WIDE_STEP), (taps, c_out))
+        _transpose(weight, out, 1, c_in, c_out * taps, math.gcd(c_out * taps, STEP), (taps, c_out))
     else:  # a row for each (c_in, c_out)
-        _transpose(weight, out, 1, plane, taps, math.gcd(taps, WIDE_STEP))
+        _transpose(weight, out, 1, plane, taps, math.gcd(taps, STEP))
     return out

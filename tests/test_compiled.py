@@ -118,3 +118,29 @@ def test_offsets_of_64_bits_and_sizes_of_one_compile(layout):
         *NAMES,
     )
     assert wrong == []
+
+
+def test_copies_and_sums_of_volumes_compile_twice_for_sizes_of_one_order():
+    """Once for numbers of voxels that 16 divides, which permits wide loads, and once for all others."""
+    counts = in_a_process(
+        """
+        from tritonconv.kernels.triton_reduce import sum_volumes
+        from tritonconv.kernels.triton_transpose import channels_last
+        counts = []
+        with compiling_for(TARGETS["sm_90"]):
+            for make in (
+                lambda size: channels_last(torch.empty(1, 48, *size, dtype=torch.bfloat16, device=META)),
+                lambda size: sum_volumes(torch.empty(3, 1, *size, 48, device=META),
+                                         torch.empty(1, 48, *size, dtype=torch.bfloat16, device=META)),
+            ):
+                kernels = set()
+                for size in ((16, 16, 16), (15, 17, 16), (15, 15, 19), (16, 16, 15), (17, 17, 15)):
+                    with triton_launch.compile_only() as found:
+                        make(size)
+                    kernel = found[0][2]
+                    kernels.add((kernel.result() if hasattr(kernel, "result") else kernel).hash)
+                counts.append(len(kernels))
+        print(json.dumps(counts))
+        """
+    )
+    assert counts == [2, 2]
