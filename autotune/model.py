@@ -6,8 +6,8 @@
 ``waste`` is what the last wave leaves idle: programs come in waves of (multiprocessors x programs that fit one), by its
 shared memory, registers and threads. ``waits`` are the latencies of a program's loads that its pipeline does not hide:
 they decide where few programs sum over a long depth. This is the roofline (Williams et al., CACM 2009) with the tile's
-own traffic, wave quantisation and latency; it knows no bank conflict and no instruction mix. It prunes and ranks
-candidates, and measurements decide.
+own traffic, wave quantisation and latency; a kernel without a pipeline adds its parts up where no other program hides
+them. It knows no bank conflict and no instruction mix. It prunes and ranks candidates, and measurements decide.
 """
 
 from __future__ import annotations
@@ -72,6 +72,8 @@ def estimate(record: Variant, problem: Problem, config: Config, ceilings: Ceilin
     }
     limit = max(parts, key=lambda name: parts[name])
     busy = parts[limit] * (SPILLED if work.registers > MOST_REGISTERS else 1.0)
+    if not work.pipelined:  # what a program does after each other is hidden by the other programs there alone
+        busy += (sum(parts.values()) - parts[limit]) / max(1, resident)
     launch = work.launches * ceilings.launch_us * 1e-6
     return Estimate((busy + launch) * 1e3, limit if busy > launch else "launch", work, waves)
 

@@ -300,4 +300,7 @@ def work(problem: Problem, config, size: Triple, depth: int) -> Work:
     """Of :func:`forward`: tiles over cells ``size`` and all columns, ``depth`` per output."""
     programs = tiles.tiles_of(problem.n, size, config) * problem.groups
     programs *= triton.cdiv(columns(problem, config["ROWS"]), config["BLOCK_N"])
-    return tap_gemm(problem, "forward", config, programs, programs * triton.cdiv(depth, config["BLOCK_K"]))
+    steps = programs * triton.cdiv(depth, config["BLOCK_K"])
+    products = depth * math.prod(problem.stride)  # of one cell and output channel, those with zeros included
+    hit = math.prod(problem.kernel) * (problem.c_in // problem.groups) / products
+    return tap_gemm(problem, "forward", config, programs, steps, taps_hit=min(1.0, hit))

@@ -168,7 +168,8 @@ class TestTheKernels:
             monkeypatch.setattr(choose, "table_of", lambda device: table)
             return choose.choose(each, CUDA, "forward").variant.name
 
-        assert chosen_with("forward_phases") == "forward_phases"
+        likely = next(r.name for r, *_ in model.rank(each, CUDA, "forward", GPU) if r.backend == "triton")
+        assert chosen_with(likely) == likely
         assert chosen_with("forward_gather") != "forward_gather"  # eight times the products
 
 
