@@ -97,7 +97,7 @@ def tap_gemm(
 
 
 def _through_l1(problem: Problem, pass_name: str, programs: int, steps: int, m: int, w_tile: float) -> float:
-    """Bytes from L2 of a kernel without a pipeline: its loads go through L1, which keeps what one tap read for the next.
+    """Bytes from L2 of a kernel without a pipeline: its loads go through L1, which keeps a tap's for the next.
 
     The voxels of a tile and of its halo once per program; the weight once per program, or, where it stays in L1, once
     per multiprocessor.
