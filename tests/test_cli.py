@@ -14,6 +14,7 @@ from tritonconv import cli, contestants, runner
 from tritonconv.bench import progress
 from tritonconv.bench.results import read
 from tritonconv.kernels import registry
+from tritonconv.tuning import case, session
 
 TINY = "swinunetr_fs48_up0"
 
@@ -115,8 +116,9 @@ def test_bad_usage_is_2_with_the_argument_what_was_given_and_what_is_allowed(cap
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
-def test_a_missing_device_is_said(capsys):
-    assert cli.main(["bench", "--device", "cuda"]) == 2
+@pytest.mark.parametrize("command", [["bench"], ["explain", TINY]], ids=" ".join)
+def test_a_missing_device_is_said(capsys, command):
+    assert cli.main([*command, "--device", "cuda"]) == 2
     assert "--device: got 'cuda'" in capsys.readouterr().err
 
 
@@ -169,8 +171,42 @@ def test_listing(capsys):
     assert len(capsys.readouterr().out.splitlines()) == 87
 
 
+def tune(tmp_path, *flags) -> int:
+    one = ["--x", "1x4x3x4x5", "--weight", "4x3x2x2x2", "--stride", "2", "--device", "cpu", "--quiet"]
+    return cli.main(["tune", *one, "--store", str(tmp_path / "store"), "--output", str(tmp_path), *flags])
+
+
+def test_tune_tells_of_a_layer_without_memory_and_tunes_the_others(tmp_path, monkeypatch, capsys):
+    def refuse(problem, *args):
+        if problem.layout == "ndhwc":
+            raise error
+        return real(problem, *args)
+
+    real, error = case.make_tensors, torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(case, "make_tensors", refuse)
+    monkeypatch.setattr(session, "PROBLEM_SECONDS", 0.05)
+    assert tune(tmp_path, "--layout", "ndhwc,ncdhw") == 1
+    out = capsys.readouterr().out
+    assert "3 choices" in out and "failed: problem 1: " in out and "OutOfMemoryError: CUDA out of memory" in out
+    assert tune(tmp_path / "alone", "--layout", "ndhwc") == 1
+    assert "0 choices" in capsys.readouterr().out
+    assert read(next((tmp_path / "alone").glob("tune-*.jsonl"))).end["reason"] == "error"
+    assert tune(tmp_path / "well", "--layout", "ncdhw") == 0
+    error = TypeError("make_tensors() takes 4")
+    with pytest.raises(TypeError, match="takes 4"):
+        tune(tmp_path / "alone", "--layout", "ndhwc")
+
+
+def test_explain_answers_for_the_device(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for flags, device in ((["--device", "cpu"], "cpu"), (["--device", "cuda"], "cuda"), ([], "cuda")):
+        assert cli.main(["explain", TINY, "--dtype", "float16", *flags]) == 0
+        assert f"float16 ncdhw on {device}\n" in capsys.readouterr().out
+
+
 def test_explain(capsys):
-    assert cli.main(["explain", "mednext_k3_dw_512", "--layout", "ncdhw,ndhwc", "--scale", "cpu"]) == 0
+    layouts = ["--layout", "ncdhw,ndhwc"]
+    assert cli.main(["explain", "mednext_k3_dw_512", *layouts, "--scale", "cpu", "--device", "cpu"]) == 0
     out = capsys.readouterr().out
     assert out.count("forward: forward_torch_depthwise") == 2
     assert "MedNeXt" in out

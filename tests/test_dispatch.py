@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 import tritonconv
 from tritonconv import ArgumentError, Problem, VariantNotApplicable, dispatch
-from tritonconv.autotune import rules
+from tritonconv.autotune import choose, model, rules
 from tritonconv.kernels.registry import variant
 from tritonconv.problem import PASSES, output_size
 
@@ -187,6 +187,7 @@ def test_the_deterministic_switch_changes_the_plan_where_it_must():
     torch.use_deterministic_algorithms(True)
     try:
         restricted = dispatch.plan(tile, CUDA)
+        empty = dispatch.plan(dataclasses.replace(tile, n=0), CUDA)
         on_cpu = dispatch.plan(tile, CPU)
     finally:
         torch.use_deterministic_algorithms(False)
@@ -194,7 +195,10 @@ def test_the_deterministic_switch_changes_the_plan_where_it_must():
         choice = restricted.choice(pass_name)
         assert choice.variant.deterministic
         if not ordinary.choice(pass_name).variant.deterministic:
-            assert "deterministic" in choice.reason
+            assert "is not deterministic; the cost model's first that is: " in choice.reason
+            ranked = model.rank(tile, CUDA, pass_name, choose.ceilings_of(CUDA))
+            assert choice[:2] == next(each[:2] for each in ranked if each[0].deterministic)
+            assert empty.choice(pass_name).variant.deterministic
         assert on_cpu.choice(pass_name) == dispatch.plan(tile, CPU).choice(pass_name)
     assert dispatch.plan(tile, CUDA) == ordinary, "and back"
 

@@ -12,6 +12,7 @@ pytest.importorskip("matplotlib")
 from matplotlib.axes import Axes
 
 from tests.test_results import ENVIRONMENT, ROOF, result
+from tritonconv import cli
 from tritonconv.bench.results import Writer, read
 from tritonconv.errors import ResultsError
 from tritonconv.plots import labels, roofline, speedup, style
@@ -126,6 +127,39 @@ def test_nothing_to_draw_is_an_error(tmp_path):
     run.results = [row | {"speedup": None} for row in run.results]
     with pytest.raises(ResultsError, match="no layer was timed beside torch"):
         speedup.draw(run, tmp_path)
+
+
+KIND = {"layer": "a", "suite": "unet", "pass": "forward", "dtype": "float32", "layout": "ncdhw", "variant": "torch"}
+TIMED = {"config": {}, "stage": "screen", "median_ms": 2.0, "p20_ms": 1.0, "p80_ms": 3.0, "n_runs": 5, "speedup": 1.0}
+
+
+@pytest.mark.parametrize(("kind", "rows"), [
+    ("overhead", [KIND | {"median_us": 2.0, "p20_us": 1.0, "p80_us": 3.0, "n_runs": 5}]),
+    ("landscape", [KIND | TIMED | {"variant": name, "predicted_ms": 1.0} for name in ("torch", "b", "c")]),
+])  # fmt: skip
+def test_the_command_draws_what_there_is_without_results(tmp_path, capsys, kind, rows):
+    with Writer(tmp_path, f"{kind}-") as writer:
+        writer.write("environment", ENVIRONMENT)
+        for row in rows:
+            writer.write({"landscape": "timing"}.get(kind, kind), row)
+    for flags, suffix in (((), ""), (("--pass", "forward"), "-forward")):
+        assert cli.main(["plot", "--output", str(tmp_path), *flags]) == 0
+        assert [name.rsplit("bench-x", 1)[1] for name in capsys.readouterr().out.split()] == [
+            f"-{kind}{suffix}.png",
+            f"-{kind}{suffix}.svg",
+        ]
+    assert cli.main(["plot", str(writer.path), "--pass", "backward_data"]) == 2
+    assert "--pass 'backward_data'" in (err := capsys.readouterr().err) and "has rows for forward only" in err
+
+
+def test_the_command_says_what_a_file_holds_that_nothing_can_be_drawn_of(tmp_path, capsys):
+    with Writer(tmp_path, "roofs-") as writer:
+        writer.write("environment", ENVIRONMENT)
+        for roof in (COPY, PEAK):
+            writer.write("roof", roof)
+    assert cli.main(["plot", str(writer.path)]) == 2
+    err = capsys.readouterr().err
+    assert all(words in err for words in (str(writer.path), "2 roofs", "tritonconv bench", "tritonconv overhead"))
 
 
 @pytest.fixture

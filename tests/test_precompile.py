@@ -2,56 +2,102 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from tritonconv import Problem
+from tritonconv.inspection import precompile
 from tritonconv.inspection.precompile import Precompiler, target_of
 from tritonconv.kernels.registry import have_triton
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = """
-import torch
+import pathlib, torch
 from tritonconv import Problem
 from tritonconv.inspection import compiling
 from tritonconv.inspection.precompile import Precompiler
 from tritonconv.inspection.targets import TARGETS
 from tritonconv.kernels.registry import variant
 
-up = Problem(1, 32, 16, (4, 4, 4), (2, 2, 2), (2, 2, 2), (0, 0, 0), (8, 8, 8), dtype=torch.float16, bias=True)
-if __name__ == "__main__":
-    record = variant("forward_shuffle")
+with pathlib.Path(__file__).with_name("runs").open("a") as runs:  # no guard: what a process imports would run here
+    print("a run", file=runs)
+record = variant("forward_shuffle")
+for dtype, precision in ((torch.float16, "tf32"), (torch.float32, "ieee")):
+    torch.backends.cudnn.conv.fp32_precision = precision
+    up = Problem(1, 32, 16, (4, 4, 4), (2, 2, 2), (2, 2, 2), (0, 0, 0), (8, 8, 8), dtype=dtype, bias=True)
     config = record.default(up, compiling.GPU)
     with Precompiler("sm_90", processes=1) as compiler:
         jobs = [("forward_shuffle", up, config), ("forward_gone", up, {}), ("forward_shuffle", up, {})]
         started = compiler.start(jobs)
         compiler.finish(started)
         print([each.result() for each in started])
-    with compiling.compiling_for(TARGETS["sm_90"]), compiling.products_in("tf32"), compiling._seconds() as seconds:
+    with compiling.compiling_for(TARGETS["sm_90"]), compiling._seconds() as seconds:
         compiling.compile_launch(record, up, config)
     print(len(seconds))  # compiled here because the cache did not hold it
 """
+UP = Problem(1, 4, 3, (3, 4, 5), (2, 2, 2), (2, 2, 2), (0, 0, 0), (6, 8, 10))
 
 
 @pytest.mark.skipif(not have_triton(), reason="needs Triton's compiler")
-def test_a_kernel_compiled_ahead_is_found_in_the_cache_and_failures_are_left_to_the_launch(tmp_path):
+def test_a_script_without_a_guard_compiles_ahead_and_failures_are_left_to_the_launch(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "0"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
     command = [sys.executable, str(tmp_path / "script.py")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split("\n")[:2] == ["[True, False, False]", "0"]
+    assert done.stdout.splitlines() == ["[True, False, False]", "0"] * 2
+    assert (tmp_path / "runs").read_text() == "a run\n"
+
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="reads the kernels' precisions")
+
+
+@needs_triton
+def test_the_end_of_the_block_ends_what_is_compiling(tmp_path, monkeypatch):
+    started = tmp_path / "started"
+    hangs = f"import subprocess, sys; open({str(started)!r}, 'w'); subprocess.run(['sleep', '60'])"
+    monkeypatch.setattr(precompile, "WORKER", hangs)
+    with Precompiler("sm_90", processes=2) as compiler:
+        found = compiler.start([("forward_shuffle", UP, {})] * 4)
+        deadline = time.monotonic() + 60
+        while not started.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        compiler.finish(found, seconds=0.01)
+        begin = time.perf_counter()
+    assert time.perf_counter() - begin < 20  # its child, which holds the pipe, has ended too
+    assert compiler._workers and all(each.poll() is not None for each in compiler._workers)
+    assert all(each.cancelled() or each.result(timeout=0) is False for each in found)
+
+
+@needs_triton
+@pytest.mark.parametrize("crash", ["raise SystemExit", "import sys; sys.stdin.buffer.read(1)"])
+def test_processes_that_crash_are_replaced_a_few_times_only(monkeypatch, crash):
+    monkeypatch.setattr(precompile, "WORKER", crash)
+    with Precompiler("sm_90", processes=2) as compiler:
+        found = compiler.start([("forward_shuffle", UP, {})] * 20)
+        compiler.finish(found)
+        assert [each.result() for each in found] == [False] * 20
+    assert len(compiler._workers) in (3, 4)
+
+
+@needs_triton
+def test_without_a_python_to_start_nothing_is_compiled_ahead(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    with Precompiler("sm_90", processes=1) as compiler:
+        (found,) = compiler.start([("forward_shuffle", UP, {})])
+        assert found.result() is False
 
 
 def test_without_a_target_nothing_is_started():
     assert target_of(torch.device("cpu")) is None
-    up = Problem(1, 4, 3, (3, 4, 5), (2, 2, 2), (2, 2, 2), (0, 0, 0), (6, 8, 10))
     with Precompiler(None) as compiler:
-        assert compiler.start([("forward_shuffle", up, {})]) == []
+        assert compiler.start([("forward_shuffle", UP, {})]) == []
         compiler.finish([])

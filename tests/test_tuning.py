@@ -24,7 +24,7 @@ from tritonconv.bench.timing import Times
 from tritonconv.errors import ArgumentTypeError, StoreError
 from tritonconv.kernels import registry
 from tritonconv.problem import PASSES
-from tritonconv.tuning import api, contest, session
+from tritonconv.tuning import api, case, contest, session
 from tritonconv.tuning.session import Session, tasks_of
 
 CPU = torch.device("cpu")
@@ -149,6 +149,21 @@ def test_what_a_gpu_refuses_disqualifies_and_is_not_tried_again(clockless, broke
     assert len(report.winners) == 3
     (failed,) = [each for each in journal.Journal.open(device_name(CPU)).timings.values() if each.status == "failed"]
     assert failed.variant == "forward_torch_shuffle" and "OutOfMemoryError" in failed.message
+
+
+@pytest.mark.parametrize(("times", "tuned"), [(1, {UP, HALO}), (10**6, {HALO})], ids=["once", "always"])
+def test_tensors_without_memory_fail_a_problem_and_say_nothing_of_the_candidates(clockless, monkeypatch, times, tuned):
+    real, failing = case.make_tensors, iter(range(times))
+
+    def make_tensors(problem, *args):
+        if problem == UP and next(failing, None) is not None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(problem, *args)
+
+    monkeypatch.setattr(case, "make_tensors", make_tensors)
+    report = Session(CPU, goes_on=True).run(tasks_of([UP, HALO]), Silent())
+    assert {task.problem for task, _ in report.winners} == tuned and report.errors == 2 - len(tuned)
+    assert {each.status for each in journal.Journal.open(device_name(CPU)).timings.values()} == {"ok"}
 
 
 def test_a_mistake_in_the_program_propagates_and_loses_nothing(clockless, broken):

@@ -17,8 +17,8 @@ import torch
 
 from tritonconv import fallback
 from tritonconv.arguments import geometry, problem_of
-from tritonconv.autotune import rules
-from tritonconv.autotune.choose import Selection, choose, untuned
+from tritonconv.autotune import model, rules
+from tritonconv.autotune.choose import Selection, ceilings_of, choose, untuned
 from tritonconv.autotune.choose import forget as forget_tables
 from tritonconv.errors import ArgumentError, VariantNotApplicable
 from tritonconv.kernels.registry import variant, variants
@@ -249,11 +249,22 @@ def _choose(problem, device, pass_name, forced, deterministic) -> Selection:
             return Selection(record, config, "forced by tritonconv.use")
     chosen = choose(problem, device, pass_name)
     if deterministic and not chosen.variant.deterministic and device.type != "cpu":
-        for other in variants(pass_name):
-            if other.deterministic and other.supports(problem, device) is None:
-                because = f"torch.use_deterministic_algorithms is on and {chosen.variant.name} is not deterministic"
-                return Selection(other, other.default(problem, device), because)
+        because = f"torch.use_deterministic_algorithms is on and {chosen.variant.name} is not deterministic"
+        return next(_deterministics(problem, device, pass_name, because), chosen)
     return chosen
+
+
+def _deterministics(problem, device, pass_name, because) -> Iterator[Selection]:
+    """The deterministic variants that serve the problem: in the model's order, where there is something to compute."""
+    if device.type == "cuda" and problem.n and problem.c_out:
+        for record, config, guess in model.rank(problem, device, pass_name, ceilings_of(device)):
+            if record.deterministic:
+                said = f"{because}; the cost model's first that is: {guess.ms * 1e3:.3g} us, {guess.limit}"
+                yield Selection(record, config, said)
+    else:
+        for record in variants(pass_name):
+            if record.deterministic and record.supports(problem, device) is None:
+                yield Selection(record, record.default(problem, device), because)
 
 
 def plan_of(problem: Problem, device: torch.device, **chosen: Selection) -> Plan:

@@ -33,7 +33,7 @@ def explain(input, weight=None, bias=None, stride=1, padding=0, output_padding=0
     Nothing is computed. Raises what the call itself would raise.
     """
     if isinstance(input, Problem):
-        return _show(plan(input, torch.device("cpu")))
+        return explain_problem(input, torch.device("cpu"))
     if weight is None:
         raise TypeError("explain: weight is missing; give the arguments of conv_transpose3d, or a Problem alone")
     if all(isinstance(tensor, torch.Tensor) for tensor in (input, weight)):
@@ -48,6 +48,11 @@ def explain(input, weight=None, bias=None, stride=1, padding=0, output_padding=0
     explanation = Explanation(None, reason, f"torch itself serves this call: {reason}")
     print(explanation)
     return explanation
+
+
+def explain_problem(problem: Problem, device: torch.device) -> Explanation:
+    """:func:`explain` of a problem alone, on any device; nothing of the device is touched."""
+    return _show(plan(problem, device))
 
 
 def _show(made: Plan) -> Explanation:

@@ -8,8 +8,9 @@ import torch
 
 from tritonconv import flags
 from tritonconv.bench.workloads import SCALES, workload
-from tritonconv.commands.common import DTYPES, OK, add_variant_files, load_variant_files
-from tritonconv.explain import explain
+from tritonconv.commands.common import DTYPES, OK, add_device, add_variant_files, load_variant_files
+from tritonconv.commands.common import device as device_of
+from tritonconv.explain import explain_problem
 from tritonconv.problem import LAYOUTS
 
 HELP = "say which variant serves a layer, and why"
@@ -23,14 +24,16 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--scale", choices=tuple(SCALES), default="full", help="sizes to explain (default: %(default)s)"
     )
+    add_device(parser)
     add_variant_files(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     load_variant_files(options)
+    device = device_of(options.device)
     layer = workload(options.layer)
     for dtype in flags.once(options.dtype, ("float32",)):
         for layout in flags.once(options.layout, ("ncdhw",)):
-            explain(layer.problem(getattr(torch, dtype), layout, options.scale))
+            explain_problem(layer.problem(getattr(torch, dtype), layout, options.scale), device)
     print(f"{layer.name}, suite {layer.suite}, scale {options.scale} ({SCALES[options.scale]}); source: {layer.source}")
     return OK

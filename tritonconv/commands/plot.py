@@ -54,6 +54,10 @@ def run(options: argparse.Namespace) -> int:
         drawn = charts.draw(run, folder, options.chart, **chosen)
     except OSError as error:
         raise ResultsError(f"output: cannot write pictures into {folder}: {error}") from None
+    except ResultsError:
+        if options.chart:
+            raise
+        raise ResultsError(_nothing(run, charts, chosen)) from None
     for pictures in drawn.values():
         print("\n".join(map(str, pictures)))
     return OK
@@ -71,11 +75,21 @@ def drawing() -> ModuleType:
 
 
 def _check_filters(run: results.Run, chosen: dict[str, str | None]) -> None:
+    rows = [*run.results, *run.timings, *run.overheads]
     for name, value in chosen.items():
         field = name.removesuffix("_name")
-        found = run.values(field)
+        found = dict.fromkeys(row[field] for row in rows)
         if value is not None and value not in found:
-            raise ResultsError(f"--{field} {value!r}: {run.path} has results for {', '.join(found) or 'no layer'} only")
-    if not run.select(**chosen):
-        asked = ", ".join(value for value in chosen.values() if value)
-        raise ResultsError(f"results: {run.path} holds no result{f' for {asked}' if asked else ''}")
+            raise ResultsError(f"--{field} {value!r}: {run.path} has rows for {', '.join(found) or 'no layer'} only")
+
+
+def _nothing(run: results.Run, charts: ModuleType, chosen: dict[str, str | None]) -> str:
+    """Why no chart could be drawn: what the file holds, and what writes rows for charts."""
+    kinds = ("results", "timings", "tuned", "overheads", "checks", "roofs", "skips", "errors")
+    held = [f"{len(getattr(run, kind))} {kind}" for kind in kinds if getattr(run, kind)]
+    asked = ", ".join(value for value in chosen.values() if value)
+    makers = dict.fromkeys(charts.chart(name).MADE_BY for name in charts.names())
+    return (
+        f"results: {run.path} holds {', '.join(held) or 'no row'}, of which no chart can be drawn"
+        f"{f' for {asked}' if asked else ''}; rows for charts are written by {', '.join(makers)}"
+    )

@@ -16,9 +16,11 @@ from tritonconv import flags
 from tritonconv.arguments import geometry, problem_of
 from tritonconv.bench import results
 from tritonconv.bench.environment import environment
+from tritonconv.bench.failures import disqualifies
 from tritonconv.bench.progress import progress
 from tritonconv.bench.workloads import ALL, SCALES, distinct, in_turn, left_out, suites, workloads
-from tritonconv.commands.common import DTYPES, OK, RESULTS, add_device, add_variant_files, load_variant_files, scale_for
+from tritonconv.commands import common
+from tritonconv.commands.common import DTYPES, OK, RESULTS, WRONG, add_device, add_variant_files, load_variant_files
 from tritonconv.commands.common import device as device_of
 from tritonconv.errors import ArgumentError
 from tritonconv.problem import LAYOUTS, Problem
@@ -29,7 +31,8 @@ HELP = "find the fastest variants on this machine and store them"
 DESCRIPTION = """\
 Times the variants beside torch's own on this machine and stores the fastest per kind of problem; calls use it from then
 on. torch's own is a candidate, so a tuned layer is not slower than torch. A killed run goes on where it was: each
-timing is stored at once, and so is each decision.
+timing is stored at once, and so is each decision. A layer that fails, as where the memory is too small for it, is told,
+and the others are tuned; the exit code is then 1.
 
 What is tuned: a suite's layers (--suite), the layers of your model (--model module:factory --input 1x1x96x96x96), or
 one problem (--x 1x64x16x16x16 --weight 64x32x2x2x2 --stride 2).
@@ -81,17 +84,30 @@ def run(options: argparse.Namespace) -> int:
         header = environment(device, ("tritonconv", *options.given), 0)
         writer.write("environment", {"schema": results.SCHEMA, "run": writer.run, **header, "scale": scale,
                                      "scale_rule": SCALES.get(scale, "the sizes that were given")})  # fmt: skip
-        session = Session(device, options.store, options.seconds, options.again, writer.write)
+
+        def write(kind: str, row: dict[str, object]) -> None:
+            writer.write(kind, row)
+            if kind == "error" and row["variant"] == ALL:  # the whole problem
+                failed[f"{row['layer']} {row['layout']} {row['dtype']}"] = row["message"]
+
+        failed: dict[str, object] = {}
+        session = Session(device, options.store, options.seconds, options.again, write, goes_on=len(tasks) > 1)
         reason = "interrupted"
         try:
             report = session.run(tasks, shown)
             reason = report.reason
+        except Exception as error:
+            if not disqualifies(error):
+                raise
+            report, reason = session.report, "error"
         finally:
             shown.close()
             writer.write("end", {"reason": reason})
     print(report)
+    for name, message in failed.items():
+        print(f"failed: {name}: {message}")
     print(f"results: {writer.path}")
-    return OK
+    return WRONG if failed else OK
 
 
 def _tasks(options: argparse.Namespace, device: torch.device) -> tuple[list[Task], str]:
@@ -105,7 +121,7 @@ def _tasks(options: argparse.Namespace, device: torch.device) -> tuple[list[Task
         return tasks_of(_of_model(options, device)), "given"
     if options.x is not None:
         return tasks_of(_given(options)), "given"
-    scale = scale_for(options.scale, device)
+    scale = common.scale_for(options.scale, device)
     layers = [each for each in workloads(options.suite or ALL, options.only) if left_out(each, scale) is None]
     tasks = [
         Task(layer.problem(dtype, layout, scale), layer.name, layer.suite)

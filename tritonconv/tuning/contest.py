@@ -126,8 +126,10 @@ class Contest:
         if perf_counter() >= self.deadline:
             raise OutOfTime
         plan = plan_of(self.case.problem, self.case.device, **{pass_name: candidate.selection})
-        call, base = self.case.call(plan, pass_name), self.case.baseline(self.case.problem, pass_name)
+        made = False
         try:
+            call, base = self.case.call(plan, pass_name), self.case.baseline(self.case.problem, pass_name)
+            made = True
             calls = {TORCH: base, candidate.label: call}
             times = self._pair(pass_name, calls, candidate.label, seconds)
             timing = self._timing(pass_name, candidate, SCREEN, times)
@@ -137,7 +139,8 @@ class Contest:
                 self._keep(timing, candidate)  # the next run passes it over
             if not disqualifies(error):
                 raise
-        self._keep(timing, candidate)
+        if made:  # else there was no memory for the tensors, which says nothing of the candidate
+            self._keep(timing, candidate)
         return timing
 
     def _pair(self, pass_name: str, calls: dict[str, TensorCall], label: str, seconds: float) -> Times:
