@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import time
 from pathlib import Path
 
 import pytest
@@ -288,6 +290,32 @@ def test_a_call_that_cannot_be_captured_is_timed_eagerly(monkeypatch):
 
     assert gpu.captured(synchronises, torch.device("cuda")) is None
     assert math.isfinite(gpu.wall_ms(lambda: None, torch.device("cuda")))
+
+    left = []
+
+    @contextlib.contextmanager
+    def ends_badly(graph):  # as torch's: its end raises before it has left its stream
+        left.append("graph")
+        yield
+        raise RuntimeError("capture_end")
+
+    @contextlib.contextmanager
+    def stream(wanted):
+        left.append(wanted)
+        try:
+            yield
+        finally:
+            del left[left.index(wanted) :]
+
+    monkeypatch.setattr(cuda, "graph", ends_badly)
+    monkeypatch.setattr(cuda, "stream", stream)
+    assert gpu.captured(lambda: None, torch.device("cuda")) is None and not left
+
+
+def test_what_the_first_eager_call_pays_for_is_no_part_of_the_wall_time(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+    waits = iter([0.2])
+    assert gpu.wall_ms(lambda: time.sleep(next(waits, 0.0)), torch.device("cuda")) < 50
 
 
 def test_a_bad_list_of_sizes_is_refused():

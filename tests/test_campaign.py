@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 import time
 from collections import Counter
@@ -12,6 +14,7 @@ import torch
 
 from tritonconv import campaign, cli, contestants, dispatch, runner
 from tritonconv.bench import results
+from tritonconv.bench.summary import summary
 from tritonconv.errors import ResultsError
 from tritonconv.tuning import session
 
@@ -74,7 +77,66 @@ def test_a_cell_whose_choice_has_changed_is_measured_again(tmp_path, capsys):
         path.unlink()
     assert run(tmp_path, 10) == 0
     out = capsys.readouterr().out
-    assert "tune: 3 choices" in out
+    assert "roofs: known" in out and "tune: 3 choices" in out
+    (table,) = (tmp_path / "store").glob("*threads.json")
+    assert json.loads(table.read_text())["ceilings"]["measured"]
+
+
+def test_cells_of_other_sources_other_versions_or_rows_that_do_not_say_are_measured_again(
+    tmp_path, monkeypatch, capsys
+):
+    again, known = "bench: 2 of 2 cells, 0 known", "bench: 0 of 0 cells, 2 known"
+
+    def said() -> str:
+        capsys.readouterr()
+        assert run(tmp_path, 20) == 0
+        return capsys.readouterr().out
+
+    assert again in said() and known in said()
+    with monkeypatch.context() as edited:
+        edited.setattr(runner, "source_hash", lambda record: "an edited kernel")
+        assert again in said() and known in said()
+    with monkeypatch.context() as updated:
+        newer = {"torch": "99", "triton": None}
+        updated.setattr(runner, "versions_of", lambda device: newer)
+        updated.setattr(campaign, "versions_of", lambda device: newer)
+        assert again in said()
+    assert again in said()
+    for path in results.files(tmp_path):
+        path.write_text(path.read_text().replace('"sources": ', '"as it was": '))
+    assert again in said()
+
+
+def test_a_new_dtype_has_its_roof_measured_and_knows_no_cells(tmp_path, capsys):
+    assert run(tmp_path, 20) == 0
+    for roofs, cells in (("4 measured", "2 of 2 cells, 0 known"), ("known", "0 of 0 cells, 2 known")):
+        capsys.readouterr()
+        assert run(tmp_path, 20, "--dtype", "bfloat16") == 0
+        out = capsys.readouterr().out
+        assert f"roofs: {roofs}" in out and f"bench: {cells}" in out
+    found = results.load(tmp_path)
+    assert Counter(row["dtype"] for row in found.results) == {"float32": 4, "bfloat16": 4}
+    assert all(row["percent_of_roof"] > 0 for row in found.results)
+    (table,) = (tmp_path / "store").glob("*threads.json")
+    assert json.loads(table.read_text())["ceilings"]["matrix"].keys() == {"float32", "bfloat16"}
+
+
+@pytest.mark.parametrize("roofs", [1, 3])
+def test_roofs_that_an_interrupt_left_out_are_measured_by_the_next_run(tmp_path, monkeypatch, roofs):
+    real = campaign.roofs.measure
+
+    def stops(*args):
+        yield from itertools.islice(real(*args), roofs)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as first:
+        first.setattr(campaign.roofs, "measure", stops)
+        assert run(tmp_path, 20) == 130
+    assert len(results.load(tmp_path).roofs) == roofs
+    assert run(tmp_path, 20) == 0
+    found = results.load(tmp_path)
+    assert {row["name"] for row in found.roofs} == {"copy_cache", "copy_memory", "launch", "matmul"}
+    assert found.results and all(row["percent_of_roof"] > 0 for row in found.results)
 
 
 def test_a_budget_ends_it_in_time_with_everything_kept(tmp_path, capsys):
@@ -115,6 +177,55 @@ def test_a_wrong_variant_is_a_row_and_exit_code_1(tmp_path, monkeypatch):
     assert run(tmp_path, 10) == 1
     found = results.read(results.latest(tmp_path))
     assert {row["variant"] for row in found.errors if row["status"] == "wrong"} == {"forward_torch_phases"}
+
+
+LOST = RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+def test_a_check_that_loses_the_gpu_ends_the_run_with_its_row_and_the_next_goes_on_behind_it(tmp_path, monkeypatch):
+    real, name = campaign.Case.judge, "forward_torch_phases"
+
+    def judge(case, plan, pass_name):
+        if pass_name == "forward" and plan.choice(pass_name).variant.name == name:
+            raise LOST
+        return real(case, plan, pass_name)
+
+    monkeypatch.setattr(campaign.Case, "judge", judge)
+    for count in (1, 2):  # one on each layer
+        with pytest.raises(RuntimeError, match="illegal memory access"):
+            run(tmp_path, 20)
+        found = results.load(tmp_path)
+        assert found.end["reason"] == "error" and "illegal memory access" in found.end["message"]
+        assert len({row["layer"] for row in found.errors}) == len(found.errors) == count
+        assert "ended early (error)" in summary(found)
+    assert run(tmp_path, 20) == 1  # wrong or failed answers are known, though none was asked for again
+    found = results.load(tmp_path)
+    assert found.end["reason"] != "error" and len(found.errors) == 2 and found.results
+    monkeypatch.setattr(campaign, "source_hash", lambda record: f"{record.name}, edited")
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        run(tmp_path, 20)
+
+
+@pytest.mark.parametrize("where", ["candidate", "interleave"])
+def test_a_cell_that_loses_the_gpu_is_not_begun_again(tmp_path, monkeypatch, capsys, where):
+    def lose(*args):
+        raise LOST
+
+    real = getattr(runner, where)
+    with monkeypatch.context() as broken:
+        broken.setattr(
+            runner, where, lambda *args: (lose if args[0] == "tritonconv" or where != "candidate" else real)(*args)
+        )
+        for count in (1, 2):  # one of each pass
+            with pytest.raises(RuntimeError, match="illegal memory access"):
+                run(tmp_path, 20)
+            found = results.load(tmp_path)
+            assert found.end["reason"] == "error" and len({row["pass"] for row in found.errors}) == count
+        assert run(tmp_path, 20) == 0
+    assert "bench: 0 of 0 cells, 2 known before" in capsys.readouterr().out
+    monkeypatch.setattr(runner, "source_hash", lambda record: "an edited kernel")
+    assert run(tmp_path, 20) == 0
+    assert "bench: 2 of 2 cells, 0 known before" in capsys.readouterr().out
 
 
 def test_a_folder_of_another_device_is_refused(tmp_path, monkeypatch):

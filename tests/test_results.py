@@ -224,6 +224,14 @@ def test_a_disturbed_run_says_so(path, busy, said):
         assert "at most 0.1 cores busy" in summary(run)
 
 
+def test_runs_of_one_second_are_in_their_order(tmp_path):
+    written = []
+    for _ in range(6):
+        with Writer(tmp_path) as writer:
+            written.append(writer.path)
+    assert results.files(tmp_path) == written
+
+
 def test_names_carry_the_time(tmp_path):
     with Writer(tmp_path) as writer:
         assert time.strftime("bench-%Y%m%dT", time.gmtime()) in writer.path.name

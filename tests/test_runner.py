@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from tritonconv import contestants, runner
-from tritonconv.bench import gate
+from tritonconv.autotune.sources import source_hash
+from tritonconv.bench import gate, gpu
 from tritonconv.bench.calls import ALL_PASSES, make_tensors, torch_call
 from tritonconv.bench.progress import Silent
-from tritonconv.bench.results import read
+from tritonconv.bench.results import latest, read
+from tritonconv.bench.rows import versions_of
 from tritonconv.bench.summary import summary
 from tritonconv.bench.workloads import Workload, workloads
 from tritonconv.kernels import registry
@@ -141,6 +146,59 @@ def test_a_variant_that_raises_is_a_row_and_the_run_goes_on(tmp_path, sabotage):
     assert outcome.errors == 2
     assert {(row["status"], row["message"]) for row in found.errors} == {("error", "MemoryError: no room")}
     assert {row["variant"] for row in found.results} == {"torch", "tritonconv"}
+
+
+def test_a_cell_without_memory_is_a_row_and_the_run_goes_on(tmp_path, monkeypatch):
+    graphs, kept = weakref.WeakSet(), []
+
+    def captured(call, device):
+        graph = functools.partial(call)
+        graphs.add(graph)
+        return graph
+
+    peaks = iter([1, None, 2, 3])
+
+    def peak_bytes(call, device):
+        peak = next(peaks)
+        if peak is None:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return peak
+
+    monkeypatch.setattr(runner._Bench, "_on_gpu", True)
+    monkeypatch.setattr(runner, "gpu", SimpleNamespace(**{
+        **vars(gpu), "captured": captured, "peak_bytes": peak_bytes, "wall_ms": lambda call, device: 1.0
+    }))  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: kept.append(len(graphs)))
+    outcome, found = run(tmp_path, layer(), layer("b", c_in=5), passes=("forward",), layouts=("ncdhw",))
+    assert (outcome.reason, outcome.errors, found.end["cells"]) == ("complete", 1, 2)
+    (error,) = found.errors
+    assert (error["layer"], error["variant"], error["status"]) == ("tiny", "all", "error")
+    assert "out of memory" in error["message"] and "context_lost" not in error
+    assert [(row["layer"], row["peak_bytes"]) for row in found.results] == [("b", 2), ("b", 3)]
+    assert kept == [0]  # no graph is left when the memory is given back
+
+
+@pytest.mark.parametrize(
+    ("error", "rows"), [(TypeError("a mistake"), 0), (RuntimeError("CUDA error: misaligned address"), 1)]
+)
+def test_what_is_no_lack_of_memory_ends_the_run(tmp_path, monkeypatch, error, rows):
+    def raises(*args):
+        raise error
+
+    monkeypatch.setattr(runner, "interleave", raises)
+    with pytest.raises(type(error), match=str(error)):
+        run(tmp_path, layer(), passes=("forward",), layouts=("ncdhw",))
+    found = read(latest(tmp_path))
+    assert [row["context_lost"] for row in found.errors] == [True] * rows and not found.results
+
+
+def test_rows_carry_the_sources_and_the_versions_they_were_measured_with(tmp_path):
+    single = registry.variant("forward_torch_phases")
+    _, found = run(tmp_path, layer(), passes=ALL_PASSES, layouts=("ncdhw",), variants=(single,))
+    for row in found.results:
+        assert row["versions"] == versions_of(CPU) and row["versions"]["torch"] == str(torch.__version__)
+        expected = {name: source_hash(registry.variant(chosen)) for name, chosen in row["chosen"].items()}
+        assert row["sources"] == expected and bool(expected) == (row["variant"] != "torch")
 
 
 class Interrupting(Silent):

@@ -24,17 +24,16 @@ from tritonconv.autotune.key import device_name
 from tritonconv.autotune.sources import source_hash
 from tritonconv.autotune.store import Table
 from tritonconv.bench import gate, results, roofs
-from tritonconv.bench.calls import FORWARD_BACKWARD
 from tritonconv.bench.failures import context_is_lost, told
-from tritonconv.bench.results import COMPILED, OURS, Run, Writer
-from tritonconv.bench.rows import sizes_of
+from tritonconv.bench.results import BASELINE, COMPILED, OURS, Run, Writer
+from tritonconv.bench.roofs import LAUNCH, MATMUL, TF32
+from tritonconv.bench.rows import sizes_of, versions_of
 from tritonconv.bench.workloads import distinct, in_turn, left_out, workload
 from tritonconv.contestants import why_not
 from tritonconv.inspection.jobs import CLASSES
 from tritonconv.inspection.precompile import Precompiler, target_of
 from tritonconv.kernels.registry import variant, variants
-from tritonconv.problem import PASSES
-from tritonconv.runner import Options, header, measure
+from tritonconv.runner import Options, header, measure, served
 from tritonconv.tuning.case import Case
 from tritonconv.tuning.session import Progress, Session, Task
 
@@ -42,6 +41,7 @@ from tritonconv.tuning.session import Progress, Session, Task
 VERIFY, ROOFS, TUNE, OVERHEAD = 0.12, 0.06, 0.42, 0.03
 END = 0.02  # for what is running when a step's time is over
 CHECKED_AXES = 12  # a problem is verified at no more voxels per axis
+IDENTITY = ("layer", "pass", "dtype", "layout", "variant", "source")  # of an answer that was held against float64
 
 
 @dataclass(frozen=True)
@@ -66,12 +66,15 @@ class Campaign:
         self.said: list[str] = []
 
     def run(self) -> Outcome:
-        """Raises ResultsError or StoreError where the folder cannot be written or holds another device's results."""
+        """Raises ResultsError or StoreError where the folder cannot be written or holds another device's results.
+
+        What else ends the run, such as a GPU that is lost, is in the file before it is raised.
+        """
         self.earlier = self._earlier()
         reason = "complete"
         with _store(self.folder / "store"), Writer(self.folder, results.CAMPAIGN) as writer:
             self.writer = writer
-            writer.write("environment", header(self.options, writer))
+            self.environment = writer.write("environment", header(self.options, writer))
             try:
                 self._verify()
                 measured = self._roofs()
@@ -81,11 +84,17 @@ class Campaign:
                 reason = "complete" if finished else "budget"
             except KeyboardInterrupt:
                 reason = "interrupted"
-            writer.write("end", {"reason": reason, "seconds": round(perf_counter() - self.begin, 3)})
+            except Exception as error:
+                self._end("error", message=told(error))
+                raise
+            self._end(reason)
         return Outcome(writer.path, reason, self.errors, tuple(self.said))
 
+    def _end(self, reason: str, **more: str) -> None:
+        self.writer.write("end", {"reason": reason, "seconds": round(perf_counter() - self.begin, 3), **more})
+
     def _earlier(self) -> Run | None:
-        """What earlier runs of this folder measured with the same commit on this device."""
+        """What earlier runs of this folder measured, which were all on this device."""
         if not self.folder.is_dir() or not any(self.folder.glob(f"{results.CAMPAIGN}*.jsonl")):
             return None
         runs = [results.read(path) for path in results.files(self.folder) if path.name.startswith(results.CAMPAIGN)]
@@ -98,10 +107,15 @@ class Campaign:
     # -------------------------------------------------------------- verify
 
     def _verify(self) -> None:
-        """Every variant on one layer per class, against float64."""
-        done = {(row["layer"], row["pass"], row["dtype"], row["layout"], row["variant"], row.get("source"))
-                for row in (self.earlier.checks if self.earlier else ())}  # fmt: skip
-        waiting = [each for each in self._checks() if self._identity(*each) not in done]
+        """Every variant on one layer per class, against float64.
+
+        What failed is not tried again before its source changes, for it may end the run; it is counted again.
+        """
+        rows = (*self.earlier.errors, *self.earlier.checks) if self.earlier else ()
+        known = {tuple(row.get(key) for key in IDENTITY): row["kind"] for row in rows}
+        answers = [(each, known.get(self._identity(*each))) for each in self._checks()]
+        waiting = [each for each, kind in answers if kind is None]
+        self.errors = failed = sum(kind == "error" for _, kind in answers)
         self.progress.begin(len(waiting))
         deadline, checked = perf_counter() + min(VERIFY * self.seconds, self._left()), 0
         with Precompiler(target_of(self.device)) as compiler:
@@ -115,7 +129,8 @@ class Campaign:
                 self._check(task, name)
                 checked += 1
                 self.progress.step(f"verify {name} on {task.layer}")
-        rest = f", {len(waiting) - checked} left for another run" if checked < len(waiting) else ""
+        rest = f" ({failed} of them known before)" if failed else ""
+        rest += f", {len(waiting) - checked} left for another run" if checked < len(waiting) else ""
         self.said.append(f"verify: {checked} answers held against float64, {self.errors} wrong or failed{rest}")
 
     def _checks(self) -> Iterator[tuple[Task, str]]:
@@ -156,18 +171,29 @@ class Campaign:
     # -------------------------------------------------------------- the other steps
 
     def _roofs(self) -> list[dict]:
-        if self.earlier and self.earlier.roofs:
+        """Of earlier runs and of this one, which measures the products that they lack; they are put into the store."""
+        found = list(self.earlier.roofs) if self.earlier else []
+        names = {(row["name"], row["dtype"]) for row in found}
+        lacking = [dtype for dtype in self.options.dtypes if not self._products(dtype) <= names]
+        if lacking or (LAUNCH, None) not in names:  # of the copies and the launch, which come first, that is the last
+            each = min(0.5, ROOFS * self.seconds / (3 + 2 * len(lacking)))
+            measured = [self.writer.write("roof", {**row, "when": "start"})
+                        for row in roofs.measure(self.device, lacking, each)]  # fmt: skip
+            self.said.append(f"roofs: {len(measured)} measured")
+            found += measured
+        else:
             self.said.append("roofs: known from an earlier run")
-            return self.earlier.roofs
-        each = min(0.5, ROOFS * self.seconds / (3 + 2 * len(self.options.dtypes)))
-        found = [self.writer.write("roof", {**row, "when": "start"})
-                 for row in roofs.measure(self.device, self.options.dtypes, each)]  # fmt: skip
-        measured = from_roofs(found, header(self.options, self.writer), self.device)
-        if measured is not None:
-            store.merge(Table(device_name(self.device), {}, measured.to_json()))
+        ceilings = from_roofs(found, self.environment, self.device)
+        if ceilings is not None:
+            store.merge(Table(device_name(self.device), {}, ceilings.to_json()))
             dispatch.forget()
-        self.said.append(f"roofs: {len(found)} measured")
         return found
+
+    def _products(self, dtype: torch.dtype) -> set[tuple[str, str]]:
+        """The roofs of matrix products that a dtype has here."""
+        name = str(dtype).removeprefix("torch.")
+        also = {(MATMUL, TF32)} if dtype is torch.float32 and self.device.type == "cuda" else set()
+        return {(MATMUL, name)} | also
 
     def _tune(self) -> bool:
         seconds = min(TUNE * self.seconds, self._left())
@@ -195,15 +221,12 @@ class Campaign:
         if seconds <= 0:
             self.said.append("bench: no time was left")
             return False
-        options = replace(self.options, seconds=seconds, compiled=False, done=self._done())
+        options = replace(self.options, seconds=seconds, compiled=False, done=self._done(OURS))
         finished = self._cells("bench", options, known_roofs)
         if finished and self.options.compiled:  # torch.compile is slow to ask, so it is asked last
-            done = frozenset(
-                (row["layer"], row["dtype"], row["layout"], row["pass"])
-                for row in (self.earlier.results if self.earlier else ())
-                if row["variant"] == COMPILED
+            options = replace(
+                options, seconds=self._left(OVERHEAD), variants=(), only_compiled=True, done=self._done(COMPILED)
             )
-            options = replace(options, seconds=self._left(OVERHEAD), variants=(), only_compiled=True, done=done)
             finished = self._cells("torch.compile", options, known_roofs)
         return finished
 
@@ -215,23 +238,40 @@ class Campaign:
             raise KeyboardInterrupt
         return run.reason == "complete"
 
-    def _done(self) -> frozenset[tuple[str, str, str, str]]:
-        """Cells of earlier runs that ran what dispatch chooses now."""
+    def _done(self, timed: str) -> frozenset[tuple[str, str, str, str]]:
+        """Cells in which earlier runs timed ``timed`` as it is now, or lost the GPU with what would run now."""
         if self.earlier is None:
             return frozenset()
-        layers = {layer.name: layer for layer in self.options.layers}
-        found = set()
-        for row in self.earlier.results:
-            layer = layers.get(row["layer"])
-            if layer is None or row["variant"] != OURS or row["layout"] not in self.options.layouts:
-                continue
-            problem = layer.problem(getattr(torch, row["dtype"]), row["layout"], self.options.scale)
-            plan = dispatch.plan(problem, self.device)
-            served = PASSES if row["pass"] == FORWARD_BACKWARD else (row["pass"],)
-            now = {name: [plan.choice(name).variant.name, dict(plan.choice(name).config)] for name in served}
-            if now == {name: [row["chosen"].get(name), row["config"].get(name)] for name in served}:
-                found.add((row["layer"], row["dtype"], row["layout"], row["pass"]))
-        return frozenset(found)
+        lost = [row for row in self.earlier.errors if row.get("context_lost")]
+        rows = [row for row in self.earlier.results if row["variant"] == timed]
+        rows += [row for row in lost if (row["variant"] == COMPILED) == (timed == COMPILED)]
+        return frozenset(
+            (row["layer"], row["dtype"], row["layout"], row["pass"])
+            for row in rows
+            if self._asked(row) and self._same(row)
+        )
+
+    def _asked(self, row: dict) -> bool:
+        """This run is about the row's cell."""
+        options = self.options
+        return (
+            any(layer.name == row["layer"] for layer in options.layers)
+            and getattr(torch, row["dtype"]) in options.dtypes
+            and row["layout"] in options.layouts
+            and row["pass"] in options.passes
+        )
+
+    def _same(self, row: dict) -> bool:
+        """The row's cell would run the same now: the choices of dispatch, their sources, the versions below them."""
+        if row.get("versions") != versions_of(self.device):
+            return False
+        if row["variant"] in (BASELINE, COMPILED):
+            return True
+        layer = next(layer for layer in self.options.layers if layer.name == row["layer"])
+        problem = layer.problem(getattr(torch, row["dtype"]), row["layout"], self.options.scale)
+        single = next((record for record in self.options.variants if record.name == row["variant"]), None)
+        now = served(single, problem, self.device, row["pass"])
+        return all(row.get(key) == value for key, value in now.items())
 
     def _overhead(self) -> None:
         seconds = min(OVERHEAD * self.seconds, self._left())

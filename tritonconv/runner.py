@@ -8,7 +8,7 @@ timed in turns (:mod:`tritonconv.bench.timing`). A finished cell is on disk befo
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -16,18 +16,20 @@ from typing import Protocol
 
 import torch
 
+from tritonconv.autotune.sources import source_hash
 from tritonconv.bench import gate, gpu, roofs
 from tritonconv.bench.calls import FORWARD_BACKWARD
 from tritonconv.bench.environment import OtherPrograms, environment
-from tritonconv.bench.failures import context_is_lost
+from tritonconv.bench.failures import context_is_lost, disqualifies
 from tritonconv.bench.results import BASELINE, COMPILED, OURS, SCHEMA, Writer
-from tritonconv.bench.rows import Candidate, layer_fields, measured_fields
+from tritonconv.bench.rows import Candidate, Choice, layer_fields, measured_fields, versions_of
 from tritonconv.bench.subject import Subject
 from tritonconv.bench.timing import interleave, method, stopwatch_for
 from tritonconv.bench.workloads import ALL, SCALES, Workload, distinct, in_turn, left_out
 from tritonconv.contestants import candidate, why_not
+from tritonconv.dispatch import plan
 from tritonconv.kernels.registry import Variant
-from tritonconv.problem import Problem
+from tritonconv.problem import PASSES, Problem
 
 # Time for one cell (s): what it gets without a budget, and the most it gets with one.
 CELL_SECONDS = 0.5
@@ -126,10 +128,29 @@ def header(options: Options, writer: Writer) -> dict[str, object]:
     }
 
 
+def served(record: Variant | None, problem: Problem, device: torch.device, pass_name: str) -> dict[str, object]:
+    """What a variant by itself, or the public operation, runs now, in the words of :func:`chosen_fields`."""
+    if record is not None:
+        return {"sources": {pass_name: source_hash(record)}}
+    made = plan(problem, device)
+    passes = PASSES if pass_name == FORWARD_BACKWARD else (pass_name,)
+    return chosen_fields({name: made.choice(name) for name in passes})
+
+
+def chosen_fields(chosen: Mapping[str, Choice]) -> dict[str, object]:
+    """What a contestant runs by pass; while it is the same, a later run would only measure the same again."""
+    return {
+        "chosen": {name: each.variant.name for name, each in chosen.items()},
+        "config": {name: dict(each.config) for name, each in chosen.items()},
+        "sources": {name: source_hash(each.variant) for name, each in chosen.items()},
+    }
+
+
 class _Bench:
     def __init__(self, options: Options, writer: Writer, progress: Progress, known_roofs: Iterable[dict]) -> None:
         self.options, self.writer, self.progress = options, writer, progress
         self.watch = stopwatch_for(options.device)
+        self.versions = versions_of(options.device)
         self.begin = perf_counter()
         self.roofs: list[dict] = list(known_roofs)
         self.measures_roofs = not self.roofs
@@ -205,14 +226,35 @@ class _Bench:
         passed = self._gated(head, subject, problem, pass_name)
         if not passed:
             return
+        try:
+            rows = self._timed(head, subject, problem, passed, share - (perf_counter() - begin))
+        except Exception as error:
+            if not (disqualifies(error) or context_is_lost(error)):  # a mistake in the program
+                raise
+            self._failed(head, COMPILED if self.options.only_compiled else ALL, None, problem, error)
+            if context_is_lost(error):
+                raise
+            rows = []
+        if not rows and self._on_gpu:  # the error is gone by here, and with it what the cell's graphs held
+            torch.cuda.empty_cache()
+        others = {"other_cores": self.others_in_cell.since_last()}
+        for row in rows:
+            self.writer.write("result", {**head, **row, **others, "status": "ok", "message": ""})
+
+    def _timed(
+        self, head: dict, subject: Subject, problem: Problem, passed: dict[str, Candidate], seconds: float
+    ) -> list[dict[str, object]]:
+        """The rows of a cell, all of them or an exception: half a cell would count as known."""
         graphs = {name: gpu.captured(one.call, subject.device) for name, one in passed.items()} if self._on_gpu else {}
         calls = {name: graphs.get(name) or one.call for name, one in passed.items()}
         # The gate has run every call at size, so all are warm. What a slow cell takes too much, later cells lack.
-        times = interleave(calls, self.watch, share - (perf_counter() - begin))
-        others = {"other_cores": self.others_in_cell.since_last()}
-        written = [one for one in passed.values() if one.name == COMPILED or not self.options.only_compiled]
-        for one in written:
+        times = interleave(calls, self.watch, seconds)
+        rows = []
+        for one in passed.values():
+            if self.options.only_compiled and one.name != COMPILED:
+                continue
             row = layer_fields(subject, problem) | measured_fields(one, times, problem, head, self.roofs)
+            row |= {**chosen_fields(one.chosen), "versions": self.versions}
             if self._on_gpu:
                 row |= {
                     "timing": "graph" if graphs[one.name] else "events",
@@ -221,7 +263,18 @@ class _Bench:
                     "wall_ms": gpu.wall_ms(one.call, subject.device),
                     "peak_bytes": gpu.peak_bytes(one.call, subject.device),
                 }
-            self.writer.write("result", {**head, **row, **others, "status": "ok", "message": ""})
+            rows.append(row)
+        return rows
+
+    def _failed(self, head: dict, name: str, record: Variant | None, problem: Problem, error: Exception) -> None:
+        """The row of a candidate, or of a cell, that raised. Where the GPU is lost it says what lost it, so that a
+        campaign does not begin with the same again."""
+        self.errors += 1
+        row = {**head, "variant": name, "status": "error", "message": f"{type(error).__name__}: {error}"}
+        if context_is_lost(error):
+            ours = {} if name in (BASELINE, COMPILED) else served(record, problem, self.options.device, head["pass"])
+            row |= {"context_lost": True, "versions": self.versions, **ours}
+        self.writer.write("error", row)
 
     @property
     def _on_gpu(self) -> bool:
@@ -243,18 +296,17 @@ class _Bench:
                 continue
             try:
                 one = candidate(name, record, subject, problem, pass_name, passed.get(BASELINE))
-                if one.verdict.ok:
-                    passed[name] = one
-                    continue
-                status, message = "wrong", str(one.verdict)
-                lost = None
             except Exception as error:  # what fails is a row of its own, and the run goes on
-                status, message = "error", f"{type(error).__name__}: {error}"
-                lost = error if context_is_lost(error) else None
-            self.errors += 1
-            self.writer.write("error", {**head, "variant": name, "status": status, "message": message})
-            if lost is not None:  # every later cell would fail too
-                raise lost
+                self._failed(head, name, record, problem, error)
+                if context_is_lost(error):  # every later cell would fail too
+                    raise
+                continue
+            if one.verdict.ok:
+                passed[name] = one
+            else:
+                self.errors += 1
+                row = {**head, "variant": name, "status": "wrong", "message": str(one.verdict)}
+                self.writer.write("error", row)
         return passed
 
 

@@ -71,8 +71,9 @@ class Writer:
     """
 
     def __init__(self, folder: Path, prefix: str = PREFIX) -> None:
-        stamp = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%SZ")
-        self.run = f"{prefix}{stamp}-{secrets.token_hex(2)}"
+        now = datetime.now(timezone.utc)
+        # The microsecond in hexadecimal keeps runs of one second in order.
+        self.run = f"{prefix}{now:%Y%m%dT%H%M%SZ}-{now.microsecond:05x}{secrets.token_hex(1)}"
         self.path = folder / f"{self.run}.jsonl"
         try:
             folder.mkdir(parents=True, exist_ok=True)

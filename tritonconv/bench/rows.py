@@ -6,9 +6,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
+
 from tritonconv.bench import gate, roofs
 from tritonconv.bench.calls import TensorCall, work
 from tritonconv.bench.classes import layer_class
+from tritonconv.bench.environment import version
 from tritonconv.bench.results import BASELINE
 from tritonconv.bench.subject import Subject
 from tritonconv.bench.timing import Times
@@ -59,6 +62,14 @@ def layer_fields(subject: Subject, problem: Problem) -> dict[str, object]:
     }
 
 
+def versions_of(device: torch.device) -> dict[str, str | None]:
+    """What a time depends on besides the device and our own sources."""
+    found: dict[str, str | None] = {"torch": torch.__version__, "triton": version("triton")}
+    if device.type == "cuda":
+        found["cuda"] = torch.version.cuda
+    return found
+
+
 def measured_fields(
     one: Candidate,
     times: Times,
@@ -66,7 +77,7 @@ def measured_fields(
     head: Mapping[str, str],
     measured_roofs: Iterable[Mapping],
 ) -> dict[str, object]:
-    """The candidate: times (ms), rates, share of the roof, errors, speed-up; ``head`` holds the pass and the dtype."""
+    """Times (ms), rates, share of the roof, errors, speed-up of a candidate; ``head`` holds the pass and the dtype."""
     flops, moved = work(problem, head["pass"])
     allowed = roofs.attainable(measured_roofs, head["dtype"], flops, moved, problem.bytes(), roofs.tf32())
     spread = times.spread(one.name)
@@ -75,8 +86,6 @@ def measured_fields(
     ratio = times.speedup(one.name, BASELINE) if BASELINE in times.rounds else None
     return {
         "variant": one.name,
-        "chosen": {name: each.variant.name for name, each in one.chosen.items()},
-        "config": {name: dict(each.config) for name, each in one.chosen.items()},
         "median_ms": spread.median,
         "p20_ms": spread.p20,
         "p80_ms": spread.p80,

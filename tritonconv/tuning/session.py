@@ -17,9 +17,8 @@ from tritonconv.autotune.key import Key, device_name
 from tritonconv.autotune.sources import source_hash
 from tritonconv.autotune.store import Entry, Table
 from tritonconv.bench import gpu
-from tritonconv.bench.environment import version
 from tritonconv.bench.failures import context_is_lost, told
-from tritonconv.bench.rows import sizes_of
+from tritonconv.bench.rows import sizes_of, versions_of
 from tritonconv.bench.workloads import ALL
 from tritonconv.errors import ArgumentError
 from tritonconv.inspection.precompile import Job, Precompiler, target_of
@@ -263,14 +262,6 @@ def head(task: Task, pass_name: str) -> dict[str, object]:
         "text": str(problem),
         "problem": sizes_of(problem),
     }
-
-
-def versions_of(device: torch.device) -> dict[str, str | None]:
-    """What a time depends on besides the device: a timing of other versions is taken again."""
-    found: dict[str, str | None] = {"torch": torch.__version__, "triton": version("triton")}
-    if device.type == "cuda":
-        found["cuda"] = torch.version.cuda
-    return found
 
 
 def tasks_of(problems: Iterable[Problem]) -> list[Task]:
