@@ -1,10 +1,10 @@
 """Which variant serves a problem: ordered rules, each with the measurement that justifies it.
 
 The first rule that applies, and whose variant supports the problem, decides. ``tritonconv.explain`` prints the rule.
-The figures are medians of interleaved runs in float32 on 2 cores of an Intel Xeon (AVX-512, 2 MiB L2 per core) with
-torch 2.13.0, 2026-11-22 (images of one voxel: 2026-11-25), as (torch's own -> the variant); shapes are batch x
-channels, input size. They are ratios of two things measured together, not rates to expect elsewhere; ``tritonconv
-bench`` measures them on your machine.
+The figures are medians of interleaved runs in float32 with torch 2.13.0 on 2 cores of an Intel Xeon (AVX-512, 2 MiB L2
+per core), 2026-11-22, those of images of one voxel on 2 cores of an AMD EPYC (AVX-512, 1 MiB), 2026-11-25, as (torch's
+own -> the variant); shapes are batch x channels, input size. They are ratios of two things measured together, not rates
+to expect elsewhere; ``tritonconv bench`` measures them on your machine.
 """
 
 from __future__ import annotations
