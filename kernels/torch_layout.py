@@ -57,6 +57,15 @@ def matmul_images(matrix: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
     return torch.bmm(matrix.expand(images.shape[0], *matrix.shape), images)
 
 
+def matrix_refusal(problem: Problem) -> str | None:
+    """Why no one matrix product serves the problem: it has groups, or whole numbers; None where one may."""
+    if problem.groups != 1:
+        return f"needs groups=1, the problem has {problem.groups}"
+    if not problem.dtype.is_floating_point:
+        return f"needs a floating-point dtype, the problem has {problem.dtype}"
+    return None
+
+
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which partial sums are kept: float32 for the half types, so that a result is rounded once."""
     return torch.float32 if dtype.is_floating_point and dtype.itemsize < 4 else dtype

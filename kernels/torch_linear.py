@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from tritonconv.kernels.torch_layout import matrix_refusal
 from tritonconv.problem import Problem
 
 
@@ -18,11 +19,7 @@ def supports(problem: Problem, device: torch.device) -> str | None:
             f"needs one tap per output with nothing cropped or appended, the problem has kernel {problem.kernel}, "
             f"dilation {problem.dilation}, crop {problem.crop}, output {problem.out_size}"
         )
-    if problem.groups != 1:
-        return f"needs groups=1, the problem has {problem.groups}"
-    if not problem.dtype.is_floating_point:
-        return f"needs a floating-point dtype, the problem has {problem.dtype}"
-    return None
+    return matrix_refusal(problem)
 
 
 def channels_inside(tensor: torch.Tensor) -> bool:
