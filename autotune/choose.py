@@ -36,7 +36,7 @@ class Selection(NamedTuple):
 def choose(problem: Problem, device: torch.device, pass_name: str) -> Selection:
     """The variant, its config and the reason."""
     table = table_of(device)
-    if table.entries:
+    if table.entries and problem.n and problem.c_out:
         key = Key.of(problem, pass_name)
         exact = table.find(key)
         found = _usable(exact, problem, device)

@@ -35,5 +35,5 @@ def flat(tensor: torch.Tensor, inside: bool) -> torch.Tensor:
 def spread(rows: torch.Tensor, problem: Problem, inside: bool) -> torch.Tensor:
     """The inverse of :func:`flat`; always a view."""
     if not inside:
-        return rows.view(-1, problem.c_out, *problem.kernel)
-    return rows.view(-1, *problem.kernel, problem.c_out).permute(0, 4, 1, 2, 3)
+        return rows.view(len(rows), problem.c_out, *problem.kernel)
+    return rows.view(len(rows), *problem.kernel, problem.c_out).permute(0, 4, 1, 2, 3)

@@ -62,7 +62,7 @@ def sum_partials_kernel(
         offs_i = widened(tile % tiles_i * BLOCK_I + tl.arange(0, BLOCK_I), WIDE)
         row = image * flat + (offs_f % TAPS * OTHER + offs_f // TAPS if TAPS else offs_f)
         mask = (offs_f < flat)[:, None] & (offs_i < INNER)[None, :]
-        elements = widened(batch * flat, WIDE) * INNER
+        elements = widened(batch, WIDE) * flat * INNER
         places = (row * INNER)[:, None] + offs_i[None, :]
         acc = summed(partial_ptr, splits, elements, places, mask, BLOCK_S, BLOCK_F, BLOCK_I, WIDE)
         acc = acc.to(out_ptr.dtype.element_ty)

@@ -71,6 +71,8 @@ def tap_gemm(
     WEIGHT) is one more launch that reads and writes the weight; as it is given, whole sectors of it are loaded for one
     tap each. ``taps_hit``: the part of the weight's tiles that is no zero for want of a tap, and is loaded.
     """
+    from tritonconv.kernels.triton_target import pipeline_buffers  # needs Triton, as all that comes here
+
     m, n, k = block_m or config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"]
     item, threads = problem.dtype.itemsize, config["num_warps"] * WARP
     if config.get("WEIGHT"):
@@ -86,7 +88,7 @@ def tap_gemm(
         memory_bytes=memory,
         cache_bytes=max(memory, cached + float(programs) * m * n * item),
         programs=programs,
-        shared_bytes=operands * max(1, config["num_stages"] - 1),
+        shared_bytes=operands * pipeline_buffers(config["num_stages"]),
         registers=BASE_REGISTERS + math.ceil((m * n + operands / 4 / 2) / threads),
         warps=config["num_warps"],
         launches=launches,
@@ -105,7 +107,7 @@ def _through_l1(problem: Problem, pass_name: str, programs: int, steps: int, m: 
     forward = pass_name == "forward"
     channels = (problem.c_in if forward else problem.c_out * math.prod(problem.stride)) // problem.groups
     halo = HALO if math.prod(problem.kernel) > 1 else 1.0
-    weight = steps / programs * w_tile
+    weight = steps / max(1, programs) * w_tile
     weights = min(programs, MULTIPROCESSORS) if weight <= L1_BYTES else programs
     return programs * m * channels * halo * problem.dtype.itemsize + weights * weight
 

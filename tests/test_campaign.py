@@ -206,6 +206,27 @@ def test_a_check_that_loses_the_gpu_ends_the_run_with_its_row_and_the_next_goes_
         run(tmp_path, 20)
 
 
+def test_a_check_without_memory_and_checks_of_other_versions_are_made_again(tmp_path, monkeypatch, capsys):
+    real, name = campaign.Case.judge, "forward_torch_phases"
+
+    def judge(case, plan, pass_name):
+        if pass_name == "forward" and plan.choice(pass_name).variant.name == name:
+            raise torch.OutOfMemoryError("out of memory")
+        return real(case, plan, pass_name)
+
+    with monkeypatch.context() as full:
+        full.setattr(campaign.Case, "judge", judge)
+        assert run(tmp_path, 20) == 1
+    made = len(results.load(tmp_path).checks)
+    capsys.readouterr()
+    assert run(tmp_path, 20) == 0
+    assert "verify: 2 answers held against float64, 0 wrong" in capsys.readouterr().out  # one on each layer
+    with monkeypatch.context() as updated:
+        updated.setattr(campaign, "versions_of", lambda device: {"torch": "9.9", "triton": None})
+        run(tmp_path, 20)
+    assert f"verify: {made + 2} answers held against float64" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("where", ["candidate", "interleave"])
 def test_a_cell_that_loses_the_gpu_is_not_begun_again(tmp_path, monkeypatch, capsys, where):
     def lose(*args):

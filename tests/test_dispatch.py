@@ -14,6 +14,9 @@ import torch.nn.functional as F
 import tritonconv
 from tritonconv import ArgumentError, Problem, VariantNotApplicable, dispatch
 from tritonconv.autotune import choose, model, rules
+from tritonconv.autotune.choose import Selection
+from tritonconv.inspection.compiling import products_in
+from tritonconv.kernels import torch_layout
 from tritonconv.kernels.registry import variant
 from tritonconv.problem import PASSES, output_size
 
@@ -284,3 +287,27 @@ def test_a_variant_that_does_not_serve_is_refused_even_for_a_pass_that_does_not_
     with tritonconv.use("backward_weight_torch_shuffle"), pytest.raises(VariantNotApplicable, match="kernel = stride"):
         tritonconv.conv_transpose3d(X, WEIGHT, BIAS, 2)
     assert dispatch._by_call == dispatch._by_problem == {}
+
+
+def test_matrices_are_multiplied_as_convolutions_are(monkeypatch):
+    """On a GPU torch has a switch for each, and a formulation in matrix products stands for a convolution."""
+    matrices, seen = torch.backends.cuda.matmul, []
+    before = matrices.fp32_precision
+    call = torch_layout.as_convolutions(lambda *operands: seen.append(matrices.fp32_precision) or operands)
+    for said in ("tf32", "ieee"):
+        with products_in(said):
+            assert call(1, 2) == (1, 2)
+            with pytest.raises(ZeroDivisionError):
+                torch_layout.as_convolutions(lambda: 1 / 0)()
+    assert seen == ["tf32", "ieee"] and matrices.fp32_precision == before
+
+
+def test_only_weights_that_are_packed_are_shared():
+    each = Problem(1, 32, 16, (4, 4, 4), (2, 2, 2), (2, 2, 2), (0, 0, 0), (8, 8, 8), dtype=torch.float16)
+    given = {name: variant(f"{name}_shuffle_given") for name in PASSES[:2]}
+    packing = {name: variant(f"{name}_shuffle") for name in PASSES[:2]}
+    for records, shared in ((given, False), (packing, True)):
+        chosen = {name: Selection(one, {**one.default(each, CUDA)}, "") for name, one in records.items()}
+        if shared:
+            chosen = {name: one._replace(config={**one.config, "WEIGHT": 1}) for name, one in chosen.items()}
+        assert dispatch.plan_of(each, CUDA, **chosen).packs_weights is shared

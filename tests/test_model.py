@@ -172,6 +172,17 @@ class TestTheKernels:
         assert chosen_with(likely) == likely
         assert chosen_with("forward_gather") != "forward_gather"  # eight times the products
 
+    def test_an_empty_batch_beside_a_tuned_size_costs_nothing(self, monkeypatch):
+        each = dataclasses.replace(problem("psmnet_train_64_32"), size=(1, 1, 1), out_size=(2, 2, 2), n=1)
+        record = variant("forward_phases")
+        config = {**record.default(each, CUDA), "num_stages": 1}
+        entry = Entry(record.name, config, 1.0, 2.0, source_hash(record), "", "forward", "2026-01-01", {})
+        table = Table("gpu", {str(Key.of(each, "forward")): entry}, dataclasses.replace(GPU, measured=True).to_json())
+        monkeypatch.setattr(choose, "table_of", lambda device: table)
+        empty = dataclasses.replace(each, n=0)
+        assert choose.choose(empty, CUDA, "forward").variant.name == "forward_torch_native"
+        assert model.estimate(record, empty, config, GPU).ms < 1
+
 
 # ------------------------------------------------------------------ ceilings
 

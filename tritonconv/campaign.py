@@ -41,7 +41,8 @@ from tritonconv.tuning.session import Progress, Session, Task
 VERIFY, ROOFS, TUNE, OVERHEAD = 0.12, 0.06, 0.42, 0.03
 END = 0.02  # for what is running when a step's time is over
 CHECKED_AXES = 12  # a problem is verified at no more voxels per axis
-IDENTITY = ("layer", "pass", "dtype", "layout", "variant", "source")  # of an answer that was held against float64
+# Of an answer that was held against float64, beside the versions.
+IDENTITY = ("layer", "pass", "dtype", "layout", "variant", "source")
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Campaign:
 
         What else ends the run, such as a GPU that is lost, is in the file before it is raised.
         """
-        self.earlier = self._earlier()
+        self.earlier, self.versions = self._earlier(), versions_of(self.device)
         reason = "complete"
         with _store(self.folder / "store"), Writer(self.folder, results.CAMPAIGN) as writer:
             self.writer = writer
@@ -109,10 +110,13 @@ class Campaign:
     def _verify(self) -> None:
         """Every variant on one layer per class, against float64.
 
-        What failed is not tried again before its source changes, for it may end the run; it is counted again.
+        What was wrong, or lost the GPU, is not tried again before its source or a version changes, for it may end the
+        run; it is counted again. Other errors may pass.
         """
         rows = (*self.earlier.errors, *self.earlier.checks) if self.earlier else ()
-        known = {tuple(row.get(key) for key in IDENTITY): row["kind"] for row in rows}
+        lasting = [row for row in rows if row["kind"] == "check" or row["status"] == "wrong" or row.get("context_lost")]
+        known = {tuple(row.get(key) for key in IDENTITY): row["kind"] for row in lasting
+                 if row.get("versions") == self.versions}  # fmt: skip
         answers = [(each, known.get(self._identity(*each))) for each in self._checks()]
         waiting = [each for each, kind in answers if kind is None]
         self.errors = failed = sum(kind == "error" for _, kind in answers)
@@ -151,15 +155,17 @@ class Campaign:
         layer, pass_name, dtype, layout, _, source = self._identity(task, name)
         record = variant(name)
         head = {"layer": layer, "suite": task.suite, "pass": pass_name, "dtype": dtype, "layout": layout,
-                "variant": name, "source": source, "problem": sizes_of(task.problem)}  # fmt: skip
+                "variant": name, "source": source, "versions": self.versions,
+                "problem": sizes_of(task.problem)}  # fmt: skip
         chosen = Selection(record, record.default(task.problem, self.device), "verified")
         try:
             plan = dispatch.plan_of(task.problem, self.device, **{pass_name: chosen})
             verdict = Case(task.problem, self.device).judge(plan, pass_name)
         except Exception as error:
             self.errors += 1
-            self.writer.write("error", {**head, "status": "error", "message": told(error)})
-            if context_is_lost(error):
+            lost = context_is_lost(error)
+            self.writer.write("error", {**head, "status": "error", "message": told(error), "context_lost": lost})
+            if lost:
                 raise
             return
         if verdict.ok:
@@ -263,7 +269,7 @@ class Campaign:
 
     def _same(self, row: dict) -> bool:
         """The row's cell would run the same now: the choices of dispatch, their sources, the versions below them."""
-        if row.get("versions") != versions_of(self.device):
+        if row.get("versions") != self.versions:
             return False
         if row["variant"] in (BASELINE, COMPILED):
             return True

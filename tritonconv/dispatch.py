@@ -22,7 +22,7 @@ from tritonconv.autotune.choose import Selection, ceilings_of, choose, untuned
 from tritonconv.autotune.choose import forget as forget_tables
 from tritonconv.errors import ArgumentError, VariantNotApplicable
 from tritonconv.kernels.registry import variant, variants
-from tritonconv.kernels.torch_layout import to_layout
+from tritonconv.kernels.torch_layout import as_convolutions, to_layout
 from tritonconv.kernels.triton_weights import AS_GIVEN
 from tritonconv.problem import PASSES, Problem
 
@@ -70,32 +70,34 @@ class Plan:
     def packs_weights(self) -> bool:
         """Forward and backward-data are Triton kernels that may share one packed copy of the weight."""
         both = self.forward_choice, self.backward_data_choice
-        return all(each.variant.backend == "triton" and each.config.get("WEIGHT") != AS_GIVEN for each in both)
+        return all(
+            each.variant.backend == "triton" and each.config.get("WEIGHT", AS_GIVEN) != AS_GIVEN for each in both
+        )
 
     @cached_property
     def _forward(self) -> Callable[..., torch.Tensor]:
-        return _launch_of(self.forward_choice, self.problem)
+        return _launch_of(self.forward_choice, self.problem, self.device)
 
     @cached_property
     def _backward_data(self) -> Callable[..., torch.Tensor]:
-        return _launch_of(self.backward_data_choice, self.problem)
+        return _launch_of(self.backward_data_choice, self.problem, self.device)
 
     @cached_property
     def _backward_weight(self) -> Callable[..., tuple]:
-        return _launch_of(self.backward_weight_choice, self.problem)
+        return _launch_of(self.backward_weight_choice, self.problem, self.device)
 
     @cached_property
     def _joint(self) -> Callable[..., tuple]:
         chosen = self.backward_weight_choice
         assert chosen.variant.joint is not None  # backward() asked
-        return _kept(chosen.variant.joint, chosen, self.problem)
+        return _kept(chosen.variant.joint, chosen, self.problem, self.device)
 
     @cached_property
     def _prepare(self) -> Callable[..., torch.Tensor]:
         chosen = self.backward_data_choice
         prepare = chosen.variant.prepare
         assert prepare is not None  # backward() asked
-        return _kept(lambda problem, config, grad_y: prepare(problem, grad_y), chosen, self.problem)
+        return _kept(lambda problem, config, grad_y: prepare(problem, grad_y), chosen, self.problem, self.device)
 
     def _torchs(self, pass_name: str) -> bool:
         return self.choice(pass_name).variant.name == rules.FALLBACK[pass_name]
@@ -151,14 +153,15 @@ def _given(prepared: torch.Tensor | None, grad_y: torch.Tensor) -> tuple[torch.T
     return () if prepared is None or prepared is grad_y else (prepared,)
 
 
-def _launch_of(chosen: Selection, problem: Problem) -> Callable[..., Any]:
-    return _kept(chosen.variant.launch, chosen, problem)
+def _launch_of(chosen: Selection, problem: Problem, device: torch.device) -> Callable[..., Any]:
+    return _kept(chosen.variant.launch, chosen, problem, device)
 
 
-def _kept(launch: Callable[..., Any], chosen: Selection, problem: Problem) -> Callable[..., Any]:
+def _kept(launch: Callable[..., Any], chosen: Selection, problem: Problem, device: torch.device) -> Callable[..., Any]:
     """A launch of a choice, of the operands alone; what the Triton kernels' host side works out is kept."""
     if chosen.variant.backend != "triton":
-        return partial(launch, problem, chosen.config)
+        made = partial(launch, problem, chosen.config)
+        return as_convolutions(made) if device.type == "cuda" and problem.dtype is torch.float32 else made
     from tritonconv.kernels.triton_replay import Replay  # needs Triton
 
     return Replay(launch, problem, chosen.config)
@@ -186,7 +189,8 @@ def plan(problem: Problem, device: torch.device) -> Plan:
     key = (problem, device, forced, deterministic)
     found = _by_problem.get(key)
     if found is None:
-        choices = {f"{name}_choice": _choose(problem, device, name, forced, deterministic) for name in PASSES}
+        with torch.cuda.device(device) if device.type == "cuda" and torch.cuda.is_available() else _NOTHING:
+            choices = {f"{name}_choice": _choose(problem, device, name, forced, deterministic) for name in PASSES}
         found = _remember(_by_problem, key, Plan(problem, device, **choices))
     return found
 

@@ -7,6 +7,7 @@ timed in turns (:mod:`tritonconv.bench.timing`). A finished cell is on disk befo
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -272,8 +273,10 @@ class _Bench:
         self.errors += 1
         row = {**head, "variant": name, "status": "error", "message": f"{type(error).__name__}: {error}"}
         if context_is_lost(error):
-            ours = {} if name in (BASELINE, COMPILED) else served(record, problem, self.options.device, head["pass"])
-            row |= {"context_lost": True, "versions": self.versions, **ours}
+            row |= {"context_lost": True, "versions": self.versions}
+            with contextlib.suppress(Exception):  # it may ask the GPU
+                if name not in (BASELINE, COMPILED):
+                    row |= served(record, problem, self.options.device, head["pass"])
         self.writer.write("error", row)
 
     @property
