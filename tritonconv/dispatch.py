@@ -180,6 +180,11 @@ def _no_autocast(tensor):
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _NOTHING
 
 
+def _is_one_of_several(device: torch.device) -> bool:
+    """A GPU named by its index, which need not be the current one, whose limits a choice would ask for."""
+    return device.type == "cuda" and device.index is not None and torch.cuda.is_available()
+
+
 def plan(problem: Problem, device: torch.device) -> Plan:
     """The plan of a problem on a device, under the variants forced by :func:`use`.
 
@@ -189,7 +194,7 @@ def plan(problem: Problem, device: torch.device) -> Plan:
     key = (problem, device, forced, deterministic)
     found = _by_problem.get(key)
     if found is None:
-        with torch.cuda.device(device) if device.type == "cuda" and torch.cuda.is_available() else _NOTHING:
+        with torch.cuda.device(device) if _is_one_of_several(device) else _NOTHING:
             choices = {f"{name}_choice": _choose(problem, device, name, forced, deterministic) for name in PASSES}
         found = _remember(_by_problem, key, Plan(problem, device, **choices))
     return found
