@@ -90,7 +90,7 @@ def test_the_kernels_load_and_store_whole_sectors():
     k2s2, k3s2 = "nnunet_resenc_160x192_up4", "psmnet_train_64_32"
     for layout in ("ndhwc", "ncdhw"):
         mine = [row for key, row in found.items() if key[:3] == ("forward_shuffle", k2s2, layout) and "x" in key[4]]
-        assert {row[2] for row in mine} == {"1.00"} and mine.count(["16", "16.0", "1.00"]) >= 3
+        assert len(mine) >= 5 and all(row == ["16", "16.0", "1.00"] for row in mine)  # those of the packing among them
     stored = {key[2]: row for key, row in found.items() if key[:2] == ("forward_phases", k3s2) and key[3] == "store"}
     assert stored["ndhwc"] == ["16", "16.0", "1.00"]
     # One phase writes every other element of a row: half of each sector, and the lanes run along the row.
