@@ -1,8 +1,10 @@
 """The cost model: how long a variant with a config would take at best, by counting.
 
-    time = launches * launch cost
-           + max(FLOPs / rate * waste, DRAM bytes / copy rate, cache bytes / cache rate * waste, waits * waves)
+    time = launches * launch cost + the longest of its parts + a tenth of the others
+    parts: FLOPs / rate * waste, DRAM bytes / copy rate, cache bytes / cache rate * waste, SRAM bytes / SRAM rate *
+           waste, waits * waves
 
+SRAM is a multiprocessor's L1 and shared memory, one memory: operands are written there and read by the matrix units.
 ``waste`` is what the last wave leaves idle: programs come in waves of (multiprocessors x programs that fit one), by its
 shared memory, registers and threads. ``waits`` are the latencies of a program's loads that its pipeline does not hide:
 they decide where few programs sum over a long depth. This is the roofline (Williams et al., CACM 2009) with the tile's
@@ -21,7 +23,7 @@ import torch
 
 from tritonconv.autotune.ceilings import Ceilings
 from tritonconv.kernels.registry import Config, Variant, variants
-from tritonconv.kernels.work import WARP, Work, by_torch
+from tritonconv.kernels.work import LINE, WARP, Work, by_torch
 from tritonconv.problem import Problem
 
 MOST_CANDIDATES = 12
@@ -31,6 +33,10 @@ MOST_REGISTERS = 255  # of one thread; a kernel that wants more spills
 # Seconds from the load of a tile to its product: about 300 cycles to L2 and back, and a barrier, at 1.7 GHz:
 # an order of magnitude that has not been measured.
 LATENCY = 0.25e-6
+# Bytes per second of one multiprocessor's L1 and shared memory: 128 per cycle at 1.7 GHz.
+SRAM = LINE * 1.7e9
+BESIDE = 0.1  # of the parts beside the longest: what a pipeline does not hide; not measured
+SIMILAR = 1.25  # times the best one's time: of such configs one of each tile comes before a second of any
 SPILLED = 3.0  # a spilling kernel is ranked behind its neighbours
 
 
@@ -68,12 +74,13 @@ def estimate(record: Variant, problem: Problem, config: Config, ceilings: Ceilin
         "matrix" if work.matrix else "vector": work.flops / rate * waste,
         "memory": work.memory_bytes / ceilings.memory * starved,
         "cache": work.cache_bytes / ceilings.cache * waste if work.programs else 0.0,
+        "sram": work.sram_bytes / (ceilings.multiprocessors * SRAM) * waste if work.programs else 0.0,
         "latency": work.depth / (1 + work.ahead) * LATENCY * max(1.0, math.ceil(waves)),
     }
     limit = max(parts, key=lambda name: parts[name])
-    busy = parts[limit] * (SPILLED if work.registers > MOST_REGISTERS else 1.0)
-    if not work.pipelined:  # what a program does after each other is hidden by the other programs there alone
-        busy += (sum(parts.values()) - parts[limit]) / max(1, resident)
+    busy, others = parts[limit] * (SPILLED if work.registers > MOST_REGISTERS else 1.0), sum(parts.values())
+    # Without a pipeline what a program does after each other is hidden by the other programs there alone.
+    busy += (others - parts[limit]) * (BESIDE if work.pipelined else 1 / max(1, resident))
     launch = work.launches * ceilings.launch_us * 1e-6
     return Estimate((busy + launch) * 1e3, limit if busy > launch else "launch", work, waves)
 
@@ -81,12 +88,28 @@ def estimate(record: Variant, problem: Problem, config: Config, ceilings: Ceilin
 def candidates(
     record: Variant, problem: Problem, device: torch.device, ceilings: Ceilings, most: int = MOST_CANDIDATES
 ) -> list[tuple[Config, Estimate]]:
-    """At most ``most`` configs of the space, best first; the default is always among them."""
+    """At most ``most`` configs of the space, best first.
+
+    The best one and, besides, the best that loads the other way (through a pipeline or not) are among them, for between
+    these two the model knows least; with three or more the default as well.
+    """
     default = record.default(problem, device)
-    space = [config for config in record.space(problem, device) if config != default]
-    ranked = _ranked([(config, estimate(record, problem, config, ceilings)) for config in space])
-    kept = [pair for pair in ranked if pair[1].ms < math.inf][: most - 1]
-    return _ranked([(default, estimate(record, problem, default, ceilings)), *kept])
+    space = [default, *(config for config in record.space(problem, device) if config != default)]
+    ranked = [(config, estimate(record, problem, config, ceilings)) for config in space]
+    ranked = _ranked([pair for index, pair in enumerate(ranked) if index == 0 or pair[1].ms < math.inf])
+    other = next((pair for pair in ranked if pair[1].work.pipelined != ranked[0][1].work.pipelined), None)
+    chosen = [ranked[0], *([other] if other else []), *(pair for pair in ranked if pair[0] == default)]
+    chosen += [*_one_of_each_tile(ranked), *ranked]
+    return _ranked([pair for index, pair in enumerate(chosen) if pair not in chosen[:index]][:most])
+
+
+def _one_of_each_tile(ranked: list[tuple[Config, Estimate]]) -> list[tuple[Config, Estimate]]:
+    """Of the configs about as good as the first the best one of each tile."""
+    found: dict[tuple, tuple[Config, Estimate]] = {}
+    for config, guess in ranked:
+        if guess.ms <= SIMILAR * ranked[0][1].ms:
+            found.setdefault((config.get("BLOCK_M"), config.get("BLOCK_N")), (config, guess))
+    return list(found.values())
 
 
 def _ranked(pairs: list[tuple[Config, Estimate]]) -> list[tuple[Config, Estimate]]:

@@ -27,7 +27,6 @@ from tritonconv.kernels.work import Work, tap_gemm
 from tritonconv.problem import Problem
 
 LEAST_STEPS = 8  # of BLOCK_K that a program is worth
-LARGEST_TILE = 128 * 128
 
 
 @triton.jit(launch_metadata=accounting, do_not_specialize=(*RUN_TIME, "splits"))
@@ -145,22 +144,19 @@ def space(problem: Problem, device: torch.device):
     ]
     if base["SPLITS"] > 1:
         found += [{**base, "SPLITS": splits} for splits in (1, base["SPLITS"] // 2, base["SPLITS"] * 2)]
-    # Few voxels: large tiles, which load less, and more splits to fill the machine.
-    large = {**base, "BLOCK_M": 128, "num_warps": 8 if base["BLOCK_N"] >= 128 else base["num_warps"]}
-    found += [{**each, "SPLITS": splits_of(problem, each)} for each in tiles.around(large, problem)]
     return tuple(config for i, config in enumerate(found) if config not in found[:i])
 
 
 def work(problem: Problem, config) -> Work:
     each, splits = programs(problem, config), config["SPLITS"]
     partials = 2.0 * splits * math.prod(problem.x_shape) * 4 if splits > 1 else 0.0
-    steps = each * steps_of(problem, config)
-    return tap_gemm(problem, "backward_data", config, each * splits, steps, partials, 1 + (splits > 1))
+    steps, apart = each * steps_of(problem, config), (problem.stride[2], 1)
+    return tap_gemm(problem, "backward_data", config, each * splits, steps, partials, 1 + (splits > 1), apart=apart)
 
 
 def workspace_bytes(problem: Problem) -> int:
     """Of the partials: splitting stops at about one program per multiprocessor."""
-    return 2 * tiles.PROGRAMS * LARGEST_TILE * 4
+    return 2 * tiles.PROGRAMS * tiles.LARGEST_TILE * 4
 
 
 VARIANT = Variant(

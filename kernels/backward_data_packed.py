@@ -114,7 +114,7 @@ def launch(problem, config, grad_y, weight):
 
 
 def supports(problem: Problem, device: torch.device) -> str | None:
-    why_not = triton_launch.refusal(problem, device) or triton_taps.refusal(problem)
+    why_not = triton_launch.refusal(problem, device) or triton_taps.refusal(problem.kernel)
     if why_not is None and problem.c_out // problem.groups > MOST_CHANNELS:
         return f"{problem.c_out // problem.groups} output channels per group fill a dot without the taps"
     return why_not
@@ -137,7 +137,8 @@ def work(problem: Problem, config) -> Work:
     rows = tiles.tiles_of(problem.n, problem.size, config)
     programs = rows * triton.cdiv(problem.c_in // problem.groups, config["BLOCK_N"]) * problem.groups
     depth = problem.weight_shape[1] * math.prod(problem.kernel)
-    return tap_gemm(problem, "backward_data", config, programs, programs * triton.cdiv(depth, config["BLOCK_K"]))
+    steps = programs * triton.cdiv(depth, config["BLOCK_K"])
+    return tap_gemm(problem, "backward_data", config, programs, steps, apart=(problem.stride[2], 1))
 
 
 VARIANT = Variant(

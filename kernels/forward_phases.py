@@ -180,7 +180,7 @@ def work(problem: Problem, config) -> Work:
     each = rows * triton.cdiv(pack * problem.c_out // problem.groups, config["BLOCK_N"]) * (problem.groups // pack)
     depth = triton.cdiv(pack * problem.c_in // problem.groups, config["BLOCK_K"])
     steps = each * depth * sum(phase.taps for phase in problem.phases)
-    return tap_gemm(problem, "forward", config, each * math.prod(problem.stride), steps)
+    return tap_gemm(problem, "forward", config, each * math.prod(problem.stride), steps, apart=(1, problem.stride[2]))
 
 
 VARIANT = Variant(

@@ -180,6 +180,14 @@ def load_voxels(pointers, mask, VOXELS_INNER: tl.constexpr):
 
 
 @triton.jit
+def load_lanes(pointers, mask, VOXELS_INNER: tl.constexpr):
+    """A tile (channels, voxels), the other way round of :func:`load_voxels`."""
+    if VOXELS_INNER:
+        return load_along(pointers, mask, 1)
+    return tl.load(pointers, mask=mask, other=0.0)
+
+
+@triton.jit
 def store_tile(out_ptr, rows, columns, tile, mask_m, mask_n, VOXELS_INNER: tl.constexpr):
     """Stores a tile (BLOCK_M voxels, BLOCK_N channels) at ``rows + columns``, rounded once.
 

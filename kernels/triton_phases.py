@@ -255,7 +255,7 @@ def tile(problem: Problem, size: Triple, wide: int, depth: int) -> dict[str, int
     block_k = tiles.power_of_two(depth, 16, 64 if deep else 32)
     width = tiles.block_w(problem, size, block_m)
     if width == 0 and problem.c_out == 1 and size[2] >= 8:
-        width = tiles.power_of_two(min(size[2], 32), 8, block_m)
+        width = tiles.rows_along_w(problem, size, block_m)
     return {
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,

@@ -9,15 +9,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tritonconv.problem import Problem
+from tritonconv.problem import Triple
 
 MOST_BITS = 62  # of a word that stays positive as int64; int32 holds 30
 
 
-def refusal(problem: Problem) -> str | None:
-    """Why the taps of the problem do not fit a word; None where they do."""
-    if sum(problem.kernel) > MOST_BITS:
-        return f"the tap words hold {MOST_BITS} taps over the three axes, not {sum(problem.kernel)}"
+def refusal(places: Triple) -> str | None:
+    """Why so many taps (d, h, w) do not fit a word; None where they do."""
+    if sum(places) > MOST_BITS:
+        return f"the tap words hold {MOST_BITS} taps over the three axes, not {sum(places)}"
     return None
 
 

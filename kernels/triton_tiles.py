@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -9,12 +10,15 @@ import triton
 
 from tritonconv.kernels.registry import Config
 from tritonconv.kernels.triton_target import LEAST_SHARED_BYTES, pipeline_buffers, shared_bytes
+from tritonconv.kernels.work import AS_GIVEN, SECTOR
 from tritonconv.problem import Problem, Triple
 
 SHARED_BYTES = LEAST_SHARED_BYTES  # a default config fits every listed target
 RIDGE = 206  # FLOP per byte from which an H200 is compute-bound: 989 TFLOP/s (bf16) by 4.8 TB/s (its data sheet)
 # Without a software pipeline loads go through L1, where what one tap read waits for the next; cp.async passes it by.
 UNSTAGED = (1,)
+LARGEST_TILE = 256 * 128  # float32 sums: 128 registers in each of 8 warps' threads
+MOST_LOADED = 10 * 1024  # bytes that a warp loads in one step: of more the addresses and masks spill
 PROGRAMS = 132  # of one wave on an H100 or H200; a smaller machine only sees more waves
 
 
@@ -25,10 +29,19 @@ def power_of_two(value: int, low: int, high: int) -> int:
 
 def block_w(problem: Problem, size: Triple, block_m: int) -> int:
     """BLOCK_W: along w in NCDHW, where w is contiguous, unless most of a row of the tile would be empty."""
-    width = size[2]
-    if problem.layout == "ndhwc" or width < 8:
+    if problem.layout == "ndhwc" or size[2] < 8:
         return 0
-    return power_of_two(width if width <= block_m else 32, 8, min(block_m, 64))
+    return rows_along_w(problem, size, block_m)
+
+
+def rows_along_w(problem: Problem, size: Triple, block_m: int) -> int:
+    """The BLOCK_W whose rows cover the width with the fewest voxels and sectors, counted alike; of equals the widest.
+
+    A row of b voxels begins anywhere in a sector of e elements and touches (b + e/2) / e of them on average.
+    """
+    half = SECTOR / problem.dtype.itemsize / 2
+    blocks = [b for b in (64, 32, 16, 8) if b <= block_m]
+    return min(blocks, key=lambda b: math.ceil(size[2] / b) * (b + b + half))
 
 
 def gemm(problem: Problem, size: Triple, columns: int, depth: int, programs: int = 1) -> dict[str, int]:
@@ -79,10 +92,14 @@ def tiles_of(n: int, size: Triple, config: Config) -> int:
 
 
 def around(base: Config, problem: Problem, **more: tuple[int, ...]) -> tuple[Config, ...]:
-    """``base`` and its neighbours that fit: halved and doubled tiles, other stages, ``more`` values of other keys."""
+    """``base`` and the configs around it that fit.
+
+    Its neighbours, with halved and doubled tiles, other stages or ``more`` values of other keys, come first; then every
+    combination of tiles and stages, and of these with the weight as it is given, for the cost model to choose from.
+    """
     found = [dict(base)]
-    for changed in _neighbours(base, more):
-        if changed not in found and fits(changed, problem.dtype.itemsize) and _sensible(changed):
+    for changed in itertools.chain(_neighbours(base, more), _grid(base, more)):
+        if changed not in found and _sensible(changed, problem.dtype.itemsize):
             found.append(changed)
     return tuple(found)
 
@@ -93,15 +110,21 @@ def _neighbours(base: Config, more: dict[str, tuple[int, ...]]) -> Iterator[dict
             yield {**base, key: value, "num_warps": 8 if _area(base, key, value) >= 128 * 128 else 4}
     for stages in (2, 4):
         yield {**base, "num_stages": stages}
+    if base.get("BLOCK_W"):
+        yield from ({**base, "BLOCK_W": width} for width in (base["BLOCK_W"] // 2, base["BLOCK_W"] * 2) if width >= 8)
     for key, values in more.items():
         for value in values:
             yield {**base, key: value}
-    for key in (
-        "BLOCK_M",
-        "BLOCK_N",
-    ):  # where a large tile leaves one program to a multiprocessor, it alone hides latency
-        value = base[key] * 2
-        yield {**base, key: value, "num_warps": 8 if _area(base, key, value) >= 128 * 128 else 4, "num_stages": 4}
+
+
+def _grid(base: Config, more: dict[str, tuple[int, ...]]) -> Iterator[dict[str, int]]:
+    stages = (*more.get("num_stages", ()), 2, 3, 4)
+    orders = [{}] if "WEIGHT" not in more else [{}, {"WEIGHT": AS_GIVEN}]
+    depths, columns = ([base[key] // 2, base[key], base[key] * 2] for key in ("BLOCK_K", "BLOCK_N"))
+    for m, n, k, depth, order in itertools.product((64, 128, 256), columns, depths, stages, orders):
+        changed = {**base, "BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "num_stages": depth, **order}
+        if m * n <= LARGEST_TILE:
+            yield {**changed, "num_warps": 8 if m * n >= 128 * 128 else 4}
 
 
 def _area(base: Config, key: str, value: int) -> int:
@@ -109,6 +132,8 @@ def _area(base: Config, key: str, value: int) -> int:
     return changed["BLOCK_M"] * changed["BLOCK_N"]
 
 
-def _sensible(config: Config) -> bool:
-    blocks = [config[key] for key in ("BLOCK_M", "BLOCK_N", "BLOCK_K")]
-    return min(blocks) >= 16 and max(blocks) <= 256 and config.get("BLOCK_W", 0) <= config["BLOCK_M"]
+def _sensible(config: Config, itemsize: int) -> bool:
+    m, n, k = (config[key] for key in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
+    if not fits(config, itemsize) or (m + n) * k * itemsize > MOST_LOADED * config["num_warps"]:
+        return False
+    return min(m, n, k) >= 16 and max(m, n, k) <= 256 and config.get("BLOCK_W", 0) <= m

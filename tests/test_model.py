@@ -103,7 +103,7 @@ class TestTheKernels:
         each = problem("mednext_k5_dw_64")
         record = variant("forward_depthwise")
         guess = model.estimate(record, each, record.default(each, CUDA), GPU)
-        assert guess.limit in ("vector", "memory", "cache", "launch") and not guess.work.matrix
+        assert guess.limit in ("vector", "memory", "cache", "sram", "launch") and not guess.work.matrix
 
     def test_a_larger_problem_never_costs_less(self):
         small = problem("psmnet_train_64_32")
@@ -128,6 +128,39 @@ class TestTheKernels:
                 assert len(found) <= 12 and times == sorted(times)
                 assert record.default(each, CUDA) in [config for config, _ in found]
                 assert len(model.candidates(record, each, CUDA, GPU, most=3)) <= 3
+
+    def test_two_candidates_load_through_a_pipeline_and_without_one(self):
+        each, record = problem("psmnet_train_64_32"), variant("forward_phases")
+        for most in (2, 3, 12):
+            found = model.candidates(record, each, CUDA, GPU, most)
+            assert {guess.work.pipelined for _, guess in found[:most]} == {True, False}
+        tiles = {(config["BLOCK_M"], config["BLOCK_N"]) for config, _ in model.candidates(record, each, CUDA, GPU)}
+        assert len(tiles) > 1
+
+    def test_cells_load_less_for_the_weight_gradient_of_few_channels_and_more_for_many(self):
+        few, many = problem("igev_16_8"), problem("vqvae3d_256_256")
+        cells, taps = variant("backward_weight_cells"), variant("backward_weight_splitk")
+
+        def least(record, each) -> float:
+            return min(guess.work.cache_bytes for _, guess in model.candidates(record, each, CUDA, GPU))
+
+        assert least(cells, few) < least(taps, few) / 2
+        assert least(cells, many) > least(taps, many)
+
+    def test_tiles_of_cells_without_a_tap_are_not_counted(self):
+        each, record = problem("psmnet_train_64_32"), variant("backward_weight_cells")
+        base = record.default(each, CUDA)
+        # 64 channels: one delta of a tile; 4 phases of 32 channels: one phase of d. Along d 3 of 4 pairs have a tap.
+        work = model.work_of(record, each, {**base, "BLOCK_M": 128, "BLOCK_N": 64})
+        single = model.work_of(record, each, {**base, "BLOCK_M": 32, "BLOCK_N": 64})
+        assert work.flops / single.flops == pytest.approx(48 / 27)
+
+    def test_narrow_loads_and_torn_sectors_of_ncdhw_cost_more(self):
+        last, first = (problem("psmnet_train_64_32", layout=layout) for layout in ("ndhwc", "ncdhw"))
+        for name in ("forward_phases", "backward_data_gemm", "backward_weight_splitk"):
+            config = {**variant(name).default(first, CUDA), "BLOCK_W": 32}
+            works = [model.work_of(variant(name), each, config) for each in (last, first)]
+            assert works[0].sram_bytes < works[1].sram_bytes, name
 
     def test_triton_candidates_are_those_that_the_model_does_not_rule_out_and_more_with_each_effort(self):
         each = problem("psmnet_train_64_32")

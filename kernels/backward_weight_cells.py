@@ -1,0 +1,228 @@
+"""Backward-weight as one GEMM over cells, stride phases on one side and window deltas on the other: few channels.
+
+Words of ``triton_phases.py``: cell j holds the outputs o = stride*(first + j) + phase - crop, and reads x[first + j -
+delta] for delta in [0, ceil(kernel/stride)); that product belongs to tap stride*delta + phase. One program owns BLOCK_M
+rows (phase, output channel) x BLOCK_N columns (delta, input channel) and one chunk of the cells, the depth. grad_y is
+loaded once per cell and column tile, not once per tap, and few input channels fill a wide tile. Where stride does not
+divide kernel some (phase, delta) have no tap: a tile with none is left out, of the others the products are dropped.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from dataclasses import replace
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+
+from tritonconv.kernels import triton_phases, triton_taps
+from tritonconv.kernels.registry import Config, Variant
+from tritonconv.kernels.triton_device import (
+    ceil_div,
+    chunk,
+    inside,
+    load_lanes,
+    offset,
+    product,
+    voxel_tiles,
+    voxels,
+    widened,
+)
+from tritonconv.kernels.triton_launch import RUN_TIME, accounting, refusal
+from tritonconv.kernels.triton_phases import cells_of
+from tritonconv.kernels.triton_split_gemm import SplitGemm, store_channel_sums
+from tritonconv.kernels.triton_taps import tap_lanes, voxel_words
+from tritonconv.kernels.work import Work
+from tritonconv.problem import Problem, Triple
+
+MOST_WASTE = 4  # products for each one that counts
+
+
+@triton.constexpr_function
+def window_of(KERNEL, STRIDE):
+    """(d, h, w): input voxels that the outputs of one cell read."""
+    return tuple(-(-int(k) // int(s)) for k, s in zip(KERNEL, STRIDE, strict=True))
+
+
+@triton.jit
+def tapped(phase, delta, KERNEL: tl.constexpr, STRIDE: tl.constexpr):
+    """Whether (phase, delta), each (d, h, w), have a tap."""
+    found = phase[0] + delta[0] * STRIDE[0] < KERNEL[0]
+    found = found & (phase[1] + delta[1] * STRIDE[1] < KERNEL[1])
+    return found & (phase[2] + delta[2] * STRIDE[2] < KERNEL[2])
+
+
+@triton.jit
+def inside_all(start, step, size, mask_rows, mask_columns):
+    """Whether start + step, each (d, h, w), is inside: ``start`` along the columns, ``step`` along the rows."""
+    hit = inside(start[0][None, :] + step[0][:, None], size[0]) & mask_rows[:, None]
+    hit = hit & inside(start[1][None, :] + step[1][:, None], size[1]) & mask_columns[None, :]
+    return hit & inside(start[2][None, :] + step[2][:, None], size[2])
+
+
+@triton.jit(launch_metadata=accounting, do_not_specialize=(*RUN_TIME, "splits"))
+def backward_weight_cells_kernel(
+    x_ptr,  # (n, c_in, d, h, w)
+    grad_y_ptr,  # (n, c_out, od, oh, ow)
+    grad_w_ptr,  # (splits, c_in, c_out, taps)
+    grad_b_ptr,  # (splits, c_out) or None
+    n, d_in, h_in, w_in, d_out, h_out, w_out, d_crop, h_crop, w_crop,
+    splits, x_strides, grad_y_strides, grad_w_strides,
+    C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr,
+    BIAS_V: tl.constexpr, BIAS_C: tl.constexpr, BIAS_W: tl.constexpr,
+    Y_VOXELS_INNER: tl.constexpr, X_VOXELS_INNER: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
+    WINDOW: tl.constexpr = window_of(KERNEL, STRIDE)
+    ROWS: tl.constexpr = product(STRIDE) * C_OUT
+    COLUMNS: tl.constexpr = product(WINDOW) * C_IN
+    TILES_M: tl.constexpr = ceil_div(ROWS, BLOCK_M)
+    TILES_N: tl.constexpr = ceil_div(COLUMNS, BLOCK_N)
+    TILES: tl.constexpr = TILES_M * TILES_N * GROUPS
+    BIAS_TILES: tl.constexpr = 0 if grad_b_ptr is None else ceil_div(C_OUT * GROUPS, BIAS_C)
+    pid = tl.program_id(0)
+    split, tile = pid // (TILES + BIAS_TILES), pid % (TILES + BIAS_TILES)
+    if grad_b_ptr is not None:  # noqa: SIM102
+        if tile < BIAS_TILES:
+            store_channel_sums(
+                grad_y_ptr, grad_b_ptr, n, out_size, grad_y_strides, tile, split, splits, C_OUT * GROUPS,
+                BIAS_V, BIAS_C, BIAS_W, WIDE,
+            )  # fmt: skip
+            return
+
+    tile -= BIAS_TILES
+    group = widened(tile // (TILES_M * TILES_N), WIDE)
+    offs_m = widened(tile % TILES_M * BLOCK_M + tl.arange(0, BLOCK_M), WIDE)  # (phase, output channel)
+    offs_n = widened(tile // TILES_M % TILES_N * BLOCK_N + tl.arange(0, BLOCK_N), WIDE)  # (step, input channel)
+    _, pd, ph, pw, co, phase_word = tap_lanes(offs_m, C_OUT, STRIDE)
+    # Voxels count upwards, from the one of the last delta.
+    _, sd, sh, sw, ci, step_word = tap_lanes(offs_n, C_IN, WINDOW)
+    dd, dh, dw = WINDOW[0] - 1 - sd, WINDOW[1] - 1 - sh, WINDOW[2] - 1 - sw
+    mask_m, mask_n = offs_m < ROWS, offs_n < COLUMNS
+    if KERNEL[0] % STRIDE[0] + KERNEL[1] % STRIDE[1] + KERNEL[2] % STRIDE[2] > 0:
+        least_phase = (tl.min(pd), tl.min(ph), tl.min(pw))
+        least_delta = (tl.min(dd), tl.min(dh), tl.min(dw))
+        if not tapped(least_phase, least_delta, KERNEL, STRIDE):
+            return
+
+    grad_y_rows = grad_y_ptr + offset(grad_y_strides, 0, group * C_OUT + co, pd, ph, pw)[:, None]  # (BLOCK_M, 1)
+    x_rows = x_ptr + offset(x_strides, 0, group * C_IN + ci, sd, sh, sw)[:, None]  # (BLOCK_N, 1)
+    cells, first_cell = cells_of(crop, out_size, STRIDE)
+    back = (first_cell[0] - WINDOW[0] + 1, first_cell[1] - WINDOW[1] + 1, first_cell[2] - WINDOW[2] + 1)
+    first, last = chunk(split, splits, voxel_tiles(n, cells, BLOCK_K, BLOCK_W, WIDE))
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for tile_k in range(first, last):
+        image, d, h, w, mask_k = voxels(tile_k, n, cells, BLOCK_K, BLOCK_W, WIDE)
+        od = (d + first_cell[0]) * STRIDE[0] - crop[0]
+        oh = (h + first_cell[1]) * STRIDE[1] - crop[1]
+        ow = (w + first_cell[2]) * STRIDE[2] - crop[2]
+        d, h, w = d + back[0], h + back[1], w + back[2]
+        if C_OUT % 8 == 0:  # the channels of one load share a phase: the compiler sees that of comparisons alone
+            hit = inside_all((od, oh, ow), (pd, ph, pw), out_size, mask_m, mask_k)
+        else:
+            words = voxel_words(od, oh, ow, mask_k, out_size, STRIDE, (1, 1, 1))
+            hit = (words[None, :] & phase_word[:, None]) == phase_word[:, None]  # (BLOCK_M, BLOCK_K)
+        if C_IN % 8 == 0:
+            x_hit = inside_all((d, h, w), (sd, sh, sw), size, mask_n, mask_k)
+        else:
+            words = voxel_words(d, h, w, mask_k, size, WINDOW, (1, 1, 1))
+            x_hit = (words[None, :] & step_word[:, None]) == step_word[:, None]  # (BLOCK_N, BLOCK_K)
+        grad_y_ptrs = grad_y_rows + offset(grad_y_strides, image, 0, od, oh, ow)[None, :]
+        x_ptrs = x_rows + offset(x_strides, image, 0, d, h, w)[None, :]
+        grad_y_tile = load_lanes(grad_y_ptrs, hit, Y_VOXELS_INNER)  # (BLOCK_M, BLOCK_K)
+        x_tile = load_lanes(x_ptrs, x_hit, X_VOXELS_INNER)  # (BLOCK_N, BLOCK_K)
+        acc = tl.dot(grad_y_tile, tl.trans(x_tile), acc, input_precision=PRECISION)
+
+    tap_m = (pd * KERNEL[1] + ph) * KERNEL[2] + pw
+    tap_n = (dd * STRIDE[0] * KERNEL[1] + dh * STRIDE[1]) * KERNEL[2] + dw * STRIDE[2]
+    phase, delta = (pd[:, None], ph[:, None], pw[:, None]), (dd[None, :], dh[None, :], dw[None, :])
+    mask = mask_m[:, None] & mask_n[None, :] & tapped(phase, delta, KERNEL, STRIDE)
+    rows = widened(split, WIDE) * grad_w_strides[0] + co * grad_w_strides[2] + tap_m * grad_w_strides[3]
+    columns = (group * C_IN + ci) * grad_w_strides[1] + tap_n * grad_w_strides[3]
+    tl.store(grad_w_ptr + rows[:, None] + columns[None, :], acc.to(grad_w_ptr.dtype.element_ty), mask=mask)
+
+
+def gemm(problem: Problem) -> SplitGemm:
+    rows = math.prod(problem.stride) * problem.c_out // problem.groups
+    columns = math.prod(window_of(problem.kernel, problem.stride)) * problem.c_in // problem.groups
+    return SplitGemm(problem, rows, columns, triton_phases.cells(problem))
+
+
+def launch(problem, config, x, grad_y, need_bias):
+    return gemm(problem).launch(backward_weight_cells_kernel, config, x, grad_y, need_bias)
+
+
+def default(problem: Problem, device: torch.device):
+    config = gemm(problem).default()
+    if problem.dtype.itemsize == 4:  # a longer row spills on sm_100
+        config["BLOCK_W"] = min(config["BLOCK_W"], 16)
+    return config
+
+
+def supports(problem: Problem, device: torch.device) -> str | None:
+    window = window_of(problem.kernel, problem.stride)
+    why_not = refusal(problem, device) or triton_taps.refusal(problem.stride) or triton_taps.refusal(window)
+    if why_not is not None:
+        return why_not
+    if any(axis.kernel > 1 and axis.dilation > 1 for axis in problem.axes):
+        return f"with dilation {problem.dilation} the taps of an output are not neighbours in steps of the stride"
+    if math.prod(window) == 1 or math.prod(problem.stride) == 1:
+        return f"kernel {problem.kernel}, stride {problem.stride}: one delta or one phase, the taps count as well"
+    waste = math.prod(window) * math.prod(problem.stride) / math.prod(problem.kernel)
+    if waste > MOST_WASTE:
+        return f"{waste:.0f} products for each one that counts, of which at most {MOST_WASTE} are accepted"
+    return None
+
+
+def work(problem: Problem, config: Config) -> Work:
+    found, kept = gemm(problem).work(config), _kept(problem, config["BLOCK_M"], config["BLOCK_N"])
+    return replace(
+        found,
+        flops=found.flops * kept,
+        cache_bytes=max(found.memory_bytes, found.cache_bytes * kept),
+        sram_bytes=found.sram_bytes * kept,
+    )
+
+
+@lru_cache(maxsize=4096)
+def _kept(problem: Problem, block_m: int, block_n: int) -> float:
+    """The part of the tiles that have a tap, as the kernel finds out: by the least phase and delta of each axis."""
+    window, (_, rows, columns, _) = window_of(problem.kernel, problem.stride), gemm(problem)
+    phases = _least(rows, block_m, problem.c_out // problem.groups, problem.stride, last=False)
+    deltas = _least(columns, block_n, problem.c_in // problem.groups, window, last=True)
+    kept = 0
+    for (phase, count), (step, times) in itertools.product(phases.items(), deltas.items()):
+        taps = (p + (w - 1 - s) * stride for p, s, w, stride in zip(phase, step, window, problem.stride, strict=True))
+        kept += count * times * all(tap < k for tap, k in zip(taps, problem.kernel, strict=True))
+    return kept / (phases.total() * deltas.total())
+
+
+def _least(lanes: int, block: int, channels: int, places: Triple, last: bool) -> Counter:
+    """For the tiles of lanes (place, channel) the least place along each axis, or the last, and how many have it."""
+    found: Counter = Counter()
+    for first in range(0, lanes, block):
+        covered = range(first // channels, (min(first + block, lanes) - 1) // channels + 1)
+        at = [(p // (places[1] * places[2]), p // places[2] % places[1], p % places[2]) for p in covered]
+        found[tuple((max if last else min)(axis) for axis in zip(*at, strict=True))] += 1
+    return found
+
+
+VARIANT = Variant(
+    name="backward_weight_cells",
+    pass_name="backward_weight",
+    idea="kernel > stride, few channels: one GEMM over cells, phases times window deltas",
+    backend="triton",
+    launch=launch,
+    supports=supports,
+    space=lambda problem, device: gemm(problem).space(default(problem, device)),
+    default=default,
+    workspace_bytes=lambda problem: gemm(problem).workspace_bytes(),
+    work=work,
+)

@@ -1,0 +1,49 @@
+"""The default tiles: rows along w, and what fits."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from tritonconv.bench.workloads import workload
+from tritonconv.kernels import registry
+from tritonconv.problem import Problem
+
+pytestmark = pytest.mark.skipif(not registry.have_triton(), reason="needs Triton")
+
+HALF, FLOAT = torch.bfloat16, torch.float32
+
+
+def problem(dtype, layout="ncdhw") -> Problem:
+    return dataclasses.replace(workload("psmnet_train_64_32").problem(), dtype=dtype, layout=layout)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width", "block"),
+    [
+        (HALF, 8, 8),
+        (HALF, 16, 16),
+        (HALF, 64, 64),
+        (HALF, 33, 16),  # 48 instead of 64 voxels
+        (HALF, 65, 16),
+        (HALF, 17, 32),  # rows of 8 would cover 24 voxels, and of each sector they touch half is another row's
+        (FLOAT, 17, 8),  # of float32 a row of 8 fills a sector
+        (HALF, 78, 16),
+        (HALF, 85, 32),
+        (HALF, 128, 64),
+        (HALF, 7, 0),
+    ],
+)
+def test_rows_cover_the_width_with_few_sectors(dtype, width, block):
+    from tritonconv.kernels import triton_tiles
+
+    assert triton_tiles.block_w(problem(dtype), (4, 4, width), 128) == block
+
+
+def test_channels_last_has_no_rows_and_a_row_is_no_longer_than_its_tile():
+    from tritonconv.kernels import triton_tiles
+
+    assert triton_tiles.block_w(problem(HALF, "ndhwc"), (4, 4, 64), 128) == 0
+    assert triton_tiles.block_w(problem(HALF), (4, 4, 64), 32) == 32
