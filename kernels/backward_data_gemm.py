@@ -2,8 +2,10 @@
 
 One program owns BLOCK_M input voxels x BLOCK_N input channels. Rows: the voxels i of grad_x; columns: input channels;
 depth: taps x output channels. Tap t of voxel i reads output ``i*stride - crop + dilation*t``: every tap hits (but for
-the border), so nothing is wasted, whatever the stride. The few voxels of a deep layer fill few programs with a long
-depth each: there SPLITS programs share it, and their float32 partials are added in a fixed order.
+the border), so nothing is wasted, whatever the stride. With SKIP a tile leaves out the taps along d and h that all its
+voxels have beyond the border: at a crop of 3 and 6 planes that is a third of them. The few voxels of a deep layer fill
+few programs with a long depth each: there SPLITS programs share it, and their float32 partials are added in a fixed
+order.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from tritonconv.kernels.work import Work, tap_gemm
 from tritonconv.problem import Problem
 
 LEAST_STEPS = 8  # of BLOCK_K that a program is worth
+WORTH_SKIPPING = 0.9  # of the steps: a program finds out which taps to skip in about one of them
 
 
 @triton.jit(launch_metadata=accounting, do_not_specialize=(*RUN_TIME, "splits"))
@@ -38,7 +41,8 @@ def backward_data_gemm_kernel(
     splits, split_stride, grad_y_strides, w_strides, grad_x_strides,
     C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
-    PACK: tl.constexpr, Y_VOXELS_INNER: tl.constexpr, X_VOXELS_INNER: tl.constexpr, SPLIT: tl.constexpr,
+    PACK: tl.constexpr, SKIP: tl.constexpr,
+    Y_VOXELS_INNER: tl.constexpr, X_VOXELS_INNER: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr, GROUP_M: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -61,7 +65,7 @@ def backward_data_gemm_kernel(
         w_ptr + group * C_IN * w_strides[1], w_strides,
         (0, 0, 0), KERNEL, offs_n, (1, 1, 1), DILATION,
         KERNEL, C_OUT, C_IN, PACK, False, BLOCK_M, BLOCK_N, BLOCK_K, WIDE, PRECISION, Y_VOXELS_INNER,
-        split, splits, SPLIT,
+        split, splits, SPLIT, SKIP,
     )  # fmt: skip
 
     mask_n = offs_n < PACK * C_IN
@@ -117,6 +121,14 @@ def steps_of(problem: Problem, config: Config) -> int:
     return math.prod(problem.kernel) * triton.cdiv(config["PACK"] * problem.c_out // problem.groups, config["BLOCK_K"])
 
 
+def kept(problem: Problem, config: Config) -> float:
+    """The part of the steps that is left with SKIP: of the taps along d, where a tile lies in one plane."""
+    axis, (_, height, width) = problem.axes[0], problem.size
+    if not config["SKIP"] or height * width < config["BLOCK_M"]:
+        return 1.0
+    return axis.hits / (axis.size * axis.kernel)
+
+
 def default(problem: Problem, device: torch.device):
     pack = tiles.packed_groups(problem)
     columns, depth = pack * problem.c_in // problem.groups, pack * problem.c_out // problem.groups
@@ -127,6 +139,7 @@ def default(problem: Problem, device: torch.device):
         # Narrow loads come through registers: of bfloat16 254 in 4 warps and 103 in 8 (sm_90); float32 spills on sm_80.
         base["num_warps"] = 8
     base |= {"GROUP_M": 8, "PACK": pack, "WEIGHT": preferred(problem, "backward_data")}
+    base["SKIP"] = int(kept(problem, {**base, "SKIP": 1}) < WORTH_SKIPPING)
     return {**base, "SPLITS": splits_of(problem, base)}
 
 
@@ -140,7 +153,7 @@ def space(problem: Problem, device: torch.device):
     base = default(problem, device)
     found = [
         {**changed, "SPLITS": splits_of(problem, changed)}  # other tiles are other programs
-        for changed in tiles.around(base, problem, WEIGHT=(0, 1, 2), num_stages=tiles.UNSTAGED)
+        for changed in tiles.around(base, problem, WEIGHT=(0, 1, 2), SKIP=(0, 1), num_stages=tiles.UNSTAGED)
     ]
     if base["SPLITS"] > 1:
         found += [{**base, "SPLITS": splits} for splits in (1, base["SPLITS"] // 2, base["SPLITS"] * 2)]
@@ -150,7 +163,7 @@ def space(problem: Problem, device: torch.device):
 def work(problem: Problem, config) -> Work:
     each, splits = programs(problem, config), config["SPLITS"]
     partials = 2.0 * splits * math.prod(problem.x_shape) * 4 if splits > 1 else 0.0
-    steps, apart = each * steps_of(problem, config), (problem.stride[2], 1)
+    steps, apart = round(each * steps_of(problem, config) * kept(problem, config)), (problem.stride[2], 1)
     return tap_gemm(problem, "backward_data", config, each * splits, steps, partials, 1 + (splits > 1), apart=apart)
 
 

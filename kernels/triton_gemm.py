@@ -9,6 +9,19 @@ from tritonconv.kernels.triton_device import TIES_LAST, chunk, inside, next_step
 
 
 @triton.jit
+def reached(index, mask, size, taps, STEP: tl.constexpr):
+    """The first m and how many m < taps there are with 0 <= index + m*STEP < size for some index of the tile; STEP > 0.
+
+    Taken from the least and the largest index, so a tile that wraps around keeps them all.
+    """
+    low = tl.min(tl.where(mask, index, 1 << 30)).to(tl.int32)
+    high = tl.max(tl.where(mask, index, -(1 << 30))).to(tl.int32)
+    first = tl.maximum(-high + STEP - 1, 0) // STEP
+    last = tl.minimum(tl.maximum(size - low + STEP - 1, 0) // STEP, taps)
+    return first, tl.maximum(last - first, 0)
+
+
+@triton.jit
 def implicit_gemm(
     a_ptr,  # the gathered operand, at channel 0 of the group
     a_strides,
@@ -33,17 +46,26 @@ def implicit_gemm(
     VOXELS_INNER: tl.constexpr = False,  # lanes run along the voxels: near each other, whatever the stride
     split=0, splits=1,
     SPLIT: tl.constexpr = False,  # only this one of so many chunks of the steps
+    SKIP: tl.constexpr = False,  # without the taps along d and h that leave the operand for all voxels of the tile
 ):  # fmt: skip
     """sum over taps and channels k of a[voxel(tap), k] * weight[tap, k, n], float32 (BLOCK_M, BLOCK_N)."""
     K: tl.constexpr = PACK * K_GROUP
     N: tl.constexpr = PACK * N_GROUP
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if SKIP:
+        first_d, taps_d = reached(d, mask_m, size[0], taps[0], VOXEL_STEP[0])
+        first_h, taps_h = reached(h, mask_m, size[1], taps[1], VOXEL_STEP[1])
+        d, h = d + first_d * VOXEL_STEP[0], h + first_h * VOXEL_STEP[1]
+        tap = (tap[0] + first_d * TAP_STEP[0], tap[1] + first_h * TAP_STEP[1], tap[2])
+        taps = (taps_d, taps_h, taps[2])
     rows = image * a_strides[0] + d * a_strides[2] + h * a_strides[3] + w * a_strides[4]
     offs_k = widened(tl.arange(0, BLOCK_K), WIDE)
     columns = widened(offs_n % N_GROUP if PACK > 1 and WRAP_N else offs_n, WIDE) * w_strides[1]
     k, md, mh, mw = 0, 0, 0, 0
     first, last = 0, taps[0] * taps[1] * taps[2] * tl.cdiv(K, BLOCK_K)
     if SPLIT:
+        if SKIP:
+            taps = (taps[0], tl.maximum(taps[1], 1), taps[2])  # where none is left it divides all the same
         first, last = chunk(split, splits, last)
         k, mw = first % tl.cdiv(K, BLOCK_K) * BLOCK_K, first // tl.cdiv(K, BLOCK_K)
         mh, mw = mw // taps[2], mw % taps[2]
