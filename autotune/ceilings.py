@@ -7,7 +7,7 @@ Measured ones come from the roof rows of a results file. Where nothing was measu
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,9 @@ from tritonconv.bench.roofs import COPY_CACHE, COPY_L2, COPY_MEMORY, LAUNCH, MAT
 @dataclass(frozen=True)
 class Ceilings:
     """Rates in FLOP/s (``matrix`` by dtype, ``vector`` for FMAs) and bytes/s (``memory``, ``cache``); sizes in bytes,
-    of shared memory and registers per multiprocessor; ``launch_us`` is the time of one launch."""
+    of shared memory and registers per multiprocessor; ``launch_us`` is the time of one launch. ``factors``: measured
+    over predicted time by kind of kernel (``calibrate.py``).
+    """
 
     device: str
     matrix: Mapping[str, float]
@@ -30,6 +32,7 @@ class Ceilings:
     registers: int
     launch_us: float
     measured: bool = False
+    factors: Mapping[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -103,6 +106,7 @@ def from_json(data: Mapping[str, Any]) -> Ceilings | None:
     try:
         found = Ceilings(**data)
         rates = (found.vector, found.memory, found.cache, found.multiprocessors, *found.matrix.values())
+        rates += tuple(found.factors.values())
         return found if found.matrix and all(rate > 0 for rate in rates) else None
     except (TypeError, AttributeError):
         return None

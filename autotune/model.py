@@ -9,7 +9,8 @@ SRAM is a multiprocessor's L1 and shared memory, one memory: operands are writte
 shared memory, registers and threads. ``waits`` are the latencies of a program's loads that its pipeline does not hide:
 they decide where few programs sum over a long depth. This is the roofline (Williams et al., CACM 2009) with the tile's
 own traffic, wave quantisation and latency; a kernel without a pipeline adds its parts up where no other program hides
-them. It knows no bank conflict and no instruction mix. It prunes and ranks candidates, and measurements decide.
+them. It knows no bank conflict and no instruction mix; what was measured corrects it by a factor for each kind of
+kernel (``calibrate.py``). It prunes and ranks candidates, and measurements decide.
 """
 
 from __future__ import annotations
@@ -38,6 +39,10 @@ SRAM = LINE * 1.7e9
 BESIDE = 0.1  # of the parts beside the longest: what a pipeline does not hide; not measured
 SIMILAR = 1.25  # times the best one's time: of such configs one of each tile comes before a second of any
 SPILLED = 3.0  # a spilling kernel is ranked behind its neighbours
+
+
+LAUNCH = "launch"
+TRITON = "triton"  # the factor of a Triton kernel that has none of its own
 
 
 @dataclass(frozen=True)
@@ -81,8 +86,19 @@ def estimate(record: Variant, problem: Problem, config: Config, ceilings: Ceilin
     busy, others = parts[limit] * (SPILLED if work.registers > MOST_REGISTERS else 1.0), sum(parts.values())
     # Without a pipeline what a program does after each other is hidden by the other programs there alone.
     busy += (others - parts[limit]) * (BESIDE if work.pipelined else 1 / max(1, resident))
+    busy *= _factor(record, work, ceilings)
     launch = work.launches * ceilings.launch_us * 1e-6
-    return Estimate((busy + launch) * 1e3, limit if busy > launch else "launch", work, waves)
+    return Estimate((busy + launch) * 1e3, limit if busy > launch else LAUNCH, work, waves)
+
+
+def kind(record: Variant, work: Work) -> str:
+    """What has one factor of measured over predicted time: a variant, apart for its configs without a pipeline."""
+    return record.name if work.pipelined else f"{record.name} unpipelined"
+
+
+def _factor(record: Variant, work: Work, ceilings: Ceilings) -> float:
+    other = ceilings.factors.get(TRITON, 1.0) if record.backend == "triton" else 1.0
+    return ceilings.factors.get(kind(record, work), other)
 
 
 def candidates(

@@ -17,12 +17,10 @@ from time import perf_counter
 import torch
 
 from tritonconv import dispatch, overhead
-from tritonconv.autotune import store
+from tritonconv.autotune import calibrate
 from tritonconv.autotune.ceilings import from_roofs
 from tritonconv.autotune.choose import Selection
-from tritonconv.autotune.key import device_name
 from tritonconv.autotune.sources import source_hash
-from tritonconv.autotune.store import Table
 from tritonconv.bench import gate, results, roofs
 from tritonconv.bench.failures import context_is_lost, told
 from tritonconv.bench.results import BASELINE, COMPILED, OURS, Run, Writer
@@ -191,7 +189,7 @@ class Campaign:
             self.said.append("roofs: known from an earlier run")
         ceilings = from_roofs(found, self.environment, self.device)
         if ceilings is not None:
-            store.merge(Table(device_name(self.device), {}, ceilings.to_json()))
+            calibrate.keep(ceilings, self.device)
             dispatch.forget()
         return found
 

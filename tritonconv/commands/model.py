@@ -8,9 +8,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
-from tritonconv.autotune import model
+from tritonconv.autotune import calibrate, model
 from tritonconv.autotune.ceilings import Ceilings, from_roofs, nominal
 from tritonconv.bench import results
 from tritonconv.bench.results import Run
@@ -48,7 +49,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Reads results files that hold times of single variants (tritonconv tune; tritonconv bench --variants all), "
         "predicts each with the cost model, and prints Spearman's rank correlation: the median over the layers, and "
-        "how often the model's first choice is the fastest or near it."
+        "how often the model's first choice is the fastest or near it. Then, of each kind of kernel, the measured time "
+        "over the predicted one."
     )
     parser.add_argument("results", nargs="+", type=Path, metavar="FILE", help="results files")
     add_variant_files(parser)
@@ -63,7 +65,25 @@ def run(options: argparse.Namespace) -> int:
             "tritonconv bench --variants all --passes forward,backward_data,backward_weight"
         )
     print("\n".join(table(groups)))
+    for path in options.results:
+        print("\n".join(["", f"measured over predicted time, {path}:", *factors_of(results.read(path))]))
     return OK
+
+
+def factors_of(run: Run) -> list[str]:
+    """A line per kind of kernel: the median of measured over predicted time, what ``tritonconv tune`` corrects by."""
+    device = torch.device(run.environment["device"])
+    ceilings = from_roofs(run.roofs, run.environment, device) or nominal(device)
+    found = []
+    for row in _single(run):
+        if predict(row, ceilings) is not None:
+            record = variant(row["variant"])
+            found.append(calibrate.Sample(record, problem_of_row(row), _config(row), row["median_ms"]))
+    lines = [["kind", "timings", "p20", "median", "p80"]]
+    for kind, ratios in sorted(calibrate.ratios(found, ceilings).items()):
+        spread = [f"{value:.2f}" for value in np.percentile(ratios, (20, 50, 80))]
+        lines.append([kind, str(len(ratios)), *spread])
+    return columns(lines, numbers=4)
 
 
 def groups_of(run: Run) -> Iterator[Group]:

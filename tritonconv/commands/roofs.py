@@ -8,10 +8,8 @@ from pathlib import Path
 import torch
 
 from tritonconv import dispatch, flags
-from tritonconv.autotune import store
+from tritonconv.autotune import calibrate
 from tritonconv.autotune.ceilings import from_roofs
-from tritonconv.autotune.key import device_name
-from tritonconv.autotune.store import Table
 from tritonconv.bench import results, roofs
 from tritonconv.bench.environment import environment
 from tritonconv.bench.summary import columns
@@ -60,7 +58,7 @@ def keep(rows: list[dict], facts: dict, device: torch.device, folder: Path | Non
     """Puts the measured ceilings into the store of the device."""
     found = from_roofs(rows, facts, device)
     if found is not None:
-        store.merge(Table(device_name(device), {}, found.to_json()), folder)
+        calibrate.keep(found, device, folder)
         dispatch.forget()
 
 

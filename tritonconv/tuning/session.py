@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 
 from tritonconv import dispatch
-from tritonconv.autotune import ceilings, model, store
+from tritonconv.autotune import calibrate, ceilings, model, store
 from tritonconv.autotune.journal import Journal
 from tritonconv.autotune.key import Key, device_name
 from tritonconv.autotune.sources import source_hash
@@ -131,10 +131,21 @@ class Session:
         with gpu.cudnn_benchmark(self.device), Precompiler(target_of(self.device)) as compiler:
             for self.effort in efforts:
                 self.report.known = []
+                self._calibrate(waiting)
                 if not self._all(waiting, compiler, progress):
                     break
+            self._calibrate(waiting)
+        if self.ceilings.measured:
+            calibrate.keep(self.ceilings, self.device, self.folder)
         dispatch.forget()
         return self.report
+
+    def _calibrate(self, tasks: list[Task]) -> None:
+        """Corrects the model by what was timed so far: the next candidates are chosen the better for it."""
+        if self.device.type == "cuda":  # on a CPU each variant has one config, and all of them are timed
+            timed = calibrate.samples(self.journal.timings.values(), [task.problem for task in tasks])
+            found = calibrate.factors(timed, self.ceilings)
+            self.ceilings = replace(self.ceilings, factors={**self.ceilings.factors, **found})
 
     def _efforts(self) -> tuple[Effort, ...]:
         by_degrees = self.device.type == "cuda" and self.seconds is not None and not self.again

@@ -1,0 +1,126 @@
+"""The factors that correct the cost model: what they are made of, where they count, and that they stay in the store."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from test_model import GPU, compiled, layers, problem, triton  # noqa: F401  (a fixture)
+
+from tritonconv.autotune import calibrate, ceilings, model, store
+from tritonconv.autotune.calibrate import LEAST, Sample
+from tritonconv.autotune.journal import Journal, Timing
+from tritonconv.autotune.key import device_name
+from tritonconv.autotune.sources import source_hash
+from tritonconv.kernels import registry
+from tritonconv.kernels.registry import variant
+from tritonconv.tuning.session import Session, tasks_of
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+NAME = "forward_phases" if registry.have_triton() else "forward_torch_phases"
+
+
+def guess(name: str, each, limits=GPU, **changes) -> model.Estimate:
+    record = variant(name)
+    return model.estimate(record, each, {**record.default(each, CUDA), **changes}, limits)
+
+
+def measured(name: str, times: float, count: int, **changes) -> list[Sample]:
+    """Samples of a variant that takes ``times`` what is predicted, its launches apart."""
+    record, found = variant(name), []
+    for each in layers(torch.bfloat16, "ndhwc"):
+        if record.supports(each, CUDA) is None and guess(name, each, **changes).limit != model.LAUNCH:
+            one = guess(name, each, **changes)
+            launches = one.work.launches * GPU.launch_us * 1e-3
+            config = {**record.default(each, CUDA), **changes}
+            found.append(Sample(record, each, config, (one.ms - launches) * times + launches))
+    assert len(found) >= count
+    return found[:count]
+
+
+needs_triton = pytest.mark.skipif(not registry.have_triton(), reason="needs Triton")
+
+
+@needs_triton
+def test_a_kind_has_the_median_of_its_ratios_and_is_corrected_by_it():
+    found = [*measured(NAME, 2.0, LEAST), *measured(NAME, 5.0, LEAST + 1, num_stages=1)]
+    factors = calibrate.factors(found, GPU)
+    assert factors[NAME] == pytest.approx(2) and factors[f"{NAME} unpipelined"] == pytest.approx(5)
+    corrected = dataclasses.replace(GPU, factors=factors)
+    each = problem("psmnet_train_64_32")
+    launches = guess(NAME, each).work.launches * GPU.launch_us * 1e-3
+    for changes, times in (({}, 2), ({"num_stages": 1}, 5)):
+        before, after = guess(NAME, each, **changes), guess(NAME, each, corrected, **changes)
+        assert after.ms - launches == pytest.approx(times * (before.ms - launches))
+    # The factors are made against the plain model, whatever was corrected before.
+    assert calibrate.factors(found, corrected) == pytest.approx(factors)
+
+
+@needs_triton
+def test_a_kernel_that_was_hardly_timed_has_the_factor_of_all_triton_kernels_and_torch_has_none():
+    found = [*measured(NAME, 3.0, LEAST), *measured("backward_data_gemm", 1.0, LEAST - 1)]
+    factors = calibrate.factors(found, GPU)
+    assert set(factors) == {NAME, model.TRITON} and factors[model.TRITON] == pytest.approx(3)
+    corrected, each = dataclasses.replace(GPU, factors=factors), problem("psmnet_train_64_32")
+    assert guess("backward_data_gemm", each, corrected).ms > 2 * guess("backward_data_gemm", each).ms
+    assert guess("forward_torch_native", each, corrected).ms == guess("forward_torch_native", each).ms
+
+
+def test_nothing_timed_corrects_nothing():
+    assert calibrate.factors([], GPU) == {}
+    assert calibrate.factors(measured("forward_torch_native", 2.0, LEAST - 1), GPU) == {}
+    assert calibrate.factors(measured("forward_torch_native", 2.0, LEAST), GPU) == {
+        "forward_torch_native": pytest.approx(2)
+    }
+
+
+def test_samples_are_of_the_variants_as_they_are_now_and_of_these_problems():
+    each, other = problem("psmnet_train_64_32"), problem("psmnet_kitti_64_64")
+    record = variant("forward_torch_native")
+
+    def timing(text, name=record.name, source=None, status="ok", ms=1.0) -> Timing:
+        return Timing(text, "forward", name, {}, source or source_hash(record), "screen", {}, status, median_ms=ms)
+
+    kept = timing(str(each), ms=3.0)
+    left = [timing(str(other)), timing(str(each), name="forward_gone"), timing(str(each), source="another"),
+            timing(str(each), status="failed", ms=None)]  # fmt: skip
+    assert calibrate.samples([kept, *left], [each]) == [Sample(record, each, {}, 3.0)]
+
+
+@needs_triton
+def test_a_tuning_run_corrects_its_predictions_by_what_it_timed_and_keeps_older_factors(tmp_path):
+    found = measured(NAME, 2.0, LEAST)
+    session = Session(CUDA)
+    session.journal, session.ceilings = Journal("a GPU", tmp_path), dataclasses.replace(GPU, factors={"triton": 9.0})
+    for one in found[1:]:
+        session.journal.add(timing_of(one))
+    tasks = tasks_of([one.problem for one in found])
+    session._calibrate(tasks)
+    assert session.ceilings.factors == {"triton": 9.0}
+    session.journal.add(timing_of(found[0]))
+    session._calibrate(tasks)
+    assert session.ceilings.factors == pytest.approx({NAME: 2.0, "triton": 2.0})
+
+
+def timing_of(one: Sample) -> Timing:
+    record = one.record
+    return Timing(str(one.problem), record.pass_name, record.name, one.config, source_hash(record), "screen", {},
+                  median_ms=one.ms, p20_ms=one.ms, p80_ms=one.ms)  # fmt: skip
+
+
+def test_roofs_that_are_measured_again_keep_the_factors(tmp_path):
+    found = dataclasses.replace(GPU, measured=True, factors={"forward_phases": 2.0, "triton": 1.5})
+    calibrate.keep(found, CPU, tmp_path)
+    calibrate.keep(dataclasses.replace(GPU, measured=True, memory=1e12, factors={"triton": 1.25}), CPU, tmp_path)
+    kept = ceilings.from_json(store.read(device_name(CPU), tmp_path).ceilings)
+    assert kept.memory == 1e12 and kept.factors == {"forward_phases": 2.0, "triton": 1.25}
+
+
+def test_ceilings_without_factors_are_read_and_broken_ones_are_not():
+    data = json.loads(json.dumps(GPU.to_json()))
+    data.pop("factors")
+    assert ceilings.from_json(data) == GPU
+    for broken in ({"forward_phases": 0}, {"forward_phases": "2"}, ["forward_phases"]):
+        assert ceilings.from_json({**data, "factors": broken}) is None
