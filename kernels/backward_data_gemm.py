@@ -63,7 +63,7 @@ def backward_data_gemm_kernel(
         grad_y_ptr + group * C_OUT * grad_y_strides[1], grad_y_strides,
         image, d * STRIDE[0] - crop[0], h * STRIDE[1] - crop[1], w * STRIDE[2] - crop[2], mask_m, out_size,
         w_ptr + group * C_IN * w_strides[1], w_strides,
-        (0, 0, 0), KERNEL, offs_n, (1, 1, 1), DILATION,
+        (0, 0, 0), KERNEL, offs_n, (1, 1, 1), DILATION, KERNEL,
         KERNEL, C_OUT, C_IN, PACK, False, BLOCK_M, BLOCK_N, BLOCK_K, WIDE, PRECISION, Y_VOXELS_INNER,
         split, splits, SPLIT, SKIP,
     )  # fmt: skip

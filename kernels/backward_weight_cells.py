@@ -24,7 +24,7 @@ from tritonconv.kernels.registry import Config, Variant
 from tritonconv.kernels.triton_device import (
     ceil_div,
     chunk,
-    inside,
+    dividers,
     load_lanes,
     offset,
     product,
@@ -35,7 +35,7 @@ from tritonconv.kernels.triton_device import (
 from tritonconv.kernels.triton_launch import RUN_TIME, accounting, refusal
 from tritonconv.kernels.triton_phases import cells_of
 from tritonconv.kernels.triton_split_gemm import SplitGemm, store_channel_sums
-from tritonconv.kernels.triton_taps import tap_lanes, voxel_words
+from tritonconv.kernels.triton_taps import in_spans, spans, tap_lanes, voxel_words
 from tritonconv.kernels.work import Work
 from tritonconv.problem import Problem, Triple
 
@@ -54,14 +54,6 @@ def tapped(phase, delta, KERNEL: tl.constexpr, STRIDE: tl.constexpr):
     found = phase[0] + delta[0] * STRIDE[0] < KERNEL[0]
     found = found & (phase[1] + delta[1] * STRIDE[1] < KERNEL[1])
     return found & (phase[2] + delta[2] * STRIDE[2] < KERNEL[2])
-
-
-@triton.jit
-def inside_all(start, step, size, mask_rows, mask_columns):
-    """Whether start + step, each (d, h, w), is inside: ``start`` along the columns, ``step`` along the rows."""
-    hit = inside(start[0][None, :] + step[0][:, None], size[0]) & mask_rows[:, None]
-    hit = hit & inside(start[1][None, :] + step[1][:, None], size[1]) & mask_columns[None, :]
-    return hit & inside(start[2][None, :] + step[2][:, None], size[2])
 
 
 @triton.jit(launch_metadata=accounting, do_not_specialize=(*RUN_TIME, "splits"))
@@ -112,30 +104,42 @@ def backward_weight_cells_kernel(
         if not tapped(least_phase, least_delta, KERNEL, STRIDE):
             return
 
-    grad_y_rows = grad_y_ptr + offset(grad_y_strides, 0, group * C_OUT + co, pd, ph, pw)[:, None]  # (BLOCK_M, 1)
-    x_rows = x_ptr + offset(x_strides, 0, group * C_IN + ci, sd, sh, sw)[:, None]  # (BLOCK_N, 1)
     cells, first_cell = cells_of(crop, out_size, STRIDE)
-    back = (first_cell[0] - WINDOW[0] + 1, first_cell[1] - WINDOW[1] + 1, first_cell[2] - WINDOW[2] + 1)
+    # Where cell 0, phase 0 lies in y, and what the last delta of cell 0 reads, both as what is cut before them.
+    cut = (
+        crop[0] - first_cell[0] * STRIDE[0], crop[1] - first_cell[1] * STRIDE[1], crop[2] - first_cell[2] * STRIDE[2],
+    )  # fmt: skip
+    back = (WINDOW[0] - 1 - first_cell[0], WINDOW[1] - 1 - first_cell[1], WINDOW[2] - 1 - first_cell[2])
+    y_lanes = spans((pd, ph, pw), cut, out_size, mask_m, STRIDE)
+    x_lanes = spans((sd, sh, sw), back, size, mask_n, (1, 1, 1))
+    # Of each address the loop adds only the cell's part.
+    grad_y_rows = offset(grad_y_strides, 0, group * C_OUT + co, pd - cut[0], ph - cut[1], pw - cut[2])
+    x_rows = offset(x_strides, 0, group * C_IN + ci, sd - back[0], sh - back[1], sw - back[2])
+    y_strides = (
+        grad_y_strides[0], grad_y_strides[1],
+        grad_y_strides[2] * STRIDE[0], grad_y_strides[3] * STRIDE[1], grad_y_strides[4] * STRIDE[2],
+    )  # fmt: skip
+    by = dividers(cells, BLOCK_W, WIDE)
     first, last = chunk(split, splits, voxel_tiles(n, cells, BLOCK_K, BLOCK_W, WIDE))
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for tile_k in range(first, last):
-        image, d, h, w, mask_k = voxels(tile_k, n, cells, BLOCK_K, BLOCK_W, WIDE)
-        od = (d + first_cell[0]) * STRIDE[0] - crop[0]
-        oh = (h + first_cell[1]) * STRIDE[1] - crop[1]
-        ow = (w + first_cell[2]) * STRIDE[2] - crop[2]
-        d, h, w = d + back[0], h + back[1], w + back[2]
+        image, d, h, w, mask_k = voxels(tile_k, n, cells, BLOCK_K, BLOCK_W, WIDE, by)
+        masked_d = tl.where(mask_k, d, -1)  # below every span
         if C_OUT % 8 == 0:  # the channels of one load share a phase: the compiler sees that of comparisons alone
-            hit = inside_all((od, oh, ow), (pd, ph, pw), out_size, mask_m, mask_k)
+            hit = in_spans(masked_d, h, w, y_lanes, WIDE)
         else:
-            words = voxel_words(od, oh, ow, mask_k, out_size, STRIDE, (1, 1, 1))
+            words = voxel_words(
+                d * STRIDE[0] - cut[0], h * STRIDE[1] - cut[1], w * STRIDE[2] - cut[2], mask_k, out_size, STRIDE,
+                (1, 1, 1),
+            )  # fmt: skip
             hit = (words[None, :] & phase_word[:, None]) == phase_word[:, None]  # (BLOCK_M, BLOCK_K)
         if C_IN % 8 == 0:
-            x_hit = inside_all((d, h, w), (sd, sh, sw), size, mask_n, mask_k)
+            x_hit = in_spans(masked_d, h, w, x_lanes, WIDE)
         else:
-            words = voxel_words(d, h, w, mask_k, size, WINDOW, (1, 1, 1))
+            words = voxel_words(d - back[0], h - back[1], w - back[2], mask_k, size, WINDOW, (1, 1, 1))
             x_hit = (words[None, :] & step_word[:, None]) == step_word[:, None]  # (BLOCK_N, BLOCK_K)
-        grad_y_ptrs = grad_y_rows + offset(grad_y_strides, image, 0, od, oh, ow)[None, :]
-        x_ptrs = x_rows + offset(x_strides, image, 0, d, h, w)[None, :]
+        grad_y_ptrs = grad_y_ptr + (grad_y_rows[:, None] + offset(y_strides, image, 0, d, h, w)[None, :])
+        x_ptrs = x_ptr + (x_rows[:, None] + offset(x_strides, image, 0, d, h, w)[None, :])
         grad_y_tile = load_lanes(grad_y_ptrs, hit, Y_VOXELS_INNER)  # (BLOCK_M, BLOCK_K)
         x_tile = load_lanes(x_ptrs, x_hit, X_VOXELS_INNER)  # (BLOCK_N, BLOCK_K)
         acc = tl.dot(grad_y_tile, tl.trans(x_tile), acc, input_precision=PRECISION)

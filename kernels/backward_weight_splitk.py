@@ -18,7 +18,7 @@ from tritonconv.kernels.registry import Variant
 from tritonconv.kernels.triton_device import (
     ceil_div,
     chunk,
-    inside,
+    dividers,
     load_lanes,
     offset,
     product,
@@ -28,7 +28,7 @@ from tritonconv.kernels.triton_device import (
 )
 from tritonconv.kernels.triton_launch import RUN_TIME, accounting, refusal
 from tritonconv.kernels.triton_split_gemm import SplitGemm, store_channel_sums
-from tritonconv.kernels.triton_taps import tap_lanes, voxel_words
+from tritonconv.kernels.triton_taps import in_spans, spans, tap_lanes, voxel_words
 from tritonconv.problem import Problem
 
 
@@ -79,16 +79,23 @@ def backward_weight_splitk_kernel(
     x_rows = x_ptr + (ci * x_strides[1])[:, None]  # (BLOCK_N, 1)
     first, last = chunk(split, splits, voxel_tiles(n, size, BLOCK_K, BLOCK_W, WIDE))
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    by = dividers(size, BLOCK_W, WIDE)
+    lanes = spans((vd, vh, vw), crop, out_size, mask_m, STRIDE)
+    # Of i*stride - crop + tap the loop adds only i*stride.
+    grad_y_rows -= crop[0] * grad_y_strides[2] + crop[1] * grad_y_strides[3] + crop[2] * grad_y_strides[4]
+    y_strides = (
+        grad_y_strides[0], grad_y_strides[1],
+        grad_y_strides[2] * STRIDE[0], grad_y_strides[3] * STRIDE[1], grad_y_strides[4] * STRIDE[2],
+    )  # fmt: skip
     for tile_k in range(first, last):
-        image, d, h, w, mask_k = voxels(tile_k, n, size, BLOCK_K, BLOCK_W, WIDE)
-        od, oh, ow = d * STRIDE[0] - crop[0], h * STRIDE[1] - crop[1], w * STRIDE[2] - crop[2]
+        image, d, h, w, mask_k = voxels(tile_k, n, size, BLOCK_K, BLOCK_W, WIDE, by)
         if SAME_TAP:
-            hit = inside(od[None, :] + vd[:, None], out_size[0]) & inside(oh[None, :] + vh[:, None], out_size[1])
-            hit = hit & inside(ow[None, :] + vw[:, None], out_size[2]) & mask_k[None, :] & mask_m[:, None]
+            hit = in_spans(tl.where(mask_k, d, -1), h, w, lanes, WIDE)  # -1 is below every span
         else:
+            od, oh, ow = d * STRIDE[0] - crop[0], h * STRIDE[1] - crop[1], w * STRIDE[2] - crop[2]
             words = voxel_words(od, oh, ow, mask_k, out_size, KERNEL, DILATION)
             hit = (words[None, :] & wanted[:, None]) == wanted[:, None]  # (BLOCK_M, BLOCK_K)
-        grad_y_columns = offset(grad_y_strides, image, 0, od, oh, ow)[None, :]
+        grad_y_columns = offset(y_strides, image, 0, d, h, w)[None, :]
         grad_y_tile = load_lanes(grad_y_rows + grad_y_columns, hit, Y_VOXELS_INNER)  # (BLOCK_M, BLOCK_K)
         x_columns = offset(x_strides, image, 0, d, h, w)[None, :]
         x_mask = mask_n[:, None] & mask_k[None, :]

@@ -32,6 +32,7 @@ from tritonconv.kernels.triton_device import (
 from tritonconv.kernels.triton_gemm import implicit_gemm
 from tritonconv.kernels.triton_launch import RUN_TIME, accounting, empty, geometry, precision, refusal, wide
 from tritonconv.kernels.triton_launch import launch as run
+from tritonconv.kernels.triton_target import compute_capability
 from tritonconv.kernels.triton_weights import oriented, packed, preferred
 from tritonconv.kernels.work import Work, tap_gemm
 from tritonconv.problem import Problem
@@ -87,15 +88,26 @@ def forward_phases_kernel(
         return
     image, d, h, w, mask_m = voxels(tile_m, n, (outs_d, outs_h, outs_w), BLOCK_M, BLOCK_W, WIDE)
 
+    # From the last tap to the first, so that the voxels count upwards.
+    PERIOD: tl.constexpr = (
+        tap_period(STRIDE[0], DILATION[0]), tap_period(STRIDE[1], DILATION[1]), tap_period(STRIDE[2], DILATION[2]),
+    )  # fmt: skip
+    SHIFT: tl.constexpr = (
+        tap_shift(STRIDE[0], DILATION[0]), tap_shift(STRIDE[1], DILATION[1]), tap_shift(STRIDE[2], DILATION[2]),
+    )  # fmt: skip
     group = widened(tile_n // COLUMNS * PACK, WIDE)
     offs_n = tile_n % COLUMNS * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = implicit_gemm(
         x_ptr + group * C_IN * x_strides[1], x_strides,
-        image, d + offset_d, h + offset_h, w + offset_w, mask_m, size,
+        image,
+        d + offset_d - (taps_d - 1) * SHIFT[0], h + offset_h - (taps_h - 1) * SHIFT[1],
+        w + offset_w - (taps_w - 1) * SHIFT[2],
+        mask_m, size,
         w_ptr + group * C_IN * w_strides[0], w_strides,
-        (tap_d, tap_h, tap_w), (taps_d, taps_h, taps_w), offs_n,
-        (tap_period(STRIDE[0], DILATION[0]), tap_period(STRIDE[1], DILATION[1]), tap_period(STRIDE[2], DILATION[2])),
-        (-tap_shift(STRIDE[0], DILATION[0]), -tap_shift(STRIDE[1], DILATION[1]), -tap_shift(STRIDE[2], DILATION[2])),
+        (tap_d + (taps_d - 1) * PERIOD[0], tap_h + (taps_h - 1) * PERIOD[1], tap_w + (taps_w - 1) * PERIOD[2]),
+        (taps_d, taps_h, taps_w), offs_n,
+        (-PERIOD[0], -PERIOD[1], -PERIOD[2]), SHIFT,
+        (ceil_div(KERNEL[0], PERIOD[0]), ceil_div(KERNEL[1], PERIOD[1]), ceil_div(KERNEL[2], PERIOD[2])),
         KERNEL, C_IN, C_OUT, PACK, True, BLOCK_M, BLOCK_N, BLOCK_K, WIDE, PRECISION,
         X_VOXELS_INNER,
     )  # fmt: skip
@@ -166,6 +178,10 @@ def default(problem: Problem, device: torch.device):
     inner = int(problem.intensity() < tiles.RIDGE)
     if problem.layout == "ncdhw" and problem.dtype.itemsize == 2 and base["BLOCK_M"] * base["BLOCK_N"] >= 128 * 64:
         base["num_warps"] = 8  # narrow loads come through registers: with 4 it spills on sm_100
+    if (
+        problem.dtype.itemsize == 4 and compute_capability() >= 100
+    ):  # TF32 has 80 registers in 4 warps: spills
+        base["num_warps"] = 8
     return {**base, "GROUP_M": 8, "PACK": pack, "PHASE_INNER": inner, "WEIGHT": preferred(problem)}
 
 

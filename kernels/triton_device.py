@@ -16,6 +16,9 @@ import triton.language as tl
 TIES_LAST = tl.constexpr(tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 7))
 
 
+FAR = 1 << 16  # a size from which, or FAR**2/4 voxels from which, voxels are counted with 64 bits
+
+
 @triton.constexpr_function
 def gcd(first, second):
     return math.gcd(first, second)
@@ -59,13 +62,46 @@ def widened(value, WIDE: tl.constexpr):
 
 
 @triton.jit
-def divided(value, divisor, WIDE: tl.constexpr):
-    """Quotient and remainder of integers that are not negative: unsigned, which takes half the instructions."""
+def divider(divisor):
+    """(multiplier, shift) that :func:`divided` takes for a division in a loop, by 1 <= divisor < FAR.
+
+    floor(n / d) = (high(n * m) + n) >> l with l = ceil(log2 d), m = floor(2^32 * (2^l - d) / d) + 1: Granlund and
+    Montgomery, "Division by invariant integers using multiplication", PLDI 1994, figure 4.1, here for n < 2^31. The
+    quotient of 48 bits is made of two of 32: a division of 64 bits is a call, with a stack.
+    """
+    divisor = divisor.to(tl.uint32)
+    one = divisor * 0 + 1
+    shift = divisor * 0
+    for bit in tl.static_range(16):
+        shift += (divisor > (1 << bit)).to(tl.uint32)
+    rest = ((one << shift) - divisor) << 16
+    high = rest // divisor
+    low = ((rest - high * divisor) << 16) // divisor
+    return (high << 16) + low + 1, shift
+
+
+@triton.jit
+def dividers(size, BLOCK_W: tl.constexpr, WIDE: tl.constexpr):
+    """What :func:`voxels` in a loop divides by along (d, h, w); nothing where offsets are 64 bits wide."""
+    if WIDE:
+        return None, None, None
+    return divider(size[0]), divider(size[1]), divider(tl.cdiv(size[2], BLOCK_W) if BLOCK_W > 0 else size[2])
+
+
+@triton.jit
+def divided(value, divisor, WIDE: tl.constexpr, by=None):
+    """Quotient and remainder of integers that are not negative: unsigned, which takes half the instructions.
+
+    ``by`` is the :func:`divider` of the divisor: three instructions instead of about fifteen.
+    """
     SIGNED: tl.constexpr = tl.int64 if WIDE else tl.int32
     UNSIGNED: tl.constexpr = tl.uint64 if WIDE else tl.uint32
     divisor = tl.full((), 0, UNSIGNED) + divisor
     value = value.to(UNSIGNED)
-    quotient = value // divisor
+    if by is None:  # noqa: SIM108
+        quotient = value // divisor
+    else:
+        quotient = (tl.umulhi(value, by[0] + tl.zeros_like(value)) + value) >> by[1]
     return quotient.to(SIGNED), (value - quotient * divisor).to(SIGNED)
 
 
@@ -79,8 +115,8 @@ def voxel_tiles(n, size, BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr, WIDE: tl.
 
 
 @triton.jit
-def voxels(tile, n, size, BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr, WIDE: tl.constexpr):
-    """image, d, h, w and mask, each (BLOCK_M,), of the voxels of a tile.
+def voxels(tile, n, size, BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr, WIDE: tl.constexpr, by=(None, None, None)):
+    """image, d, h, w and mask, each (BLOCK_M,), of the voxels of a tile; ``by``: the :func:`dividers` of ``size``.
 
     BLOCK_W = 0: the voxels of all images in one row. Else BLOCK_M / BLOCK_W rows of BLOCK_W voxels along w, which the
     compiler knows to be neighbours: wide loads and stores where w is the contiguous axis.
@@ -89,13 +125,14 @@ def voxels(tile, n, size, BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr, WIDE: tl
     tile = widened(tile, WIDE)
     if BLOCK_W > 0:
         tiles_w = tl.cdiv(size[2], BLOCK_W)
-        row = (tile // tiles_w) * (BLOCK_M // BLOCK_W) + lane // BLOCK_W
-        w = (tile % tiles_w) * BLOCK_W + lane % BLOCK_W
+        tile, tile_w = divided(tile, tiles_w, WIDE, by[2])
+        row = tile * (BLOCK_M // BLOCK_W) + lane // BLOCK_W
+        w = tile_w * BLOCK_W + lane % BLOCK_W
     else:
         voxel = tile * BLOCK_M + lane
-        row, w = divided(voxel, size[2], WIDE)
-    plane, h = divided(row, size[1], WIDE)
-    image, d = divided(plane, size[0], WIDE)
+        row, w = divided(voxel, size[2], WIDE, by[2])
+    plane, h = divided(row, size[1], WIDE, by[1])
+    image, d = divided(plane, size[0], WIDE, by[0])
     return image, d, h, w, (image < n) & (w < size[2])
 
 

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from tritonconv.kernels.triton_device import TIES_LAST, chunk, inside, next_step, widened
+from tritonconv.kernels.triton_taps import voxel_words
 
 
 @triton.jit
@@ -21,6 +22,12 @@ def reached(index, mask, size, taps, STEP: tl.constexpr):
     return first, tl.maximum(last - first, 0)
 
 
+@triton.constexpr_function
+def fits_a_word(PLACES):
+    """Whether int32 has a bit for each tap of the three axes."""
+    return sum(int(places) for places in PLACES) <= 30
+
+
 @triton.jit
 def implicit_gemm(
     a_ptr,  # the gathered operand, at channel 0 of the group
@@ -32,7 +39,8 @@ def implicit_gemm(
     tap, taps,  # (d, h, w): the first tap and how many there are
     offs_n,  # (BLOCK_N,): columns
     TAP_STEP: tl.constexpr,  # (d, h, w): tap m is tap + m*TAP_STEP ...
-    VOXEL_STEP: tl.constexpr,  # ... and reads the voxel at + m*VOXEL_STEP
+    VOXEL_STEP: tl.constexpr,  # ... and reads the voxel at + m*VOXEL_STEP, which is positive
+    PLACES: tl.constexpr,  # (d, h, w): the most taps
     KERNEL: tl.constexpr,
     K_GROUP: tl.constexpr,  # channels per group on the k side
     N_GROUP: tl.constexpr,  # and on the n side
@@ -48,9 +56,14 @@ def implicit_gemm(
     SPLIT: tl.constexpr = False,  # only this one of so many chunks of the steps
     SKIP: tl.constexpr = False,  # without the taps along d and h that leave the operand for all voxels of the tile
 ):  # fmt: skip
-    """sum over taps and channels k of a[voxel(tap), k] * weight[tap, k, n], float32 (BLOCK_M, BLOCK_N)."""
+    """sum over taps and channels k of a[voxel(tap), k] * weight[tap, k, n], float32 (BLOCK_M, BLOCK_N).
+
+    What a step needs of each address and mask is two instructions: offsets are made before the loop and moved by one
+    number, and whether a tap is inside is a bit of the voxel's word.
+    """
     K: tl.constexpr = PACK * K_GROUP
     N: tl.constexpr = PACK * N_GROUP
+    INNER: tl.constexpr = VOXELS_INNER and TIES_LAST
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if SKIP:
         first_d, taps_d = reached(d, mask_m, size[0], taps[0], VOXEL_STEP[0])
@@ -59,8 +72,16 @@ def implicit_gemm(
         tap = (tap[0] + first_d * TAP_STEP[0], tap[1] + first_h * TAP_STEP[1], tap[2])
         taps = (taps_d, taps_h, taps[2])
     rows = image * a_strides[0] + d * a_strides[2] + h * a_strides[3] + w * a_strides[4]
+    words = mask_m
+    if fits_a_word(PLACES):
+        words = voxel_words(d, h, w, mask_m, size, PLACES, VOXEL_STEP)
     offs_k = widened(tl.arange(0, BLOCK_K), WIDE)
+    channels = offs_k
+    a_offsets = rows[:, None] + (offs_k * a_strides[1])[None, :]
+    if INNER:
+        a_offsets = rows[None, :] + (offs_k * a_strides[1])[:, None]
     columns = widened(offs_n % N_GROUP if PACK > 1 and WRAP_N else offs_n, WIDE) * w_strides[1]
+    w_offsets = (offs_k * w_strides[0])[:, None] + columns[None, :]
     k, md, mh, mw = 0, 0, 0, 0
     first, last = 0, taps[0] * taps[1] * taps[2] * tl.cdiv(K, BLOCK_K)
     if SPLIT:
@@ -74,26 +95,29 @@ def implicit_gemm(
         vd = widened(md * VOXEL_STEP[0], WIDE)
         vh = widened(mh * VOXEL_STEP[1], WIDE)
         vw = widened(mw * VOXEL_STEP[2], WIDE)
-        hit = mask_m & inside(d + vd, size[0]) & inside(h + vh, size[1]) & inside(w + vw, size[2])
-        moved = vd * a_strides[2] + vh * a_strides[3] + vw * a_strides[4]
+        if fits_a_word(PLACES):
+            wanted = (1 << md) | (1 << (PLACES[0] + mh)) | (1 << (PLACES[0] + PLACES[1] + mw))
+            hit = (words & wanted) == wanted
+        else:
+            hit = mask_m & inside(d + vd, size[0]) & inside(h + vh, size[1]) & inside(w + vw, size[2])
+        moved = vd * a_strides[2] + vh * a_strides[3] + vw * a_strides[4] + widened(k, WIDE) * a_strides[1]
         plane = (tap[0] + md * TAP_STEP[0]) * KERNEL[1] + tap[1] + mh * TAP_STEP[1]
         index = widened(plane * KERNEL[2] + tap[2] + mw * TAP_STEP[2], WIDE)
-        channels = k + offs_k
-        weight_k = channels if PACK == 1 or WRAP_N else channels % K_GROUP
-        a_mask, a_ptrs = hit[:, None], a_ptr + (rows + moved)[:, None] + (channels * a_strides[1])[None, :]
-        if VOXELS_INNER and TIES_LAST:
-            a_mask, a_ptrs = hit[None, :], a_ptr + (rows + moved)[None, :] + (channels * a_strides[1])[:, None]
-        w_mask = (offs_n < N)[None, :]
+        a_mask, w_mask = hit[None, :] if INNER else hit[:, None], (offs_n < N)[None, :]
+        if K % BLOCK_K != 0 or PACK > 1:
+            channels = k + offs_k
         if K % BLOCK_K != 0:
-            a_mask = a_mask & ((channels < K)[:, None] if VOXELS_INNER and TIES_LAST else (channels < K)[None, :])
+            a_mask = a_mask & ((channels < K)[:, None] if INNER else (channels < K)[None, :])
             w_mask = w_mask & (channels < K)[:, None]
+        w_ptrs = w_ptr + (index * w_strides[2] + widened(k, WIDE) * w_strides[0]) + w_offsets
         if PACK > 1:
             w_mask = w_mask & ((channels // K_GROUP)[:, None] == (offs_n // N_GROUP)[None, :])
-        a_tile = tl.load(a_ptrs, mask=a_mask, other=0.0)
-        w_tile = tl.load(
-            w_ptr + index * w_strides[2] + (weight_k * w_strides[0])[:, None] + columns[None, :], mask=w_mask, other=0.0
-        )
-        if VOXELS_INNER and TIES_LAST:
+            if not WRAP_N:
+                weight_k = channels % K_GROUP
+                w_ptrs = w_ptr + index * w_strides[2] + (weight_k * w_strides[0])[:, None] + columns[None, :]
+        a_tile = tl.load(a_ptr + moved + a_offsets, mask=a_mask, other=0.0)
+        w_tile = tl.load(w_ptrs, mask=w_mask, other=0.0)
+        if INNER:
             a_tile = tl.trans(a_tile)
         acc = tl.dot(a_tile, w_tile, acc, input_precision=PRECISION)  # (BLOCK_M, BLOCK_K) x (BLOCK_K, BLOCK_N)
         k, md, mh, mw = next_step(k, md, mh, mw, taps, K, BLOCK_K)

@@ -15,11 +15,12 @@ import triton.language as tl
 
 from tritonconv.kernels import triton_tiles as tiles
 from tritonconv.kernels.registry import Config
-from tritonconv.kernels.triton_device import chunk, offset, voxel_tiles, voxels, widened
+from tritonconv.kernels.triton_device import FAR, chunk, offset, voxel_tiles, voxels, widened
 from tritonconv.kernels.triton_launch import geometry, precision, wide
 from tritonconv.kernels.triton_launch import launch as run
 from tritonconv.kernels.triton_reduce import sum_weights
 from tritonconv.kernels.triton_tape import fresh
+from tritonconv.kernels.triton_target import compute_capability
 from tritonconv.kernels.work import Work, tap_gemm
 from tritonconv.problem import Problem, Triple
 
@@ -79,6 +80,8 @@ class SplitGemm(NamedTuple):
         block_n = tiles.power_of_two(self.columns, 16, 128 if half else 64)
         # A tile of 2-byte loads comes through registers: less deep and in more threads, so that none needs too many.
         through_registers = half and (problem.layout == "ncdhw" or problem.weight_shape[1] % 8 != 0)
+        if through_registers and compute_capability() >= 100:  # a wider one spills there
+            block_n = min(block_n, 64)
         block_k = 64 if half and not through_registers else 32
         more_warps = block_m * block_n >= 128 * 128 or (through_registers and block_m == 128)
         config = {
@@ -155,7 +158,7 @@ class SplitGemm(NamedTuple):
             grad_w_strides=(step[0], step[4], step[3], step[2]),
             Y_VOXELS_INNER=grad_y.stride(1) != 1,
             X_VOXELS_INNER=x.stride(1) != 1 and config["BLOCK_W"] == 0,
-            WIDE=wide(x, grad_y, partial),
+            WIDE=wide(x, grad_y, partial) or max(self.size) >= FAR or problem.n * math.prod(self.size) >= FAR**2 // 4,
             PRECISION=precision(problem.dtype),
         )
         if through_partials(problem, splits):

@@ -1,7 +1,9 @@
 """Device code for tiles whose lanes count (tap, channel) together, so that few channels fill a dot.
 
-Each voxel of such a tile has a word with one bit per tap and axis: the tap stays inside that axis. Each lane has a word
-with the three bits of its tap. Whether a voxel's tap is inside is then one AND and one comparison per element.
+Which voxels a lane's tap stays inside of has two forms. Where neighbouring lanes have different taps, each voxel has a
+word with one bit per tap and axis: the tap stays inside that axis. Each lane has a word with the three bits of its tap.
+Whether a voxel's tap is inside is then one AND and one comparison per element. Where a few lanes meet many voxels in a
+loop, each lane has a span of voxel indices along each axis: one subtraction and one unsigned comparison per axis.
 """
 
 from __future__ import annotations
@@ -57,3 +59,32 @@ def tap_lanes(lane, CHANNELS: tl.constexpr, KERNEL: tl.constexpr):
     one = tap.to(WORD) * 0 + 1
     word = (one << td) | (one << (KERNEL[0] + th)) | (one << (KERNEL[0] + KERNEL[1] + tw))
     return tap, td, th, tw, lane % CHANNELS, tl.where(td < KERNEL[0], word, -1)
+
+
+@triton.jit
+def span(step, crop, size, mask, STRIDE: tl.constexpr):
+    """(first, count), like ``step``, of the indices i >= 0 with 0 <= i*STRIDE - crop + step < size; none unmasked."""
+    first = (tl.maximum(crop - step, 0) + STRIDE - 1) // STRIDE
+    end = (tl.maximum(size + crop - step, 0) + STRIDE - 1) // STRIDE
+    return first, tl.where(mask, tl.maximum(end - first, 0), 0)
+
+
+@triton.jit
+def spans(steps, crop, size, mask, STRIDE: tl.constexpr):
+    """The :func:`span` of each axis (d, h, w)."""
+    along_d = span(steps[0], crop[0], size[0], mask, STRIDE[0])
+    along_h = span(steps[1], crop[1], size[1], mask, STRIDE[1])
+    return along_d, along_h, span(steps[2], crop[2], size[2], mask, STRIDE[2])
+
+
+@triton.jit
+def in_span(index, lanes, WIDE: tl.constexpr):
+    """Whether the indices (columns) are in the lanes' spans (rows)."""
+    UNSIGNED: tl.constexpr = tl.uint64 if WIDE else tl.uint32
+    return (index[None, :] - lanes[0][:, None]).to(UNSIGNED) < lanes[1][:, None].to(UNSIGNED)
+
+
+@triton.jit
+def in_spans(d, h, w, lanes, WIDE: tl.constexpr):
+    """Whether the voxels (columns) are in the lanes' :func:`spans` (rows) along every axis."""
+    return in_span(d, lanes[0], WIDE) & in_span(h, lanes[1], WIDE) & in_span(w, lanes[2], WIDE)

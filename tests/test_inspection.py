@@ -206,6 +206,10 @@ def test_reading_machine_code():
         "spill_load_bytes": 4,
         "spill_store_bytes": 8,
     }
+    assert machine_code.stack_is_used(listing)
+    frame = "LDC R1, c[0x0][0x37c] ;\nVIADD R1, R1, 0xfffffff8 ;\nIADD3 R1, R1, -0x8, RZ ;\nIMAD R10, R1X, R11, R12 ;"
+    assert not machine_code.stack_is_used(frame)  # set up, and touched by nothing
+    assert machine_code.stack_is_used(frame + "\nIADD3 R4, P0, R1, 0x4, RZ ;")
     ieee = "%1 = tt.dot %a, %b, %c : tensor<64x32xf32> * tensor<32x32xf32> -> tensor<64x32xf32>"
     tf32 = ieee.replace(" :", ", inputPrecision = tf32 :")
     half = ieee.replace("32xf32> *", "32xbf16> *").replace("32x32xf32>", "32x32xbf16>")

@@ -14,6 +14,7 @@ from typing import Any
 SECONDS_FOR_TOOL = 120.0
 
 _SASS = re.compile(r"^\s*(?:/\*[0-9a-f]+\*/)?\s*(?:@!?\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
+_FRAME = re.compile(r"\bR1, (R1, -?0x|c\[)")  # the stack pointer, loaded or moved by a number
 _NVIDIA_MATRIX = re.compile(r"[A-Z]G?MMA|UTC[A-Z]*MMA")
 _BULK = ("UTMALDG", "UTMASTG", "UTMAREDG", "UBLKCP", "UBLKRED")
 _AMD = re.compile(r"^\t([a-z]\w+)(.*)$", re.MULTILINE)
@@ -53,8 +54,13 @@ def _nvidia(cubin: bytes) -> dict[str, Any]:
     return {
         **sass_counts(code),
         "registers": _number(r"REG:(\d+)", usage),
-        "stack_bytes": _number(r"STACK:(\d+)", usage),
+        "stack_bytes": _number(r"STACK:(\d+)", usage) if stack_is_used(code) else 0,
     }
+
+
+def stack_is_used(code: str) -> bool:
+    """Whether nvdisasm's listing reads the stack pointer for more than to set up a frame that nothing touches."""
+    return any(re.search(r"\bR1\b", line) and not _FRAME.search(line) for line in code.splitlines())
 
 
 def sass_counts(code: str) -> dict[str, Any]:
