@@ -26,7 +26,15 @@ from tritonconv.kernels.triton_boxes import (
     taps_first,
     volume,
 )
-from tritonconv.kernels.triton_device import axis_phase, ceil_div, grouped_order, product, tap_period, tap_shift
+from tritonconv.kernels.triton_device import (
+    aligned,
+    axis_phase,
+    ceil_div,
+    grouped_order,
+    product,
+    tap_period,
+    tap_shift,
+)
 from tritonconv.kernels.triton_launch import RUN_TIME, accounting, empty, geometry, precision, wide
 from tritonconv.kernels.triton_launch import launch as run
 from tritonconv.kernels.triton_target import compute_capability
@@ -72,8 +80,10 @@ def backward_data_boxes_kernel(
     C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    x_strides = aligned(x_strides, UNITS[0])
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     BLOCK_M: tl.constexpr = BLOCK_D * BLOCK_H * BLOCK_W
     COLUMNS: tl.constexpr = ceil_div(C_IN, BLOCK_N)

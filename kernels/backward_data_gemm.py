@@ -18,7 +18,16 @@ import triton.language as tl
 
 from tritonconv.kernels import triton_tiles as tiles
 from tritonconv.kernels.registry import Config, Variant
-from tritonconv.kernels.triton_device import ceil_div, grouped_order, offset, store_tile, voxel_tiles, voxels, widened
+from tritonconv.kernels.triton_device import (
+    aligned,
+    ceil_div,
+    grouped_order,
+    offset,
+    store_tile,
+    voxel_tiles,
+    voxels,
+    widened,
+)
 from tritonconv.kernels.triton_gemm import implicit_gemm
 from tritonconv.kernels.triton_launch import RUN_TIME, accounting, empty, geometry, precision, refusal, wide
 from tritonconv.kernels.triton_launch import launch as run
@@ -44,8 +53,11 @@ def backward_data_gemm_kernel(
     PACK: tl.constexpr, SKIP: tl.constexpr,
     Y_VOXELS_INNER: tl.constexpr, X_VOXELS_INNER: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr, GROUP_M: tl.constexpr,
-    WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    grad_y_strides = aligned(grad_y_strides, UNITS[0])
+    w_strides = aligned(w_strides, UNITS[1])
+    grad_x_strides = aligned(grad_x_strides, UNITS[2])
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     COLUMNS: tl.constexpr = ceil_div(PACK * C_IN, BLOCK_N)
     tiles_m = voxel_tiles(n, size, BLOCK_M, BLOCK_W, WIDE)

@@ -14,10 +14,19 @@ from tritonconv.kernels import triton_phases as phases
 from tritonconv.kernels import triton_tiles as tiles
 from tritonconv.kernels.forward_shuffle import supports
 from tritonconv.kernels.registry import Variant
-from tritonconv.kernels.triton_device import ceil_div, grouped_order, inside, store_tile, voxel_tiles, voxels
+from tritonconv.kernels.triton_device import (
+    aligned,
+    ceil_div,
+    grouped_order,
+    inside,
+    multiple,
+    store_tile,
+    voxel_tiles,
+    voxels,
+)
 from tritonconv.kernels.triton_launch import accounting, empty, geometry, precision, wide
 from tritonconv.kernels.triton_launch import launch as run
-from tritonconv.kernels.triton_phases import column_count, decoded, load_phases, multiple
+from tritonconv.kernels.triton_phases import column_count, decoded, load_phases
 from tritonconv.kernels.triton_weights import AS_GIVEN, IN_INNERMOST, OUT_INNERMOST, oriented, packed, preferred
 from tritonconv.kernels.work import Work, tap_gemm
 from tritonconv.problem import Problem
@@ -34,8 +43,11 @@ def backward_data_shuffle_kernel(
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
     ROWS: tl.constexpr, X_STEP: tl.constexpr, FACTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr, GROUP_M: tl.constexpr,
-    VOXELS_INNER: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    VOXELS_INNER: tl.constexpr, UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    grad_y_strides = aligned(grad_y_strides, UNITS[0])
+    w_strides = aligned(w_strides, UNITS[1])
+    grad_x_strides = aligned(grad_x_strides, UNITS[2])
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     TILES_N: tl.constexpr = ceil_div(C_IN, BLOCK_N)
     tiles_m = voxel_tiles(n, size, BLOCK_M, BLOCK_W, WIDE)

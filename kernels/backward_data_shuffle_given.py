@@ -22,9 +22,11 @@ from tritonconv.kernels import triton_tiles as tiles
 from tritonconv.kernels.forward_shuffle_given import columns_of, fits, unfit
 from tritonconv.kernels.registry import Config, Variant
 from tritonconv.kernels.triton_device import (
+    aligned,
     ceil_div,
     grouped_order,
     inside,
+    multiple,
     product,
     store_tile,
     voxel_tiles,
@@ -33,7 +35,7 @@ from tritonconv.kernels.triton_device import (
 )
 from tritonconv.kernels.triton_launch import accounting, empty, geometry, precision, refusal, wide
 from tritonconv.kernels.triton_launch import launch as run
-from tritonconv.kernels.triton_phases import channels_first, load_phases, multiple, phases_first
+from tritonconv.kernels.triton_phases import channels_first, load_phases, phases_first
 from tritonconv.kernels.work import SECTOR, Work, tap_gemm
 from tritonconv.problem import Problem
 
@@ -52,8 +54,10 @@ def backward_data_shuffle_given_kernel(
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
     ROWS: tl.constexpr, X_STEP: tl.constexpr, FACTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr, GROUP_M: tl.constexpr,
-    VOXELS_INNER: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    VOXELS_INNER: tl.constexpr, UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    grad_y_strides = aligned(grad_y_strides, UNITS[0])
+    grad_x_strides = aligned(grad_x_strides, UNITS[1])
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     TAPS: tl.constexpr = product(KERNEL)
     CHANNELS: tl.constexpr = BLOCK_K // TAPS  # of a step

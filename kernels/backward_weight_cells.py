@@ -22,6 +22,7 @@ import triton.language as tl
 from tritonconv.kernels import triton_phases, triton_taps
 from tritonconv.kernels.registry import Config, Variant
 from tritonconv.kernels.triton_device import (
+    aligned,
     ceil_div,
     chunk,
     dividers,
@@ -69,8 +70,11 @@ def backward_weight_cells_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr,
     BIAS_V: tl.constexpr, BIAS_C: tl.constexpr, BIAS_W: tl.constexpr,
     Y_VOXELS_INNER: tl.constexpr, X_VOXELS_INNER: tl.constexpr,
-    WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    x_strides = aligned(x_strides, UNITS[0])
+    grad_y_strides = aligned(grad_y_strides, UNITS[1])
+    grad_w_strides = aligned(grad_w_strides, UNITS[2])
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     WINDOW: tl.constexpr = window_of(KERNEL, STRIDE)
     ROWS: tl.constexpr = product(STRIDE) * C_OUT

@@ -13,6 +13,7 @@ import triton.language as tl
 from tritonconv.kernels import triton_tiles as tiles
 from tritonconv.kernels.registry import Variant
 from tritonconv.kernels.triton_device import (
+    aligned,
     ceil_div,
     grouped_order,
     next_step,
@@ -47,8 +48,11 @@ def forward_gather_kernel(
     C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr, GROUP_M: tl.constexpr,
-    VOXELS_INNER: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    VOXELS_INNER: tl.constexpr, UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    x_strides = aligned(x_strides, UNITS[0])
+    w_strides = aligned(w_strides, UNITS[1])
+    y_strides = aligned(y_strides, UNITS[2])
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     COLUMNS: tl.constexpr = ceil_div(C_OUT, BLOCK_N)
     tiles_m = voxel_tiles(n, out_size, BLOCK_M, BLOCK_W, WIDE)
@@ -121,7 +125,7 @@ def launch(problem, config, x, weight, bias, out=None):
 def default(problem, device):
     columns, depth = problem.c_out // problem.groups, problem.c_in // problem.groups
     base = tiles.gemm(problem, problem.out_size, columns, depth, problem.groups)
-    large = 128 * 64 if problem.dtype.itemsize == 2 else 64 * 64
+    large = 128 * 64 if problem.dtype.itemsize == 2 else 64 * 32
     if base["BLOCK_M"] * base["BLOCK_N"] >= large:  # the stride masks need registers: with 4 warps it spills
         base["num_warps"] = 8
     return {**base, "GROUP_M": 8, "WEIGHT": preferred(problem)}

@@ -13,9 +13,19 @@ import triton.language as tl
 from tritonconv.kernels import triton_phases as phases
 from tritonconv.kernels import triton_tiles as tiles
 from tritonconv.kernels.registry import Variant
-from tritonconv.kernels.triton_device import ceil_div, grouped_order, inside, load_voxels, product, voxel_tiles, voxels
+from tritonconv.kernels.triton_device import (
+    aligned,
+    ceil_div,
+    grouped_order,
+    inside,
+    load_voxels,
+    multiple,
+    product,
+    voxel_tiles,
+    voxels,
+)
 from tritonconv.kernels.triton_launch import accounting, empty, refusal
-from tritonconv.kernels.triton_phases import cells_of, column_count, decoded, multiple, store_phases
+from tritonconv.kernels.triton_phases import cells_of, column_count, decoded, store_phases
 from tritonconv.kernels.work import Work
 from tritonconv.problem import Problem
 
@@ -32,8 +42,11 @@ def forward_shuffle_kernel(
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
     ROWS: tl.constexpr, X_VOXELS_INNER: tl.constexpr, X_STEP: tl.constexpr, FACTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr, GROUP_M: tl.constexpr,
-    WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    x_strides = aligned(x_strides, UNITS[0])
+    w_strides = aligned(w_strides, UNITS[1])
+    y_strides = aligned(y_strides, UNITS[2])
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     TILES_N: tl.constexpr = ceil_div(column_count(STRIDE, C_OUT, ROWS), BLOCK_N)
     cells, first = cells_of(crop, out_size, STRIDE)

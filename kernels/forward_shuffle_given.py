@@ -20,10 +20,19 @@ from tritonconv.kernels import forward_shuffle
 from tritonconv.kernels import triton_phases as phases
 from tritonconv.kernels import triton_tiles as tiles
 from tritonconv.kernels.registry import Config, Variant
-from tritonconv.kernels.triton_device import grouped_order, inside, load_voxels, product, voxel_tiles, voxels
+from tritonconv.kernels.triton_device import (
+    aligned,
+    grouped_order,
+    inside,
+    load_voxels,
+    multiple,
+    product,
+    voxel_tiles,
+    voxels,
+)
 from tritonconv.kernels.triton_launch import accounting, empty, geometry, precision, refusal, wide
 from tritonconv.kernels.triton_launch import launch as run
-from tritonconv.kernels.triton_phases import cells_of, multiple, phases_first, store_phases
+from tritonconv.kernels.triton_phases import cells_of, phases_first, store_phases
 from tritonconv.kernels.work import Work, size_of
 from tritonconv.problem import Problem
 
@@ -44,8 +53,10 @@ def forward_shuffle_given_kernel(
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
     ROWS: tl.constexpr, X_STEP: tl.constexpr, FACTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr, GROUP_M: tl.constexpr,
-    X_VOXELS_INNER: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    X_VOXELS_INNER: tl.constexpr, UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    x_strides = aligned(x_strides, UNITS[0])
+    y_strides = aligned(y_strides, UNITS[1])
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     TAPS: tl.constexpr = product(KERNEL)
     CHANNELS: tl.constexpr = BLOCK_N // TAPS  # of a tile

@@ -62,6 +62,24 @@ def widened(value, WIDE: tl.constexpr):
 
 
 @triton.jit
+def multiple(value, STEP: tl.constexpr):
+    """``value``, which STEP divides, so that the compiler knows it: a mask then holds for STEP neighbours at once."""
+    return value // STEP * STEP
+
+
+@triton.jit
+def aligned(strides, UNITS: tl.constexpr):
+    """``strides`` with what divides them (``triton_launch.units``) in sight of the compiler, for wide loads."""
+    found = ()
+    for axis in tl.static_range(len(UNITS)):
+        if UNITS[axis] > 1:  # noqa: SIM108
+            found = found + (multiple(strides[axis], UNITS[axis]),)  # type: ignore[assignment]  # noqa: RUF005
+        else:
+            found = found + (strides[axis],)  # type: ignore[assignment]  # noqa: RUF005
+    return found
+
+
+@triton.jit
 def divider(divisor):
     """(multiplier, shift) that :func:`divided` takes for a division in a loop, by 1 <= divisor < FAR.
 
@@ -85,7 +103,9 @@ def dividers(size, BLOCK_W: tl.constexpr, WIDE: tl.constexpr):
     """What :func:`voxels` in a loop divides by along (d, h, w); nothing where offsets are 64 bits wide."""
     if WIDE:
         return None, None, None
-    return divider(size[0]), divider(size[1]), divider(tl.cdiv(size[2], BLOCK_W) if BLOCK_W > 0 else size[2])
+    else:  # noqa: RET505  (the compiler takes what comes behind a return for code)
+        across = tl.cdiv(size[2], BLOCK_W) if BLOCK_W > 0 else size[2]
+        return divider(size[0]), divider(size[1]), divider(across)
 
 
 @triton.jit

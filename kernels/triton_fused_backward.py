@@ -18,10 +18,10 @@ import triton.language as tl
 from tritonconv.kernels import triton_phases as phases
 from tritonconv.kernels import triton_tiles as tiles
 from tritonconv.kernels.registry import Config
-from tritonconv.kernels.triton_device import inside, voxel_tiles, voxels
+from tritonconv.kernels.triton_device import aligned, inside, multiple, voxel_tiles, voxels
 from tritonconv.kernels.triton_launch import accounting, empty, geometry, precision, refusal, wide
 from tritonconv.kernels.triton_launch import launch as run
-from tritonconv.kernels.triton_phases import decoded, load_phases, multiple, phases_first
+from tritonconv.kernels.triton_phases import decoded, load_phases, phases_first
 from tritonconv.kernels.triton_reduce import sum_weights
 from tritonconv.kernels.triton_tape import fresh
 from tritonconv.kernels.triton_target import compute_capability
@@ -62,8 +62,12 @@ def fused_backward_kernel(
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
     ROWS: tl.constexpr, GIVEN: tl.constexpr, X_STEP: tl.constexpr, FACTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr,
-    SPLITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    SPLITS: tl.constexpr, UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    x_strides = aligned(x_strides, UNITS[0])
+    w_strides = aligned(w_strides, UNITS[1])
+    grad_y_strides = aligned(grad_y_strides, UNITS[2])
+    grad_x_strides = aligned(grad_x_strides, UNITS[3])
     size, out_size = (d_in, h_in, w_in), (d_out, h_out, w_out)
     split = tl.program_id(0) // GROUPS
     group = tl.program_id(0) % GROUPS

@@ -17,7 +17,7 @@ import triton.language as tl
 
 from tritonconv.kernels import triton_launch
 from tritonconv.kernels import triton_tiles as tiles
-from tritonconv.kernels.triton_device import inside, load_along, product, voxels
+from tritonconv.kernels.triton_device import inside, load_along, multiple, product, voxels
 from tritonconv.kernels.triton_launch import geometry, launch, precision, wide
 from tritonconv.kernels.triton_target import compute_capability
 from tritonconv.kernels.triton_weights import AS_GIVEN, IN_INNERMOST, oriented, packed, preferred
@@ -54,12 +54,6 @@ def cells_of(crop, out_size, STRIDE: tl.constexpr):
         (crop[2] + out_size[2] - 1) // STRIDE[2] - first[2] + 1,
     )
     return cells, first
-
-
-@triton.jit
-def multiple(value, STEP: tl.constexpr):
-    """``value``, which STEP divides, so that the compiler knows it: a mask then holds for STEP neighbours at once."""
-    return value // STEP * STEP
 
 
 @triton.jit

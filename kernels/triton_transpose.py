@@ -12,9 +12,9 @@ import torch
 import triton
 import triton.language as tl
 
-from tritonconv.kernels.triton_device import widened
+from tritonconv.kernels.triton_device import multiple, widened
 from tritonconv.kernels.triton_launch import launch, wide
-from tritonconv.kernels.triton_phases import STEP, multiple
+from tritonconv.kernels.triton_phases import STEP
 from tritonconv.kernels.triton_tape import fresh
 from tritonconv.kernels.triton_tiles import PROGRAMS, power_of_two
 

@@ -144,3 +144,28 @@ def test_copies_and_sums_of_volumes_compile_twice_for_sizes_of_one_order():
         """
     )
     assert counts == [2, 2]
+
+
+def test_channels_that_8_divides_are_loaded_as_wide_as_those_that_16_divides():
+    """The compiler is told of no stride that 16 does not divide: 24 channels would be loaded one by one."""
+    narrow = in_a_process(
+        """
+        import re
+        narrow = {}
+        with compiling_for(TARGETS["sm_90"]):
+            for name in sys.argv[1:]:
+                record, counts = variant(name), []
+                for channels in ((64, 32), (56, 24)):
+                    problem = problem_of(2, (8, 9, 10), channels, kernel=3, crop=1)
+                    if record.supports(problem, GPU) is None:
+                        _, found = compiled(record, problem)
+                        main = next(each for each in found if each.name.startswith(record.name))
+                        counts.append(len(re.findall(r"ld[.]global[.]b16", main.asm["ptx"])))
+                narrow[name] = counts
+        print(json.dumps(narrow))
+        """,
+        *NAMES,
+    )
+    narrow = {name: counts for name, counts in narrow.items() if counts}
+    assert {"forward_phases", "backward_data_gemm", "backward_weight_splitk", "backward_weight_cells"} <= set(narrow)
+    assert all(few <= many for many, few in narrow.values()), narrow

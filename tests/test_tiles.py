@@ -47,3 +47,18 @@ def test_channels_last_has_no_rows_and_a_row_is_no_longer_than_its_tile():
 
     assert triton_tiles.block_w(problem(HALF, "ndhwc"), (4, 4, 64), 128) == 0
     assert triton_tiles.block_w(problem(HALF), (4, 4, 64), 32) == 32
+
+
+def test_what_divides_the_strides_is_told_where_the_channels_are_contiguous():
+    from tritonconv.kernels.triton_launch import units
+
+    def strides(channels, *size):
+        x = torch.empty(2, channels, *size, device="meta")
+        return x.to(memory_format=torch.channels_last_3d).stride(), x.stride()
+
+    for channels, unit in ((64, 1), (48, 1), (24, 8), (28, 4), (6, 2), (5, 1)):
+        last, first = strides(channels, 3, 5, 8)
+        assert units(last) == (unit, 1, unit, unit, unit)
+        assert units(first) == (1, 1, 1, 1, 1)
+    assert units((27 * 24, 27, 1)) == (1, 1, 1) and units((24, 1, 24 * 56)) == (8, 1, 8)
+    assert units((0, 1, 0, 24, 24)) == (8, 1, 8, 8, 8)  # expanded
