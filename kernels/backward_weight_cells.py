@@ -89,7 +89,7 @@ def backward_weight_cells_kernel(
         if tile < BIAS_TILES:
             store_channel_sums(
                 grad_y_ptr, grad_b_ptr, n, out_size, grad_y_strides, tile, split, splits, C_OUT * GROUPS,
-                BIAS_V, BIAS_C, BIAS_W, WIDE,
+                Y_VOXELS_INNER, BIAS_V, BIAS_C, BIAS_W, WIDE,
             )  # fmt: skip
             return
 
@@ -123,7 +123,7 @@ def backward_weight_cells_kernel(
         grad_y_strides[0], grad_y_strides[1],
         grad_y_strides[2] * STRIDE[0], grad_y_strides[3] * STRIDE[1], grad_y_strides[4] * STRIDE[2],
     )  # fmt: skip
-    by = dividers(cells, BLOCK_W, WIDE)
+    by = dividers(cells, BLOCK_W, WIDE or Y_VOXELS_INNER)
     first, last = chunk(split, splits, voxel_tiles(n, cells, BLOCK_K, BLOCK_W, WIDE))
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for tile_k in range(first, last):

@@ -64,7 +64,7 @@ def backward_weight_splitk_kernel(
         if tile < BIAS_TILES:
             store_channel_sums(
                 grad_y_ptr, grad_b_ptr, n, out_size, grad_y_strides, tile, split, splits, C_OUT * GROUPS,
-                BIAS_V, BIAS_C, BIAS_W, WIDE,
+                Y_VOXELS_INNER, BIAS_V, BIAS_C, BIAS_W, WIDE,
             )  # fmt: skip
             return
 
@@ -83,7 +83,7 @@ def backward_weight_splitk_kernel(
     x_rows = x_ptr + (ci * x_strides[1])[:, None]  # (BLOCK_N, 1)
     first, last = chunk(split, splits, voxel_tiles(n, size, BLOCK_K, BLOCK_W, WIDE))
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    by = dividers(size, BLOCK_W, WIDE)
+    by = dividers(size, BLOCK_W, WIDE or Y_VOXELS_INNER)
     lanes = spans((vd, vh, vw), crop, out_size, mask_m, STRIDE)
     # Of i*stride - crop + tap the loop adds only i*stride.
     grad_y_rows -= crop[0] * grad_y_strides[2] + crop[1] * grad_y_strides[3] + crop[2] * grad_y_strides[4]

@@ -20,6 +20,7 @@ from tritonconv.kernels.registry import Config, Variant
 from tritonconv.kernels.triton_device import (
     aligned,
     ceil_div,
+    dividers,
     inside,
     load_voxels,
     multiple,
@@ -28,7 +29,7 @@ from tritonconv.kernels.triton_device import (
     widened,
 )
 from tritonconv.kernels.triton_launch import accounting, empty, multiprocessors
-from tritonconv.kernels.triton_phases import cells_of, column_count, decoded, store_phases
+from tritonconv.kernels.triton_phases import cells_of, column_count, decoded, fine_dividers, store_phases
 from tritonconv.kernels.work import Work, size_of
 from tritonconv.problem import Problem
 
@@ -71,8 +72,10 @@ def forward_shuffle_resident_kernel(
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + channel, mask=mask_n, other=0.0).to(tl.float32)
 
+    PLAIN: tl.constexpr = WIDE or BLOCK_W > 0
+    by, fine = dividers(cells, BLOCK_W, PLAIN), fine_dividers(cells, STRIDE, ROWS, BLOCK_W, PLAIN)
     for tile_m in range(tl.program_id(0) // TILES_N, tiles_m, tl.num_programs(0) // TILES_N):
-        image, d, h, w, _ = voxels(tile_m, n, cells, BLOCK_M, BLOCK_W, WIDE)
+        image, d, h, w, _ = voxels(tile_m, n, cells, BLOCK_M, BLOCK_W, WIDE, by)
         d, h, w = d + first[0], h + first[1], w + first[2]
         mask_m = (image < n) & inside(d, size[0]) & inside(h, size[1]) & inside(w, multiple(size[2], X_STEP))
         rows = image * x_strides[0] + d * x_strides[2] + h * x_strides[3] + w * x_strides[4]
@@ -86,7 +89,7 @@ def forward_shuffle_resident_kernel(
             acc += bias[None, :]
         store_phases(
             acc, y_ptr, y_strides, tile_m, n, cells, origin, out_size, tile_n,
-            C_OUT, STRIDE, STRIDE, ROWS, FACTS, BLOCK_M, BLOCK_N, BLOCK_W, WIDE,
+            C_OUT, STRIDE, STRIDE, ROWS, FACTS, BLOCK_M, BLOCK_N, BLOCK_W, WIDE, fine,
         )  # fmt: skip
 
 

@@ -16,7 +16,9 @@ import triton.language as tl
 TIES_LAST = tl.constexpr(tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 7))
 
 
-FAR = 1 << 16  # a size from which, or FAR**2/4 voxels from which, voxels are counted with 64 bits
+FAR = (
+    1 << 16
+)  # beyond every divisor of a loop; from half of it on an axis has 64-bit offsets, which are divided plainly
 
 
 @triton.constexpr_function
@@ -99,9 +101,13 @@ def divider(divisor):
 
 
 @triton.jit
-def dividers(size, BLOCK_W: tl.constexpr, WIDE: tl.constexpr):
-    """What :func:`voxels` in a loop divides by along (d, h, w); nothing where offsets are 64 bits wide."""
-    if WIDE:
+def dividers(size, BLOCK_W: tl.constexpr, PLAIN: tl.constexpr):
+    """What :func:`voxels` in a loop divides by along (d, h, w); nothing where PLAIN.
+
+    That is where offsets are 64 bits wide, and where w is contiguous: of a division the compiler knows that neighbours
+    along w have the same quotient, of a multiplication it does not, and loads would be narrow.
+    """
+    if PLAIN:
         return None, None, None
     else:  # noqa: RET505  (the compiler takes what comes behind a return for code)
         across = tl.cdiv(size[2], BLOCK_W) if BLOCK_W > 0 else size[2]

@@ -18,10 +18,10 @@ import triton.language as tl
 from tritonconv.kernels import triton_phases as phases
 from tritonconv.kernels import triton_tiles as tiles
 from tritonconv.kernels.registry import Config
-from tritonconv.kernels.triton_device import aligned, inside, multiple, voxel_tiles, voxels
+from tritonconv.kernels.triton_device import aligned, dividers, inside, multiple, voxel_tiles, voxels
 from tritonconv.kernels.triton_launch import accounting, empty, geometry, precision, refusal, wide
 from tritonconv.kernels.triton_launch import launch as run
-from tritonconv.kernels.triton_phases import decoded, load_phases, phases_first
+from tritonconv.kernels.triton_phases import decoded, fine_dividers, load_phases, phases_first
 from tritonconv.kernels.triton_reduce import sum_weights
 from tritonconv.kernels.triton_tape import fresh
 from tritonconv.kernels.triton_target import compute_capability
@@ -39,10 +39,10 @@ FEWEST = {2: 64, 4: 32}
 @triton.jit
 def _voxel_tile(
     tile, n, size, strides, offs_c, C: tl.constexpr, X_STEP: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr, WIDE: tl.constexpr, by,
 ):  # fmt: skip
     """Element offsets and mask (BLOCK_M, BLOCK_C) of a tile of x."""
-    image, d, h, w, _ = voxels(tile, n, size, BLOCK_M, BLOCK_W, WIDE)
+    image, d, h, w, _ = voxels(tile, n, size, BLOCK_M, BLOCK_W, WIDE, by)
     mask = ((image < n) & inside(w, multiple(size[2], X_STEP)))[:, None] & (offs_c < C)[None, :]
     rows = image * strides[0] + d * strides[2] + h * strides[3] + w * strides[4]
     return rows[:, None] + (offs_c * strides[1])[None, :], mask
@@ -92,20 +92,22 @@ def fused_backward_kernel(
     acc = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     sums = tl.zeros((BLOCK_N,), tl.float32)
 
+    PLAIN: tl.constexpr = WIDE or BLOCK_W > 0
+    by, fine = dividers(size, BLOCK_W, PLAIN), fine_dividers(size, KERNEL, ROWS, BLOCK_W, PLAIN)
     for tile in range(split, voxel_tiles(n, size, BLOCK_M, BLOCK_W, WIDE), SPLITS):
         grad_y_tile = load_phases(
             grad_y_ptr + group * C_OUT * grad_y_strides[1], grad_y_strides, tile, n, size, (0, 0, 0), out_size, 0,
-            C_OUT, KERNEL, STRIDE, ROWS, FACTS, BLOCK_M, BLOCK_N, BLOCK_W, WIDE,
+            C_OUT, KERNEL, STRIDE, ROWS, FACTS, BLOCK_M, BLOCK_N, BLOCK_W, WIDE, fine,
         )  # fmt: skip
         if partial_ptr is not None:
-            offsets, mask = _voxel_tile(tile, n, size, x_strides, offs_c, C_IN, X_STEP, BLOCK_M, BLOCK_W, WIDE)
+            offsets, mask = _voxel_tile(tile, n, size, x_strides, offs_c, C_IN, X_STEP, BLOCK_M, BLOCK_W, WIDE, by)
             x_tile = tl.load(x_ptr + group * C_IN * x_strides[1] + offsets, mask=mask, other=0.0)
             acc = tl.dot(tl.trans(grad_y_tile), x_tile, acc, input_precision=PRECISION)
         if bias_partial_ptr is not None:
             sums += tl.sum(grad_y_tile.to(tl.float32), axis=0)
         if grad_x_ptr is not None:
             grad_x = tl.dot(grad_y_tile, w_tile, input_precision=PRECISION)  # (BLOCK_M, BLOCK_C)
-            offsets, mask = _voxel_tile(tile, n, size, grad_x_strides, offs_c, C_IN, X_STEP, BLOCK_M, BLOCK_W, WIDE)
+            offsets, mask = _voxel_tile(tile, n, size, grad_x_strides, offs_c, C_IN, X_STEP, BLOCK_M, BLOCK_W, WIDE, by)
             grad_x_group = grad_x_ptr + group * C_IN * grad_x_strides[1]
             tl.store(grad_x_group + offsets, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
 

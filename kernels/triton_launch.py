@@ -16,6 +16,7 @@ from triton.compiler.compiler import make_backend
 
 from tritonconv.kernels import triton_tape
 from tritonconv.kernels.registry import Config
+from tritonconv.kernels.triton_device import FAR
 from tritonconv.kernels.triton_target import INTERPRETED, target
 from tritonconv.kernels.triton_tiles import PROGRAMS
 from tritonconv.problem import Problem, largest_offset
@@ -109,10 +110,13 @@ def precision(dtype: torch.dtype) -> str:
 
 
 def wide(*tensors: torch.Tensor | None) -> bool:
-    """Whether an element offset into one of the tensors needs 64 bits."""
-    return any(
-        tensor is not None and largest_offset(tuple(tensor.shape), tensor.stride()) >= WIDE_FROM for tensor in tensors
-    )
+    """Whether an element offset into one of the tensors needs 64 bits; also for axes too long for dividers."""
+    return any(_is_wide(tensor) for tensor in tensors if tensor is not None)
+
+
+def _is_wide(tensor: torch.Tensor) -> bool:
+    far = largest_offset(tuple(tensor.shape), tensor.stride()) >= WIDE_FROM
+    return far or max(tensor.shape[2:], default=0) >= FAR // 2
 
 
 def units(strides: tuple[int, ...]) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ import triton.language as tl
 
 from tritonconv.kernels import triton_launch
 from tritonconv.kernels import triton_tiles as tiles
-from tritonconv.kernels.triton_device import inside, load_along, multiple, product, voxels
+from tritonconv.kernels.triton_device import dividers, inside, load_along, multiple, product, voxels
 from tritonconv.kernels.triton_launch import geometry, launch, precision, wide
 from tritonconv.kernels.triton_target import compute_capability
 from tritonconv.kernels.triton_weights import AS_GIVEN, IN_INNERMOST, oriented, packed, preferred
@@ -95,10 +95,17 @@ def channels_first(tile, KERNEL: tl.constexpr):
 
 
 @triton.jit
+def fine_dividers(cells, PHASES: tl.constexpr, ROWS: tl.constexpr, BLOCK_W: tl.constexpr, PLAIN: tl.constexpr):
+    """What :func:`store_phases` and :func:`load_phases` in a loop divide by."""
+    SPAN: tl.constexpr = span(PHASES, ROWS)
+    return dividers((cells[0], cells[1], cells[2] * SPAN), BLOCK_W * SPAN, PLAIN)
+
+
+@triton.jit
 def _places(
     strides, tile, n, cells, origin, out_size, tile_n,
     CHANNELS: tl.constexpr, PHASES: tl.constexpr, STRIDE: tl.constexpr, ROWS: tl.constexpr, FACTS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, WIDE: tl.constexpr, by,
 ):  # fmt: skip
     """Element offsets and mask (BLOCK_M*span, BLOCK_N/span) of a tile of y.
 
@@ -110,7 +117,7 @@ def _places(
     CELL: tl.constexpr = (PHASES[0], PHASES[1], 1 if ROWS else PHASES[2])
     WHOLE: tl.constexpr = FACTS[1]
     fine = (cells[0], cells[1], cells[2] * SPAN)
-    image, d, h, w, _ = voxels(tile, n, fine, BLOCK_M * SPAN, BLOCK_W * SPAN, WIDE)
+    image, d, h, w, _ = voxels(tile, n, fine, BLOCK_M * SPAN, BLOCK_W * SPAN, WIDE, by)
     mask_m = image < n
     if ROWS and PHASES[2] != SPAN:
         mask_m = mask_m & (w % SPAN < PHASES[2])
@@ -154,12 +161,13 @@ def store_phases(
     strides, tile, n, cells, origin, out_size, tile_n,
     CHANNELS: tl.constexpr, PHASES: tl.constexpr, STRIDE: tl.constexpr, ROWS: tl.constexpr, FACTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, WIDE: tl.constexpr,
+    by=(None, None, None),  # :func:`fine_dividers`, in a loop
 ):  # fmt: skip
     """Writes the outputs of a tile, rounded once."""
     SPAN: tl.constexpr = span(PHASES, ROWS)
     offsets, mask = _places(
         strides, tile, n, cells, origin, out_size, tile_n, CHANNELS, PHASES, STRIDE, ROWS, FACTS,
-        BLOCK_M, BLOCK_N, BLOCK_W, WIDE,
+        BLOCK_M, BLOCK_N, BLOCK_W, WIDE, by,
     )  # fmt: skip
     y_tile = acc.to(y_ptr.dtype.element_ty)
     if SPAN > 1:
@@ -174,12 +182,13 @@ def load_phases(
     strides, tile, n, cells, origin, out_size, tile_n,
     CHANNELS: tl.constexpr, PHASES: tl.constexpr, STRIDE: tl.constexpr, ROWS: tl.constexpr, FACTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, WIDE: tl.constexpr,
+    by=(None, None, None),  # :func:`fine_dividers`, in a loop
 ):  # fmt: skip
     """The tile (BLOCK_M, BLOCK_N) of y that :func:`store_phases` would write; 0 where there is no output."""
     SPAN: tl.constexpr = span(PHASES, ROWS)
     offsets, mask = _places(
         strides, tile, n, cells, origin, out_size, tile_n, CHANNELS, PHASES, STRIDE, ROWS, FACTS,
-        BLOCK_M, BLOCK_N, BLOCK_W, WIDE,
+        BLOCK_M, BLOCK_N, BLOCK_W, WIDE, by,
     )  # fmt: skip
     if ROWS and SPAN == 1:  # one phase of a stride: no neighbours in sight
         y_tile = load_along(y_ptr + offsets, mask, 0)

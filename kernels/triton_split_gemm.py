@@ -15,7 +15,7 @@ import triton.language as tl
 
 from tritonconv.kernels import triton_tiles as tiles
 from tritonconv.kernels.registry import Config
-from tritonconv.kernels.triton_device import FAR, chunk, offset, voxel_tiles, voxels, widened
+from tritonconv.kernels.triton_device import chunk, dividers, offset, voxel_tiles, voxels, widened
 from tritonconv.kernels.triton_launch import geometry, precision, wide
 from tritonconv.kernels.triton_launch import launch as run
 from tritonconv.kernels.triton_reduce import sum_weights
@@ -35,15 +35,17 @@ LARGEST_SCATTER = 1 << 18
 @triton.jit
 def store_channel_sums(
     grad_y_ptr, grad_b_ptr, n, out_size, grad_y_strides, tile, split, splits, CHANNELS: tl.constexpr,
-    BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr, WIDE: tl.constexpr,
+    VOXELS_INNER: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """Writes the sums of grad_y over the chunk's output voxels of BLOCK_C channels."""
     channel = widened(tile * BLOCK_C + tl.arange(0, BLOCK_C), WIDE)
     mask = channel < CHANNELS
     first, last = chunk(split, splits, voxel_tiles(n, out_size, BLOCK_V, BLOCK_W, WIDE))
     acc = tl.zeros((BLOCK_V, BLOCK_C), tl.float32)
+    by = dividers(out_size, BLOCK_W, WIDE or VOXELS_INNER)
     for tile_v in range(first, last):
-        image, d, h, w, mask_v = voxels(tile_v, n, out_size, BLOCK_V, BLOCK_W, WIDE)
+        image, d, h, w, mask_v = voxels(tile_v, n, out_size, BLOCK_V, BLOCK_W, WIDE, by)
         rows = grad_y_ptr + offset(grad_y_strides, image, 0, d, h, w)[:, None]
         wanted = mask_v[:, None] & mask[None, :]
         acc += tl.load(rows + (channel * grad_y_strides[1])[None, :], mask=wanted, other=0.0).to(tl.float32)
@@ -158,7 +160,7 @@ class SplitGemm(NamedTuple):
             grad_w_strides=(step[0], step[4], step[3], step[2]),
             Y_VOXELS_INNER=grad_y.stride(1) != 1,
             X_VOXELS_INNER=x.stride(1) != 1 and config["BLOCK_W"] == 0,
-            WIDE=wide(x, grad_y, partial) or max(self.size) >= FAR or problem.n * math.prod(self.size) >= FAR**2 // 4,
+            WIDE=wide(x, grad_y, partial),
             PRECISION=precision(problem.dtype),
         )
         if through_partials(problem, splits):
