@@ -2,7 +2,7 @@
 
     time = launches * launch cost + the longest of its parts + a tenth of the others
     parts: FLOPs / rate * waste, DRAM bytes / copy rate, cache bytes / cache rate * waste, SRAM bytes / SRAM rate *
-           waste, waits * waves
+           waste, instructions / issue rate * waste, waits * waves
 
 SRAM is a multiprocessor's L1 and shared memory, one memory: operands are written there and read by the matrix units.
 ``waste`` is what the last wave leaves idle: programs come in waves of (multiprocessors x programs that fit one), by its
@@ -34,8 +34,9 @@ MOST_REGISTERS = 255  # of one thread; a kernel that wants more spills
 # Seconds from the load of a tile to its product: about 300 cycles to L2 and back, and a barrier, at 1.7 GHz:
 # an order of magnitude that has not been measured.
 LATENCY = 0.25e-6
-# Bytes per second of one multiprocessor's L1 and shared memory: 128 per cycle at 1.7 GHz.
-SRAM = LINE * 1.7e9
+CLOCK = 1.7e9  # an H100's under load
+SRAM = LINE * CLOCK  # bytes per second of one multiprocessor's L1 and shared memory
+ISSUE = 4 * CLOCK  # instructions per second of its four schedulers
 BESIDE = 0.1  # of the parts beside the longest: what a pipeline does not hide; not measured
 SIMILAR = 1.25  # times the best one's time: of such configs one of each tile comes before a second of any
 SPILLED = 3.0  # a spilling kernel is ranked behind its neighbours
@@ -80,6 +81,7 @@ def estimate(record: Variant, problem: Problem, config: Config, ceilings: Ceilin
         "memory": work.memory_bytes / ceilings.memory * starved,
         "cache": work.cache_bytes / ceilings.cache * waste if work.programs else 0.0,
         "sram": work.sram_bytes / (ceilings.multiprocessors * SRAM) * waste if work.programs else 0.0,
+        "issue": work.instructions / (ceilings.multiprocessors * ISSUE) * waste if work.programs else 0.0,
         "latency": work.depth / (1 + work.ahead) * LATENCY * max(1.0, math.ceil(waves)),
     }
     limit = max(parts, key=lambda name: parts[name])

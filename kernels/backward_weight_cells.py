@@ -40,6 +40,7 @@ from tritonconv.kernels.triton_taps import in_spans, spans, tap_lanes, voxel_wor
 from tritonconv.kernels.work import Work
 from tritonconv.problem import Problem, Triple
 
+LOAD_INSTRUCTIONS = 28  # every step finds its cells anew, and of both operands which are inside
 MOST_WASTE = 4  # products for each one that counts
 
 
@@ -190,12 +191,13 @@ def supports(problem: Problem, device: torch.device) -> str | None:
 
 
 def work(problem: Problem, config: Config) -> Work:
-    found, kept = gemm(problem).work(config), _kept(problem, config["BLOCK_M"], config["BLOCK_N"])
+    found, kept = gemm(problem).work(config, LOAD_INSTRUCTIONS), _kept(problem, config["BLOCK_M"], config["BLOCK_N"])
     return replace(
         found,
         flops=found.flops * kept,
         cache_bytes=max(found.memory_bytes, found.cache_bytes * kept),
         sram_bytes=found.sram_bytes * kept,
+        instructions=found.instructions * kept,
     )
 
 

@@ -32,6 +32,8 @@ from tritonconv.kernels.triton_split_gemm import SplitGemm, store_channel_sums
 from tritonconv.kernels.triton_taps import in_spans, spans, tap_lanes, voxel_words
 from tritonconv.problem import Problem
 
+LOAD_INSTRUCTIONS = 20  # every step finds its voxels anew
+
 
 @triton.jit(launch_metadata=accounting, do_not_specialize=(*RUN_TIME, "splits"))
 def backward_weight_splitk_kernel(
@@ -134,5 +136,5 @@ VARIANT = Variant(
     space=lambda problem, device: gemm(problem).space(gemm(problem).default()),
     default=lambda problem, device: gemm(problem).default(),
     workspace_bytes=lambda problem: gemm(problem).workspace_bytes(),
-    work=lambda problem, config: gemm(problem).work(config),
+    work=lambda problem, config: gemm(problem).work(config, LOAD_INSTRUCTIONS),
 )

@@ -191,6 +191,9 @@ def programs(device: torch.device, tiles: int) -> int:
     return min(tiles, multiprocessors(device))
 
 
+PER_LOAD = 7  # instructions for 16 bytes of each thread: one thread asks for whole boxes, but all wait at barriers
+
+
 def boxes_work(problem: Problem, pass_name: str, config, size: Triple, channels: int, depth: int) -> Work:
     """Tiles over boxes of ``size``; ``depth`` is summed per tile over all phases. The weight is packed each time."""
     box = tuple(config[f"BLOCK_{axis}"] for axis in "DHW")
@@ -199,7 +202,7 @@ def boxes_work(problem: Problem, pass_name: str, config, size: Triple, channels:
     packed_weight = {**config, "WEIGHT": OUT_INNERMOST}
     found = tap_gemm(
         problem, pass_name, packed_weight, min(each, PROGRAMS), each * math.ceil(depth / config["BLOCK_K"]),
-        block_m=math.prod(box),
+        block_m=math.prod(box), per_load=PER_LOAD,
     )  # fmt: skip
     phases = math.prod(problem.stride) if pass_name == "forward" else 1
     return replace(found, programs=min(each * phases, PROGRAMS))  # persistent: one per multiprocessor

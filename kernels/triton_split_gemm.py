@@ -113,7 +113,8 @@ class SplitGemm(NamedTuple):
         elements = math.prod(self.problem.weight_shape) + self.problem.c_out
         return 4 * splits * elements if through_partials(self.problem, splits) else 0
 
-    def work(self, config: Config) -> Work:
+    def work(self, config: Config, per_load: int) -> Work:
+        """``per_load``: instructions of a load in the kernel's loop."""
         problem, splits = self.problem, config["SPLITS"]
         twice = through_partials(problem, splits)
         each = 4 if splits > 1 else problem.dtype.itemsize
@@ -126,6 +127,7 @@ class SplitGemm(NamedTuple):
             moved=2.0 * each * splits * math.prod(problem.weight_shape) if twice else 0.0,
             launches=2 if twice else 1,
             apart=(problem.stride[2], 1),
+            per_load=per_load,
         )
 
     def launch(self, kernel, config: Config, x, grad_y, need_bias: bool):

@@ -18,6 +18,10 @@ HALO = 1.5  # voxels of a tile with its neighbours, by its voxels
 SECTOR = 32  # bytes: what L2 hands out
 LEAST_ASYNC = 4  # bytes: smaller loads are not asynchronous (PTX ISA, cp.async)
 LINE = 128  # bytes: what L1 and shared memory hand out per cycle
+VECTOR = 16  # bytes that a thread loads at most
+# Instructions of a warp, seen in the compiled loops (kernels/README.md, column "loop"): of a step besides its loads, of
+# a load with its address and mask, and of an element that is loaded by itself.
+STEP_INSTRUCTIONS, LOAD_INSTRUCTIONS, ELEMENT_INSTRUCTIONS = 70, 9, 7
 MATRIX_ROWS = 64  # of one product of a Hopper warp group: each of them reads the whole tile of columns again
 
 
@@ -30,7 +34,7 @@ class Work:
     launch (0: torch's own, whose grid is not known), ``shared_bytes`` and ``registers`` (per thread) of one program,
     ``matrix`` whether products go through the matrix units. ``depth``: how many loads of tiles a program waits for, one
     after the other, with ``ahead`` more of them on their way meanwhile. ``sram_bytes`` pass through the memory that is
-    L1 and shared memory in one.
+    L1 and shared memory in one. ``instructions`` are those of all warps' main loops.
     """
 
     flops: float
@@ -46,6 +50,7 @@ class Work:
     ahead: int = 0
     pipelined: bool = True
     sram_bytes: float = 0.0
+    instructions: float = 0.0
 
 
 def by_torch(problem: Problem, pass_name: str, moved: float = 0.0, launches: int = 1, flops: float = 0.0) -> Work:
@@ -70,13 +75,15 @@ def tap_gemm(
     block_m: int | None = None,
     taps_hit: float = 1.0,
     apart: tuple[int, int] = (1, 1),
+    per_load: int = LOAD_INSTRUCTIONS,
 ) -> Work:
     """A kernel of BLOCK_M x BLOCK_N tiles that takes ``steps`` steps of BLOCK_K, summed over all ``programs``.
 
     ``moved`` and ``launches`` count what comes besides: a second kernel, its traffic. A packed weight (config key
     WEIGHT) is one more launch that reads and writes the weight; as it is given, whole sectors of it are loaded for one
     tap each. ``taps_hit``: the part of the weight's tiles that is no zero for want of a tap, and is loaded. ``apart``:
-    steps along w from one voxel of a tile to the next, of the gathered operand and of the output.
+    steps along w from one voxel of a tile to the next, of the gathered operand and of the output. ``per_load``:
+    instructions of a load.
     """
     from tritonconv.kernels.triton_target import pipeline_buffers  # needs Triton, as all that comes here
 
@@ -99,6 +106,8 @@ def tap_gemm(
     filled += w_tile * (1 if pipelined else 2)
     # Elements that come one by one have a register and an address each, others one for every 4 bytes on their way.
     loaded_registers = (m + n) * k * 2 if narrow and item < LEAST_ASYNC else operands / 4 / 2
+    loads = w_tile / VECTOR / threads * per_load
+    loads += m * k / threads * ELEMENT_INSTRUCTIONS if narrow else a_tile / VECTOR / threads * per_load
     read = a_tile + w_tile * math.ceil(m / MATRIX_ROWS)
     stored = float(programs) * m * n * item * _sectors(problem, config, apart[1])
     return Work(
@@ -114,6 +123,7 @@ def tap_gemm(
         ahead=0 if narrow and item < LEAST_ASYNC else max(0, config["num_stages"] - 2),
         pipelined=pipelined,
         sram_bytes=float(steps) * (filled + read),
+        instructions=float(steps) * config["num_warps"] * (STEP_INSTRUCTIONS + loads),
     )
 
 

@@ -206,6 +206,7 @@ def test_reading_machine_code():
         "spill_load_bytes": 4,
         "spill_store_bytes": 8,
     }
+    assert machine_code.loop_counts(listing) == {"loop_instructions": 0, "narrow_loads": 0}
     assert machine_code.stack_is_used(listing)
     frame = "LDC R1, c[0x0][0x37c] ;\nVIADD R1, R1, 0xfffffff8 ;\nIADD3 R1, R1, -0x8, RZ ;\nIMAD R10, R1X, R11, R12 ;"
     assert not machine_code.stack_is_used(frame)  # set up, and touched by nothing
@@ -216,6 +217,27 @@ def test_reading_machine_code():
     kinds = [machine_code.dot_kind(text, "cuda") for text in ("%1 = tt.load %a", ieee, tf32, half)]
     assert kinds == ["", "fma", "matrix", "matrix"]
     assert machine_code.dot_kind(ieee, "hip") == "matrix"
+
+
+def test_the_loop_that_multiplies_is_found():
+    listing = """
+.L_x_0:
+        /*0000*/                   LDG.E.U16 R5, desc[UR4][R2.64] ;
+        /*0010*/              @P0  BRA `(.L_x_0) ;
+.L_x_1:
+        /*0020*/                   MOV R1, R2 ;
+.L_x_2:
+        /*0030*/              @!P0 LDG.E.U16 R5, desc[UR4][R2.64] ;
+        /*0040*/                   LDG.E.128.CONSTANT R8, desc[UR4][R2.64] ;
+        /*0050*/                   LDG.E.U8.CONSTANT R8, desc[UR4][R2.64] ;
+        /*0060*/                   HGMMA.64x32x16.F32.BF16 R24, gdesc[UR4], R24 ;
+        /*0070*/              @P1  BRA `(.L_x_2) ;
+        /*0080*/              @P1  BRA `(.L_x_3) ;
+        /*0090*/              @P2  BRA `(.L_x_1) ;
+.L_x_3:
+        /*00a0*/                   EXIT ;
+    """
+    assert machine_code.loop_counts(listing) == {"loop_instructions": 5, "narrow_loads": 2}
 
 
 def test_the_json_file_round_trips(tmp_path):

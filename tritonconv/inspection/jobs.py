@@ -28,6 +28,7 @@ CLASSES = {
     "grouped": "kernelbench_l1_72",
     "few_in": "kernelbench_l2_50",  # 3 input channels
     "few_out": "vqvae3d_256_1",  # 1 output channel
+    "by_8_and_4": "foundationstereo_56_28",  # channels, and so strides, that 16 does not divide
 }
 FEW = 2  # layers per variant unless others are asked for
 

@@ -14,6 +14,9 @@ from typing import Any
 SECONDS_FOR_TOOL = 120.0
 
 _SASS = re.compile(r"^\s*(?:/\*[0-9a-f]+\*/)?\s*(?:@!?\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
+_LABEL = re.compile(r"^\s*(\.L_x_\d+):")
+_BACK = re.compile(r"`\((\.L_x_\d+)\)")
+_NARROW = re.compile(r"LDG\.(\w+\.)*[US](8|16)\b")
 _FRAME = re.compile(r"\bR1, (R1, -?0x|c\[)")  # the stack pointer, loaded or moved by a number
 _NVIDIA_MATRIX = re.compile(r"[A-Z]G?MMA|UTC[A-Z]*MMA")
 _BULK = ("UTMALDG", "UTMASTG", "UTMAREDG", "UBLKCP", "UBLKRED")
@@ -53,6 +56,7 @@ def _nvidia(cubin: bytes) -> dict[str, Any]:
         code = _output(knobs.nvidia.nvdisasm.path, "-c", file.name)
     return {
         **sass_counts(code),
+        **loop_counts(code),
         "registers": _number(r"REG:(\d+)", usage),
         "stack_bytes": _number(r"STACK:(\d+)", usage) if stack_is_used(code) else 0,
     }
@@ -76,6 +80,26 @@ def sass_counts(code: str) -> dict[str, Any]:
         "spill_load_bytes": sum(_width(word) for word in words if word[0] == "LDL"),
         "spill_store_bytes": sum(_width(word) for word in words if word[0] == "STL"),
     }
+
+
+def loop_counts(code: str) -> dict[str, int]:
+    """Of the innermost loop that multiplies matrices (of several the one that multiplies most): all its instructions,
+    and its loads of one or two bytes per thread; zeros where there is none."""
+    names: list[str] = []
+    labels: dict[str, int] = {}
+    found: list[list[str]] = []
+    for line in code.splitlines():
+        if label := _LABEL.match(line):
+            labels[label[1]] = len(names)
+        elif word := _SASS.match(line):
+            names.append(word[1])
+            target = _BACK.search(line)
+            if word[1].startswith("BRA") and target and target[1] in labels:
+                found.append(names[labels[target[1]] :])
+    multiply = [sum(bool(_NVIDIA_MATRIX.fullmatch(name.split(".")[0])) for name in body) for body in found]
+    loops = [(count, -len(body), body) for count, body in zip(multiply, found, strict=True) if count]
+    body = max(loops)[2] if loops else []
+    return {"loop_instructions": len(body), "narrow_loads": sum(bool(_NARROW.match(name)) for name in body)}
 
 
 def _width(word: list[str]) -> int:

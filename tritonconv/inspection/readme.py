@@ -13,7 +13,7 @@ from tritonconv.inspection.report import class_of, matrix
 COMMAND = "inspect"
 HEAD = (
     "variant", "layer", "target", "matrix", "registers", "spills B", "shared KiB", "blocks", "threads", "bulk", "async",
-    "local", "kernels", "most registers", "most shared KiB", "faults",
+    "local", "loop", "narrow", "kernels", "most registers", "most shared KiB", "faults",
 )  # fmt: skip
 TEXTS = 4
 # What a row shows in full: the first of these that the run has.
@@ -42,7 +42,7 @@ def _caption(inspection: Inspection, records: list[Record]) -> str:
 def _row(records: list[Record]) -> list[str]:
     one = representative(records)
     compiled = [record for record in records if record.error is None]
-    shown = ["does not compile", *[""] * 8] if one.error is not None else _measured(one)
+    shown = ["does not compile", *[""] * 10] if one.error is not None else _measured(one)
     return [
         one.variant,
         f"{class_of(one)} {one.precision} {one.layout}",
@@ -66,6 +66,8 @@ def _measured(record: Record) -> list[str]:
         str(record.bulk_copies),
         str(record.async_copies),
         str(record.local_accesses),
+        str(record.loop_instructions),
+        str(record.narrow_loads),
     ]
 
 

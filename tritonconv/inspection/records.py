@@ -50,6 +50,8 @@ class Record:
     bulk_copies: int = 0
     async_copies: int = 0
     local_accesses: int = 0
+    loop_instructions: int = 0  # of the innermost loop that multiplies matrices, as narrow_loads; NVIDIA's alone
+    narrow_loads: int = 0
 
 
 def faults(record: Record) -> tuple[str, ...]:

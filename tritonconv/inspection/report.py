@@ -14,13 +14,14 @@ from tritonconv.kernels.registry import variants
 
 HEAD = (
     "layer", "layout", "products", "target", "kernel", "config", "matrix", "registers", "spills B", "stack B",
-    "shared B", "blocks", "threads", "bulk", "async", "local", "instructions", "s",
+    "shared B", "blocks", "threads", "bulk", "async", "local", "instructions", "loop", "narrow", "s",
 )  # fmt: skip
 TEXTS = 7  # columns of text, set flush left; the others are numbers
 LEGEND = (
     "registers per thread; spills: bytes stored + loaded by the program text; blocks per multiprocessor and the part "
     "of its threads they fill; instructions that multiply matrices, copy in bulk (TMA), copy asynchronously, touch "
-    "local memory; seconds of compilation (empty: Triton's cache had it)"
+    "local memory; loop: instructions of the innermost loop that multiplies, and its loads of 1 or 2 bytes; seconds of "
+    "compilation (empty: Triton's cache had it)"
 )
 _SHORT = {"num_warps": "warps", "num_stages": "stages"}
 _CLASS_OF = {layer: name for name, layer in CLASSES.items()}
@@ -68,6 +69,8 @@ def cells(record: Record) -> tuple[str, ...]:
         str(record.async_copies),
         str(record.local_accesses),
         str(record.instructions),
+        str(record.loop_instructions),
+        str(record.narrow_loads),
         "" if record.seconds is None else f"{record.seconds:.1f}",
     )
 
