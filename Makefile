@@ -9,11 +9,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BUDGET ?= 75
 OLDEST ?= .venv-oldest
-KERNEL_TESTS = tests/test_triton_kernels.py tests/test_triton_layers.py tests/test_transpose.py tests/test_inspection.py
+KERNEL_TESTS = tests/test_triton_kernels.py tests/test_triton_layers.py tests/test_transpose.py tests/test_inspection.py \
+	tests/test_compiled.py tests/test_divider.py tests/test_skipped_taps.py tests/test_fused_backward.py
 PIP = $(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt
 
 GPU_TESTS = tests/test_gpu.py tests/test_triton_kernels.py tests/test_triton_layers.py tests/test_replay.py \
-	tests/test_fused_backward.py tests/test_transpose.py tests/test_direct_launch.py
+	tests/test_fused_backward.py tests/test_transpose.py tests/test_direct_launch.py tests/test_divider.py \
+	tests/test_skipped_taps.py
 
 .PHONY: bench test test-oldest test-gpu sanitize lint clean
 

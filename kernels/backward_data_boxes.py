@@ -83,7 +83,7 @@ def backward_data_boxes_kernel(
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    x_strides = aligned(x_strides, UNITS[0])
+    x_strides = aligned(x_strides, UNITS, 0)
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     BLOCK_M: tl.constexpr = BLOCK_D * BLOCK_H * BLOCK_W
     COLUMNS: tl.constexpr = ceil_div(C_IN, BLOCK_N)

@@ -55,9 +55,9 @@ def backward_data_gemm_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr, GROUP_M: tl.constexpr,
     UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    grad_y_strides = aligned(grad_y_strides, UNITS[0])
-    w_strides = aligned(w_strides, UNITS[1])
-    grad_x_strides = aligned(grad_x_strides, UNITS[2])
+    grad_y_strides = aligned(grad_y_strides, UNITS, 0)
+    w_strides = aligned(w_strides, UNITS, 1)
+    grad_x_strides = aligned(grad_x_strides, UNITS, 2)
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     COLUMNS: tl.constexpr = ceil_div(PACK * C_IN, BLOCK_N)
     tiles_m = voxel_tiles(n, size, BLOCK_M, BLOCK_W, WIDE)

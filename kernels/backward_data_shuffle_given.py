@@ -56,8 +56,8 @@ def backward_data_shuffle_given_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr, GROUP_M: tl.constexpr,
     VOXELS_INNER: tl.constexpr, UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    grad_y_strides = aligned(grad_y_strides, UNITS[0])
-    grad_x_strides = aligned(grad_x_strides, UNITS[1])
+    grad_y_strides = aligned(grad_y_strides, UNITS, 0)
+    grad_x_strides = aligned(grad_x_strides, UNITS, 1)
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     TAPS: tl.constexpr = product(KERNEL)
     CHANNELS: tl.constexpr = BLOCK_K // TAPS  # of a step

@@ -73,9 +73,9 @@ def backward_weight_cells_kernel(
     Y_VOXELS_INNER: tl.constexpr, X_VOXELS_INNER: tl.constexpr,
     UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    x_strides = aligned(x_strides, UNITS[0])
-    grad_y_strides = aligned(grad_y_strides, UNITS[1])
-    grad_w_strides = aligned(grad_w_strides, UNITS[2])
+    x_strides = aligned(x_strides, UNITS, 0)
+    grad_y_strides = aligned(grad_y_strides, UNITS, 1)
+    grad_w_strides = aligned(grad_w_strides, UNITS, 2)
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     WINDOW: tl.constexpr = window_of(KERNEL, STRIDE)
     ROWS: tl.constexpr = product(STRIDE) * C_OUT
@@ -124,7 +124,9 @@ def backward_weight_cells_kernel(
         grad_y_strides[0], grad_y_strides[1],
         grad_y_strides[2] * STRIDE[0], grad_y_strides[3] * STRIDE[1], grad_y_strides[4] * STRIDE[2],
     )  # fmt: skip
-    by = dividers(cells, BLOCK_W, WIDE or Y_VOXELS_INNER)
+    by = None
+    if not (WIDE or Y_VOXELS_INNER):
+        by = dividers(cells, BLOCK_W)
     first, last = chunk(split, splits, voxel_tiles(n, cells, BLOCK_K, BLOCK_W, WIDE))
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for tile_k in range(first, last):

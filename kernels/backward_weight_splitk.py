@@ -50,9 +50,9 @@ def backward_weight_splitk_kernel(
     Y_VOXELS_INNER: tl.constexpr, X_VOXELS_INNER: tl.constexpr,
     UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    x_strides = aligned(x_strides, UNITS[0])
-    grad_y_strides = aligned(grad_y_strides, UNITS[1])
-    grad_w_strides = aligned(grad_w_strides, UNITS[2])
+    x_strides = aligned(x_strides, UNITS, 0)
+    grad_y_strides = aligned(grad_y_strides, UNITS, 1)
+    grad_w_strides = aligned(grad_w_strides, UNITS, 2)
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     ROWS: tl.constexpr = product(KERNEL) * C_OUT
     SAME_TAP: tl.constexpr = C_OUT % 8 == 0  # of the channels that one load takes: cheap to mask one by one
@@ -85,7 +85,9 @@ def backward_weight_splitk_kernel(
     x_rows = x_ptr + (ci * x_strides[1])[:, None]  # (BLOCK_N, 1)
     first, last = chunk(split, splits, voxel_tiles(n, size, BLOCK_K, BLOCK_W, WIDE))
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    by = dividers(size, BLOCK_W, WIDE or Y_VOXELS_INNER)
+    by = None
+    if not (WIDE or Y_VOXELS_INNER):
+        by = dividers(size, BLOCK_W)
     lanes = spans((vd, vh, vw), crop, out_size, mask_m, STRIDE)
     # Of i*stride - crop + tap the loop adds only i*stride.
     grad_y_rows -= crop[0] * grad_y_strides[2] + crop[1] * grad_y_strides[3] + crop[2] * grad_y_strides[4]

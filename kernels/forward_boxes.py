@@ -58,7 +58,7 @@ def forward_boxes_kernel(
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    y_strides = aligned(y_strides, UNITS[0])
+    y_strides = aligned(y_strides, UNITS, 0)
     out_size, crop = (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     BLOCK_M: tl.constexpr = BLOCK_D * BLOCK_H * BLOCK_W
     COLUMNS: tl.constexpr = ceil_div(C_OUT, BLOCK_N)

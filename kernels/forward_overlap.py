@@ -74,8 +74,8 @@ def forward_overlap_kernel(
     BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_K: tl.constexpr,
     UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    x_strides = aligned(x_strides, UNITS[0])
-    w_strides = aligned(w_strides, UNITS[1])
+    x_strides = aligned(x_strides, UNITS, 0)
+    w_strides = aligned(w_strides, UNITS, 1)
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     BLOCK_M: tl.constexpr = BLOCK_D * BLOCK_H * BLOCK_W
     WINDOW: tl.constexpr = window_of(KERNEL, STRIDE)

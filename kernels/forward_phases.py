@@ -56,9 +56,9 @@ def forward_phases_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr, GROUP_M: tl.constexpr,
     UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    x_strides = aligned(x_strides, UNITS[0])
-    w_strides = aligned(w_strides, UNITS[1])
-    y_strides = aligned(y_strides, UNITS[2])
+    x_strides = aligned(x_strides, UNITS, 0)
+    w_strides = aligned(w_strides, UNITS, 1)
+    y_strides = aligned(y_strides, UNITS, 2)
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     PHASES: tl.constexpr = product(STRIDE)
     COLUMNS: tl.constexpr = ceil_div(PACK * C_OUT, BLOCK_N)
@@ -182,6 +182,8 @@ def default(problem: Problem, device: torch.device):
     inner = int(problem.intensity() < tiles.RIDGE)
     if problem.layout == "ncdhw" and problem.dtype.itemsize == 2 and base["BLOCK_M"] * base["BLOCK_N"] >= 128 * 64:
         base["num_warps"] = 8  # narrow loads come through registers: with 4 it spills on sm_100
+    if problem.dtype.itemsize == 2 and 0 < compute_capability() < 90 and base["BLOCK_M"] * base["BLOCK_N"] >= 128 * 64:
+        base["num_warps"] = 8  # 254 registers in 4, or spills
     if problem.dtype.itemsize == 4 and compute_capability() >= 100:  # TF32 has 80 registers in 4 warps: spills
         base["num_warps"] = 8
     return {**base, "GROUP_M": 8, "PACK": pack, "PHASE_INNER": inner, "WEIGHT": preferred(problem)}

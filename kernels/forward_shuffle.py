@@ -44,9 +44,9 @@ def forward_shuffle_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr, GROUP_M: tl.constexpr,
     UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    x_strides = aligned(x_strides, UNITS[0])
-    w_strides = aligned(w_strides, UNITS[1])
-    y_strides = aligned(y_strides, UNITS[2])
+    x_strides = aligned(x_strides, UNITS, 0)
+    w_strides = aligned(w_strides, UNITS, 1)
+    y_strides = aligned(y_strides, UNITS, 2)
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     TILES_N: tl.constexpr = ceil_div(column_count(STRIDE, C_OUT, ROWS), BLOCK_N)
     cells, first = cells_of(crop, out_size, STRIDE)

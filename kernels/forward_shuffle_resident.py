@@ -50,9 +50,9 @@ def forward_shuffle_resident_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr,
     UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    x_strides = aligned(x_strides, UNITS[0])
-    w_strides = aligned(w_strides, UNITS[1])
-    y_strides = aligned(y_strides, UNITS[2])
+    x_strides = aligned(x_strides, UNITS, 0)
+    w_strides = aligned(w_strides, UNITS, 1)
+    y_strides = aligned(y_strides, UNITS, 2)
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     TILES_N: tl.constexpr = ceil_div(column_count(STRIDE, C_OUT, ROWS), BLOCK_N)
     cells, first = cells_of(crop, out_size, STRIDE)
@@ -72,8 +72,9 @@ def forward_shuffle_resident_kernel(
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + channel, mask=mask_n, other=0.0).to(tl.float32)
 
-    PLAIN: tl.constexpr = WIDE or BLOCK_W > 0
-    by, fine = dividers(cells, BLOCK_W, PLAIN), fine_dividers(cells, STRIDE, ROWS, BLOCK_W, PLAIN)
+    by, fine = None, None
+    if not WIDE and BLOCK_W == 0:
+        by, fine = dividers(cells, BLOCK_W), fine_dividers(cells, STRIDE, ROWS, BLOCK_W)
     for tile_m in range(tl.program_id(0) // TILES_N, tiles_m, tl.num_programs(0) // TILES_N):
         image, d, h, w, _ = voxels(tile_m, n, cells, BLOCK_M, BLOCK_W, WIDE, by)
         d, h, w = d + first[0], h + first[1], w + first[2]

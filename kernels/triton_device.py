@@ -69,15 +69,24 @@ def multiple(value, STEP: tl.constexpr):
     return value // STEP * STEP
 
 
+@triton.constexpr_function
+def one():
+    """1 as a constant: what Triton 3.6.0 makes of a constant in a tuple is a plain int, which no function returns."""
+    return 1
+
+
 @triton.jit
-def aligned(strides, UNITS: tl.constexpr):
-    """``strides`` with what divides them (``triton_launch.units``) in sight of the compiler, for wide loads."""
+def aligned(strides, UNITS: tl.constexpr, PLACE: tl.constexpr):
+    """``strides`` with what divides them, UNITS[PLACE] of ``triton_launch.units``, in sight of the compiler."""
+    OWN: tl.constexpr = UNITS[PLACE]
     found = ()
-    for axis in tl.static_range(len(UNITS)):
-        if UNITS[axis] > 1:  # noqa: SIM108
-            found = found + (multiple(strides[axis], UNITS[axis]),)  # type: ignore[assignment]  # noqa: RUF005
-        else:
+    for axis in tl.static_range(len(OWN)):
+        if OWN[axis] == 0:
+            found = found + (one(),)  # type: ignore[assignment]  # noqa: RUF005
+        elif OWN[axis] == 1:
             found = found + (strides[axis],)  # type: ignore[assignment]  # noqa: RUF005
+        else:
+            found = found + (multiple(strides[axis], OWN[axis]),)  # type: ignore[assignment]  # noqa: RUF005
     return found
 
 
@@ -101,17 +110,14 @@ def divider(divisor):
 
 
 @triton.jit
-def dividers(size, BLOCK_W: tl.constexpr, PLAIN: tl.constexpr):
-    """What :func:`voxels` in a loop divides by along (d, h, w); nothing where PLAIN.
+def dividers(size, BLOCK_W: tl.constexpr):
+    """What :func:`voxels` in a loop divides by along (d, h, w), where the channels are contiguous.
 
-    That is where offsets are 64 bits wide, and where w is contiguous: of a division the compiler knows that neighbours
-    along w have the same quotient, of a multiplication it does not, and loads would be narrow.
+    Not where w is: of a division the compiler knows that neighbours along w have the same quotient, of a multiplication
+    it does not, and loads would be narrow. Nor where offsets are 64 bits wide.
     """
-    if PLAIN:
-        return None, None, None
-    else:  # noqa: RET505  (the compiler takes what comes behind a return for code)
-        across = tl.cdiv(size[2], BLOCK_W) if BLOCK_W > 0 else size[2]
-        return divider(size[0]), divider(size[1]), divider(across)
+    across = tl.cdiv(size[2], BLOCK_W) if BLOCK_W > 0 else size[2]
+    return divider(size[0]), divider(size[1]), divider(across)
 
 
 @triton.jit
@@ -141,7 +147,7 @@ def voxel_tiles(n, size, BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr, WIDE: tl.
 
 
 @triton.jit
-def voxels(tile, n, size, BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr, WIDE: tl.constexpr, by=(None, None, None)):
+def voxels(tile, n, size, BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr, WIDE: tl.constexpr, by=None):
     """image, d, h, w and mask, each (BLOCK_M,), of the voxels of a tile; ``by``: the :func:`dividers` of ``size``.
 
     BLOCK_W = 0: the voxels of all images in one row. Else BLOCK_M / BLOCK_W rows of BLOCK_W voxels along w, which the
@@ -149,16 +155,19 @@ def voxels(tile, n, size, BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr, WIDE: tl
     """
     lane = tl.arange(0, BLOCK_M)
     tile = widened(tile, WIDE)
+    by_d, by_h, by_w = None, None, None
+    if by is not None:
+        by_d, by_h, by_w = by
     if BLOCK_W > 0:
         tiles_w = tl.cdiv(size[2], BLOCK_W)
-        tile, tile_w = divided(tile, tiles_w, WIDE, by[2])
+        tile, tile_w = divided(tile, tiles_w, WIDE, by_w)
         row = tile * (BLOCK_M // BLOCK_W) + lane // BLOCK_W
         w = tile_w * BLOCK_W + lane % BLOCK_W
     else:
         voxel = tile * BLOCK_M + lane
-        row, w = divided(voxel, size[2], WIDE, by[2])
-    plane, h = divided(row, size[1], WIDE, by[1])
-    image, d = divided(plane, size[0], WIDE, by[0])
+        row, w = divided(voxel, size[2], WIDE, by_w)
+    plane, h = divided(row, size[1], WIDE, by_h)
+    image, d = divided(plane, size[0], WIDE, by_d)
     return image, d, h, w, (image < n) & (w < size[2])
 
 

@@ -62,12 +62,12 @@ def fused_backward_kernel(
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
     ROWS: tl.constexpr, GIVEN: tl.constexpr, X_STEP: tl.constexpr, FACTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr,
-    SPLITS: tl.constexpr, UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    SPLITS: tl.constexpr, PLAIN: tl.constexpr, UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    x_strides = aligned(x_strides, UNITS[0])
-    w_strides = aligned(w_strides, UNITS[1])
-    grad_y_strides = aligned(grad_y_strides, UNITS[2])
-    grad_x_strides = aligned(grad_x_strides, UNITS[3])
+    x_strides = aligned(x_strides, UNITS, 0)
+    w_strides = aligned(w_strides, UNITS, 1)
+    grad_y_strides = aligned(grad_y_strides, UNITS, 2)
+    grad_x_strides = aligned(grad_x_strides, UNITS, 3)
     size, out_size = (d_in, h_in, w_in), (d_out, h_out, w_out)
     split = tl.program_id(0) // GROUPS
     group = tl.program_id(0) % GROUPS
@@ -92,8 +92,9 @@ def fused_backward_kernel(
     acc = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     sums = tl.zeros((BLOCK_N,), tl.float32)
 
-    PLAIN: tl.constexpr = WIDE or BLOCK_W > 0
-    by, fine = dividers(size, BLOCK_W, PLAIN), fine_dividers(size, KERNEL, ROWS, BLOCK_W, PLAIN)
+    by, fine = None, None
+    if not PLAIN:
+        by, fine = dividers(size, BLOCK_W), fine_dividers(size, KERNEL, ROWS, BLOCK_W)
     for tile in range(split, voxel_tiles(n, size, BLOCK_M, BLOCK_W, WIDE), SPLITS):
         grad_y_tile = load_phases(
             grad_y_ptr + group * C_OUT * grad_y_strides[1], grad_y_strides, tile, n, size, (0, 0, 0), out_size, 0,
@@ -138,6 +139,7 @@ def backward(problem, config, x, weight, grad_y, need_bias):
         splits = config["SPLITS"] if grad_y.numel() else 0  # no splits at all sum to zeros
         partial = fresh((splits, groups, math.prod(problem.kernel), c_out, c_in), x, torch.float32)
         bias_partial = fresh((splits, problem.c_out), x, torch.float32) if need_bias else None
+    far = wide(x, weight, grad_y, grad_x, partial)
     if grad_y.numel():
         run(
             fused_backward_kernel,
@@ -160,7 +162,8 @@ def backward(problem, config, x, weight, grad_y, need_bias):
             FACTS=phases.facts(problem, config, grad_y),
             BLOCK_N=_block_n(problem, config["ROWS"]),
             BLOCK_C=_block_c(problem),
-            WIDE=wide(x, weight, grad_y, grad_x, partial),
+            PLAIN=far or config["BLOCK_W"] > 0 or 0 < compute_capability() < 90,  # dividers spill on sm_80
+            WIDE=far,
             PRECISION=precision(problem.dtype),
         )
     elif grad_x is not None:

@@ -120,7 +120,7 @@ def _is_wide(tensor: torch.Tensor) -> bool:
 
 
 def units(strides: tuple[int, ...]) -> tuple[int, ...]:
-    """What the compiler is told to divide each stride: 2, 4 or 8, or 1 for nothing.
+    """What the compiler is told to divide each stride: 2, 4 or 8, or 1 for nothing; 0 for a stride of 1.
 
     It finds out by itself where 16 divides, and only there: 24 or 56 contiguous channels would be loaded one by one. Of
     strides without a 1 in their midst, or with it at w as in NCDHW, nothing is told: there the others are products of
@@ -128,8 +128,8 @@ def units(strides: tuple[int, ...]) -> tuple[int, ...]:
     """
     unit = math.gcd(16, *(stride for stride in strides if stride != 1))
     if 1 not in strides[:3] or unit == 16:
-        return (1,) * len(strides)
-    return tuple(1 if stride == 1 else unit for stride in strides)
+        unit = 1
+    return tuple(0 if stride == 1 else unit for stride in strides)
 
 
 def launch(kernel, grid: int | tuple[int, ...], config: Config, device: torch.device, **arguments) -> None:

@@ -95,10 +95,10 @@ def channels_first(tile, KERNEL: tl.constexpr):
 
 
 @triton.jit
-def fine_dividers(cells, PHASES: tl.constexpr, ROWS: tl.constexpr, BLOCK_W: tl.constexpr, PLAIN: tl.constexpr):
-    """What :func:`store_phases` and :func:`load_phases` in a loop divide by."""
+def fine_dividers(cells, PHASES: tl.constexpr, ROWS: tl.constexpr, BLOCK_W: tl.constexpr):
+    """What :func:`store_phases` and :func:`load_phases` in a loop divide by, as :func:`dividers`."""
     SPAN: tl.constexpr = span(PHASES, ROWS)
-    return dividers((cells[0], cells[1], cells[2] * SPAN), BLOCK_W * SPAN, PLAIN)
+    return dividers((cells[0], cells[1], cells[2] * SPAN), BLOCK_W * SPAN)
 
 
 @triton.jit
@@ -161,7 +161,7 @@ def store_phases(
     strides, tile, n, cells, origin, out_size, tile_n,
     CHANNELS: tl.constexpr, PHASES: tl.constexpr, STRIDE: tl.constexpr, ROWS: tl.constexpr, FACTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, WIDE: tl.constexpr,
-    by=(None, None, None),  # :func:`fine_dividers`, in a loop
+    by=None,  # :func:`fine_dividers`, in a loop
 ):  # fmt: skip
     """Writes the outputs of a tile, rounded once."""
     SPAN: tl.constexpr = span(PHASES, ROWS)
@@ -182,7 +182,7 @@ def load_phases(
     strides, tile, n, cells, origin, out_size, tile_n,
     CHANNELS: tl.constexpr, PHASES: tl.constexpr, STRIDE: tl.constexpr, ROWS: tl.constexpr, FACTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, WIDE: tl.constexpr,
-    by=(None, None, None),  # :func:`fine_dividers`, in a loop
+    by=None,  # :func:`fine_dividers`, in a loop
 ):  # fmt: skip
     """The tile (BLOCK_M, BLOCK_N) of y that :func:`store_phases` would write; 0 where there is no output."""
     SPAN: tl.constexpr = span(PHASES, ROWS)

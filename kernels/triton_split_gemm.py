@@ -43,7 +43,9 @@ def store_channel_sums(
     mask = channel < CHANNELS
     first, last = chunk(split, splits, voxel_tiles(n, out_size, BLOCK_V, BLOCK_W, WIDE))
     acc = tl.zeros((BLOCK_V, BLOCK_C), tl.float32)
-    by = dividers(out_size, BLOCK_W, WIDE or VOXELS_INNER)
+    by = None
+    if not (WIDE or VOXELS_INNER):
+        by = dividers(out_size, BLOCK_W)
     for tile_v in range(first, last):
         image, d, h, w, mask_v = voxels(tile_v, n, out_size, BLOCK_V, BLOCK_W, WIDE, by)
         rows = grad_y_ptr + offset(grad_y_strides, image, 0, d, h, w)[:, None]

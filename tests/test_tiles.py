@@ -58,7 +58,7 @@ def test_what_divides_the_strides_is_told_where_the_channels_are_contiguous():
 
     for channels, unit in ((64, 1), (48, 1), (24, 8), (28, 4), (6, 2), (5, 1)):
         last, first = strides(channels, 3, 5, 8)
-        assert units(last) == (unit, 1, unit, unit, unit)
-        assert units(first) == (1, 1, 1, 1, 1)
-    assert units((27 * 24, 27, 1)) == (1, 1, 1) and units((24, 1, 24 * 56)) == (8, 1, 8)
-    assert units((0, 1, 0, 24, 24)) == (8, 1, 8, 8, 8)  # expanded
+        assert units(last) == (unit, 0, unit, unit, unit)
+        assert units(first) == (1, 1, 1, 1, 0)
+    assert units((27 * 24, 27, 1)) == (1, 1, 0) and units((24, 1, 24 * 56)) == (8, 0, 8)
+    assert units((0, 1, 0, 24, 24)) == (8, 0, 8, 8, 8)  # expanded
