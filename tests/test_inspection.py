@@ -233,6 +233,7 @@ def test_the_loop_that_multiplies_is_found():
         /*0060*/                   HGMMA.64x32x16.F32.BF16 R24, gdesc[UR4], R24 ;
         /*0070*/              @P1  BRA `(.L_x_2) ;
         /*0080*/              @P1  BRA `(.L_x_3) ;
+        /*0088*/                   HGMMA.64x32x16.F32.BF16 R24, gdesc[UR4], R24 ;
         /*0090*/              @P2  BRA `(.L_x_1) ;
 .L_x_3:
         /*00a0*/                   EXIT ;

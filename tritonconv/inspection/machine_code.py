@@ -83,11 +83,11 @@ def sass_counts(code: str) -> dict[str, Any]:
 
 
 def loop_counts(code: str) -> dict[str, int]:
-    """Of the innermost loop that multiplies matrices (of several the one that multiplies most): all its instructions,
-    and its loads of one or two bytes per thread; zeros where there is none."""
+    """Of the innermost loop that multiplies matrices (of several the first of those that multiply most): all its
+    instructions, and its loads of one or two bytes per thread; zeros where there is none."""
     names: list[str] = []
     labels: dict[str, int] = {}
-    found: list[list[str]] = []
+    found: list[range] = []
     for line in code.splitlines():
         if label := _LABEL.match(line):
             labels[label[1]] = len(names)
@@ -95,10 +95,14 @@ def loop_counts(code: str) -> dict[str, int]:
             names.append(word[1])
             target = _BACK.search(line)
             if word[1].startswith("BRA") and target and target[1] in labels:
-                found.append(names[labels[target[1]] :])
-    multiply = [sum(bool(_NVIDIA_MATRIX.fullmatch(name.split(".")[0])) for name in body) for body in found]
-    loops = [(count, -len(body), body) for count, body in zip(multiply, found, strict=True) if count]
-    body = max(loops)[2] if loops else []
+                found.append(range(labels[target[1]], len(names)))
+
+    def products(loop: range) -> int:
+        return sum(bool(_NVIDIA_MATRIX.fullmatch(names[index].split(".")[0])) for index in loop)
+
+    loops = [loop for loop in found if products(loop)]
+    inner = [loop for loop in loops if not any(o != loop and o[0] >= loop[0] and o[-1] <= loop[-1] for o in loops)]
+    body = [names[index] for index in max(inner, key=products, default=range(0))]
     return {"loop_instructions": len(body), "narrow_loads": sum(bool(_NARROW.match(name)) for name in body)}
 
 
