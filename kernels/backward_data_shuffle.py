@@ -17,6 +17,7 @@ from tritonconv.kernels.registry import Variant
 from tritonconv.kernels.triton_device import (
     aligned,
     ceil_div,
+    given_dividers,
     grouped_order,
     inside,
     multiple,
@@ -24,7 +25,7 @@ from tritonconv.kernels.triton_device import (
     voxel_tiles,
     voxels,
 )
-from tritonconv.kernels.triton_launch import accounting, empty, geometry, precision, wide
+from tritonconv.kernels.triton_launch import accounting, division, empty, geometry, precision, wide
 from tritonconv.kernels.triton_launch import launch as run
 from tritonconv.kernels.triton_phases import column_count, decoded, load_phases
 from tritonconv.kernels.triton_weights import AS_GIVEN, IN_INNERMOST, OUT_INNERMOST, oriented, packed, preferred
@@ -38,6 +39,7 @@ def backward_data_shuffle_kernel(
     w_ptr,  # (c_in, c_out, taps)
     grad_x_ptr,  # (n, c_in, d, h, w)
     n, d_in, h_in, w_in, d_out, h_out, w_out, d_crop, h_crop, w_crop,
+    by_d, by_h, by_w, shift_d, shift_h, shift_w,
     grad_y_strides, w_strides, grad_x_strides,
     C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
@@ -64,11 +66,14 @@ def backward_data_shuffle_kernel(
     grad_y_group = grad_y_ptr + group * C_OUT * grad_y_strides[1]
     w_columns = w_ptr + channel_x * w_strides[1]
 
+    by = None
+    if BLOCK_W == 0 and not ROWS and not WIDE:  # w is not contiguous: see dividers
+        by = given_dividers(by_d, by_h, by_w, shift_d, shift_h, shift_w)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for step in range(tl.cdiv(column_count(KERNEL, C_OUT, ROWS), BLOCK_K)):
         grad_y_tile = load_phases(
             grad_y_group, grad_y_strides, tile_m, n, size, (0 - crop[0], 0 - crop[1], 0 - crop[2]), out_size, step,
-            C_OUT, KERNEL, STRIDE, ROWS, FACTS, BLOCK_M, BLOCK_K, BLOCK_W, WIDE,
+            C_OUT, KERNEL, STRIDE, ROWS, FACTS, BLOCK_M, BLOCK_K, BLOCK_W, WIDE, by,
         )  # fmt: skip
         tap_d, tap_h, tap_w, channel, mask_k = decoded(step * BLOCK_K + offs_k, C_OUT, KERNEL, ROWS)
         tap = (tap_d * KERNEL[1] + tap_h) * KERNEL[2] + tap_w
@@ -77,7 +82,7 @@ def backward_data_shuffle_kernel(
         w_tile = tl.load(w_columns[None, :] + w_rows[:, None], mask=w_mask, other=0.0)  # (BLOCK_K, BLOCK_N)
         acc = tl.dot(grad_y_tile, w_tile, acc, input_precision=PRECISION)
 
-    image, d, h, w, _ = voxels(tile_m, n, size, BLOCK_M, BLOCK_W, WIDE)
+    image, d, h, w, _ = voxels(tile_m, n, size, BLOCK_M, BLOCK_W, WIDE, by)
     mask_m = (image < n) & inside(w, multiple(size[2], X_STEP))
     rows = image * grad_x_strides[0] + d * grad_x_strides[2] + h * grad_x_strides[3] + w * grad_x_strides[4]
     store_tile(grad_x_ptr, rows, channel_x * grad_x_strides[1], acc, mask_m, mask_n, VOXELS_INNER)
@@ -99,6 +104,7 @@ def launch(problem, config, grad_y, weight):
         w_ptr=weight,
         grad_x_ptr=grad_x,
         **geometry(problem),
+        **division(problem.size),
         grad_y_strides=grad_y.stride(),
         w_strides=oriented(weight, "backward_data"),
         grad_x_strides=grad_x.stride(),

@@ -24,6 +24,7 @@ from tritonconv.kernels.registry import Config, Variant
 from tritonconv.kernels.triton_device import (
     aligned,
     ceil_div,
+    given_dividers,
     grouped_order,
     inside,
     multiple,
@@ -33,7 +34,7 @@ from tritonconv.kernels.triton_device import (
     voxels,
     widened,
 )
-from tritonconv.kernels.triton_launch import accounting, empty, geometry, precision, refusal, wide
+from tritonconv.kernels.triton_launch import accounting, division, empty, geometry, precision, refusal, wide
 from tritonconv.kernels.triton_launch import launch as run
 from tritonconv.kernels.triton_phases import channels_first, load_phases, phases_first
 from tritonconv.kernels.work import SECTOR, Work, tap_gemm
@@ -49,6 +50,7 @@ def backward_data_shuffle_given_kernel(
     w_ptr,  # (c_in, c_out, taps), dense
     grad_x_ptr,  # (n, c_in, d, h, w)
     n, d_in, h_in, w_in, d_out, h_out, w_out, d_crop, h_crop, w_crop,
+    by_d, by_h, by_w, shift_d, shift_h, shift_w,
     grad_y_strides, grad_x_strides,
     C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
@@ -74,13 +76,16 @@ def backward_data_shuffle_given_kernel(
     channel_x = group * C_IN + offs_n
     w_rows = w_ptr + channel_x * (C_OUT * TAPS)
 
+    by = None
+    if BLOCK_W == 0 and not ROWS and not WIDE:  # w is not contiguous: see dividers
+        by = given_dividers(by_d, by_h, by_w, shift_d, shift_h, shift_w)
     acc = tl.zeros((BLOCK_M if ROWS else BLOCK_N, BLOCK_N if ROWS else BLOCK_M), tl.float32)
     for step in range(C_OUT // CHANNELS):
         channel = widened(step * CHANNELS, WIDE)
         grad_y_tile = load_phases(
             grad_y_ptr + (group * C_OUT + channel) * grad_y_strides[1], grad_y_strides,
             tile_m, n, size, (0 - crop[0], 0 - crop[1], 0 - crop[2]), out_size, 0,
-            CHANNELS, KERNEL, STRIDE, ROWS, FACTS, BLOCK_M, BLOCK_K, BLOCK_W, WIDE,
+            CHANNELS, KERNEL, STRIDE, ROWS, FACTS, BLOCK_M, BLOCK_K, BLOCK_W, WIDE, by,
         )  # fmt: skip
         w_ptrs = w_rows[:, None] + (channel * TAPS + offs_k)[None, :]
         w_tile = tl.load(w_ptrs, mask=mask_n[:, None], other=0.0)  # (BLOCK_N, BLOCK_K)
@@ -91,7 +96,7 @@ def backward_data_shuffle_given_kernel(
     if not ROWS:
         acc = tl.trans(acc)
 
-    image, d, h, w, _ = voxels(tile_m, n, size, BLOCK_M, BLOCK_W, WIDE)
+    image, d, h, w, _ = voxels(tile_m, n, size, BLOCK_M, BLOCK_W, WIDE, by)
     mask_m = (image < n) & inside(w, multiple(size[2], X_STEP))
     rows = image * grad_x_strides[0] + d * grad_x_strides[2] + h * grad_x_strides[3] + w * grad_x_strides[4]
     store_tile(grad_x_ptr, rows, channel_x * grad_x_strides[1], acc, mask_m, mask_n, VOXELS_INNER)
@@ -114,6 +119,7 @@ def launch(problem, config, grad_y, weight):
         w_ptr=weight,
         grad_x_ptr=grad_x,
         **geometry(problem),
+        **division(problem.size),
         grad_y_strides=grad_y.stride(),
         grad_x_strides=grad_x.stride(),
         X_STEP=phases.width_step(problem.size[2], config),

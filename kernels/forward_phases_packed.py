@@ -21,6 +21,7 @@ from tritonconv.kernels.registry import Variant
 from tritonconv.kernels.triton_device import (
     aligned,
     ceil_div,
+    given_dividers,
     grouped_order,
     inside,
     load_voxels,
@@ -56,6 +57,7 @@ def forward_phases_packed_kernel(
     bias_ptr,  # (c_out,) or None
     y_ptr,  # (n, c_out, od, oh, ow)
     n, d_in, h_in, w_in, d_out, h_out, w_out, d_crop, h_crop, w_crop,
+    by_d, by_h, by_w, shift_d, shift_h, shift_w,
     x_strides, w_strides, y_strides,
     C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
@@ -84,7 +86,10 @@ def forward_phases_packed_kernel(
         offs_k = offs_k.to(tl.int64)
         offs_n = offs_n.to(tl.int64)
 
-    image, d, h, w, _ = voxels(tile_m, n, cells, BLOCK_M, BLOCK_W, WIDE)
+    by = None
+    if BLOCK_W == 0 and not ROWS and not WIDE:  # w is not contiguous: see dividers
+        by = given_dividers(by_d, by_h, by_w, shift_d, shift_h, shift_w)
+    image, d, h, w, _ = voxels(tile_m, n, cells, BLOCK_M, BLOCK_W, WIDE, by)
     d, h, w = (d + first[0])[:, None], (h + first[1])[:, None], (w + first[2])[:, None]
     mask_m = (image < n)[:, None]
     rows = image[:, None] * x_strides[0] + d * x_strides[2] + h * x_strides[3] + w * x_strides[4]
@@ -134,7 +139,7 @@ def forward_phases_packed_kernel(
     origin = (first[0] * STRIDE[0] - crop[0], first[1] * STRIDE[1] - crop[1], first[2] * STRIDE[2] - crop[2])
     store_phases(
         acc, y_ptr + group * C_OUT * y_strides[1], y_strides, tile_m, n, cells, origin, out_size, tile_n,
-        C_OUT, STRIDE, STRIDE, ROWS, FACTS, BLOCK_M, BLOCK_N, BLOCK_W, WIDE,
+        C_OUT, STRIDE, STRIDE, ROWS, FACTS, BLOCK_M, BLOCK_N, BLOCK_W, WIDE, by,
     )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from tritonconv.kernels import triton_tiles as tiles
 from tritonconv.kernels.registry import Config, Variant
 from tritonconv.kernels.triton_device import (
     aligned,
+    given_dividers,
     grouped_order,
     inside,
     load_voxels,
@@ -30,7 +31,7 @@ from tritonconv.kernels.triton_device import (
     voxel_tiles,
     voxels,
 )
-from tritonconv.kernels.triton_launch import accounting, empty, geometry, precision, refusal, wide
+from tritonconv.kernels.triton_launch import accounting, division, empty, geometry, precision, refusal, wide
 from tritonconv.kernels.triton_launch import launch as run
 from tritonconv.kernels.triton_phases import cells_of, phases_first, store_phases
 from tritonconv.kernels.work import Work, size_of
@@ -48,6 +49,7 @@ def forward_shuffle_given_kernel(
     bias_ptr,  # (c_out,) or None
     y_ptr,  # (n, c_out, od, oh, ow)
     n, d_in, h_in, w_in, d_out, h_out, w_out, d_crop, h_crop, w_crop,
+    by_d, by_h, by_w, shift_d, shift_h, shift_w,
     x_strides, y_strides,
     C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
@@ -73,7 +75,10 @@ def forward_shuffle_given_kernel(
         channel = channel.to(tl.int64)
         offs_k = offs_k.to(tl.int64)
 
-    image, d, h, w, _ = voxels(tile_m, n, cells, BLOCK_M, BLOCK_W, WIDE)
+    by = None
+    if BLOCK_W == 0 and not ROWS and not WIDE:  # w is not contiguous: see dividers
+        by = given_dividers(by_d, by_h, by_w, shift_d, shift_h, shift_w)
+    image, d, h, w, _ = voxels(tile_m, n, cells, BLOCK_M, BLOCK_W, WIDE, by)
     d, h, w = d + first[0], h + first[1], w + first[2]
     mask_m = (image < n) & inside(d, size[0]) & inside(h, size[1]) & inside(w, multiple(size[2], X_STEP))
     rows = image * x_strides[0] + d * x_strides[2] + h * x_strides[3] + w * x_strides[4]
@@ -96,7 +101,7 @@ def forward_shuffle_given_kernel(
     store_phases(
         phases_first(acc.to(y_ptr.dtype.element_ty), KERNEL, ROWS), y_ptr + channel * y_strides[1],
         y_strides, tile_m, n, cells, origin, out_size, 0,
-        CHANNELS, STRIDE, STRIDE, ROWS, FACTS, BLOCK_M, BLOCK_N, BLOCK_W, WIDE,
+        CHANNELS, STRIDE, STRIDE, ROWS, FACTS, BLOCK_M, BLOCK_N, BLOCK_W, WIDE, by,
     )  # fmt: skip
 
 
@@ -117,6 +122,7 @@ def launch(problem, config, x, weight, bias, out=None):
         bias_ptr=bias,
         y_ptr=y,
         **geometry(problem),
+        **division(phases.cells(problem)),
         x_strides=x.stride(),
         y_strides=y.stride(),
         X_STEP=phases.width_step(problem.size[2], config),

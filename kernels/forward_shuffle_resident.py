@@ -20,7 +20,7 @@ from tritonconv.kernels.registry import Config, Variant
 from tritonconv.kernels.triton_device import (
     aligned,
     ceil_div,
-    dividers,
+    given_dividers,
     inside,
     load_voxels,
     multiple,
@@ -29,7 +29,7 @@ from tritonconv.kernels.triton_device import (
     widened,
 )
 from tritonconv.kernels.triton_launch import accounting, empty, multiprocessors
-from tritonconv.kernels.triton_phases import cells_of, column_count, decoded, fine_dividers, store_phases
+from tritonconv.kernels.triton_phases import cells_of, column_count, decoded, store_phases
 from tritonconv.kernels.work import Work, size_of
 from tritonconv.problem import Problem
 
@@ -43,6 +43,7 @@ def forward_shuffle_resident_kernel(
     bias_ptr,  # (c_out,) or None
     y_ptr,  # (n, c_out, od, oh, ow)
     n, d_in, h_in, w_in, d_out, h_out, w_out, d_crop, h_crop, w_crop,
+    by_d, by_h, by_w, shift_d, shift_h, shift_w,
     x_strides, w_strides, y_strides,
     C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
@@ -72,9 +73,9 @@ def forward_shuffle_resident_kernel(
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + channel, mask=mask_n, other=0.0).to(tl.float32)
 
-    by, fine = None, None
-    if not WIDE and BLOCK_W == 0:
-        by, fine = dividers(cells, BLOCK_W), fine_dividers(cells, STRIDE, ROWS, BLOCK_W)
+    by = None
+    if BLOCK_W == 0 and not ROWS and not WIDE:  # w is not contiguous: see dividers
+        by = given_dividers(by_d, by_h, by_w, shift_d, shift_h, shift_w)
     for tile_m in range(tl.program_id(0) // TILES_N, tiles_m, tl.num_programs(0) // TILES_N):
         image, d, h, w, _ = voxels(tile_m, n, cells, BLOCK_M, BLOCK_W, WIDE, by)
         d, h, w = d + first[0], h + first[1], w + first[2]
@@ -90,7 +91,7 @@ def forward_shuffle_resident_kernel(
             acc += bias[None, :]
         store_phases(
             acc, y_ptr, y_strides, tile_m, n, cells, origin, out_size, tile_n,
-            C_OUT, STRIDE, STRIDE, ROWS, FACTS, BLOCK_M, BLOCK_N, BLOCK_W, WIDE, fine,
+            C_OUT, STRIDE, STRIDE, ROWS, FACTS, BLOCK_M, BLOCK_N, BLOCK_W, WIDE, by,
         )  # fmt: skip
 
 

@@ -121,6 +121,14 @@ def dividers(size, BLOCK_W: tl.constexpr):
 
 
 @triton.jit
+def given_dividers(by_d, by_h, by_w, shift_d, shift_h, shift_w):
+    """:func:`dividers` out of the arguments that the host worked out (``triton_launch.division``)."""
+    along_d = by_d.to(tl.uint32, bitcast=True), shift_d.to(tl.uint32)
+    along_h = by_h.to(tl.uint32, bitcast=True), shift_h.to(tl.uint32)
+    return along_d, along_h, (by_w.to(tl.uint32, bitcast=True), shift_w.to(tl.uint32))
+
+
+@triton.jit
 def divided(value, divisor, WIDE: tl.constexpr, by=None):
     """Quotient and remainder of integers that are not negative: unsigned, which takes half the instructions.
 

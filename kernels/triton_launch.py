@@ -19,7 +19,7 @@ from tritonconv.kernels.registry import Config
 from tritonconv.kernels.triton_device import FAR
 from tritonconv.kernels.triton_target import INTERPRETED, target
 from tritonconv.kernels.triton_tiles import PROGRAMS
-from tritonconv.problem import Problem, largest_offset
+from tritonconv.problem import Problem, Triple, largest_offset
 
 INTERPRETED_PROGRAMS = 3  # few, so that each takes several tiles there as well
 WIDE_FROM = 2**30  # half of what 32 bits hold: masked lanes of a tile reach beyond the tensor
@@ -31,6 +31,8 @@ PRECISIONS = {"tf32": "tf32", "ieee": "ieee", "none": "ieee", "bf16": "ieee"}
 # tuples, whose elements Triton always specialises. Strides stay specialised: divisibility by 16 permits 16-byte loads.
 CROPS = ("d_crop", "h_crop", "w_crop")
 RUN_TIME = ("n", "d_in", "h_in", "w_in", "d_out", "h_out", "w_out", *CROPS)
+
+BY = ("by_d", "by_h", "by_w", "shift_d", "shift_h", "shift_w")  # of :func:`division`
 
 _compiled: ContextVar[list | None] = ContextVar("tritonconv_compiled", default=None)
 
@@ -59,6 +61,14 @@ def geometry(problem: Problem) -> dict[str, Any]:
         "STRIDE": problem.stride,
         "DILATION": problem.dilation,
     }
+
+
+def division(size: Triple) -> dict[str, int]:
+    """As arguments what ``triton_device.dividers`` works out for the voxels of ``size``: see ``divider`` there."""
+    shifts = [(length - 1).bit_length() if length > 0 else 0 for length in size]
+    exact = [((1 << shift) - length) * 2**32 // max(1, length) + 1 for shift, length in zip(shifts, size, strict=True)]
+    signed = [value - 2**32 if value >= 2**31 else value for value in exact]  # an argument of 32 bits, whatever it is
+    return dict(zip(BY, (*signed, *shifts), strict=True))
 
 
 def accounting(grid, kernel, args) -> dict[str, Any]:

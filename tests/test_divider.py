@@ -16,7 +16,8 @@ if not registry.have_triton():
 import triton
 import triton.language as tl
 
-from tritonconv.kernels.triton_device import FAR, divided, divider
+from tritonconv.kernels.triton_device import FAR, divided, divider, given_dividers
+from tritonconv.kernels.triton_launch import BY, division
 
 BLOCK = 1024
 
@@ -48,3 +49,23 @@ def test_exact(divisor):
     quotient, rest = torch.empty_like(value), torch.empty_like(value)
     divide_kernel[(1,)](value, quotient, rest, divisor, BLOCK=BLOCK)
     assert torch.equal(quotient, value // divisor) and torch.equal(rest, value % divisor)
+
+
+@triton.jit(do_not_specialize=["divisor", *BY])
+def both_kernel(out_ptr, divisor, by_d, by_h, by_w, shift_d, shift_h, shift_w):
+    own = divider(divisor)
+    given = given_dividers(by_d, by_h, by_w, shift_d, shift_h, shift_w)
+    tl.store(out_ptr, own[0].to(tl.int64))
+    tl.store(out_ptr + 1, own[1].to(tl.int64))
+    tl.store(out_ptr + 2, given[2][0].to(tl.int64))
+    tl.store(out_ptr + 3, given[2][1].to(tl.int64))
+
+
+def test_the_host_works_out_the_same():
+    for divisor in divisors():
+        out = torch.empty(4, device=DEVICE, dtype=torch.int64)
+        given = division((3, 5, divisor))
+        assert all(-(2**31) <= value < 2**31 for value in given.values())  # one type of argument, whatever the size
+        both_kernel[(1,)](out, divisor, **given)
+        assert out[:2].tolist() == out[2:].tolist(), divisor
+    assert division((0, 1, 2))["by_d"] == 1  # an empty axis has no voxels to divide
