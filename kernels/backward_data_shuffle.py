@@ -28,6 +28,7 @@ from tritonconv.kernels.triton_device import (
 from tritonconv.kernels.triton_launch import accounting, division, empty, geometry, precision, wide
 from tritonconv.kernels.triton_launch import launch as run
 from tritonconv.kernels.triton_phases import column_count, decoded, load_phases
+from tritonconv.kernels.triton_target import compute_capability
 from tritonconv.kernels.triton_weights import AS_GIVEN, IN_INNERMOST, OUT_INNERMOST, oriented, packed, preferred
 from tritonconv.kernels.work import Work, tap_gemm
 from tritonconv.problem import Problem
@@ -122,6 +123,8 @@ def default(problem: Problem, device: torch.device):
     depth = phases.columns(problem, rows, problem.kernel)
     base = phases.tile(problem, problem.size, problem.c_in // problem.groups, depth)
     if base["BLOCK_M"] * depth >= 128 * 64:  # the loads of a step take as many registers as the sums
+        base["num_warps"] = 8
+    if problem.dtype.itemsize == 4 and compute_capability() >= 100:  # spills in 4
         base["num_warps"] = 8
     order = preferred(problem)
     if order != AS_GIVEN:  # the columns are c_in, the depth c_out
