@@ -8,7 +8,7 @@ variant, apart for its configs without a pipeline.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -18,14 +18,14 @@ import torch
 
 from tritonconv.autotune import model, store
 from tritonconv.autotune.ceilings import Ceilings, from_json
-from tritonconv.autotune.journal import OK, Timing
+from tritonconv.autotune.journal import OK, SCREEN, Timing
 from tritonconv.autotune.key import device_name
 from tritonconv.autotune.sources import source_hash
 from tritonconv.errors import ArgumentError
-from tritonconv.kernels.registry import Config, Variant, variant
+from tritonconv.kernels.registry import BACKENDS, Config, Variant, variant
 from tritonconv.problem import Problem
 
-LEAST = 5  # timings of a kind: of fewer the factor of all Triton kernels together stands in
+LEAST = 5  # timings of a kind: of fewer the factor of all kernels of its backend stands in
 
 
 class Sample(NamedTuple):
@@ -37,12 +37,14 @@ class Sample(NamedTuple):
     ms: float
 
 
-def samples(timings: Iterable[Timing], problems: Iterable[Problem]) -> list[Sample]:
-    """The timings that are of these problems and of the variants as they are now."""
+def samples(timings: Iterable[Timing], problems: Iterable[Problem], versions: Mapping) -> list[Sample]:
+    """The screenings that are of these problems and versions, and of the variants as they are now."""
     by_text, found = {str(problem): problem for problem in problems}, []
     for timing in timings:
         problem = by_text.get(timing.problem)
         if problem is None or timing.status != OK or timing.median_ms is None:
+            continue
+        if timing.stage != SCREEN or dict(timing.versions) != dict(versions):
             continue
         try:
             record = variant(timing.variant)
@@ -54,13 +56,14 @@ def samples(timings: Iterable[Timing], problems: Iterable[Problem]) -> list[Samp
 
 
 def factors(found: Iterable[Sample], ceilings: Ceilings) -> dict[str, float]:
-    """Measured over predicted time by :func:`~tritonconv.autotune.model.kind`, for :attr:`Ceilings.factors`."""
-    by_kind, triton = ratios(found, ceilings), []
+    """Measured over predicted time by :func:`~tritonconv.autotune.model.kind`, for :attr:`Ceilings.factors`.
+
+    And of all kinds of a backend, by its name, for those that were hardly timed.
+    """
+    by_kind, by_backend = ratios(found, ceilings), {backend: [] for backend in BACKENDS}  # type: dict, dict
     for kind, values in by_kind.items():
-        if variant(kind.split()[0]).backend == "triton":
-            triton += values
-    known = {kind: median(values) for kind, values in by_kind.items() if len(values) >= LEAST}
-    return {**known, **({model.TRITON: median(triton)} if len(triton) >= LEAST else {})}
+        by_backend[variant(kind.split()[0]).backend] += values
+    return {kind: median(values) for kind, values in {**by_kind, **by_backend}.items() if len(values) >= LEAST}
 
 
 def ratios(found: Iterable[Sample], ceilings: Ceilings) -> dict[str, list[float]]:
@@ -85,3 +88,10 @@ def keep(found: Ceilings, device: torch.device, folder: Path | None = None) -> N
     stored = from_json(store.read(name, folder).ceilings or {})
     kept = {**(stored.factors if stored else {}), **found.factors}
     store.merge(store.Table(name, {}, replace(found, factors=kept).to_json()), folder)
+
+
+def keep_factors(found: Mapping[str, float], device: torch.device, folder: Path | None = None) -> None:
+    """Puts factors beside the ceilings that are in the store of the device, if there are any."""
+    stored = from_json(store.read(device_name(device), folder).ceilings or {})
+    if stored is not None and found:
+        keep(replace(stored, factors=found), device, folder)

@@ -19,6 +19,7 @@ from tritonconv.errors import StoreError, StoreWarning
 
 OK, WRONG, FAILED = "ok", "wrong", "failed"
 STATUSES = (OK, WRONG, FAILED)
+SCREEN, FINAL = "screen", "final"  # stages
 
 
 @dataclass(frozen=True)

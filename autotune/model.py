@@ -1,6 +1,6 @@
 """The cost model: how long a variant with a config would take at best, by counting.
 
-    time = launches * launch cost + the longest of its parts + a tenth of the others
+    time = launches * launch cost + the longest of its parts + a tenth of the others (BESIDE)
     parts: FLOPs / rate * waste, DRAM bytes / copy rate, cache bytes / cache rate * waste, SRAM bytes / SRAM rate *
            waste, instructions / issue rate * waste, waits * waves
 
@@ -9,20 +9,26 @@ SRAM is a multiprocessor's L1 and shared memory, one memory: operands are writte
 shared memory, registers and threads. ``waits`` are the latencies of a program's loads that its pipeline does not hide:
 they decide where few programs sum over a long depth. This is the roofline (Williams et al., CACM 2009) with the tile's
 own traffic, wave quantisation and latency; a kernel without a pipeline adds its parts up where no other program hides
-them. It knows no bank conflict and no instruction mix; what was measured corrects it by a factor for each kind of
-kernel (``calibrate.py``). It prunes and ranks candidates, and measurements decide.
+them. It knows no bank conflict and counts instructions roughly; what was measured corrects it by a factor for each kind
+of kernel (``calibrate.py``). It prunes and ranks candidates, and measurements decide.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from tritonconv.autotune.ceilings import Ceilings
+from tritonconv.autotune.sources import source_hash
+from tritonconv.kernels import work as kernels_work
 from tritonconv.kernels.registry import Config, Variant, variants
 from tritonconv.kernels.work import LINE, WARP, Work, by_torch
 from tritonconv.problem import Problem
@@ -43,7 +49,7 @@ SPILLED = 3.0  # a spilling kernel is ranked behind its neighbours
 
 
 LAUNCH = "launch"
-TRITON = "triton"  # the factor of a Triton kernel that has none of its own
+SOURCES = 8  # digits of the hash by which a kind of kernel is known
 
 
 @dataclass(frozen=True)
@@ -94,13 +100,21 @@ def estimate(record: Variant, problem: Problem, config: Config, ceilings: Ceilin
 
 
 def kind(record: Variant, work: Work) -> str:
-    """What has one factor of measured over predicted time: a variant, apart for its configs without a pipeline."""
-    return record.name if work.pipelined else f"{record.name} unpipelined"
+    """What has one factor of measured over predicted time: a variant as its sources and the model's are now, apart for
+    its configs without a pipeline."""
+    return f"{record.name}{'' if work.pipelined else ' unpipelined'} {_sources(record)}"
+
+
+@cache
+def _sources(record: Variant) -> str:
+    own = b"".join(Path(module.__file__ or "").read_bytes() for module in (kernels_work, sys.modules[__name__]))
+    return hashlib.sha256(source_hash(record).encode() + own).hexdigest()[:SOURCES]
 
 
 def _factor(record: Variant, work: Work, ceilings: Ceilings) -> float:
-    other = ceilings.factors.get(TRITON, 1.0) if record.backend == "triton" else 1.0
-    return ceilings.factors.get(kind(record, work), other)
+    if not ceilings.factors:
+        return 1.0
+    return ceilings.factors.get(kind(record, work), ceilings.factors.get(record.backend, 1.0))
 
 
 def candidates(

@@ -155,7 +155,7 @@ def launch(problem, config, grad_y, weight):
         grad_x_ptr=grad_x,
         **geometry(problem),
         x_strides=grad_x.stride(),
-        WIDE=wide(grad_x),
+        WIDE=wide(grad_x, of=problem),
         PRECISION=precision(problem.dtype),
     )
     return grad_x

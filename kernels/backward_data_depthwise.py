@@ -93,7 +93,7 @@ def launch(problem, config, grad_y, weight):
         TAPS_H=windows[0][1],
         TAPS_W=windows[1][1],
         INTERLEAVE=int(places[1] == 2 and problem.layout == "ncdhw"),
-        WIDE=wide(grad_y, weight, grad_x),
+        WIDE=wide(grad_y, weight, grad_x, of=problem),
     )
     return grad_x
 

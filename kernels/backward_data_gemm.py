@@ -114,7 +114,7 @@ def launch(problem, config, grad_y, weight):
         Y_VOXELS_INNER=grad_y.stride(1) != 1,
         X_VOXELS_INNER=strides[2] != 1,
         SPLIT=splits > 1,
-        WIDE=wide(grad_y, weight, sums),
+        WIDE=wide(grad_y, weight, sums, of=problem),
         PRECISION=precision(problem.dtype),
     )
     if splits > 1:

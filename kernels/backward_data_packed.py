@@ -112,7 +112,7 @@ def launch(problem, config, grad_y, weight):
         grad_x_strides=grad_x.stride(),
         X_VOXELS_INNER=grad_x.stride(1) != 1,
         Y_VOXELS_INNER=grad_y.stride(1) != 1 or problem.weight_shape[1] % 2 != 0,
-        WIDE=wide(grad_y, weight, grad_x),
+        WIDE=wide(grad_y, weight, grad_x, of=problem),
         PRECISION=precision(problem.dtype),
     )
     return grad_x

@@ -68,7 +68,7 @@ def backward_data_shuffle_kernel(
     w_columns = w_ptr + channel_x * w_strides[1]
 
     by = None
-    if BLOCK_W == 0 and not ROWS and not WIDE:  # w is not contiguous: see dividers
+    if BLOCK_W == 0 and not ROWS and not WIDE:  # no rows along w: see dividers
         by = given_dividers(by_d, by_h, by_w, shift_d, shift_h, shift_w)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for step in range(tl.cdiv(column_count(KERNEL, C_OUT, ROWS), BLOCK_K)):
@@ -112,7 +112,7 @@ def launch(problem, config, grad_y, weight):
         X_STEP=phases.width_step(problem.size[2], config),
         FACTS=phases.facts(problem, config, grad_y),
         VOXELS_INNER=grad_x.stride(1) != 1,
-        WIDE=wide(grad_y, weight, grad_x),
+        WIDE=wide(grad_y, weight, grad_x, of=problem),
         PRECISION=precision(problem.dtype),
     )
     return grad_x

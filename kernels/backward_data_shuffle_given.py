@@ -77,7 +77,7 @@ def backward_data_shuffle_given_kernel(
     w_rows = w_ptr + channel_x * (C_OUT * TAPS)
 
     by = None
-    if BLOCK_W == 0 and not ROWS and not WIDE:  # w is not contiguous: see dividers
+    if BLOCK_W == 0 and not ROWS and not WIDE:  # no rows along w: see dividers
         by = given_dividers(by_d, by_h, by_w, shift_d, shift_h, shift_w)
     acc = tl.zeros((BLOCK_M if ROWS else BLOCK_N, BLOCK_N if ROWS else BLOCK_M), tl.float32)
     for step in range(C_OUT // CHANNELS):
@@ -125,7 +125,7 @@ def launch(problem, config, grad_y, weight):
         X_STEP=phases.width_step(problem.size[2], config),
         FACTS=phases.facts(problem, config, grad_y, config["BLOCK_K"] // math.prod(problem.kernel)),
         VOXELS_INNER=grad_x.stride(1) != 1,
-        WIDE=wide(grad_y, weight, grad_x),
+        WIDE=wide(grad_y, weight, grad_x, of=problem),
         PRECISION=precision(problem.dtype),
     )
     return grad_x

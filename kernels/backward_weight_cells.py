@@ -121,8 +121,8 @@ def backward_weight_cells_kernel(
     grad_y_rows = offset(grad_y_strides, 0, group * C_OUT + co, pd - cut[0], ph - cut[1], pw - cut[2])
     x_rows = offset(x_strides, 0, group * C_IN + ci, sd - back[0], sh - back[1], sw - back[2])
     y_strides = (
-        grad_y_strides[0], grad_y_strides[1],
-        grad_y_strides[2] * STRIDE[0], grad_y_strides[3] * STRIDE[1], grad_y_strides[4] * STRIDE[2],
+        grad_y_strides[0], grad_y_strides[1], widened(grad_y_strides[2], WIDE) * STRIDE[0],
+        widened(grad_y_strides[3], WIDE) * STRIDE[1], widened(grad_y_strides[4], WIDE) * STRIDE[2],
     )  # fmt: skip
     by = None
     if not (WIDE or Y_VOXELS_INNER):
@@ -207,6 +207,8 @@ def work(problem: Problem, config: Config) -> Work:
 def _kept(problem: Problem, block_m: int, block_n: int) -> float:
     """The part of the tiles that have a tap, as the kernel finds out: by the least phase and delta of each axis."""
     window, (_, rows, columns, _) = window_of(problem.kernel, problem.stride), gemm(problem)
+    if not rows or not columns:
+        return 1.0
     phases = _least(rows, block_m, problem.c_out // problem.groups, problem.stride, last=False)
     deltas = _least(columns, block_n, problem.c_in // problem.groups, window, last=True)
     kept = 0

@@ -183,7 +183,7 @@ def launch(problem, config, x, grad_y, need_bias):
         FIRST=tuple(first for first, _ in windows),
         TAPS_H=windows[0][1],
         TAPS_W=windows[1][1],
-        WIDE=wide(x, grad_y, partial),
+        WIDE=wide(x, grad_y, partial, of=problem),
     )
     sum_weights(partial, grad_weight.view(channels, 1, *problem.kernel), bias_partial, grad_bias)
     return grad_weight, grad_bias

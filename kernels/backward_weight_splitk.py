@@ -90,10 +90,11 @@ def backward_weight_splitk_kernel(
         by = dividers(size, BLOCK_W)
     lanes = spans((vd, vh, vw), crop, out_size, mask_m, STRIDE)
     # Of i*stride - crop + tap the loop adds only i*stride.
-    grad_y_rows -= crop[0] * grad_y_strides[2] + crop[1] * grad_y_strides[3] + crop[2] * grad_y_strides[4]
+    cut = (widened(crop[0], WIDE), widened(crop[1], WIDE), widened(crop[2], WIDE))
+    grad_y_rows -= cut[0] * grad_y_strides[2] + cut[1] * grad_y_strides[3] + cut[2] * grad_y_strides[4]
     y_strides = (
-        grad_y_strides[0], grad_y_strides[1],
-        grad_y_strides[2] * STRIDE[0], grad_y_strides[3] * STRIDE[1], grad_y_strides[4] * STRIDE[2],
+        grad_y_strides[0], grad_y_strides[1], widened(grad_y_strides[2], WIDE) * STRIDE[0],
+        widened(grad_y_strides[3], WIDE) * STRIDE[1], widened(grad_y_strides[4], WIDE) * STRIDE[2],
     )  # fmt: skip
     for tile_k in range(first, last):
         image, d, h, w, mask_k = voxels(tile_k, n, size, BLOCK_K, BLOCK_W, WIDE, by)

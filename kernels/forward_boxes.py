@@ -131,7 +131,7 @@ def launch(problem, config, x, weight, bias, out=None):
         y_strides=y.stride(),
         ORDER=phase_order(problem),
         K_INNERMOST=k_innermost,
-        WIDE=wide(y),
+        WIDE=wide(y, of=problem),
         PRECISION=precision(problem.dtype),
     )
     return y

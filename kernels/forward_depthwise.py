@@ -97,7 +97,7 @@ def launch(problem, config, x, weight, bias, out=None):
         TAPS_H=windows[0][1],
         TAPS_W=windows[1][1],
         INTERLEAVE=int(problem.stride[2] == 2 and problem.layout == "ncdhw"),
-        WIDE=wide(x, weight, y),
+        WIDE=wide(x, weight, y, of=problem),
     )
     return y
 

@@ -116,7 +116,7 @@ def launch(problem, config, x, weight, bias, out=None):
         w_strides=oriented(weight, "forward"),
         y_strides=y.stride(),
         VOXELS_INNER=y.stride(1) != 1,
-        WIDE=wide(x, weight, y),
+        WIDE=wide(x, weight, y, of=problem),
         PRECISION=precision(problem.dtype),
     )
     return y

@@ -180,7 +180,7 @@ def launch(problem, config, x, weight, bias, out=None):
         x_strides=x.stride(),
         w_strides=oriented(weight, "forward"),
         **dict(zip((*Y_STRIDES, "y_w"), y.stride(), strict=True)),
-        WIDE=wide(x, weight, y),
+        WIDE=wide(x, weight, y, of=problem),
         PRECISION=precision(problem.dtype),
     )
     return y

@@ -166,7 +166,7 @@ def launch(problem, config, x, weight, bias, out=None):
         ORDER=phase_order(problem),
         X_VOXELS_INNER=x.stride(1) != 1 and config["BLOCK_W"] == 0,
         Y_VOXELS_INNER=y.stride(1) != 1,
-        WIDE=wide(x, weight, y),
+        WIDE=wide(x, weight, y, of=problem),
         PRECISION=precision(problem.dtype),
     )
     return y

@@ -64,7 +64,7 @@ def forward_shuffle_kernel(
         offs_n = offs_n.to(tl.int64)
 
     by = None
-    if BLOCK_W == 0 and not ROWS and not WIDE:  # w is not contiguous: see dividers
+    if BLOCK_W == 0 and not ROWS and not WIDE:  # no rows along w: see dividers
         by = given_dividers(by_d, by_h, by_w, shift_d, shift_h, shift_w)
     image, d, h, w, _ = voxels(tile_m, n, cells, BLOCK_M, BLOCK_W, WIDE, by)
     d, h, w = d + first[0], h + first[1], w + first[2]

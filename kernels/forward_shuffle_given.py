@@ -76,7 +76,7 @@ def forward_shuffle_given_kernel(
         offs_k = offs_k.to(tl.int64)
 
     by = None
-    if BLOCK_W == 0 and not ROWS and not WIDE:  # w is not contiguous: see dividers
+    if BLOCK_W == 0 and not ROWS and not WIDE:  # no rows along w: see dividers
         by = given_dividers(by_d, by_h, by_w, shift_d, shift_h, shift_w)
     image, d, h, w, _ = voxels(tile_m, n, cells, BLOCK_M, BLOCK_W, WIDE, by)
     d, h, w = d + first[0], h + first[1], w + first[2]
@@ -128,7 +128,7 @@ def launch(problem, config, x, weight, bias, out=None):
         X_STEP=phases.width_step(problem.size[2], config),
         FACTS=phases.facts(problem, config, y, config["BLOCK_N"] // math.prod(problem.kernel)),
         X_VOXELS_INNER=x.stride(1) != 1 and config["BLOCK_W"] == 0,
-        WIDE=wide(x, weight, y),
+        WIDE=wide(x, weight, y, of=problem),
         PRECISION=precision(problem.dtype),
     )
     return y

@@ -74,7 +74,7 @@ def forward_shuffle_resident_kernel(
         bias = tl.load(bias_ptr + channel, mask=mask_n, other=0.0).to(tl.float32)
 
     by = None
-    if BLOCK_W == 0 and not ROWS and not WIDE:  # w is not contiguous: see dividers
+    if BLOCK_W == 0 and not ROWS and not WIDE:  # no rows along w: see dividers
         by = given_dividers(by_d, by_h, by_w, shift_d, shift_h, shift_w)
     for tile_m in range(tl.program_id(0) // TILES_N, tiles_m, tl.num_programs(0) // TILES_N):
         image, d, h, w, _ = voxels(tile_m, n, cells, BLOCK_M, BLOCK_W, WIDE, by)
@@ -149,7 +149,7 @@ def _fits(problem: Problem, config: Config) -> bool:
 def space(problem: Problem, device: torch.device):
     base = _deep(problem, default(problem, device))
     more = {"WEIGHT": (0, 1, 2), "ROWS": (0, 1) if phases.whole_rows(problem) else (), "RESIDENT": (1, 2, 3, 4)}
-    found = (each for each in tiles.around(base, problem, **more) if each["BLOCK_K"] == base["BLOCK_K"])
+    found = (each for each in tiles.around(base, problem, "BLOCK_M", **more) if each["BLOCK_K"] == base["BLOCK_K"])
     shallow = ({key: value for key, value in each.items() if key != "BLOCK_K"} for each in found)
     return tuple(each for each in shallow if _fits(problem, each))
 

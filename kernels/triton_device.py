@@ -111,10 +111,10 @@ def divider(divisor):
 
 @triton.jit
 def dividers(size, BLOCK_W: tl.constexpr):
-    """What :func:`voxels` in a loop divides by along (d, h, w), where the channels are contiguous.
+    """What :func:`voxels` divides by along (d, h, w), for loops over tiles and where the channels are contiguous.
 
-    Not where w is: of a division the compiler knows that neighbours along w have the same quotient, of a multiplication
-    it does not, and loads would be narrow. Nor where offsets are 64 bits wide.
+    Not where tiles are rows along w: of a division the compiler knows that neighbours along w have one quotient, of a
+    multiplication it does not, and loads would be narrow. Nor where offsets are 64 bits wide.
     """
     across = tl.cdiv(size[2], BLOCK_W) if BLOCK_W > 0 else size[2]
     return divider(size[0]), divider(size[1]), divider(across)

@@ -139,7 +139,7 @@ def backward(problem, config, x, weight, grad_y, need_bias):
         splits = config["SPLITS"] if grad_y.numel() else 0  # no splits at all sum to zeros
         partial = fresh((splits, groups, math.prod(problem.kernel), c_out, c_in), x, torch.float32)
         bias_partial = fresh((splits, problem.c_out), x, torch.float32) if need_bias else None
-    far = wide(x, weight, grad_y, grad_x, partial)
+    far = wide(x, weight, grad_y, grad_x, partial, of=problem)
     if grad_y.numel():
         run(
             fused_backward_kernel,

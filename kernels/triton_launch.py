@@ -22,7 +22,7 @@ from tritonconv.kernels.triton_tiles import PROGRAMS
 from tritonconv.problem import Problem, Triple, largest_offset
 
 INTERPRETED_PROGRAMS = 3  # few, so that each takes several tiles there as well
-WIDE_FROM = 2**30  # half of what 32 bits hold: masked lanes of a tile reach beyond the tensor
+WIDE_FROM = 2**30  # half of what 32 bits hold, for a tensor and as much again for what is masked beyond it
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 PRECISIONS = {"tf32": "tf32", "ieee": "ieee", "none": "ieee", "bf16": "ieee"}
@@ -119,14 +119,19 @@ def precision(dtype: torch.dtype) -> str:
     return said
 
 
-def wide(*tensors: torch.Tensor | None) -> bool:
-    """Whether an element offset into one of the tensors needs 64 bits; also for axes too long for dividers."""
-    return any(_is_wide(tensor) for tensor in tensors if tensor is not None)
+def wide(*tensors: torch.Tensor | None, of: Problem | None = None) -> bool:
+    """Whether an element offset into one of the tensors needs 64 bits; also for axes too long for dividers.
+
+    ``of``: the problem whose taps and crops reach beyond x and y, masked: offsets of voxels not there count too.
+    """
+    reach = (0, 0, 0) if of is None else tuple(2 * (a.dilation * a.kernel + a.crop + a.stride) for a in of.axes)
+    return any(_is_wide(tensor, reach) for tensor in tensors if tensor is not None)
 
 
-def _is_wide(tensor: torch.Tensor) -> bool:
+def _is_wide(tensor: torch.Tensor, reach: tuple[int, ...]) -> bool:
     far = largest_offset(tuple(tensor.shape), tensor.stride()) >= WIDE_FROM
-    return far or max(tensor.shape[2:], default=0) >= FAR // 2
+    beyond = sum(more * abs(stride) for more, stride in zip(reach, tensor.stride()[2:], strict=False))
+    return far or beyond >= WIDE_FROM or max(tensor.shape[2:], default=0) >= FAR // 2
 
 
 def units(strides: tuple[int, ...]) -> tuple[int, ...]:

@@ -161,7 +161,7 @@ def store_phases(
     strides, tile, n, cells, origin, out_size, tile_n,
     CHANNELS: tl.constexpr, PHASES: tl.constexpr, STRIDE: tl.constexpr, ROWS: tl.constexpr, FACTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, WIDE: tl.constexpr,
-    by=None,  # :func:`fine_dividers`, in a loop
+    by=None,  # what the voxels are divided by: dividers of the cells, fine_dividers with ROWS
 ):  # fmt: skip
     """Writes the outputs of a tile, rounded once."""
     SPAN: tl.constexpr = span(PHASES, ROWS)
@@ -182,7 +182,7 @@ def load_phases(
     strides, tile, n, cells, origin, out_size, tile_n,
     CHANNELS: tl.constexpr, PHASES: tl.constexpr, STRIDE: tl.constexpr, ROWS: tl.constexpr, FACTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, WIDE: tl.constexpr,
-    by=None,  # :func:`fine_dividers`, in a loop
+    by=None,  # what the voxels are divided by: dividers of the cells, fine_dividers with ROWS
 ):  # fmt: skip
     """The tile (BLOCK_M, BLOCK_N) of y that :func:`store_phases` would write; 0 where there is no output."""
     SPAN: tl.constexpr = span(PHASES, ROWS)
@@ -294,7 +294,7 @@ def forward(
         X_VOXELS_INNER=x.stride(1) != 1 and config["BLOCK_W"] == 0,
         X_STEP=width_step(problem.size[2], config),
         FACTS=facts(problem, config, y),
-        WIDE=wide(x, weight, y),
+        WIDE=wide(x, weight, y, of=problem),
         PRECISION=precision(problem.dtype),
         **({} if shift is None else {"SHIFT": shift}),
     )

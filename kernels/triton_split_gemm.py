@@ -102,11 +102,10 @@ class SplitGemm(NamedTuple):
     def space(self, base: Config) -> tuple[Config, ...]:
         """The configs around ``base``, each with the chunks of so many waves."""
         found = {}
-        for changed in tiles.around(base, self.problem, num_warps=(4, 8), BLOCK_W=(0, base["BLOCK_K"])):
-            if changed["BLOCK_W"] <= changed["BLOCK_K"]:
-                for waves in (WAVES, 1, 2 * WAVES, 4 * WAVES):  # other tiles are other programs
-                    config = {**changed, "SPLITS": self.splits(changed, waves)}
-                    found[tuple(config.items())] = config
+        for changed in tiles.around(base, self.problem, "BLOCK_K", num_warps=(4, 8), BLOCK_W=(0, base["BLOCK_K"])):
+            for waves in (WAVES, 1, 2 * WAVES, 4 * WAVES):  # other tiles are other programs
+                config = {**changed, "SPLITS": self.splits(changed, waves)}
+                found[tuple(config.items())] = config
         return tuple(found.values())
 
     def workspace_bytes(self) -> int:
@@ -164,7 +163,7 @@ class SplitGemm(NamedTuple):
             grad_w_strides=(step[0], step[4], step[3], step[2]),
             Y_VOXELS_INNER=grad_y.stride(1) != 1,
             X_VOXELS_INNER=x.stride(1) != 1 and config["BLOCK_W"] == 0,
-            WIDE=wide(x, grad_y, partial),
+            WIDE=wide(x, grad_y, partial, of=problem),
             PRECISION=precision(problem.dtype),
         )
         if through_partials(problem, splits):

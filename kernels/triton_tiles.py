@@ -91,14 +91,17 @@ def tiles_of(n: int, size: Triple, config: Config) -> int:
     return math.ceil(n * size[0] * size[1] / (block_m // width)) * math.ceil(size[2] / width)
 
 
-def around(base: Config, problem: Problem, **more: tuple[int, ...]) -> tuple[Config, ...]:
+def around(base: Config, problem: Problem, along: str = "BLOCK_M", **more: tuple[int, ...]) -> tuple[Config, ...]:
     """``base`` and the configs around it that fit.
 
     Its neighbours, with halved and doubled tiles, other stages or ``more`` values of other keys, come first; then every
     combination of tiles and stages, and of these with the weight as it is given, for the cost model to choose from.
+    ``along`` is the block of voxels, which a row of BLOCK_W fits in.
     """
     found = [dict(base)]
     for changed in itertools.chain(_neighbours(base, more), _grid(base, more)):
+        if "BLOCK_W" in changed:
+            changed["BLOCK_W"] = min(changed["BLOCK_W"], changed[along])
         if changed not in found and _sensible(changed, problem.dtype.itemsize):
             found.append(changed)
     return tuple(found)
@@ -136,4 +139,4 @@ def _sensible(config: Config, itemsize: int) -> bool:
     m, n, k = (config[key] for key in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
     if not fits(config, itemsize) or (m + n) * k * itemsize > MOST_LOADED * config["num_warps"]:
         return False
-    return min(m, n, k) >= 16 and max(m, n, k) <= 256 and config.get("BLOCK_W", 0) <= m
+    return min(m, n, k) >= 16 and max(m, n, k) <= 256

@@ -40,6 +40,11 @@ def measured(name: str, times: float, count: int, **changes) -> list[Sample]:
     return found[:count]
 
 
+def kind(name: str, **changes) -> str:
+    each = next(each for each in layers(torch.bfloat16, "ndhwc") if variant(name).supports(each, CUDA) is None)
+    return model.kind(variant(name), guess(name, each, **changes).work)
+
+
 needs_triton = pytest.mark.skipif(not registry.have_triton(), reason="needs Triton")
 
 
@@ -47,7 +52,8 @@ needs_triton = pytest.mark.skipif(not registry.have_triton(), reason="needs Trit
 def test_a_kind_has_the_median_of_its_ratios_and_is_corrected_by_it():
     found = [*measured(NAME, 2.0, LEAST), *measured(NAME, 5.0, LEAST + 1, num_stages=1)]
     factors = calibrate.factors(found, GPU)
-    assert factors[NAME] == pytest.approx(2) and factors[f"{NAME} unpipelined"] == pytest.approx(5)
+    assert factors[kind(NAME)] == pytest.approx(2) and factors[kind(NAME, num_stages=1)] == pytest.approx(5)
+    assert kind(NAME) != kind(NAME, num_stages=1)
     corrected = dataclasses.replace(GPU, factors=factors)
     each = problem("psmnet_train_64_32")
     launches = guess(NAME, each).work.launches * GPU.launch_us * 1e-3
@@ -59,20 +65,34 @@ def test_a_kind_has_the_median_of_its_ratios_and_is_corrected_by_it():
 
 
 @needs_triton
-def test_a_kernel_that_was_hardly_timed_has_the_factor_of_all_triton_kernels_and_torch_has_none():
+def test_what_was_hardly_timed_has_the_factor_of_all_kernels_of_its_backend():
     found = [*measured(NAME, 3.0, LEAST), *measured("backward_data_gemm", 1.0, LEAST - 1)]
     factors = calibrate.factors(found, GPU)
-    assert set(factors) == {NAME, model.TRITON} and factors[model.TRITON] == pytest.approx(3)
+    assert set(factors) == {kind(NAME), "triton"} and factors["triton"] == pytest.approx(3)
     corrected, each = dataclasses.replace(GPU, factors=factors), problem("psmnet_train_64_32")
     assert guess("backward_data_gemm", each, corrected).ms > 2 * guess("backward_data_gemm", each).ms
     assert guess("forward_torch_native", each, corrected).ms == guess("forward_torch_native", each).ms
+    both = calibrate.factors([*found, *measured("forward_torch_native", 4.0, LEAST)], GPU)
+    corrected = dataclasses.replace(GPU, factors=both)
+    assert both["torch"] == pytest.approx(4)
+    assert guess("forward_torch_phases", each, corrected).ms > 2 * guess("forward_torch_phases", each).ms
+
+
+@needs_triton
+def test_a_kernel_that_was_edited_has_no_factor_of_its_own_any_more(monkeypatch):
+    before = kind(NAME)
+    monkeypatch.setattr(model, "source_hash", lambda record: "another")
+    model._sources.cache_clear()
+    assert kind(NAME) != before and kind(NAME).split()[0] == NAME
+    model._sources.cache_clear()
 
 
 def test_nothing_timed_corrects_nothing():
     assert calibrate.factors([], GPU) == {}
     assert calibrate.factors(measured("forward_torch_native", 2.0, LEAST - 1), GPU) == {}
     assert calibrate.factors(measured("forward_torch_native", 2.0, LEAST), GPU) == {
-        "forward_torch_native": pytest.approx(2)
+        kind("forward_torch_native"): pytest.approx(2),
+        "torch": pytest.approx(2),
     }
 
 
@@ -80,19 +100,22 @@ def test_samples_are_of_the_variants_as_they_are_now_and_of_these_problems():
     each, other = problem("psmnet_train_64_32"), problem("psmnet_kitti_64_64")
     record = variant("forward_torch_native")
 
-    def timing(text, name=record.name, source=None, status="ok", ms=1.0) -> Timing:
-        return Timing(text, "forward", name, {}, source or source_hash(record), "screen", {}, status, median_ms=ms)
+    def timing(text, name=record.name, source=None, stage="screen", versions=(), **more) -> Timing:
+        own = source or source_hash(record)
+        return Timing(text, "forward", name, {}, own, stage, dict(versions), **{"median_ms": 1.0, **more})
 
-    kept = timing(str(each), ms=3.0)
+    kept = timing(str(each), median_ms=3.0)
     left = [timing(str(other)), timing(str(each), name="forward_gone"), timing(str(each), source="another"),
-            timing(str(each), status="failed", ms=None)]  # fmt: skip
-    assert calibrate.samples([kept, *left], [each]) == [Sample(record, each, {}, 3.0)]
+            timing(str(each), status="failed", median_ms=None), timing(str(each), stage="final"),
+            timing(str(each), versions={"triton": "3.0"})]  # fmt: skip
+    assert calibrate.samples([kept, *left], [each], {}) == [Sample(record, each, {}, 3.0)]
 
 
 @needs_triton
 def test_a_tuning_run_corrects_its_predictions_by_what_it_timed_and_keeps_older_factors(tmp_path):
     found = measured(NAME, 2.0, LEAST)
     session = Session(CUDA)
+    session.versions = {}
     session.journal, session.ceilings = Journal("a GPU", tmp_path), dataclasses.replace(GPU, factors={"triton": 9.0})
     for one in found[1:]:
         session.journal.add(timing_of(one))
@@ -101,7 +124,7 @@ def test_a_tuning_run_corrects_its_predictions_by_what_it_timed_and_keeps_older_
     assert session.ceilings.factors == {"triton": 9.0}
     session.journal.add(timing_of(found[0]))
     session._calibrate(tasks)
-    assert session.ceilings.factors == pytest.approx({NAME: 2.0, "triton": 2.0})
+    assert session.ceilings.factors == pytest.approx({kind(NAME): 2.0, "triton": 2.0})
 
 
 def timing_of(one: Sample) -> Timing:
@@ -116,6 +139,11 @@ def test_roofs_that_are_measured_again_keep_the_factors(tmp_path):
     calibrate.keep(dataclasses.replace(GPU, measured=True, memory=1e12, factors={"triton": 1.25}), CPU, tmp_path)
     kept = ceilings.from_json(store.read(device_name(CPU), tmp_path).ceilings)
     assert kept.memory == 1e12 and kept.factors == {"forward_phases": 2.0, "triton": 1.25}
+    calibrate.keep_factors({"torch": 3.0}, CPU, tmp_path)
+    both = ceilings.from_json(store.read(device_name(CPU), tmp_path).ceilings)
+    assert both.memory == 1e12 and both.factors == {"forward_phases": 2.0, "triton": 1.25, "torch": 3.0}
+    calibrate.keep_factors({"torch": 3.0}, CPU, tmp_path / "nothing measured")
+    assert store.read(device_name(CPU), tmp_path / "nothing measured").ceilings is None
 
 
 def test_ceilings_without_factors_are_read_and_broken_ones_are_not():

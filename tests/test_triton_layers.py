@@ -13,7 +13,7 @@ import pytest
 import torch
 from test_numerics import LAYERS, check, references
 from test_triton_kernels import DTYPES, NAMES, ON_GPU, first_served, operands, small
-from variant_cases import DEVICE, run, same
+from variant_cases import DEVICE, Case, run, same
 
 import tritonconv
 from tritonconv import dispatch
@@ -135,6 +135,23 @@ def test_offsets_beyond_32_bits(name):
         if record.pass_name == "forward":
             out = far_apart(torch.full(problem.y_shape, math.nan, dtype=torch.float16, device=DEVICE))
             assert same(record.launch(problem, config, x, weight, bias, out=out), wanted["forward"][0])
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if variant(name).pass_name != "forward"])
+def test_a_plane_of_more_than_2_to_the_30(name):
+    """Its stride fits 32 bits, and twice of it, a step of the convolution, does not."""
+    record, case = variant(name), Case(n=1, channels=(8, 8), size=2, kernel=4, stride=2, front=1, back=1)
+    problem = case.problem(torch.float16, "ndhwc")
+    if record.supports(problem, DEVICE) is not None:
+        return
+    (x, weight, bias, grad_y), wanted = operands(case, torch.float16, "ndhwc")
+    plane = 2**30 + 4096
+    strides = (4 * plane, 1, plane, *grad_y.stride()[3:])
+    far = torch.empty(3 * plane + grad_y.numel(), dtype=torch.float16, device=DEVICE)
+    far = far.as_strided(grad_y.shape, strides).copy_(grad_y)
+    with contextlib.nullcontext() if ON_GPU else interpreter.overflow_checks():
+        got = run(record, problem, small(record.default(problem, DEVICE)), (x, weight, bias), far, True)
+    assert all(map(same, got, wanted[record.pass_name]))
 
 
 @pytest.mark.skipif(ON_GPU, reason="the interpreter's overflow checks; on a GPU the offsets above are real")

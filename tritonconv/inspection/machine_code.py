@@ -15,6 +15,7 @@ SECONDS_FOR_TOOL = 120.0
 
 _SASS = re.compile(r"^\s*(?:/\*[0-9a-f]+\*/)?\s*(?:@!?\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
 _LABEL = re.compile(r"^\s*(\.L_x_\d+):")
+_EXIT = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+EXIT")  # under no condition
 _BACK = re.compile(r"`\((\.L_x_\d+)\)")
 _NARROW = re.compile(r"LDG\.(\w+\.)*[US](8|16)\b")
 _FRAME = re.compile(r"\bR1, (R1, -?0x|c\[)")  # the stack pointer, loaded or moved by a number
@@ -88,11 +89,14 @@ def loop_counts(code: str) -> dict[str, int]:
     names: list[str] = []
     labels: dict[str, int] = {}
     found: list[range] = []
+    exits: list[int] = []  # what lies behind one and jumps back is a wait out of line, not a loop
     for line in code.splitlines():
         if label := _LABEL.match(line):
             labels[label[1]] = len(names)
         elif word := _SASS.match(line):
             names.append(word[1])
+            if _EXIT.match(line):
+                exits.append(len(names) - 1)
             target = _BACK.search(line)
             if word[1].startswith("BRA") and target and target[1] in labels:
                 found.append(range(labels[target[1]], len(names)))
@@ -100,7 +104,7 @@ def loop_counts(code: str) -> dict[str, int]:
     def products(loop: range) -> int:
         return sum(bool(_NVIDIA_MATRIX.fullmatch(names[index].split(".")[0])) for index in loop)
 
-    loops = [loop for loop in found if products(loop)]
+    loops = [loop for loop in found if products(loop) and not any(index in loop for index in exits)]
     inner = [loop for loop in loops if not any(o != loop and o[0] >= loop[0] and o[-1] <= loop[-1] for o in loops)]
     body = [names[index] for index in max(inner, key=products, default=range(0))]
     return {"loop_instructions": len(body), "narrow_loads": sum(bool(_NARROW.match(name)) for name in body)}

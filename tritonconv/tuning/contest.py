@@ -12,7 +12,7 @@ import torch
 from tritonconv.autotune import model
 from tritonconv.autotune.ceilings import Ceilings
 from tritonconv.autotune.choose import Selection
-from tritonconv.autotune.journal import FAILED, OK, WRONG, Journal, Timing
+from tritonconv.autotune.journal import FAILED, FINAL, OK, SCREEN, WRONG, Journal, Timing
 from tritonconv.autotune.sources import source_hash
 from tritonconv.bench.calls import TensorCall
 from tritonconv.bench.failures import context_is_lost, disqualifies, told
@@ -23,7 +23,6 @@ from tritonconv.kernels.registry import variants
 from tritonconv.problem import Problem
 from tritonconv.tuning.case import Case
 
-SCREEN, FINAL = "screen", "final"
 TORCH = "torch"
 # A first call so many times slower than torch's second is not timed again.
 HOPELESS = 8.0

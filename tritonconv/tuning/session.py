@@ -36,6 +36,9 @@ WHOLE = Effort(model.MOST_CANDIDATES, 3.0, 12.0, 20.0)
 # Problems whose kernels are being compiled while one is timed, and how long one waits for its own.
 AHEAD, COMPILING_SECONDS = 3, 120.0
 
+# The model chooses the candidates, and what is timed corrects it: so many times more of them are a deeper search.
+MORE = 1.25
+
 COMPLETE, BUDGET = "complete", "budget"
 Write = Callable[[str, dict[str, object]], object]
 
@@ -128,22 +131,23 @@ class Session:
         self.deadline = float("inf") if self.seconds is None else self.begin + self.seconds
         efforts = self._efforts()
         progress.begin(len(waiting) * len(efforts))
-        with gpu.cudnn_benchmark(self.device), Precompiler(target_of(self.device)) as compiler:
-            for self.effort in efforts:
-                self.report.known = []
-                self._calibrate(waiting)
-                if not self._all(waiting, compiler, progress):
-                    break
+        try:
+            with gpu.cudnn_benchmark(self.device), Precompiler(target_of(self.device)) as compiler:
+                for self.effort in efforts:
+                    self.report.known = []
+                    self._calibrate(waiting)
+                    if not self._all(waiting, compiler, progress):
+                        break
+        finally:
             self._calibrate(waiting)
-        if self.ceilings.measured:
-            calibrate.keep(self.ceilings, self.device, self.folder)
+            calibrate.keep_factors(self.ceilings.factors, self.device, self.folder)
         dispatch.forget()
         return self.report
 
     def _calibrate(self, tasks: list[Task]) -> None:
         """Corrects the model by what was timed so far: the next candidates are chosen the better for it."""
         if self.device.type == "cuda":  # on a CPU each variant has one config, and all of them are timed
-            timed = calibrate.samples(self.journal.timings.values(), [task.problem for task in tasks])
+            timed = calibrate.samples(self.journal.timings.values(), [task.problem for task in tasks], self.versions)
             found = calibrate.factors(timed, self.ceilings)
             self.ceilings = replace(self.ceilings, factors={**self.ceilings.factors, **found})
 
@@ -221,9 +225,9 @@ class Session:
             self._keep(task, winner)
 
     def _stored(self, table: Table, problem: Problem, pass_name: str, rivals: int) -> Entry | None:
-        """An entry that this run would only make again: as many candidates were there."""
+        """An entry that this run would only make again: about as many candidates were there."""
         entry = None if self.again else table.find(Key.of(problem, pass_name))
-        if entry is None or dict(entry.versions) != self.versions or entry.rivals < rivals:
+        if entry is None or dict(entry.versions) != self.versions or MORE * entry.rivals < rivals:
             return None
         try:
             return entry if source_hash(variant(entry.variant)) == entry.source else None
