@@ -72,5 +72,15 @@ def of(base: Variant, launch: Callable, idea: str, copied: tuple[str, ...], gath
     )
 
 
+def weight_gradient(base: Variant, idea: str) -> Variant:
+    """:func:`of` a backward-weight variant: on copies of x and of grad_y, which the other gradient may have made."""
+
+    def launch(problem, config, x, grad_y, need_bias, prepared=None):
+        grad_y = channels_last(grad_y) if prepared is None else prepared
+        return base.launch(problem, config, channels_last(x), grad_y, need_bias)
+
+    return of(base, launch, idea, ("x", "y"), "c_out")
+
+
 def _last(problem: Problem) -> Problem:
     return replace(problem, layout="ndhwc")
