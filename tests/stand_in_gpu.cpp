@@ -1,6 +1,6 @@
-// A device guard and the hooks of a GPU that does nothing: with them torch's CPU build takes tensors that say that they
-// are on a CUDA device, and its autograd runs their backward in the thread of that device. Loaded by stand_in_gpu.py
-// before torch, which asks for its hooks once.
+// A device guard and the hooks of a GPU that does nothing: with them torch takes tensors that say that they
+// are on a CUDA device, and its autograd runs their backward in the thread of that device; a CUDA build does so with no
+// GPU there. Loaded by stand_in_gpu.py before torch, which asks for its hooks once.
 
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/detail/CUDAHooksInterface.h>
@@ -23,9 +23,10 @@ struct Guard : c10::impl::NoOpDeviceGuardImpl<DeviceType::CUDA> {
   bool queryEvent(void*) const override { return true; }
 };
 
-const c10::impl::DeviceGuardImplRegistrar registrar(DeviceType::CUDA, new Guard());
-
 }  // namespace
+
+// After torch is loaded: a CUDA build of it has put its own guard there, which asks the driver.
+extern "C" void stand_in_guard() { c10::impl::DeviceGuardImplRegistrar(DeviceType::CUDA, new Guard()); }
 
 namespace at {
 
@@ -41,6 +42,7 @@ struct CUDAHooks : CUDAHooksInterface {
   Generator getNewGenerator(DeviceIndex) const override { return detail::createCPUGenerator(); }
 };
 
-REGISTER_CUDA_HOOKS(CUDAHooks);
+// Preferred to those of a CUDA build.
+C10_REGISTER_CLASS_WITH_PRIORITY(CUDAHooksRegistry, CUDAHooks, c10::REGISTRY_PREFERRED, CUDAHooks)
 
 }  // namespace at

@@ -26,7 +26,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 if "STAND_IN_GPU" in os.environ:  # the compiled stand_in_gpu.cpp, before torch
-    ctypes.CDLL(os.environ["STAND_IN_GPU"])
+    native = ctypes.CDLL(os.environ["STAND_IN_GPU"])
     os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
@@ -193,8 +193,10 @@ CUDA = {
 
 def install() -> None:
     """From here on this process has the GPU."""
+    native.stand_in_guard()
     for name, value in CUDA.items():
         setattr(torch.cuda, name, value)
+    torch.backends.cudnn.version = lambda: None
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # what is assigned to .data would lose its host
     install.library = _memory()  # its kernels live as long
     _launches()

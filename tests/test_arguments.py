@@ -160,7 +160,8 @@ def test_autocast_takes_mixed_dtypes_as_torch_does(where):
             y = call(x, weight, bias, stride=2)
             assert (y.dtype, y.shape) == (bf16, (1, 2, 9, 9, 9))
         for other in (f64, i64, c64):  # what autocast does not lower stays mixed
-            assert isinstance(refused(lambda other=other: F.conv_transpose3d(x, weight.to(other))), RuntimeError)
+            if type(x) is torch.Tensor:  # torch 2.11 takes it for fake tensors
+                assert isinstance(refused(lambda other=other: F.conv_transpose3d(x, weight.to(other))), RuntimeError)
             error = refused(lambda other=other: tritonconv.conv_transpose3d(x, weight.to(other)))
             assert isinstance(error, ArgumentTypeError), repr(error)
 

@@ -90,6 +90,14 @@ def test_every_row_is_on_disk_at_once(tmp_path):
         assert len(read(writer.path).results) == 1
 
 
+def test_a_run_that_ends_before_its_first_row_leaves_nothing_and_a_killed_one_is_passed_over(path, tmp_path):
+    with pytest.raises(KeyboardInterrupt), Writer(tmp_path) as writer:
+        raise KeyboardInterrupt
+    assert not writer.path.exists() and latest(tmp_path) == path
+    (tmp_path / "bench-20990101T000000Z-00000.jsonl").touch()
+    assert results.files(tmp_path) == [path]
+
+
 def test_a_killed_process_leaves_its_finished_rows(tmp_path):
     script = f"""
 import sys, time
@@ -228,7 +236,8 @@ def test_runs_of_one_second_are_in_their_order(tmp_path):
     written = []
     for _ in range(6):
         with Writer(tmp_path) as writer:
-            written.append(writer.path)
+            writer.write("environment", ENVIRONMENT)
+        written.append(writer.path)
     assert results.files(tmp_path) == written
 
 

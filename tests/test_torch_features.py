@@ -6,6 +6,7 @@ Where our variants could run they are forced, because tiny problems go to torch 
 from __future__ import annotations
 
 import io
+import re
 import subprocess
 import sys
 import warnings
@@ -288,11 +289,17 @@ def test_dtensor_shards_of_the_batch_work_and_spatial_ones_are_refused(mesh, var
 
     x, weight, bias = operands()
     rest = [distribute_tensor(t, mesh, [Replicate()]) for t in (weight, bias)]
-    y = ours(distribute_tensor(x, mesh, [Shard(0)]), *rest)
-    close(y.full_tensor(), theirs(x, weight, bias))
     for axis in (2, 3, 4):
         with pytest.raises(tritonconv.ArgumentError, match=f"sharded along axis {axis}"):
             ours(distribute_tensor(x, mesh, [Shard(axis)]), *rest)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        close(ours(distribute_tensor(x, mesh, [Replicate()]), *rest).full_tensor(), theirs(x, weight, bias))
+        for placement in (Shard(0), Replicate()):
+            spread = distribute_tensor(x, mesh, [placement])
+            try:
+                theirs(spread, *rest)
+            except RuntimeError as refusal:  # torch 2.11 shares out no convolution with a stride and a padding
+                with pytest.raises(RuntimeError, match=re.escape(str(refusal))):
+                    ours(spread, *rest)
+            else:
+                close(ours(spread, *rest).full_tensor(), theirs(x, weight, bias))

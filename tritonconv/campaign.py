@@ -94,10 +94,8 @@ class Campaign:
 
     def _earlier(self) -> Run | None:
         """What earlier runs of this folder measured, which were all on this device."""
-        if not self.folder.is_dir() or not any(self.folder.glob(f"{results.CAMPAIGN}*.jsonl")):
-            return None
-        runs = [results.read(path) for path in results.files(self.folder) if path.name.startswith(results.CAMPAIGN)]
-        return results.merged(runs)
+        runs = [results.read(path) for path in results.written(self.folder, results.CAMPAIGN)]
+        return results.merged(runs) if runs else None
 
     def _left(self, reserved: float = 0.0) -> float:
         """Seconds until the budget ends, a share of it reserved for what comes after."""

@@ -60,9 +60,15 @@ def transformed() -> bool:
     return _transforms() is not None or forward_ad._current_level >= 0
 
 
+def exporting() -> bool:
+    """torch.export is at work: ``torch.compiler.is_exporting``, which torch.compile takes for True in torch 2.11."""
+    return torch.compiler.is_exporting()
+
+
 # torch.compiler.assume_constant_result without its import of the whole compiler: while it traces, torch.compile runs
-# the function with the transforms really active, keeps the answer, and guards on the transforms itself.
-transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
+# the functions with the transforms really active, keeps the answers, and guards on the transforms itself.
+for _asked in (transformed, exporting):
+    _asked._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def plain(first: torch.Tensor, second: torch.Tensor, third: torch.Tensor | None = None) -> bool:

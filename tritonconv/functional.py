@@ -116,7 +116,7 @@ def _traced(input, weight, bias, stride, padding, output_padding, groups, dilati
     geo = geometry(stride, padding, output_padding, groups, dilation)
     input, weight, bias = autocast(input, weight, bias)
     served = input.dtype in fallback.DTYPES and input.device.type in fallback.DEVICES
-    if torch.compiler.is_exporting() or fallback.transformed() or not served:
+    if fallback.exporting() or fallback.transformed() or not served:
         return _composed(input, weight, bias, geo)
     batched = input.unsqueeze(0) if input.dim() == 4 else input
     call = fallback.call_of(batched, weight, bias, geo)

@@ -65,9 +65,10 @@ _POSITIVE = {"roof": ("value",), "result": ("median_ms", "p20_ms", "p80_ms", "n_
 
 
 class Writer:
-    """Writes one run into a new file of ``folder`` and points ``latest.jsonl`` at it; a context manager.
+    """Writes one run into a new file of ``folder``; a context manager.
 
-    Never overwrites. Raises ResultsError where the folder or the file cannot be made.
+    ``latest.jsonl`` points at it from its first row on, and a file without one does not stay. Never overwrites. Raises
+    ResultsError where the folder or the file cannot be made.
     """
 
     def __init__(self, folder: Path, prefix: str = PREFIX) -> None:
@@ -80,9 +81,10 @@ class Writer:
             self._file = self.path.open("x", encoding="utf-8")
         except OSError as error:
             raise ResultsError(f"output: cannot write results into {folder}: {error}") from None
-        self._point_latest(folder)
+        self._rows = 0
 
-    def _point_latest(self, folder: Path) -> None:
+    def _point_latest(self) -> None:
+        folder = self.path.parent
         pointer, new = folder / LATEST, folder / f".{self.run}.link"
         try:
             new.symlink_to(self.path.name)
@@ -96,6 +98,9 @@ class Writer:
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())
+        self._rows += 1
+        if self._rows == 1:
+            self._point_latest()
         return record
 
     def __enter__(self) -> Writer:
@@ -103,6 +108,8 @@ class Writer:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._file.close()
+        if not self._rows:
+            self.path.unlink(missing_ok=True)
 
 
 @dataclass
@@ -165,15 +172,24 @@ def load(path: Path) -> Run:
     newest = latest(path)
     if not newest.name.startswith(CAMPAIGN):
         return read(newest)
-    return merged([read(each) for each in files(path) if each.name.startswith(CAMPAIGN)])
+    return merged([read(each) for each in written(path, CAMPAIGN)])
 
 
 def files(folder: Path) -> list[Path]:
-    """The results files of a folder, oldest first: the name carries the time. Raises ResultsError for none."""
-    found = [path for path in folder.glob("*.jsonl") if NAME.match(path.name) and not path.is_symlink()]
+    """The results files of a folder, oldest first. Raises ResultsError for none."""
+    found = written(folder)
     if not found:
         raise ResultsError(f"results: no results file in {folder.resolve()}; run tritonconv bench, or name a file")
-    return sorted(found, key=lambda path: path.name.split("-", 1)[1])
+    return found
+
+
+def written(folder: Path, prefix: str = "") -> list[Path]:
+    """The files of a folder with rows in them whose names begin so, oldest first: the name carries the time.
+
+    One that is empty is of a run that was killed before its first row.
+    """
+    named = [path for path in folder.glob(f"{prefix}*.jsonl") if NAME.match(path.name) and not path.is_symlink()]
+    return sorted((path for path in named if path.stat().st_size), key=lambda path: path.name.split("-", 1)[1])
 
 
 def merged(runs: Sequence[Run]) -> Run:
