@@ -12,6 +12,7 @@ from html import escape
 from pathlib import Path
 from statistics import geometric_mean
 
+from tritonconv.bench import counters
 from tritonconv.bench.results import BASELINE, OURS, Run
 from tritonconv.bench.standings import by_pass, eager, mean, standings
 from tritonconv.errors import ResultsError
@@ -35,7 +36,7 @@ Cell = str | float | int | None
 
 def write(run: Run, path: Path) -> Path:
     """Writes the page. Raises ResultsError where there is nothing to show, OSError where it cannot be written."""
-    if not any((run.results, run.roofs, run.timings, run.overheads, run.checks)):
+    if not any((run.results, run.roofs, run.timings, run.overheads, run.profiles, run.checks)):
         raise ResultsError(f"{run.path}: nothing was measured, so there is nothing to report")
     text = page(run)
     path.write_text(text, encoding="utf-8")
@@ -52,6 +53,7 @@ def page(run: Run) -> str:
         ("Roofs", _roofs(run)),
         ("Tuned choices", _tuned(run)),
         ("Overhead, in numbers", _overheads(run)),
+        ("Counters", _counters(run)),
         ("Verified", _checks(run)),
         ("Errors", _errors(run)),
         ("Left out", _skips(run)),
@@ -215,6 +217,17 @@ def _overheads(run: Run) -> str:
         for row in run.overheads
     ]
     return table(["layer", "pass", "dtype", "layer of", "us per call", "20 %", "80 %"], rows, 3)
+
+
+def _counters(run: Run) -> str:
+    rows = [
+        [row["layer"], row["pass"], row["dtype"], row["layout"], row["variant"], *counters.cells(row)]
+        for row in run.profiles
+    ]
+    head = ["layer", "pass", "dtype", "layout", "contestant", *counters.HEAD]
+    said = "<p>What ncu counted of each kernel of a call, with cold caches; MB are those of device memory.</p>"
+    found = table(head, rows, len(counters.HEAD) - 1)
+    return said + found if found else ""
 
 
 def _checks(run: Run) -> str:

@@ -35,13 +35,13 @@ LAYERS = (
     ("functional", "explain"),
     ("layer", "matlab_arguments", "initializers", "factors", "matlab", "convert"),
     ("contestants", "runner", "overhead"),
-    ("tuning",),
+    ("tuning", "profiling"),
     ("campaign",),
     ("commands", "cli", "__main__", "__init__"),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 # The plots read results files: of the project they see the reader and the errors.
-PLOTS_SEE = {"plots", "errors", "markdown", "bench.results", "bench.standings"}
+PLOTS_SEE = {"plots", "errors", "markdown", "bench.results", "bench.standings", "bench.counters"}
 
 
 def tracked() -> list[str]:

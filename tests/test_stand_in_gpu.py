@@ -19,6 +19,7 @@ import torch
 pytest.importorskip("triton")
 
 import stand_in_gpu
+import stand_in_ncu
 
 from tritonconv.bench import results
 from tritonconv.kernels.registry import variant
@@ -57,7 +58,7 @@ def script(code: str) -> tuple[str, str]:
     return "-c", f"import stand_in_gpu\nstand_in_gpu.install()\n{textwrap.dedent(code)}"
 
 
-def test_a_campaign_goes_through_all_its_steps(beside, tmp_path):
+def test_a_campaign_goes_through_all_its_steps(beside, tmp_path, ncu):
     layer = "segresnet_deconv_up2"
     asked = ("--suite", "unet", "--only", layer, "--dtype", "float16", "--scale", "cpu", "--no-compile", "--quiet")
     command = (TESTS / "stand_in_gpu.py", "campaign", "--seconds", 300, "--out", tmp_path, *asked)
@@ -84,6 +85,34 @@ def test_a_campaign_goes_through_all_its_steps(beside, tmp_path):
     code, out = beside(*command)
     assert code == 0
     assert "verify: 0 answers" in out and "tune: 0 choices" in out and "bench: 0 of 0 cells, 4 known before" in out
+
+    code, out = beside(TESTS / "stand_in_gpu.py", "profile", tmp_path, "--ncu", ncu, "--quiet")
+    assert code == 0
+    whole = results.load(tmp_path)
+    assert {row["pass"]: row["variant"] for row in whole.profiles} == dict.fromkeys(
+        ("forward", "forward_backward"), "tritonconv"
+    )
+    assert all(row["duration_us"] < stand_in_gpu.PRODUCT for row in whole.profiles)  # the tuned kernels, not torch's
+    assert len(whole.results) == 8 and "times as fast as the best torch" in out
+
+
+@pytest.fixture
+def ncu(tmp_path_factory):
+    return stand_in_ncu.install(tmp_path_factory.mktemp("ncu"))
+
+
+def test_the_counters_of_a_layer_are_those_of_one_warm_call(beside, tmp_path, ncu):
+    asked = ("--only", "segresnet_deconv_up2", "--dtype", "float16", "--layout", "ndhwc", "--scale", "cpu", "--quiet")
+    named = ("--contestants", "tritonconv,torch,forward_shuffle", "--ncu", ncu, "--output", tmp_path)
+    code, out = beside(TESTS / "stand_in_gpu.py", "profile", *asked, *named)
+    assert code == 0
+    (path,) = tmp_path.glob("profile-*.jsonl")
+    rows = {row["variant"]: row for row in results.read(path).profiles}
+    us = {name: row["duration_us"] for name, row in rows.items()}
+    assert us["torch"] == stand_in_gpu.PRODUCT
+    assert stand_in_gpu.PRODUCT <= us["tritonconv"] < 1.1 * stand_in_gpu.PRODUCT  # torch's own: nothing is tuned
+    assert us["forward_shuffle"] == 2 * stand_in_gpu.LAUNCH  # the weight's packing is one
+    assert rows["torch"]["counters"] == {"Duration [ns]": 1e6} and "a_kernel" in out
 
 
 def test_a_tensor_of_the_cpu_among_those_of_the_device_is_refused(beside):

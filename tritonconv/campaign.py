@@ -38,6 +38,7 @@ from tritonconv.tuning.session import Progress, Session, Task
 # Shares of the budget, as far as a step has something to do; the benchmark has what the others leave.
 VERIFY, ROOFS, TUNE, OVERHEAD = 0.12, 0.06, 0.42, 0.03
 END = 0.02  # for what is running when a step's time is over
+STORE = "store"  # the folder of a campaign's choices, in its own
 CHECKED_AXES = 12  # a problem is verified at no more voxels per axis
 # Of an answer that was held against float64, beside the versions.
 IDENTITY = ("layer", "pass", "dtype", "layout", "variant", "source")
@@ -71,7 +72,7 @@ class Campaign:
         """
         self.earlier, self.versions = self._earlier(), versions_of(self.device)
         reason = "complete"
-        with _store(self.folder / "store"), Writer(self.folder, results.CAMPAIGN) as writer:
+        with store_of(self.folder), Writer(self.folder, results.CAMPAIGN) as writer:
             self.writer = writer
             self.environment = writer.write("environment", header(self.options, writer))
             try:
@@ -293,10 +294,10 @@ def _small(problem):
 
 
 @contextlib.contextmanager
-def _store(folder: Path) -> Iterator[None]:
-    """The campaign's own store is the user's inside the block."""
+def store_of(folder: Path) -> Iterator[None]:
+    """Inside the block the store of a campaign's folder is the user's."""
     before = os.environ.get("TRITONCONV_CACHE")
-    os.environ["TRITONCONV_CACHE"] = str(folder.absolute())
+    os.environ["TRITONCONV_CACHE"] = str((folder / STORE).absolute())
     dispatch.forget()
     try:
         yield

@@ -30,24 +30,29 @@ def candidate(
     name: str, record: Variant | None, subject: Subject, problem: Problem, pass_name: str, baseline: Candidate | None
 ) -> Candidate:
     """Prepares and judges a contestant; ``record`` is the variant to force, None for torch and the public operation."""
-    t = subject.tensors(problem)
-    chosen: dict[str, Selection] = {}
-    if name == BASELINE:
-        call = torch_call(problem, t, pass_name)
-    elif name == COMPILED:
-        call = operation_call(_compiled(), problem, t, pass_name)
-    else:
-        with use(record.name) if record else contextlib.nullcontext():
-            made = plan(problem, subject.device)
-        served = PASSES if pass_name == FORWARD_BACKWARD else (pass_name,)
-        call = _call(made, problem, t, pass_name, public=record is None)
-        chosen = {each: made.choice(each) for each in served}
+    call, chosen = prepared(name, record, subject, problem, pass_name)
     begin = perf_counter()
     call()
     if subject.device.type == "cuda":
         torch.cuda.synchronize(subject.device)
     first_s = perf_counter() - begin
     return Candidate(name, chosen, call, _judge(name, chosen, call, subject, problem, pass_name, baseline), first_s)
+
+
+def prepared(
+    name: str, record: Variant | None, subject: Subject, problem: Problem, pass_name: str
+) -> tuple[TensorCall, dict[str, Selection]]:
+    """The call of a contestant, and what it runs by pass; nothing for torch's own and torch.compile's."""
+    t = subject.tensors(problem)
+    if name == BASELINE:
+        return torch_call(problem, t, pass_name), {}
+    if name == COMPILED:
+        return operation_call(_compiled(), problem, t, pass_name), {}
+    with use(record.name) if record else contextlib.nullcontext():
+        made = plan(problem, subject.device)
+    served = PASSES if pass_name == FORWARD_BACKWARD else (pass_name,)
+    call = _call(made, problem, t, pass_name, public=record is None)
+    return call, {each: made.choice(each) for each in served}
 
 
 def _compiled():

@@ -68,6 +68,10 @@ def counts(text: str) -> tuple[int, ...]:
     )
 
 
+def count(text: str) -> int:
+    return _integer(text, 1, 2**20, "1 to 2^20")
+
+
 def seed(text: str) -> int:
     return _integer(text, 0, 2**63 - 1, "0 to 2^63 - 1")
 

@@ -20,12 +20,12 @@ from types import TracebackType
 from tritonconv.errors import ResultsError
 
 SCHEMA = 1
-KINDS = ("environment", "roof", "check", "result", "timing", "tuned", "overhead", "skip", "error", "end")
+KINDS = ("environment", "roof", "check", "result", "timing", "tuned", "overhead", "profile", "skip", "error", "end")
 LATEST = "latest.jsonl"
-PREFIX, CAMPAIGN = "bench-", "campaign-"
+PREFIX, CAMPAIGN, PROFILE = "bench-", "campaign-", "profile-"
 NAME = re.compile(r"[a-z]+-\d{8}T\d{6}Z-[0-9a-f]+\.jsonl$")
 # Rows that agree in these are about the same thing.
-SAME = ("layer", "pass", "dtype", "layout", "variant", "config", "stage")
+SAME = ("layer", "pass", "dtype", "layout", "variant", "config", "stage", "launch")
 BASELINE, OURS, COMPILED = "torch", "tritonconv", "torch_compile"
 
 _NUMBER = (int, float)
@@ -55,13 +55,16 @@ REQUIRED: dict[str, dict[str, tuple[type, ...]]] = {
     # Time of the Python and the launches of one call on a tiny layer; variant is torch's or ours.
     "overhead": {"layer": _TEXT, "pass": _TEXT, "dtype": _TEXT, "layout": _TEXT, "variant": _TEXT,
                  "median_us": _NUMBER, "p20_us": _NUMBER, "p80_us": _NUMBER, "n_runs": (int,)},
+    # What ncu counted of one kernel of a call; counters by "name [unit]".
+    "profile": {"layer": _TEXT, "pass": _TEXT, "dtype": _TEXT, "layout": _TEXT, "variant": _TEXT, "kernel": _TEXT,
+                "launch": (int,), "duration_us": _NUMBER, "counters": _TABLE},
     "skip": {"layer": _TEXT, "pass": _TEXT, "variant": _TEXT, "message": _TEXT},
     "error": {"layer": _TEXT, "pass": _TEXT, "variant": _TEXT, "status": _TEXT, "message": _TEXT},
     "end": {"reason": _TEXT},
 }  # fmt: skip
 _POSITIVE = {"roof": ("value",), "result": ("median_ms", "p20_ms", "p80_ms", "n_runs", "bytes"),
              "timing": ("median_ms", "p20_ms", "p80_ms", "n_runs"), "tuned": ("median_ms", "torch_ms"),
-             "overhead": ("median_us", "p20_us", "p80_us", "n_runs")}  # fmt: skip
+             "overhead": ("median_us", "p20_us", "p80_us", "n_runs"), "profile": ("duration_us",)}  # fmt: skip
 
 
 class Writer:
@@ -99,7 +102,7 @@ class Writer:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._rows += 1
-        if self._rows == 1:
+        if self._rows == 1 and not self.run.startswith(PROFILE):  # which goes with the run that it is about
             self._point_latest()
         return record
 
@@ -123,6 +126,7 @@ class Run:
     timings: list[dict] = field(default_factory=list)
     tuned: list[dict] = field(default_factory=list)
     overheads: list[dict] = field(default_factory=list)
+    profiles: list[dict] = field(default_factory=list)
     checks: list[dict] = field(default_factory=list)
     skips: list[dict] = field(default_factory=list)
     errors: list[dict] = field(default_factory=list)
@@ -158,21 +162,24 @@ class Run:
 
 
 def latest(folder: Path) -> Path:
-    """The newest results file of a folder. Raises ResultsError where there is none."""
+    """The newest results file of a folder, profiles apart. Raises ResultsError where there is none."""
     pointer = folder / LATEST
     if pointer.exists():
         return pointer.resolve()
-    return files(folder)[-1]
+    found = files(folder)
+    return next((path for path in reversed(found) if not path.name.startswith(PROFILE)), found[-1])
 
 
 def load(path: Path) -> Run:
-    """A results file; of a folder the newest, or all parts of a campaign as one (:func:`merged`)."""
+    """A results file; of a folder the newest, or all parts of a campaign as one (:func:`merged`), with its profiles."""
     if path.is_file() or path.suffix == ".jsonl":
         return read(path)
     newest = latest(path)
-    if not newest.name.startswith(CAMPAIGN):
-        return read(newest)
-    return merged([read(each) for each in written(path, CAMPAIGN)])
+    paths = written(path, CAMPAIGN) if newest.name.startswith(CAMPAIGN) else [newest]
+    runs = [read(each) for each in paths]
+    device = runs[-1].environment["device_name"]
+    profiles = [run for run in map(read, written(path, PROFILE)) if run.environment["device_name"] == device]
+    return merged([*profiles, *runs]) if profiles or len(runs) > 1 else runs[0]
 
 
 def files(folder: Path) -> list[Path]:
@@ -201,7 +208,7 @@ def merged(runs: Sequence[Run]) -> Run:
     if len(devices) != 1:
         raise ResultsError(f"results: one device at a time, got {', '.join(devices) or 'no run'}")
     whole = Run(runs[-1].path, runs[-1].environment, end=runs[-1].end)
-    for kind in ("results", "timings", "tuned", "overheads", "checks"):
+    for kind in ("results", "timings", "tuned", "overheads", "profiles", "checks"):
         rows = {json.dumps([row.get(key) for key in SAME]): row for run in runs for row in getattr(run, kind)}
         getattr(whole, kind).extend(rows.values())
     for kind in ("roofs", "skips", "errors", "warnings"):
@@ -291,6 +298,7 @@ def _add(path: Path, number: int, run: Run, row: dict) -> None:
     else:
         rows = {
             "roof": run.roofs, "result": run.results, "timing": run.timings, "tuned": run.tuned,
-            "overhead": run.overheads, "check": run.checks, "skip": run.skips, "error": run.errors,
+            "overhead": run.overheads, "profile": run.profiles, "check": run.checks, "skip": run.skips,
+            "error": run.errors,
         }  # fmt: skip
         rows[kind].append(row)

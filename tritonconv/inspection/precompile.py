@@ -88,7 +88,7 @@ class Precompiler:
         with self._lock:
             self._ended = True
         for worker in self._workers:
-            _kill(worker)
+            kill(worker)
         self._pool.shutdown(cancel_futures=True)  # at once: no process is left to wait for
         for worker in self._workers:
             with worker:  # closes its pipes
@@ -133,8 +133,8 @@ def _precision() -> str:
     return PRECISIONS.get(torch.backends.cudnn.conv.fp32_precision, "ieee")  # type: ignore[attr-defined]
 
 
-def _kill(worker: subprocess.Popen) -> None:
-    """Nothing is lost by it: Triton's files are complete or not there."""
+def kill(worker: subprocess.Popen) -> None:
+    """Ends a process that leads a group, and the group. Triton's files are complete or not there, so none is spoilt."""
     with contextlib.suppress(ProcessLookupError):  # where children are not waited for, it may be gone
         if hasattr(os, "killpg"):
             os.killpg(worker.pid, signal.SIGKILL)
