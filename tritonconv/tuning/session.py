@@ -12,7 +12,7 @@ import torch
 
 from tritonconv import dispatch
 from tritonconv.autotune import calibrate, ceilings, model, store
-from tritonconv.autotune.journal import Journal
+from tritonconv.autotune.journal import SCREEN, Journal, Timing
 from tritonconv.autotune.key import Key, device_name
 from tritonconv.autotune.sources import source_hash
 from tritonconv.autotune.store import Entry, Table
@@ -230,9 +230,19 @@ class Session:
         if entry is None or dict(entry.versions) != self.versions or MORE * entry.rivals < rivals:
             return None
         try:
-            return entry if source_hash(variant(entry.variant)) == entry.source else None
+            known = source_hash(variant(entry.variant)) == entry.source
         except ArgumentError:
             return None
+        return entry if known and not self._failed_since(entry, pass_name, problem) else None
+
+    def _failed_since(self, entry: Entry, pass_name: str, problem: Problem) -> bool:
+        """The choice was stored, and a later final lost the GPU to it: here, or where it was made."""
+        return any(
+            self.journal.refuses(
+                Timing(text, pass_name, entry.variant, entry.config, entry.source, SCREEN, entry.versions)
+            )
+            for text in {entry.problem, str(problem)}
+        )
 
     def _keep(self, task: Task, winner: Winner) -> None:
         entry, report = winner.entry(task.problem, self.versions), self.report
