@@ -119,6 +119,7 @@ class Session:
     again: bool = False
     write: Write = lambda kind, row: None
     goes_on: bool = False
+    factors: dict[str, float] = field(default_factory=dict, init=False)  # of the cost model, from what was timed
 
     def run(self, tasks: Iterable[Task], progress: Progress) -> Report:
         """Raises StoreError before anything is measured where the store cannot be written."""
@@ -140,7 +141,7 @@ class Session:
                         break
         finally:
             self._calibrate(waiting)
-            calibrate.keep_factors(self.ceilings.factors, self.device, self.folder)
+            calibrate.keep_factors(self.factors, self.device, self.folder)
         dispatch.forget()
         return self.report
 
@@ -148,8 +149,8 @@ class Session:
         """Corrects the model by what was timed so far: the next candidates are chosen the better for it."""
         if self.device.type == "cuda":  # on a CPU each variant has one config, and all of them are timed
             timed = calibrate.samples(self.journal.timings.values(), [task.problem for task in tasks], self.versions)
-            found = calibrate.factors(timed, self.ceilings)
-            self.ceilings = replace(self.ceilings, factors={**self.ceilings.factors, **found})
+            self.factors |= calibrate.factors(timed, self.ceilings)
+            self.ceilings = replace(self.ceilings, factors={**self.ceilings.factors, **self.factors})
 
     def _efforts(self) -> tuple[Effort, ...]:
         by_degrees = self.device.type == "cuda" and self.seconds is not None and not self.again
