@@ -110,7 +110,7 @@ def measure(options: Options, writer: Writer, progress: Progress, known_roofs: I
 
     Returns the run with ``reason``, ``errors``, ``done`` and ``cells``.
     """
-    with gpu.cudnn_benchmark(options.device):
+    with gpu.current(options.device), gpu.cudnn_benchmark(options.device):
         run = _Bench(options, writer, progress, known_roofs)
         run.run()
     return run

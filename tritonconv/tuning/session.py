@@ -123,6 +123,10 @@ class Session:
 
     def run(self, tasks: Iterable[Task], progress: Progress) -> Report:
         """Raises StoreError before anything is measured where the store cannot be written."""
+        with gpu.current(self.device):
+            return self._run(tasks, progress)
+
+    def _run(self, tasks: Iterable[Task], progress: Progress) -> Report:
         name = device_name(self.device)
         store.merge(Table(name), self.folder)
         waiting = self._distinct(tasks)
