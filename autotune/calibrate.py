@@ -84,14 +84,20 @@ def ratios(found: Iterable[Sample], ceilings: Ceilings) -> dict[str, list[float]
 
 def keep(found: Ceilings, device: torch.device, folder: Path | None = None) -> None:
     """Puts measured ceilings into the store of the device; factors that are there and are not in ``found`` stay."""
-    name = device_name(device)
-    stored = from_json(store.read(name, folder).ceilings or {})
-    kept = {**(stored.factors if stored else {}), **found.factors}
-    store.merge(store.Table(name, {}, replace(found, factors=kept).to_json()), folder)
+
+    def kept(there: store.Known) -> store.Known:
+        stored = from_json(there or {})
+        return replace(found, factors={**(stored.factors if stored else {}), **found.factors}).to_json()
+
+    store.merge(store.Table(device_name(device)), folder, kept)
 
 
 def keep_factors(found: Mapping[str, float], device: torch.device, folder: Path | None = None) -> None:
     """Puts factors beside the ceilings that are in the store of the device, if there are any."""
-    stored = from_json(store.read(device_name(device), folder).ceilings or {})
-    if stored is not None and found:
-        keep(replace(stored, factors=found), device, folder)
+
+    def kept(there: store.Known) -> store.Known:
+        stored = from_json(there or {})
+        return there if stored is None else replace(stored, factors={**stored.factors, **found}).to_json()
+
+    if found:
+        store.merge(store.Table(device_name(device)), folder, kept)

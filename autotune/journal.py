@@ -85,6 +85,11 @@ class Journal:
         """The stored timing of what ``like`` names."""
         return self.timings.get(like.identity)
 
+    def refuses(self, like: Timing) -> bool:
+        """What ``like`` names was found to be wrong, or failed: it is not to be tried again."""
+        known = self.find(like)
+        return known is not None and known.status != OK
+
     def add(self, timing: Timing) -> None:
         """On disk when this returns. Raises StoreError where it cannot be written."""
         line = json.dumps(asdict(timing), allow_nan=False) + "\n"

@@ -14,7 +14,7 @@ import os
 import re
 import secrets
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -26,6 +26,7 @@ from tritonconv.errors import StoreError, StoreWarning
 FORMAT = 1
 SHIPPED = Path(__file__).resolve().parent / "tables"
 LOCK_SECONDS = 60
+Known = dict[str, Any] | None  # ceilings as JSON, where any were measured
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Table:
 
     device: str
     entries: dict[str, Entry] = field(default_factory=dict)
-    ceilings: dict[str, Any] | None = None
+    ceilings: Known = None
 
     def find(self, key: Key) -> Entry | None:
         return self.entries.get(str(key))
@@ -113,14 +114,17 @@ def read(device: str, folder: Path | None = None) -> Table:
     return own.over(_load(SHIPPED / name, device, aside=False))
 
 
-def merge(table: Table, folder: Path | None = None) -> None:
+def merge(table: Table, folder: Path | None = None, ceilings: Callable[[Known], Known] | None = None) -> None:
     """Adds entries (and ceilings, unless None) to the user's table, in place of those with the same key.
 
+    ``ceilings`` makes the ceilings of those that :func:`read` would find by then, and no other process comes between.
     Raises StoreError where the folder cannot be written; the old file is then as it was.
     """
     path = (folder or user_folder()) / f"{slug(table.device)}.json"
     with locked(path):
         whole = table.over(_load(path, table.device, aside=True))
+        if ceilings is not None:
+            whole.ceilings = ceilings(whole.over(_load(SHIPPED / path.name, table.device, aside=False)).ceilings)
         new = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         try:
             with new.open("w", encoding="utf-8") as file:

@@ -103,9 +103,9 @@ def backward_data_shuffle_given_kernel(
 
 
 def launch(problem, config, grad_y, weight):
-    if not weight.is_contiguous():  # channels_last_3d, or a slice: that kernel takes any strides
-        packing = backward_data_shuffle
-        return packing.launch(problem, packing.default(problem, grad_y.device), grad_y, weight)
+    if not weight.is_contiguous():  # channels_last_3d, or a slice: that kernel takes any strides, in the same tiles
+        config = {**backward_data_shuffle.default(problem, grad_y.device), **config}
+        return backward_data_shuffle.launch(problem, config, grad_y, weight)
     grad_x = empty(problem, problem.x_shape, grad_y)
     if grad_x.numel() == 0:
         return grad_x

@@ -208,7 +208,7 @@ def default(problem: Problem, device: torch.device):
     tiles = problem.n * problem.size[0]
     tiles *= math.ceil(counts[0] / config["BLOCK_H"]) * math.ceil(counts[1] / config["BLOCK_W"])
     roles = (problem.kernel[0] + 1) * math.ceil(problem.c_out / config["BLOCK_C"])
-    return {**config, "SPLITS": max(1, min(tiles, WAVES * PROGRAMS // roles))}
+    return {**config, "SPLITS": max(1, min(tiles, WAVES * PROGRAMS // max(1, roles)))}
 
 
 def space(problem: Problem, device: torch.device):

@@ -106,8 +106,9 @@ def forward_shuffle_given_kernel(
 
 
 def launch(problem, config, x, weight, bias, out=None):
-    if not weight.is_contiguous():  # channels_last_3d, or a slice: that kernel takes any strides
-        return forward_shuffle.launch(problem, forward_shuffle.default(problem, x.device), x, weight, bias, out)
+    if not weight.is_contiguous():  # channels_last_3d, or a slice: that kernel takes any strides, in the same tiles
+        config = {**forward_shuffle.default(problem, x.device), **config}
+        return forward_shuffle.launch(problem, config, x, weight, bias, out)
     y = empty(problem, problem.y_shape, x) if out is None else out
     if y.numel() == 0:
         return y

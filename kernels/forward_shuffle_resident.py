@@ -107,7 +107,7 @@ def launch(problem, config, x, weight, bias, out=None):
 def grid(problem: Problem, config: Config, slots: int) -> int:
     """Programs: as many as there is room for, a multiple of the columns' tiles, and no more than there are tiles."""
     across = triton.cdiv(phases.columns(problem, config["ROWS"]), config["BLOCK_N"])
-    return min(tiles.tiles_of(problem.n, phases.cells(problem), config), max(1, slots // across)) * across
+    return min(tiles.tiles_of(problem.n, phases.cells(problem), config), max(1, slots // max(1, across))) * across
 
 
 def supports(problem: Problem, device: torch.device) -> str | None:

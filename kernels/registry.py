@@ -150,6 +150,9 @@ def variant(name: str) -> Variant:
         raise ArgumentError(f"unknown variant {name!r}; there are: {', '.join(_records())}") from None
 
 
+_files: dict[str, Path] = {}  # of the variants outside the project, by name
+
+
 def load(path: Path) -> Variant:
     """Registers the ``VARIANT`` of a file outside the project, for this process; its name need not be the file's.
 
@@ -172,4 +175,10 @@ def load(path: Path) -> Variant:
     if record.name in _records():
         raise ArgumentError(f"variant file {path}: the name {record.name!r} is taken (tritonconv list shows all)")
     _records()[record.name] = _spread(record)
+    _files[record.name] = path.resolve()
     return _records()[record.name]
+
+
+def file_of(name: str) -> Path | None:
+    """The file that :func:`load` had the variant of this name from; None for the project's own and for no variant's."""
+    return _files.get(name)

@@ -40,17 +40,16 @@ class Replay:
             return self.launch(*operands)
         first = operands[0] if operands[0] is not None else operands[1]
         device = first.device
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):  # whose limits the launch asks for, too
+                return self(*operands)
         key = (precision(first.dtype), device, *map(_kind, operands))
         known = self.kept.get(key)
         if known is None:
             return self._first(key, operands)
         steps, results = known
         values = list(operands)
-        if device.type == "cuda" and device.index != torch.cuda.current_device():
-            with torch.cuda.device(device):
-                _play(steps, values, stream_of(device))
-        else:
-            _play(steps, values, stream_of(device))
+        _play(steps, values, stream_of(device))
         if isinstance(results, int):
             return values[results]
         return tuple(None if place is None else values[place] for place in results)

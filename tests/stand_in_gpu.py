@@ -39,7 +39,8 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 # Microseconds on the clock of the device: kernels win, so that they are chosen, captured and benchmarked.
 PRODUCT, OTHER, LAUNCH = 1000, 1, 10
 
-now = SimpleNamespace(us=0, graph=None)  # the clock, and the graph that is being captured
+# The clock, the graph that is being captured, and the current device's index: another GPU's where a test says so.
+now = SimpleNamespace(us=0, graph=None, device=GPU.index)
 
 
 class OnGpu(torch.Tensor):
@@ -135,11 +136,27 @@ def graph(captured: CUDAGraph) -> Iterator[None]:
         now.graph = None
 
 
+@contextlib.contextmanager
+def device(wanted) -> Iterator[None]:
+    before, now.device = now.device, torch.device(wanted).index
+    try:
+        yield
+    finally:
+        now.device = before
+
+
+def only_here() -> None:
+    """What goes to the current device is meant for this one."""
+    if now.device != GPU.index:
+        raise RuntimeError(f"the current device is cuda:{now.device}")
+
+
 class Event:
     def __init__(self, enable_timing: bool = False) -> None:
         self.us = 0
 
     def record(self, stream=None) -> None:
+        only_here()
         self.us = now.us
 
     def synchronize(self) -> None:
@@ -169,8 +186,8 @@ FACTS = SimpleNamespace(
 CUDA = {
     "is_available": lambda: True,
     "device_count": lambda: 1,
-    "current_device": lambda: 0,
-    "device": lambda device: contextlib.nullcontext(),
+    "current_device": lambda: now.device,
+    "device": device,
     "get_device_name": lambda device=None: FACTS.name,
     "get_device_capability": lambda device=None: (FACTS.major, FACTS.minor),
     "get_device_properties": lambda device=None: FACTS,
@@ -236,6 +253,7 @@ def _launches() -> None:
     interpret = executor.__call__
 
     def launch(self, *args, **kwargs) -> None:
+        only_here()
         named = {name: _argument(value) for name, value in kwargs.items()}
         _run(partial(interpret, self, *map(_argument, args), **named), LAUNCH)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -14,8 +16,10 @@ from tritonconv.autotune.calibrate import LEAST, Sample
 from tritonconv.autotune.journal import Journal, Timing
 from tritonconv.autotune.key import device_name
 from tritonconv.autotune.sources import source_hash
+from tritonconv.bench.progress import Silent
 from tritonconv.kernels import registry
 from tritonconv.kernels.registry import variant
+from tritonconv.tuning import session
 from tritonconv.tuning.session import Session, tasks_of
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -144,6 +148,44 @@ def test_roofs_that_are_measured_again_keep_the_factors(tmp_path):
     assert both.memory == 1e12 and both.factors == {"forward_phases": 2.0, "triton": 1.25, "torch": 3.0}
     calibrate.keep_factors({"torch": 3.0}, CPU, tmp_path / "nothing measured")
     assert store.read(device_name(CPU), tmp_path / "nothing measured").ceilings is None
+
+
+def test_tuners_that_end_at_the_same_time_keep_the_factors_of_all(tmp_path):
+    calibrate.keep(dataclasses.replace(GPU, measured=True), CPU, tmp_path)
+    together = threading.Barrier(8)
+
+    def end(number: int) -> None:
+        together.wait(60)
+        calibrate.keep_factors({f"kind {number}": 1.0 + number}, CPU, tmp_path)
+
+    with ThreadPoolExecutor(8) as tuners:
+        list(tuners.map(end, range(8)))
+    kept = ceilings.from_json(store.read(device_name(CPU), tmp_path).ceilings)
+    assert kept.factors == {f"kind {number}": 1.0 + number for number in range(8)}
+
+
+@needs_triton
+def test_a_run_puts_back_no_factor_that_it_only_read(tmp_path, monkeypatch):
+    """Another run may have corrected it since."""
+    monkeypatch.setattr(session, "versions_of", lambda device: {})
+    monkeypatch.setattr(session, "target_of", lambda device: None)
+    monkeypatch.setattr(session, "device_name", lambda device: device_name(CPU))
+    monkeypatch.setattr(calibrate, "device_name", lambda device: device_name(CPU))
+    found = measured(NAME, 2.0, LEAST)
+    before = {"triton": 9.0, "torch": 9.0}
+    calibrate.keep(dataclasses.replace(GPU, measured=True, factors=before), CPU, tmp_path)
+
+    def corrected(run, waiting, *args) -> bool:
+        calibrate.keep_factors({"torch": 1.5}, CPU, tmp_path)  # by the other run
+        for one in found:
+            run.journal.add(timing_of(one))
+        return False
+
+    monkeypatch.setattr(Session, "_all", corrected)
+    run = Session(CUDA, tmp_path)
+    run.run(tasks_of([one.problem for one in found]), Silent())
+    kept = ceilings.from_json(store.read(device_name(CPU), tmp_path).ceilings)
+    assert kept.factors == pytest.approx({kind(NAME): 2.0, "triton": 2.0, "torch": 1.5})
 
 
 def test_ceilings_without_factors_are_read_and_broken_ones_are_not():

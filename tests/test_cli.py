@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from tritonconv import cli, contestants, runner
 from tritonconv.bench import progress
-from tritonconv.bench.results import read
+from tritonconv.bench.results import latest, read
 from tritonconv.kernels import registry
 from tritonconv.tuning import case, session
 
@@ -195,6 +195,8 @@ def test_tune_tells_of_a_layer_without_memory_and_tunes_the_others(tmp_path, mon
     error = TypeError("make_tensors() takes 4")
     with pytest.raises(TypeError, match="takes 4"):
         tune(tmp_path / "alone", "--layout", "ndhwc")
+    end = read(latest(tmp_path / "alone")).end
+    assert end["reason"] == "error" and "takes 4" in end["message"]
 
 
 def test_explain_answers_for_the_device(monkeypatch, capsys):

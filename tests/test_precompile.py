@@ -42,19 +42,69 @@ for dtype, precision in ((torch.float16, "tf32"), (torch.float32, "ieee")):
         compiling.compile_launch(record, up, config)
     print(len(seconds))  # compiled here because the cache did not hold it
 """
+MINE = """
+import triton
+import triton.language as tl
+from tritonconv import Variant
+from tritonconv.kernels.triton_launch import empty
+from tritonconv.kernels.triton_launch import launch as run
+
+@triton.jit
+def mine_kernel(y_ptr, BLOCK: tl.constexpr):
+    tl.store(y_ptr + tl.arange(0, BLOCK), tl.zeros((BLOCK,), tl.float32))
+
+def launch(problem, config, x, weight, bias):
+    y = empty(problem, problem.y_shape, x)
+    run(mine_kernel, 1, config, x.device, y_ptr=y)
+    return y
+
+VARIANT = Variant("forward_mine", "forward", "zeros", "triton", launch, lambda problem, device: None)
+"""
+OUTSIDE = """
+import pathlib
+from tritonconv import Problem
+from tritonconv.inspection import compiling
+from tritonconv.inspection.precompile import Precompiler
+from tritonconv.inspection.targets import TARGETS
+from tritonconv.kernels import registry
+
+record = registry.load(pathlib.Path("mine.py"))
+up = Problem(1, 4, 3, (3, 4, 5), (2, 2, 2), (2, 2, 2), (0, 0, 0), (6, 8, 10))
+configs = [{"BLOCK": block, "num_warps": 4} for block in (64, 128)]
+with Precompiler("sm_90", processes=1) as compiler:
+    started = compiler.start((record.name, up, config) for config in configs)
+    compiler.finish(started)
+    print([each.result() for each in started])
+with compiling.compiling_for(TARGETS["sm_90"]), compiling._seconds() as seconds:
+    print(*(name for config in configs for name, _ in compiling.compile_launch(record, up, config)))
+print(len(seconds))
+"""
 UP = Problem(1, 4, 3, (3, 4, 5), (2, 2, 2), (2, 2, 2), (0, 0, 0), (6, 8, 10))
 
 
 @pytest.mark.skipif(not have_triton(), reason="needs Triton's compiler")
 def test_a_script_without_a_guard_compiles_ahead_and_failures_are_left_to_the_launch(tmp_path):
-    (tmp_path / "script.py").write_text(SCRIPT)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "0"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
-    command = [sys.executable, str(tmp_path / "script.py")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["[True, False, False]", "0"] * 2
+    assert lines_of(SCRIPT, tmp_path) == ["[True, False, False]", "0"] * 2
     assert (tmp_path / "runs").read_text() == "a run\n"
+
+
+@pytest.mark.skipif(not have_triton(), reason="needs Triton's compiler")
+def test_the_kernel_of_a_variant_file_is_compiled_ahead(tmp_path):
+    (tmp_path / "mine.py").write_text(MINE)
+    assert lines_of(OUTSIDE, tmp_path) == ["[True, True]", "mine_kernel mine_kernel", "0"]
+
+
+def lines_of(script: str, folder: Path) -> list[str]:
+    """What a script prints that runs in the folder, with Triton's cache there."""
+    (folder / "script.py").write_text(script)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "0"}
+    environment["TRITON_CACHE_DIR"] = str(folder / "cache")
+    done = subprocess.run(
+        [sys.executable, str(folder / "script.py")],
+        env=environment, cwd=folder, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
 
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="reads the kernels' precisions")

@@ -190,6 +190,7 @@ def test_what_is_no_lack_of_memory_ends_the_run(tmp_path, monkeypatch, error, ro
         run(tmp_path, layer(), passes=("forward",), layouts=("ncdhw",))
     found = read(latest(tmp_path))
     assert [row["context_lost"] for row in found.errors] == [True] * rows and not found.results
+    assert found.end["reason"] == "error" and str(error) in found.end["message"]
 
 
 def test_rows_carry_the_sources_and_the_versions_they_were_measured_with(tmp_path):

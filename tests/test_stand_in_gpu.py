@@ -115,6 +115,47 @@ def test_the_counters_of_a_layer_are_those_of_one_warm_call(beside, tmp_path, nc
     assert rows["torch"]["counters"] == {"Duration [ns]": 1e6} and "a_kernel" in out
 
 
+@pytest.mark.parametrize("step", ["tune", "bench", "campaign", "a call"])
+def test_all_is_asked_of_the_gpu_that_is_meant_though_another_is_the_current_one(beside, tmp_path, step):
+    code, out = beside(
+        *script(
+            f"""
+            import torch, tritonconv
+            from pathlib import Path
+            from tritonconv.bench.progress import Silent
+            from tritonconv.bench.workloads import workload
+            from tritonconv import campaign
+            from tritonconv.kernels import triton_launch, triton_target
+            from tritonconv.kernels.registry import variant
+            from tritonconv.runner import Options, bench
+
+            stand_in_gpu.shrink()
+            campaign.CLASSES = {{"k2s2": "segresnet_deconv_up2"}}
+            asked, layer, folder = set(), workload("segresnet_deconv_up2"), Path({str(tmp_path)!r})
+            triton_target.target = triton_launch.target = lambda: asked.add(stand_in_gpu.now.device)
+            stand_in_gpu.now.device = 7
+            options = Options((layer,), ("forward",), (torch.float16,), ("ncdhw",), (variant("forward_phases"),),
+                              device=stand_in_gpu.GPU, seconds=300)
+            if {step!r} == "tune":
+                problem = layer.problem(torch.float16, scale="cpu")
+                assert len(tritonconv.tune(problem, device=stand_in_gpu.GPU, folder=folder).winners) == 3
+            elif {step!r} == "bench":
+                assert bench(options, folder, Silent()).errors == 0
+            elif {step!r} == "campaign":
+                assert campaign.Campaign(options, folder, Silent()).run().reason == "complete"
+            else:
+                x, weight = torch.randn(1, 4, 2, 2, 2).cuda(), torch.randn(4, 3, 2, 2, 2).cuda()
+                with tritonconv.use("forward_phases"):
+                    calls = [tritonconv.conv_transpose3d(x, weight, None, 2).cpu() for _ in range(2)]
+                assert torch.equal(*calls)
+            print(stand_in_gpu.now.device, *asked)
+            """
+        )
+    )
+    assert code == 0
+    assert out.split()[-2:] == ["7", "0"]
+
+
 def test_a_tensor_of_the_cpu_among_those_of_the_device_is_refused(beside):
     code, out = beside(
         *script(

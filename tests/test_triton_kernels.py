@@ -15,6 +15,12 @@ from variant_cases import DEVICE, TINY, Case, complaints, expected, run, same
 
 import tritonconv
 from tritonconv import VariantNotApplicable
+from tritonconv.kernels import (
+    backward_data_shuffle,
+    backward_data_shuffle_given,
+    forward_shuffle_given,
+    triton_phases,
+)
 from tritonconv.kernels.registry import variant
 from tritonconv.problem import LAYOUTS, PASSES
 
@@ -120,6 +126,34 @@ def test_operands_of_any_strides(name):
             tensors = strided(x), strided(weight), bias_view
             got = run(record, problem, small(record.default(problem, DEVICE)), tensors, strided(grad_y), True)
             assert all(map(same, got, wanted[record.pass_name])), f"{layout} {strided.__name__}"
+
+
+@pytest.mark.parametrize(
+    ("given", "module", "launch"),
+    [
+        (forward_shuffle_given, triton_phases, "launch"),
+        (backward_data_shuffle_given, backward_data_shuffle, "run"),
+    ],
+    ids=["forward", "backward_data"],
+)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_weight_in_channels_last_is_taken_in_the_tiles_chosen(given, module, launch, layout, monkeypatch):
+    """The kernel that reads such a weight is another one, of the same products: no tuned tile is lost."""
+    seen, real = [], getattr(module, launch)
+
+    def recorded(kernel, grid, config, *args, **more):
+        seen.append(config)
+        return real(kernel, grid, config, *args, **more)
+
+    monkeypatch.setattr(module, launch, recorded)
+    case, problem = first_served(given.VARIANT, layout)
+    (x, weight, bias, grad_y), wanted = operands(case, torch.float32, layout)
+    weight = weight.to(memory_format=torch.channels_last_3d)
+    assert not weight.is_contiguous()
+    config = {**small(given.default(problem, DEVICE)), "num_stages": 1}
+    got = run(given.VARIANT, problem, config, (x, weight, bias), grad_y, True)
+    assert all(map(same, got, wanted[given.VARIANT.pass_name]))
+    assert seen == [config]
 
 
 @pytest.mark.usefixtures("poisoned")

@@ -6,6 +6,8 @@ torch.empty is filled with NaN, so an element that is never written shows.
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import random
 
 import pytest
@@ -14,6 +16,7 @@ from variant_cases import CASES, CPU, complaints, expected, random_case, same
 
 import tritonconv
 from tritonconv import VariantNotApplicable, dispatch
+from tritonconv.autotune.model import work_of
 from tritonconv.kernels.registry import variant
 from tritonconv.problem import LAYOUTS, PASSES
 
@@ -77,6 +80,22 @@ def test_forced_through_the_public_operation(name, layout, launches):
             assert alone or got.is_contiguous(memory_format=LAYOUTS[layout]), case_name
             assert alone or found[0].is_contiguous(memory_format=LAYOUTS[layout]), case_name
     assert served >= AT_LEAST
+
+
+@pytest.mark.parametrize("name", [record.name for record in tritonconv.variants()])
+def test_what_is_empty_is_answered_for_by_every_variant(name):
+    """No batch, no output channels: a config and its work are asked for, whatever then launches nothing."""
+    record, served = variant(name), 0
+    device = torch.device("cuda") if record.backend == "triton" else CPU
+    kinds = itertools.product(CASES.values(), ({"n": 0}, {"c_out": 0}), (torch.float16, torch.float32), LAYOUTS)
+    for case, empty, dtype, layout in kinds:
+        problem = dataclasses.replace(case.problem(dtype, layout), **empty)
+        if record.supports(problem, device) is None:
+            served += 1
+            for config in (record.default(problem, device), *record.space(problem, device)):
+                assert work_of(record, problem, config).launches >= 1
+            assert record.workspace_bytes(problem) >= 0
+    assert served or name == "forward_torch_onednn"  # which refuses them
 
 
 @pytest.mark.parametrize("name", TORCH_NAMES)

@@ -21,7 +21,7 @@ from tritonconv.autotune import calibrate
 from tritonconv.autotune.ceilings import from_roofs
 from tritonconv.autotune.choose import Selection
 from tritonconv.autotune.sources import source_hash
-from tritonconv.bench import gate, results, roofs
+from tritonconv.bench import gate, gpu, results, roofs
 from tritonconv.bench.failures import context_is_lost, told
 from tritonconv.bench.results import BASELINE, COMPILED, OURS, Run, Writer
 from tritonconv.bench.roofs import LAUNCH, MATMUL, TF32
@@ -72,7 +72,8 @@ class Campaign:
         """
         self.earlier, self.versions = self._earlier(), versions_of(self.device)
         reason = "complete"
-        with store_of(self.folder), Writer(self.folder, results.CAMPAIGN) as writer:
+        here = gpu.current(self.device)
+        with store_of(self.folder), Writer(self.folder, results.CAMPAIGN) as writer, here:
             self.writer = writer
             self.environment = writer.write("environment", header(self.options, writer))
             try:

@@ -20,6 +20,7 @@ from tritonconv.arguments import geometry, problem_of
 from tritonconv.autotune import model, rules
 from tritonconv.autotune.choose import Selection, ceilings_of, choose, untuned
 from tritonconv.autotune.choose import forget as forget_tables
+from tritonconv.bench import gpu
 from tritonconv.errors import ArgumentError, VariantNotApplicable
 from tritonconv.kernels.registry import variant, variants
 from tritonconv.kernels.torch_layout import as_convolutions, to_layout
@@ -180,11 +181,6 @@ def _no_autocast(tensor):
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _NOTHING
 
 
-def _is_one_of_several(device: torch.device) -> bool:
-    """A GPU named by its index, which need not be the current one, whose limits a choice would ask for."""
-    return device.type == "cuda" and device.index is not None and torch.cuda.is_available()
-
-
 def plan(problem: Problem, device: torch.device) -> Plan:
     """The plan of a problem on a device, under the variants forced by :func:`use`.
 
@@ -194,7 +190,7 @@ def plan(problem: Problem, device: torch.device) -> Plan:
     key = (problem, device, forced, deterministic)
     found = _by_problem.get(key)
     if found is None:
-        with torch.cuda.device(device) if _is_one_of_several(device) else _NOTHING:
+        with gpu.current(device):
             choices = {f"{name}_choice": _choose(problem, device, name, forced, deterministic) for name in PASSES}
         found = _remember(_by_problem, key, Plan(problem, device, **choices))
     return found

@@ -21,7 +21,7 @@ from tritonconv.autotune.sources import source_hash
 from tritonconv.bench import gate, gpu, roofs
 from tritonconv.bench.calls import FORWARD_BACKWARD
 from tritonconv.bench.environment import OtherPrograms, environment
-from tritonconv.bench.failures import context_is_lost, disqualifies
+from tritonconv.bench.failures import context_is_lost, disqualifies, told
 from tritonconv.bench.results import BASELINE, COMPILED, OURS, SCHEMA, Writer
 from tritonconv.bench.rows import Candidate, Choice, layer_fields, measured_fields, versions_of
 from tritonconv.bench.subject import Subject
@@ -85,19 +85,23 @@ def bench(options: Options, folder: Path, progress: Progress) -> Outcome:
     """Runs everything that ``options`` asks for and writes one results file into ``folder``.
 
     Ends early, with every finished row kept, when the budget is used up or on KeyboardInterrupt. Raises ResultsError
-    where the file cannot be written.
+    where the file cannot be written. What else ends the run, such as a GPU that is lost, is in the file before it is
+    raised.
     """
     with Writer(folder) as writer:
         writer.write("environment", header(options, writer))
         begin, others = perf_counter(), OtherPrograms()
-        run = measure(options, writer, progress)
-        end = {
-            "reason": run.reason,
-            "seconds": round(perf_counter() - begin, 3),
-            "cells": run.done,
-            "of_cells": run.cells,
-        }
-        writer.write("end", {**end, "other_cores": others.since_last()})
+
+        def end(reason: str, **more: object) -> None:
+            seconds = round(perf_counter() - begin, 3)
+            writer.write("end", {"reason": reason, "seconds": seconds, **more, "other_cores": others.since_last()})
+
+        try:
+            run = measure(options, writer, progress)
+        except Exception as error:
+            end("error", message=told(error))
+            raise
+        end(run.reason, cells=run.done, of_cells=run.cells)
         return Outcome(writer.path, run.reason, run.errors)
 
 
@@ -106,7 +110,7 @@ def measure(options: Options, writer: Writer, progress: Progress, known_roofs: I
 
     Returns the run with ``reason``, ``errors``, ``done`` and ``cells``.
     """
-    with gpu.cudnn_benchmark(options.device):
+    with gpu.current(options.device), gpu.cudnn_benchmark(options.device):
         run = _Bench(options, writer, progress, known_roofs)
         run.run()
     return run

@@ -1,4 +1,4 @@
-"""What only a GPU has: a call captured in a CUDA graph, its eager wall time, its memory.
+"""What only a GPU has: others beside it; and of a call: its CUDA graph, its eager wall time, its memory.
 
 A graph's replay is the work without Python and without launches; the eager wall time has both.
 """
@@ -15,6 +15,19 @@ from tritonconv.bench.timing import Call
 
 WARM_CALLS = 3  # before a capture: autotuning and lazy allocations do not belong into it
 WALL_SECONDS, MOST_WALL_CALLS = 0.02, 200
+
+
+@contextlib.contextmanager
+def current(device: torch.device) -> Iterator[None]:
+    """Inside the block a GPU that is named by its index is the current one.
+
+    Of the current one Triton and the configs ask the limits, and on its streams events are recorded.
+    """
+    if device.type != "cuda" or device.index is None or not torch.cuda.is_available():
+        yield
+        return
+    with torch.cuda.device(device):
+        yield
 
 
 @contextlib.contextmanager

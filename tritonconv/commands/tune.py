@@ -16,7 +16,7 @@ from tritonconv import flags
 from tritonconv.arguments import geometry, problem_of
 from tritonconv.bench import results
 from tritonconv.bench.environment import environment
-from tritonconv.bench.failures import disqualifies
+from tritonconv.bench.failures import disqualifies, told
 from tritonconv.bench.progress import progress
 from tritonconv.bench.workloads import ALL, SCALES, distinct, in_turn, left_out, suites, workloads
 from tritonconv.commands import common
@@ -92,17 +92,18 @@ def run(options: argparse.Namespace) -> int:
 
         failed: dict[str, object] = {}
         session = Session(device, options.store, options.seconds, options.again, write, goes_on=len(tasks) > 1)
-        reason = "interrupted"
+        end = {"reason": "interrupted"}
         try:
             report = session.run(tasks, shown)
-            reason = report.reason
+            end = {"reason": report.reason}
         except Exception as error:
+            end = {"reason": "error", "message": told(error)}
             if not disqualifies(error):
                 raise
-            report, reason = session.report, "error"
+            report = session.report
         finally:
             shown.close()
-            writer.write("end", {"reason": reason})
+            writer.write("end", end)
     print(report)
     for name, message in failed.items():
         print(f"failed: {name}: {message}")

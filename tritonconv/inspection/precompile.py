@@ -19,13 +19,14 @@ import threading
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
 
 import torch
 
 from tritonconv.inspection.compiling import compile_launch, compiling_for, products_in
 from tritonconv.inspection.targets import TARGETS
-from tritonconv.kernels.registry import Config, have_triton, variant
+from tritonconv.kernels.registry import Config, file_of, have_triton, load, variant
 from tritonconv.problem import Problem
 
 MOST_PROCESSES = 14
@@ -74,7 +75,9 @@ class Precompiler:
             return []
         said = _precision()
         return [
-            self._pool.submit(self._compiled, pickle.dumps((name, problem, dict(config), self.target, said)))
+            self._pool.submit(
+                self._compiled, pickle.dumps((name, problem, dict(config), self.target, said, file_of(name)))
+            )
             for name, problem, config in jobs
         ]
 
@@ -152,9 +155,14 @@ def serve(answers: int) -> None:
         os.write(answers, DONE if compile_one(*job) else FAILED)
 
 
-def compile_one(name: str, problem: Problem, config: Config, target: str, precision: str) -> bool:
-    """Whether the launch of a variant compiled; in this process, into the cache on disk."""
+def compile_one(name: str, problem: Problem, config: Config, target: str, precision: str, file: Path | None) -> bool:
+    """Whether the launch of a variant compiled; in this process, into the cache on disk.
+
+    ``file`` is that of a variant outside the project, which is loaded once.
+    """
     try:
+        if file is not None and file_of(name) is None:
+            load(file)
         with compiling_for(TARGETS[target]), products_in(precision):
             compile_launch(variant(name), problem, config)
         return True

@@ -16,7 +16,7 @@ from tritonconv.autotune.journal import FAILED, FINAL, OK, SCREEN, WRONG, Journa
 from tritonconv.autotune.sources import source_hash
 from tritonconv.bench.calls import TensorCall
 from tritonconv.bench.failures import context_is_lost, disqualifies, told
-from tritonconv.bench.timing import Times, interleave, stopwatch_for
+from tritonconv.bench.timing import Call, Times, interleave, stopwatch_for
 from tritonconv.contestants import why_not
 from tritonconv.dispatch import plan_of
 from tritonconv.kernels.registry import variants
@@ -44,6 +44,9 @@ class Candidate:
     def label(self) -> str:
         config = " ".join(f"{key}={value}" for key, value in self.selection.config.items())
         return f"{self.selection.variant.name} {config}".strip()
+
+
+Members = Sequence[tuple[str, Candidate]]  # the candidates of one call, each with the pass it is for
 
 
 class Effort(NamedTuple):
@@ -153,17 +156,46 @@ class Contest:
             return Times({TORCH: [self._baseline_ms[pass_name]], label: [first]})
         return interleave(calls, self.watch, seconds, few_rounds=2, min_rounds=3, max_rounds=60)
 
-    def final(self, calls: Mapping[str, TensorCall], seconds: float) -> Times:
-        """The finalists together; all are warm. Raises OutOfTime."""
+    def final(self, calls: Mapping[str, TensorCall], finalists: Mapping[str, Members], seconds: float) -> Times:
+        """The finalists together, by label, beside torch's own; all are warm.
+
+        Raises OutOfTime. Where the GPU is lost, those in the call that lost it are remembered (:meth:`lost`).
+        """
         if perf_counter() >= self.deadline:
             raise OutOfTime
-        return interleave(calls, self.watch, seconds, few_rounds=3, min_rounds=7, max_rounds=200)
+        running: Call = calls[TORCH]
+
+        def watch(call: Call) -> float:  # it waits for the call, so what raises is what was called
+            nonlocal running
+            running = call
+            return self.watch(call)
+
+        try:
+            return interleave(calls, watch, seconds, few_rounds=3, min_rounds=7, max_rounds=200)
+        except Exception as error:
+            if context_is_lost(error):
+                label = next(label for label, call in calls.items() if call is running)
+                self.lost(finalists.get(label, ()), error)
+            raise
 
     def finished(self, pass_name: str, candidate: Candidate, times: Times) -> Timing:
         """The timing of a finalist, stored."""
         timing = self._timing(pass_name, candidate, FINAL, times)
         self._keep(timing, candidate)
         return timing
+
+    def passed_over(self, pass_name: str, candidate: Candidate) -> bool:
+        """It is known to be wrong, to be refused or to lose the GPU on this problem."""
+        return not self.again and self.journal.refuses(self._timing(pass_name, candidate, SCREEN))
+
+    def lost(self, members: Members, error: Exception) -> None:
+        """Stores that the GPU was lost in a call of these, so that the next run passes them over.
+
+        Which of several did it cannot be known: torch's own operations are under suspicion only where they are alone.
+        """
+        kernels = [each for each in members if _compiled(each[1])]
+        for pass_name, candidate in kernels or members:
+            self._keep(self._timing(pass_name, candidate, SCREEN, message=told(error)), candidate)
 
     def wrong(self, pass_name: str, candidate: Candidate, message: str) -> None:
         """Stores that a finalist's answer is wrong."""

@@ -12,7 +12,7 @@ import torch
 
 from tritonconv import dispatch
 from tritonconv.autotune import calibrate, ceilings, model, store
-from tritonconv.autotune.journal import Journal
+from tritonconv.autotune.journal import SCREEN, Journal, Timing
 from tritonconv.autotune.key import Key, device_name
 from tritonconv.autotune.sources import source_hash
 from tritonconv.autotune.store import Entry, Table
@@ -119,9 +119,14 @@ class Session:
     again: bool = False
     write: Write = lambda kind, row: None
     goes_on: bool = False
+    factors: dict[str, float] = field(default_factory=dict, init=False)  # of the cost model, from what was timed
 
     def run(self, tasks: Iterable[Task], progress: Progress) -> Report:
         """Raises StoreError before anything is measured where the store cannot be written."""
+        with gpu.current(self.device):
+            return self._run(tasks, progress)
+
+    def _run(self, tasks: Iterable[Task], progress: Progress) -> Report:
         name = device_name(self.device)
         store.merge(Table(name), self.folder)
         waiting = self._distinct(tasks)
@@ -140,7 +145,7 @@ class Session:
                         break
         finally:
             self._calibrate(waiting)
-            calibrate.keep_factors(self.ceilings.factors, self.device, self.folder)
+            calibrate.keep_factors(self.factors, self.device, self.folder)
         dispatch.forget()
         return self.report
 
@@ -148,8 +153,8 @@ class Session:
         """Corrects the model by what was timed so far: the next candidates are chosen the better for it."""
         if self.device.type == "cuda":  # on a CPU each variant has one config, and all of them are timed
             timed = calibrate.samples(self.journal.timings.values(), [task.problem for task in tasks], self.versions)
-            found = calibrate.factors(timed, self.ceilings)
-            self.ceilings = replace(self.ceilings, factors={**self.ceilings.factors, **found})
+            self.factors |= calibrate.factors(timed, self.ceilings)
+            self.ceilings = replace(self.ceilings, factors={**self.ceilings.factors, **self.factors})
 
     def _efforts(self) -> tuple[Effort, ...]:
         by_degrees = self.device.type == "cuda" and self.seconds is not None and not self.again
@@ -230,9 +235,19 @@ class Session:
         if entry is None or dict(entry.versions) != self.versions or MORE * entry.rivals < rivals:
             return None
         try:
-            return entry if source_hash(variant(entry.variant)) == entry.source else None
+            known = source_hash(variant(entry.variant)) == entry.source
         except ArgumentError:
             return None
+        return entry if known and not self._failed_since(entry, pass_name, problem) else None
+
+    def _failed_since(self, entry: Entry, pass_name: str, problem: Problem) -> bool:
+        """The choice was stored, and a later final lost the GPU to it: here, or where it was made."""
+        return any(
+            self.journal.refuses(
+                Timing(text, pass_name, entry.variant, entry.config, entry.source, SCREEN, entry.versions)
+            )
+            for text in {entry.problem, str(problem)}
+        )
 
     def _keep(self, task: Task, winner: Winner) -> None:
         entry, report = winner.entry(task.problem, self.versions), self.report

@@ -17,12 +17,12 @@ from tritonconv.autotune.rules import FALLBACK
 from tritonconv.autotune.sources import source_hash
 from tritonconv.autotune.store import Entry
 from tritonconv.bench.calls import FORWARD_BACKWARD, TensorCall
-from tritonconv.bench.failures import disqualifies, told
+from tritonconv.bench.failures import context_is_lost, disqualifies, told
 from tritonconv.bench.timing import Times
 from tritonconv.dispatch import plan_of
 from tritonconv.kernels.registry import NO_CONFIG, variant
 from tritonconv.problem import PASSES
-from tritonconv.tuning.contest import TORCH, Candidate, Contest
+from tritonconv.tuning.contest import TORCH, Candidate, Contest, Members
 
 FINALISTS = 3
 PAIRS = 4
@@ -79,14 +79,15 @@ class ProblemTuner:
         ran = self.contest.screen(name, self.fields[name], self.screening[name])
         holder = self._untuned(name)
         finalists = {each.label: each for each in (holder, *(candidate for candidate, _ in ran[:FINALISTS]))}
+        members = {label: [(name, each)] for label, each in finalists.items()}
         calls = {TORCH: self.case.baseline(self.case.problem, name)}
-        for label, each in list(finalists.items()):
-            call = self._verified(name, each, {name: each.selection})
+        for label in members:
+            call = self._verified(name, members[label])
             if call is None:
                 finalists.pop(label)
             else:
                 calls[label] = call
-        times = self.contest.final(calls, FORWARD_FINAL * self.seconds)
+        times = self.contest.final(calls, members, FORWARD_FINAL * self.seconds)
         for each in finalists.values():
             self.contest.finished(name, each, times)
         best = self._decided(times, holder.label, list(finalists))
@@ -101,15 +102,15 @@ class ProblemTuner:
         holder = self._untuned(data), self._untuned(weight)
         pairs = {_label(pair): pair for pair in [holder, *self._pairs(ran)]}
         calls = {TORCH: self.case.baseline(self.case.problem, FORWARD_BACKWARD)}
-        for label, pair in list(pairs.items()):
-            chosen = {FORWARD[0]: forward, data: pair[0].selection, weight: pair[1].selection}
-            call = self._verified(FORWARD_BACKWARD, pair[1], chosen)
+        members = {label: list(zip(GRADIENTS, pair, strict=True)) for label, pair in pairs.items()}
+        for label in members:
+            call = self._verified(FORWARD_BACKWARD, members[label], forward=forward)
             if call is None:
                 pairs.pop(label)
             else:
                 calls[label] = call
         share = (1 - SCREENING - FORWARD_FINAL) * self.seconds
-        times = self.contest.final(calls, share)
+        times = self.contest.final(calls, members, share)
         best = self._decided(times, _label(holder), list(pairs))
         found = pairs[best] if best != TORCH else tuple(Candidate(_native(name), 0.0) for name in GRADIENTS)
         step = times.spread(best).median, times.spread(TORCH).median
@@ -152,18 +153,26 @@ class ProblemTuner:
                 best = label
         return best
 
-    def _verified(self, pass_name: str, candidate: Candidate, chosen: dict[str, Selection]) -> TensorCall | None:
-        """The call of a plan whose answers are right; a candidate that is wrong or cannot run is told and None."""
-        plan = plan_of(self.case.problem, self.case.device, **chosen)
+    def _verified(self, pass_name: str, members: Members, **more: Selection) -> TensorCall | None:
+        """The call of a plan of the members, and of ``more`` in other passes, whose answers are right.
+
+        None for what is wrong or cannot run, which is told and stored, and for what is known to be so.
+        """
+        if any(self.contest.passed_over(*each) for each in members):
+            return None
+        chosen = {name: each.selection for name, each in members}
+        plan = plan_of(self.case.problem, self.case.device, **more, **chosen)
         try:
             verdict = self.case.judge(plan, pass_name)
         except Exception as error:
+            if context_is_lost(error):
+                self.contest.lost(members, error)
             if not disqualifies(error):
                 raise
-            self.contest.wrong(pass_name, candidate, told(error))
+            self.contest.wrong(pass_name, members[-1][1], told(error))
             return None
         if not verdict.ok:
-            self.contest.wrong(pass_name, candidate, str(verdict))
+            self.contest.wrong(pass_name, members[-1][1], str(verdict))
             return None
         return self.case.call(plan, pass_name)
 
