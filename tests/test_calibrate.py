@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import threading
@@ -169,6 +170,8 @@ def test_a_run_puts_back_no_factor_that_it_only_read(tmp_path, monkeypatch):
     """Another run may have corrected it since."""
     monkeypatch.setattr(session, "versions_of", lambda device: {})
     monkeypatch.setattr(session, "target_of", lambda device: None)
+    # torch's own tests, which others here import, freeze its switches.
+    monkeypatch.setattr(session.gpu, "cudnn_benchmark", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(session, "device_name", lambda device: device_name(CPU))
     monkeypatch.setattr(calibrate, "device_name", lambda device: device_name(CPU))
     found = measured(NAME, 2.0, LEAST)
