@@ -71,6 +71,35 @@ def in_a_process(code: str, *names: str):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.parametrize("layout", ["ncdhw", "ndhwc"])
+def test_what_the_gate_judges_on_a_gpu_is_the_kernel_that_is_timed(layout):
+    """But for the copies in another order, whose tiles go by how much there is to copy."""
+    others = in_a_process(
+        """
+        from tritonconv.bench.gate import reduced
+
+        names, found = [*sys.argv[2:]], []
+        with compiling_for(TARGETS["sm_90"]):
+            for name in names:
+                for size in ((32, 32, 32), (12, 34, 60)):
+                    try:
+                        record, problem = served(name, n=3, size=size, layout=sys.argv[1])
+                    except AssertionError:
+                        continue
+                    small = reduced(problem, GPU)
+                    config, timed = compiled(record, problem)
+                    _, judged = compiled(record, small, config)
+                    hashes = {kernel.hash for kernel in timed}
+                    found += [f"{kernel.name} of {name} on {problem}: {small.size}" for kernel in judged
+                              if kernel.hash not in hashes and "transpose" not in kernel.name]
+        print(json.dumps(found))
+        """,
+        layout,
+        *NAMES,
+    )
+    assert others == []
+
+
 def test_a_new_image_size_compiles_nothing():
     """Channels a multiple of 16, channels_last_3d: whatever the divisors of the sizes, one kernel serves them all.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import weakref
 from types import SimpleNamespace
 
@@ -22,7 +23,7 @@ from tritonconv.bench.rows import versions_of
 from tritonconv.bench.summary import summary
 from tritonconv.bench.workloads import Workload, workloads
 from tritonconv.kernels import registry
-from tritonconv.problem import Problem
+from tritonconv.problem import LAYOUTS, Problem
 from tritonconv.runner import Options
 
 CPU = torch.device("cpu")
@@ -264,7 +265,7 @@ def test_half_precision_is_judged_by_torchs_own_error(tmp_path):
 )
 def test_the_reference_is_the_definition(name):
     """Exact on small integers, against torch in float64, for strides, crops, dilations and groups of real layers."""
-    problem = gate.reduced(next(one for one in workloads() if one.name == name).problem(torch.float64))
+    problem = gate.reduced(next(one for one in workloads() if one.name == name).problem(torch.float64), CPU)
     problem = dataclasses.replace(
         problem, c_in=min(problem.c_in, 8), c_out=min(problem.c_out, 8), groups=min(problem.groups, 8), n=1
     )
@@ -301,15 +302,35 @@ def test_the_gate_permits_what_tf32_does_to_the_operands_and_no_more():
         assert not gate.in_tf32(problem, torch.device("cuda"))
 
 
+KIND = ("kernel", "stride", "crop", "dilation", "groups")
+
+
 def test_the_gate_is_cheap_and_of_the_same_kind():
     for one in workloads():
         problem = one.problem()
-        small = gate.reduced(problem)
-        assert all(
-            getattr(small, key) == getattr(problem, key) for key in ("kernel", "stride", "crop", "dilation", "groups")
-        )
+        small = gate.reduced(problem, CPU)
+        assert all(getattr(small, key) == getattr(problem, key) for key in KIND)
         assert small.flops < 5e8
         assert min(small.out_size) >= 1
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_on_a_gpu_what_is_judged_has_what_is_timed_compiled_in(layout):
+    """What divides each stride of x and y, and which is 1: Triton compiles a kernel for each such case."""
+    for one in workloads():
+        problem = one.problem(torch.bfloat16, layout)
+        small = gate.reduced(problem, torch.device("cuda"))
+        assert all(getattr(small, key) == getattr(problem, key) for key in (*KIND, "c_in", "c_out"))
+        assert math.prod(small.size) <= 21 * 21 * 20 and small.n <= 2
+        for name in ("x_shape", "y_shape"):
+            strides = [
+                torch.empty(getattr(each, name), device="meta", memory_format=each.memory_format).stride()
+                for each in (problem, small)
+            ]
+            judged, timed = ([(math.gcd(16, stride), stride == 1) for stride in each] for each in strides)
+            assert judged == timed, f"{problem}: {small}"
+        sizes = [size for size, whole in zip(small.size, problem.size, strict=True) if size != whole]
+        assert len(set(sizes)) == len(sizes), "two axes that were mixed up would go unnoticed"
 
 
 def test_rows_are_plain_json(tmp_path):

@@ -135,7 +135,11 @@ class Campaign:
         rest += f", {len(waiting) - checked} left for another run" if checked < len(waiting) else ""
         self.said.append(f"verify: {checked} answers held against float64, {self.errors} wrong or failed{rest}")
 
-    def _checks(self) -> Iterator[tuple[Task, str]]:
+    def _checks(self) -> list[tuple[Task, str]]:
+        """Kernels before formulations in torch's operations."""
+        return sorted(self._served(), key=lambda each: variant(each[1]).backend != "triton")
+
+    def _served(self) -> Iterator[tuple[Task, str]]:
         for dtype in self.options.dtypes:
             for layer in (workload(name) for name in dict.fromkeys(CLASSES.values())):
                 for layout in self.options.layouts:

@@ -84,7 +84,7 @@ def _judge(
 ) -> gate.Verdict:
     """Both steps of the gate; ``baseline`` is torch's candidate, None where torch cannot run the cell."""
     outputs = gate.OUTPUTS[pass_name]
-    small = gate.reduced(problem)
+    small = gate.reduced(problem, subject.device)
     if any(each.variant.supports(small, subject.device) is not None for each in chosen.values()):
         small = problem
     exact = subject.exact(small, outputs)
@@ -93,11 +93,9 @@ def _judge(
     def named(values: tuple) -> dict[str, torch.Tensor]:
         return {key: value for key, value in zip(outputs, values, strict=False) if value is not None}
 
-    with gpu.cudnn_benchmark(subject.device, wanted=small == problem):
-        torchs = named(torch_call(small, t, pass_name)())
-    mine = torchs
-    if chosen:
-        with pinned(*chosen.values()):
+    with gpu.cudnn_benchmark(subject.device, wanted=small == problem), pinned(*chosen.values()):
+        mine = torchs = named(torch_call(small, t, pass_name)())
+        if chosen:
             mine = named(_call(plan(small, subject.device), small, t, pass_name, public=name == OURS)())
     errors = gate.errors(torchs, exact, subject.cut(small, outputs))
     verdict = gate.against_reference(small, mine, errors, exact)

@@ -1,7 +1,8 @@
 """The correctness gate: no candidate is timed before its outputs agree with float64, and with torch on the timed sizes.
 
-1. On a reduced problem of the same kind (few voxels, the same kernel, stride, crop, dilation and groups) each output is
-   held against a float64 reference made from the same rounded inputs, one tap at a time, straight from the definition:
+1. On a reduced problem of the same kind (few voxels, the same kernel, stride, crop, dilation and groups; on a GPU one
+   that the same compiled kernels serve) each output is held against a float64 reference made from the same rounded
+   inputs, one tap at a time, straight from the definition:
    ``max error <= 2 x torch's own error in the same dtype + eps * sqrt(K) * scale``, where K is the number of terms of a
    sum, eps belongs to the type in which sums are kept and scale is the largest reference value. Where torch's switch
    permits TF32, torch's own error is at least what TF32 itself does to the operands: torch may have served the call
@@ -36,6 +37,7 @@ OUTPUTS = {
     "forward_backward": ("y", "grad_x", "grad_weight", "grad_bias"),
 }
 
+DIVISOR = 16  # of strides: what Triton specialises its kernels on
 TF32_BITS = 13  # of a float32's mantissa that the matrix units do not read (PTX ISA, "Matrix fragments", .tf32)
 
 Outputs = Mapping[str, torch.Tensor]
@@ -64,11 +66,15 @@ class Verdict:
         return f"{self.output}: max error {self.max_error:.3g}, {allowed}"
 
 
-def reduced(problem: Problem) -> Problem:
+def reduced(problem: Problem, device: torch.device) -> Problem:
     """The problem of step 1: axes at most 4, 5, 6, batch at most 2, c_in halved while the weight has over 1 M elements.
 
-    An axis that would leave an empty output keeps its size; so does c_in with groups.
+    An axis that would leave an empty output keeps its size; so does c_in with groups. On a GPU, where it costs nothing,
+    c_in stays, and an axis is as much longer as it takes for the kernels that are compiled for the problem to be those
+    of the reduced one too.
     """
+    if device.type == "cuda":
+        return _served_alike(problem)
     for axis in range(3):
         size = list(problem.size)
         size[axis] = min(size[axis], LARGEST_AXES[axis])
@@ -79,6 +85,31 @@ def reduced(problem: Problem) -> Problem:
     while math.prod(problem.weight_shape) > LARGEST_WEIGHT and problem.groups == 1 and problem.c_in % 2 == 0:
         problem = replace(problem, c_in=problem.c_in // 2)
     return problem
+
+
+def _served_alike(problem: Problem) -> Problem:
+    """Fewer voxels, and what is compiled in is the same: what divides the strides of x and y, and the widths."""
+    size, n = list(problem.size), min(problem.n, LARGEST_BATCH)
+    found = resized(problem, problem.size, n)
+    for axis in (2, 1, 0):  # the strides of an axis hold the sizes of those behind it
+        whole = size[axis]
+        for shorter in range(min(LARGEST_AXES[axis], whole), whole):
+            size[axis] = shorter
+            with contextlib.suppress(ArgumentError):
+                small = resized(problem, tuple(size), n)  # type: ignore[arg-type]
+                if shorter not in size[axis + 1 :] and _compiled_in(small, axis) == _compiled_in(problem, axis):
+                    found = small
+                    break
+        else:
+            size[axis] = whole
+    return found
+
+
+def _compiled_in(problem: Problem, axis: int) -> tuple:
+    """What of an axis and of those behind it reaches the compiler: Triton's specialisation, and whole cells of y."""
+    volumes = math.prod(problem.size[axis:]), math.prod(problem.out_size[axis:])
+    strides = tuple((math.gcd(DIVISOR, volume), volume == 1) for volume in volumes)
+    return strides, problem.out_size[axis] % problem.stride[axis] == 0
 
 
 def terms(problem: Problem, output: str) -> int:
@@ -98,13 +129,13 @@ def sum_eps(dtype: torch.dtype) -> float:
 
 
 def reference(problem: Problem, x, weight, bias, grad_y, outputs: Iterable[str]) -> dict[str, torch.Tensor]:
-    """The outputs in float64 on the CPU, tap by tap from y[i*s + r*t - p] += x[i] weight[t]; inputs in any dtype."""
+    """The outputs in float64, tap by tap from y[i*s + r*t - p] += x[i] weight[t]; inputs of any dtype on any device."""
     wanted = set(outputs)
     n, groups = problem.n, problem.groups
     c_in, c_out = problem.c_in // groups, problem.c_out // groups
     product = _depthwise_product if c_in == c_out == 1 else torch.einsum
     with _one_thread():
-        x, weight, grad_y = (t.detach().to("cpu", torch.float64) for t in (x, weight, grad_y))
+        x, weight, grad_y = (t.detach().to(torch.float64) for t in (x, weight, grad_y))
         # Voxels last but for the channels of a group: (n, d, h, w, groups, c), so that a tap is a batched GEMM.
         x = x.reshape(n, groups, c_in, *problem.size).permute(0, 3, 4, 5, 1, 2).contiguous()
         grad = grad_y.reshape(n, groups, c_out, *problem.out_size).permute(0, 3, 4, 5, 1, 2).contiguous()
@@ -121,7 +152,7 @@ def reference(problem: Problem, x, weight, bias, grad_y, outputs: Iterable[str])
                 grad_weight[tap] = product("ndhwgi,ndhwgo->gio", x[inputs], grad[targets])
         y, grad_x = (t.permute(0, 4, 5, 1, 2, 3) for t in (y, grad_x))
         if bias is not None:
-            y = y + bias.detach().to("cpu", torch.float64).view(groups, c_out, 1, 1, 1)
+            y = y + bias.detach().to(torch.float64).view(groups, c_out, 1, 1, 1)
         found = {
             "y": y.reshape(problem.y_shape),
             "grad_x": grad_x.reshape(problem.x_shape),

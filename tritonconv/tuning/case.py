@@ -71,8 +71,10 @@ class Case:
     def judge(self, plan: Plan, pass_name: str) -> gate.Verdict:
         """Both steps of the gate for a plan that is meant for ``self.problem``."""
         small = self._reduced(plan, pass_name)
-        exact, errors = self._reference(small, pass_name)
-        verdict = gate.against_reference(small, self._named(self._on(plan, small), pass_name), errors, exact)
+        with gpu.cudnn_benchmark(self.device, wanted=small == self.problem):
+            exact, errors = self._reference(small, pass_name)
+            mine = self._named(self._on(plan, small), pass_name)
+        verdict = gate.against_reference(small, mine, errors, exact)
         if not verdict.ok or small == self.problem:
             return verdict
         relative = gate.relative_error(errors, exact)
@@ -84,7 +86,7 @@ class Case:
         return verdict if at_size.ok else at_size
 
     def _reduced(self, plan: Plan, pass_name: str) -> Problem:
-        small = gate.reduced(self.problem)
+        small = gate.reduced(self.problem, self.device)
         served = PASSES if pass_name == FORWARD_BACKWARD else (pass_name,)
         serves = all(plan.choice(name).variant.supports(small, self.device) is None for name in served)
         return small if serves else self.problem
@@ -94,8 +96,7 @@ class Case:
         outputs = gate.OUTPUTS[pass_name]
         exact = self._in_float64(small, gate.reference)
         in_tf32 = self._in_float64(small, gate.reference_in_tf32) if gate.in_tf32(small, self.device) else {}
-        with gpu.cudnn_benchmark(self.device, wanted=small == self.problem):
-            torchs = _by_name(self.baseline(small, pass_name)(), pass_name)
+        torchs = _by_name(self.baseline(small, pass_name)(), pass_name)
         exact = {name: value for name, value in exact.items() if name in outputs}
         return exact, gate.errors(torchs, exact, in_tf32)
 

@@ -53,13 +53,16 @@ class Effort(NamedTuple):
     """How many candidates a problem has: at most ``configs`` of a variant, in about ``seconds`` in all.
 
     Of the Triton kernels, which must be compiled, a variant takes part if the model expects at most ``far`` times the
-    time of the best one, with those configs that it expects within ``near`` times that.
+    time of the best one, with those configs that it expects within ``near`` times that. So do formulations in torch's
+    operations on a GPU, unless ``formulations`` is false: cuDNN tries its algorithms for each of their convolutions,
+    which takes longer than compiling a kernel.
     """
 
     configs: int
     near: float
     far: float
     seconds: float
+    formulations: bool = True
 
 
 def candidates(
@@ -74,13 +77,17 @@ def candidates(
                 (place, Candidate(Selection(record, config, "candidate"), guess.ms))
                 for place, (config, guess) in enumerate(best)
             ]
-    least = min((each.predicted_ms for _, each in found if _compiled(each)), default=0.0)
-    kept = [
-        (place, each)
-        for place, each in found
-        if not _compiled(each) or each.predicted_ms <= (effort.near if place else effort.far) * least
-    ]
-    return [each for _, each in sorted(kept, key=lambda pair: (pair[0], pair[1].predicted_ms))]
+    kernels = [each.predicted_ms for _, each in found if _compiled(each)]
+    if kernels:  # on a CPU there are none, and each formulation takes part
+        found = [(place, each) for place, each in found if _takes_part(each, place, min(kernels), effort)]
+    return [each for _, each in sorted(found, key=lambda pair: (pair[0], pair[1].predicted_ms))]
+
+
+def _takes_part(candidate: Candidate, place: int, least: float, effort: Effort) -> bool:
+    """``place`` among the configs of its variant, ``least`` the prediction of the best kernel."""
+    if not _compiled(candidate) and not effort.formulations:
+        return False
+    return candidate.predicted_ms <= (effort.near if place else effort.far) * least
 
 
 def _compiled(candidate: Candidate) -> bool:

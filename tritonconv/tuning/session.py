@@ -31,7 +31,7 @@ from tritonconv.tuning.tuner import ProblemTuner, Winner
 PROBLEM_SECONDS = 4.0  # for a problem without a budget
 # Within a budget a GPU's problems are gone through several times, each time deeper: kernels must be compiled, and every
 # problem should have its likely candidates tried before any has all of them. What was timed is not timed again.
-EFFORTS = (Effort(2, 1.5, 3.0, 1.0), Effort(4, 1.5, 4.0, 2.0))
+EFFORTS = (Effort(2, 1.5, 3.0, 1.0, formulations=False), Effort(4, 1.5, 4.0, 2.0))
 WHOLE = Effort(model.MOST_CANDIDATES, 3.0, 12.0, 20.0)
 # Problems whose kernels are being compiled while one is timed, and how long one waits for its own.
 AHEAD, COMPILING_SECONDS = 3, 120.0
