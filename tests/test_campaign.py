@@ -16,6 +16,7 @@ from tritonconv import campaign, cli, contestants, dispatch, runner
 from tritonconv.bench import results
 from tritonconv.bench.summary import summary
 from tritonconv.errors import ResultsError
+from tritonconv.inspection import precompile
 from tritonconv.tuning import session
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -71,6 +72,17 @@ def test_torch_compile_is_asked_last_and_adds_its_rows_alone(tmp_path, monkeypat
     assert "torch.compile: 0 of 0 cells, 2 known before" in capsys.readouterr().out
 
 
+def test_one_set_of_compiling_processes_serves_all_steps(tmp_path, monkeypatch):
+    monkeypatch.setattr(precompile, "Precompiler", None)  # of a step that would start its own
+    given = []
+    for module in (session, runner):
+        monkeypatch.setattr(
+            module, "shared", lambda compiler, device: given.append(compiler) or precompile.shared(compiler, device)
+        )
+    assert run(tmp_path, 10) == 0
+    assert len(given) == 2 and given[0] is given[1] is not None
+
+
 def test_a_cell_whose_choice_has_changed_is_measured_again(tmp_path, capsys):
     assert run(tmp_path, 10) == 0
     for path in (tmp_path / "store").glob("*.json"):
@@ -94,7 +106,7 @@ def test_cells_of_other_sources_other_versions_or_rows_that_do_not_say_are_measu
 
     assert again in said() and known in said()
     with monkeypatch.context() as edited:
-        edited.setattr(runner, "source_hash", lambda record: "an edited kernel")
+        edited.setattr(contestants, "source_hash", lambda record: "an edited kernel")
         assert again in said() and known in said()
     with monkeypatch.context() as updated:
         newer = {"torch": "99", "triton": None}
@@ -244,7 +256,7 @@ def test_a_cell_that_loses_the_gpu_is_not_begun_again(tmp_path, monkeypatch, cap
             assert found.end["reason"] == "error" and len({row["pass"] for row in found.errors}) == count
         assert run(tmp_path, 20) == 0
     assert "bench: 0 of 0 cells, 2 known before" in capsys.readouterr().out
-    monkeypatch.setattr(runner, "source_hash", lambda record: "an edited kernel")
+    monkeypatch.setattr(contestants, "source_hash", lambda record: "an edited kernel")
     assert run(tmp_path, 20) == 0
     assert "bench: 2 of 2 cells, 0 known before" in capsys.readouterr().out
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import math
 import weakref
 from types import SimpleNamespace
 
@@ -13,17 +12,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tritonconv import contestants, runner
+from tritonconv import contestants, dispatch, runner
+from tritonconv.autotune import choose
+from tritonconv.autotune.ceilings import nominal
 from tritonconv.autotune.sources import source_hash
-from tritonconv.bench import gate, gpu
-from tritonconv.bench.calls import ALL_PASSES, make_tensors, torch_call
+from tritonconv.autotune.store import Table
+from tritonconv.bench import gpu
+from tritonconv.bench.calls import ALL_PASSES
 from tritonconv.bench.progress import Silent
 from tritonconv.bench.results import latest, read
 from tritonconv.bench.rows import versions_of
 from tritonconv.bench.summary import summary
-from tritonconv.bench.workloads import Workload, workloads
+from tritonconv.bench.workloads import Workload
 from tritonconv.kernels import registry
-from tritonconv.problem import LAYOUTS, Problem
+from tritonconv.problem import Problem
 from tritonconv.runner import Options
 
 CPU = torch.device("cpu")
@@ -58,6 +60,39 @@ def sabotage(monkeypatch):
         monkeypatch.setitem(registry._records(), name, broken)
 
     return spoil
+
+
+def test_kernels_are_compiled_ahead_each_once_in_the_order_of_the_cells(monkeypatch):
+    """What dispatch chooses on a GPU that was measured, and the variants that were asked for."""
+    pytest.importorskip("triton")
+    cuda = torch.device("cuda")
+    measured = dataclasses.replace(nominal(cuda), measured=True).to_json()
+    monkeypatch.setattr(choose, "table_of", lambda device: Table("gpu", {}, measured))
+    for name, value in (("stopwatch_for", None), ("versions_of", {})):
+        monkeypatch.setattr(runner, name, lambda device, value=value: value)
+    at_size = dataclasses.replace(layer("tiny at 8", 16, 16, (8, 8, 8)), family="tiny")
+    layers, alone = (at_size, layer("tiny", 16, 16), layer("other", 32, 16)), registry.variant("forward_gather")
+    asked = Options(layers, ("forward", "forward_backward"), (torch.float16,), ("ndhwc",), (alone,), device=cuda)
+    found = []
+
+    def finish(started, seconds):
+        found.extend(started)
+        assert seconds == runner.MOST_COMPILING_SECONDS
+
+    dispatch.forget()
+    try:
+        compiler = SimpleNamespace(target="sm_90", start=list, finish=finish)
+        runner._Bench(asked, None, Silent(), [{}]).compile_ahead(compiler)
+        want = []
+        for each in (layers[1], layers[2], at_size):  # sizes of no model come last
+            problem = each.problem(torch.float16, "ndhwc", "cpu")
+            made = dispatch.plan(problem, cuda)
+            chosen = [made.forward_choice, (alone, alone.default(problem, cuda), ""), made.backward_data_choice,
+                      made.backward_weight_choice]  # fmt: skip
+            want += [(record.name, problem, config) for record, config, _ in chosen if record.backend == "triton"]
+    finally:
+        dispatch.forget()
+    assert found == want and len(want) >= 9
 
 
 def test_a_complete_run(tmp_path):
@@ -258,79 +293,6 @@ def test_half_precision_is_judged_by_torchs_own_error(tmp_path):
     _, found = run(tmp_path, layer(), dtypes=(torch.bfloat16,), passes=ALL_PASSES, layouts=("ndhwc",))
     assert not found.errors
     assert {row["dtype"] for row in found.results} == {"bfloat16"}
-
-
-@pytest.mark.parametrize(
-    "name", [one.name for one in workloads() if one.name.startswith(("kernelbench_l1", "mednext"))]
-)
-def test_the_reference_is_the_definition(name):
-    """Exact on small integers, against torch in float64, for strides, crops, dilations and groups of real layers."""
-    problem = gate.reduced(next(one for one in workloads() if one.name == name).problem(torch.float64), CPU)
-    problem = dataclasses.replace(
-        problem, c_in=min(problem.c_in, 8), c_out=min(problem.c_out, 8), groups=min(problem.groups, 8), n=1
-    )
-    t = make_tensors(problem, CPU, 0)
-    whole = {key: value.mul(2).round() for key, value in vars(t).items() if value is not None}
-    t = dataclasses.replace(t, **whole)
-    wanted = gate.OUTPUTS["forward_backward"]
-    exact = gate.reference(problem, t.x, t.weight, t.bias, t.grad_y, wanted)
-    torchs = dict(zip(wanted, torch_call(problem, t, "forward_backward")(), strict=False))
-    assert exact.keys() == torchs.keys()
-    assert all(torch.equal(exact[key], torchs[key]) for key in exact)
-
-
-def test_the_gate_permits_what_tf32_does_to_the_operands_and_no_more():
-    problem = layer(c_in=48, c_out=16).problem(torch.float32)
-    t, wanted = make_tensors(problem, CPU, 0), gate.OUTPUTS["forward_backward"]
-    operands = problem, t.x, t.weight, t.bias, t.grad_y, wanted
-    exact, cut = gate.reference(*operands), gate.reference_in_tf32(*operands)
-    assert cut.keys() == exact.keys() - {"grad_bias"}
-    torchs = {key: value.float() for key, value in exact.items()}  # an IEEE answer, as if torch had not taken TF32
-    mine = torchs | {key: value.float() for key, value in cut.items()}
-    strict, permitted = gate.errors(torchs, exact, {}), gate.errors(torchs, exact, cut)
-    assert not gate.against_reference(problem, mine, strict, exact).ok
-    assert gate.against_reference(problem, mine, permitted, exact).ok
-    assert gate.relative_error(permitted, exact) < 2**-8 and permitted["grad_bias"] == strict["grad_bias"]
-    for name in cut:
-        off = mine | {name: mine[name] + 4 * permitted[name]}
-        assert not gate.against_reference(problem, off, permitted, exact).ok
-    assert not gate.in_tf32(problem, CPU)
-    with torch.backends.cudnn.flags(allow_tf32=True):
-        assert gate.in_tf32(problem, torch.device("cuda"))
-        assert not gate.in_tf32(dataclasses.replace(problem, dtype=torch.float16), torch.device("cuda"))
-    with torch.backends.cudnn.flags(allow_tf32=False):
-        assert not gate.in_tf32(problem, torch.device("cuda"))
-
-
-KIND = ("kernel", "stride", "crop", "dilation", "groups")
-
-
-def test_the_gate_is_cheap_and_of_the_same_kind():
-    for one in workloads():
-        problem = one.problem()
-        small = gate.reduced(problem, CPU)
-        assert all(getattr(small, key) == getattr(problem, key) for key in KIND)
-        assert small.flops < 5e8
-        assert min(small.out_size) >= 1
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_on_a_gpu_what_is_judged_has_what_is_timed_compiled_in(layout):
-    """What divides each stride of x and y, and which is 1: Triton compiles a kernel for each such case."""
-    for one in workloads():
-        problem = one.problem(torch.bfloat16, layout)
-        small = gate.reduced(problem, torch.device("cuda"))
-        assert all(getattr(small, key) == getattr(problem, key) for key in (*KIND, "c_in", "c_out"))
-        assert math.prod(small.size) <= 21 * 21 * 20 and small.n <= 2
-        for name in ("x_shape", "y_shape"):
-            strides = [
-                torch.empty(getattr(each, name), device="meta", memory_format=each.memory_format).stride()
-                for each in (problem, small)
-            ]
-            judged, timed = ([(math.gcd(16, stride), stride == 1) for stride in each] for each in strides)
-            assert judged == timed, f"{problem}: {small}"
-        sizes = [size for size, whole in zip(small.size, problem.size, strict=True) if size != whole]
-        assert len(set(sizes)) == len(sizes), "two axes that were mixed up would go unnoticed"
 
 
 def test_rows_are_plain_json(tmp_path):

@@ -27,11 +27,11 @@ from tritonconv.bench.results import BASELINE, COMPILED, OURS, Run, Writer
 from tritonconv.bench.roofs import LAUNCH, MATMUL, TF32
 from tritonconv.bench.rows import sizes_of, versions_of
 from tritonconv.bench.workloads import distinct, in_turn, left_out, workload
-from tritonconv.contestants import why_not
+from tritonconv.contestants import served, why_not
 from tritonconv.inspection.jobs import CLASSES
 from tritonconv.inspection.precompile import Precompiler, target_of
 from tritonconv.kernels.registry import variant, variants
-from tritonconv.runner import Options, header, measure, served
+from tritonconv.runner import Options, header, measure
 from tritonconv.tuning.case import Case
 from tritonconv.tuning.session import Progress, Session, Task
 
@@ -72,8 +72,8 @@ class Campaign:
         """
         self.earlier, self.versions = self._earlier(), versions_of(self.device)
         reason = "complete"
-        here = gpu.current(self.device)
-        with store_of(self.folder), Writer(self.folder, results.CAMPAIGN) as writer, here:
+        here, compiling = gpu.current(self.device), Precompiler(target_of(self.device))
+        with store_of(self.folder), Writer(self.folder, results.CAMPAIGN) as writer, here, compiling as self.compiler:
             self.writer = writer
             self.environment = writer.write("environment", header(self.options, writer))
             try:
@@ -120,17 +120,18 @@ class Campaign:
         self.errors = failed = sum(kind == "error" for _, kind in answers)
         self.progress.begin(len(waiting))
         deadline, checked = perf_counter() + min(VERIFY * self.seconds, self._left()), 0
-        with Precompiler(target_of(self.device)) as compiler:
-            started = compiler.start(
-                (name, task.problem, variant(name).default(task.problem, self.device)) for task, name in waiting
-            )
-            for index, (task, name) in enumerate(waiting):
-                compiler.finish(started[index : index + 1], max(0.0, deadline - perf_counter()))
-                if perf_counter() >= deadline:
-                    break
-                self._check(task, name)
-                checked += 1
-                self.progress.step(f"verify {name} on {task.layer}")
+        started = self.compiler.start(
+            (name, task.problem, variant(name).default(task.problem, self.device))
+            for task, name in waiting
+            if variant(name).backend == "triton"  # they come first
+        )
+        for index, (task, name) in enumerate(waiting):
+            self.compiler.finish(started[index : index + 1], max(0.0, deadline - perf_counter()))
+            if perf_counter() >= deadline:
+                break
+            self._check(task, name)
+            checked += 1
+            self.progress.step(f"verify {name} on {task.layer}")
         rest = f" ({failed} of them known before)" if failed else ""
         rest += f", {len(waiting) - checked} left for another run" if checked < len(waiting) else ""
         self.said.append(f"verify: {checked} answers held against float64, {self.errors} wrong or failed{rest}")
@@ -215,7 +216,7 @@ class Campaign:
             for layout in self.options.layouts
             if left_out(layer, scale) is None and not layer.family
         ]
-        session = Session(self.device, None, seconds, write=self.writer.write, goes_on=True)
+        session = Session(self.device, None, seconds, write=self.writer.write, goes_on=True, compiler=self.compiler)
         report = session.run(tasks, self.progress)
         self.errors += report.errors
         self.said.append(
@@ -239,7 +240,7 @@ class Campaign:
         return finished
 
     def _cells(self, step: str, options: Options, known_roofs: list[dict]) -> bool:
-        run = measure(options, self.writer, self.progress, known_roofs)
+        run = measure(options, self.writer, self.progress, known_roofs, self.compiler)
         self.errors += run.errors
         self.said.append(f"{step}: {run.done} of {run.cells} cells, {len(options.done)} known before")
         if run.reason == "interrupted":

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from time import perf_counter
 
 import torch
 import torch.nn.functional as F
 
+from tritonconv.autotune.sources import source_hash
 from tritonconv.bench import gate, gpu
 from tritonconv.bench.calls import FORWARD_BACKWARD, TensorCall, Tensors, operation_call, torch_call
 from tritonconv.bench.results import BASELINE, COMPILED, OURS
-from tritonconv.bench.rows import Candidate
+from tritonconv.bench.rows import Candidate, Choice
 from tritonconv.bench.subject import Subject
 from tritonconv.dispatch import Plan, Selection, pinned, plan, use
 from tritonconv.functional import conv_transpose3d
@@ -24,6 +26,30 @@ def why_not(record: Variant, problem: Problem, device: torch.device) -> str | No
     if record.backend == "triton" and device.type == "cpu":
         return "on a CPU Triton's interpreter runs this kernel, which says nothing about its speed"
     return record.supports(problem, device)
+
+
+def launched(record: Variant | None, problem: Problem, device: torch.device, pass_name: str) -> dict[str, Selection]:
+    """What a variant by itself, or the public operation, runs now, by pass."""
+    if record is not None:
+        return {pass_name: Selection(record, record.default(problem, device), "by itself")}
+    made = plan(problem, device)
+    return {name: made.choice(name) for name in (PASSES if pass_name == FORWARD_BACKWARD else (pass_name,))}
+
+
+def served(record: Variant | None, problem: Problem, device: torch.device, pass_name: str) -> dict[str, object]:
+    """The same in the words of :func:`chosen_fields`; of a variant by itself its source alone."""
+    if record is not None:
+        return {"sources": {pass_name: source_hash(record)}}
+    return chosen_fields(launched(None, problem, device, pass_name))
+
+
+def chosen_fields(chosen: Mapping[str, Choice]) -> dict[str, object]:
+    """What a contestant runs by pass; while it is the same, a later run would only measure the same again."""
+    return {
+        "chosen": {name: each.variant.name for name, each in chosen.items()},
+        "config": {name: dict(each.config) for name, each in chosen.items()},
+        "sources": {name: source_hash(each.variant) for name, each in chosen.items()},
+    }
 
 
 def candidate(
@@ -50,9 +76,8 @@ def prepared(
         return operation_call(_compiled(), problem, t, pass_name), {}
     with use(record.name) if record else contextlib.nullcontext():
         made = plan(problem, subject.device)
-    served = PASSES if pass_name == FORWARD_BACKWARD else (pass_name,)
     call = _call(made, problem, t, pass_name, public=record is None)
-    return call, {each: made.choice(each) for each in served}
+    return call, launched(record, problem, subject.device, pass_name)
 
 
 def _compiled():

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -17,25 +17,26 @@ from typing import Protocol
 
 import torch
 
-from tritonconv.autotune.sources import source_hash
 from tritonconv.bench import gate, gpu, roofs
 from tritonconv.bench.calls import FORWARD_BACKWARD
 from tritonconv.bench.environment import OtherPrograms, environment
 from tritonconv.bench.failures import context_is_lost, disqualifies, told
 from tritonconv.bench.results import BASELINE, COMPILED, OURS, SCHEMA, Writer
-from tritonconv.bench.rows import Candidate, Choice, layer_fields, measured_fields, versions_of
+from tritonconv.bench.rows import Candidate, layer_fields, measured_fields, versions_of
 from tritonconv.bench.subject import Subject
 from tritonconv.bench.timing import interleave, method, stopwatch_for
 from tritonconv.bench.workloads import ALL, SCALES, Workload, distinct, in_turn, left_out
-from tritonconv.contestants import candidate, why_not
-from tritonconv.dispatch import plan
+from tritonconv.contestants import candidate, chosen_fields, launched, served, why_not
+from tritonconv.inspection.precompile import Job, Precompiler, shared
 from tritonconv.kernels.registry import Variant
-from tritonconv.problem import PASSES, Problem
+from tritonconv.problem import Problem
 
 # Time for one cell (s): what it gets without a budget, and the most it gets with one.
 CELL_SECONDS = 0.5
 MOST_CELL_SECONDS = 2.0
 ROOF_SECONDS = 0.3
+# The share of a budget, and the most seconds, that cells wait for kernels to be compiled.
+COMPILING, MOST_COMPILING_SECONDS = 0.1, 60.0
 # Roofs are taken at the start and so many times more, shorter: on a machine that others use, one may find it quiet.
 ROOFS_AGAIN, SHORT_ROOF_SECONDS = 3, 0.06
 CPU = torch.device("cpu")
@@ -105,13 +106,21 @@ def bench(options: Options, folder: Path, progress: Progress) -> Outcome:
         return Outcome(writer.path, run.reason, run.errors)
 
 
-def measure(options: Options, writer: Writer, progress: Progress, known_roofs: Iterable[dict] = ()) -> _Bench:
+def measure(
+    options: Options,
+    writer: Writer,
+    progress: Progress,
+    known_roofs: Iterable[dict] = (),
+    compiler: Precompiler | None = None,
+) -> _Bench:
     """The cells, and the roofs where none are known, into a file that is open; its header and its end are others' work.
 
-    Returns the run with ``reason``, ``errors``, ``done`` and ``cells``.
+    ``compiler`` is one that runs already. Returns the run with ``reason``, ``errors``, ``done`` and ``cells``.
     """
-    with gpu.current(options.device), gpu.cudnn_benchmark(options.device):
+    here = gpu.current(options.device), gpu.cudnn_benchmark(options.device)
+    with here[0], here[1], shared(compiler, options.device) as compiling:
         run = _Bench(options, writer, progress, known_roofs)
+        run.compile_ahead(compiling)
         run.run()
     return run
 
@@ -133,24 +142,6 @@ def header(options: Options, writer: Writer) -> dict[str, object]:
     }
 
 
-def served(record: Variant | None, problem: Problem, device: torch.device, pass_name: str) -> dict[str, object]:
-    """What a variant by itself, or the public operation, runs now, in the words of :func:`chosen_fields`."""
-    if record is not None:
-        return {"sources": {pass_name: source_hash(record)}}
-    made = plan(problem, device)
-    passes = PASSES if pass_name == FORWARD_BACKWARD else (pass_name,)
-    return chosen_fields({name: made.choice(name) for name in passes})
-
-
-def chosen_fields(chosen: Mapping[str, Choice]) -> dict[str, object]:
-    """What a contestant runs by pass; while it is the same, a later run would only measure the same again."""
-    return {
-        "chosen": {name: each.variant.name for name, each in chosen.items()},
-        "config": {name: dict(each.config) for name, each in chosen.items()},
-        "sources": {name: source_hash(each.variant) for name, each in chosen.items()},
-    }
-
-
 class _Bench:
     def __init__(self, options: Options, writer: Writer, progress: Progress, known_roofs: Iterable[dict]) -> None:
         self.options, self.writer, self.progress = options, writer, progress
@@ -169,6 +160,26 @@ class _Bench:
         }
         self.layers = {layer: same for layer, same in self.layers.items() if layer.name not in self.left_out}
         self.cells = sum(1 for _ in self._order())
+
+    def compile_ahead(self, compiler: Precompiler) -> None:
+        """The kernels of all cells, in the cells' order; those that are late are compiled beside the first cells."""
+        seconds = self.options.seconds
+        most = MOST_COMPILING_SECONDS if seconds is None else COMPILING * seconds
+        compiler.finish(compiler.start(self._kernels() if compiler.target else ()), min(most, MOST_COMPILING_SECONDS))
+
+    def _kernels(self) -> Iterator[Job]:
+        """What the candidates of the cells launch, each once."""
+        options, found = self.options, set()
+        for subject, layout, pass_name in self._order():
+            problem = subject.problem(layout)
+            single = [each for each in options.variants if each.pass_name == pass_name]
+            for record in single if options.only_compiled else (None, *single):
+                if record is None or why_not(record, problem, options.device) is None:
+                    for each in launched(record, problem, options.device, pass_name).values():
+                        job = each.variant.name, problem, tuple(sorted(each.config.items()))
+                        if each.variant.backend == "triton" and job not in found:
+                            found.add(job)
+                            yield each.variant.name, problem, each.config
 
     def run(self) -> None:
         for name, why in self.left_out.items():
@@ -192,10 +203,11 @@ class _Bench:
             self.reason = "interrupted"
 
     def _order(self) -> Iterator[tuple[Subject, str, str]]:
-        """Suites take turns; the layouts and passes of a layer stay together."""
+        """Suites take turns, layers at sizes of no model come last; the layouts and passes of a layer stay together."""
         options = self.options
         outputs = frozenset(name for pass_name in options.passes for name in gate.OUTPUTS[pass_name])
-        for layer, dtype in itertools.product(in_turn(self.layers), options.dtypes):
+        ordered = sorted(in_turn(self.layers), key=lambda layer: bool(layer.family))
+        for layer, dtype in itertools.product(ordered, options.dtypes):
             same = self.layers[layer]
             subject = Subject(layer, same, dtype, options.scale, options.device, options.seed, outputs)
             for layout, pass_name in itertools.product(options.layouts, options.passes):

@@ -40,6 +40,11 @@ WORKER = (
 DONE, FAILED = b"+", b"-"
 
 
+def shared(compiler: Precompiler | None, device: torch.device) -> contextlib.AbstractContextManager[Precompiler]:
+    """The compiler of an outer block, which ends it; None: one for the device, for this block."""
+    return Precompiler(target_of(device)) if compiler is None else contextlib.nullcontext(compiler)
+
+
 def target_of(device: torch.device) -> str | None:
     """The name of the target of a CUDA device, None where none is listed for it or nothing can compile."""
     if device.type != "cuda" or not have_triton() or torch.version.hip is not None:

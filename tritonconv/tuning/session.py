@@ -21,7 +21,7 @@ from tritonconv.bench.failures import context_is_lost, told
 from tritonconv.bench.rows import sizes_of, versions_of
 from tritonconv.bench.workloads import ALL
 from tritonconv.errors import ArgumentError
-from tritonconv.inspection.precompile import Job, Precompiler, target_of
+from tritonconv.inspection.precompile import Job, Precompiler, shared, target_of
 from tritonconv.kernels.registry import variant
 from tritonconv.problem import PASSES, Problem
 from tritonconv.tuning.case import Case
@@ -110,7 +110,7 @@ class Session:
     """One tuning run on one device. ``folder`` None is the user's store; ``write`` takes (kind, row) of a results file.
 
     ``again`` measures what is stored once more. With ``goes_on`` a problem that raises is an error row, and the next
-    one follows, as long as the GPU answers.
+    one follows, as long as the GPU answers. ``compiler`` is one that runs already.
     """
 
     device: torch.device
@@ -119,6 +119,7 @@ class Session:
     again: bool = False
     write: Write = lambda kind, row: None
     goes_on: bool = False
+    compiler: Precompiler | None = None
     factors: dict[str, float] = field(default_factory=dict, init=False)  # of the cost model, from what was timed
 
     def run(self, tasks: Iterable[Task], progress: Progress) -> Report:
@@ -137,7 +138,7 @@ class Session:
         efforts = self._efforts()
         progress.begin(len(waiting) * len(efforts))
         try:
-            with gpu.cudnn_benchmark(self.device), Precompiler(target_of(self.device)) as compiler:
+            with gpu.cudnn_benchmark(self.device), shared(self.compiler, self.device) as compiler:
                 for self.effort in efforts:
                     self.report.known = []
                     self._calibrate(waiting)
