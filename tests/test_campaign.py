@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -216,6 +217,31 @@ def test_a_check_that_loses_the_gpu_ends_the_run_with_its_row_and_the_next_goes_
     monkeypatch.setattr(campaign, "source_hash", lambda record: f"{record.name}, edited")
     with pytest.raises(RuntimeError, match="illegal memory access"):
         run(tmp_path, 20)
+
+
+def test_a_lost_gpu_is_gone_on_with_in_a_new_process(tmp_path, monkeypatch, capsys):
+    class Replaced(BaseException):
+        pass
+
+    def execv(program, arguments):
+        assert program == sys.executable and not os.get_inheritable(file.fileno())
+        raise Replaced(*arguments)
+
+    def lose(*args):
+        raise LOST
+
+    monkeypatch.setattr(campaign.Case, "judge", lose)
+    monkeypatch.setattr("tritonconv.commands.campaign.LEAST_SECONDS", 1.0)
+    monkeypatch.setattr(os, "execv", execv)
+    with (tmp_path / "open").open("w") as file:
+        os.set_inheritable(file.fileno(), True)
+        with pytest.raises(Replaced) as replaced:
+            run(tmp_path / "found", 20)
+    interpreter, *command = replaced.value.args
+    assert interpreter == sys.executable and command[:4] == ["-m", "tritonconv", "campaign", "--seconds"]
+    assert command[-2] == "--seconds" and 1 < float(command[-1]) <= 20
+    assert "a new one goes on: RuntimeError: CUDA error: an illegal memory" in capsys.readouterr().err
+    assert results.load(tmp_path / "found").errors[0]["context_lost"]
 
 
 def test_a_check_without_memory_and_checks_of_other_versions_are_made_again(tmp_path, monkeypatch, capsys):

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+from time import perf_counter
+from typing import NoReturn
 
 import torch
 
 from tritonconv import flags
 from tritonconv.bench import results
 from tritonconv.bench.calls import ALL_PASSES, FORWARD_BACKWARD
+from tritonconv.bench.failures import context_is_lost, told
 from tritonconv.bench.progress import progress
 from tritonconv.bench.summary import summary
 from tritonconv.bench.workloads import ALL, SCALES, at_sizes, suites, workloads
@@ -32,6 +39,7 @@ HELP = "verify, roofs, tune and bench in one budget; run again, it goes on"
 OTHER_SUITES = ("kernelbench",)  # not layers of models: asked for by name
 # Layers of different classes that are also measured at several sizes: how time grows with work.
 FAMILIES = ("segresnet_deconv_up0", "psmnet_train_64_32", "mednext_k3_dw_128", "monai_unet_spleen_32_2")
+LEAST_SECONDS = 30.0  # for which a new process is worth starting
 SIZES = {"cpu": (4, 6, 8, 12, 16, 24), "gpu": (8, 16, 32, 64, 128)}
 
 
@@ -40,8 +48,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "In the order of value: every variant is held against float64 on one layer per class; the device's roofs are "
         "measured; the layers are tuned; then benchmarked with what was found; the overhead of a call is measured. "
-        "Everything is kept when the budget ends, and the same command goes on from there. tritonconv report DIR "
-        "renders it."
+        "Everything is kept when the budget ends, and the same command goes on from there. Where a kernel loses the "
+        "GPU, a new process does so, behind that kernel. tritonconv report DIR renders it."
     )
     parser.add_argument("--seconds", type=flags.seconds, required=True, metavar="S", help="budget for all of it")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the results and of the store")
@@ -81,9 +89,16 @@ def run(options: argparse.Namespace) -> int:
         command=("tritonconv", *options.given),
         compiled=gpu if options.compile is None else options.compile,
     )
-    shown = progress(options.quiet, unit="steps", first="verifying")
+    begin, shown = perf_counter(), progress(options.quiet, unit="steps", first="verifying")
     try:
         outcome = Campaign(wanted, options.out, shown).run()
+    except Exception as error:
+        left = options.seconds - (perf_counter() - begin)
+        if not context_is_lost(error) or left < LEAST_SECONDS:
+            raise
+        shown.close()
+        print(f"the GPU is lost to this process, and a new one goes on: {told(error)}", file=sys.stderr)
+        _go_on(options.given, left)
     finally:
         shown.close()
     print(summary(results.load(options.out)))
@@ -94,3 +109,15 @@ def run(options: argparse.Namespace) -> int:
     if outcome.reason == "interrupted":
         return INTERRUPTED
     return WRONG if outcome.errors else OK
+
+
+def _go_on(given: Sequence[str], seconds: float) -> NoReturn:
+    """The same command in the place of this process, which gives the GPU's memory back, with so many seconds.
+
+    What lost the GPU is in the results: the new process passes it over.
+    """
+    sys.stdout.flush()
+    for file in os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else ():
+        with contextlib.suppress(OSError):  # the one of the listing
+            os.set_inheritable(int(file), int(file) <= 2)
+    os.execv(sys.executable, [sys.executable, "-m", "tritonconv", *given, "--seconds", f"{seconds:.1f}"])
