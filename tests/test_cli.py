@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from tritonconv import cli, contestants, runner
 from tritonconv.bench import progress
 from tritonconv.bench.results import latest, read
+from tritonconv.commands import common
 from tritonconv.kernels import registry
 from tritonconv.tuning import case, session
 
@@ -120,6 +121,20 @@ def test_bad_usage_is_2_with_the_argument_what_was_given_and_what_is_allowed(cap
 def test_a_missing_device_is_said(capsys, command):
     assert cli.main([*command, "--device", "cuda"]) == 2
     assert "--device: got 'cuda'" in capsys.readouterr().err
+
+
+def test_one_of_several_gpus_is_current_from_then_on(monkeypatch, capsys):
+    current = []
+    for name, answer in (("is_available", True), ("device_count", 2)):
+        monkeypatch.setattr(torch.cuda, name, lambda answer=answer: answer)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert common.device("cuda:1") == torch.device("cuda", 1) and current == [torch.device("cuda", 1)]
+    assert common.device("cuda") == torch.device("cuda") and len(current) == 1
+    assert cli.main(["explain", TINY, "--device", "cuda:2"]) == 2
+    assert "got 'cuda:2', and there are 2 GPUs" in capsys.readouterr().err
+    for name in ("cuda:", "cuda1", "gpu", "cuda:-1"):
+        assert cli.main(["bench", "--device", name]) == 2
+        assert f"got {name!r}, expected auto, cpu, cuda or cuda:N" in capsys.readouterr().err
 
 
 def test_bad_files_are_2_and_named(tmp_path, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,20 +17,35 @@ from tritonconv.kernels.registry import Variant
 
 OK, WRONG, USAGE, INTERRUPTED = 0, 1, 2, 130
 DTYPES = ("float32", "float16", "bfloat16", "float64")
-DEVICES = ("auto", "cpu", "cuda")
+AUTO, DEVICE = "auto", re.compile(r"cpu|cuda(:\d+)?")
 RESULTS = Path("results")
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", choices=DEVICES, default="auto", help="(default: cuda if any)")
+    parser.add_argument(
+        "--device", type=_device_name, default=AUTO, metavar="NAME",
+        help="cpu, cuda (the current GPU) or cuda:N (default: cuda if any)",
+    )  # fmt: skip
+
+
+def _device_name(text: str) -> str:
+    if text != AUTO and DEVICE.fullmatch(text) is None:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected {AUTO}, cpu, cuda or cuda:N")
+    return text
 
 
 def device(name: str) -> torch.device:
-    if name == "auto":
+    """The device; one of several GPUs is the current one of the process from here on."""
+    if name == AUTO:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ArgumentError(f"argument --device: got 'cuda', and torch {torch.__version__} sees only the CPU")
-    return torch.device(name)
+    found = torch.device(name)
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ArgumentError(f"argument --device: got {name!r}, and torch {torch.__version__} sees only the CPU")
+    if found.index is not None:
+        if found.index >= torch.cuda.device_count():
+            raise ArgumentError(f"argument --device: got {name!r}, and there are {torch.cuda.device_count()} GPUs")
+        torch.cuda.set_device(found)
+    return found
 
 
 def scale_for(given: str | None, device: torch.device) -> str:

@@ -75,7 +75,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """1 where a cell could not be looked into."""
-    device = common.device("auto")
+    device = common.device(common.AUTO)
     if device.type != "cuda":
         raise ArgumentError("profile: a CPU has no counters that ncu reads, and torch sees no GPU")
     if shutil.which(options.ncu) is None:
