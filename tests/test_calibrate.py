@@ -18,6 +18,7 @@ from tritonconv.autotune.journal import Journal, Timing
 from tritonconv.autotune.key import device_name
 from tritonconv.autotune.sources import source_hash
 from tritonconv.bench.progress import Silent
+from tritonconv.inspection.precompile import Precompiler
 from tritonconv.kernels import registry
 from tritonconv.kernels.registry import variant
 from tritonconv.tuning import session
@@ -169,7 +170,6 @@ def test_tuners_that_end_at_the_same_time_keep_the_factors_of_all(tmp_path):
 def test_a_run_puts_back_no_factor_that_it_only_read(tmp_path, monkeypatch):
     """Another run may have corrected it since."""
     monkeypatch.setattr(session, "versions_of", lambda device: {})
-    monkeypatch.setattr(session, "target_of", lambda device: None)
     # torch's own tests, which others here import, freeze its switches.
     monkeypatch.setattr(session.gpu, "cudnn_benchmark", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(session, "device_name", lambda device: device_name(CPU))
@@ -185,7 +185,7 @@ def test_a_run_puts_back_no_factor_that_it_only_read(tmp_path, monkeypatch):
         return False
 
     monkeypatch.setattr(Session, "_all", corrected)
-    run = Session(CUDA, tmp_path)
+    run = Session(CUDA, tmp_path, compiler=Precompiler(None))
     run.run(tasks_of([one.problem for one in found]), Silent())
     kept = ceilings.from_json(store.read(device_name(CPU), tmp_path).ceilings)
     assert kept.factors == pytest.approx({kind(NAME): 2.0, "triton": 2.0, "torch": 1.5})
