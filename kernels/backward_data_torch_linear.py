@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from tritonconv.kernels.registry import Variant
 from tritonconv.kernels.torch_linear import channels_inside, flat, supports
+from tritonconv.kernels.torch_products import product
 
 
 def launch(problem, config, grad_y, weight):
     inside = channels_inside(weight)
-    return (flat(grad_y, inside) @ flat(weight, inside).t()).view(problem.x_shape)
+    return product(flat(grad_y, inside), flat(weight, inside).t()).view(problem.x_shape)
 
 
 VARIANT = Variant(

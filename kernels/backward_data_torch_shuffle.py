@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tritonconv.kernels.registry import Variant
-from tritonconv.kernels.torch_layout import matmul_images
+from tritonconv.kernels.torch_products import product, products
 from tritonconv.kernels.torch_shuffle import supports, taps_first, taps_last, unshuffle
 from tritonconv.kernels.work import by_torch, size_of
 
@@ -11,9 +11,9 @@ from tritonconv.kernels.work import by_torch, size_of
 def launch(problem, config, grad_y, weight, prepared=None):
     rows = unshuffle(problem, grad_y) if prepared is None else prepared
     if problem.layout == "ndhwc":
-        grad_x = rows @ taps_last(weight).t()  # (n*voxels, c_in)
+        grad_x = product(rows, taps_last(weight).t())  # (n*voxels, c_in)
         return grad_x.view(problem.n, *problem.size, problem.c_in).permute(0, 4, 1, 2, 3)
-    return matmul_images(taps_first(weight), rows).view(problem.x_shape)
+    return products(taps_first(weight), rows).view(problem.x_shape)
 
 
 VARIANT = Variant(

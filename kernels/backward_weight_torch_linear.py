@@ -5,11 +5,12 @@ from __future__ import annotations
 from tritonconv.kernels.registry import Variant
 from tritonconv.kernels.torch_layout import bias_gradient
 from tritonconv.kernels.torch_linear import channels_inside, flat, spread, supports
+from tritonconv.kernels.torch_products import product
 
 
 def launch(problem, config, x, grad_y, need_bias):
     inside = channels_inside(grad_y)
-    grad_weight = spread(x.flatten(1).t() @ flat(grad_y, inside), problem, inside)
+    grad_weight = spread(product(x.flatten(1).t(), flat(grad_y, inside)), problem, inside)
     return grad_weight, bias_gradient(grad_y) if need_bias else None
 
 

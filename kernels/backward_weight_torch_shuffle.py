@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
-
 from tritonconv.kernels.registry import Variant
 from tritonconv.kernels.torch_layout import bias_gradient, voxel_rows
+from tritonconv.kernels.torch_products import product, sum_of_products
 from tritonconv.kernels.torch_shuffle import supports, unshuffle
 from tritonconv.kernels.work import by_torch, size_of
 
@@ -14,11 +13,10 @@ def launch(problem, config, x, grad_y, need_bias, prepared=None):
     rows = unshuffle(problem, grad_y) if prepared is None else prepared
     c_in, c_out = problem.c_in, problem.c_out
     if problem.layout == "ndhwc":
-        product = voxel_rows(x).flatten(0, 1).t() @ rows  # (c_in, taps*c_out)
-        grad_weight = product.view(c_in, *problem.kernel, c_out).permute(0, 4, 1, 2, 3)
+        sums = product(voxel_rows(x).flatten(0, 1).t(), rows)  # (c_in, taps*c_out)
+        grad_weight = sums.view(c_in, *problem.kernel, c_out).permute(0, 4, 1, 2, 3)
     else:
-        product = torch.bmm(x.flatten(2), rows.transpose(1, 2))  # (n, c_in, c_out*taps)
-        grad_weight = product.sum(0).view(problem.weight_shape)
+        grad_weight = sum_of_products(x.flatten(2), rows).view(problem.weight_shape)  # (c_in, c_out*taps)
     return grad_weight, bias_gradient(grad_y) if need_bias else None
 
 

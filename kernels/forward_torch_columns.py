@@ -10,7 +10,8 @@ import itertools
 import math
 
 from tritonconv.kernels.registry import Variant
-from tritonconv.kernels.torch_layout import add_bias_, matmul_images, sum_dtype, to_layout, voxel_rows
+from tritonconv.kernels.torch_layout import add_bias_, sum_dtype, to_layout, voxel_rows
+from tritonconv.kernels.torch_products import products
 from tritonconv.kernels.work import by_torch, size_of
 
 
@@ -35,14 +36,14 @@ def launch(problem, config, x, weight, bias):
     n, c_out = problem.n, problem.c_out
     x, weight = x.to(sum_dtype(problem.dtype)), weight.to(sum_dtype(problem.dtype))
     rows = weight.permute(2, 3, 4, 1, 0).flatten(0, 3)  # (taps*c_out, c_in)
-    products = matmul_images(rows, voxel_rows(x).transpose(1, 2)).view(n, *problem.kernel, c_out, *problem.size)
+    values = products(rows, voxel_rows(x).transpose(1, 2)).view(n, *problem.kernel, c_out, *problem.size)
     axes = problem.axes
     steps = [len(axis.phases) for axis in axes]
     counts = [axis.phases[0].count for axis in axes]  # the first phase is the longest
     sums = x.new_zeros((n, *steps, c_out, *counts))
     for parts in itertools.product(*(list(_axis_parts(axis)) for axis in axes)):
         taps, phases, targets, sources = zip(*parts, strict=True)
-        sums[(slice(None), *phases, slice(None), *targets)] += products[(slice(None), *taps, slice(None), *sources)]
+        sums[(slice(None), *phases, slice(None), *targets)] += values[(slice(None), *taps, slice(None), *sources)]
     y = sums.permute(0, 4, 5, 1, 6, 2, 7, 3).reshape(n, c_out, *(c * s for c, s in zip(counts, steps, strict=True)))
     od, oh, ow = problem.out_size
     return add_bias_(to_layout(y[:, :, :od, :oh, :ow], problem.memory_format), bias).to(problem.dtype)

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import math
 
-import torch
-
 from tritonconv.kernels.registry import Variant
 from tritonconv.kernels.torch_linear import channels_inside, flat, spread, supports
+from tritonconv.kernels.torch_products import product
 
 
 def launch(problem, config, x, weight, bias):
     inside, taps = channels_inside(weight), math.prod(problem.kernel)
     rows, matrix = x.flatten(1), flat(weight, inside)
-    if bias is None:
-        return spread(rows @ matrix, problem, inside)
-    offsets = bias.repeat(taps) if inside else bias.repeat_interleave(taps)
-    return spread(torch.addmm(offsets, rows, matrix), problem, inside)
+    offsets = bias
+    if bias is not None:
+        offsets = bias.repeat(taps) if inside else bias.repeat_interleave(taps)
+    return spread(product(rows, matrix, offsets), problem, inside)
 
 
 VARIANT = Variant(

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
-
 from tritonconv.kernels.registry import Variant
-from tritonconv.kernels.torch_layout import matmul_images, voxel_rows
+from tritonconv.kernels.torch_layout import voxel_rows
+from tritonconv.kernels.torch_products import product, products
 from tritonconv.kernels.torch_shuffle import supports, taps_first, taps_last
 from tritonconv.kernels.work import by_torch, size_of
 
@@ -15,10 +14,10 @@ def launch(problem, config, x, weight, bias):
     n, c_out = problem.n, problem.c_out
     if problem.layout == "ndhwc":
         rows, columns = voxel_rows(x).flatten(0, 1), taps_last(weight)
-        z = rows @ columns if bias is None else torch.addmm(bias.repeat(kd * kh * kw), rows, columns)
+        z = product(rows, columns, None if bias is None else bias.repeat(kd * kh * kw))
         y = z.view(n, d, h, w, kd, kh, kw, c_out).permute(0, 1, 4, 2, 5, 3, 6, 7)
         return y.reshape(n, d * kd, h * kh, w * kw, c_out).permute(0, 4, 1, 2, 3)
-    z = matmul_images(taps_first(weight).t(), x.flatten(2))  # (n, c_out*taps, voxels)
+    z = products(taps_first(weight).t(), x.flatten(2))  # (n, c_out*taps, voxels)
     if bias is not None:
         z.view(n, c_out, kd * kh * kw, d * h * w).add_(bias.view(1, c_out, 1, 1))
     y = z.view(n, c_out, kd, kh, kw, d, h, w).permute(0, 1, 5, 2, 6, 3, 7, 4)

@@ -49,15 +49,6 @@ def voxel_rows(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.permute(0, 2, 3, 4, 1).reshape(n, math.prod(tensor.shape[2:]), channels)
 
 
-def matmul_images(matrix: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-    """matrix (m, k) times each of images (n, k, voxels) -> (n, m, voxels).
-
-    ``torch.matmul`` would fold the batch into the rows where an operand requires a gradient, at the price of
-    transposing copies of images and result.
-    """
-    return torch.bmm(matrix.expand(images.shape[0], *matrix.shape), images)
-
-
 def matrix_refusal(problem: Problem) -> str | None:
     """Why no one matrix product serves the problem: it has groups, or whole numbers; None where one may."""
     if problem.groups != 1:
