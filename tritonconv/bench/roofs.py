@@ -18,6 +18,7 @@ import torch
 
 from tritonconv.bench import gpu
 from tritonconv.bench.timing import Call, quantile, stopwatch_for
+from tritonconv.kernels.torch_products import product
 
 CACHE_BYTES = 16 << 20
 MEMORY_BYTES = {"cpu": 256 << 20, "cuda": 4 << 30}
@@ -118,7 +119,7 @@ def _matmul(dtype, device, watch, seconds, name=None):
 
 
 def _product(size: int, dtype: torch.dtype, device: torch.device) -> Call:
-    return functools.partial(torch.mm, *(torch.rand(size, size, device=device).to(dtype) for _ in range(2)))
+    return functools.partial(product, *(torch.rand(size, size, device=device).to(dtype) for _ in range(2)))
 
 
 def _times(call: Call, watch, seconds: float) -> list[float]:

@@ -54,8 +54,7 @@ class Effort(NamedTuple):
 
     Of the Triton kernels, which must be compiled, a variant takes part if the model expects at most ``far`` times the
     time of the best one, with those configs that it expects within ``near`` times that. So do formulations in torch's
-    operations on a GPU, unless ``formulations`` is false: cuDNN tries its algorithms for each of their convolutions,
-    which takes longer than compiling a kernel.
+    operations on a GPU, unless ``formulations`` is false: for each of their convolutions cuDNN tries its algorithms.
     """
 
     configs: int
