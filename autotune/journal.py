@@ -42,6 +42,7 @@ class Timing:
     n_runs: int = 0
     speedup: float | None = None
     torch_ms: float | None = None
+    sm_mhz: float | None = None  # of a GPU's multiprocessors meanwhile
 
     @property
     def identity(self) -> str:

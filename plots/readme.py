@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tritonconv import markdown
+from tritonconv.bench.columns import SAID
 from tritonconv.bench.results import Run
-from tritonconv.bench.standings import Standing, by_pass, eager, mean, standings
+from tritonconv.bench.standings import Standing, by_column, by_pass, mean, standings
 from tritonconv.errors import ResultsError
 from tritonconv.plots import style
 from tritonconv.plots.report import chosen, shown
@@ -29,8 +30,12 @@ def update(run: Run, path: Path, every_layer: bool) -> None:
 def section(run: Run, found: Sequence[Standing], every_layer: bool) -> str:
     """The Markdown of a run: means, of all layers and by class, and with ``every_layer`` a table of each."""
     groups, means = by_pass(found), []
-    called = {(f"{name} (eager)", dtype): each for (name, dtype), each in by_pass(eager(run.of_models())).items()}
-    for key, each in (groups | called).items():
+    others = {
+        (f"{name} ({column})", dtype): each
+        for column, standing in list(by_column(run.of_models()).items())[1:]
+        for (name, dtype), each in by_pass(standing).items()
+    }
+    for key, each in (groups | others).items():
         means.append([*key, "all", *_mean(each)])
         for kind in sorted({one.ours.get("class") or "" for one in each} - {""}):
             means.append([*key, kind, *_mean([one for one in each if one.ours.get("class") == kind])])
@@ -48,11 +53,12 @@ def _mean(each: Sequence[Standing]) -> list[str]:
 
 
 def _caption(run: Run) -> str:
-    on_gpu = bool(eager(run.of_models()))
+    first, *others = by_column(run.of_models())
+    by = "; by " + SAID[first] + "".join(f", ({name}) by {SAID[name]}" for name in others) if others else ""
     said = [
         f"{style.machine(run)}. Layers: {run.environment['scale_rule']}.",
-        "Speed-up of our fastest memory format over the fastest of torch and torch.compile in any: a ratio of medians"
-        + ("; (eager) is by the wall time of a call, the others by the time of a CUDA graph." if on_gpu else "."),
+        f"Speed-up of our fastest memory format over the fastest of torch and torch.compile in any: a ratio of "
+        f"medians{by}.",
     ]
     return "\n".join(said + ([run.disturbance] if run.disturbance else []))
 
@@ -64,8 +70,8 @@ def _row(one: Standing) -> list[str]:
         ours.get("class") or "",
         f"{theirs['variant']} {theirs['layout']}",
         f"{chosen(ours)} {ours['layout']}",
-        shown(float(theirs["median_ms"])),
-        shown(float(ours["median_ms"])),
+        shown(one.torch_ms),
+        shown(one.ms),
         f"{one.ratio:.2f}",
         shown(ours.get("percent_of_roof")),
     ]

@@ -12,9 +12,10 @@ from html import escape
 from pathlib import Path
 from statistics import geometric_mean
 
-from tritonconv.bench import counters
+from tritonconv.bench import counters, noise
+from tritonconv.bench.columns import SAID, columns_of, median
 from tritonconv.bench.results import BASELINE, OURS, Run
-from tritonconv.bench.standings import by_pass, eager, mean, standings
+from tritonconv.bench.standings import by_column, by_pass, mean, standings
 from tritonconv.errors import ResultsError
 from tritonconv.plots import charts, style
 from tritonconv.plots.page import PAGE
@@ -50,6 +51,7 @@ def page(run: Run) -> str:
         *_pictures(run),
         ("Against the best torch", _against_the_best(run)),
         ("Layers", _layers(run)),
+        ("Null rows", _nulls(run)),
         ("Roofs", _roofs(run)),
         ("Tuned choices", _tuned(run)),
         ("Overhead, in numbers", _overheads(run)),
@@ -57,6 +59,7 @@ def page(run: Run) -> str:
         ("Verified", _checks(run)),
         ("Errors", _errors(run)),
         ("Left out", _skips(run)),
+        ("Where the seconds went", _spent(run)),
         ("Environment", _environment(run)),
     ]
     body = "\n".join(f"<section><h2>{escape(title)}</h2>\n{text}</section>" for title, text in sections if text)
@@ -119,13 +122,14 @@ def _means(run: Run) -> str:
     paired = table(["pass", "dtype", "layout", "class", "layers", "geometric mean"], rows, 2)
     said = f"<p>Speed-up over {BASELINE} in the same memory format, from calls made next to each other:</p>\n"
     text = said + paired if paired else ""
-    for what, found in (("Over", standings(run.of_models())), ("In eager wall time over", eager(run.of_models()))):
+    for column, found in by_column(run.of_models()).items():
         over: list[list[Cell]] = [
             [*key, len(each), mean(each), sum(one.ratio < 1 for one in each), sum(one.torch_chosen for one in each)]
             for key, each in by_pass(found).items()
         ]
         free = table(["pass", "dtype", "layers", "geometric mean", "below 1", "torch's own runs"], over, 4)
-        text += f"<p>{what} the best torch, our best memory format (a ratio of medians):</p>\n{free}" if free else ""
+        said = f"By {SAID[column]}, over the best torch, our best memory format (a ratio of medians):"
+        text += f"<p>{said}</p>\n{free}" if free else ""
     return text
 
 
@@ -154,7 +158,7 @@ def _against_the_best(run: Run) -> str:
     rows: list[list[Cell]] = [
         [each.ours["layer"], each.ours.get("class"), each.ours["pass"], each.ours["dtype"],
          f"{each.torch['variant']} {each.torch['layout']}", f"{chosen(each.ours)} {each.ours['layout']}",
-         each.torch["median_ms"], each.ours["median_ms"], each.ratio, each.ours.get("percent_of_roof")]
+         each.torch_ms, each.ms, each.ratio, each.ours.get("percent_of_roof")]
         for each in standings(run.of_models())
     ]  # fmt: skip
     said = "<p>The fastest torch in any memory format, and our fastest: a ratio of medians.</p>\n"
@@ -169,8 +173,10 @@ def chosen(row: Mapping) -> str:
 
 def _layers(run: Run) -> str:
     torchs = {_where(row): row for row in run.results if row["variant"] == BASELINE}
+    others = columns_of(run.results)[1:]
     head = ["layer", "suite", "pass", "dtype", "layout", "variant", "torch ms", "ms", "speed-up", "20 %", "80 %",
-            "torch eager ms", "eager ms", "% of roof", "max error", "torch's error"]  # fmt: skip
+            *(f"{who}{column} ms" for column in others for who in ("torch ", "")),
+            "% of roof", "max error", "torch's error"]  # fmt: skip
     rows: list[list[Cell]] = []
     for row in run.results:
         if row["variant"] == BASELINE:
@@ -181,10 +187,28 @@ def _layers(run: Run) -> str:
             row["layer"], row["suite"], row["pass"], row["dtype"], row["layout"], label,
             theirs["median_ms"] if theirs else None, row["median_ms"],
             row["speedup"], row["speedup_p20"], row["speedup_p80"],
-            theirs.get("wall_ms") if theirs else None, row.get("wall_ms"),
+            *(median(each, column) if each else None for column in others for each in (theirs, row)),
             row.get("percent_of_roof"), row.get("max_error"), row.get("torch_error"),
         ])  # fmt: skip
-    return table(head, rows, 10)
+    return table(head, rows, 8 + 2 * len(others))
+
+
+def _nulls(run: Run) -> str:
+    rows: list[list[Cell]] = []
+    for column in columns_of(run.nulls):
+        for name, said in noise.SAID.items():
+            band = noise.band(run.nulls, column, name)
+            if band is not None:
+                rows.append([said, column, band.rows, band.low, band.high])
+    told = "<p>What differs from torch in nothing, timed beside it: a difference counts beyond this.</p>"
+    found = table(["what", "column", "rows", "least ratio", "largest"], rows, 3)
+    return told + found if found else ""
+
+
+def _spent(run: Run) -> str:
+    steps = ((run.end or {}).get("spent") or {}).items()
+    rows = [[step, kind, seconds] for step, kinds in steps for kind, seconds in kinds.items()]
+    return table(["step", "seconds went to", "s"], rows, 1)
 
 
 def _where(row: Mapping) -> tuple:

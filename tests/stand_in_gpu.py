@@ -38,6 +38,7 @@ NAME = "stand-in for a GPU"
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 # Microseconds on the clock of the device: kernels win, so that they are chosen, captured and benchmarked.
 PRODUCT, OTHER, LAUNCH = 1000, 1, 10
+MHZ = 1980
 
 # The clock, the graph that is being captured, and the current device's index: another GPU's where a test says so.
 now = SimpleNamespace(us=0, graph=None, device=GPU.index)
@@ -151,6 +152,10 @@ def only_here() -> None:
         raise RuntimeError(f"the current device is cuda:{now.device}")
 
 
+def sleep(cycles: int) -> None:
+    now.us += cycles / MHZ
+
+
 class Event:
     def __init__(self, enable_timing: bool = False) -> None:
         self.us = 0
@@ -158,6 +163,9 @@ class Event:
     def record(self, stream=None) -> None:
         only_here()
         self.us = now.us
+
+    def query(self) -> bool:
+        return False  # the device is busy while the host enqueues
 
     def synchronize(self) -> None:
         synchronize()
@@ -203,7 +211,7 @@ CUDA = {
     "Event": Event,
     "CUDAGraph": CUDAGraph,
     "graph": graph,
-    "_sleep": lambda cycles: None,
+    "_sleep": sleep,
     "_lazy_init": lambda: None,
 }
 
@@ -272,15 +280,22 @@ def _argument(value):
 
 def shrink() -> None:
     """What is sized for a GPU, or for minutes, is as small as the interpreter wants it."""
-    from tritonconv import campaign, overhead, runner
-    from tritonconv.bench import gpu, roofs, timing, workloads
+    from tritonconv import campaign, overhead, runner, verification
+    from tritonconv.bench import clock, gpu, roofs, timing, workloads
     from tritonconv.tuning import session
 
     roofs.MEMORY_BYTES["cuda"], roofs.LARGE_MATRIX["cuda"], roofs.SMALL_MATRIX = 1 << 20, 64, 32
-    timing.FLUSH_BYTES, gpu.WARM_CALLS, overhead.CALLS, runner.MOST_CELL_SECONDS = 1 << 10, 1, 2, 0.1
-    workloads.CPU_GFLOP, workloads.CPU_BATCH, campaign.CHECKED_AXES = 0.0, 1, 2
-    campaign.CLASSES = {"k2s2": "segresnet_deconv_up2", "k3s2": "psmnet_train_64_32"}
-    campaign.VERIFY, campaign.ROOFS, campaign.OVERHEAD = 1.0, 0.002, 0.002
+    clock.FLUSH_BYTES, clock.MOST_WALL_CALLS, gpu.WARM_CALLS, overhead.CALLS, runner.MOST_CELL_SECONDS = (
+        1 << 10,
+        1,
+        1,
+        2,
+        0.1,
+    )
+    timing.MOST_WARM_ROUNDS = 1
+    workloads.CPU_GFLOP, workloads.CPU_BATCH, verification.CHECKED_AXES = 0.0, 1, 2
+    verification.CLASSES = {"k2s2": "segresnet_deconv_up2", "k3s2": "psmnet_train_64_32"}
+    campaign.SHARES["cuda"] = campaign.Shares(1.0, 0.002, 0.42, 0.05, 0.002)
     session.EFFORTS = (session.Effort(1, 1.0, 1.5, 0.1),)
     session.WHOLE = session.Effort(1, 1.0, 4.0, 0.1)
 

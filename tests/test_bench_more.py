@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
-import time
 from pathlib import Path
 
 import pytest
@@ -144,8 +142,8 @@ def test_sizes_measure_a_layer_at_other_sizes_too(tmp_path):
 
 
 def test_cells_of_an_earlier_run_are_left_out(tmp_path):
+    from tritonconv.bench.options import Options
     from tritonconv.bench.progress import Silent
-    from tritonconv.runner import Options
     from tritonconv.runner import bench as run_bench
 
     layers = workloads(only=TINY)
@@ -182,9 +180,14 @@ def test_the_best_torch_is_the_fastest_of_all_layouts_and_of_compile():
     assert [each.torch_chosen for each in found] == [False, True]
     assert standings.mean(found) == pytest.approx(1.0)
     assert list(standings.by_pass(found)) == [("forward", "float32")]
-    assert standings.eager(ours) == []
+    assert list(standings.by_column(ours)) == ["wall"]
     graphs = [{**each, "timing": "graph", "wall_ms": 3 * each["median_ms"] + 1} for each in (*rows, *ours)]
-    assert [each.ratio for each in standings.eager(graphs)] == [7 / 4]
+    by_column = standings.by_column(graphs)
+    assert list(by_column) == ["graph", "wall"]
+    assert [each.ratio for each in by_column["graph"]] == [2.0]
+    assert [each.ratio for each in by_column["wall"]] == [7 / 4]
+    events = [{**each, "timing": "events"} for each in (*rows, *ours)]  # with the host in them: in none of the columns
+    assert standings.by_column(events) == {} and standings.standings(events) == []
 
 
 def test_fast_p_is_the_share_above_p():
@@ -289,7 +292,6 @@ def test_a_call_that_cannot_be_captured_is_timed_eagerly(monkeypatch):
         raise RuntimeError("operation not permitted when stream is capturing")
 
     assert gpu.captured(synchronises, torch.device("cuda")) is None
-    assert math.isfinite(gpu.wall_ms(lambda: None, torch.device("cuda")))
 
     left = []
 
@@ -310,12 +312,6 @@ def test_a_call_that_cannot_be_captured_is_timed_eagerly(monkeypatch):
     monkeypatch.setattr(cuda, "graph", ends_badly)
     monkeypatch.setattr(cuda, "stream", stream)
     assert gpu.captured(lambda: None, torch.device("cuda")) is None and not left
-
-
-def test_what_the_first_eager_call_pays_for_is_no_part_of_the_wall_time(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
-    waits = iter([0.2])
-    assert gpu.wall_ms(lambda: time.sleep(next(waits, 0.0)), torch.device("cuda")) < 50
 
 
 def test_a_bad_list_of_sizes_is_refused():

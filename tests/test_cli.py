@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tritonconv import cli, contestants, runner
-from tritonconv.bench import progress
+from tritonconv import cli, contestants
+from tritonconv.bench import measure, progress
 from tritonconv.bench.results import latest, read
 from tritonconv.commands import common
 from tritonconv.kernels import registry
@@ -75,7 +75,7 @@ def test_an_interrupt_is_130_and_keeps_the_file(tmp_path, monkeypatch, capsys):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(runner, "interleave", interrupt)
+    monkeypatch.setattr(measure, "interleave", interrupt)
     assert cli.main(bench(tmp_path)) == 130
     assert "ended early (interrupted): 0 of 4 cells" in capsys.readouterr().out
     assert read(next(tmp_path.glob("bench-*.jsonl"))).end["reason"] == "interrupted"

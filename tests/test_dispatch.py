@@ -15,6 +15,7 @@ import tritonconv
 from tritonconv import ArgumentError, Problem, VariantNotApplicable, dispatch
 from tritonconv.autotune import choose, model, rules
 from tritonconv.autotune.choose import Selection
+from tritonconv.forced import forced_variants
 from tritonconv.inspection.compiling import products_in
 from tritonconv.kernels import torch_layout
 from tritonconv.kernels.registry import variant
@@ -219,10 +220,10 @@ def test_calls_from_many_threads(monkeypatch):
                 if seed % 2:
                     with tritonconv.use(*PHASES):
                         y = tritonconv.conv_transpose3d(x, WEIGHT, BIAS, 2)
-                        assert dispatch.forced_variants() == tuple(sorted(PHASES))
+                        assert forced_variants() == tuple(sorted(PHASES))
                 else:
                     y = tritonconv.conv_transpose3d(x, WEIGHT, BIAS, 2)
-                    assert dispatch.forced_variants() == (), "a block of another thread does not reach this one"
+                    assert forced_variants() == (), "a block of another thread does not reach this one"
                 assert torch.equal(y, F.conv_transpose3d(x, WEIGHT, BIAS, 2))
         except Exception as error:
             failures.append(error)
@@ -280,7 +281,7 @@ def test_use_refuses_unknown_names_and_two_of_a_pass():
             tritonconv.use(PHASES[0], other),
         ):
             pass
-    assert dispatch._forced.get() == ()
+    assert forced_variants() == ()
 
 
 def test_a_variant_that_does_not_serve_is_refused_even_for_a_pass_that_does_not_run(fresh):

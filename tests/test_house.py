@@ -30,18 +30,20 @@ LAYERS = (
     ("inspection",),
     ("autotune",),
     ("fallback",),
+    ("forced",),
     ("dispatch",),
     ("autograd", "operators"),
     ("functional", "explain"),
     ("layer", "matlab_arguments", "initializers", "factors", "matlab", "convert"),
-    ("contestants", "runner", "overhead"),
+    ("nulls", "contestants", "cell", "runner", "overhead"),
     ("tuning", "profiling"),
-    ("campaign",),
+    ("verification", "campaign"),
     ("commands", "cli", "__main__", "__init__"),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 # The plots read results files: of the project they see the reader and the errors.
-PLOTS_SEE = {"plots", "errors", "markdown", "bench.results", "bench.standings", "bench.counters"}
+PLOTS_SEE = {"plots", "errors", "markdown", "bench.results", "bench.standings", "bench.counters", "bench.columns",
+             "bench.noise"}  # fmt: skip
 
 
 def tracked() -> list[str]:

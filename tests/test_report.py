@@ -177,7 +177,7 @@ def test_the_report_holds_the_files_numbers_and_loads_nothing(tmp_path, capsys):
     assert all(address.startswith("#") for address in page.addresses)
     layers = page.tables["Layers"]
     row = next(line for line in layers if line[0] == "layer_2")
-    assert row[5:9] == ["forward_torch_conv", "4", "1", "1"] and row[13:] == ["42", "1e-06", "2e-06"]
+    assert row[5:9] == ["forward_torch_conv", "4", "1", "1"] and row[11:] == ["42", "1e-06", "2e-06"]
     assert len(layers) == 1 + 6  # three layers, three sizes of one
     ranked = page.tables["Against the best torch"]
     assert len(ranked) == 1 + 3 and ranked[3][4:9] == ["torch ncdhw", "forward_torch_conv ncdhw", "4", "1", "4"]

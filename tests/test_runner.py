@@ -12,13 +12,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tritonconv import contestants, dispatch, runner
+from tritonconv import cell, contestants, dispatch, runner
 from tritonconv.autotune import choose
 from tritonconv.autotune.ceilings import nominal
 from tritonconv.autotune.sources import source_hash
 from tritonconv.autotune.store import Table
 from tritonconv.bench import gpu
 from tritonconv.bench.calls import ALL_PASSES
+from tritonconv.bench.options import Options
 from tritonconv.bench.progress import Silent
 from tritonconv.bench.results import latest, read
 from tritonconv.bench.rows import versions_of
@@ -26,7 +27,6 @@ from tritonconv.bench.summary import summary
 from tritonconv.bench.workloads import Workload
 from tritonconv.kernels import registry
 from tritonconv.problem import Problem
-from tritonconv.runner import Options
 
 CPU = torch.device("cpu")
 
@@ -68,8 +68,7 @@ def test_kernels_are_compiled_ahead_each_once_in_the_order_of_the_cells(monkeypa
     cuda = torch.device("cuda")
     measured = dataclasses.replace(nominal(cuda), measured=True).to_json()
     monkeypatch.setattr(choose, "table_of", lambda device: Table("gpu", {}, measured))
-    for name, value in (("stopwatch_for", None), ("versions_of", {})):
-        monkeypatch.setattr(runner, name, lambda device, value=value: value)
+    monkeypatch.setattr(cell, "versions_of", lambda device: {})
     at_size = dataclasses.replace(layer("tiny at 8", 16, 16, (8, 8, 8)), family="tiny")
     layers, alone = (at_size, layer("tiny", 16, 16), layer("other", 32, 16)), registry.variant("forward_gather")
     asked = Options(layers, ("forward", "forward_backward"), (torch.float16,), ("ndhwc",), (alone,), device=cuda)
@@ -200,10 +199,15 @@ def test_a_cell_without_memory_is_a_row_and_the_run_goes_on(tmp_path, monkeypatc
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return peak
 
-    monkeypatch.setattr(runner._Bench, "_on_gpu", True)
-    monkeypatch.setattr(runner, "gpu", SimpleNamespace(**{
-        **vars(gpu), "captured": captured, "peak_bytes": peak_bytes, "wall_ms": lambda call, device: 1.0
-    }))  # fmt: skip
+    def watch(call):
+        call()
+        return 1.0
+
+    watch.told = lambda: {"sm_mhz": 1980}
+    monkeypatch.setattr(cell.CellTimer, "clock", property(lambda timer: watch))
+    monkeypatch.setattr(gpu, "captured", captured)
+    monkeypatch.setattr(gpu, "peak_bytes", peak_bytes)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: kept.append(len(graphs)))
     outcome, found = run(tmp_path, layer(), layer("b", c_in=5), passes=("forward",), layouts=("ncdhw",))
     assert (outcome.reason, outcome.errors, found.end["cells"]) == ("complete", 1, 2)
@@ -221,7 +225,7 @@ def test_what_is_no_lack_of_memory_ends_the_run(tmp_path, monkeypatch, error, ro
     def raises(*args):
         raise error
 
-    monkeypatch.setattr(runner, "interleave", raises)
+    monkeypatch.setattr(cell, "measure", raises)
     with pytest.raises(type(error), match=str(error)):
         run(tmp_path, layer(), passes=("forward",), layouts=("ncdhw",))
     found = read(latest(tmp_path))
@@ -272,7 +276,8 @@ def test_a_budget_ends_early_with_every_suite_seen(tmp_path, monkeypatch):
         for c_in in range(first, first + 20)
     ]
     now = iter(range(10_000))
-    monkeypatch.setattr(runner, "perf_counter", lambda: next(now) / 100)  # every look at the clock takes 10 ms
+    for module in (runner, cell):
+        monkeypatch.setattr(module, "perf_counter", lambda: next(now) / 100)  # every look at the clock takes 10 ms
     outcome, found = run(tmp_path, *layers, seconds=1.0, passes=("forward",), layouts=("ncdhw",))
     assert outcome.reason == found.end["reason"] == "budget"
     assert 2 <= found.end["cells"] < 40

@@ -75,12 +75,22 @@ def test_a_campaign_goes_through_all_its_steps(beside, tmp_path, ncu):
     assert {variant(row["variant"]).backend for row in found.tuned} == {"triton"}
     assert Counter(row["variant"] for row in found.results) == {"torch": 4, "tritonconv": 4}
     for row in found.results:
-        assert row["timing"] == "graph" and row["graph_ms"] == row["median_ms"]
+        assert row["timing"] == "gpu" and row["gpu_ms"] == row["median_ms"]
+        assert (
+            row["graph_ms"] == pytest.approx(row["gpu_ms"], rel=0.1) and 0 < row["wall_ms"] != row["gpu_ms"]
+        )  # the host has its own clock
+        assert row["sm_mhz"] == stand_in_gpu.MHZ and row["late_samples"] == 0
         if row["variant"] == "tritonconv":  # the choices that were tuned, as they are now
             last = {each["pass"]: each for each in found.tuned if each["layout"] == row["layout"]}
             assert row["chosen"] == {name: last[name]["variant"] for name in row["chosen"]}
             assert row["speedup"] > 1
     assert Counter(row["variant"] for row in found.overheads) == {"torch": 3, "tritonconv": 3}
+    assert Counter(row["variant"] for row in found.nulls) == {"torch_again": 5, "torch_by_our_road": 5}  # one of tune
+    assert all(row["gpu_speedup"] == pytest.approx(1) for row in found.nulls)
+    assert found.end["spent"].keys() >= {"verify", "roofs", "tune", "bench", "overhead"}
+    assert sum(sum(kinds.values()) for kinds in found.end["spent"].values()) == pytest.approx(
+        found.end["seconds"], rel=0.02
+    )
 
     code, out = beside(*command)
     assert code == 0
@@ -127,7 +137,8 @@ def test_all_is_asked_of_the_gpu_that_is_meant_though_another_is_the_current_one
             from tritonconv import campaign
             from tritonconv.kernels import triton_launch, triton_target
             from tritonconv.kernels.registry import variant
-            from tritonconv.runner import Options, bench
+            from tritonconv.bench.options import Options
+            from tritonconv.runner import bench
 
             stand_in_gpu.shrink()
             campaign.CLASSES = {{"k2s2": "segresnet_deconv_up2"}}

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tritonconv.bench import environment, roofs
-from tritonconv.bench.timing import Ratio, Spread, Times, cpu_stopwatch, interleave, quantile
+from tritonconv.bench.clock import cpu_stopwatch
+from tritonconv.bench.timing import Ratio, Spread, Times, interleave, quantile, warm_up
 from tritonconv.errors import ArgumentError
 
 CPU = torch.device("cpu")
@@ -51,11 +52,14 @@ def test_quantile_refuses(values, share):
         quantile(values, share)
 
 
-def test_rounds_run_every_candidate_and_turn_around():
+def test_rounds_run_every_candidate_turn_around_and_rotate():
     machine = Machine()
     calls = {name: machine.call(name, 0.1) for name in "abc"}
+    interleave(calls, machine.stopwatch, 1.85, clock=machine.clock)
+    assert "".join(machine.log) == "abccbabcaacbcabbac"
+    machine.log.clear()
     times = interleave(calls, machine.stopwatch, 0.0, clock=machine.clock)
-    assert "".join(machine.log) == "abccbaabc"
+    assert "".join(machine.log) == "abccbabca"
     assert times.spread("b") == Spread(pytest.approx(100), pytest.approx(100), pytest.approx(100), 3)
 
 
@@ -75,6 +79,17 @@ def test_the_fewest_rounds_run_whatever_they_take_and_the_most_are_a_limit():
     assert machine.log.count("d") == 4, "a fifth round would end after twice the budget"
     interleave({"b": machine.call("b", 0.0)}, machine.stopwatch, 1.0, max_rounds=7, clock=machine.clock)
     assert machine.log.count("b") == 7
+
+
+def test_the_warm_up_ends_when_every_candidate_is_steady_or_its_time_is_over():
+    machine = Machine()
+    calls = {"a": machine.call("a", 1.0, 0.5, 0.4, 0.39), "b": machine.call("b", 0.2)}
+    assert warm_up(calls, machine.stopwatch, 100.0, clock=machine.clock) == 4
+    assert "".join(machine.log) == "abababab"
+    falling = machine.call("c", *(0.5**power for power in range(50)))
+    assert warm_up({"c": falling}, machine.stopwatch, 100.0, clock=machine.clock) == 10
+    falling = machine.call("c", *(0.5**power for power in range(50)))
+    assert warm_up({"c": falling}, machine.stopwatch, 1.6, clock=machine.clock) == 3
 
 
 def test_interleave_refuses_nothing_to_run():

@@ -18,7 +18,7 @@ import tritonconv
 from tritonconv import ArgumentError, Problem, dispatch
 from tritonconv.autotune import choose, journal, store
 from tritonconv.autotune.key import Key, device_name
-from tritonconv.bench import failures
+from tritonconv.bench import failures, noise
 from tritonconv.bench.progress import Silent
 from tritonconv.bench.timing import Times
 from tritonconv.errors import ArgumentTypeError, StoreError
@@ -48,13 +48,13 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def clockless(monkeypatch) -> dict[str, float]:
-    """Times by label (ms), 2 for whatever is not named; every call is still made once."""
+    """Times by label (ms), 2 for whatever is not named, torch's for null contestants; every call is still made once."""
     times: dict[str, float] = {}
 
     def interleaved(calls, watch, seconds, **rounds):
         for call in calls.values():
             call()
-        return Times({label: [times.get(label, 2.0)] * 3 for label in calls})
+        return Times({label: [times.get(TORCH if label in noise.NAMES else label, 2.0)] * 3 for label in calls})
 
     monkeypatch.setattr(contest, "interleave", interleaved)
     monkeypatch.setattr(contest, "HOPELESS", float("inf"))

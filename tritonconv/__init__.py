@@ -1,7 +1,6 @@
 """tritonconv: 3-D transposed convolution for PyTorch, and the laboratory that measures it."""
 
 from tritonconv.convert import ConversionReport, convert, restore
-from tritonconv.dispatch import use
 from tritonconv.errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -12,6 +11,7 @@ from tritonconv.errors import (
 )
 from tritonconv.explain import explain
 from tritonconv.factors import param_groups
+from tritonconv.forced import use
 from tritonconv.functional import conv_transpose3d
 from tritonconv.kernels.registry import Variant, variants
 from tritonconv.layer import ConvTranspose3d, LazyConvTranspose3d

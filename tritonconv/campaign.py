@@ -9,49 +9,60 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
+from typing import NamedTuple, TypeVar
 
 import torch
 
 from tritonconv import dispatch, overhead
 from tritonconv.autotune import calibrate
 from tritonconv.autotune.ceilings import from_roofs
-from tritonconv.autotune.choose import Selection
-from tritonconv.autotune.sources import source_hash
-from tritonconv.bench import gate, gpu, results, roofs
-from tritonconv.bench.failures import context_is_lost, told
+from tritonconv.bench import gpu, results, roofs, spent
+from tritonconv.bench.failures import told
+from tritonconv.bench.options import Options
 from tritonconv.bench.results import BASELINE, COMPILED, OURS, Run, Writer
 from tritonconv.bench.roofs import LAUNCH, MATMUL, TF32
-from tritonconv.bench.rows import sizes_of, versions_of
-from tritonconv.bench.workloads import distinct, in_turn, left_out, workload
-from tritonconv.contestants import served, why_not
-from tritonconv.inspection.jobs import CLASSES
+from tritonconv.bench.rows import versions_of
+from tritonconv.bench.workloads import HEROES, distinct, in_order, left_out
+from tritonconv.contestants import served
 from tritonconv.inspection.precompile import Precompiler, target_of
-from tritonconv.kernels.registry import variant, variants
-from tritonconv.runner import Options, header, measure
-from tritonconv.tuning.case import Case
-from tritonconv.tuning.session import Progress, Session, Task
+from tritonconv.runner import header, measure
+from tritonconv.tuning.session import Progress, Session
+from tritonconv.tuning.tuned import Task
+from tritonconv.verification import Verification
 
-# Shares of the budget, as far as a step has something to do; the benchmark has what the others leave.
-VERIFY, ROOFS, TUNE, OVERHEAD = 0.12, 0.06, 0.42, 0.03
+
+class Shares(NamedTuple):
+    """Of the budget, as far as a step has something to do; the benchmark has what the others leave."""
+
+    verify: float
+    roofs: float
+    tune: float
+    compile: float  # torch.compile
+    overhead: float
+
+
+# With 60 layers in both formats 540 s are 2.4 s a problem for the tuner, which took 2.5 s on an H200 with kernels
+# compiled ahead (2026-11-28), and 0.7 s a cell for the benchmark.
+SHARES = {"cuda": Shares(0.05, 0.03, 0.53, 0.05, 0.01), "cpu": Shares(0.12, 0.06, 0.42, 0.05, 0.03)}
 END = 0.02  # for what is running when a step's time is over
 STORE = "store"  # the folder of a campaign's choices, in its own
-CHECKED_AXES = 12  # a problem is verified at no more voxels per axis
-# Of an answer that was held against float64, beside the versions.
-IDENTITY = ("layer", "pass", "dtype", "layout", "variant", "source")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The results file of this run, why it ended, how many answers were wrong, and what each step did."""
+    """The results file of this run, why it ended, how many answers were wrong, what each step did, and where the
+    seconds went."""
 
     path: Path
     reason: str
     errors: int
     steps: tuple[str, ...]
+    spent: spent.Spent
 
 
 class Campaign:
@@ -61,6 +72,7 @@ class Campaign:
         assert options.seconds is not None
         self.options, self.folder, self.progress = options, folder, progress
         self.device, self.seconds = options.device, options.seconds
+        self.shares = SHARES[self.device.type]
         self.begin = perf_counter()
         self.errors = 0
         self.said: list[str] = []
@@ -73,15 +85,22 @@ class Campaign:
         self.earlier, self.versions = self._earlier(), versions_of(self.device)
         reason = "complete"
         here, compiling = gpu.current(self.device), Precompiler(target_of(self.device))
-        with store_of(self.folder), Writer(self.folder, results.CAMPAIGN) as writer, here, compiling as self.compiler:
+        with (
+            store_of(self.folder),
+            Writer(self.folder, results.CAMPAIGN) as writer,
+            here,
+            compiling as self.compiler,
+            spent.Ledger() as self.ledger,
+        ):
             self.writer = writer
             self.environment = writer.write("environment", header(self.options, writer))
             try:
-                self._verify()
-                measured = self._roofs()
-                finished = self._tune()
+                self._step("verify", self._verify)
+                measured = self._step("roofs", self._roofs)
+                finished = self._step("tune", self._tune)
                 finished = self._bench(measured) and finished
-                self._overhead()
+                self._step("overhead", self._overhead)
+                finished = self._sizes(measured) and finished
                 reason = "complete" if finished else "budget"
             except KeyboardInterrupt:
                 reason = "interrupted"
@@ -89,10 +108,15 @@ class Campaign:
                 self._end("error", message=told(error))
                 raise
             self._end(reason)
-        return Outcome(writer.path, reason, self.errors, tuple(self.said))
+        return Outcome(writer.path, reason, self.errors, tuple(self.said), self.ledger.rounded())
+
+    def _step(self, name: str, run: Callable[[], T]) -> T:
+        self.ledger.step(name)
+        return run()
 
     def _end(self, reason: str, **more: str) -> None:
-        self.writer.write("end", {"reason": reason, "seconds": round(perf_counter() - self.begin, 3), **more})
+        facts = {"seconds": round(perf_counter() - self.begin, 3), "spent": self.ledger.rounded()}
+        self.writer.write("end", {"reason": reason, **facts, **more})
 
     def _earlier(self) -> Run | None:
         """What earlier runs of this folder measured, which were all on this device."""
@@ -103,81 +127,15 @@ class Campaign:
         """Seconds until the budget ends, a share of it reserved for what comes after."""
         return self.seconds * (1 - END - reserved) - (perf_counter() - self.begin)
 
-    # -------------------------------------------------------------- verify
+    # -------------------------------------------------------------- the steps
 
     def _verify(self) -> None:
-        """Every variant on one layer per class, against float64.
-
-        What was wrong, or lost the GPU, is not tried again before its source or a version changes, for it may end the
-        run; it is counted again. Other errors may pass.
-        """
-        rows = (*self.earlier.errors, *self.earlier.checks) if self.earlier else ()
-        lasting = [row for row in rows if row["kind"] == "check" or row["status"] == "wrong" or row.get("context_lost")]
-        known = {tuple(row.get(key) for key in IDENTITY): row["kind"] for row in lasting
-                 if row.get("versions") == self.versions}  # fmt: skip
-        answers = [(each, known.get(self._identity(*each))) for each in self._checks()]
-        waiting = [each for each, kind in answers if kind is None]
-        self.errors = failed = sum(kind == "error" for _, kind in answers)
-        self.progress.begin(len(waiting))
-        deadline, checked = perf_counter() + min(VERIFY * self.seconds, self._left()), 0
-        started = self.compiler.start(
-            (name, task.problem, variant(name).default(task.problem, self.device))
-            for task, name in waiting
-            if variant(name).backend == "triton"  # they come first
-        )
-        for index, (task, name) in enumerate(waiting):
-            self.compiler.finish(started[index : index + 1], max(0.0, deadline - perf_counter()))
-            if perf_counter() >= deadline:
-                break
-            self._check(task, name)
-            checked += 1
-            self.progress.step(f"verify {name} on {task.layer}")
-        rest = f" ({failed} of them known before)" if failed else ""
-        rest += f", {len(waiting) - checked} left for another run" if checked < len(waiting) else ""
-        self.said.append(f"verify: {checked} answers held against float64, {self.errors} wrong or failed{rest}")
-
-    def _checks(self) -> list[tuple[Task, str]]:
-        """Kernels before formulations in torch's operations."""
-        return sorted(self._served(), key=lambda each: variant(each[1]).backend != "triton")
-
-    def _served(self) -> Iterator[tuple[Task, str]]:
-        for dtype in self.options.dtypes:
-            for layer in (workload(name) for name in dict.fromkeys(CLASSES.values())):
-                for layout in self.options.layouts:
-                    task = Task(_small(layer.problem(dtype, layout)), layer.name, layer.suite)
-                    for record in variants():
-                        if why_not(record, task.problem, self.device) is None:
-                            yield task, record.name
-
-    def _identity(self, task: Task, name: str) -> tuple:
-        record = variant(name)
-        dtype = str(task.problem.dtype).removeprefix("torch.")
-        return task.layer, record.pass_name, dtype, task.problem.layout, name, source_hash(record)
-
-    def _check(self, task: Task, name: str) -> None:
-        layer, pass_name, dtype, layout, _, source = self._identity(task, name)
-        record = variant(name)
-        head = {"layer": layer, "suite": task.suite, "pass": pass_name, "dtype": dtype, "layout": layout,
-                "variant": name, "source": source, "versions": self.versions,
-                "problem": sizes_of(task.problem)}  # fmt: skip
-        chosen = Selection(record, record.default(task.problem, self.device), "verified")
+        verification = Verification(self.options, self.writer, self.versions, self.compiler, self.progress)
+        seconds = min(self.shares.verify * self.seconds, self._left())
         try:
-            plan = dispatch.plan_of(task.problem, self.device, **{pass_name: chosen})
-            verdict = Case(task.problem, self.device).judge(plan, pass_name)
-        except Exception as error:
-            self.errors += 1
-            lost = context_is_lost(error)
-            self.writer.write("error", {**head, "status": "error", "message": told(error), "context_lost": lost})
-            if lost:
-                raise
-            return
-        if verdict.ok:
-            self.writer.write("check", {**head, "max_error": verdict.max_error, "tolerance": verdict.tolerance})
-        else:
-            self.errors += 1
-            self.writer.write("error", {**head, "status": "wrong", "message": str(verdict)})
-
-    # -------------------------------------------------------------- the other steps
+            self.said.append(verification.run(self.earlier, seconds))
+        finally:
+            self.errors = verification.errors
 
     def _roofs(self) -> list[dict]:
         """Of earlier runs and of this one, which measures the products that they lack; they are put into the store."""
@@ -185,7 +143,7 @@ class Campaign:
         names = {(row["name"], row["dtype"]) for row in found}
         lacking = [dtype for dtype in self.options.dtypes if not self._products(dtype) <= names]
         if lacking or (LAUNCH, None) not in names:  # of the copies and the launch, which come first, that is the last
-            each = min(0.5, ROOFS * self.seconds / (3 + 2 * len(lacking)))
+            each = min(0.5, self.shares.roofs * self.seconds / (3 + 2 * len(lacking)))
             measured = [self.writer.write("roof", {**row, "when": "start"})
                         for row in roofs.measure(self.device, lacking, each)]  # fmt: skip
             self.said.append(f"roofs: {len(measured)} measured")
@@ -205,14 +163,14 @@ class Campaign:
         return {(MATMUL, name)} | also
 
     def _tune(self) -> bool:
-        seconds = min(TUNE * self.seconds, self._left())
+        seconds = min(self.shares.tune * self.seconds, self._left())
         if seconds <= 0:
             return False
         scale = self.options.scale
         tasks = [
             Task(layer.problem(dtype, layout, scale), layer.name, layer.suite)
             for dtype in self.options.dtypes
-            for layer in in_turn(layer for layer, _ in distinct(self.options.layers, scale))
+            for layer in in_order(layer for layer, _ in distinct(self.options.layers, scale))
             for layout in self.options.layouts
             if left_out(layer, scale) is None and not layer.family
         ]
@@ -226,20 +184,37 @@ class Campaign:
         return report.reason == "complete"
 
     def _bench(self, known_roofs: list[dict]) -> bool:
-        seconds = self._left(OVERHEAD)
+        compiled = self.options.compiled
+        seconds = self._left(self.shares.overhead + (self.shares.compile if compiled else 0))
         if seconds <= 0:
             self.said.append("bench: no time was left")
             return False
-        options = replace(self.options, seconds=seconds, compiled=False, done=self._done(OURS))
+        layers = tuple(layer for layer in self.options.layers if not layer.family)
+        options = replace(self.options, layers=layers, seconds=seconds, compiled=False, done=self._done(OURS))
         finished = self._cells("bench", options, known_roofs)
-        if finished and self.options.compiled:  # torch.compile is slow to ask, so it is asked last
+        seconds = self._left(self.shares.overhead)
+        if compiled and seconds > 0:  # torch.compile is slow to ask, so it is asked of the heroes alone
             options = replace(
-                options, seconds=self._left(OVERHEAD), variants=(), only_compiled=True, done=self._done(COMPILED)
+                options,
+                layers=tuple(layer for layer in layers if layer.name in HEROES) or layers,
+                seconds=seconds,
+                variants=(),
+                only_compiled=True,
+                done=self._done(COMPILED),
             )
-            finished = self._cells("torch.compile", options, known_roofs)
+            finished = self._cells("torch.compile", options, known_roofs) and finished
         return finished
 
+    def _sizes(self, known_roofs: list[dict]) -> bool:
+        """Layers at sizes of no model, with the time that is left."""
+        layers, seconds = tuple(layer for layer in self.options.layers if layer.family), self._left()
+        if not layers or seconds <= 0:
+            return not layers
+        options = replace(self.options, layers=layers, seconds=seconds, compiled=False, done=self._done(OURS))
+        return self._cells("sizes", options, known_roofs)
+
     def _cells(self, step: str, options: Options, known_roofs: list[dict]) -> bool:
+        self.ledger.step(step)
         run = measure(options, self.writer, self.progress, known_roofs, self.compiler)
         self.errors += run.errors
         self.said.append(f"{step}: {run.done} of {run.cells} cells, {len(options.done)} known before")
@@ -283,20 +258,12 @@ class Campaign:
         return all(row.get(key) == value for key, value in now.items())
 
     def _overhead(self) -> None:
-        seconds = min(OVERHEAD * self.seconds, self._left())
+        seconds = min(self.shares.overhead * self.seconds, self._left())
         if seconds <= 0 or (self.earlier and self.earlier.overheads):
             return
         rows = [self.writer.write("overhead", row) for row in overhead.measure(self.device, torch.float32, seconds)]
         worst = max(overhead.excess(rows).values())
         self.said.append(f"overhead: at most {worst:+.1f} us per call over torch's layer")
-
-
-def _small(problem):
-    """The problem with axes of at most CHECKED_AXES voxels and batch at most 2."""
-    size = tuple(min(each, CHECKED_AXES) for each in problem.size)
-    with contextlib.suppress(ValueError):  # a crop that would leave nothing
-        return gate.resized(problem, size, min(problem.n, gate.LARGEST_BATCH))
-    return problem
 
 
 @contextlib.contextmanager

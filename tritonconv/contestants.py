@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 
 from tritonconv.autotune.sources import source_hash
-from tritonconv.bench import gate, gpu
+from tritonconv.bench import gate, gpu, spent
 from tritonconv.bench.calls import FORWARD_BACKWARD, TensorCall, Tensors, operation_call, torch_call
 from tritonconv.bench.results import BASELINE, COMPILED, OURS
 from tritonconv.bench.rows import Candidate, Choice
 from tritonconv.bench.subject import Subject
-from tritonconv.dispatch import Plan, Selection, pinned, plan, use
+from tritonconv.dispatch import Plan, Selection, plan
+from tritonconv.forced import pinned, use
 from tritonconv.functional import conv_transpose3d
 from tritonconv.kernels.registry import Variant
 from tritonconv.problem import PASSES, Problem
@@ -58,11 +59,14 @@ def candidate(
     """Prepares and judges a contestant; ``record`` is the variant to force, None for torch and the public operation."""
     call, chosen = prepared(name, record, subject, problem, pass_name)
     begin = perf_counter()
-    call()
-    if subject.device.type == "cuda":
-        torch.cuda.synchronize(subject.device)
+    with spent.on({BASELINE: spent.TRIALS, COMPILED: spent.TORCH_COMPILE}.get(name, spent.COMPILING)):
+        call()
+        if subject.device.type == "cuda":
+            torch.cuda.synchronize(subject.device)
     first_s = perf_counter() - begin
-    return Candidate(name, chosen, call, _judge(name, chosen, call, subject, problem, pass_name, baseline), first_s)
+    with spent.on(spent.GATE):
+        verdict = _judge(name, chosen, call, subject, problem, pass_name, baseline)
+    return Candidate(name, chosen, call, verdict, first_s)
 
 
 def prepared(

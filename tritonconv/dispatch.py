@@ -1,14 +1,13 @@
 """Turns a problem into a plan: for each pass the variant, its config and the reason. Plans are made once and kept.
 
-``use`` forces variants, ``torch.use_deterministic_algorithms`` restricts the choice, ``autotune`` decides the rest: the
-tuned choice where there is one, else its rules.
+``tritonconv.use`` forces variants, ``torch.use_deterministic_algorithms`` restricts the choice, ``autotune`` decides
+the rest: the tuned choice where there is one, else its rules.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -21,7 +20,8 @@ from tritonconv.autotune import model, rules
 from tritonconv.autotune.choose import Selection, ceilings_of, choose, untuned
 from tritonconv.autotune.choose import forget as forget_tables
 from tritonconv.bench import gpu
-from tritonconv.errors import ArgumentError, VariantNotApplicable
+from tritonconv.errors import VariantNotApplicable
+from tritonconv.forced import forced
 from tritonconv.kernels.registry import variant, variants
 from tritonconv.kernels.torch_layout import as_convolutions, to_layout
 from tritonconv.kernels.triton_weights import AS_GIVEN
@@ -31,9 +31,6 @@ MAX_PLANS = 4096
 
 _deterministic = torch._C._get_deterministic_algorithms
 
-# (variant, its config as items, None for the default), sorted by name.
-Forced = tuple[tuple[str, tuple[tuple[str, int], ...] | None], ...]
-_forced: ContextVar[Forced] = ContextVar("tritonconv_forced", default=())
 _by_call: dict[tuple, Plan] = {}
 _by_problem: dict[tuple, Plan] = {}
 
@@ -182,16 +179,16 @@ def _no_autocast(tensor):
 
 
 def plan(problem: Problem, device: torch.device) -> Plan:
-    """The plan of a problem on a device, under the variants forced by :func:`use`.
+    """The plan of a problem on a device, under the variants forced by :func:`tritonconv.use`.
 
     Raises VariantNotApplicable where a forced variant does not serve the problem.
     """
-    forced, deterministic = _forced.get(), _deterministic()
-    key = (problem, device, forced, deterministic)
+    named, deterministic = forced.get(), _deterministic()
+    key = (problem, device, named, deterministic)
     found = _by_problem.get(key)
     if found is None:
         with gpu.current(device):
-            choices = {f"{name}_choice": _choose(problem, device, name, forced, deterministic) for name in PASSES}
+            choices = {f"{name}_choice": _choose(problem, device, name, named, deterministic) for name in PASSES}
         found = _remember(_by_problem, key, Plan(problem, device, **choices))
     return found
 
@@ -207,7 +204,7 @@ def plan_for(x, weight, bias, stride, padding, output_padding, groups, dilation)
             weight.shape, weight.stride(), weight.dtype, weight.device,
             None if bias is None else (bias.shape, bias.dtype, bias.device),
             stride, padding, output_padding, groups, dilation,
-            _forced.get(), _deterministic(),
+            forced.get(), _deterministic(),
         )  # fmt: skip
         found = _by_call.get(key)
     except (TypeError, RuntimeError):  # a list cannot be hashed, a sparse tensor has no strides: looked at each time
@@ -243,8 +240,8 @@ def _remember(memory: dict[tuple, Plan], key: tuple, made: Plan) -> Plan:
     return made
 
 
-def _choose(problem, device, pass_name, forced, deterministic) -> Selection:
-    for name, items in forced:
+def _choose(problem, device, pass_name, named, deterministic) -> Selection:
+    for name, items in named:
         record = variant(name)
         if record.pass_name == pass_name:
             why_not = record.supports(problem, device)
@@ -300,45 +297,3 @@ def watch() -> Iterator[list[tuple[Problem, torch.device]]]:
     finally:
         found += dict.fromkeys((problem, device) for problem, device, *_ in _by_problem)
         _by_call, _by_problem = outer
-
-
-def forced_variants() -> tuple[str, ...]:
-    """The names that :func:`use` has in force here."""
-    return tuple(name for name, _ in _forced.get())
-
-
-@contextlib.contextmanager
-def use(*names: str) -> Iterator[None]:
-    """Forces the named variants, at most one per pass, for the calls made inside the ``with`` block.
-
-    A call keeps its variants for its backward passes, wherever those run; a compiled graph takes what is in force
-    where each of its parts runs. Calls that a transform or a tracer watches go to torch itself all the same. Blocks
-    nest; the inner one wins per pass.
-    Raises ArgumentError for an unknown name or two names of one pass; a call that a forced variant does not serve
-    raises VariantNotApplicable with the reason.
-    """
-    chosen: dict[str, str] = {}
-    for name in names:
-        pass_name = variant(name).pass_name
-        if pass_name in chosen:
-            raise ArgumentError(f"use: one variant per pass, got {chosen[pass_name]!r} and {name!r} for {pass_name}")
-        chosen[pass_name] = name
-    with _forcing({pass_name: (name, None) for pass_name, name in chosen.items()}):
-        yield
-
-
-def pinned(*selections: Selection) -> contextlib.AbstractContextManager[None]:
-    """As :func:`use`, each variant with the selection's config; at most one per pass."""
-    return _forcing(
-        {chosen.variant.pass_name: (chosen.variant.name, tuple(chosen.config.items())) for chosen in selections}
-    )
-
-
-@contextlib.contextmanager
-def _forcing(chosen: dict) -> Iterator[None]:
-    outer = {variant(name).pass_name: (name, items) for name, items in _forced.get()}
-    token = _forced.set(tuple(sorted({**outer, **chosen}.values(), key=lambda pair: pair[0])))
-    try:
-        yield
-    finally:
-        _forced.reset(token)

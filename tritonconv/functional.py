@@ -12,8 +12,9 @@ import torch
 
 from tritonconv import autograd, fallback, operators
 from tritonconv.arguments import check_types, geometry
-from tritonconv.dispatch import forced_variants, plan_for
+from tritonconv.dispatch import plan_for
 from tritonconv.errors import ArgumentTypeError, VariantNotApplicable
+from tritonconv.forced import forced_variants
 
 _any_autocast = torch._C._is_any_autocast_enabled
 

@@ -7,7 +7,6 @@ convolution itself is in it, the same on both sides.
 from __future__ import annotations
 
 import contextlib
-import gc
 from collections.abc import Callable, Iterator
 from time import perf_counter
 
@@ -15,9 +14,10 @@ import torch
 from torch import nn
 
 from tritonconv.bench.calls import FORWARD_BACKWARD
+from tritonconv.bench.clock import garbage_waits
 from tritonconv.bench.results import BASELINE, OURS
 from tritonconv.bench.timing import Times, interleave
-from tritonconv.dispatch import use
+from tritonconv.forced import use
 from tritonconv.layer import ConvTranspose3d
 
 CHANNELS, SIZE = 2, 2
@@ -99,10 +99,5 @@ def _timed(calls: dict[str, Callable[[], None]], device: torch.device, seconds: 
 
     for batch in calls.values():
         batch()
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
+    with garbage_waits():
         return interleave(calls, watch, seconds)
-    finally:
-        if collecting:
-            gc.enable()

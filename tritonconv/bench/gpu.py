@@ -1,12 +1,8 @@
-"""What only a GPU has: others beside it; and of a call: its CUDA graph, its eager wall time, its memory.
-
-A graph's replay is the work without Python and without launches; the eager wall time has both.
-"""
+"""What only a GPU has: others beside it; and of a call: its CUDA graph, its memory."""
 
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Iterator
 
 import torch
@@ -14,7 +10,6 @@ import torch
 from tritonconv.bench.timing import Call
 
 WARM_CALLS = 3  # before a capture: autotuning and lazy allocations do not belong into it
-WALL_SECONDS, MOST_WALL_CALLS = 0.02, 200
 
 
 @contextlib.contextmanager
@@ -68,22 +63,6 @@ def captured(call: Call, device: torch.device) -> Callable[[], None] | None:
         graph.replay()
 
     return replay
-
-
-def wall_ms(call: Call, device: torch.device) -> float:
-    """Eager wall time per call in ms: calls made back to back, the wait for the last one included.
-
-    One call goes before: a capture empties the allocator's cache, which the first call after it has to fill again.
-    """
-    call()
-    torch.cuda.synchronize(device)
-    begin = time.perf_counter()
-    calls = 0
-    while calls < MOST_WALL_CALLS and time.perf_counter() - begin < WALL_SECONDS:
-        call()
-        calls += 1
-    torch.cuda.synchronize(device)
-    return (time.perf_counter() - begin) / calls * 1e3
 
 
 def peak_bytes(call: Call, device: torch.device) -> int:

@@ -20,7 +20,8 @@ from types import TracebackType
 from tritonconv.errors import ResultsError
 
 SCHEMA = 1
-KINDS = ("environment", "roof", "check", "result", "timing", "tuned", "overhead", "profile", "skip", "error", "end")
+KINDS = ("environment", "roof", "check", "result", "null", "timing", "tuned", "overhead", "profile", "skip", "error",
+         "end")  # fmt: skip
 LATEST = "latest.jsonl"
 PREFIX, CAMPAIGN, PROFILE = "bench-", "campaign-", "profile-"
 NAME = re.compile(r"[a-z]+-\d{8}T\d{6}Z-[0-9a-f]+\.jsonl$")
@@ -42,6 +43,8 @@ REQUIRED: dict[str, dict[str, tuple[type, ...]]] = {
     "result": {"layer": _TEXT, "suite": _TEXT, "pass": _TEXT, "dtype": _TEXT, "layout": _TEXT, "variant": _TEXT,
                "median_ms": _NUMBER, "p20_ms": _NUMBER, "p80_ms": _NUMBER, "n_runs": (int,), "flops": _NUMBER,
                "bytes": _NUMBER, "speedup": _MAYBE_NUMBER, "speedup_p20": _MAYBE_NUMBER, "speedup_p80": _MAYBE_NUMBER},
+    # What differs from torch in nothing that a clock should see, timed beside it: see nulls.py.
+    "null": {"layer": _TEXT, "pass": _TEXT, "dtype": _TEXT, "layout": _TEXT, "variant": _TEXT, "timing": _TEXT},
     # A variant whose answer was held against float64, and not timed.
     "check": {"layer": _TEXT, "pass": _TEXT, "dtype": _TEXT, "layout": _TEXT, "variant": _TEXT,
               "max_error": _NUMBER, "tolerance": _NUMBER},
@@ -123,6 +126,7 @@ class Run:
     environment: dict
     roofs: list[dict] = field(default_factory=list)
     results: list[dict] = field(default_factory=list)
+    nulls: list[dict] = field(default_factory=list)
     timings: list[dict] = field(default_factory=list)
     tuned: list[dict] = field(default_factory=list)
     overheads: list[dict] = field(default_factory=list)
@@ -208,7 +212,7 @@ def merged(runs: Sequence[Run]) -> Run:
     if len(devices) != 1:
         raise ResultsError(f"results: one device at a time, got {', '.join(devices) or 'no run'}")
     whole = Run(runs[-1].path, runs[-1].environment, end=runs[-1].end)
-    for kind in ("results", "timings", "tuned", "overheads", "profiles", "checks"):
+    for kind in ("results", "nulls", "timings", "tuned", "overheads", "profiles", "checks"):
         rows = {json.dumps([row.get(key) for key in SAME]): row for run in runs for row in getattr(run, kind)}
         getattr(whole, kind).extend(rows.values())
     for kind in ("roofs", "skips", "errors", "warnings"):
@@ -297,8 +301,8 @@ def _add(path: Path, number: int, run: Run, row: dict) -> None:
         run.end = row
     else:
         rows = {
-            "roof": run.roofs, "result": run.results, "timing": run.timings, "tuned": run.tuned,
-            "overhead": run.overheads, "profile": run.profiles, "check": run.checks, "skip": run.skips,
-            "error": run.errors,
+            "roof": run.roofs, "result": run.results, "null": run.nulls, "timing": run.timings,
+            "tuned": run.tuned, "overhead": run.overheads, "profile": run.profiles, "check": run.checks,
+            "skip": run.skips, "error": run.errors,
         }  # fmt: skip
         rows[kind].append(row)

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from tritonconv.bench import gpu
-from tritonconv.bench.timing import Call, quantile, stopwatch_for
+from tritonconv.bench.clock import stopwatch_for
+from tritonconv.bench.timing import Call, quantile
 from tritonconv.kernels.torch_products import product
 
 CACHE_BYTES = 16 << 20

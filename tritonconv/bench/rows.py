@@ -12,9 +12,9 @@ from tritonconv.bench import gate, roofs
 from tritonconv.bench.calls import TensorCall, work
 from tritonconv.bench.classes import layer_class
 from tritonconv.bench.environment import version
+from tritonconv.bench.measure import Measured
 from tritonconv.bench.results import BASELINE
 from tritonconv.bench.subject import Subject
-from tritonconv.bench.timing import Times
 from tritonconv.kernels.registry import Config, Variant
 from tritonconv.problem import Problem
 
@@ -72,14 +72,18 @@ def versions_of(device: torch.device) -> dict[str, str | None]:
 
 def measured_fields(
     one: Candidate,
-    times: Times,
+    measured: Measured,
     problem: Problem,
     head: Mapping[str, str],
     measured_roofs: Iterable[Mapping],
 ) -> dict[str, object]:
-    """Times (ms), rates, share of the roof, errors, speed-up of a candidate; ``head`` holds the pass and the dtype."""
+    """Times (ms), rates, share of the roof, errors, speed-up of a candidate; ``head`` holds the pass and the dtype.
+
+    What has no column in its name is of the device's first column, which ``timing`` names.
+    """
     flops, moved = work(problem, head["pass"])
     allowed = roofs.attainable(measured_roofs, head["dtype"], flops, moved, problem.bytes(), roofs.tf32())
+    times = measured.times[measured.first]
     spread = times.spread(one.name)
     seconds = spread.median * 1e-3
     executed = executed_flops(one, problem)
@@ -96,8 +100,8 @@ def measured_fields(
         "gb_per_s": moved / seconds / 1e9,
         "executed_flops": executed,
         "executed_gflop_per_s": executed / seconds / 1e9 if executed else None,
-        "timing": "wall",
-        "wall_ms": spread.median,
+        "timing": measured.first,
+        **measured.fields(one.name, BASELINE),
         "compile_s": max(0.0, one.first_s - seconds),
         "percent_of_roof": 100 * flops / seconds / allowed if allowed else None,
         "gate_output": one.verdict.output,

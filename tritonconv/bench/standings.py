@@ -10,24 +10,25 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import geometric_mean
 
+from tritonconv.bench.columns import columns_of, median
 from tritonconv.bench.results import BASELINE, COMPILED, OURS
 
-WORK, EAGER_WORK, EAGER = "median_ms", "wall_ms", "wall"  # fields of a row, and the ``timing`` of a CPU's
 TORCHS_OWN = "_torch_native"  # how the variants that are torch's own call are named
 
 
 @dataclass(frozen=True)
 class Standing:
-    """One layer in one pass and dtype: the row of the best torch and of our best, by the field ``time``."""
+    """One layer in one pass and dtype: the row of the best torch and of our best in one column; their times in ms."""
 
     torch: Mapping
     ours: Mapping
-    time: str = WORK
+    torch_ms: float
+    ms: float
 
     @property
     def ratio(self) -> float:
         """How many times faster than the best torch."""
-        return self.torch[self.time] / self.ours[self.time]
+        return self.torch_ms / self.ms
 
     @property
     def torch_chosen(self) -> bool:
@@ -36,21 +37,29 @@ class Standing:
         return bool(chosen) and all(name.endswith(TORCHS_OWN) for name in chosen)
 
 
-def standings(rows: Iterable[Mapping], time: str = WORK) -> list[Standing]:
-    """Of the result rows, one per layer, pass and dtype that both sides were timed in, in the order of the rows."""
-    best: dict[tuple, dict[str, Mapping]] = {}
+def standings(rows: Iterable[Mapping], column: str | None = None) -> list[Standing]:
+    """Of the result rows, one per layer, pass and dtype that both sides were timed in, in the order of the rows.
+
+    ``column`` None is the first that the rows have; a row without it does not count.
+    """
+    rows = list(rows)
+    column = column or next(iter(columns_of(rows)), None)
+    best: dict[tuple, dict[str, tuple[float, Mapping]]] = {}
     for row in rows:
         side = "torch" if row["variant"] in (BASELINE, COMPILED) else "ours" if row["variant"] == OURS else None
-        if side is not None:
+        ms = median(row, column) if column is not None else None
+        if side is not None and ms is not None:
             mine = best.setdefault((row["pass"], row["dtype"], row["layer"]), {})
-            if side not in mine or row[time] < mine[side][time]:
-                mine[side] = row
-    return [Standing(**sides, time=time) for sides in best.values() if len(sides) == 2]
+            if side not in mine or ms < mine[side][0]:
+                mine[side] = ms, row
+    both = [(sides["torch"], sides["ours"]) for sides in best.values() if len(sides) == 2]
+    return [Standing(theirs, ours, torch_ms, ms) for (torch_ms, theirs), (ms, ours) in both]
 
 
-def eager(rows: Iterable[Mapping]) -> list[Standing]:
-    """The same by wall time per eager call, Python and launches included; empty where times are such anyway."""
-    return standings([row for row in rows if row.get("timing", EAGER) != EAGER and row.get("wall_ms")], EAGER_WORK)
+def by_column(rows: Iterable[Mapping]) -> dict[str, list[Standing]]:
+    """The standings in every column that the rows have, the device's own first."""
+    rows = list(rows)
+    return {column: standings(rows, column) for column in columns_of(rows)}
 
 
 def by_pass(found: Iterable[Standing]) -> dict[tuple[str, str], list[Standing]]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from tritonconv.bench import gate
+from tritonconv.bench import gate, spent
 from tritonconv.bench.calls import Tensors, make_tensors
 from tritonconv.bench.workloads import Workload
 from tritonconv.problem import Problem
@@ -41,7 +41,8 @@ class Subject:
         if problem not in self._tensors:
             seed = self.seed + zlib.crc32(self.layer.name.encode())
             if problem.layout == "ncdhw":
-                self._tensors[problem] = make_tensors(problem, self.device, seed)
+                with spent.on(spent.TENSORS):
+                    self._tensors[problem] = make_tensors(problem, self.device, seed)
             else:
                 self._tensors[problem] = self.tensors(replace(problem, layout="ncdhw")).in_layout(problem.layout)
         return self._tensors[problem]

@@ -6,9 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import geometric_mean
 
+from tritonconv.bench import noise
 from tritonconv.bench.classes import CLASSES
+from tritonconv.bench.columns import SAID, columns_of
 from tritonconv.bench.results import BASELINE, OURS, Run
-from tritonconv.bench.standings import standings
+from tritonconv.bench.standings import by_column, by_pass, mean, standings
 from tritonconv.bench.workloads import ALL
 
 # Slower than this, and with the 80th percentile of the paired ratios below it too, counts as slower than torch.
@@ -28,6 +30,7 @@ class Group:
     dtype: str
     layout: str
     rows: tuple[Mapping, ...]
+    noise: float = 1.0  # the factor that null rows show
 
     @property
     def geomean(self) -> float:
@@ -39,13 +42,13 @@ class Group:
 
     @property
     def faster(self) -> int:
-        """Rows faster than torch with their 20th percentile too."""
-        return sum(row["speedup"] > 1 and row["speedup_p20"] > 1 for row in self.rows)
+        """Rows faster than torch with their 20th percentile too, and by more than null rows show."""
+        return sum(row["speedup"] > self.noise and row["speedup_p20"] > 1 for row in self.rows)
 
     @property
     def slower(self) -> int:
         """Rows below 0.95 beyond noise."""
-        return sum(below_floor(row) for row in self.rows)
+        return sum(below_floor(row) and row["speedup"] < 1 / self.noise for row in self.rows)
 
     @property
     def worst(self) -> list[Mapping]:
@@ -62,7 +65,7 @@ def overlaps_one(row: Mapping) -> bool:
     return row["speedup_p20"] <= 1 <= row["speedup_p80"]
 
 
-def groups(rows: Iterable[Mapping], variant: str = OURS) -> list[Group]:
+def groups(rows: Iterable[Mapping], variant: str = OURS, noise: float = 1.0) -> list[Group]:
     """One group per pass, dtype and layout, and one of all layouts where there are several; in the rows' order."""
     rows = [row for row in rows if row["variant"] == variant and row["speedup"] is not None and not row.get("family")]
     found = []
@@ -71,9 +74,9 @@ def groups(rows: Iterable[Mapping], variant: str = OURS) -> list[Group]:
         layouts = list(dict.fromkeys(row["layout"] for row in same))
         for layout in layouts:
             mine = tuple(row for row in same if row["layout"] == layout)
-            found.append(Group(variant, pass_name, dtype, layout, mine))
+            found.append(Group(variant, pass_name, dtype, layout, mine, noise))
         if len(layouts) > 1:
-            found.append(Group(variant, pass_name, dtype, "all", tuple(same)))
+            found.append(Group(variant, pass_name, dtype, "all", tuple(same), noise))
     return found
 
 
@@ -104,6 +107,22 @@ def _in_classes(run: Run) -> list[str]:
     return columns([head, *lines], numbers=2 + len(FAST_P))
 
 
+def _in_columns(run: Run) -> list[str]:
+    """Against the best torch in every column of a GPU, and what null rows show there."""
+    found = by_column(run.of_models())
+    if len(found) < 2:
+        return []
+    rows = [["column", "pass", "dtype", "layers", "geomean", "below 1", "null rows"]]
+    for column, standing in found.items():
+        band = noise.band(run.nulls, column)
+        for key, each in by_pass(standing).items():
+            below = sum(one.ratio < 1 for one in each)
+            shown = str(band) if band else "none"
+            rows.append([column, *key, str(len(each)), f"{mean(each):.2f}", str(below), shown])
+    said = "; ".join(f"{column}: {SAID[column]}" for column in found)
+    return ["", "our best layout against the best torch, by column:", "", *columns(rows, numbers=4), "", said]
+
+
 def _fast(pass_name: str, ratios: Mapping[tuple[str, str], float], wrong: int) -> list[str]:
     values = [*ratios.values(), *[0.0] * wrong]  # a wrong answer is not fast
     shares = [f"{fast_p(values, p):.0%}" for p in FAST_P]
@@ -117,25 +136,31 @@ def summary(run: Run) -> str:
         f"{env['device_name']}, {env['threads']} threads, torch {env['torch']}, triton {env['triton'] or 'none'}",
         f"scale {env['scale']}: {env['scale_rule']}",
     ]
-    per_variant = {name: groups(run.results, name) for name in run.values("variant") if name != BASELINE}
+    first = next(iter(columns_of(run.results)), None)
+    band = noise.band(run.nulls, first) if first else None
+    factor = band.noise if band else 1.0
+    per_variant = {name: groups(run.results, name, factor) for name in run.values("variant") if name != BASELINE}
     if not any(per_variant.values()):
         lines.append("no layer was timed beside torch")
     else:
         lines += ["", f"speed-up over {BASELINE} in the same layout, median of the ratios of neighbouring calls:", ""]
         lines += _table([group for each in per_variant.values() for group in each])
         lines += ["", f"faster: 20th percentile of the pairs above 1; slower: 80th percentile below {FLOOR:g}"]
+        if band is not None:
+            lines[-1] += f"; each beyond the null rows, {band}"
         classes = _in_classes(run)
         if classes:
             lines += ["", "our best layout against the best torch (any layout; medians of different rounds):", ""]
             lines += classes
             lines += ["", "fast_p: share of layers that are right and more than p times as fast (KernelBench)"]
+        lines += _in_columns(run)
         for group in per_variant.get(OURS, []):
             if group.layout == "all" or len({g.layout for g in per_variant[OURS]}) == 1:
                 lines += ["", f"slowest in {group.pass_name}, {group.dtype} (20th to 80th percentile of the pairs):"]
                 lines += [f"  {line}" for line in _worst(group.worst)]
     if run.disturbance:
         lines += ["", run.disturbance]
-        quiet = groups(row for row in run.results if (row.get("other_cores") or 0.0) <= QUIET)
+        quiet = groups((row for row in run.results if (row.get("other_cores") or 0.0) <= QUIET), noise=factor)
         if quiet:
             lines += [f"{OURS} in the cells where they kept at most {QUIET} cores busy:", "", *_table(quiet)]
     for error in run.errors:

@@ -1,6 +1,7 @@
 """Interleaved timing: every round runs each candidate once, so drift of the machine hits all of them alike.
 
-The order turns around from round to round. Times are milliseconds. A speed-up is the median, with the 20th and 80th
+The order turns around from round to round, and begins with another candidate every second one, so that no candidate
+always follows the same one. Times are milliseconds. A speed-up is the median, with the 20th and 80th
 percentile, of the ratios within a round, whose two calls ran next to each other: on a machine that other programs
 use too, the ratio of two medians can lie outside all the ratios that were seen.
 """
@@ -13,15 +14,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
-
 from tritonconv.errors import ArgumentError
 
 # At least so many rounds, and where a round is slow so few at least.
 MIN_ROUNDS, FEW_ROUNDS = 5, 3
 MAX_ROUNDS = 200
-# More than any L2 cache of the GPUs of 2025 (an H200 has 50 MiB), written before each GPU call.
-FLUSH_BYTES = 256 << 20
+# Warm is a candidate whose time differs from that of the round before by less than this share.
+STEADY = 0.03
+MOST_WARM_ROUNDS = 10
 
 Call = Callable[[], object]
 
@@ -99,52 +99,35 @@ def interleave(
             f"candidates, few_rounds={few_rounds}, min_rounds={min_rounds}, max_rounds={max_rounds}"
         )
     rounds: dict[str, list[float]] = {name: [] for name in candidates}
-    order = list(candidates)
+    names = list(candidates)
     begin = clock()
     for done in range(max_rounds):
         if done >= few_rounds:
             next_end = (clock() - begin) * (done + 1) / done
             if next_end > (seconds if done >= min_rounds else 2 * seconds):
                 break
-        for name in order:
+        first = done // 2 % len(names)
+        order = names[first:] + names[:first]
+        for name in reversed(order) if done % 2 else order:
             rounds[name].append(stopwatch(candidates[name]))
-        order.reverse()
     return Times(rounds)
 
 
-def cpu_stopwatch(call: Call) -> float:
-    """Wall time of one call in ms. The caches are as the call before left them; inputs are shared by the candidates."""
-    begin = time.perf_counter()
-    call()
-    return (time.perf_counter() - begin) * 1e3
+def warm_up(
+    candidates: Mapping[str, Call],
+    stopwatch: Callable[[Call], float],
+    seconds: float,
+    *,
+    clock: Callable[[], float] = time.perf_counter,
+) -> int:
+    """Runs the candidates in turns, and throws the times away, until all of them are steady; at least two rounds.
 
-
-class CudaStopwatch:
-    """GPU time of one call in ms, between two events, with the L2 cache overwritten before each call.
-
-    Launch overhead counts where the GPU waits for the host: this is the eager time, not that of a CUDA graph.
+    It ends after ``seconds`` or MOST_WARM_ROUNDS all the same. Returns how many rounds it were.
     """
-
-    def __init__(self, device: torch.device) -> None:
-        self._flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
-
-    def __call__(self, call: Call) -> float:
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        self._flush.zero_()
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end)
-
-
-def stopwatch_for(device: torch.device) -> Callable[[Call], float]:
-    """The stopwatch of a device: wall clock on the CPU, events on a GPU."""
-    return CudaStopwatch(device) if device.type == "cuda" else cpu_stopwatch
-
-
-def method(device: torch.device) -> str:
-    """How times are taken on a device, in a sentence for the results file."""
-    if device.type == "cuda":
-        return f"CUDA events around each eager call, {FLUSH_BYTES >> 20} MiB written before it to flush L2; interleaved"
-    return "time.perf_counter around each call, caches as the previous call left them; interleaved"
+    begin, before = clock(), {name: stopwatch(call) for name, call in candidates.items()}
+    for done in range(2, MOST_WARM_ROUNDS + 1):
+        now = {name: stopwatch(call) for name, call in candidates.items()}
+        if all(abs(now[name] / before[name] - 1) < STEADY for name in now if before[name]) or clock() - begin > seconds:
+            return done
+        before = now
+    return MOST_WARM_ROUNDS

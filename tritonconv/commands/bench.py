@@ -10,6 +10,7 @@ import torch
 from tritonconv import flags
 from tritonconv.bench import results
 from tritonconv.bench.calls import ALL_PASSES, FORWARD_BACKWARD
+from tritonconv.bench.options import Options
 from tritonconv.bench.progress import progress
 from tritonconv.bench.summary import summary
 from tritonconv.bench.workloads import ALL, SCALES, at_sizes, suites, workloads
@@ -29,7 +30,7 @@ from tritonconv.commands.common import device as device_of
 from tritonconv.errors import ArgumentError
 from tritonconv.kernels.registry import Variant, variant, variants
 from tritonconv.problem import LAYOUTS
-from tritonconv.runner import Options, bench
+from tritonconv.runner import bench
 
 HELP = "time the layers beside torch"
 DESCRIPTION = (

@@ -14,11 +14,12 @@ from typing import NoReturn
 import torch
 
 from tritonconv import flags
-from tritonconv.bench import results
+from tritonconv.bench import results, spent
 from tritonconv.bench.calls import ALL_PASSES, FORWARD_BACKWARD
 from tritonconv.bench.failures import context_is_lost, told
+from tritonconv.bench.options import Options
 from tritonconv.bench.progress import progress
-from tritonconv.bench.summary import summary
+from tritonconv.bench.summary import columns, summary
 from tritonconv.bench.workloads import ALL, SCALES, at_sizes, suites, workloads
 from tritonconv.campaign import Campaign
 from tritonconv.commands.common import (
@@ -33,7 +34,6 @@ from tritonconv.commands.common import (
 )
 from tritonconv.commands.common import device as device_of
 from tritonconv.problem import LAYOUTS
-from tritonconv.runner import Options
 
 HELP = "verify, roofs, tune and bench in one budget; run again, it goes on"
 OTHER_SUITES = ("kernelbench",)  # not layers of models: asked for by name
@@ -46,10 +46,12 @@ SIZES = {"cpu": (4, 6, 8, 12, 16, 24), "gpu": (8, 16, 32, 64, 128)}
 def add(parser: argparse.ArgumentParser) -> None:
     """Gives the parser the flags of the command."""
     parser.description = (
-        "In the order of value: every variant is held against float64 on one layer per class; the device's roofs are "
-        "measured; the layers are tuned; then benchmarked with what was found; the overhead of a call is measured. "
-        "Everything is kept when the budget ends, and the same command goes on from there. Where a kernel loses the "
-        "GPU, a new process does so, behind that kernel. tritonconv report DIR renders it."
+        "In the order of value: variants are held against float64 on one layer per class; the device's roofs are "
+        "measured; the layers are tuned, a dozen that a reader knows first; then benchmarked with what was found, and "
+        "on a GPU those few beside torch.compile; the overhead of a call is measured; layers of some classes are "
+        "benchmarked at several sizes. Everything is kept when the budget ends, and the same command goes on from "
+        "there. Where a kernel loses the GPU, a new process does so, behind that kernel. At the end it says where the "
+        "seconds went. tritonconv report DIR renders it."
     )
     parser.add_argument("--seconds", type=flags.seconds, required=True, metavar="S", help="budget for all of it")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the results and of the store")
@@ -63,7 +65,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     add_variant_files(parser)
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction,
-        help="time torch.compile too, when all else is done (default: on a GPU only)",
+        help="time torch.compile too, of the dozen layers that come first (default: on a GPU only)",
     )  # fmt: skip
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
 
@@ -103,6 +105,7 @@ def run(options: argparse.Namespace) -> int:
         shown.close()
     print(summary(results.load(options.out)))
     print("\n" + "\n".join(outcome.steps))
+    print("\nwhere the seconds went:\n\n" + "\n".join(columns(spent.lines(outcome.spent), numbers=1)))
     print(f"\nresults: {outcome.path}")
     if outcome.reason == "budget":
         print("the budget was used up; the same command goes on from here")

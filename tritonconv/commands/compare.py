@@ -9,6 +9,7 @@ from statistics import geometric_mean
 from typing import NamedTuple
 
 from tritonconv.bench import results
+from tritonconv.bench.columns import COLUMNS, spread
 from tritonconv.bench.results import BASELINE, Run
 from tritonconv.bench.summary import columns
 from tritonconv.commands.common import OK, WRONG
@@ -32,10 +33,10 @@ class Change(NamedTuple):
 def add(parser: argparse.ArgumentParser) -> None:
     """Gives the parser the flags of the command."""
     parser.description = (
-        "Joins two results files on layer, pass, dtype, layout and variant. On a GPU times are compared. On a CPU, "
-        "whose speed changes with what else runs, the speed-up over torch in the same run is compared, so torch's "
-        "own rows drop out. A row is a regression where B is slower by more than the threshold and the intervals "
-        "from the 20th to the 80th percentile do not touch."
+        "Joins two results files on layer, pass, dtype, layout and variant. On a GPU times are compared, of the first "
+        "column (gpu, graph, wall) that both files have. On a CPU, whose speed changes with what else runs, the "
+        "speed-up over torch in the same run is compared, so torch's own rows drop out. A row is a regression where "
+        "B is slower by more than the threshold and the intervals from the 20th to the 80th percentile do not touch."
     )
     parser.add_argument("before", type=Path, metavar="A", help="a results file, or a folder (its newest)")
     parser.add_argument("after", type=Path, metavar="B", help="a results file, or a folder (its newest)")
@@ -53,7 +54,7 @@ def run(options: argparse.Namespace) -> int:
     by_speedup = "cpu" in (before.environment["device"], after.environment["device"])
     changes = compare(before, after, by_speedup)
     if not changes:
-        raise ResultsError("compare: A and B have no row in common")
+        raise ResultsError("compare: A and B have no row in common, or none that was timed alike")
     regressions = [each for each in changes if each.beyond and each.ratio < 1 / (1 + options.threshold)]
     print(f"A {before.run}\nB {after.run}\n{_what(by_speedup)}; above 1: B is faster\n")
     print("\n".join(_means(changes)))
@@ -75,8 +76,11 @@ def compare(before: Run, after: Run, by_speedup: bool) -> list[Change]:
             ratio = new["speedup"] / old["speedup"]
             apart = new["speedup_p80"] < old["speedup_p20"] or new["speedup_p20"] > old["speedup_p80"]
         else:
-            ratio = old["median_ms"] / new["median_ms"]
-            apart = new["p20_ms"] > old["p80_ms"] or new["p80_ms"] < old["p20_ms"]
+            both = ((spread(old, name), spread(new, name)) for name in COLUMNS)
+            a, b = next(((a, b) for a, b in both if a and b), (None, None))
+            if a is None or b is None:  # the time of a graph says nothing of that of a call
+                continue
+            ratio, apart = a.median / b.median, b.p20 > a.p80 or b.p80 < a.p20
         found.append(Change(new, ratio, apart))
     return sorted(found, key=lambda each: (each.ratio, str(each.row["layer"])))
 

@@ -18,14 +18,15 @@ from tritonconv.bench import results
 from tritonconv.bench.environment import environment
 from tritonconv.bench.failures import disqualifies, told
 from tritonconv.bench.progress import progress
-from tritonconv.bench.workloads import ALL, SCALES, distinct, in_turn, left_out, suites, workloads
+from tritonconv.bench.workloads import ALL, SCALES, distinct, in_order, left_out, suites, workloads
 from tritonconv.commands import common
 from tritonconv.commands.common import DTYPES, OK, RESULTS, WRONG, add_device, add_variant_files, load_variant_files
 from tritonconv.commands.common import device as device_of
 from tritonconv.errors import ArgumentError
 from tritonconv.problem import LAYOUTS, Problem
 from tritonconv.tuning.api import problems_of
-from tritonconv.tuning.session import Session, Task, tasks_of
+from tritonconv.tuning.session import Session, tasks_of
+from tritonconv.tuning.tuned import Task
 
 HELP = "find the fastest variants on this machine and store them"
 DESCRIPTION = """\
@@ -126,7 +127,7 @@ def _tasks(options: argparse.Namespace, device: torch.device) -> tuple[list[Task
     layers = [each for each in workloads(options.suite or ALL, options.only) if left_out(each, scale) is None]
     tasks = [
         Task(layer.problem(dtype, layout, scale), layer.name, layer.suite)
-        for layer in in_turn(layer for layer, _ in distinct(layers, scale))
+        for layer in in_order(layer for layer, _ in distinct(layers, scale))
         for dtype in _dtypes(options)
         for layout in flags.once(options.layout, tuple(LAYOUTS))
     ]

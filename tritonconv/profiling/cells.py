@@ -20,7 +20,8 @@ from tritonconv.bench.standings import Standing, standings
 from tritonconv.bench.subject import Subject
 from tritonconv.bench.workloads import Workload, workload
 from tritonconv.contestants import prepared
-from tritonconv.dispatch import Selection, pinned
+from tritonconv.dispatch import Selection
+from tritonconv.forced import pinned
 from tritonconv.kernels import registry
 from tritonconv.kernels.registry import variant, variants
 from tritonconv.problem import PASSES, Problem

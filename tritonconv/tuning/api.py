@@ -20,7 +20,8 @@ from tritonconv.bench.progress import Silent
 from tritonconv.convert import TORCHS, convert
 from tritonconv.errors import ArgumentError, ArgumentTypeError
 from tritonconv.problem import Problem
-from tritonconv.tuning.session import Progress, Report, Session, Task, tasks_of
+from tritonconv.tuning.session import Progress, Session, tasks_of
+from tritonconv.tuning.tuned import Report, Task
 
 Target = nn.Module | Problem | Iterable[Problem]
 

@@ -10,7 +10,7 @@ import torch
 
 from tritonconv.autograd import differentiable_forward
 from tritonconv.autotune.rules import FALLBACK
-from tritonconv.bench import gate, gpu
+from tritonconv.bench import gate, gpu, spent
 from tritonconv.bench.calls import FORWARD_BACKWARD, TensorCall, Tensors, make_tensors, torch_call
 from tritonconv.dispatch import Plan, plan_of
 from tritonconv.kernels.registry import variant
@@ -29,7 +29,8 @@ class Case:
         """The values follow from the problem alone, whatever its layout."""
         if problem not in self._tensors:
             seed = zlib.crc32(str(replace(problem, layout="ncdhw")).encode())
-            self._tensors[problem] = make_tensors(problem, self.device, seed)
+            with spent.on(spent.TENSORS):
+                self._tensors[problem] = make_tensors(problem, self.device, seed)
         return self._tensors[problem]
 
     @cached_property
@@ -70,6 +71,10 @@ class Case:
 
     def judge(self, plan: Plan, pass_name: str) -> gate.Verdict:
         """Both steps of the gate for a plan that is meant for ``self.problem``."""
+        with spent.on(spent.GATE):
+            return self._judge(plan, pass_name)
+
+    def _judge(self, plan: Plan, pass_name: str) -> gate.Verdict:
         small = self._reduced(plan, pass_name)
         with gpu.cudnn_benchmark(self.device, wanted=small == self.problem):
             exact, errors = self._reference(small, pass_name)

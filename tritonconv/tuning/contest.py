@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import NamedTuple
 
 import torch
 
+from tritonconv import nulls
 from tritonconv.autotune import model
 from tritonconv.autotune.ceilings import Ceilings
 from tritonconv.autotune.choose import Selection
 from tritonconv.autotune.journal import FAILED, FINAL, OK, SCREEN, WRONG, Journal, Timing
 from tritonconv.autotune.sources import source_hash
+from tritonconv.bench import spent
 from tritonconv.bench.calls import TensorCall
+from tritonconv.bench.clock import GpuClock, cpu_stopwatch, first_column, garbage_waits
 from tritonconv.bench.failures import context_is_lost, disqualifies, told
-from tritonconv.bench.timing import Call, Times, interleave, stopwatch_for
+from tritonconv.bench.measure import Measured
+from tritonconv.bench.timing import Call, Times, interleave, warm_up
 from tritonconv.contestants import why_not
 from tritonconv.dispatch import plan_of
 from tritonconv.kernels.registry import variants
@@ -26,6 +30,7 @@ from tritonconv.tuning.case import Case
 TORCH = "torch"
 # A first call so many times slower than torch's second is not timed again.
 HOPELESS = 8.0
+WARM_SHARE = 0.2  # of a candidate's seconds, for its warm-up on a GPU
 OVERTIME = 2.0  # times its seconds that a screening may take before it leaves configs out
 
 
@@ -107,8 +112,10 @@ class Contest:
     reused: int = 0
 
     def __post_init__(self) -> None:
-        self.watch = stopwatch_for(self.case.device)
+        self.clock = GpuClock(self.case.device) if self.case.device.type == "cuda" else None
+        self.watch: Callable[[Call], float] = self.clock or cpu_stopwatch
         self._baseline_ms: dict[str, float] = {}
+        self._sm_mhz: float | None = None
 
     def screen(self, pass_name: str, candidates: Sequence[Candidate], seconds: float) -> list[tuple[Candidate, Timing]]:
         """The candidates that ran, fastest against torch first: in about ``seconds``, which may end before the last.
@@ -153,14 +160,36 @@ class Contest:
 
     def _pair(self, pass_name: str, calls: dict[str, TensorCall], label: str, seconds: float) -> Times:
         if pass_name not in self._baseline_ms:
-            self.watch(calls[TORCH])
+            with spent.on(spent.TRIALS):
+                self.watch(calls[TORCH])
             self._baseline_ms[pass_name] = self.watch(calls[TORCH])
-        first = self.watch(calls[label])  # compiles, where there is something to compile
+        with spent.on(spent.COMPILING):
+            first = self.watch(calls[label])  # compiles, where there is something to compile
         if first > HOPELESS * self._baseline_ms[pass_name]:
             first = self.watch(calls[label])
         if first > HOPELESS * self._baseline_ms[pass_name]:
             return Times({TORCH: [self._baseline_ms[pass_name]], label: [first]})
-        return interleave(calls, self.watch, seconds, few_rounds=2, min_rounds=3, max_rounds=60)
+        return self._rounds(calls, self.watch, seconds, few_rounds=2, min_rounds=3, max_rounds=60)
+
+    def _rounds(self, calls: Mapping[str, Call], watch: Callable[[Call], float], seconds: float, **rounds) -> Times:
+        """Interleaved, on a GPU behind a warm-up."""
+        with spent.on(spent.TIMING), garbage_waits():
+            if self.clock is not None:
+                warm_up(calls, watch, WARM_SHARE * seconds)
+                self.clock.told()  # of the warm-up
+            times = interleave(calls, watch, seconds, **rounds)
+        if self.clock is not None:
+            self._sm_mhz = self.clock.told().get("sm_mhz")  # type: ignore[assignment]
+        return times
+
+    def null_rows(self, seconds: float) -> list[dict[str, object]]:
+        """What differs from torch in nothing, timed beside it in the forward; the rows' fields (``nulls.py``)."""
+        problem = self.case.problem
+        calls = {TORCH: self.case.baseline(problem, "forward")}
+        calls |= nulls.calls(problem, self.case.tensors(problem), "forward")
+        times = self._rounds(calls, self.watch, seconds, few_rounds=3, min_rounds=7, max_rounds=200)
+        measured = Measured({first_column(self.case.device): times}, {})
+        return [nulls.fields(name, measured) for name in calls if name != TORCH]
 
     def final(self, calls: Mapping[str, TensorCall], finalists: Mapping[str, Members], seconds: float) -> Times:
         """The finalists together, by label, beside torch's own; all are warm.
@@ -177,7 +206,7 @@ class Contest:
             return self.watch(call)
 
         try:
-            return interleave(calls, watch, seconds, few_rounds=3, min_rounds=7, max_rounds=200)
+            return self._rounds(calls, watch, seconds, few_rounds=3, min_rounds=7, max_rounds=200)
         except Exception as error:
             if context_is_lost(error):
                 label = next(label for label, call in calls.items() if call is running)
@@ -225,4 +254,5 @@ class Contest:
             n_runs=spread.runs,
             speedup=times.speedup(candidate.label, TORCH).median,
             torch_ms=times.spread(TORCH).median,
+            sm_mhz=self._sm_mhz,
         )

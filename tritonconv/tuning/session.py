@@ -16,8 +16,8 @@ from tritonconv.autotune.journal import SCREEN, Journal, Timing
 from tritonconv.autotune.key import Key, device_name
 from tritonconv.autotune.sources import source_hash
 from tritonconv.autotune.store import Entry, Table
-from tritonconv.bench import gpu
-from tritonconv.bench.failures import context_is_lost, told
+from tritonconv.bench import gpu, spent
+from tritonconv.bench.failures import context_is_lost, disqualifies, told
 from tritonconv.bench.rows import sizes_of, versions_of
 from tritonconv.bench.workloads import ALL
 from tritonconv.errors import ArgumentError
@@ -26,12 +26,13 @@ from tritonconv.kernels.registry import variant
 from tritonconv.problem import PASSES, Problem
 from tritonconv.tuning.case import Case
 from tritonconv.tuning.contest import Candidate, Contest, Effort, OutOfTime, candidates
+from tritonconv.tuning.tuned import BUDGET, Report, Task
 from tritonconv.tuning.tuner import ProblemTuner, Winner
 
 PROBLEM_SECONDS = 4.0  # for a problem without a budget
 # Within a budget a GPU's problems are gone through several times, each time deeper: kernels must be compiled, and every
 # problem should have its likely candidates tried before any has all of them. What was timed is not timed again.
-EFFORTS = (Effort(2, 1.5, 3.0, 1.0, formulations=False), Effort(4, 1.5, 4.0, 2.0))
+EFFORTS = (Effort(2, 1.5, 4.0, 0.9, formulations=False), Effort(4, 1.5, 4.0, 2.0))
 WHOLE = Effort(model.MOST_CANDIDATES, 3.0, 12.0, 20.0)
 # Problems whose kernels are being compiled while one is timed, and how long one waits for its own.
 AHEAD, COMPILING_SECONDS = 3, 120.0
@@ -39,70 +40,15 @@ AHEAD, COMPILING_SECONDS = 3, 120.0
 # The model chooses the candidates, and what is timed corrects it: so many times more of them are a deeper search.
 MORE = 1.25
 
-COMPLETE, BUDGET = "complete", "budget"
+# Of so many problems one has null rows, in so many seconds.
+NULLS_EVERY, NULL_SECONDS = 12, 0.15
+
 Write = Callable[[str, dict[str, object]], object]
 
 
 class Progress(Protocol):
     def begin(self, cells: int) -> None: ...
     def step(self, text: str) -> None: ...
-
-
-@dataclass(frozen=True)
-class Task:
-    """A problem to tune; ``layer`` and ``suite`` are what the rows call it."""
-
-    problem: Problem
-    layer: str
-    suite: str
-
-
-@dataclass
-class Report:
-    """What a run did. ``winners`` by problem; ``known`` are the problems whose key was stored before.
-
-    ``reason`` is ``complete`` or ``budget``; the table has every winner either way. ``left`` problems were left in
-    ``round`` (number, of how many).
-    """
-
-    device: str
-    reason: str = COMPLETE
-    winners: list[tuple[Task, Winner]] = field(default_factory=list)
-    known: list[Task] = field(default_factory=list)
-    left: int = 0
-    round: tuple[int, int] = (1, 1)
-    errors: int = 0
-    timings: int = 0
-    reused: int = 0
-    table: Path | None = None
-
-    @property
-    def torch_won(self) -> int:
-        """How many of the decisions are torch's own."""
-        return sum(winner.torch_won for _, winner in self.winners)
-
-    @property
-    def unfinished(self) -> str:
-        """What was left, in words."""
-        number, rounds = self.round
-        return f"{self.left} problems left" + (f" in round {number} of {rounds}" if rounds > 1 else "")
-
-    def __str__(self) -> str:
-        lines = [f"tuned on {self.device}: {len(self.winners)} choices, of which {self.torch_won} are torch's own"]
-        for task, winner in self.winners:
-            config = " ".join(f"{key}={value}" for key, value in winner.selection.config.items())
-            what = f"{winner.selection.variant.name} {config}".rstrip()
-            lines.append(f"  {task.layer} {task.problem.layout} {winner.pass_name}: {what}")
-        if self.known:
-            lines.append(
-                f"{len(self.known)} problems were tuned before, by themselves or by one of their kind and size"
-            )
-        lines.append(f"{self.timings} timings taken, {self.reused} found in the journal")
-        if self.reason == BUDGET:
-            lines.append(f"the budget was used up with {self.unfinished}; the same command goes on from here")
-        if self.table is not None:
-            lines.append(f"stored in {self.table}")
-        return "\n".join(lines)
 
 
 @dataclass
@@ -131,6 +77,7 @@ class Session:
         name = device_name(self.device)
         store.merge(Table(name), self.folder)
         waiting = self._distinct(tasks)
+        self.served = 0
         self.begin, self.journal = perf_counter(), Journal.open(name, self.folder)
         self.versions, self.ceilings = versions_of(self.device), self._ceilings(name)
         self.report = Report(name, table=(self.folder or store.user_folder()) / f"{store.slug(name)}.json")
@@ -166,7 +113,8 @@ class Session:
         ahead = [compiler.start(self._jobs(task)) for task in waiting[:AHEAD]]
         for index, task in enumerate(waiting):
             ahead += [compiler.start(self._jobs(each)) for each in waiting[index + AHEAD : index + AHEAD + 1]]
-            compiler.finish(ahead[index], max(0.0, min(COMPILING_SECONDS, self.deadline - perf_counter())))
+            with spent.on(spent.COMPILING):
+                compiler.finish(ahead[index], max(0.0, min(COMPILING_SECONDS, self.deadline - perf_counter())))
             if not self._one(task, len(waiting) - index):
                 return False
             progress.step(_said(task, self.report))
@@ -219,7 +167,9 @@ class Session:
             return
         if share <= 0:
             raise OutOfTime
-        tuner = ProblemTuner(contest, fields, share)
+        self._nulls(task, contest)
+        noise = self.report.noise
+        tuner = ProblemTuner(contest, fields, share, noise.noise if noise else 1.0)
         forward = found["forward"]
         if forward is None:
             winner = tuner.forward()
@@ -229,6 +179,21 @@ class Session:
             selection = dispatch.Selection(variant(forward.variant), forward.config, "stored")
         for winner in tuner.gradients(selection):
             self._keep(task, winner)
+
+    def _nulls(self, task: Task, contest: Contest) -> None:
+        """Null rows, of the first problem and of every NULLS_EVERY-th that torch serves."""
+        if contest.case.torch_serves:
+            if self.served % NULLS_EVERY == 0:
+                try:
+                    rows = contest.null_rows(NULL_SECONDS)
+                except Exception as error:  # such as a lack of memory, which the candidates will tell
+                    if not disqualifies(error):
+                        raise
+                    return
+                self.report.null_rows += rows
+                for row in rows:
+                    self.write("null", {**head(task, "forward"), **row})
+            self.served += 1
 
     def _stored(self, table: Table, problem: Problem, pass_name: str, rivals: int) -> Entry | None:
         """An entry that this run would only make again: about as many candidates were there."""
@@ -266,7 +231,7 @@ class Session:
             fields = {"variant": timing.variant, "config": dict(timing.config), "stage": timing.stage}
             row = {**head(task, timing.pass_name), **fields, "predicted_ms": predicted if predicted > 0 else None}
             if timing.status == "ok":
-                names = ("median_ms", "p20_ms", "p80_ms", "n_runs", "speedup")
+                names = ("median_ms", "p20_ms", "p80_ms", "n_runs", "speedup", "sm_mhz")
                 self.write("timing", {**row, **{name: getattr(timing, name) for name in names}})
             else:
                 self.write("error", {**row, "status": timing.status, "message": timing.message})

@@ -2,7 +2,8 @@
 
 The two gradients are decided together because variants may share work (``Variant.prepare``, ``Variant.joint``) that a
 time of one alone does not show. A challenger must beat the choice that holds without tuning beyond noise: even the 20th
-percentile of the ratios within a round is above 1. Where torch's own beats the winner so, torch's own is stored.
+percentile of the ratios within a round is above 1, and their median beyond what null rows show. Where torch's own beats
+the winner so, torch's own is stored.
 """
 
 from __future__ import annotations
@@ -66,10 +67,16 @@ class Winner:
 
 
 class ProblemTuner:
-    """Tunes the problem of a contest in about ``seconds``; what is in the journal is not timed again."""
+    """Tunes the problem of a contest in about ``seconds``; what is in the journal is not timed again.
 
-    def __init__(self, contest: Contest, fields: Mapping[str, list[Candidate]], seconds: float) -> None:
+    ``noise`` is the ratio beyond which null rows do not go (:class:`tritonconv.bench.noise.Band`).
+    """
+
+    def __init__(
+        self, contest: Contest, fields: Mapping[str, list[Candidate]], seconds: float, noise: float = 1.0
+    ) -> None:
         self.contest, self.case, self.seconds, self.fields = contest, contest.case, seconds, fields
+        self.noise = noise
         whole = max(1, sum(len(found) for found in fields.values()))
         self.screening = {name: SCREENING * seconds * len(found) / whole for name, found in fields.items()}
 
@@ -149,7 +156,8 @@ class ProblemTuner:
         ordered = sorted(labels, key=lambda label: -times.speedup(label, TORCH).median)
         best = holder if holder in labels else (ordered[0] if ordered else TORCH)
         for label in (*ordered, TORCH) if self.case.torch_serves else ordered:
-            if label != best and times.speedup(label, best).p20 > 1:
+            over = times.speedup(label, best)
+            if label != best and over.p20 > 1 and over.median > self.noise:
                 best = label
         return best
 

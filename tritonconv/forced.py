@@ -1,0 +1,69 @@
+"""Variants that are forced, for a block of code or for a call."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar, copy_context
+from typing import Any
+
+from tritonconv.autotune.choose import Selection
+from tritonconv.errors import ArgumentError
+from tritonconv.kernels.registry import variant
+
+# (variant, its config as items, None for the default), sorted by name.
+Forced = tuple[tuple[str, tuple[tuple[str, int], ...] | None], ...]
+forced: ContextVar[Forced] = ContextVar("tritonconv_forced", default=())
+
+
+def forced_variants() -> tuple[str, ...]:
+    """The names that :func:`use` has in force here."""
+    return tuple(name for name, _ in forced.get())
+
+
+@contextlib.contextmanager
+def use(*names: str) -> Iterator[None]:
+    """Forces the named variants, at most one per pass, for the calls made inside the ``with`` block.
+
+    A call keeps its variants for its backward passes, wherever those run; a compiled graph takes what is in force
+    where each of its parts runs. Calls that a transform or a tracer watches go to torch itself all the same. Blocks
+    nest; the inner one wins per pass.
+    Raises ArgumentError for an unknown name or two names of one pass; a call that a forced variant does not serve
+    raises VariantNotApplicable with the reason.
+    """
+    chosen: dict[str, str] = {}
+    for name in names:
+        pass_name = variant(name).pass_name
+        if pass_name in chosen:
+            raise ArgumentError(f"use: one variant per pass, got {chosen[pass_name]!r} and {name!r} for {pass_name}")
+        chosen[pass_name] = name
+    with _forcing({pass_name: (name, None) for pass_name, name in chosen.items()}):
+        yield
+
+
+def in_force(call: Callable[[], Any], *names: str) -> Callable[[], Any]:
+    """The call with the variants forced as by :func:`use`, without the cost of entering a block each time.
+
+    It sees the context variables as they are now. Raises ArgumentError as :func:`use` does.
+    """
+    context = copy_context()
+    with use(*names):
+        context.run(forced.set, forced.get())
+    return lambda: context.run(call)
+
+
+def pinned(*selections: Selection) -> contextlib.AbstractContextManager[None]:
+    """As :func:`use`, each variant with the selection's config; at most one per pass."""
+    return _forcing(
+        {chosen.variant.pass_name: (chosen.variant.name, tuple(chosen.config.items())) for chosen in selections}
+    )
+
+
+@contextlib.contextmanager
+def _forcing(chosen: dict) -> Iterator[None]:
+    outer = {variant(name).pass_name: (name, items) for name, items in forced.get()}
+    token = forced.set(tuple(sorted({**outer, **chosen}.values(), key=lambda pair: pair[0])))
+    try:
+        yield
+    finally:
+        forced.reset(token)
