@@ -9,6 +9,7 @@ from pathlib import Path
 BEGIN = """
 import stand_in_gpu, torch
 stand_in_gpu.install()
+stand_in_gpu.shrink()
 torch.cuda.profiler.start = lambda: setattr(stand_in_gpu.now, "began", stand_in_gpu.now.us)
 torch.cuda.profiler.stop = lambda: print("counted", stand_in_gpu.now.us - stand_in_gpu.now.began)
 """

@@ -86,7 +86,7 @@ def test_a_campaign_goes_through_all_its_steps(beside, tmp_path, ncu):
             assert row["speedup"] > 1
     assert Counter(row["variant"] for row in found.overheads) == {"torch": 3, "tritonconv": 3}
     assert Counter(row["variant"] for row in found.nulls) == {"torch_again": 5, "torch_by_our_road": 5}  # one of tune
-    assert all(row["gpu_speedup"] == pytest.approx(1) for row in found.nulls)
+    assert all(row["gpu_speedup"] == pytest.approx(1, rel=0.02) for row in found.nulls)
     assert found.end["spent"].keys() >= {"verify", "roofs", "tune", "bench", "overhead"}
     assert sum(sum(kinds.values()) for kinds in found.end["spent"].values()) == pytest.approx(
         found.end["seconds"], rel=0.02
@@ -121,7 +121,7 @@ def test_the_counters_of_a_layer_are_those_of_one_warm_call(beside, tmp_path, nc
     us = {name: row["duration_us"] for name, row in rows.items()}
     assert us["torch"] == stand_in_gpu.PRODUCT
     assert stand_in_gpu.PRODUCT <= us["tritonconv"] < 1.1 * stand_in_gpu.PRODUCT  # torch's own: nothing is tuned
-    assert us["forward_shuffle"] == 2 * stand_in_gpu.LAUNCH  # the weight's packing is one
+    assert us["forward_shuffle"] == stand_in_gpu.LAUNCH  # so small a layer takes the weight as it is given
     assert rows["torch"]["counters"] == {"Duration [ns]": 1e6} and "a_kernel" in out
 
 
