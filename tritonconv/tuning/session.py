@@ -24,6 +24,7 @@ from tritonconv.errors import ArgumentError
 from tritonconv.inspection.precompile import Job, Precompiler, shared, target_of
 from tritonconv.kernels.registry import variant
 from tritonconv.problem import PASSES, Problem
+from tritonconv.tuning.ahead import compiled_first
 from tritonconv.tuning.case import Case
 from tritonconv.tuning.contest import Candidate, Contest, Effort, OutOfTime, candidates
 from tritonconv.tuning.tuner import ProblemTuner, Winner
@@ -208,7 +209,8 @@ class Session:
         ]
 
     def _fields(self, problem: Problem) -> dict[str, list[Candidate]]:
-        return {name: candidates(problem, self.device, name, self.ceilings, self.effort) for name in PASSES}
+        found = {name: candidates(problem, self.device, name, self.ceilings, self.effort) for name in PASSES}
+        return {name: compiled_first(each, problem, self.device) for name, each in found.items()}
 
     def _problem(self, task: Task, contest: Contest, share: float) -> None:
         table = store.read(self.report.device, self.folder)

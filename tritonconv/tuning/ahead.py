@@ -1,0 +1,68 @@
+"""The launches of a tuning run on a GPU that is not here, and what a run makes of those that were compiled ahead."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import zip_longest
+
+import torch
+
+from tritonconv.autotune import ceilings
+from tritonconv.bench import gate
+from tritonconv.inspection.compiling import GPU, compiling_for
+from tritonconv.inspection.launches import precision, read_active
+from tritonconv.inspection.precompile import Job, target_of
+from tritonconv.inspection.targets import TARGETS
+from tritonconv.problem import PASSES, Problem
+from tritonconv.tuning.contest import Candidate, Effort, candidates
+
+# The first round of a run takes two configs of a variant. On the GPU measured rates rank them, here the data sheet's,
+# so more are compiled, and those that it expects to be somewhat slower.
+CONFIGS, NEAR, FAR = 3, 2.0, 4.0
+
+
+def jobs_of(problems: Iterable[Problem], target: str, configs: int = CONFIGS) -> list[Job]:
+    """What a tuning run launches for the problems on a target: at most so many configs of a variant for each pass.
+
+    Each of them also on the small problem on which the gate judges it, which mostly is of the same kernels. The
+    likeliest candidates of all problems come first.
+    """
+    backend, arch = TARGETS[target].backend, TARGETS[target].arch
+    capability = divmod(int(arch), 10) if backend == "cuda" else ceilings.UNKNOWN
+    rates = ceilings.of_capability(capability)
+    effort = Effort(configs, NEAR, FAR, 0.0, formulations=False)
+    fields: list[list[Job]] = []
+    with compiling_for(TARGETS[target]):
+        for problem in problems:
+            small = gate.reduced(problem, GPU)
+            for pass_name in PASSES:
+                selections = [each.selection for each in candidates(problem, GPU, pass_name, rates, effort)]
+                fields.append(
+                    [
+                        (each.variant.name, of, each.config)
+                        for each in selections
+                        if each.variant.backend == "triton"
+                        for of in dict.fromkeys((problem, small))
+                    ]
+                )
+    in_turn = [job for jobs in zip_longest(*fields) for job in jobs if job is not None]
+    return list(
+        {(name, problem, tuple(config.items())): (name, problem, config) for name, problem, config in in_turn}.values()
+    )
+
+
+def compiled_first(field: Sequence[Candidate], problem: Problem, device: torch.device) -> list[Candidate]:
+    """The candidates in their order, those behind the others that have to be compiled.
+
+    Where no folder of compiled kernels is taken, nothing is known to be compiled and the order stays.
+    """
+    launches, target = read_active(), target_of(device)
+    if launches is None or target is None:
+        return list(field)
+    said = precision()
+
+    def to_compile(each: Candidate) -> bool:
+        record, config, _ = each.selection
+        return record.backend == "triton" and not launches.has(record.name, problem, config, said, target)
+
+    return sorted(field, key=to_compile)
