@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
@@ -138,16 +138,8 @@ class Campaign:
 
     def _checks(self) -> list[tuple[Task, str]]:
         """Kernels before formulations in torch's operations."""
-        return sorted(self._served(), key=lambda each: variant(each[1]).backend != "triton")
-
-    def _served(self) -> Iterator[tuple[Task, str]]:
-        for dtype in self.options.dtypes:
-            for layer in (workload(name) for name in dict.fromkeys(CLASSES.values())):
-                for layout in self.options.layouts:
-                    task = Task(_small(layer.problem(dtype, layout)), layer.name, layer.suite)
-                    for record in variants():
-                        if why_not(record, task.problem, self.device) is None:
-                            yield task, record.name
+        served = checks_of(self.options.dtypes, self.options.layouts, self.device)
+        return sorted(served, key=lambda each: variant(each[1]).backend != "triton")
 
     def _identity(self, task: Task, name: str) -> tuple:
         record = variant(name)
@@ -289,6 +281,19 @@ class Campaign:
         rows = [self.writer.write("overhead", row) for row in overhead.measure(self.device, torch.float32, seconds)]
         worst = max(overhead.excess(rows).values())
         self.said.append(f"overhead: at most {worst:+.1f} us per call over torch's layer")
+
+
+def checks_of(
+    dtypes: Iterable[torch.dtype], layouts: Sequence[str], device: torch.device
+) -> Iterator[tuple[Task, str]]:
+    """What is verified: the variants that serve a layer of each class, by name, each with its default config."""
+    for dtype in dtypes:
+        for layer in (workload(name) for name in dict.fromkeys(CLASSES.values())):
+            for layout in layouts:
+                task = Task(_small(layer.problem(dtype, layout)), layer.name, layer.suite)
+                for record in variants():
+                    if why_not(record, task.problem, device) is None:
+                        yield task, record.name
 
 
 def _small(problem):
