@@ -71,14 +71,14 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    if options.check is not None and (options.target or options.out):
+        raise ArgumentError("arguments --check and --target or --out: choose one")
+    if options.check is None and not (options.target and options.out):
+        raise ArgumentError("arguments --target and --out are needed: what to compile for, and where to put it")
     load_variant_files(options)
     check_compiler()
     if options.check is not None:
-        if options.target or options.out:
-            raise ArgumentError("arguments --check and --target or --out: choose one")
-        return _check(options)
-    if not options.target or options.out is None:
-        raise ArgumentError("arguments --target and --out are needed: what to compile for, and where to put it")
+        return _check(options.check, options.quiet)
     tasks, _ = tasks_asked_for(options, torch.device("cpu"), options.scale or "full")
     problems = list(dict.fromkeys(task.problem for task in tasks if task.problem.n and task.problem.c_out))
     begin, filled = perf_counter(), []
@@ -138,13 +138,13 @@ def _size(folder: CompiledFolder, compiled: int, seconds: float) -> str:
     )
 
 
-def _check(options: argparse.Namespace) -> int:
+def _check(path: Path, quiet: bool) -> int:
     try:
-        folder = CompiledFolder.read(options.check)
+        folder = CompiledFolder.read(path)
     except ArgumentError as error:
         raise ArgumentError(f"argument --check: {error}") from None
     launches = Launches(folder)
-    shown = progress(options.quiet, unit="launches", first="working out the keys")
+    shown = progress(quiet, unit="launches", first="working out the keys")
     try:
         shown.begin(len(launches))
         lacking = list(missing(launches, launches, shown.step))

@@ -56,7 +56,8 @@ def compiled_first(field: Sequence[Candidate], problem: Problem, device: torch.d
 
     Where no folder of compiled kernels is taken, nothing is known to be compiled and the order stays.
     """
-    launches, target = read_active(), target_of(device)
+    launches = read_active()
+    target = None if launches is None else target_of(device)
     if launches is None or target is None:
         return list(field)
     said = precision()
