@@ -135,13 +135,12 @@ class CompiledFolder:
         return self.difference or self._other_target()
 
     def _other_target(self) -> str | None:
-        from tritonconv.kernels.triton_target import target
+        from tritonconv.kernels.triton_target import target_name
 
-        gpu = target()
-        if gpu is None:
+        name = target_name()
+        if name is None or name in self.targets:
             return None
-        name = f"sm_{gpu.arch}" if gpu.backend == "cuda" else str(gpu.arch)
-        return None if name in self.targets else f"compiled for {', '.join(self.targets)}; this GPU is {name}"
+        return f"compiled for {', '.join(self.targets)}; this GPU is {name}"
 
     def group(self, key: str, name: str) -> dict[str, str] | None:
         """The files of the kernel of this key by their names, as Triton's cache answers; None where one lacks."""

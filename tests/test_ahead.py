@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -12,17 +13,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from tritonconv import Problem, cli
+pytest.importorskip("triton")
+
+from tritonconv import cli
+from tritonconv.commands import common
 from tritonconv.errors import ArgumentError
 from tritonconv.inspection import ahead
-from tritonconv.inspection.launches import Launch, Launches
-from tritonconv.kernels import triton_compiled
-from tritonconv.kernels.registry import have_triton
+from tritonconv.inspection.launches import Kernel, Launch, Launches
+from tritonconv.kernels import triton_compiled, triton_target
 from tritonconv.kernels.triton_compiled import CompiledFolder, CompiledWarning
 
 ROOT = Path(__file__).resolve().parent.parent
-GPU = torch.device("cuda", 0)
-UP = Problem(1, 4, 4, (4, 4, 4), (3, 3, 3), (2, 2, 2), (0, 0, 0), (9, 9, 9), groups=4, dtype=torch.float16)
 ASKED = ("--x", "1x4x4x4x4", "--weight", "4x1x3x3x3", "--stride", "2", "--groups", "4", "--dtype", "float16")
 COMPILE = ("compile", "--target", "sm_90", *ASKED, "--layout", "ncdhw", "--candidates", "1", "--quiet", "--out")
 # Each launch in the folder of TRITONCONV_COMPILED: how many of its kernels a process compiles, and finds.
@@ -40,8 +41,6 @@ for launch in list(launches.read_active()):
         compiling.compile_launch(variant(launch.variant), launch.problem, launch.config)
 print(hits.count(False), hits.count(True) > 0, type(triton.runtime.cache.get_cache_manager("00" * 32)).__name__)
 """
-
-pytestmark = pytest.mark.skipif(not have_triton(), reason="Triton is not installed")
 
 
 def python(*arguments: object, cache: Path, **variables: str) -> subprocess.CompletedProcess:
@@ -171,12 +170,11 @@ def test_a_folder_of_another_triton_says_what_differs(copied, fields, said):
 
 
 def test_a_folder_for_another_gpu_says_so_and_only_once(copied, monkeypatch):
-    from tritonconv.kernels import triton_target
-
     class Gpu:
         backend, arch = "cuda", 80
 
     monkeypatch.setattr(triton_target, "target", lambda: Gpu)
+    monkeypatch.setattr(triton_compiled, "_warned", set())
     folder = CompiledFolder.read(copied)
     assert folder.misfit == "compiled for sm_90; this GPU is sm_80"
     monkeypatch.setattr(triton_compiled, "_active", [folder])
@@ -216,3 +214,21 @@ def test_on_a_cpu_a_folder_is_of_no_use_and_does_no_harm(made, capsys, tmp_path)
                      str(made), "--store", str(tmp_path), "--output", str(tmp_path), "--quiet"])  # fmt: skip
     assert done == 0
     assert f"tritonconv tune: {made}: kernels for sm_90 serve no cpu" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("gpu", "edited", "said"),
+    [
+        ("sm_90", False, "{all} launches for sm_90\n"),
+        ("sm_90", True, "0 launches for sm_90; {all} more are of other sources of the kernels, and not used\n"),
+        ("sm_80", False, "compiled for sm_90; this GPU is sm_80: none of its kernels is used\n"),
+    ],
+)
+def test_beside_a_gpu_a_command_says_how_many_launches_it_takes(made, monkeypatch, capsys, gpu, edited, said):
+    monkeypatch.setattr(triton_target, "INTERPRETED", False)
+    monkeypatch.setattr(triton_target, "target_name", lambda: gpu)
+    monkeypatch.setattr(Kernel, "edited", lambda kernel: edited)
+    monkeypatch.setenv(triton_compiled.VARIABLE, "")
+    common.use_compiled(argparse.Namespace(compiled=made, name="tune"), torch.device("cuda", 0))
+    assert capsys.readouterr().err == f"tritonconv tune: {made}: {said.format(all=len(rows(made)))}"
+    assert os.environ[triton_compiled.VARIABLE] == (str(made) if gpu == "sm_90" else "")

@@ -14,8 +14,7 @@ import torch
 from tritonconv.bench.summary import columns
 from tritonconv.bench.workloads import Workload
 from tritonconv.errors import ArgumentError
-from tritonconv.inspection.launches import Launches, read_active
-from tritonconv.inspection.precompile import target_of
+from tritonconv.inspection.launches import Launches
 from tritonconv.kernels import registry, triton_compiled
 from tritonconv.kernels.registry import Variant, have_triton
 from tritonconv.kernels.triton_compiled import VARIABLE, CompiledFolder
@@ -105,19 +104,16 @@ def _taken(folder: CompiledFolder, device: torch.device) -> str:
     """Installs the folder where it may serve, and says what it holds for the device."""
     if device.type != "cuda" or not have_triton():
         return f"kernels for {', '.join(folder.targets)} serve no {device.type}"
-    target, not_used = target_of(device), "none of its kernels is used"
-    why_not = folder.difference
-    if why_not is None and target not in folder.targets:
-        why_not = (
-            f"compiled for {', '.join(folder.targets)}; this GPU is {target or torch.cuda.get_device_name(device)}"
-        )
-    if why_not is not None:
-        return f"{why_not}: {not_used}"
+    from tritonconv.kernels.triton_target import INTERPRETED, target_name  # needs Triton
+
+    if INTERPRETED:
+        return "Triton's interpreter takes no compiled kernels"
+    if folder.misfit is not None:
+        return f"{folder.misfit}: none of its kernels is used"
     os.environ[VARIABLE] = str(folder.path)
     triton_compiled.install(folder)
-    launches = read_active() or Launches(folder)  # the interpreter takes none
-    mine = [launch for launch in launches if launch.target == target]
+    launches = Launches(folder)
+    mine = [launch for launch in launches if launch.target == target_name()]
     edited = sum(any(map(launches.edited, launch.kernels)) for launch in mine)
-    return f"{len(mine) - edited} launches for {target}" + (
-        f"; {edited} more were compiled from other sources of the kernels" if edited else ""
-    )
+    said = f"{len(mine) - edited} launches for {target_name()}"
+    return said + (f"; {edited} more are of other sources of the kernels, and not used" if edited else "")

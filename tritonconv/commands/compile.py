@@ -25,7 +25,7 @@ from tritonconv.inspection.targets import TARGETS
 from tritonconv.kernels.registry import variant
 from tritonconv.kernels.triton_compiled import VARIABLE, CompiledFolder
 from tritonconv.problem import LAYOUTS
-from tritonconv.tuning.ahead import CONFIGS, jobs_of
+from tritonconv.tuning.ahead import CONFIGS, jobs_of, judged
 
 HELP = "compile the tuner's candidates ahead, for a GPU that is not here"
 DESCRIPTION = f"""\
@@ -104,11 +104,11 @@ def run(options: argparse.Namespace) -> int:
 
 def _verified(options: argparse.Namespace, target: str) -> list[Job]:
     with compiling_for(TARGETS[target]):
-        return [
+        return judged(
             (name, task.problem, variant(name).default(task.problem, GPU))
             for task, name in checks_of(dtypes_of(options), flags.once(options.layout, tuple(LAYOUTS)), GPU)
             if variant(name).backend == "triton"
-        ]
+        )
 
 
 def _report(target: str, filled: Filled) -> None:

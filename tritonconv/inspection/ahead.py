@@ -88,7 +88,7 @@ def compile_into(
     deadline = None if seconds is None else perf_counter() + seconds
     with tempfile.TemporaryDirectory(prefix="tritonconv-") as cache, _line_by_line(folder) as write:
         variables = {"TRITON_CACHE_DIR": cache, "TRITON_STORE_BINARY_ONLY": "1", VARIABLE: str(folder.path)}
-        with Precompiler(target, processes, variables, ahead=None) as compiler:
+        with Precompiler(target, processes, variables, ahead=None, quiet=True) as compiler:
             running = dict(zip(compiler.start(waiting), waiting, strict=True))
             for done, job in _as_done(running, deadline):
                 answer = done.result()

@@ -85,13 +85,15 @@ class Precompiler:
     """Compiling processes for one target, each with a thread that waits for it; a context manager.
 
     With ``target`` None it does nothing. At the end of the block the processes end too, in the midst of a kernel.
-    ``environment`` holds variables of the processes; launches in the folder ``ahead`` are not compiled.
+    ``environment`` holds variables of the processes; launches in the folder ``ahead`` are not compiled. What the
+    compilers print is dropped with ``quiet``.
     """
 
     target: str | None
     processes: int = field(default_factory=lambda: max(1, min(MOST_PROCESSES, (os.cpu_count() or 2) - 2)))
     environment: Mapping[str, str] = field(default_factory=dict)
     ahead: Launches | None = field(default_factory=read_active)
+    quiet: bool = False
     _pool: ThreadPoolExecutor | None = None
     _workers: list[subprocess.Popen] = field(default_factory=list)
     _idle: list[subprocess.Popen] = field(default_factory=list)
@@ -159,10 +161,11 @@ class Precompiler:
             if self._idle:
                 return self._idle.pop()
             command = [sys.executable, "-c", WORKER, *map(str, sys.path)]
+            errors = subprocess.DEVNULL if self.quiet else None
             pipe, variables = subprocess.PIPE, {**os.environ, **self.environment}
             # Its own process group, which a kill reaches with the assembler in it, and Ctrl-C does not.
             worker = subprocess.Popen(
-                command, bufsize=0, stdin=pipe, stdout=pipe, env=variables, start_new_session=True
+                command, bufsize=0, stdin=pipe, stdout=pipe, stderr=errors, env=variables, start_new_session=True
             )
             self._workers.append(worker)
             return worker

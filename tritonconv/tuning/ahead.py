@@ -24,31 +24,28 @@ CONFIGS, NEAR, FAR = 3, 2.0, 4.0
 def jobs_of(problems: Iterable[Problem], target: str, configs: int = CONFIGS) -> list[Job]:
     """What a tuning run launches for the problems on a target: at most so many configs of a variant for each pass.
 
-    Each of them also on the small problem on which the gate judges it, which mostly is of the same kernels. The
-    likeliest candidates of all problems come first.
+    The likeliest candidates of all problems come first.
     """
     backend, arch = TARGETS[target].backend, TARGETS[target].arch
-    capability = divmod(int(arch), 10) if backend == "cuda" else ceilings.UNKNOWN
-    rates = ceilings.of_capability(capability)
+    rates = ceilings.of_capability(divmod(int(arch), 10) if backend == "cuda" else ceilings.UNKNOWN)
     effort = Effort(configs, NEAR, FAR, 0.0, formulations=False)
     fields: list[list[Job]] = []
     with compiling_for(TARGETS[target]):
         for problem in problems:
-            small = gate.reduced(problem, GPU)
             for pass_name in PASSES:
-                selections = [each.selection for each in candidates(problem, GPU, pass_name, rates, effort)]
-                fields.append(
-                    [
-                        (each.variant.name, of, each.config)
-                        for each in selections
-                        if each.variant.backend == "triton"
-                        for of in dict.fromkeys((problem, small))
-                    ]
-                )
-    in_turn = [job for jobs in zip_longest(*fields) for job in jobs if job is not None]
-    return list(
-        {(name, problem, tuple(config.items())): (name, problem, config) for name, problem, config in in_turn}.values()
-    )
+                chosen = [each.selection for each in candidates(problem, GPU, pass_name, rates, effort)]
+                kernels = [each for each in chosen if each.variant.backend == "triton"]
+                fields.append([(each.variant.name, problem, each.config) for each in kernels])
+    return judged(job for jobs in zip_longest(*fields) for job in jobs if job is not None)
+
+
+def judged(jobs: Iterable[Job]) -> list[Job]:
+    """The launches, and each on the small problem on which the gate judges it, which mostly is of the same kernels."""
+    found: dict[tuple, Job] = {}
+    for name, problem, config in jobs:
+        for each in (problem, gate.reduced(problem, GPU)):
+            found.setdefault((name, each, tuple(config.items())), (name, each, config))
+    return list(found.values())
 
 
 def compiled_first(field: Sequence[Candidate], problem: Problem, device: torch.device) -> list[Candidate]:
