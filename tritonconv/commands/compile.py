@@ -154,7 +154,7 @@ def _check(path: Path, quiet: bool) -> int:
         print(folder.difference)
     else:
         for why, count in Counter(why for _, why in lacking).most_common():
-            print(f"{count} launches: {why}")
+            print(f"{count} not found: {why}")
         _show([f"{launch.label}: {why}" for launch, why in lacking])
     print(f"{len(launches) - len(lacking)} of {len(launches)} launches found")
     return WRONG if lacking or not len(launches) else OK
