@@ -15,6 +15,8 @@ import torch
 
 pytest.importorskip("triton")
 
+from triton.backends.nvidia import driver
+
 from tritonconv import cli
 from tritonconv.commands import common
 from tritonconv.errors import ArgumentError
@@ -40,6 +42,31 @@ for launch in list(launches.read_active()):
     with compiling.compiling_for(TARGETS[launch.target]):
         compiling.compile_launch(variant(launch.variant), launch.problem, launch.config)
 print(hits.count(False), hits.count(True) > 0, type(triton.runtime.cache.get_cache_manager("00" * 32)).__name__)
+"""
+# The modules of all launches; a library with the names of CUDA's driver stands in for it.
+LOAD_ALL = """
+import ctypes, pathlib, subprocess
+from triton import knobs
+from triton.backends.nvidia import driver
+from tritonconv.inspection import compiling, launchers, launches
+from tritonconv.inspection.targets import TARGETS
+from tritonconv.kernels.registry import variant, variants
+
+folder = pathlib.Path(__file__).parent
+names = sorted(set(launchers.DRIVER_CALL.findall(driver.make_launcher({}, {}, None))))
+(folder / "names.c").write_text("".join(f"void {name}(void) {{}}\\n" for name in names))
+library = folder / launchers.LIBRARY
+made = ["gcc", "-shared", "-fPIC", f"-Wl,-soname,{library.name}", folder / "names.c", "-o", library]
+subprocess.run(made, check=True)
+ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+knobs.nvidia.libcuda_path, driver.PyCUtensorMap = str(folder), object
+variants()
+loaded = []
+for launch in list(launches.read_active()):
+    with compiling.compiling_for(TARGETS[launch.target]):
+        for _, kernel in compiling.compile_launch(variant(launch.variant), launch.problem, launch.config):
+            loaded.append(driver.CudaLauncher(kernel.src, kernel.metadata).launch)
+print(len(loaded))
 """
 
 
@@ -93,6 +120,7 @@ def test_only_what_a_launch_needs_is_there_and_no_path_of_this_machine(made):
     files = [path for path in made.rglob("*") if path.is_file()]
     names = {path.name for path in files} - {triton_compiled.MANIFEST, triton_compiled.LAUNCHES}
     assert {Path(name).suffix for name in names} - {".so"} == {".cubin", ".json"}
+    assert hasattr(driver, "make_launcher") or not any(name.endswith(".so") for name in names)
     places = [str(place).encode() for place in (ROOT, made, Path(triton.__file__).parent, Path.home() / ".triton")]
     for path in files:
         assert not [place for place in places if place in path.read_bytes()], path
@@ -115,6 +143,14 @@ def test_without_the_folder_all_of_it_is_compiled_and_a_kernel_that_it_lacks_is_
     done = python("-c", LAUNCH_ALL, cache=tmp_path / "cache", TRITONCONV_COMPILED=str(copied))
     assert done.stdout.split() == ["1", "True", "FolderFirst"], done.stderr
     assert [path.name for path in (tmp_path / "cache").rglob("*.cubin")] == [victim.name]
+
+
+@pytest.mark.skipif(not hasattr(driver, "make_launcher"), reason="this Triton builds no module for each signature")
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc")
+def test_the_host_side_of_each_launch_is_there_too_and_loads_without_a_compiler(made, tmp_path):
+    (tmp_path / "script.py").write_text(LOAD_ALL)
+    done = python(tmp_path / "script.py", cache=tmp_path / "cache", TRITONCONV_COMPILED=str(made), CC="/bin/false")
+    assert int(done.stdout) >= len(rows(made)), done.stderr
 
 
 def test_the_same_command_compiles_nothing_anew_and_checks_what_is_there(made, tmp_path):
