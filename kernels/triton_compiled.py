@@ -6,7 +6,7 @@ own cache. The folder is only read, and may lie anywhere:
 
     compiled.json        what made it: see :class:`Maker`; and the targets
     launches.jsonl       one line per launch that was compiled (tritonconv/inspection/launches.py)
-    kernels/KEY/         of a kernel the binary, Triton's facts of it, and the list of both
+    kernels/KEY/         of a kernel the binary, Triton's facts of it, and the lengths of both
 
 ``TRITONCONV_COMPILED`` names the folder that calls and compiling processes take.
 """
@@ -143,19 +143,23 @@ class CompiledFolder:
         return f"compiled for {', '.join(self.targets)}; this GPU is {name}"
 
     def group(self, key: str, name: str) -> dict[str, str] | None:
-        """The files of the kernel of this key by their names, as Triton's cache answers; None where one lacks."""
+        """The files of the kernel of this key by their names, as Triton's cache answers.
+
+        None where one lacks or has another length than it was written with: a copy that was cut off is no error.
+        """
         folder = self.path / KERNELS / key
         try:
-            names = json.loads((folder / f"{GROUP}{name}").read_text(encoding="utf-8"))["child_paths"].values()
-        except (OSError, ValueError, KeyError, AttributeError):
+            sizes = json.loads((folder / f"{GROUP}{name}").read_text(encoding="utf-8"))["sizes"]
+            if any(os.path.getsize(folder / each) != size for each, size in sizes.items()):
+                return None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
-        found = {each: str(folder / each) for each in names}
-        return found if all(map(os.path.exists, found.values())) else None
+        return {each: str(folder / each) for each in sizes}
 
     def file(self, key: str, name: str) -> str | None:
         """A file by itself: the compiled host side of a launch."""
-        path = self.path / KERNELS / key / name
-        return str(path) if path.exists() else None
+        path = str(self.path / KERNELS / key / name)
+        return path if os.path.exists(path) else None
 
 
 _active: list[CompiledFolder] = []

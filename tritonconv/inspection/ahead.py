@@ -139,8 +139,10 @@ def _copy(place: Path, to: Path, roots: Sequence[Path]) -> None:
         return
     unfinished = Path(tempfile.mkdtemp(dir=to.parent, prefix="."))
     try:
-        for path in place.iterdir():
-            if path.suffix in WANTED:
+        for path in sorted(place.iterdir(), key=lambda each: each.name.startswith(GROUP)):  # the lengths come last
+            if path.name.startswith(GROUP):
+                (unfinished / path.name).write_text(_lengths(path, unfinished), encoding="utf-8")
+            elif path.suffix in WANTED:
                 (unfinished / path.name).write_bytes(_portable(path, roots))
         unfinished.chmod(0o755)  # mkdtemp's is for one user
         unfinished.rename(to)
@@ -151,14 +153,17 @@ def _copy(place: Path, to: Path, roots: Sequence[Path]) -> None:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
+def _lengths(group: Path, folder: Path) -> str:
+    """Triton's list of a kernel's files, of which a launch needs some, with their lengths in the folder."""
+    names = json.loads(group.read_text(encoding="utf-8"))["child_paths"]
+    wanted = [name for name in names if Path(name).suffix in WANTED]
+    return json.dumps({"sizes": {name: (folder / name).stat().st_size for name in wanted}})
+
+
 def _portable(path: Path, roots: Sequence[Path]) -> bytes:
     """The bytes of a file without a path of this machine."""
     if path.suffix == ".json":
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if path.name.startswith(GROUP):
-            names = [name for name in data["child_paths"] if Path(name).suffix in WANTED]
-            data = {"child_paths": dict(zip(names, names, strict=True))}
-        return json.dumps(_names_alone(data)).encode()
+        return json.dumps(_names_alone(json.loads(path.read_text(encoding="utf-8")))).encode()
     content = path.read_bytes()
     if path.suffix in BINARIES:  # the folders of the sources, for a debugger; their lengths stand in the file
         for root in roots:
