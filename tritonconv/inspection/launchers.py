@@ -1,6 +1,6 @@
 """The host side of launches that Triton up to 3.6 has a C compiler build: a small module for each signature.
 
-A process that launches a kernel of a new signature waits for it, 0.16 s (gcc 12, 2 cores of an Intel Xeon). The key
+A process that launches a kernel of a new signature waits for it, 0.16 s (gcc 12, a core of an AMD EPYC). The key
 of such a module is its source, so it can be built on a machine that has no GPU, and no ``libcuda`` either: it is linked
 with an empty library of that name. Later Tritons have one module for all launches, and nothing is built here.
 """
