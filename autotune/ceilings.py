@@ -51,6 +51,7 @@ _NVIDIA = {
     (10, 0): ("B200", 75 * T, 1125 * T, 2250 * T, 8000 * G, 148, 228),
     (12, 0): ("RTX 5090", 104.8 * T, 104.8 * T, 209.5 * T, 1792 * G, 170, 100),
 }
+UNKNOWN = (9, 0)
 GPU_LAUNCH_US = 4.0  # the order of magnitude of a launch; measured by ``tritonconv roofs``
 # A core of any recent server: what only ranks formulations against each other until roofs are measured.
 _CPU = Ceilings("a CPU", {"float32": 100 * G}, 25 * G, 10 * G, 30 * G, 1, 1 << 20, 1 << 16, 5.0)
@@ -60,8 +61,12 @@ def nominal(device: torch.device) -> Ceilings:
     """Of the data sheet of a GPU with the device's compute capability (an H100's for an unknown one), or of a CPU."""
     if device.type != "cuda":
         return _CPU
-    capability = torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (9, 0)
-    name, vector, tf32, half, memory, count, shared = _NVIDIA.get(capability, _NVIDIA[9, 0])
+    return of_capability(torch.cuda.get_device_capability(device) if torch.cuda.is_available() else UNKNOWN)
+
+
+def of_capability(capability: tuple[int, int]) -> Ceilings:
+    """Of the data sheet of a GPU with this compute capability; an H100's for one that is not listed."""
+    name, vector, tf32, half, memory, count, shared = _NVIDIA.get(capability, _NVIDIA[UNKNOWN])
     matrix = {"float32": vector, "tf32": tf32, "bfloat16": half, "float16": half}
     return Ceilings(name, matrix, vector, memory, 2 * memory, count, shared * KIB, 64 * KIB, GPU_LAUNCH_US)
 

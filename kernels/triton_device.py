@@ -11,14 +11,22 @@ import math
 import triton
 import triton.language as tl
 
-# Where the compiler sees no neighbours along either axis of a tile of addresses, the lanes of a warp run along the last
-# axis; in Triton 3.6 along the first (seen in the layouts that 3.6.0 and 3.7.0 to 3.9.0 give the same kernels).
-TIES_LAST = tl.constexpr(tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 7))
-
-
 FAR = (
     1 << 16
 )  # beyond every divisor of a loop; from half of it on an axis has 64-bit offsets, which are divided plainly
+
+
+# Where the compiler sees no neighbours along either axis of a tile of addresses, the lanes of a warp run along the last
+# axis; in Triton 3.6 along the first (seen in the layouts that 3.6.0 and 3.7.0 to 3.9.0 give the same kernels).
+_TIES_LAST = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 7)
+
+
+@triton.constexpr_function
+def ties_last():
+    """A function and no ``tl.constexpr``: of such a global Triton 3.6.0 makes a part of a kernel's key, or not, by the
+    order in which a process asks for the keys, and one process does not find what another has compiled.
+    """
+    return _TIES_LAST
 
 
 @triton.constexpr_function
@@ -246,7 +254,7 @@ def grouped_order(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 @triton.jit
 def load_along(pointers, mask, AXIS: tl.constexpr):
     """A tile (A, B); the lanes of a warp run along AXIS where the compiler sees no neighbours along either."""
-    if (AXIS == 1) == TIES_LAST:
+    if (AXIS == 1) == ties_last():
         return tl.load(pointers, mask=mask, other=0.0)
     return tl.trans(tl.load(tl.trans(pointers), mask=tl.trans(mask), other=0.0))
 
@@ -275,7 +283,7 @@ def store_tile(out_ptr, rows, columns, tile, mask_m, mask_n, VOXELS_INNER: tl.co
     channels each lane would write 2 bytes of a sector of its own in NCDHW.
     """
     tile = tile.to(out_ptr.dtype.element_ty)
-    if VOXELS_INNER and TIES_LAST:
+    if VOXELS_INNER and ties_last():
         mask = mask_n[:, None] & mask_m[None, :]
         tl.store(out_ptr + columns[:, None] + rows[None, :], tl.trans(tile), mask=mask)
     else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tritonconv.kernels.triton_device import TIES_LAST, chunk, inside, next_step, widened
+from tritonconv.kernels.triton_device import chunk, inside, next_step, ties_last, widened
 from tritonconv.kernels.triton_taps import voxel_words
 
 
@@ -63,7 +63,7 @@ def implicit_gemm(
     """
     K: tl.constexpr = PACK * K_GROUP
     N: tl.constexpr = PACK * N_GROUP
-    INNER: tl.constexpr = VOXELS_INNER and TIES_LAST
+    INNER: tl.constexpr = VOXELS_INNER and ties_last()
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if SKIP:
         first_d, taps_d = reached(d, mask_m, size[0], taps[0], VOXEL_STEP[0])

@@ -14,7 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import make_backend
 
-from tritonconv.kernels import triton_tape
+from tritonconv.kernels import triton_compiled, triton_tape
 from tritonconv.kernels.registry import Config
 from tritonconv.kernels.triton_device import FAR
 from tritonconv.kernels.triton_target import INTERPRETED, target
@@ -33,6 +33,8 @@ CROPS = ("d_crop", "h_crop", "w_crop")
 RUN_TIME = ("n", "d_in", "h_in", "w_in", "d_out", "h_out", "w_out", *CROPS)
 
 BY = ("by_d", "by_h", "by_w", "shift_d", "shift_h", "shift_w")  # of :func:`division`
+
+triton_compiled.from_environment()  # here, where every Triton variant comes along: before the first of them compiles
 
 _compiled: ContextVar[list | None] = ContextVar("tritonconv_compiled", default=None)
 

@@ -19,6 +19,14 @@ def target():
         return None
 
 
+def target_name() -> str | None:
+    """As ``sm_90`` or ``gfx942``; None where there is no GPU."""
+    gpu = target()
+    if gpu is None:
+        return None
+    return f"sm_{gpu.arch}" if gpu.backend == "cuda" else str(gpu.arch)
+
+
 def compute_capability() -> int:
     """Of the NVIDIA GPU, as 90 for 9.0; 0 where there is none."""
     gpu = target()

@@ -37,7 +37,7 @@ for dtype, precision in ((torch.float16, "tf32"), (torch.float32, "ieee")):
         jobs = [("forward_shuffle", up, config), ("forward_gone", up, {}), ("forward_shuffle", up, {})]
         started = compiler.start(jobs)
         compiler.finish(started)
-        print([each.result() for each in started])
+        print([each.result().ok for each in started])
     with compiling.compiling_for(TARGETS["sm_90"]), compiling._seconds() as seconds:
         compiling.compile_launch(record, up, config)
     print(len(seconds))  # compiled here because the cache did not hold it
@@ -74,7 +74,7 @@ configs = [{"BLOCK": block, "num_warps": 4} for block in (64, 128)]
 with Precompiler("sm_90", processes=1) as compiler:
     started = compiler.start((record.name, up, config) for config in configs)
     compiler.finish(started)
-    print([each.result() for each in started])
+    print([each.result().ok for each in started])
 with compiling.compiling_for(TARGETS["sm_90"]), compiling._seconds() as seconds:
     print(*(name for config in configs for name, _ in compiling.compile_launch(record, up, config)))
 print(len(seconds))
@@ -124,7 +124,7 @@ def test_the_end_of_the_block_ends_what_is_compiling(tmp_path, monkeypatch):
         begin = time.perf_counter()
     assert time.perf_counter() - begin < 20  # its child, which holds the pipe, has ended too
     assert compiler._workers and all(each.poll() is not None for each in compiler._workers)
-    assert all(each.cancelled() or each.result(timeout=0) is False for each in found)
+    assert all(each.cancelled() or not each.result(timeout=0).ok for each in found)
 
 
 @needs_triton
@@ -134,7 +134,7 @@ def test_processes_that_crash_are_replaced_a_few_times_only(monkeypatch, crash):
     with Precompiler("sm_90", processes=2) as compiler:
         found = compiler.start([("forward_shuffle", UP, {})] * 20)
         compiler.finish(found)
-        assert [each.result() for each in found] == [False] * 20
+        assert [each.result().ok for each in found] == [False] * 20
     assert len(compiler._workers) in (3, 4)
 
 
@@ -143,7 +143,7 @@ def test_without_a_python_to_start_nothing_is_compiled_ahead(monkeypatch, tmp_pa
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     with Precompiler("sm_90", processes=1) as compiler:
         (found,) = compiler.start([("forward_shuffle", UP, {})])
-        assert found.result() is False
+        assert not found.result().ok
 
 
 def test_without_a_target_nothing_is_started():

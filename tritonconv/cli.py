@@ -26,6 +26,7 @@ from tritonconv.commands import (
     roofs,
     tune,
 )
+from tritonconv.commands import compile as compile_
 from tritonconv.commands import list as list_
 from tritonconv.commands.common import INTERRUPTED, USAGE
 from tritonconv.errors import ArgumentError, ResultsError
@@ -33,6 +34,7 @@ from tritonconv.errors import ArgumentError, ResultsError
 COMMANDS = {
     "bench": bench,
     "tune": tune,
+    "compile": compile_,
     "campaign": campaign,
     "roofs": roofs,
     "compare": compare,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from time import perf_counter
+
+import torch
 
 from tritonconv.autotune.choose import Selection
 from tritonconv.autotune.sources import source_hash
@@ -79,16 +81,8 @@ class Verification:
 
     def _checks(self) -> list[tuple[Task, str]]:
         """Kernels before formulations in torch's operations."""
-        return sorted(self._served(), key=lambda each: variant(each[1]).backend != "triton")
-
-    def _served(self) -> Iterator[tuple[Task, str]]:
-        for dtype in self.options.dtypes:
-            for layer in (workload(name) for name in dict.fromkeys(CLASSES.values())):
-                for layout in self.options.layouts:
-                    task = Task(_small(layer.problem(dtype, layout)), layer.name, layer.suite)
-                    for record in variants():
-                        if why_not(record, task.problem, self.device) is None:
-                            yield task, record.name
+        served = checks_of(self.options.dtypes, self.options.layouts, self.device)
+        return sorted(served, key=lambda each: variant(each[1]).backend != "triton")
 
     def _identity(self, task: Task, name: str) -> tuple:
         record = variant(name)
@@ -119,6 +113,19 @@ class Verification:
         else:
             self.errors += 1
             self.writer.write("error", {**head, "status": "wrong", "message": str(verdict)})
+
+
+def checks_of(
+    dtypes: Iterable[torch.dtype], layouts: Sequence[str], device: torch.device
+) -> Iterator[tuple[Task, str]]:
+    """What is verified: the variants that serve a layer of each class, by name, each with its default config."""
+    for dtype in dtypes:
+        for layer in (workload(name) for name in dict.fromkeys(CLASSES.values())):
+            for layout in layouts:
+                task = Task(_small(layer.problem(dtype, layout)), layer.name, layer.suite)
+                for record in variants():
+                    if why_not(record, task.problem, device) is None:
+                        yield task, record.name
 
 
 def _small(problem: Problem) -> Problem:

@@ -20,11 +20,13 @@ from tritonconv.commands.common import (
     OK,
     RESULTS,
     WRONG,
+    add_compiled,
     add_device,
     add_variant_files,
     layer_lines,
     load_variant_files,
     scale_for,
+    use_compiled,
 )
 from tritonconv.commands.common import device as device_of
 from tritonconv.errors import ArgumentError
@@ -72,6 +74,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--seed", type=flags.seed, default=0, metavar="N", help="seed of the random inputs (default: 0)"
     )
     add_variant_files(parser)
+    add_compiled(parser)
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, help="time torch.compile too (default: on a GPU only)"
     )
@@ -109,6 +112,7 @@ def run(options: argparse.Namespace) -> int:
         seed=options.seed,
         command=("tritonconv", *options.given),
     )
+    use_compiled(options, device)
     shown = progress(options.quiet)
     try:
         outcome = bench(wanted, options.output, shown)

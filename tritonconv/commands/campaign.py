@@ -27,10 +27,12 @@ from tritonconv.commands.common import (
     INTERRUPTED,
     OK,
     WRONG,
+    add_compiled,
     add_device,
     add_variant_files,
     load_variant_files,
     scale_for,
+    use_compiled,
 )
 from tritonconv.commands.common import device as device_of
 from tritonconv.problem import LAYOUTS
@@ -63,6 +65,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scale", choices=tuple(SCALES), help="(default: cpu on a CPU, else full)")
     add_device(parser)
     add_variant_files(parser)
+    add_compiled(parser)
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction,
         help="time torch.compile too, of the dozen layers that come first (default: on a GPU only)",
@@ -91,6 +94,7 @@ def run(options: argparse.Namespace) -> int:
         command=("tritonconv", *options.given),
         compiled=gpu if options.compile is None else options.compile,
     )
+    use_compiled(options, device)
     begin, shown = perf_counter(), progress(options.quiet, unit="steps", first="verifying")
     try:
         outcome = Campaign(wanted, options.out, shown).run()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -12,8 +14,10 @@ import torch
 from tritonconv.bench.summary import columns
 from tritonconv.bench.workloads import Workload
 from tritonconv.errors import ArgumentError
-from tritonconv.kernels import registry
-from tritonconv.kernels.registry import Variant
+from tritonconv.inspection.launches import Launches
+from tritonconv.kernels import registry, triton_compiled
+from tritonconv.kernels.registry import Variant, have_triton
+from tritonconv.kernels.triton_compiled import VARIABLE, CompiledFolder
 
 OK, WRONG, USAGE, INTERRUPTED = 0, 1, 2, 130
 DTYPES = ("float32", "float16", "bfloat16", "float64")
@@ -71,3 +75,45 @@ def add_variant_files(parser: argparse.ArgumentParser) -> None:
 def load_variant_files(options: argparse.Namespace) -> tuple[Variant, ...]:
     """The records of --variant-file, registered. Raises ArgumentError that names the file."""
     return tuple(registry.load(path) for path in options.variant_files)
+
+
+def add_compiled(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--compiled", type=Path, metavar="DIR",
+        help="take kernels from the folder that tritonconv compile filled, and compile those alone that it lacks "
+        f"(default: ${VARIABLE})",
+    )  # fmt: skip
+
+
+def use_compiled(options: argparse.Namespace, device: torch.device) -> None:
+    """Has this process, and those that it starts, take kernels from the folder of --compiled; says on stderr how many.
+
+    Raises ArgumentError for a folder that is not one.
+    """
+    if options.compiled is None:
+        return
+    try:
+        folder = CompiledFolder.read(options.compiled)
+    except ArgumentError as error:
+        raise ArgumentError(f"argument --compiled: {error}") from None
+    said = _taken(folder, device)
+    print(f"tritonconv {options.name}: {folder.path}: {said}", file=sys.stderr)
+
+
+def _taken(folder: CompiledFolder, device: torch.device) -> str:
+    """Installs the folder where it may serve, and says what it holds for the device."""
+    if device.type != "cuda" or not have_triton():
+        return f"kernels for {', '.join(folder.targets)} serve no {device.type}"
+    from tritonconv.kernels.triton_target import INTERPRETED, target_name  # needs Triton
+
+    if INTERPRETED:
+        return "Triton's interpreter takes no compiled kernels"
+    if folder.misfit is not None:
+        return f"{folder.misfit}: none of its kernels is used"
+    os.environ[VARIABLE] = str(folder.path)
+    triton_compiled.install(folder)
+    launches = Launches(folder)
+    mine = [launch for launch in launches if launch.target == target_name()]
+    edited = sum(any(map(launches.edited, launch.kernels)) for launch in mine)
+    said = f"{len(mine) - edited} launches for {target_name()}"
+    return said + (f"; {edited} more are of other sources of the kernels, and not used" if edited else "")

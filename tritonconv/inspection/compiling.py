@@ -20,6 +20,7 @@ from tritonconv.errors import ArgumentError
 from tritonconv.inspection.machine_code import resources
 from tritonconv.inspection.records import Record
 from tritonconv.inspection.targets import TARGETS, Target
+from tritonconv.kernels import triton_compiled
 from tritonconv.kernels.registry import Config, Variant, have_triton, variant
 from tritonconv.problem import Problem
 
@@ -54,13 +55,17 @@ class Job:
 
 
 def check_compiler() -> None:
-    """Raises ArgumentError where this process cannot compile."""
+    """Raises ArgumentError where this process cannot compile.
+
+    A folder of compiled kernels is set aside: it holds none of what the compiler made on the way to the binary.
+    """
     if not have_triton():
         raise ArgumentError("Triton is not installed, and nothing else compiles its kernels")
     import triton
 
     if triton.knobs.runtime.interpret:
         raise ArgumentError("TRITON_INTERPRET=1 is set, and the interpreter compiles nothing: unset it")
+    triton_compiled.remove()
 
 
 class TargetDriver:

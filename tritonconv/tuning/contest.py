@@ -23,7 +23,7 @@ from tritonconv.bench.measure import Measured
 from tritonconv.bench.timing import Call, Times, interleave, warm_up
 from tritonconv.contestants import why_not
 from tritonconv.dispatch import plan_of
-from tritonconv.kernels.registry import variants
+from tritonconv.kernels.registry import Config, Variant, variants
 from tritonconv.problem import Problem
 from tritonconv.tuning.case import Case
 
@@ -51,6 +51,7 @@ class Candidate:
         return f"{self.selection.variant.name} {config}".strip()
 
 
+Pairs = list[tuple[Config, model.Estimate]]
 Members = Sequence[tuple[str, Candidate]]  # the candidates of one call, each with the pass it is for
 
 
@@ -60,6 +61,7 @@ class Effort(NamedTuple):
     Of the Triton kernels, which must be compiled, a variant takes part if the model expects at most ``far`` times the
     time of the best one, with those configs that it expects within ``near`` times that. So do formulations in torch's
     operations on a GPU, unless ``formulations`` is false: for each of their convolutions cuDNN tries its algorithms.
+    With ``ahead``, where kernels of a pass were compiled ahead, only such take part.
     """
 
     configs: int
@@ -67,24 +69,49 @@ class Effort(NamedTuple):
     far: float
     seconds: float
     formulations: bool = True
+    ahead: bool = False
 
 
 def candidates(
-    problem: Problem, device: torch.device, pass_name: str, ceilings: Ceilings, effort: Effort
+    problem: Problem,
+    device: torch.device,
+    pass_name: str,
+    ceilings: Ceilings,
+    effort: Effort,
+    held: Callable[[Variant, Config], bool] | None = None,
 ) -> list[Candidate]:
-    """The candidates from every variant that serves the problem: first each one's best by the model."""
-    found = []
-    for record in variants(pass_name):
-        if why_not(record, problem, device) is None:
-            best = model.candidates(record, problem, device, ceilings, effort.configs)
-            found += [
-                (place, Candidate(Selection(record, config, "candidate"), guess.ms))
-                for place, (config, guess) in enumerate(best)
-            ]
+    """The candidates from every variant that serves the problem: first each one's best by the model.
+
+    ``held`` says of a kernel's config that it was compiled ahead; None where nothing was.
+    """
+    records = [record for record in variants(pass_name) if why_not(record, problem, device) is None]
+    best = {record: model.candidates(record, problem, device, ceilings, effort.configs) for record in records}
+    if effort.ahead and held is not None:
+        best = _only_held(best, problem, device, ceilings, effort.configs, held)
+    found = [
+        (place, Candidate(Selection(record, config, "candidate"), guess.ms))
+        for record, pairs in best.items()
+        for place, (config, guess) in enumerate(pairs)
+    ]
     kernels = [each.predicted_ms for _, each in found if _compiled(each)]
     if kernels:  # on a CPU there are none, and each formulation takes part
         found = [(place, each) for place, each in found if _takes_part(each, place, min(kernels), effort)]
     return [each for _, each in sorted(found, key=lambda pair: (pair[0], pair[1].predicted_ms))]
+
+
+def _only_held(
+    best: dict[Variant, Pairs], problem: Problem, device: torch.device, ceilings: Ceilings, configs: int, held
+) -> dict[Variant, Pairs]:
+    """The best configs that were compiled ahead; ``best`` itself where no kernel has any.
+
+    Its own configs were ranked by the rates of this device, those of the folder perhaps by a data sheet's.
+    """
+    found = dict(best)
+    for record in best:
+        if record.backend == "triton":
+            ranked = model.candidates(record, problem, device, ceilings, model.MOST_CANDIDATES)
+            found[record] = [pair for pair in ranked if held(record, pair[0])][:configs]
+    return found if any(found[record] for record in best if record.backend == "triton") else best
 
 
 def _takes_part(candidate: Candidate, place: int, least: float, effort: Effort) -> bool:

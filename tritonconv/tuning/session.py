@@ -24,6 +24,7 @@ from tritonconv.errors import ArgumentError
 from tritonconv.inspection.precompile import Job, Precompiler, shared, target_of
 from tritonconv.kernels.registry import variant
 from tritonconv.problem import PASSES, Problem
+from tritonconv.tuning.ahead import compiled_first, held
 from tritonconv.tuning.case import Case
 from tritonconv.tuning.contest import Candidate, Contest, Effort, OutOfTime, candidates
 from tritonconv.tuning.tuned import BUDGET, Report, Task
@@ -32,7 +33,7 @@ from tritonconv.tuning.tuner import ProblemTuner, Winner
 PROBLEM_SECONDS = 4.0  # for a problem without a budget
 # Within a budget a GPU's problems are gone through several times, each time deeper: kernels must be compiled, and every
 # problem should have its likely candidates tried before any has all of them. What was timed is not timed again.
-EFFORTS = (Effort(2, 1.5, 4.0, 0.9, formulations=False), Effort(4, 1.5, 4.0, 2.0))
+EFFORTS = (Effort(2, 1.5, 4.0, 0.9, formulations=False, ahead=True), Effort(4, 1.5, 4.0, 2.0))
 WHOLE = Effort(model.MOST_CANDIDATES, 3.0, 12.0, 20.0)
 # Problems whose kernels are being compiled while one is timed, and how long one waits for its own.
 AHEAD, COMPILING_SECONDS = 3, 120.0
@@ -156,7 +157,9 @@ class Session:
         ]
 
     def _fields(self, problem: Problem) -> dict[str, list[Candidate]]:
-        return {name: candidates(problem, self.device, name, self.ceilings, self.effort) for name in PASSES}
+        ahead = held(problem, self.device)
+        found = {name: candidates(problem, self.device, name, self.ceilings, self.effort, ahead) for name in PASSES}
+        return {name: compiled_first(each, ahead) for name, each in found.items()}
 
     def _problem(self, task: Task, contest: Contest, share: float) -> None:
         table = store.read(self.report.device, self.folder)
