@@ -125,9 +125,9 @@ def test_each_second_counts_once_to_the_innermost_kind_of_work():
     now = iter([0.0, 1.0, 3.0, 6.0, 10.0, 15.0, 21.0])
     with spent.Ledger(clock=lambda: next(now)) as ledger:
         ledger.step("tune")  # 1 s before it
-        with spent.on(spent.TIMING):  # 2 s of other work before it
-            with spent.on(spent.GATE):  # 3 s of timing, then 4 of the gate, then 5 of timing
-                pass
+        # 2 s of other work, 3 of timing, 4 of the gate, 5 of timing, and 6 of other work again
+        with spent.on(spent.TIMING), spent.on(spent.GATE):
+            pass
         kinds = {spent.OTHER: 2.0 + 6.0, spent.TIMING: 3.0 + 5.0, spent.GATE: 4.0}
         assert ledger.rounded() == {"start": {spent.OTHER: 1.0}, "tune": kinds}
     with spent.on(spent.GATE):  # no ledger is in force
