@@ -24,12 +24,13 @@ GIANT = {
     "depthwise": Problem(1, 16, 16, (130, 1024, 128), (3, 3, 3), (2, 2, 2), (1, 1, 1), (260, 2048, 256), groups=16),
     "to 1": Problem(1, 4, 1, (130, 1024, 2048), (4, 4, 4), (2, 2, 2), (1, 1, 1), (260, 2048, 4096)),
 }
+BEYOND = 2**31
 TAIL = 8  # planes of x at the end that are compared
 
 
 def giant(label: str, layout: str) -> Problem:
     problem = replace(GIANT[label], dtype=torch.float16, layout=layout)
-    assert math.prod(problem.y_shape) > 2**31
+    assert math.prod(problem.y_shape) > BEYOND
     return problem
 
 
