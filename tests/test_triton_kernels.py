@@ -24,7 +24,14 @@ from tritonconv.kernels import (
 from tritonconv.kernels.registry import variant
 from tritonconv.problem import LAYOUTS, PASSES
 
-NAMES = [record.name for record in tritonconv.variants() if record.backend == "triton"]
+
+def on_this_gpu(record) -> bool:
+    """A GPU before sm_90 has no instruction for boxes, and their variants are of other GPUs."""
+    problem = TINY["k3 s2 24"].problem(torch.float16, "ndhwc")
+    return "has no instruction" not in (record.supports(problem, DEVICE) or "")
+
+
+NAMES = [record.name for record in tritonconv.variants() if record.backend == "triton" and on_this_gpu(record)]
 ON_GPU = DEVICE.type == "cuda"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16) if ON_GPU else (torch.float32, torch.float16)
 
