@@ -206,14 +206,13 @@ LOST = RuntimeError("CUDA error: an illegal memory access was encountered")
 
 
 def test_a_check_that_loses_the_gpu_ends_the_run_with_its_row_and_the_next_goes_on_behind_it(tmp_path, monkeypatch):
-    real, name = campaign.Case.judge, "forward_torch_phases"
+    class Losing(campaign.Case):
+        def judge(self, plan, pass_name):
+            if pass_name == "forward" and plan.choice(pass_name).variant.name == "forward_torch_phases":
+                raise LOST
+            return super().judge(plan, pass_name)
 
-    def judge(case, plan, pass_name):
-        if pass_name == "forward" and plan.choice(pass_name).variant.name == name:
-            raise LOST
-        return real(case, plan, pass_name)
-
-    monkeypatch.setattr(campaign.Case, "judge", judge)
+    monkeypatch.setattr(campaign, "Case", Losing)  # and not the tuner's, which may find that variant the fastest
     for count in (1, 2):  # one on each layer
         with pytest.raises(RuntimeError, match="illegal memory access"):
             run(tmp_path, 20)
