@@ -1,8 +1,9 @@
 # make bench   times the layers on this machine and draws the charts
-# make test    runs the tests
+# make test    runs the tests, in a process per core
 # make test-oldest   runs the tests on the oldest torch and Triton that are served (a CUDA build of torch: 3 GB)
-# make test-gpu    on a machine with a GPU: what only a GPU shows, and the kernel tests compiled
-# make sanitize    the same kernels under NVIDIA's compute-sanitizer
+# make test-gpu    on a machine with a GPU: what only a GPU shows; meant to take two minutes on 16 cores, which compile
+# make test-gpu-all    the exact tests of all kernels compiled, besides: some 4,000 kernels more
+# make sanitize    each Triton variant on one small shape under NVIDIA's compute-sanitizer
 # make lint    ruff and mypy
 # Each sets up what it needs in a virtual environment first.
 PYTHON ?= python3
@@ -12,11 +13,14 @@ OLDEST ?= .venv-oldest
 OLDEST_TORCH = 2.11.0
 PIP = $(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-GPU_TESTS = tests/test_gpu.py tests/test_triton_kernels.py tests/test_triton_layers.py tests/test_replay.py \
-	tests/test_fused_backward.py tests/test_transpose.py tests/test_direct_launch.py tests/test_divider.py \
+# A process per core, but no more than 14: on a GPU each holds a context, and torch, of a gigabyte.
+PYTEST = -m pytest -n auto --maxprocesses 14 --dist loadgroup
+GPU_TESTS = tests/test_gpu.py tests/test_giants.py tests/test_nonfinite.py tests/test_sanitize.py \
+	tests/test_replay.py tests/test_transpose.py tests/test_direct_launch.py tests/test_divider.py
+KERNEL_TESTS = tests/test_triton_kernels.py tests/test_triton_layers.py tests/test_fused_backward.py \
 	tests/test_skipped_taps.py
 
-.PHONY: bench test test-oldest test-gpu sanitize lint clean
+.PHONY: bench test test-oldest test-gpu test-gpu-all sanitize have-sanitizer lint clean
 
 bench: $(VENV)/.bench-ready
 	$(VENV)/bin/tritonconv bench --suite all --seconds $(BUDGET) --output results
@@ -24,18 +28,27 @@ bench: $(VENV)/.bench-ready
 	$(VENV)/bin/tritonconv report results
 
 test: $(VENV)/.test-ready
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python $(PYTEST)
 
 test-oldest: $(OLDEST)/.ready
-	$(OLDEST)/bin/python -m pytest
+	$(OLDEST)/bin/python $(PYTEST)
 
 test-gpu: $(VENV)/.test-ready
-	$(VENV)/bin/python -m pytest $(GPU_TESTS)
+	$(VENV)/bin/python $(PYTEST) $(GPU_TESTS)
 
-# Every allocation of its own, so that an access beyond it is seen.
-sanitize: $(VENV)/.test-ready
+test-gpu-all: $(VENV)/.test-ready
+	$(VENV)/bin/python $(PYTEST) $(GPU_TESTS) $(KERNEL_TESTS)
+
+# First without it, on all cores: what is compiled then is in Triton's cache. Then in one process, every allocation of
+# its own, so that an access beyond it is seen.
+sanitize: have-sanitizer $(VENV)/.test-ready
+	$(VENV)/bin/python $(PYTEST) tests/test_sanitize.py
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
-		$(VENV)/bin/python -m pytest tests/test_triton_kernels.py -k "exact or strides"
+		$(VENV)/bin/python -m pytest tests/test_sanitize.py
+
+have-sanitizer:
+	@command -v compute-sanitizer > /dev/null || { echo "make sanitize needs compute-sanitizer on PATH: it comes with \
+	CUDA's toolkit, in its bin or in extras/compute-sanitizer" >&2; exit 1; }
 
 lint: $(VENV)/.test-ready
 	$(VENV)/bin/ruff check .

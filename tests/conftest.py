@@ -6,7 +6,14 @@ import os
 import tempfile
 
 import pytest
+
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    # The processes of pytest-xdist, and those that their tests start, share the cores: torch reads this at its import.
+    share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
+
 import torch
+from repeated import poisoned_memory
 
 if not torch.cuda.is_available():
     # The Triton kernels themselves run, on the CPU: Triton reads this when it is imported, so it comes first.
@@ -25,6 +32,18 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     interpreter.speed_up()
 
 
+# In a test a warning is an error, with these exceptions. Not in pytest's configuration, where they would hold for its
+# plugins too: one that warns while it is set up would end the run.
+WARNINGS = (
+    "error",
+    "ignore::DeprecationWarning",
+    "ignore::PendingDeprecationWarning",
+    "ignore::FutureWarning",
+    "ignore::UserWarning:torch.*",
+    "ignore::UserWarning:monai.*",
+)
+
+
 def pytest_report_header(config) -> str:
     interpreted = " with the Triton interpreter" if os.environ.get("TRITON_INTERPRET") == "1" else ""
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
@@ -32,7 +51,13 @@ def pytest_report_header(config) -> str:
 
 
 def pytest_collection_modifyitems(config, items) -> None:
-    """A test marked ``gpu`` runs where a CUDA device is, and is deselected (and counted so) elsewhere."""
+    """The filters of warnings, and the rule of the tests for a GPU.
+
+    A test marked ``gpu`` runs where a CUDA device is, and is deselected (and counted so) elsewhere.
+    """
+    asked = config.getoption("pythonwarnings") or ()
+    for item in items:  # in front, because the last filter wins: a test's own, then those of the command line
+        item.add_marker(pytest.mark.filterwarnings(*WARNINGS, *asked), append=False)
     if torch.cuda.is_available():
         return
     needs_gpu = [item for item in items if item.get_closest_marker("gpu")]
@@ -60,15 +85,8 @@ def _exact_products():
 
 @pytest.fixture
 def poisoned():
-    """torch fills new memory with NaN while it is asked for deterministic algorithms."""
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert torch.utils.deterministic.fill_uninitialized_memory
-        fresh = [torch.empty(9), torch.ones(1).new_empty(9), torch.empty_like(torch.ones(9)), torch.ones(1).resize_(9)]
-        assert all(t[1:].isnan().all() for t in fresh)
+    with poisoned_memory():
         yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

@@ -122,11 +122,13 @@ def wheel(tmp_path_factory) -> zipfile.ZipFile:
     return zipfile.ZipFile(path)
 
 
+@pytest.mark.xdist_group("wheel")
 def test_the_wheel_holds_only_the_package(wheel):
     tops = {name.split("/")[0] for name in wheel.namelist()}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"tritonconv"}
 
 
+@pytest.mark.xdist_group("wheel")
 def test_the_wheel_holds_every_module_and_data_file(wheel):
     names = set(wheel.namelist())
     wanted = {f"tritonconv/{module_of(path).replace('.', '/')}.py" for path in sources()}

@@ -51,7 +51,12 @@ def served(names, problem) -> bool:
     return all(variant(name).supports(problem, DEVICE) is None for name in names)
 
 
-@pytest.mark.parametrize("names", triples(), ids="+".join)
+# A GPU has no matrix instruction for exact products of float32, and the fused backward then serves none: its training
+# steps are those of test_fused_backward.py, whose products are exact in TF32.
+EXACT = [names for names in triples() if not ON_GPU or not any(name.endswith("_fused") for name in names)]
+
+
+@pytest.mark.parametrize("names", EXACT, ids="+".join)
 def test_a_layer_trains(names, launches):
     """Forward and both backward passes in Triton; outputs, gradients and the trained weights are torch's."""
     trained = 0
@@ -176,7 +181,7 @@ def test_the_weight_is_never_stale(name):
     """After an optimizer step, an in-place edit under no_grad, and one through .data, which no version counter sees."""
     record = variant(name)
     case, problem = first_served(record)
-    (x, weight, bias, grad_y), wanted = operands(case, torch.float32, problem.layout)
+    (x, weight, bias, grad_y), wanted = operands(case, problem.dtype, problem.layout)
     parameter = torch.nn.Parameter(weight.clone())
     before, expected = weight.clone(), wanted[record.pass_name][0]
 
@@ -229,7 +234,7 @@ def test_the_weight_is_packed_once_per_version(monkeypatch):
 
 
 def test_a_remembered_copy_is_of_this_weight_in_this_version():
-    weight, other = torch.randn(3, 4, 2, 2, 2), torch.randn(3, 4, 2, 2, 2)
+    weight, other = (torch.randn(3, 4, 2, 2, 2, device=DEVICE) for _ in range(2))
     with triton_weights.remembering({}):
         for edited in (weight, other):
             for _ in range(2):
