@@ -43,6 +43,7 @@ class Timing:
     speedup: float | None = None
     torch_ms: float | None = None
     sm_mhz: float | None = None  # of a GPU's multiprocessors meanwhile
+    late_samples: int = 0  # in which the host was too late, so that its time is in them
 
     @property
     def identity(self) -> str:

@@ -318,3 +318,42 @@ def test_a_bad_list_of_sizes_is_refused():
     assert cli.main(["bench", "--sizes", "4,0"]) == 2
     with pytest.raises(ArgumentError, match="no such Python file"):
         registry.load(Path("nowhere.py"))
+
+
+def columns_row(layer: str, gpu_ms: float, wall_ms: float, **more) -> dict:
+    """As a GPU's rows are now."""
+    times = {
+        f"{name}_{tail}": ms for name, ms in (("gpu", gpu_ms), ("wall", wall_ms)) for tail in ("ms", "p20_ms", "p80_ms")
+    }
+    return row(layer, variant="tritonconv", ms=gpu_ms) | {
+        "timing": "gpu",
+        "gpu_runs": 5,
+        "wall_runs": 5,
+        **times,
+        **more,
+    }
+
+
+def test_compare_holds_one_column_against_the_same_one(tmp_path, capsys):
+    graph = {**row("a", variant="tritonconv", ms=1.0), "timing": "graph", "wall_ms": 9.0}
+    old = write(tmp_path / "a.jsonl", [graph])
+    new = write(tmp_path / "b.jsonl", [columns_row("a", 2.0, 9.0)])
+    assert cli.main(["compare", str(old), str(new)]) == 2  # a graph's time, and a call's
+    assert "none that was timed alike" in capsys.readouterr().err
+    both = {f"graph_{tail}": 1.0 for tail in ("ms", "p20_ms", "p80_ms")} | {"graph_runs": 5}
+    new = write(tmp_path / "c.jsonl", [columns_row("a", 2.0, 9.0, **both)])
+    assert cli.main(["compare", str(old), str(new)]) == 0
+    assert "by that of a CUDA graph" in capsys.readouterr().out
+    slower = write(tmp_path / "d.jsonl", [columns_row("a", 1.0, 9.0)])
+    assert cli.main(["compare", str(slower), str(new)]) == 1
+    assert "by the GPU time of an eager call" in capsys.readouterr().out
+
+
+def test_results_that_were_timed_otherwise_are_left_out_of_a_folder(tmp_path):
+    graph = {**row("a", variant="tritonconv", ms=1.0), "timing": "graph"}
+    old = results.read(write(tmp_path / "a.jsonl", [graph, {**graph, "layer": "b"}]))
+    new = results.read(write(tmp_path / "b.jsonl", [columns_row("a", 2.0, 9.0)]))
+    whole = results.merged([old, new])
+    assert [(each["layer"], each["timing"]) for each in whole.results] == [("a", "gpu")]
+    assert whole.warnings == ["1 results of earlier runs are left out, which were timed otherwise: graph"]
+    assert len(results.merged([old, old]).results) == 2

@@ -117,9 +117,10 @@ def test_a_first_call_that_compiles_does_not_lengthen_the_sleep_for_good(machine
 def test_the_frequency_is_the_sleeps_cycles_by_its_time(machine, mhz):
     machine.hertz = mhz * 1e6
     watch = GpuClock(CUDA)
-    for _ in range(3):
+    for _ in range(20):
         watch(machine.call(5e-6))
-    assert watch.told() == {"sm_mhz": mhz, "sm_mhz_least": mhz, "late_samples": 0}
+    assert len(watch.mhz) == 3  # each takes a longer sleep
+    assert watch.told() == {"sm_mhz": mhz, "sm_mhz_p20": mhz, "late_samples": 0}
     assert watch.told() == {"late_samples": 0}
 
 
@@ -142,7 +143,9 @@ def test_the_columns_of_a_cell_are_each_of_their_own_clock(machine, monkeypatch)
     assert columns_of([row]) == [GPU, GRAPH, WALL]
     assert [median(row, name) for name in (GPU, GRAPH, WALL)] == pytest.approx([0.020, 0.019, 0.100], rel=0.02)
     assert [ratio(row, name).median for name in (GPU, GRAPH, WALL)] == pytest.approx([2, 39 / 19, 0.5], rel=0.03)
-    assert spread(row, WALL).runs >= 3 and row["sm_mhz"] == 1980 and row["late_samples"] == 0
+    assert (
+        spread(row, WALL).runs >= 3 and row["sm_mhz"] == 1980 and row["late_samples"] == row["graph_late_samples"] == 0
+    )
 
     del graphs[calls["torch"]]  # what is left has nothing to be held against
     assert columns_of([measure(calls, "torch", CUDA, GpuClock(CUDA), 0.02).fields("ours", "torch")]) == [GPU, WALL]

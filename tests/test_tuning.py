@@ -195,7 +195,7 @@ def test_the_efforts_deepen_and_time_nothing_twice(clockless, monkeypatch):
     monkeypatch.setattr(Session, "_efforts", lambda self: efforts)
     monkeypatch.setattr(
         session, "candidates",
-        lambda *args: everything(*args)[: args[-1].configs],
+        lambda *args: everything(*args)[: args[4].configs],
     )  # fmt: skip
     real = contest.Contest._pair
     monkeypatch.setattr(

@@ -136,7 +136,8 @@ class CellTimer:
         device, problem = cell.subject.device, cell.problem
         beside: dict[str, TensorCall] = {}
         if cell.key in self.with_nulls and BASELINE in passed and not self.options.only_compiled:
-            beside = nulls.calls(problem, cell.subject.tensors(problem), cell.pass_name)
+            with spent.on(spent.TRIALS):
+                beside = nulls.calls(problem, cell.subject.tensors(problem), cell.pass_name)
         calls = {name: one.call for name, one in passed.items()} | beside
         # The gate has run every call at size, so all are warm. What a slow cell takes too much, later cells lack.
         measured = measure(calls, BASELINE, device, self.clock, seconds)

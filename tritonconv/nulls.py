@@ -1,7 +1,7 @@
 """The null contestants, which differ from torch in nothing that a clock should see: what they show is noise.
 
 ``torch_again`` is torch's own call once more; ``torch_by_our_road`` is the public operation with torch's own variants
-forced, so torch's kernels behind our dispatch and our autograd: in the wall column it shows what the road costs.
+forced: our dispatch looks up the plan and hands the call to torch, so in the wall column it shows what that costs.
 """
 
 from __future__ import annotations

@@ -12,12 +12,17 @@ import torch
 from tritonconv.bench.columns import GPU, WALL
 from tritonconv.bench.timing import Call, Spread
 
+# Times of another number are not to be held against these: 1 had the host in them.
+CLOCK = "2"
 # More than any L2 cache of the GPUs of 2025 (an H200 has 50 MiB), written before each GPU call.
 FLUSH_BYTES = 256 << 20
 
 # Seconds for which a sleep kernel holds the GPU back, as a multiple of the host's time for the last calls.
 HOLD, LEAST_HOLD_S, MOST_HOLD_S = 1.5, 50e-6, 10e-3
 LEAD_S = 20e-6  # of a sleep before the one whose time is taken
+# One sample of so many is held back long enough to tell the frequency: the start and the end of a sleep kernel take
+# some microseconds of its time.
+METER_EVERY, METER_S = 8, 400e-6
 DECAY = 0.8  # of the hold from sample to sample: a slow call is followed by quick ones
 TRIES = 3
 CYCLES_PER_S = 1.7e9  # until the first sleep has told the clock: about an H100's
@@ -31,14 +36,14 @@ class GpuClock:
     A sleep kernel holds the GPU back while the host enqueues the overwriting, the first event, the call and the second
     event; nothing waits in between. A sample whose first event was over before the call was enqueued has the host in
     it: it is taken again behind a longer sleep. ``late`` counts the samples that stayed so, as those of a call that
-    itself waits for the GPU do. ``mhz`` holds the frequency of the multiprocessors before each sample: the cycles of
-    the sleep by its time.
+    itself waits for the GPU do. ``mhz`` holds the frequency of the multiprocessors before some of the samples: the
+    cycles of a long sleep by its time.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._l2 = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
         self._hold_s, self._cycles_per_s = LEAST_HOLD_S, CYCLES_PER_S
-        self.late = 0
+        self.samples = self.late = 0
         self.mhz: list[float] = []
 
     def __call__(self, call: Call) -> float:
@@ -55,7 +60,9 @@ class GpuClock:
     def _sample(self, call: Call) -> tuple[float, float, bool]:
         """(ms, the host's seconds for the call, whether the host had enqueued it before the GPU began with it)."""
         asleep, awake, start, end = (torch.cuda.Event(enable_timing=True) for _ in range(4))
-        cycles = int(self._hold_s * self._cycles_per_s)
+        metered = self.samples % METER_EVERY == 0
+        self.samples += 1
+        cycles = int((max(self._hold_s, METER_S) if metered else self._hold_s) * self._cycles_per_s)
         torch.cuda._sleep(int(LEAD_S * self._cycles_per_s))  # else the launch of the sleep would count to its time
         asleep.record()
         torch.cuda._sleep(cycles)
@@ -69,16 +76,18 @@ class GpuClock:
         in_time = not start.query()
         end.synchronize()
         slept_ms = asleep.elapsed_time(awake)
-        if slept_ms > 0:
+        if metered and slept_ms > 0:
             self.mhz.append(cycles / slept_ms / 1e3)
             self._cycles_per_s = cycles / slept_ms * 1e3
         return start.elapsed_time(end), host_s, in_time
 
     def told(self) -> dict[str, object]:
-        """Fields of a row, of the samples since the last time: ``sm_mhz`` with its least, and ``late_samples``."""
+        """Fields of a row, of the samples since the last time, of which the first tells the frequency: ``sm_mhz``, the
+        median, ``sm_mhz_p20``, and ``late_samples``."""
         seen, late = self.mhz, self.late
-        self.mhz, self.late = [], 0
-        clock = {"sm_mhz": round(Spread.of(seen).median), "sm_mhz_least": round(min(seen))} if seen else {}
+        self.mhz, self.samples, self.late = [], 0, 0
+        spread = Spread.of(seen) if seen else None
+        clock = {"sm_mhz": round(spread.median), "sm_mhz_p20": round(spread.p20)} if spread else {}
         return {**clock, "late_samples": late}
 
 

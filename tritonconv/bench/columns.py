@@ -4,7 +4,7 @@
 - ``graph``: the same of the replay of a CUDA graph of the call, which has no launches of its own;
 - ``wall``: wall time of an eager call, the host in it: what a user waits for. A CPU has this column alone.
 
-Rows before November 2026 have one column with quantiles, which ``timing`` names, and the others as medians. Of these,
+Older rows have one column with quantiles, which ``timing`` names, and the others as medians. Of these,
 ``events`` (an eager call between two events, with the host in it) is none of the three.
 """
 

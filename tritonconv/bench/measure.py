@@ -36,7 +36,9 @@ class Measured:
             if name in times.rounds:
                 ratio = times.speedup(name, baseline) if baseline in times.rounds else None
                 found |= _fields(column, times.spread(name), ratio)
-        return found | dict(self.clock.get(self.first, {}))
+        for column, told in self.clock.items():
+            found |= told if column == self.first else {f"{column}_late_samples": told["late_samples"]}
+        return found
 
 
 def _fields(column: str, times: Spread, ratio: Ratio | None) -> dict[str, object]:
@@ -71,7 +73,8 @@ def measure(
             warm_up(of, watch, WARM * share)
             clock.told()  # of the warm-up
             times[name] = interleave(of, watch, (1 - WARM) * share)
-        told[name] = clock.told()
+        if name != WALL:
+            told[name] = clock.told()
 
     column(GPU, calls, clock)
     _graphs(calls, baseline, device, partial(column, GRAPH), clock)

@@ -10,7 +10,7 @@ from tritonconv.bench import columns
 from tritonconv.bench.timing import quantile
 
 AGAIN, OUR_ROAD = NAMES = "torch_again", "torch_by_our_road"
-OUTER, MANY = 0.1, 10
+OUTER = 0.1
 SAID = {AGAIN: "torch against torch", OUR_ROAD: "torch's kernels by our road"}
 
 
@@ -27,10 +27,6 @@ class Band:
         """The larger of its ends' distances from 1, as a factor: a ratio beyond it differs from 1."""
         return max(self.high, 1 / self.low)
 
-    def beyond(self, ratio: float) -> bool:
-        """The ratio lies outside the band."""
-        return not self.low <= ratio <= self.high
-
     def __str__(self) -> str:
         return f"{self.low:.3f} to {self.high:.3f}"
 
@@ -38,11 +34,11 @@ class Band:
 def band(rows: Iterable[Mapping], column: str, name: str | None = None) -> Band | None:
     """Of the null rows of a run in a column, of one contestant or of both; None where there is none.
 
-    Of many rows the outermost tenth at each end does not count, which another program may have hit.
+    Of more than two rows the outermost tenth at each end does not count, which another program may have hit.
     """
     found = [columns.ratio(row, column) for row in rows if name is None or row["variant"] == name]
     medians = [each.median for each in found if each is not None and math.isfinite(each.median)]
     if not medians:
         return None
-    outer = OUTER if len(medians) >= MANY else 0.0
+    outer = OUTER if len(medians) > 2 else 0.0
     return Band(min(1.0, quantile(medians, outer)), max(1.0, quantile(medians, 1 - outer)), len(medians))

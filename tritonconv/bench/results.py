@@ -206,7 +206,8 @@ def written(folder: Path, prefix: str = "") -> list[Path]:
 def merged(runs: Sequence[Run]) -> Run:
     """Runs of one device as one, given oldest first: the newest environment, and of rows about the same the newest.
 
-    Raises ResultsError for runs of different devices.
+    Results whose first column is none of the newest run's are left out with a warning: times of one column are not to
+    be held against those of another. Raises ResultsError for runs of different devices.
     """
     devices = sorted({run.environment["device_name"] for run in runs})
     if len(devices) != 1:
@@ -217,7 +218,19 @@ def merged(runs: Sequence[Run]) -> Run:
         getattr(whole, kind).extend(rows.values())
     for kind in ("roofs", "skips", "errors", "warnings"):
         getattr(whole, kind).extend(row for run in runs for row in getattr(run, kind))
+    _one_way_of_timing(whole, next((run.results for run in reversed(runs) if run.results), []))
     return whole
+
+
+def _one_way_of_timing(whole: Run, newest: Sequence[dict]) -> None:
+    ways = {row.get("timing") for row in newest}
+    left_out = [row for row in whole.results if row.get("timing") not in ways]
+    if left_out:
+        whole.results = [row for row in whole.results if row.get("timing") in ways]
+        names = ", ".join(sorted({str(row.get("timing")) for row in left_out}))
+        whole.warnings.append(
+            f"{len(left_out)} results of earlier runs are left out, which were timed otherwise: {names}"
+        )
 
 
 def read(path: Path) -> Run:

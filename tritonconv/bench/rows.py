@@ -11,6 +11,7 @@ import torch
 from tritonconv.bench import gate, roofs
 from tritonconv.bench.calls import TensorCall, work
 from tritonconv.bench.classes import layer_class
+from tritonconv.bench.clock import CLOCK
 from tritonconv.bench.environment import version
 from tritonconv.bench.measure import Measured
 from tritonconv.bench.results import BASELINE
@@ -63,10 +64,10 @@ def layer_fields(subject: Subject, problem: Problem) -> dict[str, object]:
 
 
 def versions_of(device: torch.device) -> dict[str, str | None]:
-    """What a time depends on besides the device and our own sources."""
+    """What a time depends on besides the device and our own sources; on a GPU also how it is taken."""
     found: dict[str, str | None] = {"torch": torch.__version__, "triton": version("triton")}
     if device.type == "cuda":
-        found["cuda"] = torch.version.cuda
+        found |= {"cuda": torch.version.cuda, "clock": CLOCK}
     return found
 
 

@@ -55,11 +55,17 @@ def add(parser: argparse.ArgumentParser) -> None:
         "there. Where a kernel loses the GPU, a new process does so, behind that kernel. At the end it says where the "
         "seconds went. tritonconv report DIR renders it."
     )
-    parser.add_argument("--seconds", type=flags.seconds, required=True, metavar="S", help="budget for all of it")
+    parser.add_argument(
+        "--seconds",
+        type=flags.seconds,
+        required=True,
+        metavar="S",
+        help="budget for all of it, from when torch is imported and the device is there",
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the results and of the store")
     flags.add_choice(parser, "--suite", suites(), "suites (default: those of models)")
     parser.add_argument("--only", default="", metavar="TEXT", help="only layers whose name contains TEXT")
-    flags.add_choice(parser, "--dtype", DTYPES, "dtypes (default: float32 on a CPU; bfloat16, float32 on a GPU)")
+    flags.add_choice(parser, "--dtype", DTYPES, "dtypes (default: float32 on a CPU, bfloat16 on a GPU)")
     flags.add_choice(parser, "--layout", LAYOUTS, f"{', '.join(LAYOUTS)} (default: both)")
     flags.add_choice(parser, "--passes", ALL_PASSES, f"passes of the bench (default: forward,{FORWARD_BACKWARD})")
     parser.add_argument("--scale", choices=tuple(SCALES), help="(default: cpu on a CPU, else full)")
@@ -68,7 +74,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     add_compiled(parser)
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction,
-        help="time torch.compile too, of the dozen layers that come first (default: on a GPU only)",
+        help="time torch.compile too, of the dozen layers that come first, or of those asked for where none of them is "
+        "among these (default: on a GPU only)",
     )  # fmt: skip
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
 
@@ -84,7 +91,7 @@ def run(options: argparse.Namespace) -> int:
         layers=(*layers, *(each for family in families for each in at_sizes(family, SIZES["gpu" if gpu else "cpu"]))),
         passes=flags.once(options.passes, ("forward", FORWARD_BACKWARD)),
         dtypes=tuple(
-            getattr(torch, name) for name in flags.once(options.dtype, ("bfloat16", "float32") if gpu else ("float32",))
+            getattr(torch, name) for name in flags.once(options.dtype, ("bfloat16",) if gpu else ("float32",))
         ),
         layouts=flags.once(options.layout, tuple(LAYOUTS)),
         variants=added,

@@ -9,7 +9,7 @@ from statistics import geometric_mean
 from typing import NamedTuple
 
 from tritonconv.bench import results
-from tritonconv.bench.columns import COLUMNS, spread
+from tritonconv.bench.columns import COLUMNS, SAID, WALL, ratio, spread
 from tritonconv.bench.results import BASELINE, Run
 from tritonconv.bench.summary import columns
 from tritonconv.commands.common import OK, WRONG
@@ -56,7 +56,8 @@ def run(options: argparse.Namespace) -> int:
     if not changes:
         raise ResultsError("compare: A and B have no row in common, or none that was timed alike")
     regressions = [each for each in changes if each.beyond and each.ratio < 1 / (1 + options.threshold)]
-    print(f"A {before.run}\nB {after.run}\n{_what(by_speedup)}; above 1: B is faster\n")
+    column = column_of(before, after, by_speedup)
+    print(f"A {before.run}\nB {after.run}\n{_what(by_speedup)}, by {SAID[column or WALL]}; above 1: B is faster\n")
     print("\n".join(_means(changes)))
     for title, rows in (("slower beyond noise", regressions), ("faster beyond noise", _faster(changes, options))):
         print(f"\n{title}: {len(rows)} of {len(changes)}")
@@ -64,24 +65,32 @@ def run(options: argparse.Namespace) -> int:
     return WRONG if regressions else OK
 
 
+def column_of(before: Run, after: Run, by_speedup: bool) -> str | None:
+    """The first column that both runs have with its spread; of ratios that of the wall, which a CPU has alone."""
+    both = [{name for row in run.results for name in COLUMNS if spread(row, name)} for run in (before, after)]
+    return next((name for name in ((WALL,) if by_speedup else COLUMNS) if all(name in each for each in both)), None)
+
+
 def compare(before: Run, after: Run, by_speedup: bool) -> list[Change]:
-    """The rows that both runs have, the slowest in B first."""
+    """The rows that both runs have in :func:`column_of`, the slowest in B first."""
+    column = column_of(before, after, by_speedup)
+    if column is None:
+        return []
     left, right = ({tuple(row[key] for key in KEY): row for row in each.results} for each in (before, after))
     found = []
     for key in left.keys() & right.keys():
         old, new = left[key], right[key]
         if by_speedup:
-            if old["speedup"] is None or new["speedup"] is None or old["variant"] == BASELINE:
+            a, b = ratio(old, column), ratio(new, column)
+            if a is None or b is None or old["variant"] == BASELINE:
                 continue
-            ratio = new["speedup"] / old["speedup"]
-            apart = new["speedup_p80"] < old["speedup_p20"] or new["speedup_p20"] > old["speedup_p80"]
+            change, apart = b.median / a.median, b.p80 < a.p20 or b.p20 > a.p80
         else:
-            both = ((spread(old, name), spread(new, name)) for name in COLUMNS)
-            a, b = next(((a, b) for a, b in both if a and b), (None, None))
-            if a is None or b is None:  # the time of a graph says nothing of that of a call
+            x, y = spread(old, column), spread(new, column)
+            if x is None or y is None:
                 continue
-            ratio, apart = a.median / b.median, b.p20 > a.p80 or b.p80 < a.p20
-        found.append(Change(new, ratio, apart))
+            change, apart = x.median / y.median, y.p20 > x.p80 or y.p80 < x.p20
+        found.append(Change(new, change, apart))
     return sorted(found, key=lambda each: (each.ratio, str(each.row["layer"])))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -85,9 +85,9 @@ def candidates(
     ``held`` says of a kernel's config that it was compiled ahead; None where nothing was.
     """
     records = [record for record in variants(pass_name) if why_not(record, problem, device) is None]
-    best = {record: model.candidates(record, problem, device, ceilings, effort.configs) for record in records}
-    if effort.ahead and held is not None:
-        best = _only_held(best, problem, device, ceilings, effort.configs, held)
+    best = _only_held(records, problem, device, ceilings, effort, held) if effort.ahead and held is not None else {}
+    if not best:
+        best = {record: model.candidates(record, problem, device, ceilings, effort.configs) for record in records}
     found = [
         (place, Candidate(Selection(record, config, "candidate"), guess.ms))
         for record, pairs in best.items()
@@ -100,18 +100,20 @@ def candidates(
 
 
 def _only_held(
-    best: dict[Variant, Pairs], problem: Problem, device: torch.device, ceilings: Ceilings, configs: int, held
+    records: Sequence[Variant], problem: Problem, device: torch.device, ceilings: Ceilings, effort: Effort, held
 ) -> dict[Variant, Pairs]:
-    """The best configs that were compiled ahead; ``best`` itself where no kernel has any.
+    """The best configs of kernels that were compiled ahead; nothing where none was.
 
-    Its own configs were ranked by the rates of this device, those of the folder perhaps by a data sheet's.
+    The rates of this device may rank the configs otherwise than those that chose what to compile, so all are looked at.
     """
-    found = dict(best)
-    for record in best:
+    found = {}
+    for record in records:
         if record.backend == "triton":
             ranked = model.candidates(record, problem, device, ceilings, model.MOST_CANDIDATES)
-            found[record] = [pair for pair in ranked if held(record, pair[0])][:configs]
-    return found if any(found[record] for record in best if record.backend == "triton") else best
+            mine = [pair for pair in ranked if held(record, pair[0])][: effort.configs]
+            if mine:
+                found[record] = mine
+    return found
 
 
 def _takes_part(candidate: Candidate, place: int, least: float, effort: Effort) -> bool:
@@ -142,7 +144,7 @@ class Contest:
         self.clock = GpuClock(self.case.device) if self.case.device.type == "cuda" else None
         self.watch: Callable[[Call], float] = self.clock or cpu_stopwatch
         self._baseline_ms: dict[str, float] = {}
-        self._sm_mhz: float | None = None
+        self._told: Mapping[str, Any] = {}  # what the clock told of the last rounds
 
     def screen(self, pass_name: str, candidates: Sequence[Candidate], seconds: float) -> list[tuple[Candidate, Timing]]:
         """The candidates that ran, fastest against torch first: in about ``seconds``, which may end before the last.
@@ -168,7 +170,7 @@ class Contest:
         if perf_counter() >= self.deadline:
             raise OutOfTime
         plan = plan_of(self.case.problem, self.case.device, **{pass_name: candidate.selection})
-        made = False
+        made, self._told = False, {}
         try:
             call, base = self.case.call(plan, pass_name), self.case.baseline(self.case.problem, pass_name)
             made = True
@@ -206,14 +208,15 @@ class Contest:
                 self.clock.told()  # of the warm-up
             times = interleave(calls, watch, seconds, **rounds)
         if self.clock is not None:
-            self._sm_mhz = self.clock.told().get("sm_mhz")  # type: ignore[assignment]
+            self._told = self.clock.told()
         return times
 
     def null_rows(self, seconds: float) -> list[dict[str, object]]:
         """What differs from torch in nothing, timed beside it in the forward; the rows' fields (``nulls.py``)."""
         problem = self.case.problem
         calls = {TORCH: self.case.baseline(problem, "forward")}
-        calls |= nulls.calls(problem, self.case.tensors(problem), "forward")
+        with spent.on(spent.TRIALS):
+            calls |= nulls.calls(problem, self.case.tensors(problem), "forward")
         times = self._rounds(calls, self.watch, seconds, few_rounds=3, min_rounds=7, max_rounds=200)
         measured = Measured({first_column(self.case.device): times}, {})
         return [nulls.fields(name, measured) for name in calls if name != TORCH]
@@ -281,5 +284,6 @@ class Contest:
             n_runs=spread.runs,
             speedup=times.speedup(candidate.label, TORCH).median,
             torch_ms=times.spread(TORCH).median,
-            sm_mhz=self._sm_mhz,
+            sm_mhz=self._told.get("sm_mhz"),
+            late_samples=self._told.get("late_samples", 0),
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import fmean
 from time import perf_counter
 from typing import Protocol
 
@@ -41,8 +42,9 @@ AHEAD, COMPILING_SECONDS = 3, 120.0
 # The model chooses the candidates, and what is timed corrects it: so many times more of them are a deeper search.
 MORE = 1.25
 
-# Of so many problems one has null rows, in so many seconds.
-NULLS_EVERY, NULL_SECONDS = 12, 0.15
+# The first problems, and one of so many later ones, have null rows, in so many seconds.
+FIRST_NULLS, NULLS_EVERY, NULL_SECONDS = 3, 12, 0.15
+LEAST_SHARE = 0.1  # seconds to time a problem in, where the rest takes more than there is
 
 Write = Callable[[str, dict[str, object]], object]
 
@@ -68,6 +70,8 @@ class Session:
     goes_on: bool = False
     compiler: Precompiler | None = None
     factors: dict[str, float] = field(default_factory=dict, init=False)  # of the cost model, from what was timed
+    beside: list[float] = field(default_factory=list, init=False)  # seconds of each problem besides the timing
+    ranked: dict[Problem, dict[str, list[Candidate]]] = field(default_factory=dict, init=False)
 
     def run(self, tasks: Iterable[Task], progress: Progress) -> Report:
         """Raises StoreError before anything is measured where the store cannot be written."""
@@ -78,7 +82,7 @@ class Session:
         name = device_name(self.device)
         store.merge(Table(name), self.folder)
         waiting = self._distinct(tasks)
-        self.served = 0
+        self.served, self.beside = 0, []
         self.begin, self.journal = perf_counter(), Journal.open(name, self.folder)
         self.versions, self.ceilings = versions_of(self.device), self._ceilings(name)
         self.report = Report(name, table=(self.folder or store.user_folder()) / f"{store.slug(name)}.json")
@@ -88,7 +92,7 @@ class Session:
         try:
             with gpu.cudnn_benchmark(self.device), shared(self.compiler, self.device) as compiler:
                 for self.effort in efforts:
-                    self.report.known = []
+                    self.report.known, self.ranked = [], {}
                     self._calibrate(waiting)
                     if not self._all(waiting, compiler, progress):
                         break
@@ -123,9 +127,8 @@ class Session:
 
     def _one(self, task: Task, left: int) -> bool:
         """Tunes one problem, with ``left`` to go; False where the budget is used up."""
-        share = PROBLEM_SECONDS
-        if self.seconds is not None:
-            share = min((self.deadline - perf_counter()) / left, self.effort.seconds)
+        share = self._share(left)
+        begin, known = perf_counter(), len(self.report.known)
         case = Case(task.problem, self.device)
         contest = Contest(case, self.journal, self.ceilings, self.versions, self.deadline, self.again)
         try:
@@ -141,7 +144,18 @@ class Session:
                 raise
         finally:
             self._rows(task, contest)
+        if len(self.report.known) == known:
+            self.beside.append(max(0.0, perf_counter() - begin - share))
         return True
+
+    def _share(self, left: int) -> float:
+        """Seconds to time the next problem in: an even part of what is left, less what problems took beside it so far,
+        for the gate, cuDNN's trials and the ranking. 0 or less at the end of the budget."""
+        if self.seconds is None:
+            return PROBLEM_SECONDS
+        even = (self.deadline - perf_counter()) / left
+        beside = fmean(self.beside) if self.beside else 0.0
+        return min(even, max(even - beside, LEAST_SHARE), self.effort.seconds)
 
     def _jobs(self, task: Task) -> list[Job]:
         """What has to be compiled for a problem; nothing for one that is known."""
@@ -157,9 +171,12 @@ class Session:
         ]
 
     def _fields(self, problem: Problem) -> dict[str, list[Candidate]]:
-        ahead = held(problem, self.device)
-        found = {name: candidates(problem, self.device, name, self.ceilings, self.effort, ahead) for name in PASSES}
-        return {name: compiled_first(each, ahead) for name, each in found.items()}
+        """The candidates by pass, ranked once for each effort."""
+        if problem not in self.ranked:
+            ahead = held(problem, self.device)
+            found = {name: candidates(problem, self.device, name, self.ceilings, self.effort, ahead) for name in PASSES}
+            self.ranked[problem] = {name: compiled_first(each, ahead) for name, each in found.items()}
+        return self.ranked[problem]
 
     def _problem(self, task: Task, contest: Contest, share: float) -> None:
         table = store.read(self.report.device, self.folder)
@@ -184,9 +201,9 @@ class Session:
             self._keep(task, winner)
 
     def _nulls(self, task: Task, contest: Contest) -> None:
-        """Null rows, of the first problem and of every NULLS_EVERY-th that torch serves."""
+        """Null rows, of the first problems and of every NULLS_EVERY-th that torch serves."""
         if contest.case.torch_serves:
-            if self.served % NULLS_EVERY == 0:
+            if self.served < FIRST_NULLS or self.served % NULLS_EVERY == 0:
                 try:
                     rows = contest.null_rows(NULL_SECONDS)
                 except Exception as error:  # such as a lack of memory, which the candidates will tell
@@ -234,7 +251,7 @@ class Session:
             fields = {"variant": timing.variant, "config": dict(timing.config), "stage": timing.stage}
             row = {**head(task, timing.pass_name), **fields, "predicted_ms": predicted if predicted > 0 else None}
             if timing.status == "ok":
-                names = ("median_ms", "p20_ms", "p80_ms", "n_runs", "speedup", "sm_mhz")
+                names = ("median_ms", "p20_ms", "p80_ms", "n_runs", "speedup", "sm_mhz", "late_samples")
                 self.write("timing", {**row, **{name: getattr(timing, name) for name in names}})
             else:
                 self.write("error", {**row, "status": timing.status, "message": timing.message})
