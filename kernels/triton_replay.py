@@ -46,6 +46,8 @@ class Replay:
         key = (precision(first.dtype), device, *map(_kind, operands))
         known = self.kept.get(key)
         if known is None:
+            if any(map(_lazy, operands)):
+                return self(*map(_materialised, operands))
             return self._first(key, operands)
         steps, results = known
         values = list(operands)
@@ -68,10 +70,25 @@ def _play(steps: list[Step], values: list, stream: int) -> None:
 
 
 def _kind(operand: Any) -> Any:
-    """What the launch may depend on besides the problem."""
+    """What the launch may depend on besides the problem; of an operand that is lazy something else."""
     if isinstance(operand, torch.Tensor):
-        return operand.stride(), operand.data_ptr() % ALIGNMENT == 0
+        address = operand.data_ptr()
+        return operand.stride(), address % ALIGNMENT == 0, address == 0, operand.is_neg()
     return operand
+
+
+def _lazy(operand: Any) -> bool:
+    """Its memory does not hold its values: a negated view, such as a conjugate's imaginary part, or zeros without any.
+
+    Complex numbers, whose conjugate is lazy too, are served by no kernel.
+    """
+    return isinstance(operand, torch.Tensor) and (operand.is_neg() or operand._is_zerotensor())
+
+
+def _materialised(operand: Any) -> Any:
+    if not _lazy(operand):
+        return operand
+    return torch.zeros_like(operand).add_(0) if operand._is_zerotensor() else operand.resolve_neg()
 
 
 def _kept(tape: Tape, result: Any) -> Kept | None:
