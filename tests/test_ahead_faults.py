@@ -14,8 +14,7 @@ import torch
 
 from tritonconv import Problem, cli
 from tritonconv.bench.progress import Silent
-from tritonconv.bench.workloads import workloads
-from tritonconv.commands import common, problems
+from tritonconv.commands import common
 from tritonconv.commands import compile as compile_
 from tritonconv.errors import ArgumentError
 from tritonconv.inspection import ahead, launches, precompile
@@ -288,38 +287,6 @@ def test_the_reader_of_the_progress_may_be_gone(tmp_path):
         fill(ahead.opened(tmp_path / "out", "sm_90"), After(gone))
 
 
-# ---------------------------------------------------------------- what is no folder
-
-
-@pytest.mark.parametrize(
-    ("given", "flag", "said"),
-    [
-        ("file", "--out", "{}/file: is a file, expected a folder"),
-        ("file/deeper", "--out", "{}/file: is a file, expected a folder"),
-        ("link", "--out", "{}/link: is a link to nothing, expected a folder"),
-        ("inside", "--out", "{}/inside/kernels: is a file, expected a folder"),
-        ("full", "--out", "{}/full: holds no compiled.json, and is not empty: choose another folder"),
-        ("damaged", "--out", "{}/damaged/compiled.json: cannot be read: Expecting"),
-        ("directory", "--out", "{}/directory/compiled.json: cannot be read: Is a directory"),
-        ("file", "--check", "{}/file: is a file, expected a folder"),
-        ("file/deeper", "--check", "{}/file: is a file, expected a folder"),
-        ("full", "--check", "{}/full: not a folder of compiled kernels, for it holds no compiled.json"),
-        ("damaged", "--check", "{}/damaged/compiled.json: cannot be read: Expecting"),
-        ("directory", "--check", "{}/directory/compiled.json: cannot be read: Is a directory"),
-    ],
-)
-def test_what_is_no_folder_is_an_error_that_names_the_flag(tmp_path, monkeypatch, capsys, given, flag, said):
-    (tmp_path / "file").touch()
-    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
-    for name, file in (("inside", KERNELS), ("full", "thesis.tex"), ("damaged", MANIFEST)):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / file).touch()
-    (tmp_path / "directory" / MANIFEST).mkdir(parents=True)
-    more = ("--target", "sm_90", *ASKED) if flag == "--out" else ()
-    assert compiling(monkeypatch, flag, str(tmp_path / given), *more) == 2
-    assert capsys.readouterr().err.startswith(f"tritonconv compile: argument {flag}: {said.format(tmp_path)}")
-
-
 # ---------------------------------------------------------------- which folder is taken
 
 
@@ -342,22 +309,6 @@ def test_without_triton_a_command_says_that_it_is_not_installed(made, monkeypatc
     monkeypatch.setattr(common, "have_triton", lambda: False)
     common.use_compiled(argparse.Namespace(compiled=made.path, name="tune"), GPU)
     assert capsys.readouterr().err.endswith(": Triton is not installed: none of its kernels is used\n")
-
-
-# ---------------------------------------------------------------- what is compiled without flags
-
-
-def test_without_flags_the_problems_are_those_of_a_campaign_on_a_gpu(tmp_path):
-    parser = argparse.ArgumentParser()
-    compile_.add(parser)
-    options = parser.parse_args(["--target", "sm_90", "--out", str(tmp_path)])
-    tasks, _ = problems.tasks_asked_for(options, torch.device("cpu"), "full")
-    assert {task.problem.dtype for task in tasks} == {torch.bfloat16}
-    assert {task.suite for task in tasks} <= set(common.model_suites())
-    assert not {task.layer for task in tasks} & {layer.name for layer in workloads("kernelbench")}
-    assert "(default: bfloat16; a model: its own)" in " ".join(parser.format_help().split())
-    one = parser.parse_args([*ASKED, "--suite", "all", "--dtype", "float16"][:-4])
-    assert {task.problem.dtype for task in problems.tasks_asked_for(one, GPU, "full")[0]} == {torch.bfloat16}
 
 
 def test_a_launch_of_a_folder_is_read_again_with_its_modules():
