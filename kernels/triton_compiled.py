@@ -6,7 +6,8 @@ own cache. The folder is only read, and may lie anywhere:
 
     compiled.json        what made it: see :class:`Maker`; and the targets
     launches.jsonl       one line per launch that was compiled (tritonconv/inspection/launches.py)
-    kernels/KEY/         of a kernel the binary, Triton's facts of it, and the lengths of both
+    kernels/KEY/         of a kernel the binary and Triton's facts of it, or the module that is the host side of
+                         launches (up to Triton 3.6); and the lengths of these files
 
 ``TRITONCONV_COMPILED`` names the folder that calls and compiling processes take.
 """
@@ -28,8 +29,12 @@ from tritonconv.errors import ArgumentError
 
 VARIABLE = "TRITONCONV_COMPILED"
 MANIFEST, LAUNCHES, KERNELS = "compiled.json", "launches.jsonl", "kernels"
-FORMAT = 1
-GROUP = "__grp__"  # Triton's prefix of the file that lists a kernel's files
+FORMAT = 2
+GROUP = "__grp__"  # Triton's prefix of the file that lists a kernel's files; here also of the one that lists a module
+
+
+# Of the manifest's fields; the others are texts.
+_KINDS: dict[str, tuple[type, str]] = {"environment": (dict, "texts by name"), "targets": (list, "a list of texts")}
 
 
 class CompiledWarning(UserWarning):
@@ -102,20 +107,29 @@ class CompiledFolder:
     @classmethod
     def read(cls, path: Path) -> CompiledFolder:
         """Raises ArgumentError for a folder that ``tritonconv compile`` has not filled."""
+        check_folder(path)
         try:
             data = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise ArgumentError(f"{path}: not a folder of compiled kernels, for it holds no {MANIFEST}") from None
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            raise ArgumentError(f"{path / MANIFEST}: cannot be read: {error.strerror}") from None
+        except (ValueError, RecursionError) as error:
             raise ArgumentError(f"{path / MANIFEST}: cannot be read: {error}") from None
         found = data.get("format") if isinstance(data, dict) else None
         if found != FORMAT:
             raise ArgumentError(f"{path / MANIFEST}: format {found!r}, expected {FORMAT}")
         try:
             maker = Maker(**{each.name: data[each.name] for each in fields(Maker)})
-            return cls(path.absolute(), maker, tuple(data["targets"]))
-        except (KeyError, TypeError) as error:
-            raise ArgumentError(f"{path / MANIFEST}: damaged: {type(error).__name__}: {error}") from None
+            targets = data["targets"]
+        except KeyError as error:
+            raise ArgumentError(f"{path / MANIFEST}: damaged: it has no {error}") from None
+        for name, value in (*asdict(maker).items(), ("targets", targets)):
+            kind, said = _KINDS.get(name, (str, "a text"))
+            parts = value.values() if isinstance(value, dict) else value
+            if not isinstance(value, kind) or not all(isinstance(each, str) for each in parts):
+                raise ArgumentError(f"{path / MANIFEST}: damaged: {name} is {value!r}, expected {said}")
+        return cls(path.absolute(), maker, tuple(targets))
 
     def manifest(self, **more: Any) -> str:
         """The text of compiled.json."""
@@ -143,23 +157,32 @@ class CompiledFolder:
         return f"compiled for {', '.join(self.targets)}; this GPU is {name}"
 
     def group(self, key: str, name: str) -> dict[str, str] | None:
-        """The files of the kernel of this key by their names, as Triton's cache answers.
+        """The files that belong to ``name`` under this key, by their names, as Triton's cache answers.
 
         None where one lacks or has another length than it was written with: a copy that was cut off is no error.
         """
         folder = self.path / KERNELS / key
         try:
             sizes = json.loads((folder / f"{GROUP}{name}").read_text(encoding="utf-8"))["sizes"]
-            if any(os.path.getsize(folder / each) != size for each, size in sizes.items()):
+            if name not in sizes or any(os.path.getsize(folder / each) != size for each, size in sizes.items()):
                 return None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return None
         return {each: str(folder / each) for each in sizes}
 
     def file(self, key: str, name: str) -> str | None:
-        """A file by itself: the compiled host side of a launch."""
-        path = str(self.path / KERNELS / key / name)
-        return path if os.path.exists(path) else None
+        """A file by itself: the compiled host side of a launch. None as :meth:`group`'s."""
+        return (self.group(key, name) or {}).get(name)
+
+
+def check_folder(path: Path) -> None:
+    """Raises ArgumentError where the path, or what is on the way to it, is something else than a folder."""
+    for each in (path, *path.parents):
+        if os.path.isdir(each):
+            return
+        if os.path.lexists(each):
+            what = "a file" if os.path.exists(each) else "a link to nothing"
+            raise ArgumentError(f"{each}: is {what}, expected a folder")
 
 
 _active: list[CompiledFolder] = []
@@ -201,7 +224,7 @@ def from_environment() -> None:
     try:
         install(CompiledFolder.read(Path(given)))
     except ArgumentError as error:
-        _warn(f"{VARIABLE}: {error}")
+        warn(f"{VARIABLE}: {error}")
 
 
 def _looking_there_first(own: type) -> Any:
@@ -233,11 +256,12 @@ def _looking_there_first(own: type) -> Any:
 def _fits(why_not: str | None) -> bool:
     """Whether the folder may hold what Triton looks for; says once what differs where it cannot."""
     if why_not is not None:
-        _warn(f"{_active[0].path}: {why_not}: none of its kernels is used")
+        warn(f"{_active[0].path}: {why_not}: none of its kernels is used")
     return why_not is None
 
 
-def _warn(text: str) -> None:
+def warn(text: str) -> None:
+    """Says once that a folder, or part of it, is of no use here."""
     if text not in _warned:
         _warned.add(text)
         warnings.warn(f"compiled kernels: {text}", CompiledWarning, stacklevel=3)

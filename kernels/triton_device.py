@@ -11,13 +11,13 @@ import math
 import triton
 import triton.language as tl
 
-FAR = (
-    1 << 16
-)  # beyond every divisor of a loop; from half of it on an axis has 64-bit offsets, which are divided plainly
+# Beyond every divisor of a loop: :func:`divider` serves those below. From half of it on an axis has 64-bit offsets,
+# which are divided plainly.
+FAR = 1 << 16
 
-
-# Where the compiler sees no neighbours along either axis of a tile of addresses, the lanes of a warp run along the last
-# axis; in Triton 3.6 along the first (seen in the layouts that 3.6.0 and 3.7.0 to 3.9.0 give the same kernels).
+# Whether the lanes of a warp run along the last axis of a tile of addresses, where the compiler sees no neighbours
+# along either: in Triton 3.6 they run along the first. Seen in the layouts that 3.6.0 and 3.7.0 to 3.9.0 give the
+# same kernels.
 _TIES_LAST = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 7)
 
 

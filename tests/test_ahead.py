@@ -145,6 +145,26 @@ def test_kernels_that_are_gone_or_cut_off_and_no_others_are_compiled(copied, tmp
     assert {path.name for path in (tmp_path / "cache").rglob("*.cubin")} == {first.name, victim.name}
 
 
+def test_what_is_gone_or_cut_off_is_not_found_and_the_same_command_compiles_it_anew(copied, tmp_path):
+    victims = {rows(copied)[0]["kernels"][0]["key"]}
+    shutil.rmtree(copied / triton_compiled.KERNELS / victims.copy().pop())
+    for module in list(copied.rglob("*.so"))[:1]:
+        module.write_bytes(module.read_bytes()[:-1])
+        victims.add(module.parent.name)
+    lost = sum(
+        bool(victims & {each["key"] for each in row["kernels"]} | victims & {key for key, _ in row["modules"]})
+        for row in rows(copied)
+    )
+    checked = python("-m", "tritonconv", "compile", "--check", copied, "--quiet", cache=tmp_path / "cache")
+    assert checked.stdout.endswith(f"{len(rows(copied)) - lost} of {len(rows(copied))} launches found\n")
+    assert "from the folder" in checked.stdout and checked.returncode == 1
+    done = python("-m", "tritonconv", *COMPILE, copied, cache=tmp_path / "cache")
+    known = len(rows(copied)) - 2 * lost  # each has a second line now
+    assert done.stdout.startswith(f"sm_90: {lost} launches compiled, {known} known before"), done.stderr
+    checked = python("-m", "tritonconv", "compile", "--check", copied, "--quiet", cache=tmp_path / "cache")
+    assert checked.stdout == f"{known + lost} of {known + lost} launches found\n"
+
+
 @pytest.mark.skipif(not hasattr(driver, "make_launcher"), reason="this Triton builds no module for each signature")
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc")
 def test_the_host_side_of_each_launch_is_there_too_and_loads_without_a_compiler(made, tmp_path):
@@ -267,4 +287,4 @@ def test_beside_a_gpu_a_command_says_how_many_launches_it_takes(made, monkeypatc
     monkeypatch.setenv(triton_compiled.VARIABLE, "")
     common.use_compiled(argparse.Namespace(compiled=made, name="tune"), torch.device("cuda", 0))
     assert capsys.readouterr().err == f"tritonconv tune: {made}: {said.format(all=len(rows(made)))}"
-    assert os.environ[triton_compiled.VARIABLE] == (str(made) if gpu == "sm_90" else "")
+    assert os.environ.get(triton_compiled.VARIABLE) == (str(made) if gpu == "sm_90" else None)

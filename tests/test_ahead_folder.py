@@ -57,9 +57,10 @@ def test_what_is_no_folder_of_compiled_kernels_is_an_error_on_the_command_line(t
     ("text", "said"),
     [
         ("{", "cannot be read"),
-        ("[]", "format None, expected 1"),
-        ('{"format": 2}', "format 2, expected 1"),
-        ('{"format": 1}', "damaged: KeyError: 'triton'"),
+        ("[]", "format None, expected 2"),
+        ('{"format": 1}', "format 1, expected 2"),
+        ('{"format": 2}', "damaged: it has no 'triton'"),
+        ("[" * 100_000, "cannot be read"),
     ],
 )
 def test_a_damaged_manifest_is_an_error_that_names_it(tmp_path, text, said):

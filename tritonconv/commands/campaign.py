@@ -20,7 +20,7 @@ from tritonconv.bench.failures import context_is_lost, told
 from tritonconv.bench.options import Options
 from tritonconv.bench.progress import progress
 from tritonconv.bench.summary import columns, summary
-from tritonconv.bench.workloads import ALL, SCALES, at_sizes, suites, workloads
+from tritonconv.bench.workloads import SCALES, at_sizes, suites, workloads
 from tritonconv.campaign import Campaign
 from tritonconv.commands.common import (
     DTYPES,
@@ -31,6 +31,7 @@ from tritonconv.commands.common import (
     add_device,
     add_variant_files,
     load_variant_files,
+    model_suites,
     scale_for,
     use_compiled,
 )
@@ -38,7 +39,6 @@ from tritonconv.commands.common import device as device_of
 from tritonconv.problem import LAYOUTS
 
 HELP = "verify, roofs, tune and bench in one budget; run again, it goes on"
-OTHER_SUITES = ("kernelbench",)  # not layers of models: asked for by name
 # Layers of different classes that are also measured at several sizes: how time grows with work.
 FAMILIES = ("segresnet_deconv_up0", "psmnet_train_64_32", "mednext_k3_dw_128", "monai_unet_spleen_32_2")
 LEAST_SECONDS = 30.0  # for which a new process is worth starting
@@ -84,8 +84,7 @@ def run(options: argparse.Namespace) -> int:
     added = load_variant_files(options)
     device = device_of(options.device)
     gpu = device.type == "cuda"
-    core = tuple(name for name in suites() if name not in (*OTHER_SUITES, ALL))
-    layers = workloads(options.suite or core, options.only)
+    layers = workloads(options.suite or model_suites(), options.only)
     families = (each for each in layers if each.name in FAMILIES)
     wanted = Options(
         layers=(*layers, *(each for family in families for each in at_sizes(family, SIZES["gpu" if gpu else "cpu"]))),

@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 from tritonconv.bench.summary import columns
-from tritonconv.bench.workloads import Workload
+from tritonconv.bench.workloads import ALL, Workload, suites
 from tritonconv.errors import ArgumentError
-from tritonconv.inspection.launches import Launches
+from tritonconv.inspection.launches import Launches, install
 from tritonconv.kernels import registry, triton_compiled
 from tritonconv.kernels.registry import Variant, have_triton
 from tritonconv.kernels.triton_compiled import VARIABLE, CompiledFolder
@@ -23,6 +23,7 @@ OK, WRONG, USAGE, INTERRUPTED = 0, 1, 2, 130
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 AUTO, DEVICE = "auto", re.compile(r"cpu|cuda(:\d+)?")
 RESULTS = Path("results")
+OTHER_SUITES = ("kernelbench",)  # not layers of models: asked for by name
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
@@ -50,6 +51,11 @@ def device(name: str) -> torch.device:
             raise ArgumentError(f"argument --device: got {name!r}, and there are {torch.cuda.device_count()} GPUs")
         torch.cuda.set_device(found)
     return found
+
+
+def model_suites() -> tuple[str, ...]:
+    """The suites whose layers are those of models."""
+    return tuple(name for name in suites() if name not in (*OTHER_SUITES, ALL))
 
 
 def scale_for(given: str | None, device: torch.device) -> str:
@@ -88,32 +94,41 @@ def add_compiled(parser: argparse.ArgumentParser) -> None:
 def use_compiled(options: argparse.Namespace, device: torch.device) -> None:
     """Has this process, and those that it starts, take kernels from the folder of --compiled; says on stderr how many.
 
-    Raises ArgumentError for a folder that is not one.
+    From no other folder: where it does not fit, that of the environment is not taken either. Raises ArgumentError for
+    a folder that is not one.
     """
     if options.compiled is None:
         return
+    triton_compiled.remove()
     try:
         folder = CompiledFolder.read(options.compiled)
+        said = _taken(folder, device)
     except ArgumentError as error:
         raise ArgumentError(f"argument --compiled: {error}") from None
-    said = _taken(folder, device)
     print(f"tritonconv {options.name}: {folder.path}: {said}", file=sys.stderr)
 
 
 def _taken(folder: CompiledFolder, device: torch.device) -> str:
     """Installs the folder where it may serve, and says what it holds for the device."""
-    if device.type != "cuda" or not have_triton():
+    if device.type != "cuda":
         return f"kernels for {', '.join(folder.targets)} serve no {device.type}"
+    if not have_triton():
+        return "Triton is not installed: none of its kernels is used"
     from tritonconv.kernels.triton_target import INTERPRETED, target_name  # needs Triton
 
     if INTERPRETED:
         return "Triton's interpreter takes no compiled kernels"
     if folder.misfit is not None:
         return f"{folder.misfit}: none of its kernels is used"
-    os.environ[VARIABLE] = str(folder.path)
-    triton_compiled.install(folder)
     launches = Launches(folder)
+    os.environ[VARIABLE] = str(folder.path)
+    install(launches)
     mine = [launch for launch in launches if launch.target == target_name()]
-    edited = sum(any(map(launches.edited, launch.kernels)) for launch in mine)
-    said = f"{len(mine) - edited} launches for {target_name()}"
-    return said + (f"; {edited} more are of other sources of the kernels, and not used" if edited else "")
+    fresh = [launch for launch in mine if not any(map(launches.edited, launch.kernels))]
+    whole, edited = sum(map(launches.whole, fresh)), len(mine) - len(fresh)
+    said = f"{whole} launches for {target_name()}"
+    if edited:
+        said += f"; {edited} more are of other sources of the kernels, and not used"
+    if whole < len(fresh):
+        said += f"; of {len(fresh) - whole} more the folder lacks files"
+    return said

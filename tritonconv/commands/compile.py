@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from time import perf_counter
 
@@ -16,10 +17,10 @@ from tritonconv.bench.progress import progress
 from tritonconv.commands.common import OK, WRONG, add_variant_files, load_variant_files
 from tritonconv.commands.problems import add_problems, dtypes_of, tasks_asked_for
 from tritonconv.errors import ArgumentError
-from tritonconv.inspection.ahead import Filled, compile_into, opened
+from tritonconv.inspection.ahead import Filled, compile_into, opened, refused
 from tritonconv.inspection.compiling import GPU, check_compiler, compiling_for
 from tritonconv.inspection.launches import Launches, missing
-from tritonconv.inspection.precompile import Job
+from tritonconv.inspection.precompile import GIVEN_UP, Job
 from tritonconv.inspection.targets import TARGETS
 from tritonconv.kernels.registry import variant
 from tritonconv.kernels.triton_compiled import VARIABLE, CompiledFolder
@@ -30,7 +31,8 @@ from tritonconv.verification import checks_of
 HELP = "compile the tuner's candidates ahead, for a GPU that is not here"
 DESCRIPTION = f"""\
 Fills a folder with the compiled kernels of the candidates that the tuner has for layers, for a model or for one
-problem. It needs no GPU. tune, bench and campaign on the GPU's machine take the folder with --compiled DIR, and every
+problem. It needs no GPU. Without flags it is about what a campaign on a GPU is about without flags: bfloat16, and the
+suites of models. tune, bench and campaign on the GPU's machine take the folder with --compiled DIR, and every
 call takes the one that {VARIABLE} names: what it holds is not compiled there. The machines must have the same
 Triton for the same version of Python, and the same sources of the kernels; tritonconv compile --check DIR, on the
 GPU's machine or any other, says for how many launches that is so, and what differs.
@@ -38,6 +40,7 @@ GPU's machine or any other, says for how many launches that is so, and what diff
 A run that was cut off leaves a folder that can be used, and the same command goes on. The folder can be moved, and
 need not be writable where it is used. It holds code that runs: take only one whose origin you trust.
 """
+DTYPE = "bfloat16"  # as a campaign on a GPU
 MOST_PROCESSES = 8  # each holds torch and a compiler: about 0.7 GB
 MOST_SHOWN = 10  # failures and launches that are not found, each with its reason
 
@@ -46,11 +49,11 @@ def add(parser: argparse.ArgumentParser) -> None:
     """Gives the parser the flags of the command."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description = DESCRIPTION
-    parser.epilog = "example: tritonconv compile --target sm_90 --suite unet --dtype bfloat16 --out compiled"
+    parser.epilog = "example: tritonconv compile --target sm_90 --suite unet --out compiled"
     flags.add_choice(parser, "--target", TARGETS, f"GPUs to compile for: {', '.join(TARGETS)}")
     parser.add_argument("--out", type=Path, metavar="DIR", help="the folder; one of the same Triton is filled further")
     parser.add_argument("--check", type=Path, metavar="DIR", help="say which launches in DIR this machine would find")
-    add_problems(parser, scale="full")
+    add_problems(parser, scale="full", dtype=DTYPE, of_models=True)
     parser.add_argument(
         "--candidates", type=flags.count, default=CONFIGS, metavar="N",
         help="configs of a variant for each pass of a problem (default: %(default)s)",
@@ -83,23 +86,37 @@ def run(options: argparse.Namespace) -> int:
     problems = list(dict.fromkeys(task.problem for task in tasks if task.problem.n and task.problem.c_out))
     begin, filled = perf_counter(), []
     for target in flags.once(options.target, ()):
-        try:
+        with _about_out(options.out):
             folder = opened(options.out, target)
-        except OSError as error:
-            raise ArgumentError(f"argument --out: {error}") from None
         jobs = jobs_of(problems, target, options.candidates) + (_verified(options, target) if options.verify else [])
         if not jobs:
             raise ArgumentError(f"no Triton variant serves any of the problems on {target}")
         left = None if options.seconds is None else max(0.0, options.seconds - (perf_counter() - begin))
         shown = progress(options.quiet, unit="launches", first="starting the compilers")
         try:
-            filled.append(compile_into(folder, jobs, target, options.jobs, left, shown))
+            with _about_out(options.out):
+                filled.append(compile_into(folder, jobs, target, options.jobs, left, shown))
         finally:
             shown.close()
         _report(target, filled[-1])
-    print(_size(folder, sum(each.compiled for each in filled), perf_counter() - begin))
+    with _about_out(options.out):
+        size = _size(folder, sum(each.compiled for each in filled), perf_counter() - begin)
+    print(size)
     nothing = not any(each.compiled or each.known for each in filled)
-    return WRONG if nothing or any(each.faults for each in filled) else OK
+    return WRONG if nothing or any(each.faults or each.given_up for each in filled) else OK
+
+
+@contextlib.contextmanager
+def _about_out(path: Path) -> Iterator[None]:
+    """What cannot be read or written inside the block is an error of --out; not so a reader of stderr that is gone."""
+    try:
+        yield
+    except ArgumentError as error:
+        raise ArgumentError(f"argument --out: {error}") from None
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise ArgumentError(f"argument --out: {refused(error, path)}") from None
 
 
 def _verified(options: argparse.Namespace, target: str) -> list[Job]:
@@ -114,9 +131,11 @@ def _verified(options: argparse.Namespace, target: str) -> list[Job]:
 def _report(target: str, filled: Filled) -> None:
     print(
         f"{target}: {filled.compiled} launches compiled, {filled.known} known before, "
-        f"{len(filled.failed)} cannot be compiled, {filled.left} left"
+        f"{len(filled.failed)} cannot be compiled, {filled.left + filled.given_up} left"
     )
     _show([f"{name} {dict(config)} on {problem}: {why}" for (name, problem, config), why in filled.failed])
+    if filled.given_up:
+        print(f"{filled.given_up} {GIVEN_UP}")
     if filled.left:
         print("the budget was used up; the same command goes on from here")
 
@@ -130,20 +149,21 @@ def _show(lines: Sequence[str]) -> None:
 
 def _size(folder: CompiledFolder, compiled: int, seconds: float) -> str:
     launches = Launches(folder)
-    kernels = {kernel.key for launch in launches for kernel in launch.kernels}
+    whole = [launch for launch in launches if launches.whole(launch)]
+    kernels = {kernel.key for launch in whole for kernel in launch.kernels}
     size = sum(path.stat().st_size for path in folder.path.rglob("*") if path.is_file())
     each = f", {seconds / compiled:.2f} s a launch" if compiled else ""
-    return (
-        f"{folder.path}: {len(launches)} launches of {len(kernels)} kernels, {size / 1e6:.1f} MB; {seconds:.1f} s{each}"
-    )
+    said = f"{len(whole)} launches of {len(kernels)} kernels, {size / 1e6:.1f} MB; {seconds:.1f} s{each}"
+    lacking = len(launches) - len(whole)
+    return f"{folder.path}: {said}" + (f"; of {lacking} more the folder lacks files" if lacking else "")
 
 
 def _check(path: Path, quiet: bool) -> int:
     try:
         folder = CompiledFolder.read(path)
+        launches = Launches(folder)
     except ArgumentError as error:
         raise ArgumentError(f"argument --check: {error}") from None
-    launches = Launches(folder)
     shown = progress(quiet, unit="launches", first="working out the keys")
     try:
         shown.begin(len(launches))

@@ -14,7 +14,7 @@ import torch
 from tritonconv import flags
 from tritonconv.arguments import geometry, problem_of
 from tritonconv.bench.workloads import ALL, SCALES, distinct, in_order, left_out, suites, workloads
-from tritonconv.commands.common import DTYPES
+from tritonconv.commands.common import DTYPES, model_suites
 from tritonconv.errors import ArgumentError
 from tritonconv.problem import LAYOUTS, Problem
 from tritonconv.tuning.api import problems_of
@@ -22,9 +22,13 @@ from tritonconv.tuning.session import tasks_of
 from tritonconv.tuning.tuned import Task
 
 
-def add_problems(parser: argparse.ArgumentParser, scale: str) -> None:
-    """``scale`` is what the help says of the default of --scale."""
-    flags.add_choice(parser, "--suite", suites(), "suites (default: all)")
+def add_problems(parser: argparse.ArgumentParser, scale: str, dtype: str = "float32", of_models: bool = False) -> None:
+    """``scale`` is what the help says of the default of --scale.
+
+    ``dtype`` is the default of --dtype, and ``of_models`` leaves other suites out of that of --suite.
+    """
+    parser.set_defaults(default_dtype=dtype, default_suites=model_suites() if of_models else (ALL,))
+    flags.add_choice(parser, "--suite", suites(), f"suites (default: {'those of models' if of_models else 'all'})")
     parser.add_argument("--only", default="", metavar="TEXT", help="only layers whose name contains TEXT")
     parser.add_argument("--scale", choices=tuple(SCALES), help=f"sizes of the layers (default: {scale})")
     parser.add_argument("--model", metavar="MODULE:FACTORY", help="a function without arguments that makes your model")
@@ -37,7 +41,7 @@ def add_problems(parser: argparse.ArgumentParser, scale: str) -> None:
         parser.add_argument(f"--{name}", type=flags.shape, default=default, metavar="A[xBxC]")
     parser.add_argument("--groups", type=int, default=1, metavar="G")
     parser.add_argument("--bias", action="store_true", help="the one problem has a bias")
-    flags.add_choice(parser, "--dtype", DTYPES, f"{', '.join(DTYPES)} (default: float32; a model: its own)")
+    flags.add_choice(parser, "--dtype", DTYPES, f"{', '.join(DTYPES)} (default: {dtype}; a model: its own)")
     flags.add_choice(parser, "--layout", LAYOUTS, f"{', '.join(LAYOUTS)} (default: both; a model: its own)")
 
 
@@ -57,7 +61,11 @@ def tasks_asked_for(options: argparse.Namespace, device: torch.device, scale: st
         return tasks_of(_of_model(options, device)), "given"
     if options.x is not None:
         return tasks_of(_given(options)), "given"
-    layers = [each for each in workloads(options.suite or ALL, options.only) if left_out(each, scale) is None]
+    layers = [
+        each
+        for each in workloads(options.suite or options.default_suites, options.only)
+        if left_out(each, scale) is None
+    ]
     tasks = [
         Task(layer.problem(dtype, layout, scale), layer.name, layer.suite)
         for layer in in_order(layer for layer, _ in distinct(layers, scale))
@@ -69,7 +77,7 @@ def tasks_asked_for(options: argparse.Namespace, device: torch.device, scale: st
 
 def dtypes_of(options: argparse.Namespace) -> list[torch.dtype]:
     """Those of --dtype."""
-    return [getattr(torch, name) for name in flags.once(options.dtype, ("float32",))]
+    return [getattr(torch, name) for name in flags.once(options.dtype, (options.default_dtype,))]
 
 
 def _given(options: argparse.Namespace) -> Iterator[Problem]:

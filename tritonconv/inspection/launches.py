@@ -7,7 +7,7 @@ import importlib
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,7 @@ class Launch:
     precision: str
     target: str
     kernels: tuple[Kernel, ...]
+    modules: tuple[tuple[str, str], ...] = ()  # Triton's key and the name of each compiled host side
 
     def line(self) -> str:
         """As a line of the folder's list."""
@@ -73,6 +74,11 @@ class Launch:
         }
         row["problem"] = Problem(**fields | {"dtype": getattr(torch, fields["dtype"])})
         row["kernels"] = tuple(Kernel(**each) for each in row["kernels"])
+        row["modules"] = tuple((key, name) for key, name in row["modules"])
+        texts = [row["variant"], row["precision"], row["target"], *row["config"]]
+        for part in (*(astuple(kernel) for kernel in row["kernels"]), *row["modules"]):
+            texts += part
+        "".join(texts).encode()  # raises for what is no text, or none that can be shown
         return cls(**row)
 
     @property
@@ -89,16 +95,19 @@ def precision() -> str:
 
 
 class Launches:
-    """The launches in a folder. A line that a killed run left half written is passed over."""
+    """The launches in a folder. A line that a killed run left half written, or that was damaged, is passed over.
+
+    Raises ArgumentError, which names the list of the folder, where that cannot be read.
+    """
 
     def __init__(self, folder: CompiledFolder) -> None:
         self.folder = folder
         self._by_identity: dict[tuple, Launch] = {}
         self._edited: dict[Kernel, bool] = {}
-        path = folder.path / LAUNCHES
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-            with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
-                self.add(Launch.of(line))
+        self._there: dict[tuple[str, str], bool] = {}
+        for line in _lines(folder.path / LAUNCHES):
+            with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                self.add(Launch.of(line.decode()))
 
     def add(self, launch: Launch) -> None:
         """Also one of the same name that was compiled from other sources, which it replaces."""
@@ -113,12 +122,22 @@ class Launches:
     def has(self, name: str, problem: Problem, config: Config, precision: str, target: str) -> bool:
         """Whether a launch of a variant for a target is there, compiled by this Triton from the sources that are here.
 
-        ``precision`` is that of float32 products: ``tf32`` or ``ieee``.
+        With all its files. ``precision`` is that of float32 products: ``tf32`` or ``ieee``.
         """
         if self.folder.difference is not None:
             return False
         found = self._by_identity.get(self._identity(name, problem, config, precision, target))
-        return found is not None and not any(self.edited(kernel) for kernel in found.kernels)
+        return found is not None and self.whole(found) and not any(self.edited(kernel) for kernel in found.kernels)
+
+    def whole(self, launch: Launch) -> bool:
+        """Whether the folder has each file of the launch, as long as it was written; looked up once."""
+        files = [(kernel.key, f"{kernel.name}.json") for kernel in launch.kernels]
+        return all(self._has_files(*each) for each in (*files, *launch.modules))
+
+    def _has_files(self, key: str, name: str) -> bool:
+        if (key, name) not in self._there:
+            self._there[key, name] = self.folder.group(key, name) is not None
+        return self._there[key, name]
 
     def edited(self, kernel: Kernel) -> bool:
         if kernel not in self._edited:
@@ -131,21 +150,44 @@ class Launches:
         return name, str(problem), tuple(sorted(config.items())), only_of_float32, target
 
 
+def _lines(path: Path) -> list[bytes]:
+    """The lines of the list; none where it is not there, for nothing was compiled yet."""
+    try:
+        return path.read_bytes().splitlines()
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise ArgumentError(f"{path}: cannot be read: {error.strerror}") from None
+
+
 def _asked(launch: Launch) -> tuple[str, Problem, Config, str, str]:
     return launch.variant, launch.problem, launch.config, launch.precision, launch.target
 
 
-_read: list[Launches] = []  # of the folder that is installed
+_read: list[tuple[CompiledFolder, Launches | None]] = []  # of the folder that is installed
+
+
+def install(launches: Launches) -> None:
+    """Has Triton look into the folder, whose list :func:`read_active` then need not read again."""
+    triton_compiled.install(launches.folder)
+    _read[:] = [(launches.folder, launches)]
 
 
 def read_active() -> Launches | None:
-    """The launches of the folder that Triton looks into in this process, read once; None without one."""
+    """The launches of the folder that Triton looks into in this process, read once; None without one.
+
+    Also where its list cannot be read: a call goes on with a warning.
+    """
     folder = triton_compiled.active()
     if folder is None:
         return None
-    if not _read or _read[0].folder is not folder:
-        _read[:] = [Launches(folder)]
-    return _read[0]
+    if not _read or _read[0][0] is not folder:
+        _read[:] = [(folder, None)]
+        try:
+            _read[:] = [(folder, Launches(folder))]
+        except ArgumentError as error:
+            triton_compiled.warn(f"{error}: the tuner does not know what was compiled ahead")
+    return _read[0][1]
 
 
 def missing(
@@ -187,7 +229,7 @@ def _why_not_found(launches: Launches, launch: Launch) -> str | None:
         return f"{error} has other arguments, options or another assembler here"
     except Exception as error:
         return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    return None
+    return None if launches.whole(launch) else "the compiled host side of its launch is gone from the folder"
 
 
 @contextlib.contextmanager

@@ -47,6 +47,7 @@ WORKER = (
 LENGTH = struct.Struct("<I")  # in bytes, of the pickled answer that follows
 
 CRASHED, ENDED = "the compiler ended its process", "compiling ended before this launch"
+GIVEN_UP = "not begun, for the compilers before it ended their processes one after the other"
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ class Precompiler:
         try:
             worker = self._worker()
             if worker is None:
-                return Answer(error=ENDED)
+                return Answer(error=ENDED if self._ended else GIVEN_UP)
             assert worker.stdin is not None and worker.stdout is not None  # pipes
             worker.stdin.write(job)
             (length,) = LENGTH.unpack(_exactly(worker.stdout, LENGTH.size))
