@@ -27,11 +27,12 @@ Kept = tuple[list[Step], "int | tuple[int | None, ...]"]
 class Replay:
     """A ``launch`` with a memory: of a variant, whose first arguments (problem, config) are ``fixed``.
 
-    Calls take the operands after them and return the results.
+    Calls take the operands after them and return the results. ``keeps`` is false of a launch that may do what no tape
+    takes down: each call is then made anew.
     """
 
-    def __init__(self, launch: Callable[..., Any], *fixed: Any, **more: Any) -> None:
-        self.launch = partial(launch, *fixed, **more)
+    def __init__(self, launch: Callable[..., Any], *fixed: Any, keeps: bool = True, **more: Any) -> None:
+        self.launch, self.keeps = partial(launch, *fixed, **more), keeps
         self.kept: dict[tuple, Kept | None] = {}
 
     def __call__(self, *operands: Any) -> Any:
@@ -48,7 +49,7 @@ class Replay:
         if known is None:
             if any(map(_lazy, operands)):
                 return self(*map(_materialised, operands))
-            return self._first(key, operands)
+            return self._first(key, operands) if self.keeps else self.launch(*operands)
         steps, results = known
         values = list(operands)
         _play(steps, values, stream_of(device))

@@ -52,9 +52,12 @@ class Tape:
         return all(_version(tensor) == version for tensor, version in self.versions)
 
     def place(self, tensor: torch.Tensor) -> int:
-        """Where among the values the tensor begins; -1, and the tape is not whole, where it is none of them."""
+        """Where among the values the tensor is; -1, and the tape is not whole, where it is none of them.
+
+        A view that begins where one of them does is another tensor.
+        """
         found = self.places.get(tensor.data_ptr(), -1)
-        self.whole = self.whole and found >= 0
+        self.whole = self.whole and found >= 0 and _alike(tensor, self.values[found])
         return found
 
     def made(self, tensor: torch.Tensor, make: Callable[[], torch.Tensor]) -> None:
@@ -102,7 +105,7 @@ class Tape:
     def _reader(self, tensor: torch.Tensor) -> Filler:
         """Finds a tensor among the values, or a view into one of them."""
         place = self.places.get(tensor.data_ptr(), -1)
-        if place >= 0:
+        if place >= 0 and self.values[place].dtype == tensor.dtype:  # of a view a kernel takes the address alone
             return lambda values: values[place]
         owner = self.owners.get(tensor.untyped_storage().data_ptr(), -1)
         if owner < 0 or self.values[owner].dtype != tensor.dtype:
@@ -113,8 +116,12 @@ class Tape:
         return lambda values: values[owner].as_strided(size, stride, values[owner].storage_offset() + beyond)
 
 
+def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return (one.shape, one.stride(), one.dtype) == (other.shape, other.stride(), other.dtype)
+
+
 def _version(tensor: torch.Tensor) -> int:
-    """How often torch has written to it; 0 where torch does not count (inference mode)."""
+    """How often torch has written to it; 0 where torch does not count, of an operand from inference mode."""
     return 0 if tensor.is_inference() else tensor._version
 
 
@@ -199,10 +206,15 @@ def current() -> Tape | None:
 
 @contextlib.contextmanager
 def recording(operands: Sequence[Any]) -> Iterator[Tape]:
-    """Inside the block the tape takes down what is made and launched."""
+    """Inside the block the tape takes down what is made and launched.
+
+    In inference mode torch would not count its writes to what is made, so the block leaves that mode.
+    """
     tape = Tape(operands)
     token = _tape.set(tape)
+    counting = torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext()
     try:
-        yield tape
+        with counting, torch.no_grad():
+            yield tape
     finally:
         _tape.reset(token)

@@ -10,9 +10,10 @@ import torch
 
 pytest.importorskip("triton")
 
+import tritonconv
 from tritonconv import Problem, dispatch
 from tritonconv.autotune.choose import Selection
-from tritonconv.kernels import triton_launch, triton_transpose
+from tritonconv.kernels import registry, triton_launch, triton_transpose
 from tritonconv.kernels.registry import variant, variants
 from tritonconv.kernels.triton_replay import Replay
 
@@ -194,3 +195,63 @@ def test_one_copy_of_grad_y_serves_both_gradients(monkeypatch):
         assert torch.equal(found[0], want) and torch.equal(found[2], grad_y.sum((0, 2, 3, 4)))
         assert torch.equal(found[1], torch.nn.grad.conv3d_weight(grad_y, COPIED.weight_shape, x, 2, 1))
     assert len(copies) == 2  # of grad_y and of x, in the first call; the later ones replay them
+
+
+def operands() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x, weight, bias, and torch's answer."""
+    x, weight, bias = integers(*UP.x_shape), integers(*UP.weight_shape), integers(3)
+    return x, weight, bias, torch.conv_transpose3d(x, weight, bias, 2)
+
+
+VIEWS = {"turned": lambda y: y.transpose(3, 4), "cut": lambda y: y[..., :4], "squeezed": lambda y: y.squeeze(0)}
+
+
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+def test_a_launch_that_returns_a_view_does_so_each_time(view):
+    """The view begins where the tensor does that the kernel wrote."""
+
+    def launch(problem, config, x, weight, bias):
+        return view(GATHER.launch(problem, config, x, weight, bias))
+
+    replay = Replay(launch, UP, config_of(GATHER, WEIGHT=0))
+    for _ in range(2):
+        *given, want = operands()
+        assert torch.equal(replay(*given), view(want))
+
+
+def test_in_inference_mode_what_torch_writes_beside_a_launch_is_seen():
+    def launch(problem, config, x, weight, bias):
+        return GATHER.launch(problem, config, x, weight, bias).mul_(2)
+
+    replay = Replay(launch, UP, config_of(GATHER, WEIGHT=0))
+    with torch.inference_mode():
+        for _ in range(2):
+            *given, want = operands()
+            assert torch.equal(replay(*given), 2 * want)
+
+
+OUTSIDE = """
+from tritonconv import Variant
+from tritonconv.kernels.registry import variant
+
+gather, factors = variant("forward_gather"), iter(range(1, 9))
+
+def launch(problem, config, x, weight, bias):
+    y = gather.launch(problem, config, x, weight, bias)
+    y.data.mul_(next(factors))  # which no count of versions tells
+    return y
+
+VARIANT = Variant("forward_factor", "forward", "grows", "triton", launch, gather.supports, gather.space, gather.default)
+"""
+
+
+def test_a_variant_from_outside_the_project_is_never_replayed(tmp_path):
+    (tmp_path / "forward_factor.py").write_text(OUTSIDE)
+    record = registry.load(tmp_path / "forward_factor.py")
+    try:
+        *given, want = operands()
+        with tritonconv.use(record.name):
+            for factor in (1, 2, 3):
+                assert torch.equal(tritonconv.conv_transpose3d(*given, 2), factor * want)
+    finally:
+        del registry._records()[record.name], registry._files[record.name]

@@ -22,7 +22,7 @@ from tritonconv.autotune.choose import forget as forget_tables
 from tritonconv.bench import gpu
 from tritonconv.errors import VariantNotApplicable
 from tritonconv.forced import forced
-from tritonconv.kernels.registry import variant, variants
+from tritonconv.kernels.registry import file_of, variant, variants
 from tritonconv.kernels.torch_layout import as_convolutions, to_layout
 from tritonconv.kernels.triton_weights import AS_GIVEN
 from tritonconv.problem import PASSES, Problem
@@ -162,7 +162,7 @@ def _kept(launch: Callable[..., Any], chosen: Selection, problem: Problem, devic
         return as_convolutions(made) if device.type == "cuda" and problem.dtype is torch.float32 else made
     from tritonconv.kernels.triton_replay import Replay  # needs Triton
 
-    return Replay(launch, problem, chosen.config)
+    return Replay(launch, problem, chosen.config, keeps=file_of(chosen.variant.name) is None)
 
 
 def _operand(tensor, chosen: Selection, layout: torch.memory_format):
