@@ -7,6 +7,7 @@ be used is passed over. Asked once per distinct call; the plan that is made of i
 
 from __future__ import annotations
 
+import warnings
 from functools import cache
 from typing import NamedTuple
 
@@ -17,12 +18,15 @@ from tritonconv.autotune.ceilings import Ceilings, from_json, nominal
 from tritonconv.autotune.key import Key, device_name
 from tritonconv.autotune.sources import source_hash
 from tritonconv.autotune.store import Entry, Table
-from tritonconv.errors import ArgumentError
+from tritonconv.errors import ArgumentError, StoreWarning
 from tritonconv.kernels.registry import Config, Variant, variant
 from tritonconv.problem import Problem
 
 # A neighbour's choice may be predicted so many times slower than the untuned one: the model is no finer than that.
 SLACK = 1.5
+# Keys of configs: what must be a power of two begins so, and what is a number of something that must be there.
+TILES = ("BLOCK_", "BIAS_", "num_warps")
+NEVER_0 = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
 
 
 class Selection(NamedTuple):
@@ -91,7 +95,34 @@ def _usable(entry: Entry | None, problem: Problem, device: torch.device) -> Vari
         return None
     if source_hash(record) != entry.source or record.supports(problem, device) is not None:
         return None
+    fault = config_fault(record, entry.config, problem, device)
+    if fault is not None:
+        _warn_once(f"tuned choices: the config of {entry.variant} for {entry.problem} is passed over: {fault}")
+        return None
     return record
+
+
+def config_fault(record: Variant, config: Config, problem: Problem, device: torch.device) -> str | None:
+    """Why a config, such as one that was stored, cannot be a launch's; None where it can.
+
+    A launch takes the keys of the variant's default, tiles and warps that are powers of two, and no negative number.
+    """
+    usual = record.default(problem, device)
+    if config.keys() != usual.keys():
+        return f"its keys are {', '.join(sorted(config)) or 'none'}, expected {', '.join(sorted(usual)) or 'none'}"
+    for name, value in config.items():
+        if type(value) is not int or value < 0:
+            return f"{name} is {value!r}, expected an integer from 0"
+        if value == 0 and name in NEVER_0:
+            return f"{name} is 0, expected an integer above 0"
+        if name.startswith(TILES) and value & (value - 1):
+            return f"{name} is {value}, expected a power of two"
+    return None
+
+
+@cache
+def _warn_once(text: str) -> None:
+    warnings.warn(text, StoreWarning, stacklevel=2)
 
 
 def _said(entry: Entry, where: str) -> str:
