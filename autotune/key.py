@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
-from tritonconv.bench.environment import cpu_name
+from tritonconv.device import cpu_name
 from tritonconv.errors import ArgumentError
 from tritonconv.problem import PASSES, Axis, Problem, Triple
 

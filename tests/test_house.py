@@ -23,11 +23,9 @@ BESIDE = {"Makefile", "LICENSE", "constraints.txt"}
 LAYERS = (
     ("errors", "flags"),
     ("markdown",),
-    ("problem",),
+    ("problem", "device"),
     ("arguments",),
     ("kernels",),
-    ("bench",),
-    ("inspection",),
     ("autotune",),
     ("fallback",),
     ("forced",),
@@ -35,6 +33,9 @@ LAYERS = (
     ("autograd", "operators"),
     ("functional", "explain"),
     ("layer", "matlab_arguments", "initializers", "factors", "matlab", "convert"),
+    # From here on what measures, which no call imports: see the test of the import.
+    ("bench",),
+    ("inspection",),
     ("nulls", "contestants", "cell", "runner", "overhead"),
     ("tuning", "profiling"),
     ("verification", "campaign"),
@@ -102,6 +103,20 @@ def test_lower_layers_do_not_import_higher_ones(path):
             other = "__init__"
         assert own in RANK, f"{module} is in no layer: add it to LAYERS"
         assert RANK[other] <= RANK[own], f"{module} (layer {RANK[own]}) imports {name} (layer {RANK[other]})"
+
+
+def test_the_import_loads_the_product_alone():
+    """A call and its import load nothing that measures; the tuner comes when it is asked for."""
+    code = """
+import sys, torch, tritonconv
+tritonconv.ConvTranspose3d(2, 2, 2, stride=2)(torch.ones(1, 2, 2, 2, 2, requires_grad=True)).sum().backward()
+print(*(name.split(".")[1] for name in sys.modules if name.startswith("tritonconv.")))
+print(tritonconv.tune.__name__)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    loaded, tuner = done.stdout.splitlines()
+    measures = {name for name in RANK if RANK[name] >= RANK["bench"]} - {"__init__"}
+    assert set(loaded.split()) & measures == set() and tuner == "tune"
 
 
 @pytest.mark.parametrize("path", [*sources(), *sorted((ROOT / "tests").glob("*.py"))], ids=lambda path: path.name)

@@ -1,5 +1,7 @@
 """tritonconv: 3-D transposed convolution for PyTorch, and the laboratory that measures it."""
 
+from typing import TYPE_CHECKING, Any
+
 from tritonconv.convert import ConversionReport, convert, restore
 from tritonconv.errors import (
     ArgumentError,
@@ -17,7 +19,9 @@ from tritonconv.kernels.registry import Variant, variants
 from tritonconv.layer import ConvTranspose3d, LazyConvTranspose3d
 from tritonconv.matlab import TransposedConv3dLayer
 from tritonconv.problem import Problem
-from tritonconv.tuning.api import tune
+
+if TYPE_CHECKING:
+    from tritonconv.tuning.api import tune
 
 __version__ = "0.1.0"
 
@@ -43,3 +47,12 @@ __all__ = [
     "use",
     "variants",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The tuner is loaded when it is first asked for: what a call needs imports nothing that measures."""
+    if name == "tune":
+        from tritonconv.tuning.api import tune
+
+        return tune
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

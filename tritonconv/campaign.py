@@ -19,15 +19,16 @@ import torch
 
 from tritonconv import dispatch, overhead
 from tritonconv.autotune import calibrate
-from tritonconv.autotune.ceilings import from_roofs
-from tritonconv.bench import gpu, results, roofs, spent
+from tritonconv.autotune.ceilings import LAUNCH, MATMUL, from_roofs
+from tritonconv.bench import results, roofs, spent
 from tritonconv.bench.failures import told
 from tritonconv.bench.options import Options
 from tritonconv.bench.results import BASELINE, COMPILED, OURS, Run, Writer
-from tritonconv.bench.roofs import LAUNCH, MATMUL, TF32
+from tritonconv.bench.roofs import TF32
 from tritonconv.bench.rows import versions_of
 from tritonconv.bench.workloads import HEROES, distinct, in_order, left_out
 from tritonconv.contestants import served
+from tritonconv.device import current
 from tritonconv.inspection.precompile import Precompiler, target_of
 from tritonconv.runner import header, measure
 from tritonconv.tuning.session import Progress, Session
@@ -84,7 +85,7 @@ class Campaign:
         """
         self.earlier, self.versions = self._earlier(), versions_of(self.device)
         reason = "complete"
-        here, compiling = gpu.current(self.device), Precompiler(target_of(self.device))
+        here, compiling = current(self.device), Precompiler(target_of(self.device))
         with (
             store_of(self.folder),
             Writer(self.folder, results.CAMPAIGN) as writer,

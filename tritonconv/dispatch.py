@@ -19,7 +19,7 @@ from tritonconv.arguments import geometry, problem_of
 from tritonconv.autotune import model, rules
 from tritonconv.autotune.choose import Selection, ceilings_of, choose, untuned
 from tritonconv.autotune.choose import forget as forget_tables
-from tritonconv.bench import gpu
+from tritonconv.device import current
 from tritonconv.errors import VariantNotApplicable
 from tritonconv.forced import forced
 from tritonconv.kernels.registry import file_of, variant, variants
@@ -187,7 +187,7 @@ def plan(problem: Problem, device: torch.device) -> Plan:
     key = (problem, device, named, deterministic)
     found = _by_problem.get(key)
     if found is None:
-        with gpu.current(device):
+        with current(device):
             choices = {f"{name}_choice": _choose(problem, device, name, named, deterministic) for name in PASSES}
         found = _remember(_by_problem, key, Plan(problem, device, **choices))
     return found

@@ -22,6 +22,7 @@ from tritonconv.bench.subject import Subject
 from tritonconv.bench.workloads import ALL, SCALES, distinct, in_order, left_out
 from tritonconv.cell import Cell, CellTimer
 from tritonconv.contestants import launched, why_not
+from tritonconv.device import current
 from tritonconv.inspection.precompile import Job, Precompiler, shared
 
 # Time for one cell (s): what it gets without a budget, and the most it gets with one.
@@ -84,7 +85,7 @@ def measure(
 
     ``compiler`` is one that runs already. Returns the run with ``reason``, ``errors``, ``done`` and ``cells``.
     """
-    here = gpu.current(options.device), gpu.cudnn_benchmark(options.device)
+    here = current(options.device), gpu.cudnn_benchmark(options.device)
     with here[0], here[1], shared(compiler, options.device) as compiling:
         run = _Bench(options, writer, progress, known_roofs)
         run.compile_ahead(compiling)

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+from tritonconv.device import cpu_name
+
 SECONDS_FOR_GIT = 5.0
 
 
@@ -80,18 +82,6 @@ def version(package: str) -> str | None:
     except importlib.metadata.PackageNotFoundError:
         module = sys.modules.get(package)
         return getattr(module, "__version__", None)
-
-
-@cache
-def cpu_name() -> str:
-    """The CPU's model name as Linux shows it, else what Python knows."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return " ".join(line.partition(":")[2].split())
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 @cache

@@ -1,4 +1,4 @@
-"""What only a GPU has: others beside it; and of a call: its CUDA graph, its memory."""
+"""What only a GPU has: of cuDNN the switch, of a call its CUDA graph and its memory."""
 
 from __future__ import annotations
 
@@ -10,19 +10,6 @@ import torch
 from tritonconv.bench.timing import Call
 
 WARM_CALLS = 3  # before a capture: autotuning and lazy allocations do not belong into it
-
-
-@contextlib.contextmanager
-def current(device: torch.device) -> Iterator[None]:
-    """Inside the block a GPU that is named by its index is the current one.
-
-    Of the current one Triton and the configs ask the limits, and on its streams events are recorded.
-    """
-    if device.type != "cuda" or device.index is None or not torch.cuda.is_available():
-        yield
-        return
-    with torch.cuda.device(device):
-        yield
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from tritonconv.autotune.ceilings import COPY_CACHE, COPY_L2, COPY_MEMORY, LAUNCH, MATMUL
 from tritonconv.bench import gpu
 from tritonconv.bench.clock import stopwatch_for
 from tritonconv.bench.timing import Call, quantile
@@ -32,7 +33,6 @@ LAUNCHES, MOST_LAUNCH_SECONDS = 100, 0.2
 TF32 = "tf32"  # the name of a float32 product with TF32
 
 L2_COPIES = 100  # in one timed graph: the flush before it is then of no account
-COPY_CACHE, COPY_MEMORY, COPY_L2, MATMUL, LAUNCH = "copy_cache", "copy_memory", "copy_l2", "matmul", "launch"
 
 
 def measure(device: torch.device, dtypes: Iterable[torch.dtype], seconds: float = 0.3) -> Iterator[dict[str, object]]:

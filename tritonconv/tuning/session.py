@@ -21,6 +21,7 @@ from tritonconv.bench import gpu, spent
 from tritonconv.bench.failures import context_is_lost, disqualifies, told
 from tritonconv.bench.rows import sizes_of, versions_of
 from tritonconv.bench.workloads import ALL
+from tritonconv.device import current
 from tritonconv.errors import ArgumentError
 from tritonconv.inspection.precompile import Job, Precompiler, shared, target_of
 from tritonconv.kernels.registry import variant
@@ -75,7 +76,7 @@ class Session:
 
     def run(self, tasks: Iterable[Task], progress: Progress) -> Report:
         """Raises StoreError before anything is measured where the store cannot be written."""
-        with gpu.current(self.device):
+        with current(self.device):
             return self._run(tasks, progress)
 
     def _run(self, tasks: Iterable[Task], progress: Progress) -> Report:
