@@ -2,7 +2,7 @@
 # make test    runs the tests, in a process per core
 # make test-oldest   runs the tests on the oldest torch and Triton that are served (a CUDA build of torch: 3 GB)
 # make test-gpu    on a machine with a GPU: what only a GPU shows; meant to take two minutes on 16 cores, which compile
-# make test-gpu-all    the exact tests of all kernels compiled, besides: some 4,000 kernels more
+# make test-gpu-all    the exact tests of all kernels compiled, and the rounding on every class of layers, besides
 # make sanitize    each Triton variant on one small shape under NVIDIA's compute-sanitizer
 # make lint    ruff and mypy
 # Each sets up what it needs in a virtual environment first.
@@ -37,7 +37,7 @@ test-gpu: $(VENV)/.test-ready
 	$(VENV)/bin/python $(PYTEST) $(GPU_TESTS)
 
 test-gpu-all: $(VENV)/.test-ready
-	$(VENV)/bin/python $(PYTEST) $(GPU_TESTS) $(KERNEL_TESTS)
+	EVERY_LAYER=1 $(VENV)/bin/python $(PYTEST) $(GPU_TESTS) $(KERNEL_TESTS)
 
 # First without it, on all cores: what is compiled then is in Triton's cache. Then in one process, every allocation of
 # its own, so that an access beyond it is seen.

@@ -153,20 +153,10 @@ def test_roofs_that_an_interrupt_left_out_are_measured_by_the_next_run(tmp_path,
     assert found.results and all(row["percent_of_roof"] > 0 for row in found.results)
 
 
-@pytest.fixture
-def one_thread():
-    """The time of the process is then at most the time that passes, and no longer where others use the cores too."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.usefixtures("one_thread")
 def test_a_budget_ends_it_in_time_with_everything_kept(tmp_path, capsys):
-    begin = time.process_time()
+    begin = time.monotonic()
     assert cli.main(["campaign", "--seconds", "3", "--out", str(tmp_path), "--suite", "unet", "--quiet"]) == 0
-    assert time.process_time() - begin < 6
+    assert time.monotonic() - begin < 6
     assert "the same command goes on from here" in capsys.readouterr().out
     found = results.read(results.latest(tmp_path))
     assert found.end["reason"] == "budget" and found.roofs and (found.timings or found.results)

@@ -6,6 +6,7 @@ A kernel takes a second or two to compile, so a test asks for few: see ``JUDGED`
 from __future__ import annotations
 
 import math
+import os
 
 import pytest
 import torch
@@ -33,11 +34,12 @@ SIZE = (5, 6, 7)
 FEW_CHANNELS = "unetr_32_16"  # of float32 the fused backward serves no wider one
 NOT_SERVED = {("backward_data_fused", "ieee"), ("backward_weight_fused", "ieee")}
 JUDGED = {"bfloat16": (2, 2), "float16": (1, 1), "tf32": (1, 1), "ieee": (1, 1)}
+EVERY_LAYER = "EVERY_LAYER" in os.environ  # make test-gpu-all: each class in each layout in each precision
 
 
 def layers_judged(name: str, precision: str) -> list[Problem]:
     """Cut to what takes no time; precisions that are judged in one layout take turns."""
-    most_layers, most_layouts = JUDGED[precision]
+    most_layers, most_layouts = (len(CLASSES) + 1, len(LAYOUTS)) if EVERY_LAYER else JUDGED[precision]
     layouts = sorted(LAYOUTS, reverse=list(JUDGED).index(precision) % 2 == 1)
     found: list[Problem] = []
     for layer in dict.fromkeys((*CLASSES.values(), FEW_CHANNELS)):
@@ -174,7 +176,7 @@ def test_the_second_call_goes_past_tritons_launcher(monkeypatch):
 
     with tritonconv.use("forward_shuffle", "backward_data_fused", "backward_weight_fused"):
         layer, x, grad_y = next(layers_of(("forward_shuffle", "backward_data_fused", "backward_weight_fused")))
-        first = step(layer, x, grad_y)
+        first = twice(lambda: step(layer, x, grad_y))
         monkeypatch.setattr(JITFunction, "run", None)
         assert all(map(torch.equal, step(layer, x, grad_y), first))
 
@@ -184,9 +186,10 @@ def test_autocast_and_torch_compile_on_a_gpu():
     x = torch.randn(1, 16, 4, 4, 4, device=DEVICE, requires_grad=True)
     with tritonconv.use("forward_shuffle", "backward_data_fused", "backward_weight_fused"):
         with torch.autocast("cuda", dtype=torch.bfloat16):
-            y = layer(x)
+            (y,) = twice(lambda: [layer(x)])
         assert y.dtype is torch.bfloat16
-        eager = torch.autograd.grad(y.float().square().sum(), (x, *layer.parameters()))
+        leaves = (x, *layer.parameters())
+        eager = twice(lambda: list(torch.autograd.grad(y.float().square().sum(), leaves, retain_graph=True)))
         with torch.autocast("cuda", dtype=torch.bfloat16):
             z = torch.compile(layer, fullgraph=True)(x)
         assert torch.equal(y, z)
