@@ -25,7 +25,7 @@ from tritonconv.inspection.targets import TARGETS
 from tritonconv.kernels.registry import variant
 from tritonconv.kernels.triton_compiled import VARIABLE, CompiledFolder
 from tritonconv.problem import LAYOUTS
-from tritonconv.tuning.ahead import CONFIGS, jobs_of, judged
+from tritonconv.tuning.compiled import CONFIGS, jobs_of, judged
 from tritonconv.verification import checks_of
 
 HELP = "compile the tuner's candidates ahead, for a GPU that is not here"

@@ -26,8 +26,8 @@ from tritonconv.errors import ArgumentError
 from tritonconv.inspection.precompile import Job, Precompiler, shared, target_of
 from tritonconv.kernels.registry import variant
 from tritonconv.problem import PASSES, Problem
-from tritonconv.tuning.ahead import compiled_first, held
 from tritonconv.tuning.case import Case
+from tritonconv.tuning.compiled import compiled_first, held
 from tritonconv.tuning.contest import Candidate, Contest, Effort, OutOfTime, candidates
 from tritonconv.tuning.tuned import BUDGET, Report, Task
 from tritonconv.tuning.tuner import ProblemTuner, Winner
