@@ -12,10 +12,11 @@ import tritonconv
 from tritonconv.autotune import choose, journal
 from tritonconv.autotune.key import device_name
 from tritonconv.autotune.sources import source_hash
+from tritonconv.bench import measure
 from tritonconv.bench.rows import versions_of
 from tritonconv.kernels import registry
 from tritonconv.problem import PASSES
-from tritonconv.tuning import case, contest
+from tritonconv.tuning import case
 from tritonconv.tuning.contest import TORCH, Candidate, Contest
 
 LOST = RuntimeError("CUDA error: an illegal memory access was encountered")
@@ -56,8 +57,8 @@ def made(broken, monkeypatch):  # noqa: F811
             return timed(given, watch, seconds, **rounds)
 
         broken(name, launched)
-        timed = contest.interleave
-        monkeypatch.setattr(contest, "interleave", interleaved)
+        timed = measure.interleave
+        monkeypatch.setattr(measure, "interleave", interleaved)
         monkeypatch.setattr(case.Case, "judge", in_stage("verification", case.Case.judge))
         monkeypatch.setattr(Contest, "final", in_stage("final", Contest.final))
         return calls

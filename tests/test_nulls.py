@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tritonconv import Problem, nulls, runner
-from tritonconv.bench import noise, spent
+from tritonconv.bench import measure, noise, spent
 from tritonconv.bench.calls import FORWARD_BACKWARD, make_tensors, torch_call
 from tritonconv.bench.noise import AGAIN, OUR_ROAD, Band, band
 from tritonconv.bench.options import Options
@@ -94,7 +94,7 @@ def test_a_tuning_run_has_null_rows_and_a_choice_is_beyond_them(tmp_path, monkey
     """Torch against torch differs by a tenth, so a candidate that is faster by a twentieth is not chosen."""
     ms = {contest.TORCH: 2.0, AGAIN: 2.2, OUR_ROAD: 1.9, "forward_torch_phases": 1.9}
     monkeypatch.setattr(
-        contest, "interleave", lambda calls, *_, **more: Times({label: [ms.get(label, 2.0)] * 3 for label in calls})
+        measure, "interleave", lambda calls, *_, **more: Times({label: [ms.get(label, 2.0)] * 3 for label in calls})
     )
     monkeypatch.setattr(contest, "HOPELESS", float("inf"))
     written = []

@@ -18,7 +18,7 @@ import tritonconv
 from tritonconv import ArgumentError, Problem, dispatch
 from tritonconv.autotune import choose, journal, store
 from tritonconv.autotune.key import Key, device_name
-from tritonconv.bench import failures, noise
+from tritonconv.bench import failures, measure, noise
 from tritonconv.bench.progress import Silent
 from tritonconv.bench.timing import Times
 from tritonconv.errors import ArgumentTypeError, StoreError
@@ -56,7 +56,7 @@ def clockless(monkeypatch) -> dict[str, float]:
             call()
         return Times({label: [times.get(TORCH if label in noise.NAMES else label, 2.0)] * 3 for label in calls})
 
-    monkeypatch.setattr(contest, "interleave", interleaved)
+    monkeypatch.setattr(measure, "interleave", interleaved)
     monkeypatch.setattr(contest, "HOPELESS", float("inf"))
     return times
 
@@ -113,7 +113,7 @@ def test_within_noise_the_choice_stays_what_it_was(clockless, monkeypatch):
     def noisy(calls, watch, seconds, **rounds):
         return Times({label: [1.0, 2.0, 3.0] if label == TORCH else [2.0, 1.0, 2.0] for label in calls})
 
-    monkeypatch.setattr(contest, "interleave", noisy)
+    monkeypatch.setattr(measure, "interleave", noisy)
     before = [choose.untuned(UP, CPU, name).variant.name for name in PASSES]
     tritonconv.tune(UP)
     assert [winner(name) for name in PASSES] == before
@@ -273,7 +273,7 @@ def line_identity(line: str) -> str:
 
 
 def test_a_store_that_cannot_be_written_is_told_before_anything_is_measured(tmp_path, monkeypatch):
-    monkeypatch.setattr(contest, "interleave", None)
+    monkeypatch.setattr(measure, "interleave", None)
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="file"):
         tritonconv.tune(UP, folder=tmp_path / "file" / "store")

@@ -18,7 +18,7 @@ import torch
 from tritonconv import nulls
 from tritonconv.bench import gpu, spent
 from tritonconv.bench.calls import TensorCall
-from tritonconv.bench.clock import GpuClock
+from tritonconv.bench.clock import GpuClock, gpu_clock
 from tritonconv.bench.environment import OtherPrograms
 from tritonconv.bench.failures import context_is_lost, disqualifies
 from tritonconv.bench.measure import measure
@@ -77,7 +77,7 @@ class CellTimer:
     @cached_property
     def clock(self) -> GpuClock | None:
         """None on a CPU."""
-        return GpuClock(self.options.device) if self.options.device.type == "cuda" else None
+        return gpu_clock(self.options.device)
 
     def measure(self, cell: Cell, seconds: float) -> None:
         """Gates and times a cell in about ``seconds``. Raises where the GPU is lost, behind the row that says so."""

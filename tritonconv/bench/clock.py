@@ -123,9 +123,14 @@ def cpu_stopwatch(call: Call) -> float:
     return (time.perf_counter() - begin) * 1e3
 
 
+def gpu_clock(device: torch.device) -> GpuClock | None:
+    """The clock of a GPU, None for a CPU."""
+    return GpuClock(device) if device.type == "cuda" else None
+
+
 def stopwatch_for(device: torch.device) -> Callable[[Call], float]:
     """The stopwatch of a device's first column: of GPU time on a GPU, of wall time on a CPU."""
-    return GpuClock(device) if device.type == "cuda" else cpu_stopwatch
+    return gpu_clock(device) or cpu_stopwatch
 
 
 def first_column(device: torch.device) -> str:

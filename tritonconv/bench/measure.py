@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -13,9 +14,11 @@ from tritonconv.bench.clock import GpuClock, WallClock, cpu_stopwatch, garbage_w
 from tritonconv.bench.columns import GPU, GRAPH, WALL
 from tritonconv.bench.timing import Call, Ratio, Spread, Times, interleave, warm_up
 
-# Shares of a cell's seconds on a GPU, and of each of these what the warm-up may take.
+# Shares of a cell's seconds on a GPU, and of each time what the warm-up may take.
 SHARES = {GPU: 0.45, GRAPH: 0.3, WALL: 0.25}
-WARM = 0.3
+WARM = 0.2
+
+Watch = Callable[[Call], float]
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,21 @@ def _fields(column: str, times: Spread, ratio: Ratio | None) -> dict[str, object
     }
 
 
+def rounds(
+    calls: Mapping[str, Call], watch: Watch, clock: GpuClock | None, seconds: float, **how: Any
+) -> tuple[Times, Mapping[str, Any]]:
+    """Interleaved in about ``seconds``, on a GPU behind a warm-up, and what its clock told of them.
+
+    ``how`` are the numbers of rounds of :func:`~tritonconv.bench.timing.interleave`.
+    """
+    with spent.on(spent.TIMING), garbage_waits():
+        if clock is None:
+            return interleave(calls, watch, seconds, **how), {}
+        warm_up(calls, watch, WARM * seconds)
+        clock.told()  # of the warm-up
+        return interleave(calls, watch, (1 - WARM) * seconds, **how), clock.told()
+
+
 def measure(
     calls: Mapping[str, Call], baseline: str, device: torch.device, clock: GpuClock | None, seconds: float
 ) -> Measured:
@@ -62,19 +80,14 @@ def measure(
     is such a call, none has.
     """
     if clock is None:
-        with spent.on(spent.TIMING):
-            return Measured({WALL: interleave(calls, cpu_stopwatch, seconds)}, {})
+        return Measured({WALL: rounds(calls, cpu_stopwatch, None, seconds)[0]}, {})
     times: dict[str, Times] = {}
-    told: dict[str, Mapping[str, object]] = {}
+    told: dict[str, Mapping[str, Any]] = {}
 
-    def column(name: str, of: Mapping[str, Call], watch) -> None:
-        share = SHARES[name] * seconds
-        with garbage_waits(), spent.on(spent.TIMING):
-            warm_up(of, watch, WARM * share)
-            clock.told()  # of the warm-up
-            times[name] = interleave(of, watch, (1 - WARM) * share)
+    def column(name: str, of: Mapping[str, Call], watch: Watch) -> None:
+        times[name], of_column = rounds(of, watch, clock, SHARES[name] * seconds)
         if name != WALL:
-            told[name] = clock.told()
+            told[name] = of_column
 
     column(GPU, calls, clock)
     _graphs(calls, baseline, device, partial(column, GRAPH), clock)

@@ -15,12 +15,11 @@ from tritonconv.autotune.ceilings import Ceilings
 from tritonconv.autotune.choose import Selection
 from tritonconv.autotune.journal import FAILED, FINAL, OK, SCREEN, WRONG, Journal, Timing
 from tritonconv.autotune.sources import source_hash
-from tritonconv.bench import spent
+from tritonconv.bench import measure, spent
 from tritonconv.bench.calls import TensorCall
-from tritonconv.bench.clock import GpuClock, cpu_stopwatch, first_column, garbage_waits
+from tritonconv.bench.clock import cpu_stopwatch, first_column, gpu_clock
 from tritonconv.bench.failures import context_is_lost, disqualifies, told
-from tritonconv.bench.measure import Measured
-from tritonconv.bench.timing import Call, Times, interleave, warm_up
+from tritonconv.bench.timing import Call, Times
 from tritonconv.contestants import why_not
 from tritonconv.dispatch import plan_of
 from tritonconv.kernels.registry import Config, Variant, variants
@@ -30,7 +29,6 @@ from tritonconv.tuning.case import Case
 TORCH = "torch"
 # A first call so many times slower than torch's second is not timed again.
 HOPELESS = 8.0
-WARM_SHARE = 0.2  # of a candidate's seconds, for its warm-up on a GPU
 OVERTIME = 2.0  # times its seconds that a screening may take before it leaves configs out
 
 
@@ -141,7 +139,7 @@ class Contest:
     reused: int = 0
 
     def __post_init__(self) -> None:
-        self.clock = GpuClock(self.case.device) if self.case.device.type == "cuda" else None
+        self.clock = gpu_clock(self.case.device)
         self.watch: Callable[[Call], float] = self.clock or cpu_stopwatch
         self._baseline_ms: dict[str, float] = {}
         self._told: Mapping[str, Any] = {}  # what the clock told of the last rounds
@@ -202,13 +200,7 @@ class Contest:
 
     def _rounds(self, calls: Mapping[str, Call], watch: Callable[[Call], float], seconds: float, **rounds) -> Times:
         """Interleaved, on a GPU behind a warm-up."""
-        with spent.on(spent.TIMING), garbage_waits():
-            if self.clock is not None:
-                warm_up(calls, watch, WARM_SHARE * seconds)
-                self.clock.told()  # of the warm-up
-            times = interleave(calls, watch, seconds, **rounds)
-        if self.clock is not None:
-            self._told = self.clock.told()
+        times, self._told = measure.rounds(calls, watch, self.clock, seconds, **rounds)
         return times
 
     def null_rows(self, seconds: float) -> list[dict[str, object]]:
@@ -218,7 +210,7 @@ class Contest:
         with spent.on(spent.TRIALS):
             calls |= nulls.calls(problem, self.case.tensors(problem), "forward")
         times = self._rounds(calls, self.watch, seconds, few_rounds=3, min_rounds=7, max_rounds=200)
-        measured = Measured({first_column(self.case.device): times}, {})
+        measured = measure.Measured({first_column(self.case.device): times}, {})
         return [nulls.fields(name, measured) for name in calls if name != TORCH]
 
     def final(self, calls: Mapping[str, TensorCall], finalists: Mapping[str, Members], seconds: float) -> Times:
