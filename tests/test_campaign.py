@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tritonconv import campaign, cell, cli, contestants, runner, verification
-from tritonconv.bench import measure, results
+from tritonconv.bench import results
 from tritonconv.bench.summary import summary
 from tritonconv.errors import ResultsError
 from tritonconv.forced import forced_variants
@@ -265,16 +265,15 @@ def test_a_check_without_memory_and_checks_of_other_versions_are_made_again(tmp_
     assert f"verify: {made + 2} answers held against float64" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("where", ["candidate", "interleave"])
+@pytest.mark.parametrize("where", ["candidate", "measure"])
 def test_a_cell_that_loses_the_gpu_is_not_begun_again(tmp_path, monkeypatch, capsys, where):
     def lose(*args):
         raise LOST
 
-    module = cell if where == "candidate" else measure
-    real = getattr(module, where)
+    real = getattr(cell, where)
     with monkeypatch.context() as broken:
         broken.setattr(
-            module, where, lambda *args: (lose if args[0] == "tritonconv" or where != "candidate" else real)(*args)
+            cell, where, lambda *args: (lose if args[0] == "tritonconv" or where != "candidate" else real)(*args)
         )
         for count in (1, 2):  # one of each pass
             with pytest.raises(RuntimeError, match="illegal memory access"):
