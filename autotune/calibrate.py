@@ -20,7 +20,7 @@ from tritonconv.autotune import model, store
 from tritonconv.autotune.ceilings import Ceilings, from_json
 from tritonconv.autotune.journal import OK, SCREEN, Timing
 from tritonconv.autotune.key import device_name
-from tritonconv.autotune.sources import source_hash
+from tritonconv.autotune.sources import revision
 from tritonconv.errors import ArgumentError
 from tritonconv.kernels.registry import BACKENDS, Config, Variant, variant
 from tritonconv.problem import Problem
@@ -50,7 +50,7 @@ def samples(timings: Iterable[Timing], problems: Iterable[Problem], versions: Ma
             record = variant(timing.variant)
         except ArgumentError:
             continue
-        if source_hash(record) == timing.source:
+        if revision(record) == timing.source:
             found.append(Sample(record, problem, timing.config, timing.median_ms))
     return found
 

@@ -1,24 +1,27 @@
-"""Which variant and config serve a pass: the tuned choice where there is one, else the rules.
+"""Which variant and config serve a pass: the tuned choice where there is one, else the model's or the rules'.
 
-In this order: the entry of exactly this key; the entry of half or of twice as many voxels, where the cost model does
-not speak against it; what the rules or the model say without measurement. It never tunes and never fails: what cannot
-be used is passed over. Asked once per distinct call; the plan that is made of it is kept by dispatch.
+In this order: a choice that was pinned; the entry of exactly this key, of the same with or without a bias, of half or
+twice as many voxels, the user's own before the shipped ones, and for float16 those of bfloat16; what the model or the
+rules say without measurement. An entry of an earlier revision of its kernel stays in use: what was measured beats what
+was not. Nothing is tuned here and nothing fails: what cannot be used is passed over. Asked once per distinct call; the
+plan that is made of it is kept by dispatch.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from functools import cache
 from typing import NamedTuple
 
 import torch
 
-from tritonconv.autotune import model, rules, store
+from tritonconv.autotune import model, pins, rules, serving, store
 from tritonconv.autotune.ceilings import Ceilings, from_json, nominal
 from tritonconv.autotune.key import Key, device_name
-from tritonconv.autotune.sources import source_hash
+from tritonconv.autotune.sources import revision
 from tritonconv.autotune.store import Entry, Table
-from tritonconv.errors import ArgumentError, StoreWarning
+from tritonconv.errors import ArgumentError, StoreWarning, VariantNotApplicable
 from tritonconv.kernels.registry import Config, Variant, variant
 from tritonconv.problem import Problem
 
@@ -27,79 +30,146 @@ SLACK = 1.5
 # Keys of configs: what must be a power of two begins so, and what is a number of something that must be there.
 TILES = ("BLOCK_", "BIAS_", "num_warps")
 NEVER_0 = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
+# What the kernels were measured in, on the GPUs that the model serves; float32 is torch's own until it is tuned.
+MODELLED = (torch.bfloat16, torch.float16)
 
 
 class Selection(NamedTuple):
-    """What one pass runs, and why."""
+    """What one pass runs, and why. ``entry`` is the stored choice behind it, None where there is none; ``forced`` is
+    what the user named or pinned, which nothing stands in for."""
 
     variant: Variant
     config: Config
     reason: str
+    entry: Entry | None = None
+    forced: bool = False
+
+    @property
+    def outdated(self) -> bool:
+        """The kernel has changed since it was measured."""
+        return self.entry is not None and revision(self.variant) not in ("", self.entry.source)
+
+
+class Source(NamedTuple):
+    """A table that is asked, and what it is, in words."""
+
+    table: Table
+    words: str = ""
 
 
 def choose(problem: Problem, device: torch.device, pass_name: str) -> Selection:
-    """The variant, its config and the reason."""
-    table = table_of(device)
-    if table.entries and problem.n and problem.c_out:
-        key = Key.of(problem, pass_name)
-        exact = table.find(key)
-        found = _usable(exact, problem, device)
-        if exact is not None and found is not None:
-            return Selection(found, exact.config, _said(exact, "this size"))
-        for near in key.neighbours():
-            entry = table.find(near)
+    """The variant, its config and the reason.
+
+    Raises VariantNotApplicable where a pinned variant does not serve the problem, StoreError where the file of the
+    pinned choices cannot be read.
+    """
+    pinned = pins.find(problem, pass_name)
+    if pinned is not None:
+        return _pinned(*pinned, problem, device)
+    if problem.n and problem.c_out:
+        for entry, words, near in _entries(Key.of(problem, pass_name), device):
             found = _usable(entry, problem, device)
-            if entry is not None and found is not None and _plausible(found, entry, problem, device, table):
-                return Selection(found, entry.config, _said(entry, "the neighbouring size"))
+            if found is not None and (not near or _plausible(found, entry, problem, device)):
+                return Selection(found, entry.config, _said(entry, words), entry)
     return untuned(problem, device, pass_name)
 
 
+def _pinned(name: str, config: Config, problem: Problem, device: torch.device) -> Selection:
+    try:
+        record = variant(name)
+    except ArgumentError as error:
+        raise VariantNotApplicable(f"{name} is pinned for {problem}: {error}") from None
+    fault = record.supports(problem, device) or config_fault(record, config, problem, device)
+    if fault is not None:
+        raise VariantNotApplicable(f"{name} is pinned for {problem} and does not serve it here: {fault}")
+    return Selection(record, config, "pinned", forced=True)
+
+
+def _entries(key: Key, device: torch.device) -> Iterator[tuple[Entry, str, bool]]:
+    """The stored choices for a key, the best first: with words, and whether it is a neighbouring size's."""
+    sources = sources_of(device)
+    if not any(source.table.entries for source in sources):
+        return
+    alike = [(key, "this size", False)]
+    if device.type == "cuda":  # where a bias is fused into every kernel
+        alike.append((key.other_bias(), f"this size {'without' if key.bias else 'with'} a bias", False))
+    alike += [(near, "the neighbouring size", True) for each, _, _ in list(alike) for near in each.neighbours()]
+    if key.dtype == "float16" and device.type == "cuda":
+        alike += [(each.in_bfloat16(), f"{words} in bfloat16", near) for each, words, near in alike]
+    for each, words, near in alike:
+        for source in sources:
+            entry = source.table.find(each)
+            if entry is not None:
+                yield entry, words + source.words, near
+
+
 def untuned(problem: Problem, device: torch.device, pass_name: str) -> Selection:
-    """The choice without any stored entry: the model's on a GPU whose ceilings were measured, else the rules'."""
+    """The choice without any stored entry: the model's on a GPU of the kind that it was held against, else the rules',
+    which are torch's own on a GPU."""
     record, because = rules.choose(problem, device, pass_name)
-    by_rules = Selection(record, record.default(problem, device), because)
-    if device.type != "cuda" or problem.n == 0 or problem.c_out == 0:
-        return by_rules
-    ceilings = _measured(table_of(device))
-    if ceilings is None:
-        return by_rules
-    best, config, guess = model.rank(problem, device, pass_name, ceilings)[0]
-    said = f"nothing was tuned near this size; the cost model's first choice: {guess.ms * 1e3:.3g} us, {guess.limit}"
-    return Selection(best, config, said)
+    torchs = Selection(record, record.default(problem, device), because)
+    gpu = serving.part(device)
+    if gpu is None or problem.n == 0 or problem.c_out == 0:
+        return torchs
+    if not serving.modelled(gpu) or problem.dtype not in MODELLED:
+        what = problem.dtype if serving.modelled(gpu) else gpu.name
+        return torchs._replace(
+            reason=f"{because}; nothing was measured near this size for {what}: `tritonconv tune` measures it here"
+        )
+    first = _first(problem, device, pass_name)
+    if first is None or not _serves(first.variant, first.config, problem, device):
+        return torchs
+    return first
+
+
+_firsts: dict[tuple, Selection | None] = {}
+
+
+def _first(problem: Problem, device: torch.device, pass_name: str) -> Selection | None:
+    """The model's first choice, found once for each key: ranking the configs takes longer than a layer does."""
+    key = Key.of(problem, pass_name), device
+    if key not in _firsts:
+        best, config, guess = model.rank(problem, device, pass_name, ceilings_of(device))[0]
+        said = (
+            f"nothing was tuned near this size; the cost model's first choice: {guess.ms * 1e3:.3g} us, {guess.limit}"
+        )
+        _firsts[key] = Selection(best, config, said)
+    return _firsts[key]
 
 
 def ceilings_of(device: torch.device) -> Ceilings:
     """The device's measured ceilings, else nominal ones."""
-    return _measured(table_of(device)) or nominal(device)
+    stored = table_of(device).ceilings
+    return (from_json(stored) if stored else None) or nominal(device)
 
 
-def _measured(table: Table) -> Ceilings | None:
-    return from_json(table.ceilings) if table.ceilings else None
-
-
-def _plausible(record: Variant, entry: Entry, problem: Problem, device: torch.device, table: Table) -> bool:
+def _plausible(record: Variant, entry: Entry, problem: Problem, device: torch.device) -> bool:
     """The model does not expect a neighbour's choice to be much slower than what would run without it."""
-    ceilings = _measured(table) or nominal(device)
     other = untuned(problem, device, record.pass_name)
+    if record.backend != other.variant.backend:  # the model compares kernels with kernels
+        return True
+    ceilings = ceilings_of(device)
     mine = model.estimate(record, problem, entry.config, ceilings)
     return mine.ms <= SLACK * model.estimate(other.variant, problem, other.config, ceilings).ms
 
 
-def _usable(entry: Entry | None, problem: Problem, device: torch.device) -> Variant | None:
-    """The entry's variant, if it is still the one that was measured and serves the problem."""
-    if entry is None:
-        return None
+def _usable(entry: Entry, problem: Problem, device: torch.device) -> Variant | None:
+    """The entry's variant, if it is there and serves the problem with the entry's config."""
     try:
         record = variant(entry.variant)
     except ArgumentError:  # of another version, or of a variant file that is not loaded here
         return None
-    if source_hash(record) != entry.source or record.supports(problem, device) is not None:
+    if record.supports(problem, device) is not None:
         return None
     fault = config_fault(record, entry.config, problem, device)
     if fault is not None:
         _warn_once(f"tuned choices: the config of {entry.variant} for {entry.problem} is passed over: {fault}")
         return None
     return record
+
+
+def _serves(record: Variant, config: Config, problem: Problem, device: torch.device) -> bool:
+    return record.supports(problem, device) is None and config_fault(record, config, problem, device) is None
 
 
 def config_fault(record: Variant, config: Config, problem: Problem, device: torch.device) -> str | None:
@@ -132,10 +202,19 @@ def _said(entry: Entry, where: str) -> str:
     )
 
 
-def table_of(device: torch.device) -> Table:
-    """The table of a device, read when it is first asked for and kept until :func:`forget`."""
+def sources_of(device: torch.device) -> tuple[Source, ...]:
+    """The tables that serve a device, the user's own first; read when first asked for, kept until :func:`forget`."""
     threads = torch.get_num_threads() if device.type == "cpu" else 0
-    return _table(device.type, device.index, threads)
+    return _sources(device.type, device.index, threads)
+
+
+def table_of(device: torch.device) -> Table:
+    """All that is known of a device, in one table."""
+    whole, *others = sources_of(device)
+    table = whole.table
+    for source in others:
+        table = table.over(source.table)
+    return table
 
 
 def adopt(name: str, entries: dict[str, Entry]) -> None:
@@ -148,14 +227,24 @@ _adopted: dict[str, dict[str, Entry]] = {}
 
 
 @cache
-def _table(kind: str, index: int | None, threads: int) -> Table:
+def _sources(kind: str, index: int | None, threads: int) -> tuple[Source, ...]:
+    device = torch.device(kind, index) if index is not None else torch.device(kind)
     try:
-        name = device_name(torch.device(kind, index) if index is not None else torch.device(kind))
-        return Table(name, _adopted.get(name, {})).over(store.read(name))
+        name = device_name(device)
     except (RuntimeError, AssertionError):  # a GPU that is named where there is none
-        return Table(kind)
+        return (Source(Table(kind)),)
+    found = [
+        Source(Table(name, _adopted.get(name, {})).over(store.own(name))),
+        Source(store.shipped(name), " (shipped)"),
+    ]
+    gpu = serving.part(device)
+    other = serving.table_for(gpu) if gpu else None
+    if other is not None and other != name:
+        found.append(Source(store.shipped(other), f" on an {other} (shipped)"))
+    return tuple(found)
 
 
 def forget() -> None:
     """Tables are read anew when they are next asked for."""
-    _table.cache_clear()
+    _sources.cache_clear()
+    _firsts.clear()

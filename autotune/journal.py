@@ -1,7 +1,7 @@
 """Every timing of the tuner, stored at once: what lets a tuning run that was killed go on where it was.
 
 One JSON line per timing, beside the user's table of the device. A timing is used again only for exactly the same
-problem, variant, config, sources and versions. A line that a kill cut short is skipped.
+problem, variant, config, revision and versions. A line that a kill cut short is skipped.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tritonconv.autotune.store import locked, slug, user_folder
+from tritonconv.autotune.store import RENAMED, locked, path_of
 from tritonconv.errors import StoreError, StoreWarning
 
 OK, WRONG, FAILED = "ok", "wrong", "failed"
@@ -61,7 +61,7 @@ class Journal:
 
     @property
     def path(self) -> Path:
-        return (self.folder or user_folder()) / f"{slug(self.device)}.timings.jsonl"
+        return path_of(self.device, self.folder).with_suffix(".timings.jsonl")
 
     @classmethod
     def open(cls, device: str, folder: Path | None = None) -> Journal:
@@ -112,11 +112,12 @@ class Journal:
 def _timing(line: str) -> Timing | None:
     try:
         data: Any = json.loads(line)
-        timing = Timing(**data)
+        name, more = RENAMED.get(data["variant"], (data["variant"], {}))
+        timing = Timing(**{**data, "variant": name, "config": {**data["config"], **more}})
         texts = (timing.problem, timing.pass_name, timing.variant, timing.source, timing.stage)
         times = (timing.median_ms, timing.p20_ms, timing.p80_ms)
         sound = timing.status in STATUSES and all(type(text) is str for text in texts)
         timed = timing.status != OK or all(isinstance(each, (int, float)) and each > 0 for each in times)
-    except (json.JSONDecodeError, TypeError):
+    except (json.JSONDecodeError, KeyError, TypeError):
         return None
     return timing if sound and timed and isinstance(timing.config, dict) else None

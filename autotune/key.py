@@ -1,7 +1,8 @@
 """The key under which a choice is stored: what decides which variant is fastest, and not the exact sizes.
 
 One table belongs to one device. Sizes enter as the class of the crop and as the power of two of the number of input
-voxels, so a new image size finds the choice of its bucket and nothing is tuned again.
+voxels, so a new image size finds the choice of its bucket and nothing is tuned again. The input gradient does not know
+of a bias, and a layer with one shares its key with a layer without.
 """
 
 from __future__ import annotations
@@ -50,13 +51,20 @@ class Key:
             problem.c_in // problem.groups,
             problem.c_out // problem.groups,
             problem.groups,
-            problem.bias,
+            problem.bias and pass_name != "backward_data",
             voxels.bit_length() - 1,
         )
 
     def neighbours(self) -> tuple[Key, Key]:
         """The keys of half and of twice as many voxels."""
         return replace(self, bucket=self.bucket - 1), replace(self, bucket=self.bucket + 1)
+
+    def other_bias(self) -> Key:
+        """The key of the same without a bias, or with one."""
+        return self if self.pass_name == "backward_data" else replace(self, bias=not self.bias)
+
+    def in_bfloat16(self) -> Key:
+        return replace(self, dtype="bfloat16")
 
     def __str__(self) -> str:
         parts = [self.pass_name, self.dtype, self.layout]

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from tritonconv.autotune.ceilings import Ceilings
-from tritonconv.autotune.sources import source_hash
+from tritonconv.autotune.sources import revision
 from tritonconv.kernels import work as kernels_work
 from tritonconv.kernels.registry import Config, Variant, variants
 from tritonconv.kernels.work import LINE, WARP, Work, by_torch
@@ -108,7 +108,7 @@ def kind(record: Variant, work: Work) -> str:
 @cache
 def _sources(record: Variant) -> str:
     own = b"".join(Path(module.__file__ or "").read_bytes() for module in (kernels_work, sys.modules[__name__]))
-    return hashlib.sha256(source_hash(record).encode() + own).hexdigest()[:SOURCES]
+    return hashlib.sha256(revision(record).encode() + own).hexdigest()[:SOURCES]
 
 
 def _factor(record: Variant, work: Work, ceilings: Ceilings) -> float:

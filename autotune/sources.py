@@ -1,59 +1,163 @@
-"""A hash of what a variant is made of: its own file and the files of ``kernels/`` that it imports, directly or not.
+"""The revision of a variant: a hash of the device code that it runs, without comments, docstrings and file names.
 
-A stored choice is trusted while this hash is the same: an edit of one kernel forgets the choices of that kernel and no
-others, and a new version of torch or Triton forgets none.
+A choice that was measured keeps serving when its kernel is edited, and is marked as of an earlier revision. The hash
+follows the names: from what the variant's file defines to what that uses in other files of ``kernels/``. Of a Triton
+variant it is of what the compiler sees, ``@triton`` functions and the constants that they name; a variant of torch's
+operations has no device code of its own, and the hash is of all it uses.
 """
 
 from __future__ import annotations
 
 import ast
 import hashlib
+import importlib.util
 import inspect
 import sys
+from collections.abc import Iterator
 from functools import cache
-from pathlib import Path
+from typing import Any, NamedTuple
 
-from tritonconv.kernels import registry
 from tritonconv.kernels.registry import Variant
 
 PACKAGE = "tritonconv.kernels"
 DIGITS = 16
+# Of the package itself a name is a module; the registry and the counts of the cost model compute nothing.
+APART = (PACKAGE, f"{PACKAGE}.registry", f"{PACKAGE}.work")
 
 
-def source_hash(record: Variant) -> str:
-    """16 hexadecimal digits; the same for the same sources on any machine."""
-    own = Path(registry.__file__).parent / f"{record.name}.py"
-    if not own.exists():  # a variant that lives outside the project
-        own = Path(inspect.getsourcefile(sys.modules[record.launch.__module__]) or "")
-    return _hash_of(own)
+class Place(NamedTuple):
+    """A top-level name of a module."""
+
+    module: str
+    name: str
 
 
 @cache
-def _hash_of(path: Path) -> str:
-    digest = hashlib.sha256()
-    for each in sorted(_with_imports(path), key=lambda found: found.name):
-        digest.update(each.name.encode() + b"\0" + each.read_bytes() + b"\0")
-    return digest.hexdigest()[:DIGITS]
+def revision(record: Variant) -> str:
+    """16 hexadecimal digits, the same for the same code on any machine and Python; "" where the sources are not there,
+    as in a frozen application."""
+    own = f"{PACKAGE}.{record.name}"
+    if importlib.util.find_spec(own) is None:  # a variant that lives outside the project
+        own = record.launch.__module__
+    try:
+        reached = _reached([Place(own, name) for name in _definitions(own)])
+    except OSError:
+        return ""
+    device = [place for place in reached if _on_device(_node(place))]
+    if device:
+        reached = [place for place in _reached(device) if not _on_host(_node(place))]
+    texts = sorted(_text(_node(place)) for place in reached)
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:DIGITS]
 
 
-def _with_imports(path: Path) -> set[Path]:
-    found, waiting = set(), [path]
+def _reached(begin: list[Place]) -> list[Place]:
+    """The definitions of these names and of all that they use, in ``kernels/`` or in the variant's own file."""
+    found: dict[Place, None] = {}
+    waiting = list(begin)
     while waiting:
-        current = waiting.pop()
-        if current not in found:
-            found.add(current)
-            waiting += _imports(current)
+        place = waiting.pop()
+        if place not in found and place.name in _definitions(place.module):
+            found[place] = None
+            waiting += _uses(place)
+    return list(found)
+
+
+@cache
+def _uses(place: Place) -> tuple[Place, ...]:
+    definitions, imported = _definitions(place.module), _imports(place.module)
+    found: dict[Place, None] = {}
+    for node in ast.walk(_node(place)):
+        if isinstance(node, ast.Name):
+            if node.id in definitions:
+                found[Place(place.module, node.id)] = None
+            elif node.id in imported:
+                found[imported[node.id]] = None
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in imported:
+            of_module = imported[node.value.id]  # ``from tritonconv.kernels import forward_phases``
+            found[Place(f"{of_module.module}.{of_module.name}", node.attr)] = None
+    return tuple(each for each in found if each.module not in APART and _is_ours(each.module))
+
+
+def _is_ours(module: str) -> bool:
+    return module in sys.modules or importlib.util.find_spec(module) is not None
+
+
+@cache
+def _tree(module: str) -> ast.Module:
+    """Raises OSError where a module has no source."""
+    if module in sys.modules:
+        return ast.parse(inspect.getsource(sys.modules[module]))
+    spec = importlib.util.find_spec(module)
+    loader: Any = spec.loader if spec is not None else None
+    source = loader.get_source(module) if hasattr(loader, "get_source") else None
+    if source is None:
+        raise OSError(f"{module} has no source")
+    return ast.parse(source)
+
+
+@cache
+def _definitions(module: str) -> dict[str, ast.stmt]:
+    """The top-level functions, classes and assignments of a module, by name."""
+    found: dict[str, ast.stmt] = {}
+    for node in _tree(module).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            found[node.name] = node
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+                found |= {each.id: node for each in ast.walk(target) if isinstance(each, ast.Name)}
     return found
 
 
 @cache
-def _imports(path: Path) -> tuple[Path, ...]:
-    """Files of the package that a file imports; the registry, which every variant imports, computes nothing."""
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module == PACKAGE:
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith(f"{PACKAGE}."):
-            names.add(node.module.removeprefix(f"{PACKAGE}."))
-    folder = Path(registry.__file__).parent
-    return tuple(folder / f"{name}.py" for name in sorted(names - {"registry", "work"}))
+def _imports(module: str) -> dict[str, Place]:
+    """The names that a module imports from ``kernels/``, within functions too."""
+    found: dict[str, Place] = {}
+    for node in ast.walk(_tree(module)):
+        if isinstance(node, ast.ImportFrom) and node.module and (node.module + ".").startswith(f"{PACKAGE}."):
+            found |= {alias.asname or alias.name: Place(node.module, alias.name) for alias in node.names}
+    return found
+
+
+def _node(place: Place) -> ast.stmt:
+    return _definitions(place.module)[place.name]
+
+
+def _on_device(definition: ast.stmt) -> bool:
+    """A function that Triton compiles or evaluates while it does: its decorator is one of Triton's."""
+    decorators = definition.decorator_list if isinstance(definition, ast.FunctionDef) else []
+    return any(ast.unparse(each).startswith("triton.") for each in decorators)
+
+
+def _on_host(definition: ast.stmt) -> bool:
+    """Such as what a decorator names for a profiler."""
+    return isinstance(definition, (ast.FunctionDef, ast.ClassDef)) and not _on_device(definition)
+
+
+def _text(node: ast.AST) -> str:
+    return " ".join(_canonical(node))
+
+
+def _canonical(node: object) -> Iterator[str]:
+    """What ``ast.dump`` gives, without docstrings and without empty fields, of which each Python has its own."""
+    if isinstance(node, ast.AST):
+        yield type(node).__name__
+        for name, value in ast.iter_fields(node):
+            if name == "body" and isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node):
+                value = value[1:]
+            if name == "returns" or (isinstance(node, ast.arg) and name == "annotation" and not _constexpr(value)):
+                continue
+            if value not in (None, [], "") and name != "type_comment":
+                yield f"{name}:"
+                yield from _canonical(value)
+    elif isinstance(node, list):
+        yield "["
+        for each in node:
+            yield from _canonical(each)
+        yield "]"
+    else:
+        yield repr(node)
+
+
+def _constexpr(annotation: object) -> bool:
+    """The one annotation that the compiler reads."""
+    return isinstance(annotation, ast.AST) and "constexpr" in ast.unparse(annotation)

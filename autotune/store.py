@@ -1,21 +1,23 @@
 """The tuned choices: tables shipped with the package, one per device, under the user's own.
 
 The user's folder is ``$TRITONCONV_CACHE``, else ``$XDG_CACHE_HOME/tritonconv``, else ``~/.cache/tritonconv`` (XDG Base
-Directory Specification). A table is one JSON file; it is written whole beside the old one and then put in its place,
-under a lock and with the entries that are there by then, so two processes lose nothing and a reader never sees half a
-file. A file that cannot be read is set aside under another name with a warning.
+Directory Specification). A table is one JSON file, with the format in its name; it is written whole beside the old one
+and then put in its place, under a lock and with the entries that are there by then, so two processes lose nothing and a
+reader never sees half a file. A reader passes a damaged file over with a warning, and never moves one: the next writer
+sets it aside under another name.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
 import secrets
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -23,8 +25,10 @@ from typing import Any
 from tritonconv.autotune.key import Key
 from tritonconv.errors import StoreError, StoreWarning
 
-FORMAT = 1
+FORMAT = 2
 SHIPPED = Path(__file__).resolve().parent / "tables"
+# What became of a variant that was renamed, or merged into another: its name and the config keys that it did not say.
+RENAMED: dict[str, tuple[str, dict[str, int]]] = {}
 LOCK_SECONDS = 60
 Known = dict[str, Any] | None  # ceilings as JSON, where any were measured
 
@@ -34,8 +38,8 @@ class Entry:
     """One stored choice. Times in ms, of the choice and of torch's own in the same rounds.
 
     ``problem`` says in words what was measured, ``timed`` which part of it (a gradient is timed in a training step),
-    ``versions`` what with; ``source`` is the variant's source hash. ``rivals`` is how many candidates it was chosen
-    from: a tuner that knows more of them chooses anew.
+    ``versions`` what with; ``source`` is the variant's revision then (:mod:`tritonconv.autotune.sources`). ``rivals``
+    is how many candidates it was chosen from: a tuner that knows more of them chooses anew.
     """
 
     variant: str
@@ -68,7 +72,8 @@ class Entry:
         )
         if not (config_ok and times_ok and isinstance(entry.versions, dict) and all(type(t) is str for t in texts)):
             raise ValueError(f"not an entry: {data!r}")
-        return entry
+        name, more = RENAMED.get(entry.variant, (entry.variant, {}))
+        return replace(entry, variant=name, config={**entry.config, **more})
 
 
 @dataclass
@@ -103,34 +108,57 @@ def user_folder() -> Path:
 
 
 def slug(device: str) -> str:
-    """The device's name as a file name: ``NVIDIA H200`` is ``nvidia_h200``."""
-    return re.sub(r"[^a-z0-9]+", "_", device.lower()).strip("_") or "device"
+    """The device's name as a file name: ``NVIDIA H200`` is ``nvidia_h200``.
+
+    Where letters do not tell names apart, as in ``AMD EPYC, 2 threads``, a hash of the name follows.
+    """
+    plain = re.sub(r"[^a-z0-9]+", "_", device.lower()).strip("_")
+    if plain and plain == device.lower().replace(" ", "_"):
+        return plain
+    return f"{plain}_{hashlib.sha256(device.encode()).hexdigest()[:6]}".lstrip("_")
+
+
+def path_of(device: str, folder: Path | None = None) -> Path:
+    """The file of a device's table in a folder; None is the user's."""
+    return (folder or user_folder()) / f"{slug(device)}.v{FORMAT}.json"
 
 
 def read(device: str, folder: Path | None = None) -> Table:
     """The table of a device, the user's entries before the shipped ones. Never raises for what a file holds."""
-    name = f"{slug(device)}.json"
-    own = _load((folder or user_folder()) / name, device, aside=True)
-    return own.over(_load(SHIPPED / name, device, aside=False))
+    return own(device, folder).over(shipped(device))
+
+
+def own(device: str, folder: Path | None = None) -> Table:
+    """The user's own table of a device."""
+    return _load(path_of(device, folder), device)[0]
+
+
+def shipped(device: str) -> Table:
+    """The table of a device that comes with the package."""
+    return _load(path_of(device, SHIPPED), device)[0]
 
 
 def merge(table: Table, folder: Path | None = None, ceilings: Callable[[Known], Known] | None = None) -> None:
     """Adds entries (and ceilings, unless None) to the user's table, in place of those with the same key.
 
     ``ceilings`` makes the ceilings of those that :func:`read` would find by then, and no other process comes between.
+    A damaged file is set aside, and what of it was sound is kept.
     Raises StoreError where the folder cannot be written; the old file is then as it was.
     """
-    path = (folder or user_folder()) / f"{slug(table.device)}.json"
+    path = path_of(table.device, folder)
     with locked(path):
-        whole = table.over(_load(path, table.device, aside=True))
+        there, fault = _load(path, table.device)
+        whole = table.over(there)
         if ceilings is not None:
-            whole.ceilings = ceilings(whole.over(_load(SHIPPED / path.name, table.device, aside=False)).ceilings)
+            whole.ceilings = ceilings(whole.over(shipped(table.device)).ceilings)
         new = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         try:
             with new.open("w", encoding="utf-8") as file:
                 file.write(whole.text())
                 file.flush()
                 os.fsync(file.fileno())
+            if fault:
+                _set_aside(path)
             os.replace(new, path)
         except OSError as error:
             with contextlib.suppress(OSError):
@@ -153,19 +181,19 @@ def locked(path: Path) -> Iterator[None]:
         raise StoreError(f"cannot write into {path.parent}: {error}") from None
 
 
-def _load(path: Path, device: str, aside: bool) -> Table:
+def _load(path: Path, device: str) -> tuple[Table, bool]:
+    """What is sound of a file, and whether anything is not, which a warning says."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return Table(device)
+        return Table(device), False
     except OSError as error:  # no permission: the file may be all right
-        warnings.warn(f"tuned choices: cannot read {path}: {error}", StoreWarning, stacklevel=4)
-        return Table(device)
+        return _fault(path, Table(device), f"cannot be read, and is not used: {error}")
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        return _set_aside(path, device, aside, f"not JSON: {error}")
+        return _fault(path, Table(device), f"not JSON, and not used: {error}")
     if not isinstance(data, dict) or data.get("format") != FORMAT or data.get("device") != device:
         found = {name: data.get(name) for name in ("format", "device")} if isinstance(data, dict) else type(data)
-        return _set_aside(path, device, aside, f"expected format {FORMAT} of {device!r}, found {found}")
+        return _fault(path, Table(device), f"expected format {FORMAT} of {device!r}, found {found}; it is not used")
     entries, bad = {}, []
     raw = data.get("entries")
     for key, value in raw.items() if isinstance(raw, dict) else ():
@@ -173,21 +201,22 @@ def _load(path: Path, device: str, aside: bool) -> Table:
             entries[key] = Entry.from_json(value)
         except ValueError:
             bad.append(key)
-    if bad or not isinstance(raw, dict):
-        what = f"{len(bad)} entries that are none, the first of {bad[0]!r}" if bad else "no entries"
-        return Table(device, entries, None).over(_set_aside(path, device, aside, what))
     ceilings = data.get("ceilings")
-    return Table(device, entries, ceilings if isinstance(ceilings, dict) else None)
+    table = Table(device, entries, ceilings if isinstance(ceilings, dict) else None)
+    if bad or not isinstance(raw, dict):
+        what = f"{len(bad)} invalid entries (first: {bad[0]!r}) are" if bad else "no entries; it is"
+        return _fault(path, table, f"{what} not used")
+    return table, False
 
 
-def _set_aside(path: Path, device: str, aside: bool, why: str) -> Table:
-    """An empty table; the user's file gets another name, a shipped one is left."""
-    where = "it is not used"
-    if aside:
-        stamp = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%S")
-        kept = path.with_name(f"{path.stem}.damaged-{stamp}-{secrets.token_hex(2)}")
-        with contextlib.suppress(OSError):
-            os.replace(path, kept)
-            where = f"it was set aside as {kept.name}"
-    warnings.warn(f"tuned choices: {path}: {why}; {where}", StoreWarning, stacklevel=5)
-    return Table(device)
+def _fault(path: Path, sound: Table, why: str) -> tuple[Table, bool]:
+    warnings.warn(f"tuned choices: {path}: {why}", StoreWarning, stacklevel=5)
+    return sound, True
+
+
+def _set_aside(path: Path) -> None:
+    stamp = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%S")
+    kept = path.with_name(f"{path.stem}.damaged-{stamp}-{secrets.token_hex(2)}")
+    with contextlib.suppress(OSError):
+        os.replace(path, kept)
+        warnings.warn(f"tuned choices: {path} was set aside as {kept.name}", StoreWarning, stacklevel=4)

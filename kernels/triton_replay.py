@@ -3,19 +3,26 @@
 A variant's ``launch`` computes its grid and a few dozen arguments from the problem, the config and the strides of the
 operands. The next call with operands of the same strides and alignment repeats its steps instead (see
 :mod:`tritonconv.kernels.triton_tape`): new results and workspaces, the weight packed anew, the same kernels.
+
+A launch may have a standby, torch's own operation. It runs while the launch's kernels are compiled in the background,
+and for good where they cannot be compiled or launched, which one warning says.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 
-from tritonconv.kernels import triton_tape
-from tritonconv.kernels.triton_launch import compiling, precision, stream_of
+from tritonconv.device import current
+from tritonconv.errors import KernelWarning
+from tritonconv.kernels import triton_background, triton_tape
+from tritonconv.kernels.triton_launch import compile_only, compiling, precision, stream_of
 from tritonconv.kernels.triton_tape import Step, Tape
+from tritonconv.kernels.triton_target import INTERPRETED
 
 MOST_KEPT = 64  # kinds of operands of one plan
 ALIGNMENT = 16  # bytes: what Triton specialises pointers on
@@ -28,12 +35,21 @@ class Replay:
     """A ``launch`` with a memory: of a variant, whose first arguments (problem, config) are ``fixed``.
 
     Calls take the operands after them and return the results. ``keeps`` is false of a launch that may do what no tape
-    takes down: each call is then made anew.
+    takes down: each call is then made anew. ``standby`` computes the same of the same operands.
     """
 
-    def __init__(self, launch: Callable[..., Any], *fixed: Any, keeps: bool = True, **more: Any) -> None:
+    def __init__(
+        self,
+        launch: Callable[..., Any],
+        *fixed: Any,
+        keeps: bool = True,
+        standby: Callable[..., Any] | None = None,
+        **more: Any,
+    ) -> None:
         self.launch, self.keeps = partial(launch, *fixed, **more), keeps
+        self.standby = None if INTERPRETED else standby  # which compiles nothing
         self.kept: dict[tuple, Kept | None] = {}
+        self.compiled: dict[tuple, Compiled] = {}
 
     def __call__(self, *operands: Any) -> Any:
         """At least one operand is a tensor; the others may be None or bool. All tensors are on one device."""
@@ -44,12 +60,20 @@ class Replay:
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):  # whose limits the launch asks for, too
                 return self(*operands)
-        key = (precision(first.dtype), device, *map(_kind, operands))
+        try:
+            key = (precision(first.dtype), device, *map(_kind, operands))
+        except Exception as error:  # Triton has no driver
+            if self.standby is None:
+                raise
+            _warn(error)
+            return self.standby(*operands)
         known = self.kept.get(key)
         if known is None:
             if any(map(_lazy, operands)):
                 return self(*map(_materialised, operands))
-            return self._first(key, operands) if self.keeps else self.launch(*operands)
+            if self.standby is not None:
+                return self._behind_standby(key, operands, device)
+            return self._anew(key, operands)
         steps, results = known
         values = list(operands)
         _play(steps, values, stream_of(device))
@@ -57,12 +81,79 @@ class Replay:
             return values[results]
         return tuple(None if place is None else values[place] for place in results)
 
+    def _behind_standby(self, key: tuple, operands: tuple, device: torch.device) -> Any:
+        """The launch where its kernels are compiled, else the standby."""
+        assert self.standby is not None  # the caller asked
+        known = self.compiled.get(key)
+        if known is None:
+            known = self.compiled[key] = Compiled(self.launch, operands, device)
+            triton_background.submit(known.compile)
+        if known.ready and not _capturing(device):  # loading a kernel may end a capture
+            try:
+                return self._anew(key, operands)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                known.ready, known.error = False, error
+        if known.error is not None:
+            _warn(known.error)
+        return self.standby(*operands)
+
+    def _anew(self, key: tuple, operands: tuple) -> Any:
+        return self._first(key, operands) if self.keeps else self.launch(*operands)
+
     def _first(self, key: tuple, operands: tuple) -> Any:
         with triton_tape.recording(operands) as tape:
             result = self.launch(*operands)
-        if tape.told_apart and key not in self.kept and len(self.kept) < MOST_KEPT:
+        if tape.told_apart and key not in self.kept:
+            if len(self.kept) >= MOST_KEPT:  # the kinds of operands change: the oldest have had their time
+                del self.kept[next(iter(self.kept))]
             self.kept[key] = _kept(tape, result)
         return result
+
+
+class Compiled:
+    """The kernels of a launch for one kind of operands: ``ready``, or the ``error`` that their compilation raised."""
+
+    def __init__(self, launch: Callable[..., Any], operands: tuple, device: torch.device) -> None:
+        self.launch, self.device = launch, device
+        self.operands = tuple(_shape_alone(each) for each in operands)
+        self.ready = False
+        self.error: Exception | None = None
+
+    def compile(self) -> None:
+        try:
+            with current(self.device), compile_only():
+                self.launch(*self.operands)
+        except Exception as error:
+            self.error = error
+        else:
+            self.ready = True
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _shape_alone(operand: Any) -> Any:
+    """The operand without its memory."""
+    if not isinstance(operand, torch.Tensor):
+        return operand
+    return torch.empty_strided(operand.shape, operand.stride(), dtype=operand.dtype, device="meta")
+
+
+def _warn(error: Exception) -> None:
+    lines = str(error).strip().splitlines() or [""]
+    _warn_once(f"{type(error).__name__}: {lines[0]}")
+
+
+@cache
+def _warn_once(what: str) -> None:
+    warnings.warn(
+        f"a Triton kernel of tritonconv cannot be compiled or launched here, and torch's own runs instead ({what})",
+        KernelWarning,
+        stacklevel=2,
+    )
 
 
 def _play(steps: list[Step], values: list, stream: int) -> None:

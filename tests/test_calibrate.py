@@ -16,7 +16,7 @@ from tritonconv.autotune import calibrate, ceilings, model, store
 from tritonconv.autotune.calibrate import LEAST, Sample
 from tritonconv.autotune.journal import Journal, Timing
 from tritonconv.autotune.key import device_name
-from tritonconv.autotune.sources import source_hash
+from tritonconv.autotune.sources import revision
 from tritonconv.bench.progress import Silent
 from tritonconv.inspection.precompile import Precompiler
 from tritonconv.kernels import registry
@@ -87,7 +87,7 @@ def test_what_was_hardly_timed_has_the_factor_of_all_kernels_of_its_backend():
 @needs_triton
 def test_a_kernel_that_was_edited_has_no_factor_of_its_own_any_more(monkeypatch):
     before = kind(NAME)
-    monkeypatch.setattr(model, "source_hash", lambda record: "another")
+    monkeypatch.setattr(model, "revision", lambda record: "another")
     model._sources.cache_clear()
     assert kind(NAME) != before and kind(NAME).split()[0] == NAME
     model._sources.cache_clear()
@@ -107,7 +107,7 @@ def test_samples_are_of_the_variants_as_they_are_now_and_of_these_problems():
     record = variant("forward_torch_native")
 
     def timing(text, name=record.name, source=None, stage="screen", versions=(), **more) -> Timing:
-        own = source or source_hash(record)
+        own = source or revision(record)
         return Timing(text, "forward", name, {}, own, stage, dict(versions), **{"median_ms": 1.0, **more})
 
     kept = timing(str(each), median_ms=3.0)
@@ -135,7 +135,7 @@ def test_a_tuning_run_corrects_its_predictions_by_what_it_timed_and_keeps_older_
 
 def timing_of(one: Sample) -> Timing:
     record = one.record
-    return Timing(str(one.problem), record.pass_name, record.name, one.config, source_hash(record), "screen", {},
+    return Timing(str(one.problem), record.pass_name, record.name, one.config, revision(record), "screen", {},
                   median_ms=one.ms, p20_ms=one.ms, p80_ms=one.ms)  # fmt: skip
 
 

@@ -13,9 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from tritonconv import campaign, cell, cli, contestants, runner, verification
+from tritonconv import campaign, cell, cli, contestants, dispatch, runner, verification
+from tritonconv.autotune import choose
 from tritonconv.bench import results
 from tritonconv.bench.summary import summary
+from tritonconv.bench.workloads import workload
 from tritonconv.errors import ResultsError
 from tritonconv.forced import forced_variants
 from tritonconv.inspection import precompile
@@ -26,12 +28,17 @@ SMALL = ("--suite", "unet", "--only", "spleen_64_16", "--layout", "ncdhw", "--qu
 
 
 @pytest.fixture(autouse=True)
-def few(monkeypatch):
-    """Two classes of layers are verified, and a problem is tuned in no time."""
+def few(tmp_path, monkeypatch):
+    """Two classes of layers are verified, a problem is tuned in no time, and the user's store is the test's own."""
+    monkeypatch.setenv("TRITONCONV_CACHE", str(tmp_path / "own"))
     monkeypatch.setattr(verification, "CLASSES", {"k2s2": "segresnet_deconv_up2", "k3s2": "psmnet_train_64_32"})
     monkeypatch.setattr(verification, "CHECKED_AXES", 3)
     monkeypatch.setattr(session, "WHOLE", session.WHOLE._replace(seconds=0.2))
     monkeypatch.setattr(runner, "MOST_CELL_SECONDS", 0.2)
+    dispatch.forget()
+    yield
+    monkeypatch.undo()
+    dispatch.forget()
 
 
 def run(folder: Path, seconds: float, *more: str) -> int:
@@ -49,7 +56,9 @@ def test_one_command_does_all_steps_in_one_file_and_a_second_run_repeats_nothing
     assert all(getattr(first, kind) for kind in ("roofs", "checks", "timings", "tuned", "results", "overheads"))
     assert {row["layer"] for row in first.checks} == {"segresnet_deconv_up2", "psmnet_train_64_32"}
     assert os.environ["TRITONCONV_CACHE"] == before
-    assert list((tmp_path / "store").glob("*threads.json")) and not list(Path(before).glob("*.json"))
+    (own,) = Path(before).glob("*.json")
+    assert [path.name for path in (tmp_path / "store").glob("*.json")] == [own.name]
+    assert "choices: 3 in your store" in out and str(own) in out
 
     assert run(tmp_path, 30) == 0
     again = capsys.readouterr().out
@@ -59,6 +68,16 @@ def test_one_command_does_all_steps_in_one_file_and_a_second_run_repeats_nothing
     assert not (second.roofs or second.checks or second.timings or second.results or second.overheads)
     whole = results.load(tmp_path)
     assert len(whole.results) == len(first.results) and whole.run == second.run
+
+
+def test_later_calls_take_what_a_campaign_chose(tmp_path, monkeypatch, capsys):
+    problem = workload("monai_unet_spleen_64_16").problem(torch.float32, "ncdhw", "cpu")
+    assert run(tmp_path, 30, "--no-install") == 0
+    assert "TRITONCONV_CACHE=" in capsys.readouterr().out
+    assert not (tmp_path / "own").exists()
+    assert "tuned" not in choose.choose(problem, torch.device("cpu"), "forward").reason
+    assert run(tmp_path, 30) == 0
+    assert "tuned on this size" in choose.choose(problem, torch.device("cpu"), "forward").reason
 
 
 def test_torch_compile_is_asked_last_and_adds_its_rows_alone(tmp_path, monkeypatch, capsys):
@@ -108,7 +127,7 @@ def test_cells_of_other_sources_other_versions_or_rows_that_do_not_say_are_measu
 
     assert again in said() and known in said()
     with monkeypatch.context() as edited:
-        edited.setattr(contestants, "source_hash", lambda record: "an edited kernel")
+        edited.setattr(contestants, "revision", lambda record: "an edited kernel")
         assert again in said() and known in said()
     with monkeypatch.context() as updated:
         newer = {"torch": "99", "triton": None}
@@ -214,7 +233,7 @@ def test_a_check_that_loses_the_gpu_ends_the_run_with_its_row_and_the_next_goes_
     assert run(tmp_path, 20) == 1  # wrong or failed answers are known, though none was asked for again
     found = results.load(tmp_path)
     assert found.end["reason"] != "error" and len(found.errors) == 2 and found.results
-    monkeypatch.setattr(verification, "source_hash", lambda record: f"{record.name}, edited")
+    monkeypatch.setattr(verification, "revision", lambda record: f"{record.name}, edited")
     with pytest.raises(RuntimeError, match="illegal memory access"):
         run(tmp_path, 20)
 
@@ -282,7 +301,7 @@ def test_a_cell_that_loses_the_gpu_is_not_begun_again(tmp_path, monkeypatch, cap
             assert found.end["reason"] == "error" and len({row["pass"] for row in found.errors}) == count
         assert run(tmp_path, 20) == 0
     assert "bench: 0 of 0 cells, 2 known before" in capsys.readouterr().out
-    monkeypatch.setattr(contestants, "source_hash", lambda record: "an edited kernel")
+    monkeypatch.setattr(contestants, "revision", lambda record: "an edited kernel")
     assert run(tmp_path, 20) == 0
     assert "bench: 2 of 2 cells, 0 known before" in capsys.readouterr().out
 

@@ -263,7 +263,7 @@ def test_blocks_nest_and_the_inner_one_wins_per_pass():
                 assert chosen() == ("forward_torch_other_layout", "backward_data_torch_conv", PHASES[2])
         assert chosen() == (PHASES[0], "backward_data_torch_conv", usual[2])
         made = dispatch.plan_for(X, WEIGHT, None, 2, 0, 0, 1, 1)
-        assert made.forward_choice.reason == "forced by tritonconv.use"
+        assert made.choice("forward").reason == "forced by tritonconv.use"
     with pytest.raises(KeyError), tritonconv.use(*PHASES):
         raise KeyError
     assert chosen() == usual, "an error leaves the block too"
@@ -284,10 +284,26 @@ def test_use_refuses_unknown_names_and_two_of_a_pass():
     assert forced_variants() == ()
 
 
-def test_a_variant_that_does_not_serve_is_refused_even_for_a_pass_that_does_not_run(fresh):
-    with tritonconv.use("backward_weight_torch_shuffle"), pytest.raises(VariantNotApplicable, match="kernel = stride"):
+def test_a_variant_that_does_not_serve_is_refused_in_the_forward_of_a_training_step(fresh):
+    with tritonconv.use("backward_weight_torch_shuffle"):
+        for _ in range(2):
+            with pytest.raises(VariantNotApplicable, match="kernel = stride"):
+                tritonconv.conv_transpose3d(X, WEIGHT.clone().requires_grad_(), BIAS, 2)
+
+
+def test_a_pass_is_chosen_when_it_is_first_needed(fresh, monkeypatch):
+    asked = []
+    real = dispatch._choose
+    monkeypatch.setattr(dispatch, "_choose", lambda *args: asked.append(args[-1]) or real(*args))
+    with tritonconv.use("backward_weight_torch_shuffle"):  # which does not serve, and is not needed
         tritonconv.conv_transpose3d(X, WEIGHT, BIAS, 2)
-    assert dispatch._by_call == dispatch._by_problem == {}
+        with torch.no_grad():
+            tritonconv.conv_transpose3d(X, WEIGHT.clone().requires_grad_(), BIAS, 2)
+    assert asked == ["forward"]
+    weight = WEIGHT.clone().requires_grad_()
+    y = tritonconv.conv_transpose3d(X, weight, BIAS, 2)
+    y.sum().backward()
+    assert set(asked) == set(PASSES)
 
 
 def test_matrices_are_multiplied_as_convolutions_are(monkeypatch):

@@ -11,7 +11,7 @@ from test_tuning import CPU, UP, broken, clockless, entries, folder, raising, wi
 import tritonconv
 from tritonconv.autotune import choose, journal
 from tritonconv.autotune.key import device_name
-from tritonconv.autotune.sources import source_hash
+from tritonconv.autotune.sources import revision
 from tritonconv.bench import measure
 from tritonconv.bench.rows import versions_of
 from tritonconv.kernels import registry
@@ -114,7 +114,7 @@ def test_a_stored_choice_that_lost_the_gpu_since_is_chosen_anew(clockless):  # n
     assert winner("forward") == "forward_torch_phases" and len(tritonconv.tune(UP).known) == 1
     record = registry.variant("forward_torch_phases")
     journal.Journal.open(device_name(CPU)).add(
-        journal.Timing(str(UP), "forward", record.name, {}, source_hash(record), journal.SCREEN, versions_of(CPU),
+        journal.Timing(str(UP), "forward", record.name, {}, revision(record), journal.SCREEN, versions_of(CPU),
                        status=journal.FAILED, message=str(LOST))
     )  # fmt: skip
     assert tritonconv.tune(UP).known == []

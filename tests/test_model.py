@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from tritonconv import cli
-from tritonconv.autotune import ceilings, choose, model
+from tritonconv.autotune import ceilings, choose, model, serving
 from tritonconv.autotune.ceilings import Ceilings
+from tritonconv.autotune.choose import Source
 from tritonconv.autotune.key import Key
-from tritonconv.autotune.sources import source_hash
+from tritonconv.autotune.serving import Part
+from tritonconv.autotune.sources import revision
 from tritonconv.autotune.store import Entry, Table
 from tritonconv.bench.workloads import distinct, workload, workloads
 from tritonconv.kernels import registry
@@ -177,13 +179,14 @@ class TestTheKernels:
         # A kernel that executes eight products for each one that counts is no candidate at first.
         assert not any("forward_gather" in label for label in labels[0])
 
-    def test_the_model_is_the_default_on_a_gpu_that_was_measured(self, tmp_path, monkeypatch):
+    def test_the_model_is_the_default_on_a_gpu_that_it_was_held_against(self, monkeypatch):
+        monkeypatch.setattr(choose, "_firsts", {})
         measured = dataclasses.replace(GPU, measured=True).to_json()
         each = problem("segresnet_deconv_up2", layout="ncdhw")
-        tables = {"cuda": Table("gpu")}
-        monkeypatch.setattr(choose, "table_of", lambda device: tables["cuda"])
+        monkeypatch.setattr(serving, "part", lambda device: Part("gpu", (8, 0), 108))
+        monkeypatch.setattr(choose, "sources_of", lambda device: (Source(Table("gpu", {}, measured)),))
         assert choose.choose(each, CUDA, "forward").variant.name == "forward_torch_native"
-        tables["cuda"] = Table("gpu", {}, measured)
+        monkeypatch.setattr(serving, "part", lambda device: Part("gpu", (9, 0), 132))
         found = choose.choose(each, CUDA, "forward")
         assert found.variant.backend == "triton" and "cost model" in found.reason
         assert found[:2] == model.rank(each, CUDA, "forward", GPU)[0][:2]
@@ -196,9 +199,11 @@ class TestTheKernels:
         def chosen_with(name: str) -> str:
             record = variant(name)
             config = dict(record.default(near, CUDA))
-            entry = Entry(name, config, 1.0, 2.0, source_hash(record), "", "forward", "2026-01-01", {})
+            entry = Entry(name, config, 1.0, 2.0, revision(record), "", "forward", "2026-01-01", {})
             table = Table("gpu", {str(Key.of(near, "forward")): entry}, measured)
-            monkeypatch.setattr(choose, "table_of", lambda device: table)
+            monkeypatch.setattr(choose, "sources_of", lambda device: (Source(table),))
+            monkeypatch.setattr(serving, "part", lambda device: Part("gpu", (9, 0), 132))
+            monkeypatch.setattr(choose, "_firsts", {})
             return choose.choose(each, CUDA, "forward").variant.name
 
         likely = next(r.name for r, *_ in model.rank(each, CUDA, "forward", GPU) if r.backend == "triton")
@@ -209,9 +214,9 @@ class TestTheKernels:
         each = dataclasses.replace(problem("psmnet_train_64_32"), size=(1, 1, 1), out_size=(2, 2, 2), n=1)
         record = variant("forward_phases")
         config = {**record.default(each, CUDA), "num_stages": 1}
-        entry = Entry(record.name, config, 1.0, 2.0, source_hash(record), "", "forward", "2026-01-01", {})
+        entry = Entry(record.name, config, 1.0, 2.0, revision(record), "", "forward", "2026-01-01", {})
         table = Table("gpu", {str(Key.of(each, "forward")): entry}, dataclasses.replace(GPU, measured=True).to_json())
-        monkeypatch.setattr(choose, "table_of", lambda device: table)
+        monkeypatch.setattr(choose, "sources_of", lambda device: (Source(table),))
         empty = dataclasses.replace(each, n=0)
         assert choose.choose(empty, CUDA, "forward").variant.name == "forward_torch_native"
         assert model.estimate(record, empty, config, GPU).ms < 1

@@ -13,9 +13,11 @@ import torch
 import torch.nn.functional as F
 
 from tritonconv import cell, contestants, dispatch, runner
-from tritonconv.autotune import choose
+from tritonconv.autotune import choose, serving
 from tritonconv.autotune.ceilings import nominal
-from tritonconv.autotune.sources import source_hash
+from tritonconv.autotune.choose import Source
+from tritonconv.autotune.serving import Part
+from tritonconv.autotune.sources import revision
 from tritonconv.autotune.store import Table
 from tritonconv.bench import gpu
 from tritonconv.bench.calls import ALL_PASSES
@@ -67,7 +69,9 @@ def test_kernels_are_compiled_ahead_each_once_in_the_order_of_the_cells(monkeypa
     pytest.importorskip("triton")
     cuda = torch.device("cuda")
     measured = dataclasses.replace(nominal(cuda), measured=True).to_json()
-    monkeypatch.setattr(choose, "table_of", lambda device: Table("gpu", {}, measured))
+    monkeypatch.setattr(choose, "sources_of", lambda device: (Source(Table("gpu", {}, measured)),))
+    monkeypatch.setattr(serving, "part", lambda device: Part("gpu", (9, 0), 132))
+    monkeypatch.setattr(choose, "_firsts", {})
     monkeypatch.setattr(cell, "versions_of", lambda device: {})
     at_size = dataclasses.replace(layer("tiny at 8", 16, 16, (8, 8, 8)), family="tiny")
     layers, alone = (at_size, layer("tiny", 16, 16), layer("other", 32, 16)), registry.variant("forward_gather")
@@ -86,9 +90,9 @@ def test_kernels_are_compiled_ahead_each_once_in_the_order_of_the_cells(monkeypa
         for each in (layers[1], layers[2], at_size):  # sizes of no model come last
             problem = each.problem(torch.float16, "ndhwc", "cpu")
             made = dispatch.plan(problem, cuda)
-            chosen = [made.forward_choice, (alone, alone.default(problem, cuda), ""), made.backward_data_choice,
-                      made.backward_weight_choice]  # fmt: skip
-            want += [(record.name, problem, config) for record, config, _ in chosen if record.backend == "triton"]
+            chosen = [made.choice("forward"), (alone, alone.default(problem, cuda), ""), made.choice("backward_data"),
+                      made.choice("backward_weight")]  # fmt: skip
+            want += [(record.name, problem, config) for record, config, *_ in chosen if record.backend == "triton"]
     finally:
         dispatch.forget()
     assert found == want and len(want) >= 9
@@ -238,7 +242,7 @@ def test_rows_carry_the_sources_and_the_versions_they_were_measured_with(tmp_pat
     _, found = run(tmp_path, layer(), passes=ALL_PASSES, layouts=("ncdhw",), variants=(single,))
     for row in found.results:
         assert row["versions"] == versions_of(CPU) and row["versions"]["torch"] == str(torch.__version__)
-        expected = {name: source_hash(registry.variant(chosen)) for name, chosen in row["chosen"].items()}
+        expected = {name: revision(registry.variant(chosen)) for name, chosen in row["chosen"].items()}
         assert row["sources"] == expected and bool(expected) == (row["variant"] != "torch")
 
 

@@ -18,7 +18,8 @@ from tritonconv.autotune.journal import FAILED, Journal, Timing
 from tritonconv.autotune.key import Key, device_name
 from tritonconv.autotune.store import Entry, Table
 from tritonconv.errors import ArgumentError, StoreError, StoreWarning
-from tritonconv.kernels.registry import variant
+from tritonconv.explain import explain_problem
+from tritonconv.kernels.registry import variant, variants
 from tritonconv.problem import PASSES, Problem
 
 CPU = torch.device("cpu")
@@ -28,7 +29,7 @@ HALO = Problem(2, 16, 8, (8, 8, 8), (3, 3, 3), (2, 2, 2), (1, 1, 1), (16, 16, 16
 
 
 def entry(name: str = "forward_torch_phases", **changes) -> Entry:
-    made = Entry(name, {}, 1.0, 2.0, sources.source_hash(variant(name)), str(UP), "forward", "2026-01-01T00:00:00", {})
+    made = Entry(name, {}, 1.0, 2.0, sources.revision(variant(name)), str(UP), "forward", "2026-01-01T00:00:00", {})
     return replace(made, **changes)
 
 
@@ -80,14 +81,6 @@ def test_the_passes_have_keys_of_their_own_and_others_are_refused():
         Key.of(UP, "sideways")
 
 
-def test_the_hash_is_of_a_variants_own_sources(tmp_path):
-    hashes = {name: sources.source_hash(variant(name)) for name in ("forward_torch_phases", "forward_torch_conv")}
-    assert len(set(hashes.values())) == 2
-    files = {path.name for path in sources._with_imports(ROOT / "kernels" / "forward_torch_phases.py")}
-    assert {"forward_torch_phases.py", "torch_phases.py"} <= files
-    assert not files & {"registry.py", "forward_torch_conv.py", "triton_gemm.py"}
-
-
 # ------------------------------------------------------------------ tables
 
 
@@ -99,12 +92,12 @@ def test_entries_come_back_and_merge_one_by_one(folder):
     assert found.ceilings == {"memory": 1.0}
     assert found.entries["k1"] == entry()
     assert store.read("another box").entries == {}
-    assert [path.name for path in folder.glob("*.json")] == ["a_box.json"]
+    assert [path.name for path in folder.glob("*.json")] == ["a_box.v2.json"]
 
 
 def test_the_users_entries_stand_before_the_shipped_ones(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(store, "SHIPPED", tmp_path)
-    (tmp_path / "a_box.json").write_text(Table("a box", {"k1": entry(), "k2": entry()}, {"memory": 1}).text())
+    (tmp_path / "a_box.v2.json").write_text(Table("a box", {"k1": entry(), "k2": entry()}, {"memory": 1}).text())
     store.merge(Table("a box", {"k2": entry(ms=9.0)}))
     found = store.read("a box")
     assert {key: each.ms for key, each in found.entries.items()} == {"k1": 1.0, "k2": 9.0}
@@ -114,34 +107,71 @@ def test_the_users_entries_stand_before_the_shipped_ones(folder, tmp_path, monke
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "not JSON"), ('{"format": 1, "device": "a b', "not JSON"), ("[]", "expected format 1"),
-        ('{"format": 2, "device": "a box", "entries": {}}', "'format': 2"),
-        ('{"format": 1, "device": "a BOX", "entries": {}}', "a BOX"),
-        ('{"format": 1, "device": "a box"}', "no entries"), ("\xff\xfe", "not JSON"),
+        ("", "not JSON"), ('{"format": 2, "device": "a b', "not JSON"), ("[]", "expected format 2"),
+        ('{"format": 3, "device": "a box", "entries": {}}', "'format': 3"),
+        ('{"format": 2, "device": "a BOX", "entries": {}}', "a BOX"),
+        ('{"format": 2, "device": "a box"}', "no entries"), ("\xff\xfe", "not JSON"),
     ],
     ids=["empty", "cut off", "a list", "newer", "foreign", "no entries", "binary"],
 )  # fmt: skip
-def test_a_damaged_or_foreign_file_is_set_aside_with_a_warning(folder, text, words):
+def test_a_reader_leaves_a_damaged_or_foreign_file_and_a_writer_sets_it_aside(folder, text, words):
     folder.mkdir()
-    (folder / "a_box.json").write_bytes(text.encode("latin-1"))
-    with pytest.warns(StoreWarning, match=words):
-        assert store.read("a box") == Table("a box")
-    (kept,) = folder.glob("a_box.damaged-*")
+    path = folder / "a_box.v2.json"
+    path.write_bytes(text.encode("latin-1"))
+    for _ in range(2):
+        with pytest.warns(StoreWarning, match=words):
+            assert store.read("a box") == Table("a box")
+    assert path.read_bytes() == text.encode("latin-1")
+    with pytest.warns(StoreWarning) as told:
+        store.merge(Table("a box", {"k1": entry()}))
+    assert "set aside" in str(told[-1].message)
+    (kept,) = folder.glob("a_box.v2.damaged-*")
     assert kept.read_bytes() == text.encode("latin-1")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert store.read("a box").entries == {}
-        store.merge(Table("a box", {"k1": entry()}))
         assert list(store.read("a box").entries) == ["k1"]
+
+
+def test_another_format_and_another_device_have_files_of_their_own(folder):
+    """Two versions of tritonconv on one home, or two devices whose letters are the same, share no file."""
+    folder.mkdir()
+    before = folder / "a_box.v1.json"
+    before.write_text('{"format": 1, "device": "a box", "entries": {}}')
+    devices = ("a box", "a-box", "a.box", "A(R) box", "日本")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for device in devices:
+            store.merge(Table(device, {"k1": entry(problem=device)}))
+        assert [store.read(device).entries["k1"].problem for device in devices] == list(devices)
+    assert before.read_text().startswith('{"format": 1')
+    assert len(list(folder.glob("*.v2.json"))) == len(devices)
 
 
 def test_one_bad_entry_does_not_lose_the_others(folder):
     data = json.loads(Table("a box", {"good": entry(), "bad": entry()}).text())
     data["entries"]["bad"]["ms"] = "fast"
     folder.mkdir()
-    (folder / "a_box.json").write_text(json.dumps(data))
+    (folder / "a_box.v2.json").write_text(json.dumps(data))
     with pytest.warns(StoreWarning, match="'bad'"):
         assert list(store.read("a box").entries) == ["good"]
+    with pytest.warns(StoreWarning) as told:
+        store.merge(Table("a box", {"another": entry()}))
+    assert ["'bad'" in str(each.message) for each in told] == [True, False]
+    assert sorted(store.read("a box").entries) == ["another", "good"]
+
+
+def test_a_renamed_variant_takes_its_entries_and_timings_along(folder, monkeypatch):
+    store.merge(Table("a box", {"k1": entry("forward_torch_conv", config={"A": 1})}))
+    Journal("a box").add(timing("forward_torch_conv", config={"A": 1}))
+    monkeypatch.setitem(store.RENAMED, "forward_torch_conv", ("forward_torch_phases", {"COPY": 1}))
+    found = store.read("a box").entries["k1"]
+    assert (found.variant, found.config) == ("forward_torch_phases", {"A": 1, "COPY": 1})
+    assert Journal.open("a box").find(timing("forward_torch_phases", config={"A": 1, "COPY": 1})) is not None
+
+
+def test_what_became_of_a_renamed_variant_is_there():
+    assert all(variant(name) for name, _ in store.RENAMED.values())
+    assert not set(store.RENAMED) & {record.name for record in variants()}
 
 
 @pytest.mark.parametrize(
@@ -234,10 +264,19 @@ def test_a_stored_choice_is_taken_for_its_bucket_and_said(folder):
     assert choose.choose(UP, CPU, "backward_data") == choose.untuned(UP, CPU, "backward_data")
 
 
+def test_an_entry_of_an_earlier_revision_stays_in_use_and_is_marked(folder):
+    stored(UP, "forward", entry())
+    assert not choose.choose(UP, CPU, "forward").outdated
+    stored(UP, "forward", entry(source="0" * 16))
+    found = choose.choose(UP, CPU, "forward")
+    assert found.variant.name == "forward_torch_phases" and found.outdated
+    said = explain_problem(UP, CPU).text
+    assert "forward_torch_phases has changed since" in said and "tritonconv tune" in said
+
+
 @pytest.mark.parametrize(
-    "made", [entry(source="0" * 16), entry(variant="forward_gone"), entry("forward_torch_shuffle")],
-    ids=["other sources", "unknown variant", "does not serve"],
-)  # fmt: skip
+    "made", [entry(variant="forward_gone"), entry("forward_torch_shuffle")], ids=["unknown variant", "does not serve"]
+)
 def test_what_cannot_be_used_is_passed_over(folder, made):
     stored(HALO, "forward", made)
     assert choose.choose(HALO, CPU, "forward") == choose.untuned(HALO, CPU, "forward")

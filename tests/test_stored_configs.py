@@ -11,7 +11,7 @@ from tritonconv import Problem, StoreWarning, dispatch
 from tritonconv.autotune import choose, store
 from tritonconv.autotune.choose import config_fault
 from tritonconv.autotune.key import Key, device_name
-from tritonconv.autotune.sources import source_hash
+from tritonconv.autotune.sources import revision
 from tritonconv.autotune.store import Entry, Table
 from tritonconv.kernels.registry import variant, variants
 from tritonconv.problem import LAYOUTS
@@ -43,7 +43,7 @@ def test_a_config_that_cannot_be_is_passed_over_with_one_warning(change, said):
     pytest.importorskip("triton")
     record = variant(KERNEL)
     config = {} if change is None else {**record.default(PROBLEM, DEVICE), **change}
-    entry = Entry(KERNEL, config, 1.0, 2.0, source_hash(record), str(PROBLEM), "forward", "2026-01-01T00:00:00")
+    entry = Entry(KERNEL, config, 1.0, 2.0, revision(record), str(PROBLEM), "forward", "2026-01-01T00:00:00")
     store.merge(Table(device_name(DEVICE), {str(Key.of(PROBLEM, "forward")): entry}))
     dispatch.forget()
     x, weight = torch.randn(PROBLEM.x_shape, device=DEVICE), torch.randn(PROBLEM.weight_shape, device=DEVICE)

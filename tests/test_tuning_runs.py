@@ -29,7 +29,7 @@ def stored_lines(folder: Path) -> list[str]:
 
 
 def stored_keys(folder: Path) -> set[str]:
-    return {key for path in folder.glob("*threads.json") for key in json.loads(path.read_text())["entries"]}
+    return {key for path in folder.glob("*.v2.json") for key in json.loads(path.read_text())["entries"]}
 
 
 def test_a_killed_run_goes_on_with_nothing_measured_twice_and_nothing_lost(tmp_path):

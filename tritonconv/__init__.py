@@ -3,9 +3,11 @@
 from typing import TYPE_CHECKING, Any
 
 from tritonconv.convert import ConversionReport, convert, restore
+from tritonconv.dispatch import pin_choices, save_choices, wait_until_compiled
 from tritonconv.errors import (
     ArgumentError,
     ArgumentTypeError,
+    KernelWarning,
     ResultsError,
     StoreError,
     StoreWarning,
@@ -30,6 +32,7 @@ __all__ = [
     "ArgumentTypeError",
     "ConvTranspose3d",
     "ConversionReport",
+    "KernelWarning",
     "LazyConvTranspose3d",
     "Problem",
     "ResultsError",
@@ -42,10 +45,13 @@ __all__ = [
     "convert",
     "explain",
     "param_groups",
+    "pin_choices",
     "restore",
+    "save_choices",
     "tune",
     "use",
     "variants",
+    "wait_until_compiled",
 ]
 
 

@@ -18,8 +18,9 @@ from typing import NamedTuple, TypeVar
 import torch
 
 from tritonconv import dispatch, overhead
-from tritonconv.autotune import calibrate
-from tritonconv.autotune.ceilings import LAUNCH, MATMUL, from_roofs
+from tritonconv.autotune import calibrate, store
+from tritonconv.autotune.ceilings import LAUNCH, MATMUL, from_json, from_roofs
+from tritonconv.autotune.key import device_name
 from tritonconv.bench import results, roofs, spent
 from tritonconv.bench.failures import told
 from tritonconv.bench.options import Options
@@ -266,6 +267,21 @@ class Campaign:
         rows = [self.writer.write("overhead", row) for row in overhead.measure(self.device, torch.float32, seconds)]
         worst = max(overhead.excess(rows).values())
         self.said.append(f"overhead: at most {worst:+.1f} us per call over torch's layer")
+
+
+def install(folder: Path, device: torch.device) -> int:
+    """Puts a campaign's choices and ceilings into the user's store, where calls look; returns how many choices.
+
+    Raises StoreError where that store cannot be written; the campaign's folder is as it was.
+    """
+    found = store.own(device_name(device), folder / STORE)
+    if found.entries or found.ceilings:
+        measured = from_json(found.ceilings or {})
+        if measured is not None:
+            calibrate.keep(measured, device)
+        store.merge(store.Table(found.device, found.entries))
+        dispatch.forget()
+    return len(found.entries)
 
 
 @contextlib.contextmanager

@@ -9,13 +9,13 @@ from time import perf_counter
 import torch
 import torch.nn.functional as F
 
-from tritonconv.autotune.sources import source_hash
+from tritonconv.autotune.sources import revision
 from tritonconv.bench import gate, gpu, spent
 from tritonconv.bench.calls import FORWARD_BACKWARD, TensorCall, Tensors, operation_call, torch_call
 from tritonconv.bench.results import BASELINE, COMPILED, OURS
 from tritonconv.bench.rows import Candidate, Choice
 from tritonconv.bench.subject import Subject
-from tritonconv.dispatch import Plan, Selection, plan
+from tritonconv.dispatch import Plan, Selection, plan, wait_until_compiled
 from tritonconv.forced import pinned, use
 from tritonconv.functional import conv_transpose3d
 from tritonconv.kernels.registry import Variant
@@ -40,7 +40,7 @@ def launched(record: Variant | None, problem: Problem, device: torch.device, pas
 def served(record: Variant | None, problem: Problem, device: torch.device, pass_name: str) -> dict[str, object]:
     """The same in the words of :func:`chosen_fields`; of a variant by itself its source alone."""
     if record is not None:
-        return {"sources": {pass_name: source_hash(record)}}
+        return {"sources": {pass_name: revision(record)}}
     return chosen_fields(launched(None, problem, device, pass_name))
 
 
@@ -49,7 +49,7 @@ def chosen_fields(chosen: Mapping[str, Choice]) -> dict[str, object]:
     return {
         "chosen": {name: each.variant.name for name, each in chosen.items()},
         "config": {name: dict(each.config) for name, each in chosen.items()},
-        "sources": {name: source_hash(each.variant) for name, each in chosen.items()},
+        "sources": {name: revision(each.variant) for name, each in chosen.items()},
     }
 
 
@@ -62,6 +62,8 @@ def candidate(
     with spent.on({BASELINE: spent.TRIALS, COMPILED: spent.TORCH_COMPILE}.get(name, spent.COMPILING)):
         call()
         if subject.device.type == "cuda":
+            wait_until_compiled()  # torch's own stood in
+            call()
             torch.cuda.synchronize(subject.device)
     first_s = perf_counter() - begin
     with spent.on(spent.GATE):

@@ -1,4 +1,4 @@
-"""Turns a problem into a plan: for each pass the variant, its config and the reason. Plans are made once and kept.
+"""Turns a problem into a plan: for each pass the variant, its config and the reason. Plans are kept.
 
 ``tritonconv.use`` forces variants, ``torch.use_deterministic_algorithms`` restricts the choice, ``autotune`` decides
 the rest: the tuned choice where there is one, else its rules.
@@ -7,23 +7,25 @@ the rest: the tuned choice where there is one, else its rules.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property, partial
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from tritonconv import fallback
 from tritonconv.arguments import geometry, problem_of
-from tritonconv.autotune import model, rules
+from tritonconv.autotune import model, pins, rules
 from tritonconv.autotune.choose import Selection, ceilings_of, choose, untuned
 from tritonconv.autotune.choose import forget as forget_tables
 from tritonconv.device import current
 from tritonconv.errors import VariantNotApplicable
 from tritonconv.forced import forced
 from tritonconv.kernels.registry import file_of, variant, variants
-from tritonconv.kernels.torch_layout import as_convolutions, to_layout
+from tritonconv.kernels.torch_layout import to_layout
 from tritonconv.kernels.triton_weights import AS_GIVEN
 from tritonconv.problem import PASSES, Problem
 
@@ -35,18 +37,33 @@ _by_call: dict[tuple, Plan] = {}
 _by_problem: dict[tuple, Plan] = {}
 
 
-@dataclass(frozen=True)
 class Plan:
-    """The three choices of one problem. The methods return dense tensors in the problem's layout.
+    """The choices of one problem, each made when its pass is first needed. The methods return dense tensors in the
+    problem's layout.
 
     A torch formulation gets its operands dense in that layout, a Triton kernel as they are: it takes any strides.
+    Choices may be given by pass; ``choose`` makes the others. Where ``standby`` is set, torch's own runs until a chosen
+    kernel is compiled, and for good where it cannot be compiled or launched.
     """
 
-    problem: Problem
-    device: torch.device
-    forward_choice: Selection
-    backward_data_choice: Selection
-    backward_weight_choice: Selection
+    def __init__(
+        self,
+        problem: Problem,
+        device: torch.device,
+        choose: Callable[[str], Selection],
+        chosen: Mapping[str, Selection] = MappingProxyType({}),
+        standby: bool = False,
+    ) -> None:
+        self.problem, self.device, self.standby = problem, device, standby
+        self._choose, self.chosen = choose, dict(chosen)
+
+    def choice(self, pass_name: str) -> Selection:
+        """Raises VariantNotApplicable where a forced variant does not serve the problem."""
+        found = self.chosen.get(pass_name)
+        if found is None:
+            with current(self.device):
+                found = self.chosen[pass_name] = self._choose(pass_name)
+        return found
 
     @cached_property
     def torch_alone(self) -> tuple | None:
@@ -67,65 +84,95 @@ class Plan:
     @cached_property
     def packs_weights(self) -> bool:
         """Forward and backward-data are Triton kernels that may share one packed copy of the weight."""
-        both = self.forward_choice, self.backward_data_choice
+        both = self.choice("forward"), self.choice("backward_data")
         return all(
             each.variant.backend == "triton" and each.config.get("WEIGHT", AS_GIVEN) != AS_GIVEN for each in both
         )
 
     @cached_property
     def _forward(self) -> Callable[..., torch.Tensor]:
-        return _launch_of(self.forward_choice, self.problem, self.device)
+        return self._launch("forward", self.choice("forward").variant.launch)
 
     @cached_property
     def _backward_data(self) -> Callable[..., torch.Tensor]:
-        return _launch_of(self.backward_data_choice, self.problem, self.device)
+        return self._launch("backward_data", self.choice("backward_data").variant.launch)
 
     @cached_property
     def _backward_weight(self) -> Callable[..., tuple]:
-        return _launch_of(self.backward_weight_choice, self.problem, self.device)
+        return self._launch("backward_weight", self.choice("backward_weight").variant.launch)
 
     @cached_property
     def _joint(self) -> Callable[..., tuple]:
-        chosen = self.backward_weight_choice
-        assert chosen.variant.joint is not None  # backward() asked
-        return _kept(chosen.variant.joint, chosen, self.problem, self.device)
+        joint = self.choice("backward_weight").variant.joint
+        assert joint is not None  # backward() asked
+        return self._launch("backward_weight", joint, self._torchs_gradients)
 
     @cached_property
     def _prepare(self) -> Callable[..., torch.Tensor]:
-        chosen = self.backward_data_choice
-        prepare = chosen.variant.prepare
+        prepare = self.choice("backward_data").variant.prepare
         assert prepare is not None  # backward() asked
-        return _kept(lambda problem, config, grad_y: prepare(problem, grad_y), chosen, self.problem, self.device)
+        return self._launch(
+            "backward_data", lambda problem, config, grad_y: prepare(problem, grad_y), lambda grad_y: grad_y
+        )
+
+    def _launch(
+        self, pass_name: str, launch: Callable[..., Any], torchs: Callable[..., Any] | None = None
+    ) -> Callable[..., Any]:
+        """A launch of the pass's choice, of the operands alone; what the Triton kernels' host side works out is kept.
+
+        ``torchs`` computes the same in torch, by default in the pass's own operation.
+        """
+        chosen = self.choice(pass_name)
+        if chosen.variant.backend != "triton":
+            return partial(launch, self.problem, chosen.config)
+        from tritonconv.kernels.triton_replay import Replay  # needs Triton
+
+        standby = (torchs or self._torchs_own(pass_name)) if self.standby and not chosen.forced else None
+        return Replay(launch, self.problem, chosen.config, keeps=file_of(chosen.variant.name) is None, standby=standby)
+
+    def _torchs_own(self, pass_name: str) -> Callable[..., Any]:
+        """torch's own operation, of the operands of a Triton launch of the pass."""
+        record, _ = rules.choose(self.problem, self.device, pass_name)
+        launch = partial(record.launch, self.problem, record.default(self.problem, self.device))
+        layout = self.problem.memory_format
+        if pass_name == "backward_weight":
+            return lambda x, grad_y, need_bias, *prepared: launch(
+                to_layout(x, layout), to_layout(grad_y, layout), need_bias
+            )
+        if pass_name == "backward_data":
+            return lambda grad_y, weight, *prepared: launch(to_layout(grad_y, layout), weight)
+        return lambda x, weight, bias: launch(to_layout(x, layout), weight, bias)
+
+    def _torchs_gradients(self, x, weight, grad_y, need_bias) -> tuple:
+        grad_x = self._torchs_own("backward_data")(grad_y, weight)
+        return grad_x, *self._torchs_own("backward_weight")(x, grad_y, need_bias)
 
     def _torchs(self, pass_name: str) -> bool:
         return self.choice(pass_name).variant.name == rules.FALLBACK[pass_name]
 
-    def choice(self, pass_name: str) -> Selection:
-        return getattr(self, f"{pass_name}_choice")
-
     def forward(self, x, weight, bias):
         """x (n, c_in, d, h, w), weight, bias (c_out,) or None -> y (n, c_out, od, oh, ow)."""
-        chosen, layout = self.forward_choice, self.problem.memory_format
+        chosen, layout = self.choice("forward"), self.problem.memory_format
         with _no_autocast(x):
             return to_layout(self._forward(_operand(x, chosen, layout), weight, bias), layout)
 
     def backward_data(self, grad_y, weight, prepared=None):
         """grad_y (n, c_out, od, oh, ow), weight -> grad_x (n, c_in, d, h, w)."""
-        chosen, layout = self.backward_data_choice, self.problem.memory_format
+        chosen, layout = self.choice("backward_data"), self.problem.memory_format
         with _no_autocast(grad_y):
             operands = _operand(grad_y, chosen, layout), weight, *_given(prepared, grad_y)
             return to_layout(self._backward_data(*operands), layout)
 
     def backward_weight(self, x, grad_y, need_bias, prepared=None):
         """x, grad_y -> (grad_weight, grad_bias or None)."""
-        chosen, layout = self.backward_weight_choice, self.problem.memory_format
+        chosen, layout = self.choice("backward_weight"), self.problem.memory_format
         with _no_autocast(x):
             operands = _operand(x, chosen, layout), _operand(grad_y, chosen, layout), need_bias
             return self._backward_weight(*operands, *_given(prepared, grad_y))
 
     def backward(self, x, weight, grad_y, need_bias):
         """Both gradients: (grad_x, grad_weight, grad_bias or None); what their variants share is done once."""
-        data, chosen = self.backward_data_choice.variant, self.backward_weight_choice.variant
+        data, chosen = (self.choice(name).variant for name in ("backward_data", "backward_weight"))
         if data.joint is not None and data.joint is chosen.joint:
             return self.joint_backward(x, weight, grad_y, need_bias)
         prepared, prepare = None, data.prepare
@@ -139,7 +186,7 @@ class Plan:
 
     def joint_backward(self, x, weight, grad_y, need_bias):
         """The same from the one function that both variants name as ``joint``."""
-        chosen, layout = self.backward_weight_choice, self.problem.memory_format
+        chosen, layout = self.choice("backward_weight"), self.problem.memory_format
         with _no_autocast(x):
             operands = _operand(x, chosen, layout), weight, _operand(grad_y, chosen, layout), need_bias
             grad_x, *of_parameters = self._joint(*operands)
@@ -149,20 +196,6 @@ class Plan:
 def _given(prepared: torch.Tensor | None, grad_y: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """What was prepared, as a further operand; nothing where there was nothing to do."""
     return () if prepared is None or prepared is grad_y else (prepared,)
-
-
-def _launch_of(chosen: Selection, problem: Problem, device: torch.device) -> Callable[..., Any]:
-    return _kept(chosen.variant.launch, chosen, problem, device)
-
-
-def _kept(launch: Callable[..., Any], chosen: Selection, problem: Problem, device: torch.device) -> Callable[..., Any]:
-    """A launch of a choice, of the operands alone; what the Triton kernels' host side works out is kept."""
-    if chosen.variant.backend != "triton":
-        made = partial(launch, problem, chosen.config)
-        return as_convolutions(made) if device.type == "cuda" and problem.dtype is torch.float32 else made
-    from tritonconv.kernels.triton_replay import Replay  # needs Triton
-
-    return Replay(launch, problem, chosen.config, keeps=file_of(chosen.variant.name) is None)
 
 
 def _operand(tensor, chosen: Selection, layout: torch.memory_format):
@@ -179,17 +212,15 @@ def _no_autocast(tensor):
 
 
 def plan(problem: Problem, device: torch.device) -> Plan:
-    """The plan of a problem on a device, under the variants forced by :func:`tritonconv.use`.
-
-    Raises VariantNotApplicable where a forced variant does not serve the problem.
-    """
+    """The plan of a problem on a device, under the variants forced by :func:`tritonconv.use`."""
     named, deterministic = forced.get(), _deterministic()
     key = (problem, device, named, deterministic)
     found = _by_problem.get(key)
     if found is None:
-        with current(device):
-            choices = {f"{name}_choice": _choose(problem, device, name, named, deterministic) for name in PASSES}
-        found = _remember(_by_problem, key, Plan(problem, device, **choices))
+        choose_pass = partial(_choose, problem, device, named, deterministic)
+        # A deterministic run has the same bits from its first call on, and waits for the compiler.
+        standby = device.type == "cuda" and not deterministic
+        found = _remember(_by_problem, key, Plan(problem, device, choose_pass, standby=standby))
     return found
 
 
@@ -240,7 +271,7 @@ def _remember(memory: dict[tuple, Plan], key: tuple, made: Plan) -> Plan:
     return made
 
 
-def _choose(problem, device, pass_name, named, deterministic) -> Selection:
+def _choose(problem, device, named, deterministic, pass_name) -> Selection:
     for name, items in named:
         record = variant(name)
         if record.pass_name == pass_name:
@@ -248,7 +279,7 @@ def _choose(problem, device, pass_name, named, deterministic) -> Selection:
             if why_not is not None:
                 raise VariantNotApplicable(f"{name} was forced but does not serve {problem}: {why_not}")
             config = record.default(problem, device) if items is None else dict(items)
-            return Selection(record, config, "forced by tritonconv.use")
+            return Selection(record, config, "forced by tritonconv.use", forced=True)
     chosen = choose(problem, device, pass_name)
     if deterministic and not chosen.variant.deterministic and device.type != "cpu":
         because = f"torch.use_deterministic_algorithms is on and {chosen.variant.name} is not deterministic"
@@ -270,12 +301,11 @@ def _deterministics(problem, device, pass_name, because) -> Iterator[Selection]:
 
 
 def plan_of(problem: Problem, device: torch.device, **chosen: Selection) -> Plan:
-    """A plan outside every memory: ``chosen`` by pass, the other passes without any stored entry.
+    """A plan outside every memory: ``chosen`` by pass, the other passes without any stored entry; no standby.
 
     For the tuner, which measures what is not chosen yet.
     """
-    choices = {f"{name}_choice": chosen.get(name) or untuned(problem, device, name) for name in PASSES}
-    return Plan(problem, device, **choices)
+    return Plan(problem, device, partial(untuned, problem, device), chosen)
 
 
 def forget() -> None:
@@ -283,6 +313,44 @@ def forget() -> None:
     _by_call.clear()
     _by_problem.clear()
     forget_tables()
+
+
+def save_choices(path: str | os.PathLike) -> int:
+    """Writes what the calls of this process run, by problem and pass, for :func:`pin_choices`; returns how many
+    problems that are. What :func:`tritonconv.use` forced is left out.
+
+    Raises StoreError where the file cannot be written.
+    """
+    found = {
+        str(made.problem): {name: (each.variant.name, each.config) for name, each in made.chosen.items()}
+        for (_, _, named, _), made in list(_by_problem.items())
+        if not named and made.chosen
+    }
+    pins.write(found, Path(path))
+    return len(found)
+
+
+def pin_choices(path: str | os.PathLike | None) -> None:
+    """Has later calls run exactly what :func:`save_choices` wrote, here or on another machine; None ends that.
+
+    A run under pinned choices repeats bit for bit: no tuned table, no model and no compiler's delay decides. Problems
+    that the file does not hold are chosen as ever. The variable TRITONCONV_CHOICES names a file for a whole program.
+    Raises StoreError where the file cannot be read; a call raises VariantNotApplicable where a pinned variant does not
+    serve it.
+    """
+    pins.pin(None if path is None else Path(path))
+    forget()
+
+
+def wait_until_compiled(seconds: float | None = None) -> bool:
+    """Waits for the kernels that calls so far have asked for; False where that takes longer than ``seconds``.
+
+    On a GPU a layer's first calls run torch's own while its kernels are compiled in the background: a benchmark, or a
+    capture of a CUDA graph, calls the model once, waits, and calls it again. At once where nothing is compiled.
+    """
+    from tritonconv.kernels import triton_background
+
+    return triton_background.wait(seconds)
 
 
 @contextlib.contextmanager

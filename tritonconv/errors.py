@@ -28,4 +28,8 @@ class StoreError(RuntimeError):
 
 
 class StoreWarning(UserWarning):
-    """A file of tuned choices was damaged or foreign; it was set aside and nothing else is lost."""
+    """A file of tuned choices was damaged or foreign; it is not used and nothing else is lost."""
+
+
+class KernelWarning(UserWarning):
+    """A Triton kernel cannot be compiled or launched on this machine; torch's own operation runs instead."""

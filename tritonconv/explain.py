@@ -68,6 +68,8 @@ def _show(made: Plan) -> Explanation:
         choice = made.choice(pass_name)
         lines.append(f"{pass_name}: {choice.variant.name} ({choice.variant.idea})")
         lines.append(f"  because: {choice.reason}")
+        if choice.outdated:
+            lines.append(f"  {choice.variant.name} has changed since; `tritonconv tune` measures it anew")
         for other in variants(pass_name):
             if other.name != choice.variant.name:
                 why_not = other.supports(problem, made.device) or "applies, but the choice above comes first"

@@ -57,10 +57,11 @@ def _planned(input, weight, bias, stride, padding, output_padding, groups, dilat
     plan = plan_for(input, weight, bias, stride, padding, output_padding, groups, dilation)
     if plan is None:
         return _by_torch(input, weight, bias, stride, padding, output_padding, groups, dilation)
-    direct = plan.torch_alone
-    if direct is None:
-        if autograd.needs_gradient(input, weight, bias):
+    if autograd.needs_gradient(input, weight, bias):
+        direct = plan.torch_alone
+        if direct is None:
             return autograd.differentiable_forward(input, weight, bias, plan)
+    else:  # the gradients' variants are not chosen for it
         direct = plan.torch_forward
         if direct is None:
             return plan.forward(input, weight, bias)

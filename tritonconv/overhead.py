@@ -17,6 +17,7 @@ from tritonconv.bench.calls import FORWARD_BACKWARD
 from tritonconv.bench.clock import garbage_waits
 from tritonconv.bench.results import BASELINE, OURS
 from tritonconv.bench.timing import Times, interleave
+from tritonconv.dispatch import wait_until_compiled
 from tritonconv.forced import use
 from tritonconv.layer import ConvTranspose3d
 
@@ -98,6 +99,8 @@ def _timed(calls: dict[str, Callable[[], None]], device: torch.device, seconds: 
         return took / CALLS * 1e6
 
     for batch in calls.values():
+        batch()
+        wait_until_compiled()
         batch()
     with garbage_waits():
         return interleave(calls, watch, seconds)

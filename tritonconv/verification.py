@@ -9,7 +9,7 @@ from time import perf_counter
 import torch
 
 from tritonconv.autotune.choose import Selection
-from tritonconv.autotune.sources import source_hash
+from tritonconv.autotune.sources import revision
 from tritonconv.bench import gate, spent
 from tritonconv.bench.failures import context_is_lost, told
 from tritonconv.bench.options import Options, Progress
@@ -87,7 +87,7 @@ class Verification:
     def _identity(self, task: Task, name: str) -> tuple:
         record = variant(name)
         dtype = str(task.problem.dtype).removeprefix("torch.")
-        return task.layer, record.pass_name, dtype, task.problem.layout, name, source_hash(record)
+        return task.layer, record.pass_name, dtype, task.problem.layout, name, revision(record)
 
     def _check(self, task: Task, name: str) -> None:
         layer, pass_name, dtype, layout, _, source = self._identity(task, name)

@@ -14,6 +14,8 @@ from typing import NoReturn
 import torch
 
 from tritonconv import flags
+from tritonconv.autotune import store
+from tritonconv.autotune.key import device_name
 from tritonconv.bench import results, spent
 from tritonconv.bench.calls import ALL_PASSES, FORWARD_BACKWARD
 from tritonconv.bench.failures import context_is_lost, told
@@ -21,7 +23,7 @@ from tritonconv.bench.options import Options
 from tritonconv.bench.progress import progress
 from tritonconv.bench.summary import columns, summary
 from tritonconv.bench.workloads import SCALES, at_sizes, suites, workloads
-from tritonconv.campaign import Campaign
+from tritonconv.campaign import STORE, Campaign, install
 from tritonconv.commands.common import (
     DTYPES,
     INTERRUPTED,
@@ -77,6 +79,10 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="time torch.compile too, of the dozen layers that come first, or of those asked for where none of them is "
         "among these (default: on a GPU only)",
     )  # fmt: skip
+    parser.add_argument(
+        "--install", action=argparse.BooleanOptionalAction, default=True,
+        help="at the end put the choices into your store, where calls look (default); --no-install keeps them in DIR",
+    )  # fmt: skip
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
 
 
@@ -117,11 +123,19 @@ def run(options: argparse.Namespace) -> int:
     print("\n" + "\n".join(outcome.steps))
     print("\nwhere the seconds went:\n\n" + "\n".join(columns(spent.lines(outcome.spent), numbers=1)))
     print(f"\nresults: {outcome.path}")
+    print(_installed(options, device))
     if outcome.reason == "budget":
         print("the budget was used up; the same command goes on from here")
     if outcome.reason == "interrupted":
         return INTERRUPTED
     return WRONG if outcome.errors else OK
+
+
+def _installed(options: argparse.Namespace, device: torch.device) -> str:
+    """What became of the choices, in words. Raises StoreError where the user's store cannot be written."""
+    if not options.install:
+        return f"choices: in {options.out / STORE} alone; TRITONCONV_CACHE={options.out / STORE} takes them into use"
+    return f"choices: {install(options.out, device)} in your store, {store.path_of(device_name(device))}"
 
 
 def _go_on(given: Sequence[str], seconds: float) -> NoReturn:

@@ -112,7 +112,7 @@ class Case:
         return self._outputs[key]
 
     def _on(self, plan: Plan, problem: Problem) -> Plan:
-        return Plan(problem, self.device, *(plan.choice(name) for name in PASSES))
+        return plan_of(problem, self.device, **{name: plan.choice(name) for name in PASSES})
 
     def _named(self, plan: Plan, pass_name: str) -> dict[str, torch.Tensor]:
         return _by_name(self.call(plan, pass_name)(), pass_name)

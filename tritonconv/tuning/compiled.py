@@ -65,7 +65,7 @@ def compiled_first(field: Sequence[Candidate], held: Callable[[Variant, Config],
         return list(field)
 
     def to_compile(each: Candidate) -> bool:
-        record, config, _ = each.selection
-        return record.backend == "triton" and not held(record, config)
+        record = each.selection.variant
+        return record.backend == "triton" and not held(record, each.selection.config)
 
     return sorted(field, key=to_compile)

@@ -14,7 +14,7 @@ from tritonconv.autotune import model
 from tritonconv.autotune.ceilings import Ceilings
 from tritonconv.autotune.choose import Selection
 from tritonconv.autotune.journal import FAILED, FINAL, OK, SCREEN, WRONG, Journal, Timing
-from tritonconv.autotune.sources import source_hash
+from tritonconv.autotune.sources import revision
 from tritonconv.bench import measure, spent
 from tritonconv.bench.calls import TensorCall
 from tritonconv.bench.clock import cpu_stopwatch, first_column, gpu_clock
@@ -263,8 +263,8 @@ class Contest:
         self.measured.append((timing, candidate.predicted_ms))
 
     def _timing(self, pass_name, candidate, stage, times=None, message="", status=FAILED) -> Timing:
-        record, config, _ = candidate.selection
-        head = (str(self.case.problem), pass_name, record.name, dict(config), source_hash(record), stage, self.versions)
+        record, config = candidate.selection.variant, candidate.selection.config
+        head = (str(self.case.problem), pass_name, record.name, dict(config), revision(record), stage, self.versions)
         if times is None:
             return Timing(*head, status=status, message=message)
         spread = times.spread(candidate.label)

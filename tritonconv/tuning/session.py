@@ -15,7 +15,7 @@ from tritonconv import dispatch
 from tritonconv.autotune import calibrate, ceilings, model, store
 from tritonconv.autotune.journal import SCREEN, Journal, Timing
 from tritonconv.autotune.key import Key, device_name
-from tritonconv.autotune.sources import source_hash
+from tritonconv.autotune.sources import revision
 from tritonconv.autotune.store import Entry, Table
 from tritonconv.bench import gpu, spent
 from tritonconv.bench.failures import context_is_lost, disqualifies, told
@@ -86,7 +86,7 @@ class Session:
         self.served, self.beside = 0, []
         self.begin, self.journal = perf_counter(), Journal.open(name, self.folder)
         self.versions, self.ceilings = versions_of(self.device), self._ceilings(name)
-        self.report = Report(name, table=(self.folder or store.user_folder()) / f"{store.slug(name)}.json")
+        self.report = Report(name, table=store.path_of(name, self.folder))
         self.deadline = float("inf") if self.seconds is None else self.begin + self.seconds
         efforts = self._efforts()
         progress.begin(len(waiting) * len(efforts))
@@ -222,7 +222,7 @@ class Session:
         if entry is None or dict(entry.versions) != self.versions or MORE * entry.rivals < rivals:
             return None
         try:
-            known = source_hash(variant(entry.variant)) == entry.source
+            known = revision(variant(entry.variant)) == entry.source
         except ArgumentError:
             return None
         return entry if known and not self._failed_since(entry, pass_name, problem) else None

@@ -15,7 +15,7 @@ from datetime import datetime, timezone
 
 from tritonconv.autotune.choose import Selection, untuned
 from tritonconv.autotune.rules import FALLBACK
-from tritonconv.autotune.sources import source_hash
+from tritonconv.autotune.sources import revision
 from tritonconv.autotune.store import Entry
 from tritonconv.bench.calls import FORWARD_BACKWARD, TensorCall
 from tritonconv.bench.failures import context_is_lost, disqualifies, told
@@ -57,7 +57,7 @@ class Winner:
             config=dict(self.selection.config),
             ms=self.ms,
             torch_ms=self.torch_ms,
-            source=source_hash(self.selection.variant),
+            source=revision(self.selection.variant),
             problem=str(problem),
             timed=self.timed,
             utc=datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -1,0 +1,79 @@
+"""Choices that were written out and are pinned: a run repeats bit for bit, on another machine of the same kind too.
+
+The file is JSON: for each problem in words, by pass, the variant and its config. It is pinned by
+:func:`pin_choices` or by the variable TRITONCONV_CHOICES, which names it. A pinned kernel runs from the first call on,
+which waits for the compiler. What the file does not hold is chosen as ever.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from tritonconv.errors import StoreError
+from tritonconv.kernels.registry import Config
+from tritonconv.problem import PASSES, Problem
+
+VARIABLE = "TRITONCONV_CHOICES"
+FORMAT = 1
+# (variant, config) by pass, by the problem's text.
+Choices = Mapping[str, Mapping[str, tuple[str, Config]]]
+
+_pinned: Path | None = None
+
+
+def pin(path: Path | None) -> None:
+    """Pins the file of this name for the process; None for none. Raises StoreError for a file that is not one."""
+    global _pinned
+    if path is not None:
+        _load.cache_clear()
+        _load(path)
+    _pinned = path
+
+
+def find(problem: Problem, pass_name: str) -> tuple[str, Config] | None:
+    """The pinned variant and config. Raises StoreError where TRITONCONV_CHOICES names a file that is not one."""
+    named = os.environ.get(VARIABLE)
+    path = _pinned if _pinned is not None else Path(named).expanduser() if named else None
+    return None if path is None else _load(path).get(str(problem), {}).get(pass_name)
+
+
+def write(choices: Choices, path: Path) -> None:
+    """Raises StoreError where the file cannot be written."""
+    found = {
+        text: {name: {"variant": variant, "config": dict(config)} for name, (variant, config) in passes.items()}
+        for text, passes in sorted(choices.items())
+    }
+    try:
+        path.write_text(json.dumps({"format": FORMAT, "choices": found}, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise StoreError(f"cannot write {path}: {error}") from None
+
+
+@cache
+def _load(path: Path) -> Choices:
+    try:
+        data: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StoreError(f"pinned choices: {path}: {error}") from None
+    try:
+        if data["format"] != FORMAT:
+            raise ValueError(f"expected format {FORMAT}, found {data['format']!r}")
+        return {text: _passes(passes) for text, passes in data["choices"].items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise StoreError(f"pinned choices: {path} holds none: {type(error).__name__}: {error}") from None
+
+
+def _passes(passes: Mapping[str, Any]) -> dict[str, tuple[str, Config]]:
+    found = {}
+    for name, each in passes.items():
+        variant, config = each["variant"], each["config"]
+        sound = name in PASSES and type(variant) is str and all(type(value) is int for value in config.values())
+        if not sound:
+            raise ValueError(f"{name!r}: {each!r}")
+        found[name] = (variant, config)
+    return found

@@ -1,0 +1,52 @@
+"""Which shipped table serves a GPU, and which GPUs run what the cost model expects where nothing was measured.
+
+What was measured on one part of compute capability 9.0 is served to the others that are as wide: the H100 SXM, H200
+and GH200 are one chip with different memories. A narrower part of 9.0 takes the model with its own properties. A slice
+of a GPU (MIG) has another memory and another cache than any that was measured: torch's own runs there.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+
+HOPPER = (9, 0)
+MEASURED = "NVIDIA H200"  # whose shipped table serves the others
+LEAST_MULTIPROCESSORS = 114
+
+
+class Part(NamedTuple):
+    """A GPU as torch names it."""
+
+    name: str
+    capability: tuple[int, int]
+    multiprocessors: int
+
+    @property
+    def sliced(self) -> bool:
+        return " MIG " in f" {self.name} "
+
+
+@cache
+def part(device: torch.device) -> Part | None:
+    """None for anything but a CUDA device that is there."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return None
+    try:
+        facts = torch.cuda.get_device_properties(device)
+    except (RuntimeError, AssertionError):  # an index that is not there
+        return None
+    return Part(facts.name, (facts.major, facts.minor), facts.multi_processor_count)
+
+
+def table_for(gpu: Part) -> str | None:
+    """The device whose shipped table serves the GPU, besides one of its own."""
+    wide = gpu.capability == HOPPER and gpu.multiprocessors >= LEAST_MULTIPROCESSORS
+    return MEASURED if wide and not gpu.sliced else None
+
+
+def modelled(gpu: Part) -> bool:
+    """The cost model, whose factors were measured on such parts, decides where nothing was measured."""
+    return gpu.capability == HOPPER and not gpu.sliced

@@ -1,0 +1,111 @@
+"""Choices that are written out and pinned: the same variants run again, whatever was tuned meanwhile. CPU only."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from named_gpu import CUDA, name_gpu
+
+import tritonconv
+from tritonconv import Problem, StoreError, VariantNotApplicable, dispatch
+from tritonconv.autotune import choose, pins, store
+from tritonconv.autotune.key import Key, device_name
+from tritonconv.autotune.store import Entry, Table
+from tritonconv.kernels.registry import variant
+
+CPU = torch.device("cpu")
+X, WEIGHT = torch.randn(1, 64, 8, 8, 8), torch.randn(64, 32, 2, 2, 2)
+PROBLEM = Problem(1, 64, 32, (8, 8, 8), (2, 2, 2), (2, 2, 2), (0, 0, 0), (16, 16, 16))
+
+
+@pytest.fixture(autouse=True)
+def own_store(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITONCONV_CACHE", str(tmp_path / "store"))
+    dispatch.forget()
+    yield
+    tritonconv.pin_choices(None)
+
+
+def ran() -> str:
+    return dispatch.plan(PROBLEM, CPU).choice("forward").variant.name
+
+
+def tune_by_hand(name: str) -> None:
+    entry = Entry(name, {}, 1.0, 2.0, "", str(PROBLEM), "forward", "2026-01-01T00:00")
+    store.merge(Table(device_name(CPU), {str(Key.of(PROBLEM, "forward")): entry}))
+    dispatch.forget()
+
+
+def test_pinned_choices_stand_before_what_is_tuned(tmp_path):
+    path = tmp_path / "choices.json"
+    y = tritonconv.conv_transpose3d(X, WEIGHT, stride=2)
+    first = ran()
+    with tritonconv.use("forward_torch_phases"):
+        tritonconv.conv_transpose3d(X, WEIGHT, stride=2)
+    assert tritonconv.save_choices(path) == 1
+    assert json.loads(path.read_text())["choices"] == {str(PROBLEM): {"forward": {"variant": first, "config": {}}}}
+    tune_by_hand("forward_torch_onednn")
+    assert ran() == "forward_torch_onednn" != first
+    tritonconv.pin_choices(path)
+    assert ran() == first
+    assert torch.equal(tritonconv.conv_transpose3d(X, WEIGHT, stride=2), y)
+    assert dispatch.plan(PROBLEM, CPU).choice("forward").reason == "pinned"
+    assert dispatch.plan(PROBLEM, CPU).choice("backward_data").reason != "pinned"  # it was not needed
+    tritonconv.pin_choices(None)
+    assert ran() == "forward_torch_onednn"
+
+
+def test_the_environment_names_a_file_for_the_whole_program(tmp_path, monkeypatch):
+    path = tmp_path / "choices.json"
+    pins.write({str(PROBLEM): {"forward": ("forward_torch_phases", {})}}, path)
+    monkeypatch.setenv("TRITONCONV_CHOICES", str(path))
+    dispatch.forget()
+    assert ran() == "forward_torch_phases"
+
+
+def test_a_pinned_kernel_waits_for_the_compiler(tmp_path, monkeypatch):
+    pytest.importorskip("triton")
+    name_gpu(monkeypatch)
+    record = variant("forward_phases")
+    pins.write({str(PROBLEM): {"forward": (record.name, record.default(PROBLEM, CUDA))}}, tmp_path / "choices.json")
+    tritonconv.pin_choices(tmp_path / "choices.json")
+    made = dispatch.plan(PROBLEM, CUDA)
+    assert made.choice("forward").variant.name == record.name and made._forward.standby is None
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "words"),
+    [
+        ("forward_gone", {}, "unknown variant"), ("forward_torch_depthwise", {}, "does not serve"),
+        ("forward_torch_phases", {"BLOCK_M": 3}, "BLOCK_M"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_repeated_is_an_error_and_no_other_kernel(tmp_path, name, config, words):
+    path = tmp_path / "choices.json"
+    pins.write({str(PROBLEM): {"forward": (name, config)}}, path)
+    tritonconv.pin_choices(path)
+    with pytest.raises(VariantNotApplicable, match=words):
+        tritonconv.conv_transpose3d(X, WEIGHT, stride=2)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"format": 2}', '{"format": 1, "choices": {"p": {"sideways": {"variant": "v", "config": {}}}}}']
+)
+def test_a_file_of_something_else_is_refused_and_nothing_changes(tmp_path, text):
+    path, good = tmp_path / "choices.json", tmp_path / "good.json"
+    path.write_text(text)
+    pins.write({str(PROBLEM): {"forward": ("forward_torch_phases", {})}}, good)
+    tritonconv.pin_choices(good)
+    with pytest.raises(StoreError, match="choices.json"):
+        tritonconv.pin_choices(path)
+    assert ran() == "forward_torch_phases"
+    with pytest.raises(StoreError, match="missing"):
+        tritonconv.pin_choices(tmp_path / "missing.json")
+    with pytest.raises(StoreError, match="cannot write"):
+        tritonconv.save_choices(tmp_path / "no folder" / "choices.json")
+
+
+def test_nothing_is_pinned_by_default():
+    assert pins.find(PROBLEM, "forward") is None and choose.choose(PROBLEM, CPU, "forward").reason != "pinned"

@@ -1,0 +1,126 @@
+"""What runs on a GPU that nobody tuned: the shipped table, the model, or torch's own. The GPUs are only named."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from named_gpu import CUDA, H200, name_gpu
+
+from tritonconv import Problem
+from tritonconv.autotune import choose, serving, store
+from tritonconv.autotune.key import Key, device_name
+from tritonconv.autotune.serving import Part
+from tritonconv.autotune.store import Entry, Table
+from tritonconv.explain import explain_problem
+from tritonconv.kernels.registry import variant
+from tritonconv.problem import PASSES
+
+pytest.importorskip("triton")
+
+# nnU-Net's layer of 64->32 channels is in the shipped table; 96->40 channels are in none.
+KNOWN = Problem(2, 64, 32, (64,) * 3, (2,) * 3, (2,) * 3, (0,) * 3, (128,) * 3, dtype=torch.bfloat16, layout="ndhwc")
+UNKNOWN = replace(KNOWN, c_in=96, c_out=40)
+H100 = Part("NVIDIA H100 80GB HBM3", (9, 0), 132)
+NARROW = Part("NVIDIA H100 Lite", (9, 0), 78)
+SLICE = Part("NVIDIA H100 80GB HBM3 MIG 3g.40gb", (9, 0), 60)
+A100 = Part("NVIDIA A100-SXM4-80GB", (8, 0), 108)
+
+
+@pytest.fixture(autouse=True)
+def own_store(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITONCONV_CACHE", str(tmp_path))
+    yield
+    monkeypatch.undo()
+    choose.forget()
+
+
+def at(problem: Problem, size: int) -> Problem:
+    return replace(problem, size=(size,) * 3, out_size=(2 * size,) * 3)
+
+
+def chosen(problem: Problem, pass_name: str = "forward") -> choose.Selection:
+    return choose.choose(problem, CUDA, pass_name)
+
+
+def test_the_shipped_table_is_sound():
+    table = store.shipped(serving.MEASURED)
+    assert len(table.entries) > 200 and table.ceilings is not None
+    assert set(table.entries) >= {str(Key.of(KNOWN, name)) for name in PASSES}
+    for entry in table.entries.values():
+        assert variant(entry.variant).name == entry.variant and entry.ms > 0
+
+
+@pytest.mark.parametrize("gpu", [H200, H100, Part("NVIDIA GH200 480GB", (9, 0), 132)], ids=lambda gpu: gpu.name)
+def test_a_wide_hopper_is_served_at_once_on_sizes_that_nobody_measured(monkeypatch, gpu):
+    name_gpu(monkeypatch, gpu)
+    for problem, words in (
+        (KNOWN, "this size"), (at(KNOWN, 66), "this size"), (replace(KNOWN, n=1), "neighbouring size"),
+        (replace(KNOWN, bias=True), "without a bias"), (replace(KNOWN, dtype=torch.float16), "in bfloat16"),
+    ):  # fmt: skip
+        found = chosen(problem)
+        assert found.variant.backend == "triton" and words in found.reason and "(shipped)" in found.reason
+        assert (f"on an {serving.MEASURED}" in found.reason) == (gpu is not H200)
+        assert found.reason in explain_problem(problem, CUDA).text
+
+
+@pytest.mark.parametrize("gpu", [H200, NARROW], ids=lambda gpu: gpu.name)
+def test_the_model_decides_what_no_table_knows(monkeypatch, gpu):
+    name_gpu(monkeypatch, gpu)
+    problem = UNKNOWN if gpu is H200 else KNOWN
+    backends = set()
+    for dtype in (torch.bfloat16, torch.float16):
+        for name in PASSES:
+            found = chosen(replace(problem, dtype=dtype), name)
+            assert "nothing was tuned near this size" in found.reason
+            assert found.variant.supports(problem, CUDA) is None
+            backends.add(found.variant.backend)
+    assert "triton" in backends
+
+
+@pytest.mark.parametrize("gpu", [A100, SLICE, Part("NVIDIA B200", (10, 0), 148)], ids=lambda gpu: gpu.name)
+def test_another_gpu_runs_torchs_own_and_says_what_changes_that(monkeypatch, gpu):
+    name_gpu(monkeypatch, gpu)
+    for name in PASSES:
+        found = chosen(KNOWN, name)
+        assert found.variant.name == f"{name}_torch_native" and "tritonconv tune" in found.reason
+    assert "tritonconv tune" in explain_problem(KNOWN, CUDA).text
+
+
+def test_float32_stays_torchs_own_until_it_is_tuned(monkeypatch):
+    name_gpu(monkeypatch)
+    problem = replace(KNOWN, dtype=torch.float32)
+    assert chosen(problem).variant.name == "forward_torch_native" and "tritonconv tune" in chosen(problem).reason
+    tune_by_hand(problem, "forward_phases", H200)
+    assert chosen(problem).variant.name == "forward_phases"
+
+
+def test_the_users_own_choice_stands_before_the_shipped_one(monkeypatch):
+    name_gpu(monkeypatch)
+    shipped = chosen(KNOWN).variant.name
+    assert shipped != "forward_phases"
+    tune_by_hand(KNOWN, "forward_phases", H200)
+    found = chosen(KNOWN)
+    assert found.variant.name == "forward_phases" and "(shipped)" not in found.reason
+    assert chosen(at(KNOWN, 100)).variant.name != "forward_phases"  # the shipped table has that size itself
+
+
+def test_a_gpu_that_nobody_knows_runs_what_was_tuned_on_it(monkeypatch):
+    name_gpu(monkeypatch, A100)
+    tune_by_hand(KNOWN, "forward_phases", A100)
+    assert chosen(KNOWN).variant.name == "forward_phases"
+    assert chosen(UNKNOWN).variant.name == "forward_torch_native"
+
+
+def test_a_name_on_the_cpu_is_not_served():
+    assert serving.part(torch.device("cpu")) is None
+    assert not any(source.table.entries for source in choose.sources_of(torch.device("cpu")))
+    assert device_name(torch.device("cpu")) != serving.MEASURED
+
+
+def tune_by_hand(problem: Problem, name: str, gpu: Part) -> None:
+    record = variant(name)
+    entry = Entry(name, dict(record.default(problem, CUDA)), 1.0, 2.0, "", str(problem), "forward", "2026-01-01T00:00")
+    store.merge(Table(gpu.name, {str(Key.of(problem, "forward")): entry}))
+    choose.forget()

@@ -1,0 +1,232 @@
+"""Torch's own in the place of a kernel that is being compiled, or that cannot be: no call waits, and none fails.
+
+The compiler's part is played by the tests, and the kernels run in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from named_gpu import CUDA, name_gpu
+
+import tritonconv
+from tritonconv import KernelWarning, Problem, dispatch
+from tritonconv.autotune.choose import Selection
+from tritonconv.kernels.registry import variant
+from tritonconv.problem import PASSES
+
+triton_replay = pytest.importorskip("tritonconv.kernels.triton_replay")
+from tritonconv.kernels import triton_background  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+UP = Problem(1, 8, 4, (2, 3, 2), (2, 2, 2), (2, 2, 2), (0, 0, 0), (4, 6, 4), bias=True)
+KERNELS = ("forward_phases", "backward_data_gemm", "backward_weight_splitk")
+FUSED = ("forward_phases", "backward_data_fused", "backward_weight_fused")
+
+
+@pytest.fixture
+def compiler(monkeypatch):
+    """The tasks of the compiler's thread, which the test runs when it likes; the kernels need no compiler then."""
+    tasks = []
+    monkeypatch.setattr(triton_replay, "INTERPRETED", False)
+    monkeypatch.setattr(triton_background, "submit", tasks.append)
+    triton_replay._warn_once.cache_clear()
+    return tasks
+
+
+@pytest.fixture
+def interpreted(compiler, monkeypatch):
+    """``compile`` makes nothing: the interpreter needs no kernels."""
+    monkeypatch.setattr(triton_replay.Compiled, "compile", lambda self: setattr(self, "ready", True))
+    return compiler
+
+
+def plan_of(names=KERNELS) -> dispatch.Plan:
+    chosen = {name: Selection(record, record.default(UP, CPU), "chosen") for name, record in _records(names)}
+    return dispatch.Plan(UP, CPU, choose=None, chosen=chosen, standby=True)
+
+
+def _records(names):
+    return [(variant(name).pass_name, variant(name)) for name in names]
+
+
+def operands():
+    generator = torch.Generator().manual_seed(1)
+    shapes = (UP.x_shape, UP.weight_shape, (UP.c_out,), UP.y_shape)
+    return tuple(torch.randint(-3, 4, shape, generator=generator).float() for shape in shapes)
+
+
+def outputs(plan: dispatch.Plan) -> list[torch.Tensor]:
+    x, weight, bias, grad_y = operands()
+    grads = plan.backward(x, weight, grad_y, True)
+    return [plan.forward(x, weight, bias), *grads, plan.backward_data(grad_y, weight), plan.forward(x, weight, None)]
+
+
+def want() -> list[torch.Tensor]:
+    own = {name: Selection(variant(f"{name}_torch_native"), {}, "torch's own") for name in PASSES}
+    return outputs(dispatch.Plan(UP, CPU, None, own))
+
+
+def same(left, right) -> bool:
+    return all(torch.equal(one, other) for one, other in zip(left, right, strict=True))
+
+
+@pytest.mark.parametrize("names", [KERNELS, FUSED], ids=["apart", "fused"])
+def test_torchs_own_runs_until_the_kernels_are_compiled(interpreted, monkeypatch, names):
+    ran = []
+    real = triton_replay.Replay._first
+    monkeypatch.setattr(triton_replay.Replay, "_first", lambda *args: ran.append("first") or real(*args))
+    plan, right = plan_of(names), want()
+    assert same(outputs(plan), right) and not ran
+    submitted = len(interpreted)
+    assert submitted >= 3
+    assert same(outputs(plan), right) and not ran and len(interpreted) == submitted  # each kind is asked for once
+    for task in interpreted:
+        task()
+    assert same(outputs(plan), right) and "first" in ran
+    ran.clear()
+    assert same(outputs(plan), right) and "first" not in ran  # replayed
+
+
+def test_a_kernel_that_cannot_be_compiled_is_one_warning_and_torchs_own(compiler, monkeypatch):
+    def no_compiler(*operands, **more):
+        raise RuntimeError("Failed to find C compiler.\nPlease set CC")
+
+    plan, right = plan_of(), want()
+    assert same(outputs(plan), right)
+    monkeypatch.setattr(triton_replay, "compile_only", no_compiler)
+    for task in compiler:
+        task()  # in the thread nothing is raised, and nothing is told
+    count = len(compiler)
+    with pytest.warns(KernelWarning, match="Failed to find C compiler") as told:
+        assert same(outputs(plan), right)
+    assert same(outputs(plan), right)  # and tells nothing any more
+    assert len(told) == 1 and "Please set CC" not in str(told[0].message)
+    assert len(compiler) == count  # it is not tried again
+
+
+def test_a_launch_that_fails_is_one_warning_and_torchs_own(interpreted, monkeypatch):
+    plan, right = plan_of(), want()
+    outputs(plan)
+    for task in interpreted:
+        task()
+
+    def refused(self, key, operands):
+        raise RuntimeError("out of resource: shared memory, Required: 300000, Hardware limit: 232448")
+
+    monkeypatch.setattr(triton_replay.Replay, "_first", refused)
+    with pytest.warns(KernelWarning, match="out of resource") as told:
+        assert same(outputs(plan), right)
+    assert same(outputs(plan), right)
+    assert len(told) == 1
+
+
+def test_a_lack_of_memory_is_raised_as_torch_raises_it(interpreted, monkeypatch):
+    plan = plan_of()
+    outputs(plan)
+    for task in interpreted:
+        task()
+
+    def full(self, key, operands):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(triton_replay.Replay, "_first", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        outputs(plan)
+
+
+def test_a_driver_that_is_not_there_is_one_warning_and_torchs_own(compiler, monkeypatch):
+    def nothing(dtype):
+        raise RuntimeError("0 active drivers ([]). There should only be one.")
+
+    monkeypatch.setattr(triton_replay, "precision", nothing)
+    with pytest.warns(KernelWarning, match="active drivers") as told:
+        assert same(outputs(plan_of()), want())
+    assert len(told) == 1
+
+
+def test_what_is_forced_or_deterministic_waits_for_the_compiler(compiler, monkeypatch):
+    name_gpu(monkeypatch)
+    with tritonconv.use(*KERNELS):
+        forced = dispatch.plan(UP, CUDA)
+        assert forced._forward.standby is None and forced._backward_weight.standby is None
+    sizes = (2, 64, 32, (64,) * 3, (2,) * 3, (2,) * 3, (0,) * 3, (128,) * 3)
+    problem = Problem(*sizes, dtype=torch.bfloat16, layout="ndhwc")  # of the shipped table
+    assert dispatch.plan(problem, CUDA)._forward.standby is not None
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert dispatch.plan(problem, CUDA)._forward.standby is None
+    finally:
+        torch.use_deterministic_algorithms(False)
+        monkeypatch.undo()
+        dispatch.forget()
+
+
+def test_the_compiler_is_given_shapes_and_no_memory(compiler):
+    x, weight, bias, _ = operands()
+    plan = plan_of()
+    plan.forward(x.transpose(3, 4), weight, bias)
+    (task,) = compiler
+    made = task.__self__
+    assert all(each.device.type == "meta" for each in made.operands)
+    assert made.operands[0].stride() == x.transpose(3, 4).stride()
+
+
+def test_the_compiler_makes_what_the_launch_then_finds():
+    """For a target that is not there, by the real compiler, in the thread."""
+    program = """
+import torch, tritonconv
+from tritonconv import Problem, dispatch
+from tritonconv.autotune.choose import Selection
+from tritonconv.inspection.compiling import compiling_for
+from tritonconv.inspection.targets import TARGETS
+from tritonconv.kernels import forward_phases
+from tritonconv.kernels.registry import variant
+problem = Problem(1, 8, 4, (2, 3, 2), (2, 2, 2), (2, 2, 2), (0, 0, 0), (4, 6, 4), dtype=torch.bfloat16)
+record, cpu = variant("forward_phases"), torch.device("cpu")
+with compiling_for(TARGETS["sm_90"]):
+    config = record.default(problem, torch.device("cuda"))
+    plan = dispatch.Plan(problem, cpu, None, {"forward": Selection(record, config, "chosen")}, standby=True)
+    operands = [torch.ones(shape, dtype=torch.bfloat16) for shape in (problem.x_shape, problem.weight_shape)]
+    plan.forward(*operands, None)
+    assert tritonconv.wait_until_compiled(100)
+    (made,) = plan._forward.compiled.values()
+assert made.error is None and made.ready, made.error
+(kernels, *_), = forward_phases.forward_phases_kernel.device_caches.values()
+assert len(kernels) == 1
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, timeout=120, env=environment)
+
+
+def test_the_thread_works_in_order_and_ends():
+    done, gate = [], threading.Event()
+    triton_background.submit(lambda: (gate.wait(10), done.append("first")))
+    triton_background.submit(lambda: done.append("second"))
+    assert not tritonconv.wait_until_compiled(0.01)
+    gate.set()
+    assert tritonconv.wait_until_compiled(10) and done == ["first", "second"]
+    triton_background.submit(lambda: done.append("third"))
+    assert tritonconv.wait_until_compiled(10) and done[-1] == "third"
+    assert not any(thread.name == "tritonconv-compiler" for thread in threading.enumerate())
+
+
+def test_a_program_ends_without_compiling_what_was_not_begun():
+    program = """
+import time
+from tritonconv.kernels import triton_background
+triton_background.submit(lambda: (print("begun", flush=True), time.sleep(0.5)))
+for _ in range(100):
+    triton_background.submit(lambda: (print("late"), time.sleep(0.5)))
+time.sleep(0.2)
+"""
+    command = [sys.executable, "-c", program]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    assert "begun" in ran.stdout and ran.stdout.count("late") < 5 and not ran.stderr
