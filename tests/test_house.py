@@ -28,7 +28,7 @@ LAYERS = (
     ("kernels",),
     ("autotune",),
     ("fallback",),
-    ("forced",),
+    ("forced", "plan"),
     ("dispatch",),
     ("autograd", "operators"),
     ("functional", "explain"),
