@@ -185,7 +185,7 @@ def _load(path: Path, device: str) -> tuple[Table, bool]:
     """What is sound of a file, and whether anything is not, which a warning says."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return Table(device), False
     except OSError as error:  # no permission: the file may be all right
         return _fault(path, Table(device), f"cannot be read, and is not used: {error}")

@@ -61,7 +61,7 @@ def script(code: str) -> tuple[str, str]:
 def test_a_campaign_goes_through_all_its_steps(beside, tmp_path, ncu):
     layer = "segresnet_deconv_up2"
     asked = ("--suite", "unet", "--only", layer, "--dtype", "float16", "--scale", "cpu", "--no-compile", "--quiet")
-    command = (TESTS / "stand_in_gpu.py", "campaign", "--seconds", 300, "--out", tmp_path, *asked)
+    command = (TESTS / "stand_in_gpu.py", "campaign", "--seconds", 300, "--out", tmp_path, "--no-install", *asked)
     code, out = beside(*command)
     assert code == 0
     found = results.read(results.latest(tmp_path))

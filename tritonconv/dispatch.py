@@ -7,8 +7,9 @@ the rest: the tuned choice where there is one, else its rules.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -83,7 +84,35 @@ def _integers(values: tuple) -> bool:
 def _plan_anew(x, weight, bias, *arguments) -> Plan | None:
     if fallback.unserved(x, weight, bias) is not None:
         return None
-    return plan(problem_of(x, weight, bias, geometry(*arguments)), x.device)
+    problem = problem_of(x, weight, bias, geometry(*arguments))
+    if x.is_cuda and torch.backends.cudnn.benchmark and not forced.get():
+        _offer_to_tuner(problem, x.device)
+    return plan(problem, x.device)
+
+
+_tuner: Callable[[Problem, torch.device], None] | None = None
+
+
+def set_tuner(offer: Callable[[Problem, torch.device], None] | None) -> None:
+    """Where ``torch.backends.cudnn.benchmark`` is set, ``offer`` is called before a problem is planned on a GPU."""
+    global _tuner
+    _tuner = offer
+
+
+def _offer_to_tuner(problem: Problem, device: torch.device) -> None:
+    """The one door from a call to what measures; its module is imported when it is first wanted, and sets itself."""
+    if _tuner is None:
+        importlib.import_module("tritonconv.tuning.first_use")
+    if _tuner is not None:
+        _tuner(problem, device)
+
+
+def drop(which: Callable[[Plan], bool]) -> None:
+    """Those plans are made anew when they are next needed."""
+    for memory in (_by_call, _by_problem):
+        for key, made in list(memory.items()):
+            if which(made):
+                memory.pop(key, None)
 
 
 def _remember(memory: dict[tuple, Plan], key: tuple, made: Plan) -> Plan:

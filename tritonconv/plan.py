@@ -112,6 +112,25 @@ class Plan:
         standby = (torchs or self._torchs_own(pass_name)) if self.standby and not chosen.forced else None
         return Replay(launch, self.problem, chosen.config, keeps=file_of(chosen.variant.name) is None, standby=standby)
 
+    def compile(self, pass_name: str) -> bool:
+        """Compiles the kernels of a pass's choice for operands as they come in the problem's layout; whether that is
+        done. For a kernel on a GPU; nothing runs."""
+        from tritonconv.kernels.triton_replay import Compiled  # needs Triton
+
+        problem, chosen = self.problem, self.choice(pass_name)
+
+        def like(shape: tuple[int, ...], layout: torch.memory_format = torch.contiguous_format) -> torch.Tensor:
+            return torch.empty(shape, dtype=problem.dtype, device="meta", memory_format=layout)
+
+        x, y = (like(shape, problem.memory_format) for shape in (problem.x_shape, problem.y_shape))
+        weight, bias = like(problem.weight_shape), like((problem.c_out,)) if problem.bias else None
+        operands = {
+            "forward": (x, weight, bias), "backward_data": (y, weight), "backward_weight": (x, y, problem.bias),
+        }[pass_name]  # fmt: skip
+        made = Compiled(partial(chosen.variant.launch, problem, chosen.config), operands, self.device)
+        made.compile()
+        return made.ready
+
     def _torchs_own(self, pass_name: str) -> Callable[..., Any]:
         """torch's own operation, of the operands of a Triton launch of the pass."""
         record, _ = rules.choose(self.problem, self.device, pass_name)

@@ -21,12 +21,23 @@ def cudnn_benchmark(device: torch.device, wanted: bool = True) -> Iterator[None]
     if device.type != "cuda":
         yield
         return
+    global _blocks
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = wanted
+    _blocks += 1
     try:
         yield
     finally:
+        _blocks -= 1
         torch.backends.cudnn.benchmark = before
+
+
+_blocks = 0  # of cudnn_benchmark() that run now
+
+
+def switch_is_ours() -> bool:
+    """cuDNN's switch was set by :func:`cudnn_benchmark`, not by the user."""
+    return _blocks > 0
 
 
 def captured(call: Call, device: torch.device) -> Callable[[], None] | None:
