@@ -11,6 +11,7 @@ from tritonconv.errors import (
     ResultsError,
     StoreError,
     StoreWarning,
+    TritonWarning,
     VariantNotApplicable,
 )
 from tritonconv.explain import explain
@@ -39,6 +40,7 @@ __all__ = [
     "StoreError",
     "StoreWarning",
     "TransposedConv3dLayer",
+    "TritonWarning",
     "Variant",
     "VariantNotApplicable",
     "conv_transpose3d",
