@@ -8,8 +8,8 @@ makes its calls again when it is replayed, and in a capture nothing waits for th
 
 It finds mistakes of the program around a GPU, and says nothing of a GPU: its times are made up. Needs a C++ compiler.
 
-It is the GPU that stand_in_facts.py describes. Its choices go to the folder that ``TRITONCONV_CACHE`` names, else to one
-that ends with the process: never to those of a GPU.
+It is the GPU that stand_in_facts.py describes. Its choices go to the folder that ``TRITONCONV_CACHE`` names, else to
+one that ends with the process: never to those of a GPU.
 """
 
 from __future__ import annotations
