@@ -156,9 +156,14 @@ def _without_sources() -> str | None:
 
 @cache
 def warn_without_triton() -> None:
-    """For a call on a GPU: warns, once in a process, where its Triton variants are not there, and why."""
-    if not have_triton():
-        told = f"{triton_fault()}: no kernel of tritonconv runs, torch's own operations serve instead"
+    """For a call on a GPU: warns, once in a process, where no Triton variant can serve it, and why."""
+    fault = triton_fault()
+    if fault is None:
+        from tritonconv.kernels.triton_target import driver_fault  # needs Triton
+
+        fault = driver_fault()
+    if fault is not None:
+        told = f"{fault}: no kernel of tritonconv runs, torch's own operations serve instead"
         warnings.warn(told, TritonWarning, stacklevel=2)
 
 

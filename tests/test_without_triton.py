@@ -45,11 +45,11 @@ assert x.grad.shape == x.shape
 """
 
 
-def python(folder: Path, *arguments: str, **variables: str) -> str:
-    """The output of a process that looks into the folder first."""
-    own = {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "CUDA_VISIBLE_DEVICES": "", **variables}
+def python(first: Path, *arguments: str, **variables: str) -> str:
+    """The output of a process that looks for modules in a folder, or a zip file, before the project's."""
+    own = {**os.environ, "PYTHONPATH": f"{first}{os.pathsep}{ROOT}", "CUDA_VISIBLE_DEVICES": "", **variables}
     command = [sys.executable, *arguments]
-    done = subprocess.run(command, cwd=folder if folder.is_dir() else folder.parent, env=own, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, cwd=first.parent, env=own, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -188,3 +188,56 @@ print(*y.unique().tolist(), tritonconv.__file__)
 """
     out = python(Path(zipped), "-c", code, TRITON_INTERPRET="1")
     assert out == f"2.0 {zipped}/tritonconv/__init__.py\n"
+
+
+# Planning for a GPU that is not there: as much of torch.cuda as that asks for.
+ON_A_GPU = """
+import contextlib, warnings, torch
+torch.cuda.is_available, torch.cuda.current_device = lambda: True, lambda: 0
+torch.cuda.get_device_name, torch.cuda.get_device_capability = lambda device=None: "a GPU", lambda device=None: (9, 0)
+torch.cuda.device = lambda device: contextlib.nullcontext()
+import tritonconv
+from tritonconv import dispatch, explain
+problem = tritonconv.Problem(1, 16, 16, (8, 8, 8), (2, 2, 2), (2, 2, 2), (0, 0, 0), (16, 16, 16), dtype=torch.float16)
+with warnings.catch_warnings(record=True) as told:
+    warnings.simplefilter("always")
+    for _ in range(3):
+        dispatch.forget()
+        plan = dispatch.plan(problem, torch.device("cuda", 0))
+print(plan.choice("forward").variant.backend, *(f"{each.category.__name__}: {each.message}" for each in told))
+try:
+    with tritonconv.use("forward_shuffle"):
+        dispatch.plan(problem, torch.device("cuda", 0))
+except tritonconv.VariantNotApplicable as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(not registry.have_triton(), reason="needs Triton")
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"CC": "/no/such/compiler"}, "FileNotFoundError: [Errno 2] No such file or directory: '/no/such/compiler'"),
+        ({"CC": "/bin/false"}, "CalledProcessError: "),  # no headers, no libcuda
+        ({"PATH": "/no/such/folder"}, "Failed to find C compiler"),
+        ({"TRITON_CACHE_DIR": "{file}/cache"}, "NotADirectoryError: [Errno 20] Not a directory: '{file}/cache'"),
+    ],
+    ids=["no such compiler", "the compiler fails", "no compiler", "no cache"],
+)
+def test_a_gpu_that_triton_cannot_launch_on_runs_torchs_own_and_warns_once(tmp_path, variables, said):
+    file = tmp_path / "file"
+    file.touch()
+    own = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path / "cache"), "TRITON_LIBCUDA_PATH": str(tmp_path)}
+    given = {name: value.format(file=file) for name, value in variables.items()}
+    environment = {name: value for name, value in os.environ.items() if name != "CC"}
+    done = subprocess.run(
+        [sys.executable, "-c", ON_A_GPU], env={**environment, "PYTHONPATH": str(ROOT), **own, **given},
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    planned, forced = done.stdout.splitlines()
+    assert planned.startswith(
+        "torch TritonWarning: Triton cannot build its driver for the GPU, which takes a C compiler"
+    )
+    assert planned.count("TritonWarning") == 1 and said.format(file=file) in planned
+    assert forced.startswith("forward_shuffle was forced but does not serve ") and said.format(file=file) in forced
