@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from tritonconv.errors import ArgumentError, TritonWarning
+from tritonconv.errors import ArgumentError, KernelWarning
 from tritonconv.kernels.work import Work
 from tritonconv.problem import PASSES, Problem
 
@@ -164,7 +164,7 @@ def warn_without_triton() -> None:
         fault = driver_fault()
     if fault is not None:
         told = f"{fault}: no kernel of tritonconv runs, torch's own operations serve instead"
-        warnings.warn(told, TritonWarning, stacklevel=2)
+        warnings.warn(told, KernelWarning, stacklevel=2)
 
 
 @cache

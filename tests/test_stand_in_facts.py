@@ -37,7 +37,7 @@ with warnings.catch_warnings(record=True) as told:
         y, right = ours(mine), theirs(x)
         y.sum().backward(), right.sum().backward()
         assert torch.allclose(y.cpu(), right) and torch.allclose(mine.grad.cpu(), x.grad)
-warned = [str(each.message) for each in told if each.category is tritonconv.TritonWarning]
+warned = [str(each.message) for each in told if each.category is tritonconv.KernelWarning]
 """
 
 
@@ -87,12 +87,14 @@ def test_it_has_the_name_and_the_size_that_are_asked_for_and_a_store_of_its_own(
 
 
 @pytest.mark.parametrize("facts", [{}, H200], ids=["any GPU", "H200"])
-def test_a_gpu_with_a_broken_triton_runs_torchs_own_and_warns_once(beside, tmp_path, facts):
+def test_a_gpu_with_a_broken_triton_runs_torchs_own_and_warns_at_most_once(beside, tmp_path, facts):
     (tmp_path / "triton").mkdir()
     (tmp_path / "triton" / "__init__.py").write_text("raise OSError('GLIBC_2.99 not found')")
     more = "print(*warned, sep='\\n'); tritonconv.explain(mine, ours.weight, ours.bias, 2)"
-    warning, *explained = beside(f"{STEPS}\n{more}", tmp_path, **facts)
-    assert warning.startswith("Triton cannot be imported: OSError: GLIBC_2.99 not found: ")
+    explained = beside(f"{STEPS}\n{more}", tmp_path, **facts)
+    warned = explained.pop(0)
+    # Of a GPU for which no kernel would be chosen there is nothing to tell.
+    assert warned.startswith("Triton cannot be imported: OSError: GLIBC_2.99 not found: ") if facts else warned == ""
     assert "no Triton variant: Triton cannot be imported: OSError: GLIBC_2.99 not found" in explained
     chosen = [line for line in explained if line.startswith(("forward: ", "backward_"))]
     assert len(chosen) == 3 and all("_torch_" in line for line in chosen)

@@ -11,7 +11,6 @@ from tritonconv.errors import (
     ResultsError,
     StoreError,
     StoreWarning,
-    TritonWarning,
     VariantNotApplicable,
 )
 from tritonconv.explain import explain
@@ -40,7 +39,6 @@ __all__ = [
     "StoreError",
     "StoreWarning",
     "TransposedConv3dLayer",
-    "TritonWarning",
     "Variant",
     "VariantNotApplicable",
     "conv_transpose3d",

@@ -33,7 +33,3 @@ class StoreWarning(UserWarning):
 
 class KernelWarning(UserWarning):
     """A Triton kernel cannot be compiled or launched on this machine; torch's own operation runs instead."""
-
-
-class TritonWarning(UserWarning):
-    """Triton, or the sources that it compiles, cannot be used: torch's own operations serve where kernels would."""
