@@ -86,7 +86,7 @@ def _plan_anew(x, weight, bias, *arguments) -> Plan | None:
     if fallback.unserved(x, weight, bias) is not None:
         return None
     problem = problem_of(x, weight, bias, geometry(*arguments))
-    if x.is_cuda and torch.backends.cudnn.benchmark and not forced.get():
+    if x.is_cuda and torch.backends.cudnn.benchmark and not forced.get() and not torch_only():
         _offer_to_tuner(problem, x.device)
     return plan(problem, x.device)
 
