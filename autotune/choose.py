@@ -22,8 +22,9 @@ from tritonconv.autotune.key import Key, device_name
 from tritonconv.autotune.sources import revision
 from tritonconv.autotune.store import Entry, Table
 from tritonconv.errors import ArgumentError, StoreWarning, VariantNotApplicable
-from tritonconv.kernels.registry import Config, Variant, variant
+from tritonconv.kernels.registry import NO_CONFIG, Config, Variant, variant, warn_without_triton
 from tritonconv.problem import Problem
+from tritonconv.switches import REASON, torch_only
 
 # A neighbour's choice may be predicted so many times slower than the untuned one: the model is no finer than that.
 SLACK = 1.5
@@ -61,17 +62,29 @@ def choose(problem: Problem, device: torch.device, pass_name: str) -> Selection:
     """The variant, its config and the reason.
 
     Raises VariantNotApplicable where a pinned variant does not serve the problem, StoreError where the file of the
-    pinned choices cannot be read.
+    pinned choices cannot be read, ArgumentError where :func:`~tritonconv.switches.torch_only` does.
     """
+    if torch_only():
+        return Selection(variant(rules.FALLBACK[pass_name]), NO_CONFIG, REASON)
     pinned = pins.find(problem, pass_name)
     if pinned is not None:
         return _pinned(*pinned, problem, device)
+    if _wants_kernels(device):
+        warn_without_triton()
     if problem.n and problem.c_out:
         for entry, words, near in _entries(Key.of(problem, pass_name), device):
             found = _usable(entry, problem, device)
             if found is not None and (not near or _plausible(found, entry, problem, device)):
                 return Selection(found, entry.config, _said(entry, words), entry)
     return untuned(problem, device, pass_name)
+
+
+def _wants_kernels(device: torch.device) -> bool:
+    """Whether a table or the model may choose a Triton variant there: elsewhere nothing loads Triton."""
+    if device.type != "cuda":
+        return False
+    gpu = serving.part(device)
+    return (gpu is not None and serving.modelled(gpu)) or any(source.table.entries for source in sources_of(device))
 
 
 def _pinned(name: str, config: Config, problem: Problem, device: torch.device) -> Selection:

@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from tritonconv.autotune.key import Key
 from tritonconv.errors import StoreError, StoreWarning
 
 FORMAT = 2
-SHIPPED = Path(__file__).resolve().parent / "tables"
+SHIPPED: Any = files("tritonconv") / "autotune" / "tables"  # a Path, and the like of one inside a zip file
 # What became of a variant that was renamed, or merged into another: its name and the config keys that it did not say.
 RENAMED: dict[str, tuple[str, dict[str, int]]] = {}
 LOCK_SECONDS = 60

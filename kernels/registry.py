@@ -1,15 +1,20 @@
-"""Finds the variants: every ``<pass>_<idea>.py`` beside this file, each with one ``VARIANT`` record.
+"""Finds the variants: every module ``<pass>_<idea>`` beside this one, each with one ``VARIANT`` record.
 
 Tests, tuner, benchmark, plots, ``explain`` and dispatch loop over this registry, so a new variant is one new file.
-An error while a variant file is imported propagates: a variant never goes missing in silence. Files whose idea
-starts with ``torch_`` need torch alone; the others need Triton and are listed only where Triton is installed.
+Modules whose idea starts with ``torch_`` need torch alone, and each is imported when it is first asked for. The others
+need Triton: they are imported together, when one of them or the whole list is first asked for, and where one cannot be
+none of them is there. :func:`triton_fault` says why, and a call that would have had them warns of it once: a variant
+never goes missing in silence.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import pkgutil
+import re
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, wraps
@@ -19,13 +24,17 @@ from typing import Any
 
 import torch
 
-from tritonconv.errors import ArgumentError
+from tritonconv.errors import ArgumentError, KernelWarning
 from tritonconv.kernels.work import Work
 from tritonconv.problem import PASSES, Problem
 
 Config = Mapping[str, int]
 NO_CONFIG: Config = MappingProxyType({})
 BACKENDS = ("triton", "torch")
+PACKAGE = "tritonconv.kernels"
+OLDEST_TRITON = (3, 6)  # as pyproject.toml
+# What the kernels import of Triton.
+TRITON_MODULES = ("language", "knobs", "backends.compiler", "compiler.compiler", "tools.tensor_descriptor")
 
 
 def _one_config(problem: Problem, device: torch.device) -> tuple[Config, ...]:
@@ -88,25 +97,112 @@ class Variant:
 
 
 def have_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    """Whether the Triton variants are there."""
+    return triton_fault() is None
+
+
+@cache
+def triton_fault() -> str | None:
+    """Why no Triton variant is there, in words; None where they are. Imports Triton and the variants, once."""
+    fault = _of_triton() or _without_sources()
+    if fault is None:
+        for name in _names(torchs=False):
+            try:
+                importlib.import_module(f"{PACKAGE}.{name}")
+            except (Exception, SystemExit) as error:
+                return f"tritonconv's {name} cannot be imported with Triton {_version()}: {_said(error)}"
+    return fault
+
+
+def _of_triton() -> str | None:
+    """What is wrong with Triton itself, whatever its import raises; SystemExit is that of a script of the name."""
+    try:
+        triton = importlib.import_module("triton")
+    except ModuleNotFoundError as error:
+        return "Triton is not installed" if error.name == "triton" else f"Triton cannot be imported: {_said(error)}"
+    except (Exception, SystemExit) as error:
+        return f"Triton cannot be imported: {_said(error)}"
+    version, oldest = re.match(r"(\d+)\.(\d+)", _version()), ".".join(map(str, OLDEST_TRITON))
+    if version is None or not hasattr(triton, "jit"):
+        places = getattr(triton, "__file__", None) or ", ".join(getattr(triton, "__path__", ())) or "an unknown place"
+        return f"the module triton that is imported is not the compiler Triton, but {places}"
+    if tuple(map(int, version.groups())) < OLDEST_TRITON:
+        return f"Triton {_version()} is installed, and the kernels need {oldest} or later"
+    for name in TRITON_MODULES:
+        try:
+            importlib.import_module(f"triton.{name}")
+        except (Exception, SystemExit) as error:
+            return f"Triton {_version()} cannot be imported: triton.{name}: {_said(error)}"
+    return None
+
+
+def _version() -> str:
+    return str(getattr(sys.modules.get("triton"), "__version__", "of no version"))
+
+
+def _said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _without_sources() -> str | None:
+    """Triton compiles a kernel from its source, which a frozen or compiled package leaves out."""
+    for name in _names(torchs=False)[:1]:
+        spec = importlib.util.find_spec(f"{PACKAGE}.{name}")
+        source = getattr(spec and spec.loader, "get_source", None)
+        if source is None or source(f"{PACKAGE}.{name}") is None:
+            return f"tritonconv is here without its sources, such as {name}.py, which Triton compiles"
+    return None
+
+
+@cache
+def warn_without_triton() -> None:
+    """For a call on a GPU: warns, once in a process, where no Triton variant can serve it, and why."""
+    fault = triton_fault()
+    if fault is None:
+        from tritonconv.kernels.triton_target import driver_fault  # needs Triton
+
+        fault = driver_fault()
+    if fault is not None:
+        told = f"{fault}: no kernel of tritonconv runs, torch's own operations serve instead"
+        warnings.warn(told, KernelWarning, stacklevel=2)
+
+
+@cache
+def _names(torchs: bool) -> tuple[str, ...]:
+    """The project's own variants that are torch's, or those that are Triton's; by the importers, for a package may lie
+    in a zip file or hold no ``.py`` file."""
+    found = sorted(name for _, name, _ in pkgutil.iter_modules(_folders()) if _pass_of(name))
+    return tuple(name for name in found if name.removeprefix(f"{_pass_of(name)}_").startswith("torch_") == torchs)
+
+
+def _folders() -> list[str]:
+    return list(sys.modules[PACKAGE].__path__)
+
+
+def _pass_of(name: str) -> str | None:
+    return next((each for each in PASSES if name.startswith(f"{each}_")), None)
+
+
+def _here() -> tuple[str, ...]:
+    """The names of all variants that are there: sorted, and then those from outside the project."""
+    own = sorted((*_names(torchs=True), *(_names(torchs=False) if have_triton() else ())))
+    return (*own, *(name for name in _records() if name not in own))
 
 
 @cache
 def _records() -> dict[str, Variant]:
-    found = {}
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        pass_name = next((name for name in PASSES if path.stem.startswith(f"{name}_")), None)
-        if pass_name is None:
-            continue
-        idea = path.stem.removeprefix(f"{pass_name}_")
-        if not idea.startswith("torch_") and not have_triton():
-            continue
-        record = importlib.import_module(f"tritonconv.kernels.{path.stem}").VARIANT
-        if record.name != path.stem:
-            raise ArgumentError(
-                f"{path.name}: VARIANT.name expects {path.stem!r} (the file's stem), got {record.name!r}"
-            )
-        found[record.name] = _spread(record)
+    """By name the variants that were asked for so far, and those from outside the project."""
+    return {}
+
+
+def _record(name: str) -> Variant | None:
+    """The variant of this name; None where there is none."""
+    found = _records().get(name)
+    if found is None and (name in _names(torchs=True) or (name in _names(torchs=False) and have_triton())):
+        record = importlib.import_module(f"{PACKAGE}.{name}").VARIANT
+        if record.name != name:
+            raise ArgumentError(f"{name}.py: VARIANT.name expects {name!r} (the file's stem), got {record.name!r}")
+        found = _records().setdefault(name, _spread(record))
     return found
 
 
@@ -139,15 +235,18 @@ def variants(pass_name: str | None = None) -> tuple[Variant, ...]:
     if pass_name is not None and pass_name not in PASSES:
         raise ArgumentError(f"variants: pass_name expects one of {', '.join(PASSES)}, got {pass_name!r}")
     wanted = PASSES if pass_name is None else (pass_name,)
-    return tuple(record for name in wanted for record in _records().values() if record.pass_name == name)
+    found = [record for name in _here() if (record := _record(name)) is not None]
+    return tuple(record for each in wanted for record in found if record.pass_name == each)
 
 
 def variant(name: str) -> Variant:
-    """The variant of this name; raises ArgumentError that lists the names there are."""
-    try:
-        return _records()[name]
-    except KeyError:
-        raise ArgumentError(f"unknown variant {name!r}; there are: {', '.join(_records())}") from None
+    """The variant of this name; raises ArgumentError that lists the names there are, or says why it is not there."""
+    found = _record(name)
+    if found is not None:
+        return found
+    if name in _names(torchs=False):
+        raise ArgumentError(f"variant {name!r} is not there: {triton_fault()}")
+    raise ArgumentError(f"unknown variant {name!r}; there are: {', '.join(_here())}")
 
 
 _files: dict[str, Path] = {}  # of the variants outside the project, by name
@@ -172,7 +271,7 @@ def load(path: Path) -> Variant:
     record = getattr(module, "VARIANT", None)
     if not isinstance(record, Variant):
         raise ArgumentError(f"variant file {path}: VARIANT expects a tritonconv.Variant, got {record!r}")
-    if record.name in _records():
+    if record.name in (*_names(torchs=True), *_names(torchs=False), *_records()):
         raise ArgumentError(f"variant file {path}: the name {record.name!r} is taken (tritonconv list shows all)")
     _records()[record.name] = _spread(record)
     _files[record.name] = path.resolve()

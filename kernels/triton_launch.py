@@ -17,7 +17,7 @@ from triton.compiler.compiler import make_backend
 from tritonconv.kernels import triton_compiled, triton_tape
 from tritonconv.kernels.registry import Config
 from tritonconv.kernels.triton_device import FAR
-from tritonconv.kernels.triton_target import INTERPRETED, target
+from tritonconv.kernels.triton_target import INTERPRETED, driver_fault, target
 from tritonconv.kernels.triton_tiles import PROGRAMS
 from tritonconv.problem import Problem, Triple, largest_offset
 
@@ -43,8 +43,10 @@ def refusal(problem: Problem, device: torch.device) -> str | None:
     """Why no Triton kernel serves the problem on the device; None where one may."""
     if problem.dtype not in DTYPES:
         return f"Triton kernels serve float16, bfloat16 and float32, not {str(problem.dtype).removeprefix('torch.')}"
-    if device.type == "cuda" or _compiled.get() is not None:
+    if _compiled.get() is not None:
         return None
+    if device.type == "cuda":
+        return driver_fault()
     if not INTERPRETED:
         return f"a Triton kernel needs a CUDA device, not {device} (or TRITON_INTERPRET=1 set before the import)"
     if problem.dtype is torch.bfloat16:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import cache
+
+import torch
 import triton
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -14,9 +17,25 @@ LEAST_SHARED_BYTES = 99 * KIB
 def target():
     """Triton's GPUTarget (backend, arch); None where there is none (the interpreter)."""
     try:
-        return None if INTERPRETED else triton.runtime.driver.active.get_current_target()
+        return None if INTERPRETED or driver_fault() else triton.runtime.driver.active.get_current_target()
     except RuntimeError:
         return None
+
+
+@cache
+def driver_fault() -> str | None:
+    """Why no kernel can be launched on the GPU that is here, in words; None where one can, or where there is no GPU.
+
+    With its driver Triton builds a library, once for all processes that share its cache.
+    """
+    if INTERPRETED or not torch.cuda.is_available():
+        return None
+    try:
+        triton.runtime.driver.active.get_current_target  # noqa: B018  looked up alone, it asks nothing of the GPU
+    except Exception as error:
+        needs = "a C compiler, and a cache that can be written (TRITON_CACHE_DIR)"
+        return f"Triton cannot build its driver for the GPU, which takes {needs}: {type(error).__name__}: {error}"
+    return None
 
 
 def target_name() -> str | None:

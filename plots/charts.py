@@ -1,4 +1,4 @@
-"""The charts there are: every file beside this one that says with ``MADE_BY`` which command writes the rows it draws.
+"""The charts there are: every module beside this one that says with ``MADE_BY`` which command writes the rows it draws.
 
 A chart has ``draw(run, folder, pass_name=None, layout=None, dtype=None) -> paths``, which raises ResultsError where the
 results hold nothing for it.
@@ -6,8 +6,10 @@ results hold nothing for it.
 
 from __future__ import annotations
 
-import ast
 import importlib
+import importlib.util
+import pkgutil
+import sys
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -15,24 +17,26 @@ from types import ModuleType
 from tritonconv.bench.results import Run
 from tritonconv.errors import ResultsError
 
+PACKAGE = "tritonconv.plots"
 FIRST = ("roofline", "speedup")
 
 
 @cache
 def names() -> tuple[str, ...]:
     """The charts' names, the common ones first; nothing is imported."""
-    found = sorted(path.stem for path in Path(__file__).parent.glob("*.py") if _is_chart(path))
+    found = sorted(name for _, name, _ in pkgutil.iter_modules(sys.modules[PACKAGE].__path__) if _is_chart(name))
     return (*FIRST, *(name for name in found if name not in FIRST))
 
 
-def _is_chart(path: Path) -> bool:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    targets = [target for node in tree.body if isinstance(node, ast.Assign) for target in node.targets]
-    return any(isinstance(target, ast.Name) and target.id == "MADE_BY" for target in targets)
+def _is_chart(name: str) -> bool:
+    """By the names of the module's code, which a package without sources has too."""
+    spec = importlib.util.find_spec(f"{PACKAGE}.{name}")
+    code_of = getattr(spec and spec.loader, "get_code", None)
+    return code_of is not None and "MADE_BY" in code_of(f"{PACKAGE}.{name}").co_names
 
 
 def chart(name: str) -> ModuleType:
-    return importlib.import_module(f"tritonconv.plots.{name}")
+    return importlib.import_module(f"{PACKAGE}.{name}")
 
 
 def draw(run: Run, folder: Path, wanted: tuple[str, ...] = (), **chosen: str | None) -> dict[str, list[Path]]:

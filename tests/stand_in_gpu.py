@@ -7,6 +7,9 @@ Triton's interpreter runs the kernels. As on a GPU, a CPU tensor among those of 
 makes its calls again when it is replayed, and in a capture nothing waits for the device or moves values to or from it.
 
 It finds mistakes of the program around a GPU, and says nothing of a GPU: its times are made up. Needs a C++ compiler.
+
+It is the GPU that stand_in_facts.py describes. Its choices go to the folder that ``TRITONCONV_CACHE`` names, else to
+one that ends with the process: never to those of a GPU.
 """
 
 from __future__ import annotations
@@ -30,11 +33,11 @@ if "STAND_IN_GPU" in os.environ:  # the compiled stand_in_gpu.cpp, before torch
     os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
+from stand_in_facts import CAPABILITY, NAME, PROPERTIES, own_store
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 COMPILER = os.environ.get("CXX", "g++")
-NAME = "stand-in for a GPU"
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 # Microseconds on the clock of the device: kernels win, so that they are chosen, captured and benchmarked.
 PRODUCT, OTHER, LAUNCH = 1000, 1, 10
@@ -187,18 +190,16 @@ class Stream:
         synchronize()
 
 
-# As much of torch.cuda as is asked for. No target has the capability, so nothing is compiled ahead.
-FACTS = SimpleNamespace(
-    name=NAME, major=0, minor=0, multi_processor_count=3, total_memory=16 << 30, L2_cache_size=1 << 20
-)
+# As much of torch.cuda as is asked for.
 CUDA = {
     "is_available": lambda: True,
     "device_count": lambda: 1,
     "current_device": lambda: now.device,
     "device": device,
-    "get_device_name": lambda device=None: FACTS.name,
-    "get_device_capability": lambda device=None: (FACTS.major, FACTS.minor),
-    "get_device_properties": lambda device=None: FACTS,
+    "get_device_name": lambda device=None: NAME,
+    "get_device_capability": lambda device=None: CAPABILITY,
+    "get_device_properties": lambda device=None: PROPERTIES,
+    "mem_get_info": lambda device=None: (PROPERTIES.total_memory, PROPERTIES.total_memory),
     "memory_allocated": lambda device=None: 0,
     "max_memory_allocated": lambda device=None: 1,
     "reset_peak_memory_stats": lambda device=None: None,
@@ -218,6 +219,7 @@ CUDA = {
 
 def install() -> None:
     """From here on this process has the GPU."""
+    own_store()
     native.stand_in_guard()
     for name, value in CUDA.items():
         setattr(torch.cuda, name, value)
@@ -253,8 +255,14 @@ def _memory() -> torch.library.Library:
 
 def _launches() -> None:
     """Triton's interpreter runs them on the values."""
+    from tritonconv.kernels.registry import have_triton
+
+    if not have_triton():
+        return
     import interpreter
     import triton
+
+    from tritonconv.kernels import triton_boxes, triton_launch, triton_target
 
     interpreter.speed_up()
     executor = triton.runtime.interpreter.GridExecutor
@@ -267,6 +275,10 @@ def _launches() -> None:
 
     executor.__call__ = launch
     triton.runtime.driver.set_active(SimpleNamespace(get_current_stream=lambda index: Stream.cuda_stream))
+    if PROPERTIES.major:
+        gpu = triton.backends.compiler.GPUTarget("cuda", 10 * PROPERTIES.major + PROPERTIES.minor, 32)
+        for module in (triton_target, triton_launch, triton_boxes):
+            module.target = lambda: gpu
 
 
 def _argument(value):

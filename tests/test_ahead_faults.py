@@ -306,7 +306,7 @@ def test_a_folder_that_does_not_fit_leaves_none_of_the_environment(made, tmp_pat
 
 
 def test_without_triton_a_command_says_that_it_is_not_installed(made, monkeypatch, capsys):
-    monkeypatch.setattr(common, "have_triton", lambda: False)
+    monkeypatch.setattr(common, "triton_fault", lambda: "Triton is not installed")
     common.use_compiled(argparse.Namespace(compiled=made.path, name="tune"), GPU)
     assert capsys.readouterr().err.endswith(": Triton is not installed: none of its kernels is used\n")
 

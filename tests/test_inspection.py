@@ -127,7 +127,7 @@ from tritonconv import cli
 from tritonconv.kernels import registry
 
 records = registry._records()
-good = records["forward_phases"]
+good = registry.variant("forward_phases")
 bad = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128, "num_warps": 8, "num_stages": 4}
 records["forward_phases"] = dataclasses.replace(good, default=lambda *args: {**good.default(*args), **bad})
 sys.exit(cli.main(["inspect", "forward_phases", "--targets", "sm_86", "--jobs", "1", "--quiet", *sys.argv[1:]]))

@@ -25,6 +25,7 @@ from tritonconv.forced import forced
 from tritonconv.kernels.registry import variant, variants
 from tritonconv.plan import Plan
 from tritonconv.problem import Problem
+from tritonconv.switches import torch_only
 
 MAX_PLANS = 4096
 
@@ -85,7 +86,7 @@ def _plan_anew(x, weight, bias, *arguments) -> Plan | None:
     if fallback.unserved(x, weight, bias) is not None:
         return None
     problem = problem_of(x, weight, bias, geometry(*arguments))
-    if x.is_cuda and torch.backends.cudnn.benchmark and not forced.get():
+    if x.is_cuda and torch.backends.cudnn.benchmark and not forced.get() and not torch_only():
         _offer_to_tuner(problem, x.device)
     return plan(problem, x.device)
 
@@ -132,7 +133,7 @@ def _choose(problem, device, named, deterministic, pass_name) -> Selection:
             config = record.default(problem, device) if items is None else dict(items)
             return Selection(record, config, "forced by tritonconv.use", forced=True)
     chosen = choose(problem, device, pass_name)
-    if deterministic and not chosen.variant.deterministic and device.type != "cpu":
+    if deterministic and not chosen.variant.deterministic and device.type != "cpu" and not torch_only():
         because = f"torch.use_deterministic_algorithms is on and {chosen.variant.name} is not deterministic"
         return next(_deterministics(problem, device, pass_name, because), chosen)
     return chosen

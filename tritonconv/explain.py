@@ -10,7 +10,7 @@ from tritonconv import fallback
 from tritonconv.arguments import geometry
 from tritonconv.dispatch import Plan, plan, plan_for
 from tritonconv.functional import autocast
-from tritonconv.kernels.registry import variants
+from tritonconv.kernels.registry import triton_fault, variants
 from tritonconv.problem import PASSES, Problem
 
 
@@ -64,6 +64,9 @@ def _show(made: Plan) -> Explanation:
         f"{problem.flops / 1e9:.3g} GFLOP useful, {problem.bytes() / 1e6:.3g} MB compulsory, "
         f"{problem.intensity():.3g} FLOP/byte, {problem.index_bits}-bit offsets",
     ]
+    fault = triton_fault()
+    if fault is not None:
+        lines.append(f"no Triton variant: {fault}")
     for pass_name in PASSES:
         choice = made.choice(pass_name)
         lines.append(f"{pass_name}: {choice.variant.name} ({choice.variant.idea})")

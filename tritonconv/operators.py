@@ -8,11 +8,11 @@ and every other tracer see torch's own operation instead (:mod:`tritonconv.funct
 from __future__ import annotations
 
 import torch
-from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 from tritonconv import fallback
 from tritonconv.arguments import layout_of
 from tritonconv.dispatch import Plan, plan
+from tritonconv.flops import conv_flop_count, register_flop_formula
 from tritonconv.problem import LAYOUTS, Problem, TorchCrop, Triple
 
 _library = torch.library.Library("tritonconv", "DEF")

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path
+from importlib.resources import files
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ import torch
 from tritonconv.errors import ArgumentError
 from tritonconv.problem import Problem, Triple, output_size
 
-DATA = Path(__file__).resolve().parent.parent / "data" / "layers.json"
+DATA = files("tritonconv") / "data" / "layers.json"
 ALL = "all"
 
 # The limits keep one call near 10 ms on two cores, so a whole suite is timed in a minute or two.

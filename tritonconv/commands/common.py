@@ -16,7 +16,7 @@ from tritonconv.bench.workloads import ALL, Workload, suites
 from tritonconv.errors import ArgumentError
 from tritonconv.inspection.launches import Launches, install
 from tritonconv.kernels import registry, triton_compiled
-from tritonconv.kernels.registry import Variant, have_triton
+from tritonconv.kernels.registry import Variant, triton_fault
 from tritonconv.kernels.triton_compiled import VARIABLE, CompiledFolder
 
 OK, WRONG, USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -112,8 +112,9 @@ def _taken(folder: CompiledFolder, device: torch.device) -> str:
     """Installs the folder where it may serve, and says what it holds for the device."""
     if device.type != "cuda":
         return f"kernels for {', '.join(folder.targets)} serve no {device.type}"
-    if not have_triton():
-        return "Triton is not installed: none of its kernels is used"
+    fault = triton_fault()
+    if fault is not None:
+        return f"{fault}: none of its kernels is used"
     from tritonconv.kernels.triton_target import INTERPRETED, target_name  # needs Triton
 
     if INTERPRETED:

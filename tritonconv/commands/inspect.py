@@ -19,7 +19,7 @@ from tritonconv.inspection import jobs, readme, records, report
 from tritonconv.inspection.compiling import PRECISIONS, check_compiler
 from tritonconv.inspection.records import Inspection
 from tritonconv.inspection.targets import TARGETS
-from tritonconv.kernels.registry import Variant, variants
+from tritonconv.kernels.registry import Variant, triton_fault, variants
 from tritonconv.problem import LAYOUTS
 
 HELP = "compile the Triton kernels for GPUs that are not here, and look"
@@ -120,6 +120,8 @@ def triton_variants(names: list[str]) -> tuple[Variant, ...]:
     for name in dict.fromkeys(names):
         record = next((each for each in known if each.name == name), None)
         if record is None:
+            if triton_fault() is not None:
+                raise ArgumentError(f"argument VARIANT: {triton_fault()}")
             what = "computed by torch" if any(name == each.name for each in variants()) else "unknown"
             there_are = ", ".join(each.name for each in known)
             raise ArgumentError(f"argument VARIANT: {name!r} is {what}; the Triton variants are: {there_are}")

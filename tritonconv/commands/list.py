@@ -7,7 +7,7 @@ import argparse
 from tritonconv import flags
 from tritonconv.bench.workloads import ALL, SCALES, suites, workloads
 from tritonconv.commands.common import OK, layer_lines
-from tritonconv.kernels.registry import variants
+from tritonconv.kernels.registry import triton_fault, variants
 
 HELP = "list the variants, or the layers"
 
@@ -26,4 +26,7 @@ def run(options: argparse.Namespace) -> int:
     for record in variants():
         varies = "" if record.deterministic else " (may differ from run to run on a GPU)"
         print(f"{record.name}\n    {record.idea}{varies}")
+    fault = triton_fault()
+    if fault is not None:
+        print(f"no Triton variant: {fault}")
     return OK

@@ -21,7 +21,7 @@ from tritonconv.inspection.machine_code import resources
 from tritonconv.inspection.records import Record
 from tritonconv.inspection.targets import TARGETS, Target
 from tritonconv.kernels import triton_compiled
-from tritonconv.kernels.registry import Config, Variant, have_triton, variant
+from tritonconv.kernels.registry import Config, Variant, triton_fault, variant
 from tritonconv.problem import Problem
 
 # What variants are told to be asked about: nothing reads it as a device.
@@ -59,8 +59,9 @@ def check_compiler() -> None:
 
     A folder of compiled kernels is set aside: it holds none of what the compiler made on the way to the binary.
     """
-    if not have_triton():
-        raise ArgumentError("Triton is not installed, and nothing else compiles its kernels")
+    fault = triton_fault()
+    if fault is not None:
+        raise ArgumentError(f"{fault}; nothing else compiles the kernels")
     import triton
 
     if triton.knobs.runtime.interpret:
