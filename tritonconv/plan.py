@@ -53,7 +53,8 @@ class Plan:
 
         Such a call goes straight to torch and its autograd, with no Python of ours behind it.
         """
-        return self.torch_forward if all(self._torchs(name) for name in PASSES) else None
+        torchs = [self._torchs(name) for name in PASSES]  # each is asked: a forced one that does not serve raises here
+        return self.torch_forward if all(torchs) else None
 
     @cached_property
     def torch_forward(self) -> tuple | None:
