@@ -1,0 +1,93 @@
+"""What runs where nothing was measured: the variant and config that the fit expects to be fastest, or torch's own.
+
+A variant's config is the best one of its space by the cost model, found for the variants whose default is expected to
+be nearly as fast as the best default; they are compared by the model's time with the factors and corrections of what
+was measured (``fit.py``). torch's own stays unless a kernel is expected to beat it by a margin. Only variants that were
+timed take part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+
+from tritonconv.autotune import fit as fits
+from tritonconv.autotune import model
+from tritonconv.autotune.ceilings import Ceilings
+from tritonconv.autotune.fit import Fit, place
+from tritonconv.autotune.rules import FALLBACK
+from tritonconv.kernels.registry import NO_CONFIG, Config, Variant, variant, variants
+from tritonconv.problem import Problem
+
+HOPPER = (9, 0)  # the compute capability whose fit is shipped
+MARGIN = 0.92  # of torch's own time that a kernel must be expected to take at most; chosen by the left-out layers
+NEAR = 1.3  # times the time of the best default: of such variants other configs are looked at
+ALTERNATIVES = 2  # variants whose other configs are looked at, at most
+MOST = 40  # configs of one variant that are looked at: each takes about 25 us on the host
+
+
+class First(NamedTuple):
+    """A variant with a config, and why in words."""
+
+    variant: Variant
+    config: Config
+    reason: str
+
+
+def first(
+    problem: Problem,
+    device: torch.device,
+    pass_name: str,
+    ceilings: Ceilings,
+    refused: Callable[[Variant, Problem, Config], str | None] = lambda record, problem, config: None,
+    fitted: Fit | None = None,
+) -> First:
+    """The choice for one pass; ``ceilings`` are the device's, ``fitted`` None the fit that is shipped.
+
+    ``refused`` says why a config is not to run, None where it may. torch's own where nothing was fitted.
+    """
+    native = variant(FALLBACK[pass_name])
+    fitted = fitted or fits.shipped(HOPPER)
+    if fitted is None or pass_name not in fitted.passes:
+        return First(native, NO_CONFIG, "nothing was fitted for such a GPU: torch's own")
+    ceilings = replace(ceilings, factors={**ceilings.factors, **fitted.ceilings.factors})
+    expected = _Expected(problem, pass_name, ceilings, fitted, refused)
+    torch_ms = fitted.torch_ms(problem, pass_name, ceilings)
+    defaults = []
+    for record in variants(pass_name):
+        if record is not native and fitted.knows(pass_name, record.name) and record.supports(problem, device) is None:
+            config = record.default(problem, device)
+            defaults.append((expected.ms(record, config), record, config))
+    defaults.sort(key=lambda each: each[0])
+    best = defaults[:1]
+    for ms, record, _ in defaults[:ALTERNATIVES]:
+        if ms <= NEAR * defaults[0][0]:
+            best += [(expected.ms(record, config), record, config) for config in record.space(problem, device)[:MOST]]
+    best.sort(key=lambda each: each[0])
+    if not best or not best[0][0] < MARGIN * torch_ms:
+        least = f", {best[0][1].name} {best[0][0] * 1e3:.3g} us" if best else ""
+        return First(native, NO_CONFIG, f"expected by the cost model: torch's own {torch_ms * 1e3:.3g} us{least}")
+    ms, record, config = best[0]
+    said = f"{ms * 1e3:.3g} us, torch's own {torch_ms * 1e3:.3g} us"
+    return First(record, config, f"nothing was tuned near this size; expected by the cost model: {said}")
+
+
+class _Expected:
+    """Expected times of one problem and pass, in ms; infinite for a config that is refused."""
+
+    def __init__(self, problem, pass_name, ceilings, fitted, refused) -> None:
+        self.problem, self.ceilings, self.refused = problem, ceilings, refused
+        self.kernels, self.where = fitted.passes[pass_name].kernels, place(problem)
+        self._corrections: dict[str, float] = {}
+
+    def ms(self, record: Variant, config: Config) -> float:
+        if self.refused(record, self.problem, config) is not None:
+            return float("inf")
+        guess = model.estimate(record, self.problem, config, self.ceilings)
+        kind = model.kind(record, guess.work)
+        if kind not in self._corrections:
+            self._corrections[kind] = self.kernels.at(kind, self.where)
+        return guess.ms * self._corrections[kind]
