@@ -54,6 +54,8 @@ _NVIDIA = {
 }
 UNKNOWN = (9, 0)
 GPU_LAUNCH_US = 4.0  # the order of magnitude of a launch; measured by ``tritonconv roofs``
+# Of the bandwidth of memory what a copy reaches: 4.25 of 4.8 TB/s on an H200, 2026-11-28.
+COPIED = 0.88
 # A core of any recent server: what only ranks formulations against each other until roofs are measured.
 _CPU = Ceilings("a CPU", {"float32": 100 * G}, 25 * G, 10 * G, 30 * G, 1, 1 << 20, 1 << 16, 5.0)
 
@@ -70,6 +72,37 @@ def of_capability(capability: tuple[int, int]) -> Ceilings:
     name, vector, tf32, half, memory, count, shared = _NVIDIA.get(capability, _NVIDIA[UNKNOWN])
     matrix = {"float32": vector, "tf32": tf32, "bfloat16": half, "float16": half}
     return Ceilings(name, matrix, vector, memory, 2 * memory, count, shared * KIB, 64 * KIB, GPU_LAUNCH_US)
+
+
+def of_device(device: torch.device, base: Ceilings) -> Ceilings:
+    """Of a CUDA device that is there: ``base``, where it was measured on such a GPU, else :func:`adapted` to it."""
+    facts = torch.cuda.get_device_properties(device)
+    return base if facts.name == base.device else adapted(base, facts)
+
+
+def adapted(base: Ceilings, facts: Any) -> Ceilings:
+    """The rates of one GPU by those of another of its compute capability, ``base``, which keeps its factors.
+
+    ``facts`` is what ``torch.cuda.get_device_properties`` says. The multiprocessors, and L2 with them, go by their
+    number; memory by its clock and bus where torch names them, else by the data sheet's bandwidth per multiprocessor.
+    """
+    count = facts.multi_processor_count
+    part = count / base.multiprocessors
+    clock, bus = getattr(facts, "memory_clock_rate", 0), getattr(facts, "memory_bus_width", 0)  # kHz, bits
+    sheet = of_capability((facts.major, facts.minor))
+    peak = 2e3 * clock * bus / 8 if clock and bus else sheet.memory * count / sheet.multiprocessors
+    return replace(
+        base,
+        device=facts.name,
+        matrix={name: rate * part for name, rate in base.matrix.items()},
+        vector=base.vector * part,
+        memory=COPIED * peak,
+        cache=max(base.cache * part, COPIED * peak),
+        multiprocessors=count,
+        shared_bytes=getattr(facts, "shared_memory_per_multiprocessor", 0) or base.shared_bytes,
+        registers=getattr(facts, "regs_per_multiprocessor", 0) or base.registers,
+        measured=False,
+    )
 
 
 def from_roofs(rows: Iterable[Mapping], environment: Mapping, device: torch.device) -> Ceilings | None:

@@ -16,6 +16,7 @@ import torch
 
 from tritonconv.autotune import fit as fits
 from tritonconv.autotune import model
+from tritonconv.autotune.calibrate import LEAST
 from tritonconv.autotune.ceilings import Ceilings
 from tritonconv.autotune.fit import Fit, place
 from tritonconv.autotune.rules import FALLBACK
@@ -58,7 +59,7 @@ def first(
     torch_ms = fitted.torch_ms(problem, pass_name, ceilings)
     defaults = []
     for record in variants(pass_name):
-        if record is not native and fitted.knows(pass_name, record.name) and record.supports(problem, device) is None:
+        if takes_part(record, fitted) and record.supports(problem, device) is None:
             config = record.default(problem, device)
             defaults.append((expected.ms(record, config), record, config))
     defaults.sort(key=lambda each: each[0])
@@ -73,6 +74,15 @@ def first(
     ms, record, config = best[0]
     said = f"{ms * 1e3:.3g} us, torch's own {torch_ms * 1e3:.3g} us"
     return First(record, config, f"nothing was tuned near this size; expected by the cost model: {said}")
+
+
+def takes_part(record: Variant, fitted: Fit, unseen: bool = False) -> bool:
+    """It was timed on some layer, or with ``unseen`` may not have been; a formulation in torch's operations on several,
+    for what cuDNN makes of it varies more than a kernel does."""
+    if record.name == FALLBACK[record.pass_name]:
+        return False
+    timings = fitted.timings(record.pass_name, record.name)
+    return timings >= LEAST if record.backend == "torch" else unseen or timings > 0
 
 
 class _Expected:

@@ -150,14 +150,9 @@ class Fit:
         of = self.passes[pass_name]
         return float(torch_terms(problem, pass_name, ceilings) @ of.rates) * of.torch.at(TORCH, place(problem))
 
-    def correction(self, problem: Problem, pass_name: str, kind: str) -> float:
-        """What the cost model's time of a kind is to be multiplied by."""
-        return self.passes[pass_name].kernels.at(kind, place(problem))
-
-    def knows(self, pass_name: str, kind: str) -> bool:
-        """The variant was timed, in this kind or in the other."""
-        name = kind.removesuffix(UNPIPELINED)
-        return any(each.removesuffix(UNPIPELINED) == name for each in self.passes[pass_name].kernels.kinds)
+    def timings(self, pass_name: str, name: str) -> int:
+        """How often a variant was timed, with a pipeline or without."""
+        return sum(each.removesuffix(UNPIPELINED) == name for each in self.passes[pass_name].kernels.kinds)
 
     def to_json(self) -> dict[str, Any]:
         """Places are written once each: samples name them, and their kinds, by number."""
