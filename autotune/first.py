@@ -1,13 +1,13 @@
 """What runs where nothing was measured: the variant and config that the fit expects to be fastest, or torch's own.
 
-A variant's config is the best one of its space by the cost model, found for the variants whose default is expected to
-be nearly as fast as the best default; they are compared by the model's time with the factors and corrections of what
-was measured (``fit.py``). torch's own stays unless a kernel is expected to beat it by a margin. Only variants that were
-timed take part.
+Variants are compared by their default configs, then the configs of the best one, by the cost model's time with the
+factors and corrections of what was measured (``fit.py``). torch's own stays unless a kernel is expected to beat it by a
+margin. Only variants that were timed take part.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
@@ -25,9 +25,7 @@ from tritonconv.problem import Problem
 
 HOPPER = (9, 0)  # the compute capability whose fit is shipped
 MARGIN = 0.92  # of torch's own time that a kernel must be expected to take at most; chosen by the left-out layers
-NEAR = 1.3  # times the time of the best default: of such variants other configs are looked at
-ALTERNATIVES = 2  # variants whose other configs are looked at, at most
-MOST = 40  # configs of one variant that are looked at: each takes about 25 us on the host
+MOST = 40  # configs of the variant that are looked at: each takes about 20 us on the host
 
 
 class First(NamedTuple):
@@ -57,21 +55,18 @@ def first(
     ceilings = replace(ceilings, factors={**ceilings.factors, **fitted.ceilings.factors})
     expected = _Expected(problem, pass_name, ceilings, fitted, refused)
     torch_ms = fitted.torch_ms(problem, pass_name, ceilings)
-    defaults = []
+    found = []
     for record in variants(pass_name):
         if takes_part(record, fitted) and record.supports(problem, device) is None:
             config = record.default(problem, device)
-            defaults.append((expected.ms(record, config), record, config))
-    defaults.sort(key=lambda each: each[0])
-    best = defaults[:1]
-    for ms, record, _ in defaults[:ALTERNATIVES]:
-        if ms <= NEAR * defaults[0][0]:
-            best += [(expected.ms(record, config), record, config) for config in record.space(problem, device)[:MOST]]
-    best.sort(key=lambda each: each[0])
-    if not best or not best[0][0] < MARGIN * torch_ms:
-        least = f", {best[0][1].name} {best[0][0] * 1e3:.3g} us" if best else ""
+            found.append((expected.ms(record, config), record, config))
+    if found:
+        record = min(found, key=lambda each: each[0])[1]
+        found += [(expected.ms(record, config), record, config) for config in record.space(problem, device)[:MOST]]
+    ms, record, config = min(found, key=lambda each: each[0], default=(math.inf, native, NO_CONFIG))
+    if not ms < MARGIN * torch_ms:
+        least = "" if record is native else f", {record.name} {ms * 1e3:.3g} us"
         return First(native, NO_CONFIG, f"expected by the cost model: torch's own {torch_ms * 1e3:.3g} us{least}")
-    ms, record, config = best[0]
     said = f"{ms * 1e3:.3g} us, torch's own {torch_ms * 1e3:.3g} us"
     return First(record, config, f"nothing was tuned near this size; expected by the cost model: {said}")
 
@@ -95,7 +90,7 @@ class _Expected:
 
     def ms(self, record: Variant, config: Config) -> float:
         if self.refused(record, self.problem, config) is not None:
-            return float("inf")
+            return math.inf
         guess = model.estimate(record, self.problem, config, self.ceilings)
         kind = model.kind(record, guess.work)
         if kind not in self._corrections:

@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,6 +97,11 @@ class Smoother:
     weights: np.ndarray  # (samples,)
     likeness: Likeness
 
+    @cached_property
+    def names(self) -> Counter[str]:
+        """How many samples a variant has."""
+        return Counter(kind.removesuffix(UNPIPELINED) for kind in self.kinds)
+
     @classmethod
     def of(cls, kinds: Sequence[str], places: np.ndarray, logs: np.ndarray, likeness: Likeness) -> Smoother:
         """From the logarithms of measured over counted time."""
@@ -152,7 +158,7 @@ class Fit:
 
     def timings(self, pass_name: str, name: str) -> int:
         """How often a variant was timed, with a pipeline or without."""
-        return sum(each.removesuffix(UNPIPELINED) == name for each in self.passes[pass_name].kernels.kinds)
+        return self.passes[pass_name].kernels.names[name]
 
     def to_json(self) -> dict[str, Any]:
         """Places are written once each: samples name them, and their kinds, by number."""

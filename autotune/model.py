@@ -131,7 +131,7 @@ def candidates(
     other = next((pair for pair in ranked if pair[1].work.pipelined != ranked[0][1].work.pipelined), None)
     chosen = [ranked[0], *([other] if other else []), *(pair for pair in ranked if pair[0] == default)]
     chosen += [*_one_of_each_tile(ranked), *ranked]
-    return _ranked([pair for index, pair in enumerate(chosen) if pair not in chosen[:index]][:most])
+    return _ranked(list({id(pair): pair for pair in chosen}.values())[:most])
 
 
 def _one_of_each_tile(ranked: list[tuple[Config, Estimate]]) -> list[tuple[Config, Estimate]]:

@@ -11,6 +11,7 @@ first = crop // stride; the cells cover every output. A tile is BLOCK_M cells x 
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import triton
 import triton.language as tl
@@ -209,7 +210,12 @@ def cells(problem: Problem, shift: int = 0) -> Triple:
 
 def columns(problem: Problem, rows: int, phases: Triple | None = None) -> int:
     """Columns of one group, by default of all phases: the host's side of :func:`column_count`."""
-    return column_count(problem.stride if phases is None else phases, problem.c_out // problem.groups, rows)
+    return _columns(problem.stride if phases is None else phases, problem.c_out // problem.groups, rows)
+
+
+@lru_cache(4096)  # a function of the compiler's costs more on the host than the rest of a count
+def _columns(phases: Triple, channels: int, rows: int) -> int:
+    return column_count(phases, channels, rows)
 
 
 def whole_rows(problem: Problem) -> int:
