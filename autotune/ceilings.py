@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from tritonconv.autotune.serving import Part
+
 # Names of roof rows (bench/roofs.py measures them).
 COPY_CACHE, COPY_MEMORY, COPY_L2, MATMUL, LAUNCH = "copy_cache", "copy_memory", "copy_l2", "matmul", "launch"
 
@@ -74,33 +76,26 @@ def of_capability(capability: tuple[int, int]) -> Ceilings:
     return Ceilings(name, matrix, vector, memory, 2 * memory, count, shared * KIB, 64 * KIB, GPU_LAUNCH_US)
 
 
-def of_device(device: torch.device, base: Ceilings) -> Ceilings:
-    """Of a CUDA device that is there: ``base``, where it was measured on such a GPU, else :func:`adapted` to it."""
-    facts = torch.cuda.get_device_properties(device)
-    return base if facts.name == base.device else adapted(base, facts)
-
-
-def adapted(base: Ceilings, facts: Any) -> Ceilings:
+def adapted(base: Ceilings, gpu: Part) -> Ceilings:
     """The rates of one GPU by those of another of its compute capability, ``base``, which keeps its factors.
 
-    ``facts`` is what ``torch.cuda.get_device_properties`` says. The multiprocessors, and L2 with them, go by their
-    number; memory by its clock and bus where torch names them, else by the data sheet's bandwidth per multiprocessor.
+    The multiprocessors, and L2 with them, go by their number; memory by its bandwidth where torch says it, else by the
+    data sheet's per multiprocessor. ``base`` itself for the GPU that it is of.
     """
-    count = facts.multi_processor_count
-    part = count / base.multiprocessors
-    clock, bus = getattr(facts, "memory_clock_rate", 0), getattr(facts, "memory_bus_width", 0)  # kHz, bits
-    sheet = of_capability((facts.major, facts.minor))
-    peak = 2e3 * clock * bus / 8 if clock and bus else sheet.memory * count / sheet.multiprocessors
+    if gpu.name == base.device:
+        return base
+    part, sheet = gpu.multiprocessors / base.multiprocessors, of_capability(gpu.capability)
+    peak = gpu.bandwidth or sheet.memory * gpu.multiprocessors / sheet.multiprocessors
     return replace(
         base,
-        device=facts.name,
+        device=gpu.name,
         matrix={name: rate * part for name, rate in base.matrix.items()},
         vector=base.vector * part,
         memory=COPIED * peak,
         cache=max(base.cache * part, COPIED * peak),
-        multiprocessors=count,
-        shared_bytes=getattr(facts, "shared_memory_per_multiprocessor", 0) or base.shared_bytes,
-        registers=getattr(facts, "regs_per_multiprocessor", 0) or base.registers,
+        multiprocessors=gpu.multiprocessors,
+        shared_bytes=gpu.shared_bytes or base.shared_bytes,
+        registers=gpu.registers or base.registers,
         measured=False,
     )
 

@@ -20,10 +20,10 @@ from tritonconv.autotune.calibrate import LEAST
 from tritonconv.autotune.ceilings import Ceilings
 from tritonconv.autotune.fit import Fit, place
 from tritonconv.autotune.rules import FALLBACK
+from tritonconv.autotune.serving import HOPPER
 from tritonconv.kernels.registry import NO_CONFIG, Config, Variant, variant, variants
 from tritonconv.problem import Problem
 
-HOPPER = (9, 0)  # the compute capability whose fit is shipped
 MARGIN = 0.92  # of torch's own time that a kernel must be expected to take at most; chosen by the left-out layers
 MOST = 40  # configs of the variant that are looked at: each takes about 20 us on the host
 
@@ -64,11 +64,11 @@ def first(
         record = min(found, key=lambda each: each[0])[1]
         found += [(expected.ms(record, config), record, config) for config in record.space(problem, device)[:MOST]]
     ms, record, config = min(found, key=lambda each: each[0], default=(math.inf, native, NO_CONFIG))
-    if not ms < MARGIN * torch_ms:
-        least = "" if record is native else f", {record.name} {ms * 1e3:.3g} us"
-        return First(native, NO_CONFIG, f"expected by the cost model: torch's own {torch_ms * 1e3:.3g} us{least}")
-    said = f"{ms * 1e3:.3g} us, torch's own {torch_ms * 1e3:.3g} us"
-    return First(record, config, f"nothing was tuned near this size; expected by the cost model: {said}")
+    said = f"nothing was tuned near this size; the cost model expects torch's own to take {torch_ms * 1e3:.3g} us"
+    if record is native:
+        return First(native, NO_CONFIG, said)
+    said += f" and {record.name} {ms * 1e3:.3g} us"
+    return First(record, config, said) if ms < MARGIN * torch_ms else First(native, NO_CONFIG, said)
 
 
 def takes_part(record: Variant, fitted: Fit, unseen: bool = False) -> bool:

@@ -15,9 +15,11 @@ import torch
 from test_model import compiled, problem  # noqa: F401  (a fixture)
 
 from tritonconv import cli
-from tritonconv.autotune import ceilings, first, fit, held_out
+from tritonconv.autotune import ceilings, choose, first, fit, held_out, serving
 from tritonconv.autotune.fit import Fit, Smoother, place
 from tritonconv.autotune.rules import FALLBACK
+from tritonconv.autotune.serving import Part
+from tritonconv.autotune.store import Table
 from tritonconv.bench import results
 from tritonconv.bench.workloads import resized
 from tritonconv.commands import model as command
@@ -125,16 +127,16 @@ def test_layers_that_differ_in_size_alone_are_near():
 
 
 def choice(each, pass_name="forward", **more) -> first.First:
-    fitted = fit.shipped(first.HOPPER)
+    fitted = fit.shipped(serving.HOPPER)
     return first.first(each, CUDA, pass_name, fitted.ceilings, **more)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_kernel_is_first_where_it_is_expected_to_win_and_torchs_own_elsewhere(hopper, dtype):
     wins = choice(problem("mednext_k3_dw_64", dtype))
-    assert wins.variant.name == "forward_depthwise" and "expected by the cost model" in wins.reason
+    assert wins.variant.name == "forward_depthwise" and "cost model expects" in wins.reason
     loses = choice(problem("toothseg_256_last", dtype), "backward_data")
-    assert loses.variant.name == FALLBACK["backward_data"] and "torch's own" in loses.reason
+    assert loses.variant.name == FALLBACK["backward_data"] and "torch's own to take" in loses.reason
 
 
 def test_a_refused_config_is_not_first(hopper):
@@ -168,7 +170,7 @@ def test_a_choice_does_not_stall(hopper):
 
 
 def test_variants_that_were_not_timed_do_not_take_part():
-    fitted = fit.shipped(first.HOPPER)
+    fitted = fit.shipped(serving.HOPPER)
     names = {record.name for record in registry.variants() if first.takes_part(record, fitted)}
     assert {"forward_shuffle_given", "forward_torch_shuffle", "backward_weight_splitk"} <= names
     assert not names & {"forward_torch_native", "forward_torch_linear", "forward_torch_phases"}
@@ -177,31 +179,44 @@ def test_variants_that_were_not_timed_do_not_take_part():
 # ------------------------------------------------------------------ other GPUs of the same kind
 
 
-def facts(**more) -> SimpleNamespace:
-    return SimpleNamespace(**{"name": "NVIDIA H100 PCIe", "major": 9, "minor": 0, "multi_processor_count": 114} | more)
+PCIE = Part("NVIDIA H100 PCIe", (9, 0), 114)
 
 
 def test_a_narrower_gpu_has_its_own_rates():
-    base = fit.shipped(first.HOPPER).ceilings
-    found = ceilings.adapted(base, facts(memory_clock_rate=1593000, memory_bus_width=5120))
+    base = fit.shipped(serving.HOPPER).ceilings
+    found = ceilings.adapted(base, PCIE._replace(bandwidth=2.04e12))
     assert found.multiprocessors == 114 and not found.measured and found.factors == base.factors
     assert found.matrix["bfloat16"] == pytest.approx(base.matrix["bfloat16"] * 114 / 132)
-    assert found.memory == pytest.approx(ceilings.COPIED * 2.04e12, rel=0.01) and found.cache >= found.memory
-    unsaid = ceilings.adapted(base, facts())
+    assert found.memory == pytest.approx(ceilings.COPIED * 2.04e12) and found.cache >= found.memory
+    unsaid = ceilings.adapted(base, PCIE)
     assert unsaid.memory == pytest.approx(ceilings.COPIED * 3350e9 * 114 / 132)
     assert (unsaid.shared_bytes, unsaid.registers) == (base.shared_bytes, base.registers)
+    assert ceilings.adapted(base, Part(base.device, (9, 0), 132)) is base
 
 
-def test_the_gpu_that_was_measured_keeps_its_rates(monkeypatch):
-    base = fit.shipped(first.HOPPER).ceilings
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts(name=base.device))
-    assert ceilings.of_device(CUDA, base) is base
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts())
-    assert ceilings.of_device(CUDA, base).multiprocessors == 114
+def test_a_part_says_what_torch_says_of_it(monkeypatch):
+    said = SimpleNamespace(name="NVIDIA H100 PCIe", major=9, minor=0, multi_processor_count=114)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: said)
+    part = serving.part.__wrapped__
+    assert part(CUDA) == PCIE
+    said.memory_clock_rate, said.memory_bus_width, said.shared_memory_per_multiprocessor = 1593000, 5120, 233472
+    assert part(CUDA).bandwidth == pytest.approx(2.04e12, rel=0.01) and part(CUDA).shared_bytes == 233472
+
+
+def test_rates_are_the_measured_ones_of_the_gpu_else_those_adapted_to_it(monkeypatch):
+    base, tables = fit.shipped(serving.HOPPER).ceilings, {"there": Table("gpu")}
+    monkeypatch.setattr(choose, "table_of", lambda device: tables["there"])
+    monkeypatch.setattr(serving, "part", lambda device: PCIE)
+    assert choose.ceilings_of(CUDA) == ceilings.adapted(base, PCIE)
+    tables["there"] = Table("gpu", {}, base.to_json())  # of the GPU whose table serves it
+    assert choose.ceilings_of(CUDA).multiprocessors == 114
+    tables["there"] = Table("gpu", {}, dataclasses.replace(base, device=PCIE.name, memory=1e12).to_json())
+    assert choose.ceilings_of(CUDA).memory == 1e12
 
 
 def test_a_slower_memory_makes_both_sides_slower(hopper):
-    fitted, each = fit.shipped(first.HOPPER), problem("segresnet_deconv_up2")
+    fitted, each = fit.shipped(serving.HOPPER), problem("segresnet_deconv_up2")
     slow = dataclasses.replace(fitted.ceilings, memory=fitted.ceilings.memory / 2)
     assert fitted.torch_ms(each, "forward", slow) > 1.5 * fitted.torch_ms(each, "forward", fitted.ceilings)
     assert math.isfinite(fitted.torch_ms(each, "forward", slow))
