@@ -2,7 +2,7 @@
 
 The model counts, and knows nothing of a kernel's instructions, bank conflicts or what its compiler made of a pipeline.
 These are much the same at every size, so the median of measured over predicted time is a factor for each kind: a
-variant, apart for its configs without a pipeline.
+variant, apart for its configs without a pipeline. An edit of a kernel keeps its factor until it is measured anew.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tritonconv.autotune.journal import OK, SCREEN, Timing
 from tritonconv.autotune.key import device_name
 from tritonconv.autotune.sources import revision
 from tritonconv.errors import ArgumentError
-from tritonconv.kernels.registry import BACKENDS, Config, Variant, variant
+from tritonconv.kernels.registry import Config, Variant, variant
 from tritonconv.problem import Problem
 
 LEAST = 5  # timings of a kind: of fewer the factor of all kernels of its backend stands in
@@ -37,9 +37,21 @@ class Sample(NamedTuple):
     ms: float
 
 
+class Count(NamedTuple):
+    """A sample as the model counts it: ``busy_ms`` is the plain prediction without its launches."""
+
+    kind: str
+    backend: str
+    busy_ms: float
+    launches: int
+    ms: float
+
+
 def samples(timings: Iterable[Timing], problems: Iterable[Problem], versions: Mapping) -> list[Sample]:
-    """The screenings that are of these problems and versions, and of the variants as they are now."""
-    by_text, found = {str(problem): problem for problem in problems}, []
+    """The screenings that are of these problems and versions; of a variant's earlier revisions where it was not timed
+    as it is now."""
+    by_text = {str(problem): problem for problem in problems}
+    found: dict[Variant, dict[bool, list[Sample]]] = {}
     for timing in timings:
         problem = by_text.get(timing.problem)
         if problem is None or timing.status != OK or timing.median_ms is None:
@@ -50,9 +62,23 @@ def samples(timings: Iterable[Timing], problems: Iterable[Problem], versions: Ma
             record = variant(timing.variant)
         except ArgumentError:
             continue
-        if revision(record) == timing.source:
-            found.append(Sample(record, problem, timing.config, timing.median_ms))
-    return found
+        current = timing.source == revision(record)
+        sample = Sample(record, problem, timing.config, timing.median_ms)
+        found.setdefault(record, {}).setdefault(current, []).append(sample)
+    return [sample for by in found.values() for sample in by.get(True, by.get(False, []))]
+
+
+def count(sample: Sample, ceilings: Ceilings) -> Count | None:
+    """None where the model expects no time, and where the config is of another version of the variant."""
+    plain = replace(ceilings, factors={})
+    try:
+        guess = model.estimate(sample.record, sample.problem, sample.config, plain)
+    except KeyError:
+        return None
+    if not guess.ms < math.inf:
+        return None
+    busy = guess.ms - model.launches_ms(guess.work.launches, plain)
+    return Count(model.kind(sample.record, guess.work), sample.record.backend, busy, guess.work.launches, sample.ms)
 
 
 def factors(found: Iterable[Sample], ceilings: Ceilings) -> dict[str, float]:
@@ -60,10 +86,18 @@ def factors(found: Iterable[Sample], ceilings: Ceilings) -> dict[str, float]:
 
     And of all kinds of a backend, by its name, for those that were hardly timed.
     """
-    by_kind, by_backend = ratios(found, ceilings), {backend: [] for backend in BACKENDS}  # type: dict, dict
-    for kind, values in by_kind.items():
-        by_backend[variant(kind.split()[0]).backend] += values
-    return {kind: median(values) for kind, values in {**by_kind, **by_backend}.items() if len(values) >= LEAST}
+    return factors_of(_counts(found, ceilings), ceilings)
+
+
+def factors_of(counts: Iterable[Count], ceilings: Ceilings) -> dict[str, float]:
+    """The same of samples that are counted. Their launches take what the ceilings' factors of launches say."""
+    by: dict[str, list[float]] = {}
+    for each in counts:
+        ratio = _ratio(each, ceilings)
+        if ratio is not None:
+            by.setdefault(each.kind, []).append(ratio)
+            by.setdefault(each.backend, []).append(ratio)
+    return {kind: median(values) for kind, values in by.items() if len(values) >= LEAST}
 
 
 def ratios(found: Iterable[Sample], ceilings: Ceilings) -> dict[str, list[float]]:
@@ -72,14 +106,20 @@ def ratios(found: Iterable[Sample], ceilings: Ceilings) -> dict[str, list[float]
     Of calls that are more than their launches; the launches are taken out of both times.
     """
     by_kind: dict[str, list[float]] = {}
-    plain = replace(ceilings, factors={})
-    for sample in found:
-        guess = model.estimate(sample.record, sample.problem, sample.config, plain)
-        launches = guess.work.launches * ceilings.launch_us * 1e-3
-        if guess.limit != model.LAUNCH and guess.ms < math.inf and sample.ms > launches:
-            kind = model.kind(sample.record, guess.work)
-            by_kind.setdefault(kind, []).append((sample.ms - launches) / (guess.ms - launches))
+    for each in _counts(found, ceilings):
+        ratio = _ratio(each, ceilings)
+        if ratio is not None:
+            by_kind.setdefault(each.kind, []).append(ratio)
     return by_kind
+
+
+def _counts(found: Iterable[Sample], ceilings: Ceilings) -> list[Count]:
+    return [each for each in (count(sample, ceilings) for sample in found) if each is not None]
+
+
+def _ratio(each: Count, ceilings: Ceilings) -> float | None:
+    launches = model.launches_ms(each.launches, ceilings)
+    return (each.ms - launches) / each.busy_ms if each.busy_ms > launches and each.ms > launches else None
 
 
 def keep(found: Ceilings, device: torch.device, folder: Path | None = None) -> None:

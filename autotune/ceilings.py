@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from tritonconv.autotune.serving import Part
+
 # Names of roof rows (bench/roofs.py measures them).
 COPY_CACHE, COPY_MEMORY, COPY_L2, MATMUL, LAUNCH = "copy_cache", "copy_memory", "copy_l2", "matmul", "launch"
 
@@ -54,6 +56,8 @@ _NVIDIA = {
 }
 UNKNOWN = (9, 0)
 GPU_LAUNCH_US = 4.0  # the order of magnitude of a launch; measured by ``tritonconv roofs``
+# Of the bandwidth of memory what a copy reaches: 4.25 of 4.8 TB/s on an H200, 2026-11-28.
+COPIED = 0.88
 # A core of any recent server: what only ranks formulations against each other until roofs are measured.
 _CPU = Ceilings("a CPU", {"float32": 100 * G}, 25 * G, 10 * G, 30 * G, 1, 1 << 20, 1 << 16, 5.0)
 
@@ -70,6 +74,30 @@ def of_capability(capability: tuple[int, int]) -> Ceilings:
     name, vector, tf32, half, memory, count, shared = _NVIDIA.get(capability, _NVIDIA[UNKNOWN])
     matrix = {"float32": vector, "tf32": tf32, "bfloat16": half, "float16": half}
     return Ceilings(name, matrix, vector, memory, 2 * memory, count, shared * KIB, 64 * KIB, GPU_LAUNCH_US)
+
+
+def adapted(base: Ceilings, gpu: Part) -> Ceilings:
+    """The rates of one GPU by those of another of its compute capability, ``base``, which keeps its factors.
+
+    The multiprocessors, and L2 with them, go by their number; memory by its bandwidth where torch says it, else by the
+    data sheet's per multiprocessor. ``base`` itself for the GPU that it is of.
+    """
+    if gpu.name == base.device:
+        return base
+    part, sheet = gpu.multiprocessors / base.multiprocessors, of_capability(gpu.capability)
+    peak = gpu.bandwidth or sheet.memory * gpu.multiprocessors / sheet.multiprocessors
+    return replace(
+        base,
+        device=gpu.name,
+        matrix={name: rate * part for name, rate in base.matrix.items()},
+        vector=base.vector * part,
+        memory=COPIED * peak,
+        cache=max(base.cache * part, COPIED * peak),
+        multiprocessors=gpu.multiprocessors,
+        shared_bytes=gpu.shared_bytes or base.shared_bytes,
+        registers=gpu.registers or base.registers,
+        measured=False,
+    )
 
 
 def from_roofs(rows: Iterable[Mapping], environment: Mapping, device: torch.device) -> Ceilings | None:

@@ -16,8 +16,9 @@ from typing import NamedTuple
 
 import torch
 
-from tritonconv.autotune import model, pins, rules, serving, store
-from tritonconv.autotune.ceilings import Ceilings, from_json, nominal
+from tritonconv.autotune import fit, model, pins, rules, serving, store
+from tritonconv.autotune.ceilings import Ceilings, adapted, from_json, nominal
+from tritonconv.autotune.first import first
 from tritonconv.autotune.key import Key, device_name
 from tritonconv.autotune.sources import revision
 from tritonconv.autotune.store import Entry, Table
@@ -142,18 +143,18 @@ def _first(problem: Problem, device: torch.device, pass_name: str) -> Selection 
     """The model's first choice, found once for each key: ranking the configs takes longer than a layer does."""
     key = Key.of(problem, pass_name), device
     if key not in _firsts:
-        best, config, guess = model.rank(problem, device, pass_name, ceilings_of(device))[0]
-        said = (
-            f"nothing was tuned near this size; the cost model's first choice: {guess.ms * 1e3:.3g} us, {guess.limit}"
-        )
-        _firsts[key] = Selection(best, config, said)
+        _firsts[key] = Selection(*first(problem, device, pass_name, ceilings_of(device)))
     return _firsts[key]
 
 
 def ceilings_of(device: torch.device) -> Ceilings:
-    """The device's measured ceilings, else nominal ones."""
-    stored = table_of(device).ceilings
-    return (from_json(stored) if stored else None) or nominal(device)
+    """The device's measured ceilings, else those of a GPU of its kind that was measured, else nominal ones."""
+    data, gpu = table_of(device).ceilings, serving.part(device)
+    stored = from_json(data) if data else None
+    fitted = fit.shipped(gpu.capability) if gpu is not None and serving.modelled(gpu) else None
+    if gpu is None or fitted is None or (stored is not None and stored.device == gpu.name):
+        return stored or nominal(device)
+    return adapted(fitted.ceilings, gpu)
 
 
 def _plausible(record: Variant, entry: Entry, problem: Problem, device: torch.device) -> bool:

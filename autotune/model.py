@@ -1,6 +1,6 @@
 """The cost model: how long a variant with a config would take at best, by counting.
 
-    time = launches * launch cost + the longest of its parts + a tenth of the others (BESIDE)
+    time = launches * launch cost + factor * (the longest of its parts + a tenth of the others (BESIDE))
     parts: FLOPs / rate * waste, DRAM bytes / copy rate, cache bytes / cache rate * waste, SRAM bytes / SRAM rate *
            waste, instructions / issue rate * waste, waits * waves
 
@@ -15,20 +15,14 @@ of kernel (``calibrate.py``). It prunes and ranks candidates, and measurements d
 
 from __future__ import annotations
 
-import hashlib
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from tritonconv.autotune.ceilings import Ceilings
-from tritonconv.autotune.sources import revision
-from tritonconv.kernels import work as kernels_work
 from tritonconv.kernels.registry import Config, Variant, variants
 from tritonconv.kernels.work import LINE, WARP, Work, by_torch
 from tritonconv.problem import Problem
@@ -49,7 +43,9 @@ SPILLED = 3.0  # a spilling kernel is ranked behind its neighbours
 
 
 LAUNCH = "launch"
-SOURCES = 8  # digits of the hash by which a kind of kernel is known
+# What a call's first launch, and each one behind it, takes of the time of one: factors like those of the kinds.
+FIRST_LAUNCH, FURTHER_LAUNCH = "first launch", "further launch"
+UNPIPELINED = " unpipelined"  # behind a variant's name: the kind of its configs without a pipeline
 
 
 @dataclass(frozen=True)
@@ -95,20 +91,23 @@ def estimate(record: Variant, problem: Problem, config: Config, ceilings: Ceilin
     # Without a pipeline what a program does after each other is hidden by the other programs there alone.
     busy += (others - parts[limit]) * (BESIDE if work.pipelined else 1 / max(1, resident))
     busy *= _factor(record, work, ceilings)
-    launch = work.launches * ceilings.launch_us * 1e-6
+    launch = launches_ms(work.launches, ceilings) * 1e-3
     return Estimate((busy + launch) * 1e3, limit if busy > launch else LAUNCH, work, waves)
 
 
+def launches_ms(launches: int, ceilings: Ceilings) -> float:
+    """What so many launches of one call take by themselves."""
+    factors = ceilings.factors
+    times = factors.get(FIRST_LAUNCH, 1.0) + (launches - 1) * factors.get(FURTHER_LAUNCH, 1.0)
+    return times * ceilings.launch_us * 1e-3
+
+
 def kind(record: Variant, work: Work) -> str:
-    """What has one factor of measured over predicted time: a variant as its sources and the model's are now, apart for
-    its configs without a pipeline."""
-    return f"{record.name}{'' if work.pipelined else ' unpipelined'} {_sources(record)}"
+    """What has one factor of measured over predicted time: a variant, apart for its configs without a pipeline.
 
-
-@cache
-def _sources(record: Variant) -> str:
-    own = b"".join(Path(module.__file__ or "").read_bytes() for module in (kernels_work, sys.modules[__name__]))
-    return hashlib.sha256(revision(record).encode() + own).hexdigest()[:SOURCES]
+    An edit keeps the factor: what was measured before it is nearer than nothing.
+    """
+    return record.name if work.pipelined else record.name + UNPIPELINED
 
 
 def _factor(record: Variant, work: Work, ceilings: Ceilings) -> float:
@@ -132,7 +131,7 @@ def candidates(
     other = next((pair for pair in ranked if pair[1].work.pipelined != ranked[0][1].work.pipelined), None)
     chosen = [ranked[0], *([other] if other else []), *(pair for pair in ranked if pair[0] == default)]
     chosen += [*_one_of_each_tile(ranked), *ranked]
-    return _ranked([pair for index, pair in enumerate(chosen) if pair not in chosen[:index]][:most])
+    return _ranked(list({id(pair): pair for pair in chosen}.values())[:most])
 
 
 def _one_of_each_tile(ranked: list[tuple[Config, Estimate]]) -> list[tuple[Config, Estimate]]:

@@ -18,11 +18,15 @@ LEAST_MULTIPROCESSORS = 114
 
 
 class Part(NamedTuple):
-    """A GPU as torch names it."""
+    """A GPU as torch names it. ``bandwidth`` of its memory in bytes/s, None where torch does not say; ``shared_bytes``
+    and ``registers`` of a multiprocessor, 0 where it does not."""
 
     name: str
     capability: tuple[int, int]
     multiprocessors: int
+    bandwidth: float | None = None
+    shared_bytes: int = 0
+    registers: int = 0
 
     @property
     def sliced(self) -> bool:
@@ -38,7 +42,15 @@ def part(device: torch.device) -> Part | None:
         facts = torch.cuda.get_device_properties(device)
     except (RuntimeError, AssertionError):  # an index that is not there
         return None
-    return Part(facts.name, (facts.major, facts.minor), facts.multi_processor_count)
+    clock, bus = getattr(facts, "memory_clock_rate", 0), getattr(facts, "memory_bus_width", 0)  # kHz, bits
+    return Part(
+        facts.name,
+        (facts.major, facts.minor),
+        facts.multi_processor_count,
+        2e3 * clock * bus / 8 if clock and bus else None,  # twice in each clock
+        getattr(facts, "shared_memory_per_multiprocessor", 0),
+        getattr(facts, "regs_per_multiprocessor", 0),
+    )
 
 
 def table_for(gpu: Part) -> str | None:

@@ -34,7 +34,7 @@ from tritonconv.kernels.triton_launch import launch as run
 from tritonconv.kernels.triton_reduce import sum_volumes
 from tritonconv.kernels.triton_tape import fresh
 from tritonconv.kernels.triton_weights import oriented, packed, preferred
-from tritonconv.kernels.work import Work, tap_gemm
+from tritonconv.kernels.work import Work, parts, tap_gemm
 from tritonconv.problem import Problem
 
 LEAST_STEPS = 8  # of BLOCK_K that a program is worth
@@ -124,13 +124,13 @@ def launch(problem, config, grad_y, weight):
 
 def programs(problem: Problem, config: Config) -> int:
     """How many programs one chunk of the depth has."""
-    columns = triton.cdiv(config["PACK"] * problem.c_in // problem.groups, config["BLOCK_N"])
+    columns = parts(config["PACK"] * problem.c_in // problem.groups, config["BLOCK_N"])
     return tiles.tiles_of(problem.n, problem.size, config) * columns * (problem.groups // config["PACK"])
 
 
 def steps_of(problem: Problem, config: Config) -> int:
     """Steps of BLOCK_K over the whole depth."""
-    return math.prod(problem.kernel) * triton.cdiv(config["PACK"] * problem.c_out // problem.groups, config["BLOCK_K"])
+    return math.prod(problem.kernel) * parts(config["PACK"] * problem.c_out // problem.groups, config["BLOCK_K"])
 
 
 def kept(problem: Problem, config: Config) -> float:

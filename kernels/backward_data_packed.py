@@ -30,7 +30,7 @@ from tritonconv.kernels.triton_launch import RUN_TIME, accounting, empty, geomet
 from tritonconv.kernels.triton_launch import launch as run
 from tritonconv.kernels.triton_taps import tap_lanes, voxel_words
 from tritonconv.kernels.triton_weights import AS_GIVEN, oriented, packed
-from tritonconv.kernels.work import Work, tap_gemm
+from tritonconv.kernels.work import Work, parts, tap_gemm
 from tritonconv.problem import Problem
 
 MOST_CHANNELS = 16  # output channels per group; as many fill a dot without the taps
@@ -97,7 +97,7 @@ def launch(problem, config, grad_y, weight):
         return grad_x.zero_()
     config = dict(config)
     weight = packed(weight, config.pop("WEIGHT"))
-    columns = triton.cdiv(problem.c_in // problem.groups, config["BLOCK_N"])
+    columns = parts(problem.c_in // problem.groups, config["BLOCK_N"])
     run(
         backward_data_packed_kernel,
         tiles.tiles_of(problem.n, problem.size, config) * columns * problem.groups,
@@ -140,9 +140,9 @@ def space(problem: Problem, device: torch.device):
 
 def work(problem: Problem, config) -> Work:
     rows = tiles.tiles_of(problem.n, problem.size, config)
-    programs = rows * triton.cdiv(problem.c_in // problem.groups, config["BLOCK_N"]) * problem.groups
+    programs = rows * parts(problem.c_in // problem.groups, config["BLOCK_N"]) * problem.groups
     depth = problem.weight_shape[1] * math.prod(problem.kernel)
-    steps = programs * triton.cdiv(depth, config["BLOCK_K"])
+    steps = programs * parts(depth, config["BLOCK_K"])
     return tap_gemm(problem, "backward_data", config, programs, steps, apart=(problem.stride[2], 1))
 
 

@@ -26,7 +26,7 @@ from tritonconv.kernels.triton_device import (
 from tritonconv.kernels.triton_launch import RUN_TIME, accounting, empty, geometry, precision, refusal, wide
 from tritonconv.kernels.triton_launch import launch as run
 from tritonconv.kernels.triton_weights import oriented, packed, preferred
-from tritonconv.kernels.work import Work, tap_gemm
+from tritonconv.kernels.work import Work, parts, tap_gemm
 
 
 @triton.jit
@@ -101,7 +101,7 @@ def launch(problem, config, x, weight, bias, out=None):
         return y
     config = dict(config)
     weight = packed(weight, config.pop("WEIGHT"))
-    columns = triton.cdiv(problem.c_out // problem.groups, config["BLOCK_N"])
+    columns = parts(problem.c_out // problem.groups, config["BLOCK_N"])
     run(
         forward_gather_kernel,
         tiles.tiles_of(problem.n, problem.out_size, config) * columns * problem.groups,
@@ -134,8 +134,8 @@ def default(problem, device):
 def work(problem, config) -> Work:
     columns, depth = problem.c_out // problem.groups, problem.c_in // problem.groups
     programs = tiles.tiles_of(problem.n, problem.out_size, config)
-    programs *= triton.cdiv(columns, config["BLOCK_N"]) * problem.groups
-    steps = programs * math.prod(problem.kernel) * triton.cdiv(depth, config["BLOCK_K"])
+    programs *= parts(columns, config["BLOCK_N"]) * problem.groups
+    steps = programs * math.prod(problem.kernel) * parts(depth, config["BLOCK_K"])
     return tap_gemm(problem, "forward", config, programs, steps)
 
 

@@ -35,7 +35,7 @@ from tritonconv.kernels.triton_launch import RUN_TIME, accounting, empty, geomet
 from tritonconv.kernels.triton_launch import launch as run
 from tritonconv.kernels.triton_target import compute_capability
 from tritonconv.kernels.triton_weights import oriented, packed, preferred
-from tritonconv.kernels.work import Work, tap_gemm
+from tritonconv.kernels.work import Work, parts, tap_gemm
 from tritonconv.problem import Problem
 
 MOST_RANKED = 64  # phases whose order is compiled into the kernel; more of them run in their natural order
@@ -149,7 +149,7 @@ def launch(problem, config, x, weight, bias, out=None):
     config = dict(config)
     weight = packed(weight, config.pop("WEIGHT"))
     rows = tiles.tiles_of(problem.n, largest_phase(problem), config)
-    columns = triton.cdiv(config["PACK"] * problem.c_out // problem.groups, config["BLOCK_N"])
+    columns = parts(config["PACK"] * problem.c_out // problem.groups, config["BLOCK_N"])
     run(
         forward_phases_kernel,
         math.prod(problem.stride) * rows * columns * (problem.groups // config["PACK"]),
@@ -197,9 +197,9 @@ def space(problem: Problem, device: torch.device):
 
 def work(problem: Problem, config) -> Work:
     pack, rows = config["PACK"], tiles.tiles_of(problem.n, largest_phase(problem), config)
-    each = rows * triton.cdiv(pack * problem.c_out // problem.groups, config["BLOCK_N"]) * (problem.groups // pack)
-    depth = triton.cdiv(pack * problem.c_in // problem.groups, config["BLOCK_K"])
-    steps = each * depth * sum(phase.taps for phase in problem.phases)
+    each = rows * parts(pack * problem.c_out // problem.groups, config["BLOCK_N"]) * (problem.groups // pack)
+    depth = parts(pack * problem.c_in // problem.groups, config["BLOCK_K"])
+    steps = each * depth * problem.phase_taps
     return tap_gemm(problem, "forward", config, each * math.prod(problem.stride), steps, apart=(1, problem.stride[2]))
 
 

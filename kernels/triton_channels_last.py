@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import lru_cache
 
 import torch
 
@@ -82,5 +83,6 @@ def weight_gradient(base: Variant, idea: str) -> Variant:
     return of(base, launch, idea, ("x", "y"), "c_out")
 
 
+@lru_cache(4096)  # asked for each config, and sums over a problem's phases are kept with it
 def _last(problem: Problem) -> Problem:
     return replace(problem, layout="ndhwc")

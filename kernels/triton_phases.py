@@ -11,6 +11,7 @@ first = crop // stride; the cells cover every output. A tile is BLOCK_M cells x 
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import triton
 import triton.language as tl
@@ -21,7 +22,7 @@ from tritonconv.kernels.triton_device import dividers, inside, load_along, multi
 from tritonconv.kernels.triton_launch import BY, division, geometry, launch, precision, wide
 from tritonconv.kernels.triton_target import compute_capability
 from tritonconv.kernels.triton_weights import AS_GIVEN, IN_INNERMOST, oriented, packed, preferred
-from tritonconv.kernels.work import Work, tap_gemm
+from tritonconv.kernels.work import Work, parts, tap_gemm
 from tritonconv.problem import Problem, Triple
 
 # A crop stays specialised, unlike in triton_launch.RUN_TIME: a crop of 0 then counts as a multiple of 16, which is
@@ -209,7 +210,12 @@ def cells(problem: Problem, shift: int = 0) -> Triple:
 
 def columns(problem: Problem, rows: int, phases: Triple | None = None) -> int:
     """Columns of one group, by default of all phases: the host's side of :func:`column_count`."""
-    return column_count(problem.stride if phases is None else phases, problem.c_out // problem.groups, rows)
+    return _columns(problem.stride if phases is None else phases, problem.c_out // problem.groups, rows)
+
+
+@lru_cache(4096)  # a function of the compiler's costs more on the host than the rest of a count
+def _columns(phases: Triple, channels: int, rows: int) -> int:
+    return column_count(phases, channels, rows)
 
 
 def whole_rows(problem: Problem) -> int:
@@ -275,7 +281,7 @@ def forward(
     """Launches a forward kernel over tiles of (cells, columns): ``grid`` programs, by default one per tile."""
     config = dict(config)
     weight = packed(weight, config.pop("WEIGHT"))
-    tiles_n = triton.cdiv(columns(problem, config["ROWS"]), config["BLOCK_N"])
+    tiles_n = parts(columns(problem, config["ROWS"]), config["BLOCK_N"])
     each = tiles.tiles_of(problem.n, cells(problem, shift or 0), config) * tiles_n * problem.groups
     launch(
         kernel,
@@ -303,8 +309,8 @@ def forward(
 def work(problem: Problem, config, size: Triple, depth: int) -> Work:
     """Of :func:`forward`: tiles over cells ``size`` and all columns, ``depth`` per output."""
     programs = tiles.tiles_of(problem.n, size, config) * problem.groups
-    programs *= triton.cdiv(columns(problem, config["ROWS"]), config["BLOCK_N"])
-    steps = programs * triton.cdiv(depth, config["BLOCK_K"])
+    programs *= parts(columns(problem, config["ROWS"]), config["BLOCK_N"])
+    steps = programs * parts(depth, config["BLOCK_K"])
     products = depth * math.prod(problem.stride)  # of one cell and output channel, those with zeros included
     hit = math.prod(problem.kernel) * (problem.c_in // problem.groups) / products
     return tap_gemm(problem, "forward", config, programs, steps, taps_hit=min(1.0, hit))

@@ -21,7 +21,7 @@ from tritonconv.kernels.triton_launch import launch as run
 from tritonconv.kernels.triton_reduce import sum_weights
 from tritonconv.kernels.triton_tape import fresh
 from tritonconv.kernels.triton_target import compute_capability
-from tritonconv.kernels.work import Work, tap_gemm
+from tritonconv.kernels.work import Work, parts, tap_gemm
 from tritonconv.problem import Problem, Triple
 
 WAVES = 2  # of programs in one launch, all chunks together
@@ -65,9 +65,9 @@ class SplitGemm(NamedTuple):
 
     def programs(self, config: Config, need_bias: bool) -> int:
         """How many programs one chunk has."""
-        found = triton.cdiv(self.rows, config["BLOCK_M"]) * triton.cdiv(self.columns, config["BLOCK_N"])
+        found = parts(self.rows, config["BLOCK_M"]) * parts(self.columns, config["BLOCK_N"])
         found *= self.problem.groups
-        return found + (triton.cdiv(self.problem.c_out, config["BIAS_C"]) if need_bias else 0)
+        return found + (parts(self.problem.c_out, config["BIAS_C"]) if need_bias else 0)
 
     def steps(self, config: Config) -> int:
         """Of BLOCK_K, over all chunks."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
 from functools import cache
 
 import torch
@@ -12,6 +15,19 @@ KIB = 1024
 # Per block, by compute capability (CUDA C++ guide, table 24), and what every listed target has: sm_86, sm_89, sm_120.
 _SHARED_BYTES = {80: 163 * KIB, 87: 163 * KIB, 90: 227 * KIB, 100: 227 * KIB, 103: 227 * KIB}
 LEAST_SHARED_BYTES = 99 * KIB
+
+
+_assumed: ContextVar[int | None] = ContextVar("tritonconv_assumed_capability", default=None)
+
+
+@contextlib.contextmanager
+def assumed(capability: int) -> Iterator[None]:
+    """Inside the block configs and their costs are those of a GPU of this compute capability, as 90 for 9.0."""
+    token = _assumed.set(capability)
+    try:
+        yield
+    finally:
+        _assumed.reset(token)
 
 
 def target():
@@ -48,6 +64,9 @@ def target_name() -> str | None:
 
 def compute_capability() -> int:
     """Of the NVIDIA GPU, as 90 for 9.0; 0 where there is none."""
+    said = _assumed.get()
+    if said is not None:
+        return said
     gpu = target()
     return gpu.arch if gpu is not None and gpu.backend == "cuda" else 0
 

@@ -25,6 +25,11 @@ STEP_INSTRUCTIONS, LOAD_INSTRUCTIONS, ELEMENT_INSTRUCTIONS = 70, 9, 7
 MATRIX_ROWS = 64  # of one product of a Hopper warp group: each of them reads the whole tile of columns again
 
 
+def parts(whole: int, size: int) -> int:
+    """How many parts of a size cover the whole: ``triton.cdiv`` in a tenth of its time, asked for each config."""
+    return -(-whole // size)
+
+
 @dataclass(frozen=True)
 class Work:
     """FLOPs and bytes of all launches of one call.

@@ -85,12 +85,31 @@ def test_what_was_hardly_timed_has_the_factor_of_all_kernels_of_its_backend():
 
 
 @needs_triton
-def test_a_kernel_that_was_edited_has_no_factor_of_its_own_any_more(monkeypatch):
-    before = kind(NAME)
-    monkeypatch.setattr(model, "revision", lambda record: "another")
-    model._sources.cache_clear()
-    assert kind(NAME) != before and kind(NAME).split()[0] == NAME
-    model._sources.cache_clear()
+def test_a_kernel_that_was_edited_keeps_its_factor(monkeypatch):
+    before, found = kind(NAME), measured(NAME, 2.0, LEAST)
+    monkeypatch.setattr(calibrate, "revision", lambda record: "another")
+    assert kind(NAME) == before == NAME and kind(NAME, num_stages=1) == f"{NAME}{model.UNPIPELINED}"
+    assert calibrate.factors(found, GPU)[NAME] == pytest.approx(2)
+
+
+def test_timings_of_an_earlier_revision_count_until_there_are_newer_ones():
+    each, record = problem("psmnet_train_64_32"), variant("forward_torch_native")
+
+    def timing(ms: float, source: str) -> Timing:
+        return Timing(str(each), "forward", record.name, {}, source, "screen", {}, median_ms=ms)
+
+    before, now = timing(1.0, "before"), timing(2.0, revision(record))
+    assert [one.ms for one in calibrate.samples([before], [each], {})] == [1.0]
+    assert [one.ms for one in calibrate.samples([before, now], [each], {})] == [2.0]
+
+
+@needs_triton
+def test_launches_take_what_was_measured_of_them():
+    each, one = problem("psmnet_train_64_32"), guess(NAME, problem("psmnet_train_64_32"))
+    limits = dataclasses.replace(GPU, factors={model.FIRST_LAUNCH: 0.5, model.FURTHER_LAUNCH: 0.25})
+    launch, less = GPU.launch_us * 1e-3, guess(NAME, each, limits)
+    assert one.ms - less.ms == pytest.approx(launch * (0.5 + 0.75 * (one.work.launches - 1)))
+    assert model.launches_ms(3, limits) == pytest.approx(launch)
 
 
 def test_nothing_timed_corrects_nothing():

@@ -13,6 +13,7 @@ from tritonconv import cli
 from tritonconv.autotune import ceilings, choose, model, serving
 from tritonconv.autotune.ceilings import Ceilings
 from tritonconv.autotune.choose import Source
+from tritonconv.autotune.first import first
 from tritonconv.autotune.key import Key
 from tritonconv.autotune.serving import Part
 from tritonconv.autotune.sources import revision
@@ -189,7 +190,7 @@ class TestTheKernels:
         monkeypatch.setattr(serving, "part", lambda device: Part("gpu", (9, 0), 132))
         found = choose.choose(each, CUDA, "forward")
         assert found.variant.backend == "triton" and "cost model" in found.reason
-        assert found[:2] == model.rank(each, CUDA, "forward", GPU)[0][:2]
+        assert found[:2] == first(each, CUDA, "forward", choose.ceilings_of(CUDA))[:2]
 
     def test_a_neighbours_choice_that_the_model_rules_out_is_not_taken(self, monkeypatch):
         each = problem("psmnet_train_64_32", layout="ncdhw")

@@ -206,6 +206,11 @@ class Problem:
         return tuple(sorted(combos, key=lambda phase: -phase.taps))
 
     @cached_property
+    def phase_taps(self) -> int:
+        """Taps of all phases together, each per output voxel."""
+        return sum(phase.taps for phase in self.phases)
+
+    @cached_property
     def flops(self) -> int:
         """Useful FLOPs, the same for all three passes: 2 x the multiply-adds that land inside the output.
 
