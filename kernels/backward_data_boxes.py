@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from tritonconv.kernels.forward_boxes import box_config, box_space
-from tritonconv.kernels.registry import Variant
+from tritonconv.kernels.registry import SPREADS_WEIGHT, Variant
 from tritonconv.kernels.triton_boxes import (
     box_corner,
     box_gemm,
@@ -178,6 +178,7 @@ VARIANT = Variant(
     pass_name="backward_data",
     idea="strided convolution of grad_y on tensor-descriptor boxes, persistent grid",
     backend="triton",
+    spreads_nonfinite=SPREADS_WEIGHT,
     launch=launch,
     supports=supports,
     space=lambda problem, device: box_space(default(problem, device), problem.size),

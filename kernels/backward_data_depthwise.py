@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from tritonconv.kernels import triton_depthwise as depthwise
-from tritonconv.kernels.registry import Variant
+from tritonconv.kernels.registry import SPREADS_WEIGHT, Variant
 from tritonconv.kernels.triton_depthwise import add_window, far, filled, lanes, store_places, tile_of
 from tritonconv.kernels.triton_launch import RUN_TIME, accounting, empty, geometry, refusal, wide
 from tritonconv.kernels.triton_launch import launch as run
@@ -131,6 +131,7 @@ VARIANT = Variant(
     pass_name="backward_data",
     idea="one input channel per group: FMAs, neighbouring voxels from one look at grad_y",
     backend="triton",
+    spreads_nonfinite=SPREADS_WEIGHT,
     launch=launch,
     supports=supports,
     space=space,

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from tritonconv.kernels import triton_tiles as tiles
-from tritonconv.kernels.registry import Config, Variant
+from tritonconv.kernels.registry import SPREADS_WEIGHT, Config, Variant
 from tritonconv.kernels.triton_device import (
     aligned,
     ceil_div,
@@ -189,6 +189,7 @@ VARIANT = Variant(
     pass_name="backward_data",
     idea="implicit GEMM over all taps: a strided convolution of grad_y",
     backend="triton",
+    spreads_nonfinite=SPREADS_WEIGHT,
     launch=launch,
     supports=refusal,
     space=space,

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from tritonconv.kernels import triton_launch, triton_taps
 from tritonconv.kernels import triton_tiles as tiles
-from tritonconv.kernels.registry import Variant
+from tritonconv.kernels.registry import SPREADS_WEIGHT, Variant
 from tritonconv.kernels.triton_device import (
     aligned,
     ceil_div,
@@ -151,6 +151,7 @@ VARIANT = Variant(
     pass_name="backward_data",
     idea="taps and few output channels share the depth of the dot",
     backend="triton",
+    spreads_nonfinite=SPREADS_WEIGHT,
     launch=launch,
     supports=supports,
     space=space,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tritonconv.kernels import torch_native
 from tritonconv.kernels.forward_torch_depthwise import supports
-from tritonconv.kernels.registry import Variant
+from tritonconv.kernels.registry import SPREADS_PADDING, Variant
 from tritonconv.kernels.torch_layout import CHANNELS_LAST, to_layout
 from tritonconv.kernels.work import by_torch, size_of
 
@@ -19,6 +19,7 @@ VARIANT = Variant(
     pass_name="backward_data",
     idea="groups = channels: depthwise conv3d in channels_last_3d",
     backend="torch",
+    spreads_nonfinite=SPREADS_PADDING,
     launch=launch,
     supports=supports,
     workspace_bytes=lambda problem: problem.bytes("backward_data"),

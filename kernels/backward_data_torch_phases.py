@@ -6,7 +6,7 @@ Outputs that no tap reaches are never read: at kernel 1, stride 2 that leaves an
 from __future__ import annotations
 
 from tritonconv.kernels import torch_phases
-from tritonconv.kernels.registry import Variant
+from tritonconv.kernels.registry import SPREADS_PADDING, Variant
 from tritonconv.kernels.torch_layout import sum_dtype
 from tritonconv.kernels.work import by_torch, size_of
 
@@ -40,6 +40,7 @@ VARIANT = Variant(
     pass_name="backward_data",
     idea="sum over phases of a stride-1 conv3d of that phase's grad_y",
     backend="torch",
+    spreads_nonfinite=SPREADS_PADDING,
     launch=launch,
     supports=supports,
     workspace_bytes=lambda problem: 2 * problem.bytes("backward_data"),

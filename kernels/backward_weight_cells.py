@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from tritonconv.kernels import triton_phases, triton_taps
-from tritonconv.kernels.registry import Config, Variant
+from tritonconv.kernels.registry import SPREADS_VOXELS, Config, Variant
 from tritonconv.kernels.triton_device import (
     aligned,
     ceil_div,
@@ -233,6 +233,7 @@ VARIANT = Variant(
     pass_name="backward_weight",
     idea="kernel > stride, few channels: one GEMM over cells, phases times window deltas",
     backend="triton",
+    spreads_nonfinite=SPREADS_VOXELS,
     launch=launch,
     supports=supports,
     space=lambda problem, device: gemm(problem).space(default(problem, device)),

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from tritonconv.kernels import triton_depthwise as depthwise
-from tritonconv.kernels.registry import Variant
+from tritonconv.kernels.registry import SPREADS_VOXELS, Variant
 from tritonconv.kernels.triton_depthwise import any_tap, far, filled, lanes, replaced, within
 from tritonconv.kernels.triton_device import ceil_div, constant, inside, widened
 from tritonconv.kernels.triton_launch import RUN_TIME, accounting, geometry, refusal, wide
@@ -233,6 +233,7 @@ VARIANT = Variant(
     pass_name="backward_weight",
     idea="one input channel per group: FMAs, split over voxels, summed in a fixed order",
     backend="triton",
+    spreads_nonfinite=SPREADS_VOXELS,
     launch=launch,
     supports=supports,
     space=space,

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from tritonconv.kernels import triton_taps
-from tritonconv.kernels.registry import Variant
+from tritonconv.kernels.registry import SPREADS_VOXELS, Variant
 from tritonconv.kernels.triton_device import (
     aligned,
     ceil_div,
@@ -134,6 +134,7 @@ VARIANT = Variant(
     pass_name="backward_weight",
     idea="one GEMM over all voxels, split into chunks; the bias gradient in the same launch",
     backend="triton",
+    spreads_nonfinite=SPREADS_VOXELS,
     launch=launch,
     supports=supports,
     space=lambda problem, device: gemm(problem).space(gemm(problem).default()),

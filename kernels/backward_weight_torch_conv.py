@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tritonconv.kernels import torch_native
-from tritonconv.kernels.registry import Variant
+from tritonconv.kernels.registry import SPREADS_PADDING, Variant
 from tritonconv.kernels.work import by_torch, size_of
 
 
@@ -20,6 +20,7 @@ VARIANT = Variant(
     pass_name="backward_weight",
     idea="weight gradient of conv3d from grad_y to x",
     backend="torch",
+    spreads_nonfinite=SPREADS_PADDING,
     launch=launch,
     supports=supports,
     work=lambda problem, config: by_torch(problem, "backward_weight", size_of(problem, "y"), 3),

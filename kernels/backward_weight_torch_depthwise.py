@@ -10,7 +10,7 @@ import torch
 
 from tritonconv.kernels import torch_native
 from tritonconv.kernels.forward_torch_depthwise import supports
-from tritonconv.kernels.registry import Variant
+from tritonconv.kernels.registry import SPREADS_PADDING, Variant
 from tritonconv.kernels.torch_layout import CHANNELS_LAST, bias_gradient, to_layout
 from tritonconv.kernels.work import by_torch, size_of
 
@@ -54,6 +54,7 @@ VARIANT = Variant(
     pass_name="backward_weight",
     idea="groups = channels: 2-D depthwise weight gradients, one per tap of the first axis",
     backend="torch",
+    spreads_nonfinite=SPREADS_PADDING,
     launch=launch,
     supports=supports,
     workspace_bytes=lambda problem: 2 * problem.bytes("backward_weight"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from tritonconv.kernels import torch_phases
-from tritonconv.kernels.registry import Variant
+from tritonconv.kernels.registry import SPREADS_PADDING, Variant
 from tritonconv.kernels.torch_layout import bias_gradient, window
 from tritonconv.kernels.work import by_torch, size_of
 
@@ -43,6 +43,7 @@ VARIANT = Variant(
     pass_name="backward_weight",
     idea="weight gradient of a stride-1 conv3d per phase",
     backend="torch",
+    spreads_nonfinite=SPREADS_PADDING,
     launch=launch,
     supports=supports,
     workspace_bytes=lambda problem: 2 * problem.bytes("backward_weight"),

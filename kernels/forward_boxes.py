@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from tritonconv.kernels.forward_phases import largest_phase, phase_order
-from tritonconv.kernels.registry import Variant
+from tritonconv.kernels.registry import SPREADS_WEIGHT, Variant
 from tritonconv.kernels.triton_boxes import (
     box_corner,
     box_gemm,
@@ -183,6 +183,7 @@ VARIANT = Variant(
     pass_name="forward",
     idea="implicit GEMM per phase on tensor-descriptor boxes, persistent grid",
     backend="triton",
+    spreads_nonfinite=SPREADS_WEIGHT,
     launch=launch,
     supports=box_refusal,
     space=lambda problem, device: box_space(default(problem, device), largest_phase(problem)),

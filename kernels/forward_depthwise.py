@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from tritonconv.kernels import triton_depthwise as depthwise
-from tritonconv.kernels.registry import Variant
+from tritonconv.kernels.registry import SPREADS_WEIGHT, Variant
 from tritonconv.kernels.triton_depthwise import add_window, filled, lanes, store_places, tile_of
 from tritonconv.kernels.triton_device import axis_phase, tap_period, tap_shift
 from tritonconv.kernels.triton_launch import RUN_TIME, accounting, empty, geometry, refusal, wide
@@ -134,6 +134,7 @@ VARIANT = Variant(
     pass_name="forward",
     idea="one input channel per group: FMAs, all phases along h and w from one look at x",
     backend="triton",
+    spreads_nonfinite=SPREADS_WEIGHT,
     launch=launch,
     supports=supports,
     space=space,

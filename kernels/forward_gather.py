@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from tritonconv.kernels import triton_tiles as tiles
-from tritonconv.kernels.registry import Variant
+from tritonconv.kernels.registry import SPREADS_WEIGHT, Variant
 from tritonconv.kernels.triton_device import (
     aligned,
     ceil_div,
@@ -144,6 +144,7 @@ VARIANT = Variant(
     pass_name="forward",
     idea="gather over all taps with stride masks: the baseline",
     backend="triton",
+    spreads_nonfinite=SPREADS_WEIGHT,
     launch=launch,
     supports=refusal,
     space=lambda problem, device: tiles.around(default(problem, device), problem, WEIGHT=(0, 1, 2)),

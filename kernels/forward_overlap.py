@@ -20,7 +20,7 @@ import triton.language as tl
 
 from tritonconv.kernels import triton_phases as phases
 from tritonconv.kernels import triton_tiles as tiles
-from tritonconv.kernels.registry import Variant
+from tritonconv.kernels.registry import SPREADS_WEIGHT, Variant
 from tritonconv.kernels.triton_device import aligned, inside, offset, product, widened
 from tritonconv.kernels.triton_launch import RUN_TIME, accounting, empty, geometry, precision, refusal, wide
 from tritonconv.kernels.triton_launch import launch as run
@@ -280,6 +280,7 @@ VARIANT = Variant(
     pass_name="forward",
     idea="very few channels out: x times all taps once, overlapping products added in registers",
     backend="triton",
+    spreads_nonfinite=SPREADS_WEIGHT,
     launch=launch,
     supports=supports,
     space=space,

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from tritonconv.kernels import triton_tiles as tiles
-from tritonconv.kernels.registry import Variant
+from tritonconv.kernels.registry import SPREADS_WEIGHT, Variant
 from tritonconv.kernels.triton_device import (
     aligned,
     axis_phase,
@@ -208,6 +208,7 @@ VARIANT = Variant(
     pass_name="forward",
     idea="implicit GEMM per phase: only the taps that hit",
     backend="triton",
+    spreads_nonfinite=SPREADS_WEIGHT,
     launch=launch,
     supports=refusal,
     space=space,

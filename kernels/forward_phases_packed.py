@@ -17,7 +17,7 @@ import triton.language as tl
 
 from tritonconv.kernels import triton_phases as phases
 from tritonconv.kernels import triton_tiles as tiles
-from tritonconv.kernels.registry import Variant
+from tritonconv.kernels.registry import SPREADS_VOXELS, SPREADS_WEIGHT, Variant
 from tritonconv.kernels.triton_device import (
     aligned,
     ceil_div,
@@ -206,6 +206,7 @@ VARIANT = Variant(
     pass_name="forward",
     idea="all phases in one tile, taps packed into the depth: few channels",
     backend="triton",
+    spreads_nonfinite=f"{SPREADS_WEIGHT}; {SPREADS_VOXELS}",
     launch=launch,
     supports=supports,
     space=space,

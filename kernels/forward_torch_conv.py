@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tritonconv.kernels import torch_phases
-from tritonconv.kernels.registry import Variant
+from tritonconv.kernels.registry import SPREADS_PADDING, Variant
 from tritonconv.kernels.work import by_torch, size_of
 
 
@@ -25,6 +25,7 @@ VARIANT = Variant(
     pass_name="forward",
     idea="stride 1: conv3d with the taps reversed",
     backend="torch",
+    spreads_nonfinite=SPREADS_PADDING,
     launch=launch,
     supports=supports,
     workspace_bytes=lambda problem: problem.bytes(),

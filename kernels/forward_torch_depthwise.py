@@ -7,7 +7,7 @@ depthwise *ordinary* convolution in channels_last_3d, and inside a phase that is
 from __future__ import annotations
 
 from tritonconv.kernels import forward_torch_conv, forward_torch_phases
-from tritonconv.kernels.registry import Variant
+from tritonconv.kernels.registry import SPREADS_PADDING, Variant
 from tritonconv.kernels.torch_layout import CHANNELS_LAST, to_layout
 from tritonconv.kernels.work import by_torch, size_of
 
@@ -28,6 +28,7 @@ VARIANT = Variant(
     pass_name="forward",
     idea="groups = channels: depthwise conv3d per phase, in channels_last_3d",
     backend="torch",
+    spreads_nonfinite=SPREADS_PADDING,
     launch=launch,
     supports=supports,
     workspace_bytes=lambda problem: 2 * problem.bytes(),

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 
 from tritonconv.kernels import torch_native
-from tritonconv.kernels.registry import Variant
+from tritonconv.kernels.registry import SPREADS_PADDING, Variant
 from tritonconv.kernels.torch_layout import CHANNELS_LAST, add_bias_, to_layout
 from tritonconv.kernels.work import by_torch, size_of
 
@@ -69,6 +69,7 @@ VARIANT = Variant(
     pass_name="forward",
     idea="oneDNN's deconvolution in channels_last_3d, the bias apart where it is not fused",
     backend="torch",
+    spreads_nonfinite=SPREADS_PADDING,
     launch=launch,
     supports=supports,
     workspace_bytes=lambda problem: problem.bytes(),

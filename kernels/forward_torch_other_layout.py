@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tritonconv.kernels import torch_native
-from tritonconv.kernels.registry import Variant
+from tritonconv.kernels.registry import SPREADS_PADDING, Variant
 from tritonconv.kernels.torch_layout import other_layout, to_layout
 from tritonconv.kernels.work import by_torch, size_of
 
@@ -22,6 +22,7 @@ VARIANT = Variant(
     pass_name="forward",
     idea="torch's own conv_transpose3d in the other memory format",
     backend="torch",
+    spreads_nonfinite=SPREADS_PADDING,
     launch=launch,
     supports=supports,
     deterministic=False,  # as forward_torch_native

@@ -6,7 +6,7 @@ A phase without taps (kernel < stride, or a dilation that shares a factor with t
 from __future__ import annotations
 
 from tritonconv.kernels import torch_phases
-from tritonconv.kernels.registry import Variant
+from tritonconv.kernels.registry import SPREADS_PADDING, Variant
 from tritonconv.kernels.work import by_torch, size_of
 
 
@@ -21,17 +21,19 @@ def launch(problem, config, x, weight, bias):
     turned = not x.is_contiguous(memory_format=problem.memory_format)
     for phase in problem.phases:
         target = torch_phases.outputs(problem, phase, y)
-        if not phase.taps:
+        part, box = None, ()
+        if phase.taps:
+            taps = torch_phases.as_conv_weight(problem, torch_phases.taps_of(problem, phase, weight))
+            starts = [axis.offsets[-1] for axis in phase.axes]
+            counts = [axis.count for axis in phase.axes]
+            rates = torch_phases.dilation(phase)
+            part, box = torch_phases.correlate_inside(x, taps, bias, starts, counts, rates, problem.groups)
+        if part is None or part.shape != target.shape:
             target.copy_(bias.view(1, -1, 1, 1, 1).expand_as(target)) if bias is not None else target.zero_()
-            continue
-        taps = torch_phases.as_conv_weight(problem, torch_phases.taps_of(problem, phase, weight))
-        starts = [axis.offsets[-1] for axis in phase.axes]
-        counts = [axis.count for axis in phase.axes]
-        rates = torch_phases.dilation(phase)
-        part = torch_phases.correlate(x, taps, bias, starts, counts, rates, problem.groups)
-        if turned:  # while a phase is small enough for the caches
-            part = part.contiguous(memory_format=problem.memory_format)
-        target.copy_(part)
+        if part is not None:
+            if turned:  # while a phase is small enough for the caches
+                part = part.contiguous(memory_format=problem.memory_format)
+            target[box].copy_(part)
     return y
 
 
@@ -40,6 +42,7 @@ VARIANT = Variant(
     pass_name="forward",
     idea="one stride-1 conv3d per phase, only the taps that hit",
     backend="torch",
+    spreads_nonfinite=SPREADS_PADDING,
     launch=launch,
     supports=supports,
     workspace_bytes=lambda problem: problem.bytes(),

@@ -36,6 +36,11 @@ OLDEST_TRITON = (3, 6)  # as pyproject.toml
 # What the kernels import of Triton.
 TRITON_MODULES = ("language", "knobs", "backends.compiler", "compiler.compiler", "tools.tensor_descriptor")
 
+# Reasons for ``Variant.spreads_nonfinite``: what is multiplied by a zero that stands for nothing.
+SPREADS_WEIGHT = "taps that find no voxel are multiplied by zeros: where the weight is not finite they give NaN"
+SPREADS_VOXELS = "voxels that meet nothing are multiplied by zeros: where x or grad_y is not finite they give NaN"
+SPREADS_PADDING = "torch's convolution may multiply the zeros of a padding, and gives NaN where the other is not finite"
+
 
 def _one_config(problem: Problem, device: torch.device) -> tuple[Config, ...]:
     return (NO_CONFIG,)
@@ -69,6 +74,9 @@ class Variant:
     backward at once, used instead of the two launches where the chosen backward_data and backward_weight variants
     name the same function. The config is the backward_weight variant's.
 
+    ``spreads_nonfinite`` says in words where NaN is made of finite values beside a NaN or an infinity, in outputs that
+    torch's own leaves finite; empty where it is not. No variant makes a finite value of one that is not.
+
     ``work`` (problem, config) -> :class:`~tritonconv.kernels.work.Work` is what the launch executes, for the cost
     model; None stands for the useful FLOPs and the compulsory bytes.
     """
@@ -84,6 +92,7 @@ class Variant:
     prepare: Callable[[Problem, torch.Tensor], torch.Tensor] | None = None
     joint: Callable[..., Any] | None = None
     deterministic: bool = True
+    spreads_nonfinite: str = ""
     workspace_bytes: Callable[[Problem], int] = field(default=_no_workspace)
     work: Callable[[Problem, Config], Work] | None = None
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -56,23 +55,6 @@ def matrix_refusal(problem: Problem) -> str | None:
     if not problem.dtype.is_floating_point:
         return f"needs a floating-point dtype, the problem has {problem.dtype}"
     return None
-
-
-def as_convolutions(call: Callable[..., Any]) -> Callable[..., Any]:
-    """``call`` with float32 matrices multiplied on a GPU as torch's switch says of convolutions, not of matrices."""
-
-    def run(*operands: Any, **more: Any) -> Any:
-        switch: Any = torch.backends.cuda.matmul
-        before, said = switch.fp32_precision, torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
-        if before == said:
-            return call(*operands, **more)
-        switch.fp32_precision = said
-        try:
-            return call(*operands, **more)
-        finally:
-            switch.fp32_precision = before
-
-    return run
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -52,28 +52,54 @@ def as_conv_weight(problem: Problem, weight: torch.Tensor) -> torch.Tensor:
 def correlate(tensor, weight, bias, starts, counts, rates, groups):
     """out[j] = bias + sum_m tensor[start + rate*m + j] weight[m] for j < count, zero outside the tensor.
 
-    ``weight`` is an ordinary convolution's (c_out, c/groups, k...). The front overhang becomes the convolution's own
-    padding where it can, so nothing is copied for it.
+    ``weight`` is an ordinary convolution's (c_out, c/groups, k...).
     """
-    padding, windows, keep = [], [], []
+    found, box = correlate_inside(tensor, weight, bias, starts, counts, rates, groups)
+    if found is not None and found.shape[2:] == tuple(counts):
+        return found
+    shape = (tensor.shape[0], weight.shape[0], *counts)
+    whole = tensor.new_zeros(shape) if bias is None else bias.view(1, -1, 1, 1, 1).expand(shape).clone()
+    if found is not None:
+        whole[box] = found
+    return whole
+
+
+def correlate_inside(tensor, weight, bias, starts, counts, rates, groups):
+    """(out, box): the outputs of :func:`correlate` that some tap finds inside the tensor on each axis, and where.
+
+    The others are the bias alone; padded for, they would be NaN where the weight is infinite. ``out`` is None where
+    there is no such output. The front overhang becomes the convolution's own padding where it can, so nothing is
+    copied for it.
+    """
+    padding, windows, keep, box = [], [], [slice(None)] * 2, [slice(None)] * 2
     for axis in range(3):
-        size, start = tensor.shape[2 + axis], starts[axis]
-        stop = start + rates[axis] * (weight.shape[2 + axis] - 1) + counts[axis]  # one past the last element read
+        size, span = tensor.shape[2 + axis], rates[axis] * (weight.shape[2 + axis] - 1)
+        low = max(0, -starts[axis] - span)
+        start, count = starts[axis] + low, min(counts[axis], size - starts[axis]) - low
+        if count <= 0:
+            return None, ()
+        stop = start + span + count  # one past the last element read
         pad = max(0, -start, stop - size)
         first, last = (0, size) if pad else (start, stop)
         if pad:  # planes that no output reads are dropped where the overhang is on the other side
             first, last = max(0, start), min(size, stop)
-        if last <= first:  # the whole window lies outside: one plane of zeros stands for it
-            return _constant(tensor, weight, bias, counts)
         padding.append(pad)
         windows.append((first, last - first))
-        keep.append(first - pad)  # tensor index of the convolution's first output
-    result = F.conv3d(window(tensor, windows), weight, bias, 1, padding, rates, groups)
-    for axis in range(3):
-        result = result.narrow(2 + axis, starts[axis] - keep[axis], counts[axis])
-    return result
+        keep.append(slice(start - first + pad, start - first + pad + count))
+        box.append(slice(low, low + count))
+    found = _conv3d(window(tensor, windows), weight, bias, padding, rates, groups)
+    return found[tuple(keep)], tuple(box)
 
 
-def _constant(tensor, weight, bias, counts):
-    shape = (tensor.shape[0], weight.shape[0], *counts)
-    return tensor.new_zeros(shape) if bias is None else bias.view(1, -1, 1, 1, 1).expand(shape).clone()
+def _conv3d(tensor, weight, bias, padding, rates, groups):
+    """``F.conv3d`` at stride 1, on a CPU always by oneDNN, which skips the padding.
+
+    torch sends one small image past it, to a product that multiplies the weight by the zeros of the padding.
+    """
+    onednn = tensor.device.type == "cpu" and tensor.dtype is torch.float32 and len(tensor) == 1 and any(padding)
+    if not onednn or not torch.backends.mkldnn.is_available():
+        return F.conv3d(tensor, weight, bias, 1, padding, rates, groups)
+    # The operation behind torch.compile's CPU backend; the last three arguments name no fused activation.
+    return torch.ops.mkldnn._convolution_pointwise(
+        tensor, weight, bias, padding, [1, 1, 1], rates, groups, "none", [], ""
+    )

@@ -1,5 +1,8 @@
 """The matrix products of the formulations in torch's operations: by MKL, or by oneDNN where MKL is slow.
 
+On a GPU float32 products are convolutions of one tap: torch's switch for convolutions then decides whether they take
+TF32, as for the layer that they stand for, and not its switch for matrices, which may say otherwise.
+
 MKL, which ``torch.mm`` calls, takes AVX2 on AMD's CPUs that have AVX-512: 204 GFLOP/s in float32 where oneDNN reaches
 465 (1024x256 by 256x512; 195 and 466 in 512x128 by 128x2048; 2 cores of an AMD EPYC, torch 2.13).
 """
@@ -10,6 +13,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 # MKL's product of fewer FLOPs takes no longer than oneDNN's: 14 and 19 us for 2.0e6, 24 and 26 for 4.2e6 (as above).
 ENOUGH_FLOPS = 5_000_000
@@ -19,6 +23,8 @@ def product(left: torch.Tensor, right: torch.Tensor, bias: torch.Tensor | None =
     """``left`` (m, k) times ``right`` (k, n), plus ``bias`` (n,) in each row -> (m, n)."""
     if _by_onednn(left, right):
         return _onednn(left, right, bias)
+    if _by_convolution(left, right):
+        return _product_by_convolution(left, right, bias)
     return left @ right if bias is None else torch.addmm(bias, left, right)
 
 
@@ -40,6 +46,8 @@ def products(matrix: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
         for image, place in zip(images, found, strict=True):
             place.copy_(_onednn(matrix, image))
         return found
+    if _by_convolution(matrix, images):
+        return F.conv1d(images, matrix.unsqueeze(2))
     return torch.bmm(matrix.expand(images.shape[0], *matrix.shape), images)
 
 
@@ -50,7 +58,29 @@ def sum_of_products(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         for one, other in zip(left[1:], right[1:], strict=True):
             found += _onednn(one, other.t())
         return found
+    if _by_convolution(left, right):
+        return _sum_by_convolution(left, right)
     return torch.bmm(left, right.transpose(1, 2)).sum(0)
+
+
+def _by_convolution(left: torch.Tensor, right: torch.Tensor) -> bool:
+    on_gpu = left.device.type == "cuda" and left.dtype is torch.float32
+    return on_gpu and left.numel() > 0 and right.numel() > 0
+
+
+def _product_by_convolution(left: torch.Tensor, right: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """The rows are the voxels of one image in channels_last, so that the result lies as the product's."""
+    image = left.t()[None, :, None]  # (1, k, 1, m)
+    found = F.conv2d(image.contiguous(memory_format=torch.channels_last), right.t()[..., None, None], bias)
+    return found.permute(0, 2, 3, 1).reshape(left.shape[0], right.shape[1])
+
+
+def _sum_by_convolution(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """The weight gradient of the convolution from ``right`` to ``left``."""
+    like_weight = left.new_empty(left.shape[1], right.shape[1], 1)  # only its shape is read
+    return torch.ops.aten.convolution_backward(
+        left, right, like_weight, None, [1], [0], [1], False, [0], 1, (False, True, False)
+    )[1].squeeze(2)
 
 
 def _onednn(left: torch.Tensor, right: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -16,8 +16,6 @@ from tritonconv import ArgumentError, Problem, VariantNotApplicable, dispatch
 from tritonconv.autotune import choose, model, rules
 from tritonconv.autotune.choose import Selection
 from tritonconv.forced import forced_variants
-from tritonconv.inspection.compiling import products_in
-from tritonconv.kernels import torch_layout
 from tritonconv.kernels.registry import variant
 from tritonconv.problem import PASSES, output_size
 
@@ -304,19 +302,6 @@ def test_a_pass_is_chosen_when_it_is_first_needed(fresh, monkeypatch):
     y = tritonconv.conv_transpose3d(X, weight, BIAS, 2)
     y.sum().backward()
     assert set(asked) == set(PASSES)
-
-
-def test_matrices_are_multiplied_as_convolutions_are(monkeypatch):
-    """On a GPU torch has a switch for each, and a formulation in matrix products stands for a convolution."""
-    matrices, seen = torch.backends.cuda.matmul, []
-    before = matrices.fp32_precision
-    call = torch_layout.as_convolutions(lambda *operands: seen.append(matrices.fp32_precision) or operands)
-    for said in ("tf32", "ieee"):
-        with products_in(said):
-            assert call(1, 2) == (1, 2)
-            with pytest.raises(ZeroDivisionError):
-                torch_layout.as_convolutions(lambda: 1 / 0)()
-    assert seen == ["tf32", "ieee"] and matrices.fp32_precision == before
 
 
 def test_only_weights_that_are_packed_are_shared():

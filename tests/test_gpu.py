@@ -5,6 +5,7 @@ A kernel takes a second or two to compile, so a test asks for few: see ``JUDGED`
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 
@@ -18,12 +19,13 @@ from variant_cases import DEVICE
 import tritonconv
 from tritonconv import Problem, dispatch
 from tritonconv.autotune.choose import Selection
+from tritonconv.bench import gate
 from tritonconv.bench.gpu import captured
 from tritonconv.bench.workloads import resized, workload
 from tritonconv.inspection.compiling import PRECISIONS, products_in
 from tritonconv.inspection.jobs import CLASSES
 from tritonconv.kernels.registry import variant
-from tritonconv.problem import LAYOUTS
+from tritonconv.problem import LAYOUTS, PASSES
 from tritonconv.tuning.case import Case
 
 pytestmark = pytest.mark.gpu
@@ -35,6 +37,9 @@ FEW_CHANNELS = "unetr_32_16"  # of float32 the fused backward serves no wider on
 NOT_SERVED = {("backward_data_fused", "ieee"), ("backward_weight_fused", "ieee")}
 JUDGED = {"bfloat16": (2, 2), "float16": (1, 1), "tf32": (1, 1), "ieee": (1, 1)}
 EVERY_LAYER = "EVERY_LAYER" in os.environ  # make test-gpu-all: each class in each layout in each precision
+
+
+PRODUCTS = [f"{name}_torch_{idea}" for name in PASSES for idea in ("shuffle", "linear")]
 
 
 def layers_judged(name: str, precision: str) -> list[Problem]:
@@ -69,6 +74,31 @@ def test_rounding_is_torchs_on_the_same_gpu(name, precision):
             assert verdict.ok, f"{problem}: {verdict}"
             answer = case.call(plan, record.pass_name)
             twice(lambda answer=answer: list(answer()))
+
+
+@pytest.mark.parametrize("of_matrices", ["ieee", "tf32"])
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+def test_formulations_in_matrix_products_obey_the_switch_of_the_convolutions(precision, of_matrices):
+    """Whatever the switch of the matrices says, which nothing touches."""
+    switch = torch.backends.cuda.matmul
+    before, switch.fp32_precision = switch.fp32_precision, of_matrices
+    try:
+        for name, layout in itertools.product(PRODUCTS, LAYOUTS):
+            record = variant(name)
+            size, taps = ((1, 1, 1), (4, 4, 4)) if "linear" in name else ((4, 5, 6), (2, 2, 2))
+            out = tuple(s * k for s, k in zip(size, taps, strict=True))
+            problem = Problem(2, 512, 64, size, taps, taps, (0, 0, 0), out, layout=layout, bias=True)
+            case = Case(problem, DEVICE)
+            plan = dispatch.plan_of(problem, DEVICE, **{record.pass_name: Selection(record, {}, "tested")})
+            with products_in(precision):
+                answer = case.call(plan, record.pass_name)()[0]
+            (output, exact), *_ = case.exact(problem, gate.OUTPUTS[record.pass_name]).items()
+            error = (answer.double() - exact).abs().max() / exact.abs().max()
+            # TF32 is off by some 3e-4, where cuDNN takes it.
+            assert error < (1e-5 if precision == "ieee" else 1e-2), f"{name}: {output} is off by {error:.2g}"
+        assert switch.fp32_precision == of_matrices
+    finally:
+        switch.fp32_precision = before
 
 
 def layers_of(names):

@@ -1,8 +1,10 @@
-"""The matrix products of the torch formulations by oneDNN: what MKL gives, exact on small integers. CPU."""
+"""The matrix products of the torch formulations by oneDNN, and as a GPU makes them: exact on small integers. CPU."""
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -37,13 +39,35 @@ def by_onednn(monkeypatch):
     return asked
 
 
+@pytest.fixture
+def by_convolution(monkeypatch):
+    """Every product is a convolution, as on a GPU; the list holds the shape of each one's weight."""
+    asked = []
+    real = torch_products.F.conv1d, torch_products.F.conv2d, torch_products._sum_by_convolution
+    monkeypatch.setattr(torch_products, "_by_convolution", lambda left, right: left.numel() > 0 and right.numel() > 0)
+    monkeypatch.setattr(torch_products, "_by_onednn", lambda *operands: False)
+
+    def counted(function):
+        return lambda *operands: asked.append(tuple(operands[1].shape)) or function(*operands)
+
+    one, two, total = map(counted, real)
+    monkeypatch.setattr(torch_products, "F", SimpleNamespace(conv1d=one, conv2d=two))
+    monkeypatch.setattr(torch_products, "_sum_by_convolution", total)
+    return asked
+
+
+@pytest.fixture(params=["by_onednn", "by_convolution"])
+def otherwise(request):
+    return request.getfixturevalue(request.param)
+
+
 def integers(*shape: int) -> torch.Tensor:
     return torch.randint(-3, 4, shape).float()
 
 
 @pytest.mark.parametrize("strided", [False, True])
 @pytest.mark.parametrize("n", [1, 3])
-def test_the_products_are_the_definition(by_onednn, n, strided):
+def test_the_products_are_the_definition(otherwise, n, strided):
     left, right = integers(5, 7), integers(7, 4)
     if strided:
         left, right = left.t().contiguous().t(), right.t().contiguous().t()
@@ -56,7 +80,7 @@ def test_the_products_are_the_definition(by_onednn, n, strided):
         assert found.shape == (n, 5, voxels) and torch.equal(found, torch.matmul(left, images))
         assert torch.equal(sum_of_products(images, others), torch.einsum("nkv,nmv->km", images, others))
         assert found.view(n, 5, voxels // 2, 2).shape == (n, 5, voxels // 2, 2)  # as the phases are told apart
-    assert by_onednn
+    assert otherwise
 
 
 def test_what_is_empty_of_another_dtype_or_little_is_left_to_torch(by_onednn, monkeypatch):
@@ -74,7 +98,7 @@ def test_what_is_empty_of_another_dtype_or_little_is_left_to_torch(by_onednn, mo
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", NAMES)
-def test_the_formulations_are_exact_with_them(name, layout, by_onednn):
+def test_the_formulations_are_exact_with_them(name, layout, otherwise):
     answers = [
         complaints(variant(name), case, torch.float32, layout, bias)
         for case in CASES.values()
@@ -82,7 +106,7 @@ def test_the_formulations_are_exact_with_them(name, layout, by_onednn):
     ]
     served = [found for found in answers if found is not None]
     assert [complaint for found in served for complaint in found] == []
-    assert served and by_onednn
+    assert served and otherwise
 
 
 def test_mkl_is_slow_on_an_amd_cpu_with_avx512_alone(monkeypatch):
@@ -96,3 +120,23 @@ def test_mkl_is_slow_on_an_amd_cpu_with_avx512_alone(monkeypatch):
     assert not slow()
     capability["name"], cpuinfo["text"] = "AVX512", "vendor_id\t: GenuineIntel\n"
     assert not slow()
+
+
+SWITCHES = {"fp32_precision", "allow_tf32", "allow_fp16_reduced_precision_reduction", "benchmark", "deterministic"}
+SETTERS = {"set_float32_matmul_precision", "set_flags", "flags", "use_deterministic_algorithms", "set_default_dtype"}
+CALL_PATH = ("kernels/*.py", "autotune/*.py", "tritonconv/dispatch.py", "tritonconv/autograd.py",
+             "tritonconv/operators.py", "tritonconv/functional.py", "tritonconv/fallback.py")  # fmt: skip
+
+
+def test_no_call_sets_a_switch_of_the_process():
+    """Another thread's operations would see it, and no lock keeps them out."""
+    root, found, seen = Path(__file__).resolve().parent.parent, [], 0
+    for path in (each for pattern in CALL_PATH for each in root.glob(pattern)):
+        seen += 1
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            names = {target.attr for target in targets if isinstance(target, ast.Attribute)} & SWITCHES
+            if isinstance(node, ast.Call):
+                names |= {getattr(node.func, "attr", None)} & SETTERS
+            found += [f"{path.name}:{node.lineno}: {name}" for name in names]
+    assert not found and seen > 50

@@ -21,6 +21,7 @@ from tritonconv.bench.calls import TensorCall
 from tritonconv.bench.clock import GpuClock, gpu_clock
 from tritonconv.bench.environment import OtherPrograms
 from tritonconv.bench.failures import context_is_lost, disqualifies
+from tritonconv.bench.judge import Judge
 from tritonconv.bench.measure import measure
 from tritonconv.bench.options import Options
 from tritonconv.bench.results import BASELINE, COMPILED, OURS, Writer
@@ -106,6 +107,7 @@ class CellTimer:
         options, problem = self.options, cell.problem
         single = [record for record in options.variants if record.pass_name == cell.pass_name]
         passed: dict[str, Candidate] = {}
+        judge, runs_torch = Judge(cell.subject, problem, cell.pass_name), False
         plain: list[tuple[str, Variant | None]] = [(BASELINE, None)]
         if not options.only_compiled:
             plain.append((OURS, None))
@@ -117,19 +119,38 @@ class CellTimer:
                 self.writer.write("skip", {**cell.head, "variant": name, "message": refused})
                 continue
             try:
-                one = candidate(name, record, cell.subject, problem, cell.pass_name, passed.get(BASELINE))
+                one = candidate(name, record, cell.subject, problem, cell.pass_name, judge, runs_torch)
             except Exception as error:  # what fails is a row of its own, and the run goes on
                 self._failed(cell, name, record, error)
                 if context_is_lost(error):  # every later cell would fail too
                     raise
                 continue
+            runs_torch |= name == BASELINE
             if one.verdict.ok:
                 passed[name] = one
             else:
-                self.errors += 1
-                row = {**cell.head, "variant": name, "status": "wrong", "message": str(one.verdict)}
-                self.writer.write("error", row)
-        return passed
+                self._wrong(cell, name, str(one.verdict))
+        return self._without_torch(cell, passed, judge) if judge.torch_faults else passed
+
+    def _without_torch(self, cell: Cell, passed: Mapping[str, Candidate], judge: Judge) -> dict[str, Candidate]:
+        """The candidates that are right where torch is not, which some of them were held against."""
+        right: dict[str, Candidate] = {}
+        for name, one in passed.items():
+            if name == BASELINE:
+                self._wrong(cell, name, "; ".join(judge.torch_faults.values()))
+                continue
+            with spent.on(spent.GATE):
+                verdict = judge.at_size(one.call)
+            if verdict.ok:
+                right[name] = one
+            else:
+                self._wrong(cell, name, str(verdict))
+        return right
+
+    def _wrong(self, cell: Cell, name: str, message: str) -> None:
+        """The row of a contestant whose answer is wrong."""
+        self.errors += 1
+        self.writer.write("error", {**cell.head, "variant": name, "status": "wrong", "message": message})
 
     def _timed(self, cell: Cell, passed: Mapping[str, Candidate], seconds: float) -> list[tuple[str, dict]]:
         """The rows of a cell with their kinds, all of them or an exception: half a cell would count as known."""

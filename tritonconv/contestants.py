@@ -10,13 +10,14 @@ import torch
 import torch.nn.functional as F
 
 from tritonconv.autotune.sources import revision
-from tritonconv.bench import gate, gpu, spent
+from tritonconv.bench import spent
 from tritonconv.bench.calls import FORWARD_BACKWARD, TensorCall, Tensors, operation_call, torch_call
+from tritonconv.bench.judge import Judge
 from tritonconv.bench.results import BASELINE, COMPILED, OURS
 from tritonconv.bench.rows import Candidate, Choice
 from tritonconv.bench.subject import Subject
 from tritonconv.dispatch import Plan, Selection, plan, wait_until_compiled
-from tritonconv.forced import pinned, use
+from tritonconv.forced import in_force, pinned, use
 from tritonconv.functional import conv_transpose3d
 from tritonconv.kernels.registry import Variant
 from tritonconv.problem import PASSES, Problem
@@ -54,9 +55,12 @@ def chosen_fields(chosen: Mapping[str, Choice]) -> dict[str, object]:
 
 
 def candidate(
-    name: str, record: Variant | None, subject: Subject, problem: Problem, pass_name: str, baseline: Candidate | None
+    name: str, record: Variant | None, subject: Subject, problem: Problem, pass_name: str, judge: Judge, at_size: bool
 ) -> Candidate:
-    """Prepares and judges a contestant; ``record`` is the variant to force, None for torch and the public operation."""
+    """Prepares and judges a contestant; ``record`` is the variant to force, None for torch and the public operation.
+
+    Without ``at_size`` it is not held against torch at full size: where torch cannot run the cell.
+    """
     call, chosen = prepared(name, record, subject, problem, pass_name)
     begin = perf_counter()
     with spent.on({BASELINE: spent.TRIALS, COMPILED: spent.TORCH_COMPILE}.get(name, spent.COMPILING)):
@@ -66,8 +70,19 @@ def candidate(
             call()
             torch.cuda.synchronize(subject.device)
     first_s = perf_counter() - begin
+
+    def on(wanted: Problem) -> TensorCall:
+        if wanted == problem:
+            return call
+        if not chosen:  # torch's, also for torch.compile, which would compile it anew
+            return subject.baseline(wanted, pass_name)
+        with pinned(*chosen.values()):
+            made = plan(wanted, subject.device)
+            return in_force(_call(made, wanted, subject.tensors(wanted), pass_name, public=name == OURS))
+
     with spent.on(spent.GATE):
-        verdict = _judge(name, chosen, call, subject, problem, pass_name, baseline)
+        variants = [each.variant for each in chosen.values()]
+        verdict = judge(on, variants, at_size=at_size and name != BASELINE)
     return Candidate(name, chosen, call, verdict, first_s)
 
 
@@ -102,36 +117,3 @@ def _call(made: Plan, problem: Problem, t: Tensors, pass_name: str, public: bool
     if pass_name == "backward_data":
         return lambda: (made.backward_data(t.grad_y, t.weight),)
     return lambda: made.backward_weight(t.x, t.grad_y, problem.bias)
-
-
-def _judge(
-    name: str,
-    chosen: dict[str, Selection],
-    call: TensorCall,
-    subject: Subject,
-    problem: Problem,
-    pass_name: str,
-    baseline: Candidate | None,
-) -> gate.Verdict:
-    """Both steps of the gate; ``baseline`` is torch's candidate, None where torch cannot run the cell."""
-    outputs = gate.OUTPUTS[pass_name]
-    small = gate.reduced(problem, subject.device)
-    if any(each.variant.supports(small, subject.device) is not None for each in chosen.values()):
-        small = problem
-    exact = subject.exact(small, outputs)
-    t = subject.tensors(small)
-
-    def named(values: tuple) -> dict[str, torch.Tensor]:
-        return {key: value for key, value in zip(outputs, values, strict=False) if value is not None}
-
-    with gpu.cudnn_benchmark(subject.device, wanted=small == problem), pinned(*chosen.values()):
-        mine = torchs = named(torch_call(small, t, pass_name)())
-        if chosen:
-            mine = named(_call(plan(small, subject.device), small, t, pass_name, public=name == OURS)())
-    errors = gate.errors(torchs, exact, subject.cut(small, outputs))
-    verdict = gate.against_reference(small, mine, errors, exact)
-    if not verdict.ok or not chosen or baseline is None or small == problem:
-        return verdict
-    relative = gate.relative_error(errors, exact)
-    at_size = gate.against_torch(problem, named(call()), named(baseline.call()), relative)
-    return verdict if at_size.ok else at_size

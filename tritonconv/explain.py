@@ -71,6 +71,8 @@ def _show(made: Plan) -> Explanation:
         choice = made.choice(pass_name)
         lines.append(f"{pass_name}: {choice.variant.name} ({choice.variant.idea})")
         lines.append(f"  because: {choice.reason}")
+        if choice.variant.spreads_nonfinite:
+            lines.append(f"  NaN and infinities: {choice.variant.spreads_nonfinite}")
         if choice.outdated:
             lines.append(f"  {choice.variant.name} has changed since; `tritonconv tune` measures it anew")
         for other in variants(pass_name):

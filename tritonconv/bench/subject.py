@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from tritonconv.bench import gate, spent
-from tritonconv.bench.calls import Tensors, make_tensors
+from tritonconv.bench import float64, gate, spent
+from tritonconv.bench.calls import TensorCall, Tensors, make_tensors, torch_call
 from tritonconv.bench.workloads import Workload
 from tritonconv.problem import Problem
 
@@ -49,11 +49,17 @@ class Subject:
 
     def exact(self, problem: Problem, outputs: Iterable[str]) -> dict[str, torch.Tensor]:
         """The float64 outputs; one reference serves all layouts and passes."""
-        return self._in_float64(problem, outputs, gate.reference)
+        return self._in_float64(problem, outputs, float64.reference)
 
     def cut(self, problem: Problem, outputs: Iterable[str]) -> dict[str, torch.Tensor]:
         """The same of operands as TF32 has them; none where torch's switch does not permit it."""
-        return self._in_float64(problem, outputs, gate.reference_in_tf32) if gate.in_tf32(problem, self.device) else {}
+        if not gate.in_tf32(problem, self.device):
+            return {}
+        return self._in_float64(problem, outputs, float64.reference_in_tf32)
+
+    def baseline(self, problem: Problem, pass_name: str) -> TensorCall:
+        """torch's own call."""
+        return torch_call(problem, self.tensors(problem), pass_name)
 
     def _in_float64(self, problem: Problem, outputs: Iterable[str], reference) -> dict[str, torch.Tensor]:
         plain = replace(problem, layout="ncdhw")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import cached_property
 
@@ -10,8 +11,9 @@ import torch
 
 from tritonconv.autograd import differentiable_forward
 from tritonconv.autotune.rules import FALLBACK
-from tritonconv.bench import gate, gpu, spent
+from tritonconv.bench import float64, gate, spent
 from tritonconv.bench.calls import FORWARD_BACKWARD, TensorCall, Tensors, make_tensors, torch_call
+from tritonconv.bench.judge import Judge
 from tritonconv.dispatch import Plan, plan_of
 from tritonconv.kernels.registry import variant
 from tritonconv.problem import PASSES, Problem
@@ -24,6 +26,7 @@ class Case:
         self.problem, self.device = problem, device
         self._tensors: dict[Problem, Tensors] = {}
         self._outputs: dict[tuple, dict[str, torch.Tensor]] = {}
+        self._judges: dict[str, Judge] = {}
 
     def tensors(self, problem: Problem) -> Tensors:
         """The values follow from the problem alone, whatever its layout."""
@@ -71,53 +74,43 @@ class Case:
 
     def judge(self, plan: Plan, pass_name: str) -> gate.Verdict:
         """Both steps of the gate for a plan that is meant for ``self.problem``."""
-        with spent.on(spent.GATE):
-            return self._judge(plan, pass_name)
-
-    def _judge(self, plan: Plan, pass_name: str) -> gate.Verdict:
-        small = self._reduced(plan, pass_name)
-        with gpu.cudnn_benchmark(self.device, wanted=small == self.problem):
-            exact, errors = self._reference(small, pass_name)
-            mine = self._named(self._on(plan, small), pass_name)
-        verdict = gate.against_reference(small, mine, errors, exact)
-        if not verdict.ok or small == self.problem:
-            return verdict
-        relative = gate.relative_error(errors, exact)
-        key = (self.problem, pass_name)
-        if key not in self._outputs:
-            outputs = self.baseline(self.problem, pass_name)()
-            self._outputs[key] = _by_name(outputs, pass_name)
-        at_size = gate.against_torch(self.problem, self._named(plan, pass_name), self._outputs[key], relative)
-        return verdict if at_size.ok else at_size
-
-    def _reduced(self, plan: Plan, pass_name: str) -> Problem:
-        small = gate.reduced(self.problem, self.device)
         served = PASSES if pass_name == FORWARD_BACKWARD else (pass_name,)
-        serves = all(plan.choice(name).variant.supports(small, self.device) is None for name in served)
-        return small if serves else self.problem
+        with spent.on(spent.GATE):
+            return self.judge_of(pass_name)(
+                lambda problem: self.call(self._on(plan, problem), pass_name),
+                [plan.choice(name).variant for name in served],
+            )
 
-    def _reference(self, small: Problem, pass_name: str) -> tuple[gate.Outputs, gate.Errors]:
-        """The outputs in float64, and torch's errors."""
-        outputs = gate.OUTPUTS[pass_name]
-        exact = self._in_float64(small, gate.reference)
-        in_tf32 = self._in_float64(small, gate.reference_in_tf32) if gate.in_tf32(small, self.device) else {}
-        torchs = _by_name(self.baseline(small, pass_name)(), pass_name)
-        exact = {name: value for name, value in exact.items() if name in outputs}
-        return exact, gate.errors(torchs, exact, in_tf32)
+    def judge_of(self, pass_name: str) -> Judge:
+        """The judge of all that is proposed for a pass."""
+        if pass_name not in self._judges:
+            self._judges[pass_name] = Judge(self, self.problem, pass_name)
+        return self._judges[pass_name]
 
-    def _in_float64(self, small: Problem, reference) -> gate.Outputs:
-        key, t = (small, reference), self.tensors(small)
+    def trusts_torch(self, pass_name: str) -> bool:
+        """torch serves the problem, and no candidate has shown its answer to be wrong."""
+        return self.torch_serves and not self.judge_of(pass_name).torch_faults
+
+    @property
+    def torch_faults(self) -> dict[str, dict[str, str]]:
+        """Where torch's own answer was found wrong: by pass what is said of each output."""
+        return {name: judge.torch_faults for name, judge in self._judges.items() if judge.torch_faults}
+
+    def exact(self, problem: Problem, outputs: Iterable[str]) -> gate.Outputs:
+        """The outputs in float64."""
+        return self._in_float64(problem, outputs, float64.reference)
+
+    def cut(self, problem: Problem, outputs: Iterable[str]) -> gate.Outputs:
+        """The same of operands as TF32 has them; none where torch's switch does not permit it."""
+        if not gate.in_tf32(problem, self.device):
+            return {}
+        return self._in_float64(problem, outputs, float64.reference_in_tf32)
+
+    def _in_float64(self, problem: Problem, outputs: Iterable[str], reference) -> gate.Outputs:
+        key, t = (problem, reference), self.tensors(problem)
         if key not in self._outputs:
-            self._outputs[key] = reference(small, t.x, t.weight, t.bias, t.grad_y, gate.OUTPUTS[FORWARD_BACKWARD])
-        return self._outputs[key]
+            self._outputs[key] = reference(problem, t.x, t.weight, t.bias, t.grad_y, gate.OUTPUTS[FORWARD_BACKWARD])
+        return {name: self._outputs[key][name] for name in outputs if name in self._outputs[key]}
 
     def _on(self, plan: Plan, problem: Problem) -> Plan:
         return plan_of(problem, self.device, **{name: plan.choice(name) for name in PASSES})
-
-    def _named(self, plan: Plan, pass_name: str) -> dict[str, torch.Tensor]:
-        return _by_name(self.call(plan, pass_name)(), pass_name)
-
-
-def _by_name(values: tuple, pass_name: str) -> dict[str, torch.Tensor]:
-    names = gate.OUTPUTS[pass_name]
-    return {key: value for key, value in zip(names, values, strict=False) if value is not None}

@@ -161,14 +161,17 @@ def _tune(kind: Kind) -> None:
 
 
 def _winners(kind: Kind, deadline: float) -> list[Winner]:
-    """Those that the time was enough for."""
+    """Those that the time was enough for; no pass has one where no answer is right, torch's neither."""
     journal = Journal.open(device_name(kind.device))
     case = Case(kind.problem, kind.device)
     contest = Contest(case, journal, choose.ceilings_of(kind.device), versions_of(kind.device), deadline)
-    tuner, found = ProblemTuner(contest, kind.fields, TIMING * SECONDS, NOISE), []
+    tuner = ProblemTuner(contest, kind.fields, TIMING * SECONDS, NOISE)
+    found: list[Winner] = []
     with contextlib.suppress(OutOfTime):
-        found.append(tuner.forward())
-        found += tuner.gradients(found[0].selection)
+        forward = tuner.forward()
+        if forward is not None:
+            found.append(forward)
+            found += tuner.gradients(forward.selection)
     return found
 
 

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 
 from tritonconv import dispatch
-from tritonconv.autotune import calibrate, ceilings, model, store
+from tritonconv.autotune import calibrate, ceilings, choose, model, store
 from tritonconv.autotune.journal import SCREEN, Journal, Timing
 from tritonconv.autotune.key import Key, device_name
 from tritonconv.autotune.sources import revision
@@ -28,7 +28,7 @@ from tritonconv.kernels.registry import variant
 from tritonconv.problem import PASSES, Problem
 from tritonconv.tuning.case import Case
 from tritonconv.tuning.compiled import compiled_first, held
-from tritonconv.tuning.contest import Candidate, Contest, Effort, OutOfTime, candidates
+from tritonconv.tuning.contest import TORCH, Candidate, Contest, Effort, OutOfTime, candidates
 from tritonconv.tuning.tuned import BUDGET, Report, Task
 from tritonconv.tuning.tuner import ProblemTuner, Winner
 
@@ -194,8 +194,11 @@ class Session:
         forward = found["forward"]
         if forward is None:
             winner = tuner.forward()
-            self._keep(task, winner)
-            selection = winner.selection
+            if winner is None:
+                selection = choose.untuned(task.problem, self.device, "forward")
+            else:
+                self._keep(task, winner)
+                selection = winner.selection
         else:
             selection = dispatch.Selection(variant(forward.variant), forward.config, "stored")
         for winner in tuner.gradients(selection):
@@ -246,6 +249,9 @@ class Session:
         self.write("tuned", {**head(task, winner.pass_name), **fields, "candidates": winner.candidates, "key": key})
 
     def _rows(self, task: Task, contest: Contest) -> None:
+        for pass_name, faults in contest.case.torch_faults.items():
+            message = "; ".join(faults.values())
+            self.write("error", {**head(task, pass_name), "variant": TORCH, "status": "wrong", "message": message})
         self.report.timings += len(contest.measured)
         self.report.reused += contest.reused
         for timing, predicted in contest.measured:

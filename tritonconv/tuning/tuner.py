@@ -80,45 +80,42 @@ class ProblemTuner:
         whole = max(1, sum(len(found) for found in fields.values()))
         self.screening = {name: SCREENING * seconds * len(found) / whole for name, found in fields.items()}
 
-    def forward(self) -> Winner:
-        """Raises OutOfTime, as :meth:`gradients` does."""
+    def forward(self) -> Winner | None:
+        """None where no answer is right, torch's neither. Raises OutOfTime, as :meth:`gradients` does."""
         (name,) = FORWARD
         ran = self.contest.screen(name, self.fields[name], self.screening[name])
         holder = self._untuned(name)
         finalists = {each.label: each for each in (holder, *(candidate for candidate, _ in ran[:FINALISTS]))}
-        members = {label: [(name, each)] for label, each in finalists.items()}
-        calls = {TORCH: self.case.baseline(self.case.problem, name)}
-        for label in members:
-            call = self._verified(name, members[label])
-            if call is None:
-                finalists.pop(label)
-            else:
-                calls[label] = call
-        times = self.contest.final(calls, members, FORWARD_FINAL * self.seconds)
-        for each in finalists.values():
-            self.contest.finished(name, each, times)
-        best = self._decided(times, holder.label, list(finalists))
+        members: dict[str, Members] = {label: [(name, each)] for label, each in finalists.items()}
+        torchs = self.case.baseline(self.case.problem, name)
+        right = self._right(name, members)
+        times = self.contest.final({TORCH: torchs, **right}, members, FORWARD_FINAL * self.seconds)
+        for label in right:
+            self.contest.finished(name, finalists[label], times)
+        best = self._decided(times, holder.label, list(right), name)
+        if best is None:
+            return None
         selection = finalists[best].selection if best != TORCH else _native(name)
         ms, torch_ms = times.spread(best).median, times.spread(TORCH).median
         return Winner(name, selection, ms, torch_ms, len(ran), name, len(self.fields[name]))
 
     def gradients(self, forward: Selection) -> tuple[Winner, ...]:
-        """The winners of the two gradients, after those of all three passes where torch alone wins the whole step."""
+        """The winners of the two gradients, after those of all three passes where torch alone wins the whole step.
+
+        Empty where no answer is right, torch's neither.
+        """
         data, weight = GRADIENTS
         ran = {name: self.contest.screen(name, self.fields[name], self.screening[name]) for name in GRADIENTS}
         holder = self._untuned(data), self._untuned(weight)
         pairs = {_label(pair): pair for pair in [holder, *self._pairs(ran)]}
-        calls = {TORCH: self.case.baseline(self.case.problem, FORWARD_BACKWARD)}
-        members = {label: list(zip(GRADIENTS, pair, strict=True)) for label, pair in pairs.items()}
-        for label in members:
-            call = self._verified(FORWARD_BACKWARD, members[label], forward=forward)
-            if call is None:
-                pairs.pop(label)
-            else:
-                calls[label] = call
+        members: dict[str, Members] = {label: list(zip(GRADIENTS, pair, strict=True)) for label, pair in pairs.items()}
+        torchs = self.case.baseline(self.case.problem, FORWARD_BACKWARD)
+        right = self._right(FORWARD_BACKWARD, members, forward=forward)
         share = (1 - SCREENING - FORWARD_FINAL) * self.seconds
-        times = self.contest.final(calls, members, share)
-        best = self._decided(times, _label(holder), list(pairs))
+        times = self.contest.final({TORCH: torchs, **right}, members, share)
+        best = self._decided(times, _label(holder), list(right), FORWARD_BACKWARD)
+        if best is None:
+            return ()
         found = pairs[best] if best != TORCH else tuple(Candidate(_native(name), 0.0) for name in GRADIENTS)
         step = times.spread(best).median, times.spread(TORCH).median
         winners = [
@@ -151,15 +148,31 @@ class ProblemTuner:
     def _untuned(self, pass_name: str) -> Candidate:
         return Candidate(untuned(self.case.problem, self.case.device, pass_name), 0.0)
 
-    def _decided(self, times: Times, holder: str, labels: list[str]) -> str:
-        """The winner's label: challengers in the order of their speed, torch's own last."""
+    def _decided(self, times: Times, holder: str, labels: list[str], pass_name: str) -> str | None:
+        """The winner's label: challengers in the order of their speed, torch's own last, where its answer is right."""
         ordered = sorted(labels, key=lambda label: -times.speedup(label, TORCH).median)
-        best = holder if holder in labels else (ordered[0] if ordered else TORCH)
-        for label in (*ordered, TORCH) if self.case.torch_serves else ordered:
+        eligible = [*ordered, TORCH] if self.case.trusts_torch(pass_name) else ordered
+        if not eligible:
+            return None
+        best = holder if holder in labels else eligible[0]
+        for label in eligible:
             over = times.speedup(label, best)
             if label != best and over.p20 > 1 and over.median > self.noise:
                 best = label
         return best
+
+    def _right(self, pass_name: str, members: Mapping[str, Members], **more: Selection) -> dict[str, TensorCall]:
+        """By label the calls whose answers are right."""
+        found = {label: self._verified(pass_name, each, **more) for label, each in members.items()}
+        calls = {label: call for label, call in found.items() if call is not None}
+        judge = self.case.judge_of(pass_name)
+        if judge.torch_faults:  # some passed because they were held against a wrong answer of torch
+            for label, call in list(calls.items()):
+                verdict = judge.at_size(call)
+                if not verdict.ok:
+                    self.contest.wrong(pass_name, members[label][-1][1], str(verdict))
+                    del calls[label]
+        return calls
 
     def _verified(self, pass_name: str, members: Members, **more: Selection) -> TensorCall | None:
         """The call of a plan of the members, and of ``more`` in other passes, whose answers are right.
