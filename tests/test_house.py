@@ -30,7 +30,7 @@ LAYERS = (
     ("fallback",),
     ("forced", "plan"),
     ("dispatch",),
-    ("autograd", "operators"),
+    ("autograd", "operators", "guards", "autocast"),
     ("functional", "explain"),
     ("layer", "matlab_arguments", "initializers", "factors", "matlab", "convert"),
     # From here on what measures, which no call imports: see the test of the import.

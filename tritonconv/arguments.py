@@ -47,12 +47,14 @@ def triple(name: str, value, low: int, op: str = OP) -> Triple:
 
 
 def _integer(name: str, entry, value, op: str) -> int:
-    try:
-        number = operator.index(entry)
-    except TypeError:
-        number = None
-    if number is None or isinstance(entry, bool):
-        raise ArgumentTypeError(f"{op}: {name} expects integers, got {value!r}")
+    number = entry
+    if not isinstance(entry, torch.SymInt) and type(entry) is not int:  # index() would fix a symbolic size for good
+        try:
+            number = operator.index(entry)
+        except TypeError:
+            number = None
+        if number is None or isinstance(entry, bool):
+            raise ArgumentTypeError(f"{op}: {name} expects integers, got {value!r}")
     if number > LARGEST:
         raise ArgumentError(f"{op}: {name} must be at most {LARGEST}, got {value!r}")
     return number
@@ -73,6 +75,39 @@ def crops(padding, op: str = OP) -> tuple[Triple, Triple]:
         return front, triple("padding (end)", [entry[1] for entry in padding], 0, op)
     same = triple("padding", padding, 0, op)
     return same, same
+
+
+def plain(arguments: tuple) -> tuple:
+    """(stride, padding, output_padding, groups, dilation) in ``int`` and tuples alone, in which equal calls are equal.
+
+    Raises as :func:`geometry` does, but looks at types alone: what stands in tuples of integers passes as it is.
+    """
+    if _is_plain(arguments):
+        return arguments
+    try:
+        return _as_plain(arguments)
+    except TypeError:
+        geo = geometry(*arguments)
+    return geo.stride, tuple(zip(geo.crop, geo.back, strict=True)), geo.output_padding, geo.groups, geo.dilation
+
+
+def _is_plain(values: tuple) -> bool:
+    for value in values:
+        kind = type(value)
+        if kind is not int and not (kind is tuple and _is_plain(value)):
+            return False
+    return True
+
+
+def _as_plain(value):
+    kind = type(value)
+    if kind is int:
+        return value
+    if kind in (tuple, list, torch.Size):
+        return tuple([_as_plain(entry) for entry in value])
+    if kind is bool:  # 1 == True == 1.0, and they hash alike
+        raise TypeError
+    return operator.index(value)
 
 
 def geometry(stride=1, padding=0, output_padding=0, groups=1, dilation=1, op: str = OP) -> Geometry:

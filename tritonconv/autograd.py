@@ -62,6 +62,20 @@ def backward_weight(x, grad_y, need_bias: bool, plan: Plan):
     return plan.backward_weight(x, grad_y, need_bias)
 
 
+def gradients(plan: Plan, x, weight, grad_y, wanted):
+    """(grad_x, grad_weight, grad_bias), None for what ``wanted`` does not mark; nothing is recorded.
+
+    ``x`` may be None where the gradient of the weight is not wanted, ``weight`` where that of x is not.
+    """
+    need_x, need_weight, need_bias = wanted
+    if need_x and need_weight:
+        return plan.backward(x, weight, grad_y, need_bias)
+    grad_x = plan.backward_data(grad_y, weight) if need_x else None
+    if need_weight:
+        return grad_x, *plan.backward_weight(x, grad_y, need_bias)
+    return grad_x, None, bias_gradient(grad_y) if need_bias else None
+
+
 # The old style, forward(ctx, ...), costs about 2 us per call against 40 us for setup_context (measured, torch 2.13);
 # what that style cannot do is routed past it above.
 class _Forward(torch.autograd.Function):
@@ -81,8 +95,8 @@ class _Forward(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         need_x, need_weight, need_bias, _ = ctx.needs_input_grad
         with remembering(ctx.packs) if ctx.packs else _NOTHING:
-            if need_x and need_weight and not torch.is_grad_enabled() and fallback.plain(x, weight, grad_y):
-                return (*ctx.plan.backward(x, weight, grad_y, need_bias), None)
+            if not torch.is_grad_enabled() and fallback.plain(grad_y, grad_y if x is None else x, weight):
+                return *gradients(ctx.plan, x, weight, grad_y, ctx.needs_input_grad[:3]), None
             grad_x = backward_data(grad_y, weight, ctx.plan) if need_x else None
         grad_weight = grad_bias = None
         if need_weight:

@@ -29,6 +29,9 @@ from tritonconv.switches import torch_only
 
 MAX_PLANS = 4096
 
+# Rises when calls may be planned otherwise than before: what was derived from a plan is derived anew.
+generation = 0
+
 _deterministic = torch._C._get_deterministic_algorithms
 
 _by_call: dict[tuple, Plan] = {}
@@ -51,7 +54,8 @@ def plan(problem: Problem, device: torch.device) -> Plan:
 def plan_for(x, weight, bias, stride, padding, output_padding, groups, dilation) -> Plan | None:
     """The plan of a batched call, None where no variant serves such tensors; a distinct call is checked once.
 
-    A repeated call costs one tuple and one dict lookup.
+    A repeated call costs one tuple and one dict lookup. The hyper-parameters are those of
+    :func:`tritonconv.arguments.plain`.
     """
     try:
         key = (
@@ -62,24 +66,13 @@ def plan_for(x, weight, bias, stride, padding, output_padding, groups, dilation)
             forced.get(), _deterministic(),
         )  # fmt: skip
         found = _by_call.get(key)
-    except (TypeError, RuntimeError):  # a list cannot be hashed, a sparse tensor has no strides: looked at each time
+    except RuntimeError:  # a sparse tensor has no strides: looked at each time
         return _plan_anew(x, weight, bias, stride, padding, output_padding, groups, dilation)
     if found is None:
         found = _plan_anew(x, weight, bias, stride, padding, output_padding, groups, dilation)
         if found is not None:
             _remember(_by_call, key, found)
-    elif not _integers((stride, padding, output_padding, groups, dilation)):  # 1.0 == True == 1, and they hash alike
-        geometry(stride, padding, output_padding, groups, dilation)
     return found
-
-
-def _integers(values: tuple) -> bool:
-    """Only ``int`` and tuples of it, nested; the quick test for arguments that were accepted before."""
-    for value in values:
-        kind = type(value)
-        if kind is not int and not (kind is tuple and _integers(value)):
-            return False
-    return True
 
 
 def _plan_anew(x, weight, bias, *arguments) -> Plan | None:
@@ -162,9 +155,11 @@ def plan_of(problem: Problem, device: torch.device, **chosen: Selection) -> Plan
 
 def forget() -> None:
     """Every call is planned anew: after the tuned choices have changed."""
+    global generation
     _by_call.clear()
     _by_problem.clear()
     forget_tables()
+    generation += 1
 
 
 def save_choices(path: str | os.PathLike) -> int:
@@ -208,10 +203,11 @@ def wait_until_compiled(seconds: float | None = None) -> bool:
 @contextlib.contextmanager
 def watch() -> Iterator[list[tuple[Problem, torch.device]]]:
     """After the block the list holds the distinct problems that calls in it made, and where, in their order."""
-    global _by_call, _by_problem
+    global _by_call, _by_problem, generation
     found: list[tuple[Problem, torch.device]] = []
     outer = _by_call, _by_problem
     _by_call, _by_problem = {}, {}
+    generation += 1  # a compiled graph asks for its plans anew, so that they are found too
     try:
         yield found
     finally:

@@ -8,8 +8,9 @@ import torch
 
 from tritonconv import fallback
 from tritonconv.arguments import geometry
-from tritonconv.dispatch import Plan, plan, plan_for
-from tritonconv.functional import autocast
+from tritonconv.autocast import lowered
+from tritonconv.dispatch import Plan, plan
+from tritonconv.functional import plan_of_call
 from tritonconv.kernels.registry import triton_fault, variants
 from tritonconv.problem import PASSES, Problem
 
@@ -37,11 +38,11 @@ def explain(input, weight=None, bias=None, stride=1, padding=0, output_padding=0
     if weight is None:
         raise TypeError("explain: weight is missing; give the arguments of conv_transpose3d, or a Problem alone")
     if all(isinstance(tensor, torch.Tensor) for tensor in (input, weight)):
-        input, weight, bias = autocast(input, weight, bias)
+        input, weight, bias = lowered(input, weight, bias)
     args = (stride, padding, output_padding, groups, dilation)
     batched = input.unsqueeze(0) if input.dim() == 4 else input
     reason = fallback.reason(input, weight, bias)
-    made = plan_for(batched, weight, bias, *args) if reason is None else None
+    made = plan_of_call(batched, weight, bias, args) if reason is None else None
     if made is not None:
         return _show(made)
     fallback.call_of(batched, weight, bias, geometry(*args))

@@ -42,12 +42,16 @@ class SymbolicCall(NamedTuple):
 def call_of(x, weight, bias, geo: Geometry) -> SymbolicCall:
     """Checks a batched call and records it without asking for concrete sizes."""
     out = check_shapes(x, weight, bias, geo)
-    net = tuple(b - q for b, q in zip(geo.back, geo.output_padding, strict=True))
+    if geo.crop == geo.back:  # torch's own arguments, which may be symbolic too: nothing to compare
+        crop = TorchCrop(geo.crop, geo.output_padding, (0, 0, 0), (0, 0, 0))
+    else:
+        net = tuple(b - q for b, q in zip(geo.back, geo.output_padding, strict=True))
+        crop = TorchCrop.of(geo.crop, net, geo.stride, geo.dilation)  # type: ignore[arg-type]
     return SymbolicCall(
         c_out=weight.shape[1] * geo.groups,
         size=tuple(x.shape[2:]),
         stride=geo.stride,
-        torch_crop=TorchCrop.of(geo.crop, net, geo.stride, geo.dilation),  # type: ignore[arg-type]
+        torch_crop=crop,
         out_size=out,
         dilation=geo.dilation,
         groups=geo.groups,

@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import torch
 
-from tritonconv import autograd, fallback, operators
-from tritonconv.arguments import check_types, geometry
-from tritonconv.dispatch import plan_for
-from tritonconv.errors import ArgumentTypeError, VariantNotApplicable
+from tritonconv import autocast, autograd, fallback, guards, operators
+from tritonconv.arguments import check_types, geometry, layout_of, plain
+from tritonconv.dispatch import Plan, plan_for
+from tritonconv.errors import ArgumentError, ArgumentTypeError, VariantNotApplicable
 from tritonconv.forced import forced_variants
-
-_any_autocast = torch._C._is_any_autocast_enabled
 
 
 def conv_transpose3d(input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1):
@@ -45,8 +43,8 @@ def conv_transpose3d(input, weight, bias=None, stride=1, padding=0, output_paddi
         return _traced(input, weight, bias, stride, padding, output_padding, groups, dilation)
     if not fallback.plain(input, weight, bias):
         return _by_torch(input, weight, bias, stride, padding, output_padding, groups, dilation)
-    if _any_autocast():
-        input, weight, bias = autocast(input, weight, bias)
+    if autocast.any_autocast():
+        input, weight, bias = autocast.lowered_once(input, weight, bias)
     if input.dim() == 4:
         args = (stride, padding, output_padding, groups, dilation)
         return _planned(input.unsqueeze(0), weight, bias, *args).squeeze(0)
@@ -54,7 +52,7 @@ def conv_transpose3d(input, weight, bias=None, stride=1, padding=0, output_paddi
 
 
 def _planned(input, weight, bias, stride, padding, output_padding, groups, dilation):
-    plan = plan_for(input, weight, bias, stride, padding, output_padding, groups, dilation)
+    plan = plan_of_call(input, weight, bias, (stride, padding, output_padding, groups, dilation))
     if plan is None:
         return _by_torch(input, weight, bias, stride, padding, output_padding, groups, dilation)
     if autograd.needs_gradient(input, weight, bias):
@@ -65,9 +63,21 @@ def _planned(input, weight, bias, stride, padding, output_padding, groups, dilat
         direct = plan.torch_forward
         if direct is None:
             return plan.forward(input, weight, bias)
-    y = torch.conv_transpose3d(input, weight, bias, *direct)
+    return _in_layout(torch.conv_transpose3d(input, weight, bias, *direct), plan.problem.layout)
+
+
+def plan_of_call(input, weight, bias, arguments) -> Plan | None:
+    """The plan of a batched call with these hyper-parameters; None where no variant serves such tensors."""
+    try:
+        return plan_for(input, weight, bias, *plain(arguments))
+    except ArgumentError:
+        geometry(*arguments)  # names the values as they were given
+        raise
+
+
+def _in_layout(y, layout):
     # torch answers some channels_last_3d calls on the CPU in NCDHW.
-    return y if plan.problem.layout == "ncdhw" else y.contiguous(memory_format=plan.problem.memory_format)
+    return y if layout == "ncdhw" else y.contiguous(memory_format=torch.channels_last_3d)
 
 
 def _by_torch(input, weight, bias, stride, padding, output_padding, groups, dilation):
@@ -78,7 +88,7 @@ def _by_torch(input, weight, bias, stride, padding, output_padding, groups, dila
     ):
         return _not_tensors(operands, geo)
     if not fallback.is_dtensor(input):
-        input, weight, bias = autocast(input, weight, bias)
+        input, weight, bias = autocast.lowered(input, weight, bias)
         check_types(input, weight, bias)
     forced, why_not = forced_variants(), fallback.unserved(input, weight, bias)
     if forced and why_not is not None and not input.is_meta:
@@ -116,30 +126,37 @@ def _not_tensors(operands, geo):
 
 def _traced(input, weight, bias, stride, padding, output_padding, groups, dilation):
     geo = geometry(stride, padding, output_padding, groups, dilation)
-    input, weight, bias = autocast(input, weight, bias)
+    input, weight, bias = autocast.lowered(input, weight, bias)
     served = input.dtype in fallback.DTYPES and input.device.type in fallback.DEVICES
     if fallback.exporting() or fallback.transformed() or not served:
         return _composed(input, weight, bias, geo)
     batched = input.unsqueeze(0) if input.dim() == 4 else input
     call = fallback.call_of(batched, weight, bias, geo)
     check_types(batched, weight, bias)
-    y = operators.forward(
-        batched, weight, bias, call.size, call.out_size, tuple(weight.shape[2:]),
-        geo.stride, geo.crop, geo.dilation, geo.groups,
-    )  # fmt: skip
+    layout = _torchs_layout(batched, weight, bias, call, geo)
+    if layout is None:
+        kernel = tuple(weight.shape[2:])
+        y = operators.forward(
+            batched, weight, bias, call.size, call.out_size, kernel, geo.stride, geo.crop, geo.dilation, geo.groups
+        )
+    else:
+        y = _in_layout(fallback.forward(call, batched, weight, bias), layout)
     return y.squeeze(0) if input.dim() == 4 else y
 
 
-def autocast(input, weight, bias):
-    """The operands as torch's autocast hands them to a convolution: all real floats but float64 in its dtype."""
-    kind = input.device.type
-    if kind not in fallback.DEVICES or not torch.is_autocast_enabled(kind):
-        return input, weight, bias
-    dtype = torch.get_autocast_dtype(kind)
+def _torchs_layout(x, weight, bias, call, geo) -> str | None:
+    """The layout of the answer where all passes that a traced call needs are torch's own; None elsewhere.
 
-    def lowered(tensor):
-        if tensor is None or not tensor.is_floating_point() or tensor.dtype is torch.float64:
-            return tensor
-        return tensor.to(dtype)
+    Symbolic sizes are not known to be torch's own.
+    """
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # loaded while torch.compile traces
 
-    return lowered(input), lowered(weight), lowered(bias)
+    sizes = *x.shape, *x.stride(), *weight.shape, *weight.stride(), *geo.stride, *geo.crop, *geo.dilation
+    if not all(has_static_value(size) for size in (*sizes, *call.out_size)):
+        return None
+    gradients, layout = autograd.needs_gradient(x, weight, bias), layout_of(x, weight)
+    name = guards.attribute(
+        x.device, gradients, x.shape[0], x.shape[1], call.c_out, call.size, tuple(weight.shape[2:]), geo.stride,
+        geo.crop, call.out_size, geo.dilation, geo.groups, x.dtype, layout, bias is not None,
+    )  # fmt: skip
+    return layout if getattr(guards, name) == guards.TORCH else None

@@ -1,132 +1,157 @@
-"""The three passes as registered torch operators, for calls that are compiled.
+"""The passes as two registered torch operators, for calls that are compiled.
 
-A compiled graph holds ``tritonconv::forward`` and its two gradients as opaque nodes; each runs its plan when the
-graph runs, so a compiled model uses the same variants as an eager one, with any image size. torch.export, ONNX export
-and every other tracer see torch's own operation instead (:mod:`tritonconv.functional`).
+A compiled graph holds ``tritonconv::forward`` and ``tritonconv::backward`` as opaque nodes where anything of ours may
+run or a size is symbolic; each runs its plan when the graph runs, so a compiled model uses the same variants as an
+eager one, with any image size. Where all is torch's own the graph holds torch's operation (:mod:`tritonconv.guards`);
+torch.export, ONNX export and every other tracer see that one too (:mod:`tritonconv.functional`).
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 
-from tritonconv import fallback
+from tritonconv import dispatch, fallback
 from tritonconv.arguments import layout_of
-from tritonconv.dispatch import Plan, plan
+from tritonconv.autograd import gradients
+from tritonconv.dispatch import Plan
 from tritonconv.flops import conv_flop_count, register_flop_formula
-from tritonconv.problem import LAYOUTS, Problem, TorchCrop, Triple
+from tritonconv.forced import Forced, forced
+from tritonconv.kernels.torch_layout import bias_gradient
+from tritonconv.problem import LAYOUTS, Problem, TorchCrop
+
+_deterministic = torch._C._get_deterministic_algorithms
 
 _library = torch.library.Library("tritonconv", "DEF")
-_GEOMETRY = "SymInt[] size, SymInt[] out_size, int[] kernel, int[] stride, int[] crop, int[] dilation, int groups"
-_library.define(f"forward(Tensor x, Tensor weight, Tensor? bias, {_GEOMETRY}) -> Tensor")
-_library.define(f"backward_data(Tensor grad_y, Tensor weight, {_GEOMETRY}) -> Tensor")
-_library.define(f"backward_weight(Tensor x, Tensor grad_y, {_GEOMETRY}) -> (Tensor, Tensor)")
+_GEOMETRY = (
+    "SymInt[] size, SymInt[] out_size, SymInt[] kernel, SymInt[] stride, SymInt[] crop, SymInt[] dilation, int groups"
+)
+# ``layout`` and ``biased`` are those of the call that a derivative belongs to, whose plan it shares; left out, they
+# are read off the operands. ``backward`` returns the gradients of x, weight and bias that ``wanted`` marks, in this
+# order, and takes None for an operand that those do not need.
+_library.define(
+    f"forward(Tensor x, Tensor weight, Tensor? bias, {_GEOMETRY}, str? layout=None, bool? biased=None) -> Tensor"
+)
+_library.define(
+    f"backward(Tensor grad_y, Tensor? x, Tensor? weight, {_GEOMETRY}, str layout, bool biased, bool[3] wanted)"
+    " -> Tensor[]"
+)
 
 
-def _plan(n, c_in, c_out, tensor, layout, geometry, bias=False) -> Plan:
+@lru_cache(dispatch.MAX_PLANS)
+def _planned(state: tuple[int, Forced, bool], device, dtype, n, c_in, c_out, geometry, layout, biased) -> Plan:
     size, out_size, kernel, stride, crop, dilation, groups = geometry
     problem = Problem(
-        n=n, c_in=c_in, c_out=c_out,
-        size=_triple(size), kernel=_triple(kernel), stride=_triple(stride), crop=_triple(crop),
-        out_size=_triple(out_size), dilation=_triple(dilation),
-        groups=groups, dtype=tensor.dtype, layout=layout, bias=bias,
+        n=n, c_in=c_in, c_out=c_out, size=size, kernel=kernel, stride=stride, crop=crop, out_size=out_size,
+        dilation=dilation, groups=groups, dtype=dtype, layout=layout, bias=biased,
     )  # fmt: skip
-    return plan(problem, tensor.device)
+    return dispatch.plan(problem, device)
 
 
-def _triple(values) -> Triple:
-    first, second, third = (int(value) for value in values)
-    return first, second, third
+def _plan(tensor, c_in, c_out, geometry, layout, biased) -> Plan:
+    """The plan of a call; ``tensor`` has its batch, device and dtype. ``state`` is all else that a plan depends on."""
+    state = dispatch.generation, forced.get(), _deterministic()
+    fixed = (*map(tuple, geometry[:6]), geometry[6])
+    return _planned(state, tensor.device, tensor.dtype, tensor.shape[0], c_in, c_out, fixed, layout, biased)
 
 
-def _forward(x, weight, bias, *geometry):
-    c_out = weight.shape[1] * geometry[-1]
-    made = _plan(x.shape[0], x.shape[1], c_out, x, layout_of(x, weight), geometry, bias is not None)
-    return made.forward(x, weight, bias)
+def _forward(x, weight, bias, size, out_size, kernel, stride, crop, dilation, groups, layout=None, biased=None):
+    geometry = size, out_size, kernel, stride, crop, dilation, groups
+    plan = _plan(x, x.shape[1], weight.shape[1] * groups, geometry, *_of_the_call(x, weight, bias, layout, biased))
+    return plan.forward(x, weight, bias)
 
 
-def _backward_data(grad_y, weight, *geometry):
-    made = _plan(grad_y.shape[0], weight.shape[0], grad_y.shape[1], grad_y, layout_of(grad_y, weight), geometry)
-    return made.backward_data(grad_y, weight)
+def _of_the_call(x, weight, bias, layout, biased):
+    return layout_of(x, weight) if layout is None else layout, bias is not None if biased is None else biased
 
 
-def _backward_weight(x, grad_y, *geometry):
-    made = _plan(x.shape[0], x.shape[1], grad_y.shape[1], x, layout_of(x, grad_y), geometry)
-    grad_weight, grad_bias = made.backward_weight(x, grad_y, True)
-    return grad_weight.contiguous(), grad_bias
+def _backward(grad_y, x, weight, *arguments):
+    *geometry, layout, biased, wanted = arguments
+    c_in = x.shape[1] if weight is None else weight.shape[0]
+    plan = _plan(grad_y, c_in, grad_y.shape[1], geometry, layout, biased)
+    grad_x, grad_weight, grad_bias = gradients(plan, x, weight, grad_y, wanted)
+    if grad_weight is not None:
+        grad_weight = grad_weight.contiguous()  # as the compiler was told
+    return [gradient for gradient in (grad_x, grad_weight, grad_bias) if gradient is not None]
 
 
-def _fake_forward(x, weight, bias, size, out_size, kernel, stride, crop, dilation, groups):
-    return _empty(x, (x.shape[0], weight.shape[1] * groups, *out_size), layout_of(x, weight))
+def _fake_forward(x, weight, bias, size, out_size, kernel, stride, crop, dilation, groups, layout=None, biased=None):
+    layout, _ = _of_the_call(x, weight, bias, layout, biased)
+    return _empty(x, (x.shape[0], weight.shape[1] * groups, *out_size), layout)
 
 
-def _fake_backward_data(grad_y, weight, size, *rest):
-    return _empty(grad_y, (grad_y.shape[0], weight.shape[0], *size), layout_of(grad_y, weight))
-
-
-def _fake_backward_weight(x, grad_y, size, out_size, kernel, stride, crop, dilation, groups):
-    grad_weight = x.new_empty((x.shape[1], grad_y.shape[1] // groups, *kernel))
-    return grad_weight, x.new_empty((grad_y.shape[1],))
+def _fake_backward(grad_y, x, weight, size, out_size, kernel, stride, crop, dilation, groups, layout, biased, wanted):
+    n, c_out = grad_y.shape[:2]
+    c_in = x.shape[1] if weight is None else weight.shape[0]
+    made = [_empty(grad_y, (n, c_in, *size), layout)] if wanted[0] else []
+    made += [grad_y.new_empty((c_in, c_out // groups, *kernel))] if wanted[1] else []
+    return made + ([grad_y.new_empty((c_out,))] if wanted[2] else [])
 
 
 def _empty(tensor, shape, layout):
     return torch.empty(shape, dtype=tensor.dtype, device=tensor.device, memory_format=LAYOUTS[layout])
 
 
-for _name, _kernel, _fake in (
-    ("forward", _forward, _fake_forward),
-    ("backward_data", _backward_data, _fake_backward_data),
-    ("backward_weight", _backward_weight, _fake_backward_weight),
-):
+for _name, _kernel, _fake in (("forward", _forward, _fake_forward), ("backward", _backward, _fake_backward)):
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"tritonconv::{_name}", _fake, lib=_library)
 
 forward = torch.ops.tritonconv.forward
-backward_data = torch.ops.tritonconv.backward_data
-backward_weight = torch.ops.tritonconv.backward_weight
+backward = torch.ops.tritonconv.backward
 
 
 # ------------------------------------------------------------------ derivatives: the table of tritonconv.autograd
 
 
-def _save_first_two(ctx, inputs, output):
-    ctx.save_for_backward(inputs[0], inputs[1])
-    ctx.geometry = inputs[-7:]
+def _save_forward(ctx, inputs, output):
+    x, weight, bias, *geometry, layout, biased = inputs
+    ctx.save_for_backward(x, weight)
+    ctx.call = (*geometry, *_of_the_call(x, weight, bias, layout, biased))
 
 
 def _forward_backward(ctx, grad_y):
     x, weight = ctx.saved_tensors
-    need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-    grad_x = backward_data(grad_y, weight, *ctx.geometry) if need_x else None
-    grad_weight = grad_bias = None
-    if need_weight:
-        grad_weight, grad_bias = backward_weight(x, grad_y, *ctx.geometry)
-    elif need_bias:
-        grad_bias = grad_y.sum((0, 2, 3, 4))
-    return (grad_x, grad_weight, grad_bias if need_bias else None, *[None] * 7)
+    need_x, need_weight, _ = wanted = ctx.needs_input_grad[:3]
+    if not (need_x or need_weight):
+        return None, None, bias_gradient(grad_y), *[None] * 9
+    operands = x if need_weight else None, weight if need_x else None
+    found = iter(backward(grad_y, *operands, *ctx.call, wanted))
+    return *(next(found) if needed else None for needed in wanted), *[None] * 9
 
 
-def _backward_data_backward(ctx, grad):
-    grad_y, weight = ctx.saved_tensors
-    need_grad_y, need_weight = ctx.needs_input_grad[:2]
-    by_grad_y = forward(grad, weight, None, *ctx.geometry) if need_grad_y else None
-    by_weight = backward_weight(grad, grad_y, *ctx.geometry)[0] if need_weight else None
-    return (by_grad_y, by_weight, *[None] * 7)
+def _save_backward(ctx, inputs, output):
+    grad_y, x, weight, *call, wanted = inputs
+    ctx.save_for_backward(grad_y, x, weight)
+    ctx.call, ctx.wanted = call, wanted
 
 
-def _backward_weight_backward(ctx, grad_weight, grad_bias):
-    x, grad_y = ctx.saved_tensors
-    need_x, need_grad_y = ctx.needs_input_grad[:2]
-    by_x = backward_data(grad_y, grad_weight, *ctx.geometry) if need_x else None
-    by_grad_y = forward(x, grad_weight, grad_bias, *ctx.geometry) if need_grad_y else None
-    return (by_x, by_grad_y, *[None] * 7)
+def _backward_backward(ctx, grads):
+    # by grad_y: T(grad_x, weight) + T(x, grad_weight, grad_bias); by x: D(grad_y, grad_weight); by weight:
+    # W(grad_x, grad_y)
+    grad_y, x, weight = ctx.saved_tensors
+    need_grad_y, need_x, need_weight = ctx.needs_input_grad[:3]
+    given = iter(grads)
+    grad_x, grad_weight, grad_bias = (next(given) if needed else None for needed in ctx.wanted)
+    by_grad_y = by_x = by_weight = None
+    if need_grad_y:
+        parts = []
+        if grad_x is not None:
+            parts.append(forward(grad_x, weight, None, *ctx.call))
+        if grad_weight is not None:
+            parts.append(forward(x, grad_weight, grad_bias, *ctx.call))
+        elif grad_bias is not None:
+            parts.append(grad_bias.view(1, -1, 1, 1, 1).expand_as(grad_y))
+        by_grad_y = sum(parts[1:], parts[0]) if parts else None
+    if need_x and grad_weight is not None:
+        (by_x,) = backward(grad_y, None, grad_weight, *ctx.call, (True, False, False))
+    if need_weight and grad_x is not None:
+        (by_weight,) = backward(grad_y, grad_x, None, *ctx.call, (False, True, False))
+    return by_grad_y, by_x, by_weight, *[None] * 10
 
 
-for _name, _backward in (
-    ("forward", _forward_backward),
-    ("backward_data", _backward_data_backward),
-    ("backward_weight", _backward_weight_backward),
-):
-    torch.library.register_autograd(f"tritonconv::{_name}", _backward, setup_context=_save_first_two, lib=_library)
+torch.library.register_autograd("tritonconv::forward", _forward_backward, setup_context=_save_forward, lib=_library)
+torch.library.register_autograd("tritonconv::backward", _backward_backward, setup_context=_save_backward, lib=_library)
 
 
 # --------------------------------------------------- vmap inside a compiled function, and the FLOP counter
@@ -148,38 +173,39 @@ def _call(c_out, geometry, weight_shape):
     )
 
 
-def _torch_forward(x, weight, bias, *geometry):
-    return fallback.forward(_call(weight.shape[1] * geometry[-1], geometry, weight.shape), x, weight, bias)
+def _torch_forward(x, weight, bias, *arguments):
+    geometry = arguments[:7]
+    return fallback.forward(_call(weight.shape[1] * geometry[6], geometry, weight.shape), x, weight, bias)
 
 
-def _torch_backward_data(grad_y, weight, *geometry):
-    return fallback.backward_data(_call(grad_y.shape[1], geometry, weight.shape), grad_y, weight)
-
-
-def _torch_backward_weight(x, grad_y, *geometry):
-    shape = (x.shape[1], grad_y.shape[1] // geometry[-1], *geometry[2])
-    return fallback.backward_weight(_call(grad_y.shape[1], geometry, shape), x, grad_y), grad_y.sum((0, 2, 3, 4))
+def _torch_backward(grad_y, x, weight, *arguments):
+    geometry, wanted = arguments[:7], arguments[-1]
+    c_out = grad_y.shape[1]
+    c_in = x.shape[1] if weight is None else weight.shape[0]
+    call = _call(c_out, geometry, (c_in, c_out // geometry[6], *geometry[2]))
+    found = []
+    if wanted[0]:
+        found.append(fallback.backward_data(call, grad_y, weight))
+    if wanted[1]:
+        found.append(fallback.backward_weight(call, x, grad_y))
+    if wanted[2]:
+        found.append(bias_gradient(grad_y))
+    return found
 
 
 def _register_vmap(name, function):
-    def rule(info, in_dims, *args):
-        tensors = len(args) - 7
-
+    def rule(info, in_dims, *args, **more):
         def one(*operands):
-            return function(*operands, *args[tensors:])
+            return function(*operands, *args[3:])
 
-        out = torch.vmap(one, in_dims=in_dims[:tensors], randomness=info.randomness)(*args[:tensors])
-        return out, (0, 0) if isinstance(out, tuple) else 0
+        out = torch.vmap(one, in_dims=in_dims[:3], randomness=info.randomness)(*args[:3])
+        return out, [0] * len(out) if isinstance(out, list) else 0
 
     torch.library.register_vmap(f"tritonconv::{name}", rule, lib=_library)
 
 
-for _name, _function in (
-    ("forward", _torch_forward),
-    ("backward_data", _torch_backward_data),
-    ("backward_weight", _torch_backward_weight),
-):
-    _register_vmap(_name, _function)
+_register_vmap("forward", _torch_forward)
+_register_vmap("backward", _torch_backward)
 
 
 # torch counts a transposed convolution's cropped taps too; the counter must agree with torch's own layer.
@@ -188,11 +214,9 @@ def _flops_forward(x_shape, weight_shape, bias_shape, *args, out_shape=None, **k
     return conv_flop_count(x_shape, weight_shape, out_shape, transposed=True)
 
 
-@register_flop_formula(backward_data)
-def _flops_backward_data(grad_y_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
-    return conv_flop_count(out_shape, weight_shape, grad_y_shape, transposed=True)
-
-
-@register_flop_formula(backward_weight)
-def _flops_backward_weight(x_shape, grad_y_shape, *args, out_shape=None, **kwargs) -> int:
-    return conv_flop_count(x_shape, out_shape[0], grad_y_shape, transposed=True)
+@register_flop_formula(backward)
+def _flops_backward(grad_y_shape, x_shape, weight_shape, size, *args, out_shape=None, **kwargs) -> int:
+    c_in = weight_shape[0] if x_shape is None else x_shape[1]
+    kernel, groups, wanted = args[1], args[5], args[-1]
+    x_shape, weight_shape = (grad_y_shape[0], c_in, *size), (c_in, grad_y_shape[1] // groups, *kernel)
+    return sum(wanted[:2]) * conv_flop_count(x_shape, weight_shape, grad_y_shape, transposed=True)

@@ -1,0 +1,90 @@
+"""torch's autocast for a call of ours: the operands in the dtype of the region, no parameter cast twice in a block.
+
+torch keeps the casts of parameters until the outermost autocast block ends, in a cache that it shows to nobody. Ours
+hang on an entry of that cache, so that they go exactly when torch's go: where a block ends, where
+``torch.clear_autocast_cache`` is called, and at once where a block was opened with ``cache_enabled=False``.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+
+from tritonconv.fallback import DEVICES
+
+any_autocast = torch._C._is_any_autocast_enabled
+
+
+def lowered(input, weight, bias):
+    """The operands as torch's autocast hands them to a convolution: all real floats but float64 in its dtype."""
+    return _lowered((input, weight, bias), _cast)
+
+
+def lowered_once(input, weight, bias):
+    """The same for plain tensors outside every tracer: what torch would keep of it is kept and taken again."""
+    return _lowered((input, weight, bias), _cast_once)
+
+
+def _lowered(operands, cast):
+    kind = operands[0].device.type
+    if kind not in DEVICES or not torch.is_autocast_enabled(kind):
+        return operands
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(
+        tensor
+        if tensor is None or not tensor.is_floating_point() or tensor.dtype in (dtype, torch.float64)
+        else cast(tensor, dtype)
+        for tensor in operands
+    )
+
+
+def _cast(tensor, dtype):
+    return tensor.to(dtype)
+
+
+def _cast_once(tensor, dtype):
+    # torch's rule: the parameters, for they are what a block meets again.
+    if not (tensor.requires_grad and tensor.is_leaf and tensor.dtype is torch.float32) or tensor._is_view():
+        return tensor.to(dtype)
+    if not torch.is_autocast_cache_enabled():
+        return tensor.to(dtype)
+    casts = _casts_of_this_block(tensor.device)
+    key, version = (id(tensor), dtype), tensor._version
+    found = casts.get(key)
+    if found is None or found[1] != version:
+        # A cast that a call without gradients made first must lead back to the parameter in a later call too.
+        with torch.inference_mode(False), torch.enable_grad():
+            found = tensor.to(dtype), version, tensor  # the parameter, so that its id stays its own
+        casts[key] = found
+    return found[0]
+
+
+class _Casts(dict):
+    """(id of a parameter, dtype) -> (its cast, the parameter's version then, the parameter)."""
+
+    __slots__ = ("__weakref__",)
+
+
+_probes: dict[torch.device, torch.Tensor] = {}
+_casts: dict[torch.device, weakref.ref[_Casts]] = {}
+
+
+def _casts_of_this_block(device: torch.device) -> _Casts:
+    """What was cast since torch last emptied its cache."""
+    kept = _casts.get(device)
+    casts = None if kept is None else kept()
+    if casts is None:
+        casts = _Casts()
+        _casts[device] = weakref.ref(casts)
+        with torch.inference_mode(False), torch.enable_grad():
+            probe = _probes.get(device)
+            if probe is None:
+                probe = _probes[device] = torch.zeros(0, 0, device=device, requires_grad=True)
+            # torch casts the probe for this product and keeps the cast; the node that made the cast, and what hangs on
+            # the node, live as long.
+            product = torch.mm(probe, probe)
+        node: Any = product.grad_fn.next_functions[0][0]  # type: ignore[union-attr]
+        node.metadata["tritonconv"] = casts
+    return casts
