@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tritonconv
-from tritonconv import ArgumentError, ArgumentTypeError, Problem, dispatch
+from tritonconv import ArgumentError, ArgumentTypeError, Problem, arguments, dispatch
 
 X, W, ONE = (1, 3, 4, 4, 4), (3, 2, 3, 3, 3), (1, 3, 1, 1, 1)
 
@@ -124,7 +125,10 @@ def test_a_wrong_type_is_refused(name, where):
     assert repr(value) in str(error)
 
 
-@pytest.mark.parametrize("hyper", [{"stride": 1.0}, {"padding": (0.0, 0, 0)}, {"groups": 1.0}, {"dilation": True}])
+@pytest.mark.parametrize("hyper", [
+    {"stride": 1.0}, {"padding": (0.0, 0, 0)}, {"groups": 1.0}, {"dilation": True}, {"stride": [1.0, 1, 1]},
+    {"padding": [False] * 3}, {"dilation": np.float64(1)}, {"stride": np.ones(3)}, {"groups": np.True_},
+])  # fmt: skip
 def test_a_plan_made_for_integers_is_not_found_by_their_equals(hyper):
     args = tensors(X, W, None)
     (name,) = hyper
@@ -220,6 +224,40 @@ def test_what_torch_accepts_is_accepted(name):
         got = tritonconv.conv_transpose3d(x, weight, bias, **hyper)
         assert got.dtype == want.dtype
         assert torch.equal(got, want)
+
+
+def test_every_spelling_of_the_integers_is_looked_up(monkeypatch):
+    """A call is checked once, and not again because its integers stand in a list."""
+    x, weight, bias = tensors(X, W, (2,))
+    strides = [
+        2,
+        (2, 2, 2),
+        [2, 2, 2],
+        [2],
+        torch.Size((2, 2, 2)),
+        np.int64(2),
+        (np.int32(2),) * 3,
+        [np.int64(2), 2, 2],
+    ]
+    paddings = [
+        1,
+        [1, 1, 1],
+        (np.int64(1),) * 3,
+        ((1, 1),) * 3,
+        [[1, 1], (1, 1), [1, np.int64(1)]],
+        torch.Size((1,) * 3),
+    ]
+    want = F.conv_transpose3d(x, weight, bias, 2, 1, 1, 1, 2)
+    checked = []
+    check = arguments.check_shapes
+    monkeypatch.setattr(arguments, "check_shapes", lambda *args: checked.append(args[3]) or check(*args))
+    dispatch.forget()
+    for turn in range(2):
+        for stride in strides:
+            for padding in paddings:
+                y = tritonconv.conv_transpose3d(x, weight, bias, stride, padding, [1, 1, 1], np.int64(1), [2, 2, 2])
+                assert torch.equal(y, want)
+        assert len(checked) == 9, f"turn {turn}: three ways to write each, once each"
 
 
 def test_no_output_channels_is_torchs_decision():

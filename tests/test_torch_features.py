@@ -165,6 +165,48 @@ def test_onnx_export_is_one_node(dynamo):
     np.testing.assert_allclose(y, mine(x).detach().numpy(), rtol=1e-4, atol=1e-5)
 
 
+class Decoder(torch.nn.Module):
+    """Down and up again to the size of the input, whatever that is."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.down = torch.nn.Conv3d(1, 2, 3, stride=2, padding=1)
+        self.up = kind(2, 1, 3, stride=2, padding=1)
+
+    def forward(self, x):
+        return self.up(self.down(x), output_size=x.shape[2:])
+
+
+def exported(model, x):
+    axis = torch.export.Dim("depth", min=2, max=64)
+    return torch.export.export(model, (x,), dynamic_shapes=({2: axis},)).module()
+
+
+def exported_to_onnx(model, x):
+    import onnxruntime
+
+    program = torch.onnx.export(model, (x,), dynamo=True, dynamic_shapes=({2: "depth"},), verbose=False)
+    run = onnxruntime.InferenceSession(program.model_proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    return lambda one: torch.from_numpy(run.run(None, {run.get_inputs()[0].name: one.numpy()})[0])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("export", [exported, exported_to_onnx])
+def test_an_export_with_output_size_is_right_for_other_sizes_or_refused(export):
+    refused = []
+    for kind in (torch.nn.ConvTranspose3d, tritonconv.ConvTranspose3d):
+        model = Decoder(kind).eval()
+        try:
+            program = export(model, torch.randn(1, 1, 8, 8, 8))
+        except Exception as error:
+            refused.append(type(error))
+            continue
+        for depth in (10, 9, 5):
+            x = torch.randn(1, 1, depth, 8, 8)
+            close(program(x), model(x).detach())
+    assert len(refused) in (0, 2) and len(set(refused)) <= 1, "refused where torch's layer is"
+
+
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_jit_trace_records_torchs_operation():
     mine, _ = layers()

@@ -19,7 +19,7 @@ from tritonconv.problem import TorchCrop, Triple
 _transforms = torch._C._functorch.peek_interpreter_stack
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _tracing = torch._C._get_tracing_state
-_old_vmap = torch._C._functorch.is_legacy_batchedtensor  # of batched gradients (is_grads_batched=True)
+old_vmap = torch._C._functorch.is_legacy_batchedtensor  # of batched gradients (is_grads_batched=True)
 
 DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 DEVICES = frozenset(("cpu", "cuda"))
@@ -85,7 +85,7 @@ def plain(first: torch.Tensor, second: torch.Tensor, third: torch.Tensor | None 
         and forward_ad._current_level < 0
         and _dispatch_modes() == 0
         and _tracing() is None
-        and not (_old_vmap(first) or _old_vmap(second) or (third is not None and _old_vmap(third)))
+        and not (old_vmap(first) or old_vmap(second) or (third is not None and old_vmap(third)))
     )
 
 
@@ -113,7 +113,7 @@ def reason(*tensors: torch.Tensor | None) -> str | None:
         return "a torch dispatch mode is active (fake tensors, FLOP counter, make_fx)"
     if _tracing() is not None:
         return "torch.jit.trace or an exporter is tracing"
-    if any(_old_vmap(tensor) for tensor in tensors if tensor is not None):
+    if any(old_vmap(tensor) for tensor in tensors if tensor is not None):
         return "batched gradients are computed"
     for tensor in tensors:
         if tensor is not None and type(tensor) not in _PLAIN_TYPES:

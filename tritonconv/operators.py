@@ -116,8 +116,14 @@ def _forward_backward(ctx, grad_y):
     if not (need_x or need_weight):
         return None, None, bias_gradient(grad_y), *[None] * 9
     operands = x if need_weight else None, weight if need_x else None
-    found = iter(backward(grad_y, *operands, *ctx.call, wanted))
+    found = iter(_gradients(grad_y, *operands, *ctx.call, wanted))
     return *(next(found) if needed else None for needed in wanted), *[None] * 9
+
+
+def _gradients(grad_y, x, weight, *arguments):
+    """``backward``, or torch's own under the old vmap, which knows no operator that returns a list."""
+    batched = any(tensor is not None and fallback.old_vmap(tensor) for tensor in (grad_y, x, weight))
+    return (_torch_backward if batched else backward)(grad_y, x, weight, *arguments)
 
 
 def _save_backward(ctx, inputs, output):
@@ -144,9 +150,9 @@ def _backward_backward(ctx, grads):
             parts.append(grad_bias.view(1, -1, 1, 1, 1).expand_as(grad_y))
         by_grad_y = sum(parts[1:], parts[0]) if parts else None
     if need_x and grad_weight is not None:
-        (by_x,) = backward(grad_y, None, grad_weight, *ctx.call, (True, False, False))
+        (by_x,) = _gradients(grad_y, None, grad_weight, *ctx.call, (True, False, False))
     if need_weight and grad_x is not None:
-        (by_weight,) = backward(grad_y, grad_x, None, *ctx.call, (False, True, False))
+        (by_weight,) = _gradients(grad_y, grad_x, None, *ctx.call, (False, True, False))
     return by_grad_y, by_x, by_weight, *[None] * 10
 
 
