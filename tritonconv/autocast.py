@@ -27,17 +27,24 @@ def lowered_once(input, weight, bias):
     return _lowered((input, weight, bias), _cast_once)
 
 
+def lowered_dtype(dtype: torch.dtype, kind: str) -> torch.dtype:
+    """What autocast makes of a dtype on devices of this kind."""
+    if (
+        not dtype.is_floating_point
+        or dtype is torch.float64
+        or kind not in DEVICES
+        or not torch.is_autocast_enabled(kind)
+    ):
+        return dtype
+    return torch.get_autocast_dtype(kind)
+
+
 def _lowered(operands, cast):
-    kind = operands[0].device.type
-    if kind not in DEVICES or not torch.is_autocast_enabled(kind):
-        return operands
-    dtype = torch.get_autocast_dtype(kind)
-    return tuple(
-        tensor
-        if tensor is None or not tensor.is_floating_point() or tensor.dtype in (dtype, torch.float64)
-        else cast(tensor, dtype)
-        for tensor in operands
-    )
+    kind, found = operands[0].device.type, []
+    for tensor in operands:
+        dtype = None if tensor is None else lowered_dtype(tensor.dtype, kind)
+        found.append(tensor if tensor is None or tensor.dtype is dtype else cast(tensor, dtype))
+    return found
 
 
 def _cast(tensor, dtype):

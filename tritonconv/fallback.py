@@ -23,7 +23,7 @@ old_vmap = torch._C._functorch.is_legacy_batchedtensor  # of batched gradients (
 
 DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 DEVICES = frozenset(("cpu", "cuda"))
-_PLAIN_TYPES = frozenset((torch.Tensor, torch.nn.Parameter))
+PLAIN_TYPES = frozenset((torch.Tensor, torch.nn.Parameter))
 
 
 class SymbolicCall(NamedTuple):
@@ -78,9 +78,9 @@ for _asked in (transformed, exporting):
 def plain(first: torch.Tensor, second: torch.Tensor, third: torch.Tensor | None = None) -> bool:
     """The quick test of the eager path: ordinary tensors, and nothing watches the call but ordinary autograd."""
     return (
-        type(first) in _PLAIN_TYPES
-        and type(second) in _PLAIN_TYPES
-        and (third is None or type(third) in _PLAIN_TYPES)
+        type(first) in PLAIN_TYPES
+        and type(second) in PLAIN_TYPES
+        and (third is None or type(third) in PLAIN_TYPES)
         and _transforms() is None
         and forward_ad._current_level < 0
         and _dispatch_modes() == 0
@@ -116,7 +116,7 @@ def reason(*tensors: torch.Tensor | None) -> str | None:
     if any(old_vmap(tensor) for tensor in tensors if tensor is not None):
         return "batched gradients are computed"
     for tensor in tensors:
-        if tensor is not None and type(tensor) not in _PLAIN_TYPES:
+        if tensor is not None and type(tensor) not in PLAIN_TYPES:
             return f"the tensor is a {type(tensor).__name__}, a subclass that torch handles"
     return unserved(*tensors)
 

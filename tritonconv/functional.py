@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from tritonconv import autocast, autograd, fallback, guards, operators
-from tritonconv.arguments import check_types, geometry, layout_of, plain
+from tritonconv.arguments import check_types, geometry, plain
 from tritonconv.dispatch import Plan, plan_for
 from tritonconv.errors import ArgumentError, ArgumentTypeError, VariantNotApplicable
 from tritonconv.forced import forced_variants
@@ -125,7 +125,14 @@ def _not_tensors(operands, geo):
 
 
 def _traced(input, weight, bias, stride, padding, output_padding, groups, dilation):
-    geo = geometry(stride, padding, output_padding, groups, dilation)
+    arguments = stride, padding, output_padding, groups, dilation
+    own = _torchs_own(input, weight, bias, arguments)
+    if own is not None:
+        _, layout, *rest = own
+        batched = input.unsqueeze(0) if input.dim() == 4 else input
+        y = _in_layout(torch.conv_transpose3d(batched, weight, bias, *rest), layout)
+        return y.squeeze(0) if input.dim() == 4 else y
+    geo = geometry(*arguments)
     input, weight, bias = autocast.lowered(input, weight, bias)
     served = input.dtype in fallback.DTYPES and input.device.type in fallback.DEVICES
     if fallback.exporting() or fallback.transformed() or not served:
@@ -133,30 +140,34 @@ def _traced(input, weight, bias, stride, padding, output_padding, groups, dilati
     batched = input.unsqueeze(0) if input.dim() == 4 else input
     call = fallback.call_of(batched, weight, bias, geo)
     check_types(batched, weight, bias)
-    layout = _torchs_layout(batched, weight, bias, call, geo)
-    if layout is None:
-        kernel = tuple(weight.shape[2:])
-        y = operators.forward(
-            batched, weight, bias, call.size, call.out_size, kernel, geo.stride, geo.crop, geo.dilation, geo.groups
-        )
-    else:
-        y = _in_layout(fallback.forward(call, batched, weight, bias), layout)
+    y = operators.forward(
+        batched, weight, bias, call.size, call.out_size, tuple(weight.shape[2:]),
+        geo.stride, geo.crop, geo.dilation, geo.groups,
+    )  # fmt: skip
     return y.squeeze(0) if input.dim() == 4 else y
 
 
-def _torchs_layout(x, weight, bias, call, geo) -> str | None:
-    """The layout of the answer where all passes that a traced call needs are torch's own; None elsewhere.
+def _torchs_own(input, weight, bias, arguments) -> tuple | None:
+    """What :func:`tritonconv.guards.standing` returns for a traced call whose passes are all torch's own, else None.
 
-    Symbolic sizes are not known to be torch's own.
+    It reads few globals: each is a guard more than torch's layer has.
     """
+    tensors = (input, weight) if bias is None else (input, weight, bias)
+    if not _fixed((*[t.shape for t in tensors], *[t.stride() for t in tensors], *arguments)):
+        return None
+    facts = [(type(t), t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for t in tensors]
+    found = guards.standing(torch.is_grad_enabled(), arguments, *facts)
+    return found if found is not None and getattr(guards, found[0]) == "torch" else None
+
+
+def _fixed(values) -> bool:
+    """Integers, however nested, none of them symbolic."""
     from torch.fx.experimental.symbolic_shapes import has_static_value  # loaded while torch.compile traces
 
-    sizes = *x.shape, *x.stride(), *weight.shape, *weight.stride(), *geo.stride, *geo.crop, *geo.dilation
-    if not all(has_static_value(size) for size in (*sizes, *call.out_size)):
-        return None
-    gradients, layout = autograd.needs_gradient(x, weight, bias), layout_of(x, weight)
-    name = guards.attribute(
-        x.device, gradients, x.shape[0], x.shape[1], call.c_out, call.size, tuple(weight.shape[2:]), geo.stride,
-        geo.crop, call.out_size, geo.dilation, geo.groups, x.dtype, layout, bias is not None,
-    )  # fmt: skip
-    return layout if getattr(guards, name) == guards.TORCH else None
+    for value in values:
+        if isinstance(value, (tuple, list)):
+            if not _fixed(value):
+                return False
+        elif not isinstance(value, int) or not has_static_value(value):
+            return False
+    return True

@@ -12,32 +12,57 @@ from functools import lru_cache
 
 import torch
 
-from tritonconv import dispatch
-from tritonconv.errors import VariantNotApplicable
+from tritonconv import dispatch, fallback
+from tritonconv.arguments import geometry, problem_of
+from tritonconv.autocast import lowered_dtype
+from tritonconv.errors import ArgumentError, ArgumentTypeError, VariantNotApplicable
 from tritonconv.forced import Forced, forced
 from tritonconv.problem import PASSES, Problem
 
 _deterministic = torch._C._get_deterministic_algorithms
 
-TORCH = "torch"
-
-_names: dict[tuple, str] = {}
+_names: dict[tuple[Problem, torch.device, bool], str] = {}
 _calls: dict[str, tuple[Problem, torch.device, bool]] = {}
 
 
-def attribute(device: torch.device, gradients: bool, *fields) -> str:
-    """The name of this module's attribute for a call with a Problem of these fields, with its gradients or without."""
-    call = Problem(*fields), device, gradients
+def standing(recorded: bool, arguments: tuple, *facts: tuple) -> tuple | None:
+    """What torch's operation would need to serve a traced call, and the attribute here that says whether it shall.
+
+    ``facts`` holds (type, shape, stride, dtype, device, requires_grad) of input, weight and a bias where there is one,
+    ``recorded`` says whether autograd records. Returns (attribute, layout of the answer, stride, padding,
+    output_padding, groups, dilation); None where torch has no such arguments, where the call is none of the variants',
+    and where it is to be refused.
+    """
+    types, shapes, strides, dtypes, devices, needs = zip(*facts, strict=True)
+    device, kind = devices[0], devices[0].type
+    if kind not in fallback.DEVICES or not set(types) <= fallback.PLAIN_TYPES or set(devices) != {device}:
+        return None
+    if fallback.exporting() or fallback.transformed():
+        return None
+    lowered = [lowered_dtype(dtype, kind) for dtype in dtypes]
+    x, weight, *bias = (
+        torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+        for shape, stride, dtype in zip(shapes, strides, lowered, strict=True)
+    )
+    x = x.unsqueeze(0) if x.dim() == 4 else x
+    try:
+        problem = problem_of(x, weight, bias[0] if bias else None, geometry(*arguments))
+    except (ArgumentError, ArgumentTypeError):
+        return None
+    crop = problem.torch_crop
+    if not crop.exact or problem.dtype not in fallback.DTYPES:
+        return None
+    call = problem, device, recorded and any(needs)
     name = _names.setdefault(call, f"call_{len(_names)}")
     _calls[name] = call
-    return name
+    return name, problem.layout, problem.stride, crop.padding, crop.output_padding, problem.groups, problem.dilation
 
 
-attribute._dynamo_marked_constant = True  # type: ignore[attr-defined]  # run while torch.compile traces, as it is
+standing._dynamo_marked_constant = True  # type: ignore[attr-defined]  # run while torch.compile traces, as it is
 
 
 def __getattr__(name: str) -> str:
-    """``TORCH`` where all passes that the call needs are torch's own, else what is to run, in words."""
+    """``"torch"`` where all passes that the call needs are torch's own, else what is to run, in words."""
     if name not in _calls:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return _choice(name, dispatch.generation, forced.get(), _deterministic())
@@ -51,6 +76,6 @@ def _choice(name: str, generation: int, named: Forced, deterministic: bool) -> s
     except VariantNotApplicable as refusal:
         return str(refusal)  # the operator raises it where the graph runs
     if (plan.torch_alone if gradients else plan.torch_forward) is not None:
-        return TORCH
+        return "torch"
     chosen = [plan.choice(name) for name in (PASSES if gradients else PASSES[:1])]
     return ", ".join(f"{each.variant.name} {each.config}" for each in chosen)
