@@ -114,8 +114,8 @@ def test_a_call_without_gradients_asks_for_its_forward_alone():
     found = [[t for t in each if "conv" in t] for each in kept.targets()]
     assert found == [
         ["aten.convolution.default"],
-        ["tritonconv.forward.default"],
-        ["tritonconv.backward.default"],
+        ["tritonconv.conv_transpose3d.default"],
+        ["tritonconv.conv_transpose3d_backward.default"],
     ]
 
 
@@ -124,7 +124,7 @@ def test_symbolic_sizes_keep_the_operator():
     kept = Graphs()
     with torch.no_grad():
         torch.compile(layer, backend=kept.backend, fullgraph=True, dynamic=True)(x)
-    assert [t for t in kept.targets()[0] if "conv" in t] == ["tritonconv.forward.default"]
+    assert [t for t in kept.targets()[0] if "conv" in t] == ["tritonconv.conv_transpose3d.default"]
 
 
 # ------------------------------------------------------------------ the guards
@@ -279,8 +279,8 @@ def test_derivatives_of_an_operator_share_the_plan_of_its_call(monkeypatch):
         torch.autograd.grad(sum(g.square().sum() for g in first), (x, weight, direction))
         assert len(planned) == 1 and (planned[0].layout, planned[0].bias) == ("ndhwc", True)
         operands = x, weight, bias
-        assert torch.autograd.gradcheck(lambda *t: operators.forward(*t, *GEOMETRY), operands)
-        assert torch.autograd.gradgradcheck(lambda *t: operators.forward(*t, *GEOMETRY), operands)
+        assert torch.autograd.gradcheck(lambda *t: operators.forward(*t, *GEOMETRY), operands, fast_mode=True)
+        assert torch.autograd.gradgradcheck(lambda *t: operators.forward(*t, *GEOMETRY), operands, fast_mode=True)
 
 
 @pytest.mark.parametrize("wanted", [(True, True, True), (True, False, False), (False, True, True)], ids=str)

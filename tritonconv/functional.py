@@ -1,7 +1,7 @@
 """``conv_transpose3d``: one place decides which road a call takes.
 
 * plain eager call: a plan looked up by one tuple, run directly or under ordinary autograd
-* ``torch.compile``: the registered operators
+* ``torch.compile``: torch's operation where it would run and no size is symbolic, else the registered operators
 * everything else (export, tracing, functorch, forward-mode, fake and meta tensors, subclasses, complex, integer):
   torch itself, with the shapes checked
 """

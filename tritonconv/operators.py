@@ -1,7 +1,7 @@
 """The passes as two registered torch operators, for calls that are compiled.
 
-A compiled graph holds ``tritonconv::forward`` and ``tritonconv::backward`` as opaque nodes where anything of ours may
-run or a size is symbolic; each runs its plan when the graph runs, so a compiled model uses the same variants as an
+A compiled graph holds ``tritonconv::conv_transpose3d`` and its backward as opaque nodes where anything of ours may run
+or a size is symbolic; each runs its plan when the graph runs, so a compiled model uses the same variants as an
 eager one, with any image size. Where all is torch's own the graph holds torch's operation (:mod:`tritonconv.guards`);
 torch.export, ONNX export and every other tracer see that one too (:mod:`tritonconv.functional`).
 """
@@ -31,11 +31,12 @@ _GEOMETRY = (
 # are read off the operands. ``backward`` returns the gradients of x, weight and bias that ``wanted`` marks, in this
 # order, and takes None for an operand that those do not need.
 _library.define(
-    f"forward(Tensor x, Tensor weight, Tensor? bias, {_GEOMETRY}, str? layout=None, bool? biased=None) -> Tensor"
+    f"conv_transpose3d(Tensor x, Tensor weight, Tensor? bias, {_GEOMETRY}, str? layout=None, bool? biased=None)"
+    " -> Tensor"
 )
 _library.define(
-    f"backward(Tensor grad_y, Tensor? x, Tensor? weight, {_GEOMETRY}, str layout, bool biased, bool[3] wanted)"
-    " -> Tensor[]"
+    f"conv_transpose3d_backward(Tensor grad_y, Tensor? x, Tensor? weight, {_GEOMETRY}, str layout, bool biased, "
+    "bool[3] wanted) -> Tensor[]"
 )
 
 
@@ -93,12 +94,15 @@ def _empty(tensor, shape, layout):
     return torch.empty(shape, dtype=tensor.dtype, device=tensor.device, memory_format=LAYOUTS[layout])
 
 
-for _name, _kernel, _fake in (("forward", _forward, _fake_forward), ("backward", _backward, _fake_backward)):
+# torch's caches of compiled graphs on the disk find a backward graph by the name and the arguments of the forward
+# operator: where the derivatives below are put together otherwise, the operators need other names.
+_FORWARD, _BACKWARD = "tritonconv::conv_transpose3d", "tritonconv::conv_transpose3d_backward"
+for _name, _kernel, _fake in ((_FORWARD, _forward, _fake_forward), (_BACKWARD, _backward, _fake_backward)):
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"tritonconv::{_name}", _fake, lib=_library)
+    torch.library.register_fake(_name, _fake, lib=_library)
 
-forward = torch.ops.tritonconv.forward
-backward = torch.ops.tritonconv.backward
+forward = torch.ops.tritonconv.conv_transpose3d
+backward = torch.ops.tritonconv.conv_transpose3d_backward
 
 
 # ------------------------------------------------------------------ derivatives: the table of tritonconv.autograd
@@ -156,8 +160,8 @@ def _backward_backward(ctx, grads):
     return by_grad_y, by_x, by_weight, *[None] * 10
 
 
-torch.library.register_autograd("tritonconv::forward", _forward_backward, setup_context=_save_forward, lib=_library)
-torch.library.register_autograd("tritonconv::backward", _backward_backward, setup_context=_save_backward, lib=_library)
+torch.library.register_autograd(_FORWARD, _forward_backward, setup_context=_save_forward, lib=_library)
+torch.library.register_autograd(_BACKWARD, _backward_backward, setup_context=_save_backward, lib=_library)
 
 
 # --------------------------------------------------- vmap inside a compiled function, and the FLOP counter
@@ -207,11 +211,11 @@ def _register_vmap(name, function):
         out = torch.vmap(one, in_dims=in_dims[:3], randomness=info.randomness)(*args[:3])
         return out, [0] * len(out) if isinstance(out, list) else 0
 
-    torch.library.register_vmap(f"tritonconv::{name}", rule, lib=_library)
+    torch.library.register_vmap(name, rule, lib=_library)
 
 
-_register_vmap("forward", _torch_forward)
-_register_vmap("backward", _torch_backward)
+_register_vmap(_FORWARD, _torch_forward)
+_register_vmap(_BACKWARD, _torch_backward)
 
 
 # torch counts a transposed convolution's cropped taps too; the counter must agree with torch's own layer.
