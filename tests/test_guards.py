@@ -17,7 +17,7 @@ import tritonconv
 from tritonconv import dispatch, guards, operators
 from tritonconv.autotune import store
 from tritonconv.autotune.key import Key, device_name
-from tritonconv.autotune.sources import source_hash
+from tritonconv.autotune.sources import revision
 from tritonconv.autotune.store import Entry, Table
 from tritonconv.kernels.registry import have_triton, variant
 from tritonconv.problem import PASSES, Problem
@@ -72,7 +72,7 @@ def tune(bias, **variants):
     for pass_name, name in variants.items():
         record = variant(name)
         entries[str(Key.of(problem, pass_name))] = Entry(
-            name, {}, 1.0, 2.0, source_hash(record), str(problem), "forward_backward", "2026-01-01T00:00:00"
+            name, {}, 1.0, 2.0, revision(record), str(problem), "forward_backward", "2026-01-01T00:00:00"
         )
     store.merge(Table(device_name(torch.device("cpu")), entries))
     dispatch.forget()
@@ -171,7 +171,7 @@ def test_a_forced_variant_that_does_not_serve_is_refused_in_a_compiled_call_too(
             call(x)
 
 
-def test_a_graph_follows_what_is_tuned_after_it_was_compiled(launches, tmp_path):
+def test_a_graph_follows_what_is_tuned_after_it_was_compiled(launches):
     layer, x = small()
     counter = CompileCounterWithBackend("aot_eager")
     call = torch.compile(layer, backend=counter, fullgraph=True)
@@ -184,7 +184,7 @@ def test_a_graph_follows_what_is_tuned_after_it_was_compiled(launches, tmp_path)
     tune(True, **dict(zip(PASSES, PHASES, strict=True)))
     call(x).sum().backward()
     assert (launches, counter.frame_count) == (list(PHASES), 2)
-    (tmp_path / f"{store.slug(device_name(torch.device('cpu')))}.json").unlink()
+    store.path_of(device_name(torch.device("cpu"))).unlink()
     dispatch.forget()
     launches.clear()
     call(x).sum().backward()
@@ -204,6 +204,35 @@ def test_a_tuner_sees_the_calls_of_a_compiled_model():
 
 def test_an_unknown_attribute_is_an_attribute_error():
     assert not hasattr(guards, "call_of_nobody")
+
+
+def test_a_graph_that_is_recorded_holds_no_standby(monkeypatch, launches):
+    """The first run waits for the kernels: a CUDA graph is recorded at the second one."""
+    waits, capturing = [], []
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: bool(capturing))
+    monkeypatch.setattr(dispatch, "wait_until_compiled", lambda: waits.append(list(launches)))
+    real = dispatch.plan
+
+    def standing_by(problem, device):
+        made = real(problem, device)
+        made.standby = True
+        return made
+
+    monkeypatch.setattr(dispatch, "plan", standing_by)
+    layer, x = small()
+    with tritonconv.use(*PHASES):
+        call = torch.compile(layer, backend="aot_eager", fullgraph=True)
+        capturing.append(True)  # nothing may be waited for
+        call(x).sum().backward()
+        assert (launches, waits) == (list(PHASES), [])
+        capturing.clear()
+        launches.clear()
+        call(x).sum().backward()
+        assert waits == [[PHASES[0]], [PHASES[0], *PHASES]]
+        assert launches == [PHASES[0], *PHASES, *PHASES[1:]]
+        launches.clear()
+        call(x).sum().backward()
+    assert launches == list(PHASES) and len(waits) == 2
 
 
 # ------------------------------------------------------------------ eager and compiled choose alike

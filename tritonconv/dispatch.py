@@ -103,10 +103,12 @@ def _offer_to_tuner(problem: Problem, device: torch.device) -> None:
 
 def drop(which: Callable[[Plan], bool]) -> None:
     """Those plans are made anew when they are next needed."""
+    global generation
     for memory in (_by_call, _by_problem):
         for key, made in list(memory.items()):
             if which(made):
                 memory.pop(key, None)
+    generation += 1
 
 
 def _remember(memory: dict[tuple, Plan], key: tuple, made: Plan) -> Plan:

@@ -15,7 +15,7 @@ import torch
 from tritonconv import dispatch, fallback
 from tritonconv.arguments import geometry, problem_of
 from tritonconv.autocast import lowered_dtype
-from tritonconv.errors import ArgumentError, ArgumentTypeError, VariantNotApplicable
+from tritonconv.errors import ArgumentError, ArgumentTypeError, StoreError, VariantNotApplicable
 from tritonconv.forced import Forced, forced
 from tritonconv.problem import PASSES, Problem
 
@@ -73,9 +73,9 @@ def _choice(name: str, generation: int, named: Forced, deterministic: bool) -> s
     problem, device, gradients = _calls[name]
     try:
         plan = dispatch.plan(problem, device)
-    except VariantNotApplicable as refusal:
+        if (plan.torch_alone if gradients else plan.torch_forward) is not None:
+            return "torch"
+        chosen = [plan.choice(name) for name in (PASSES if gradients else PASSES[:1])]
+    except (VariantNotApplicable, StoreError, ArgumentError) as refusal:
         return str(refusal)  # the operator raises it where the graph runs
-    if (plan.torch_alone if gradients else plan.torch_forward) is not None:
-        return "torch"
-    chosen = [plan.choice(name) for name in (PASSES if gradients else PASSES[:1])]
     return ", ".join(f"{each.variant.name} {each.config}" for each in chosen)

@@ -8,7 +8,10 @@ torch.export, ONNX export and every other tracer see that one too (:mod:`tritonc
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import Any
+from weakref import WeakSet
 
 import torch
 
@@ -22,6 +25,11 @@ from tritonconv.kernels.torch_layout import bias_gradient
 from tritonconv.problem import LAYOUTS, Problem, TorchCrop
 
 _deterministic = torch._C._get_deterministic_algorithms
+
+# torch's caches of compiled graphs on the disk find a backward graph by the name and the arguments of the forward
+# operator: where the derivatives below are put together otherwise, the operators need other names.
+_FORWARD, _BACKWARD = "tritonconv::conv_transpose3d", "tritonconv::conv_transpose3d_backward"
+_settled: dict[str, WeakSet[Plan]] = {_FORWARD: WeakSet(), _BACKWARD: WeakSet()}
 
 _library = torch.library.Library("tritonconv", "DEF")
 _GEOMETRY = (
@@ -60,7 +68,20 @@ def _plan(tensor, c_in, c_out, geometry, layout, biased) -> Plan:
 def _forward(x, weight, bias, size, out_size, kernel, stride, crop, dilation, groups, layout=None, biased=None):
     geometry = size, out_size, kernel, stride, crop, dilation, groups
     plan = _plan(x, x.shape[1], weight.shape[1] * groups, geometry, *_of_the_call(x, weight, bias, layout, biased))
-    return plan.forward(x, weight, bias)
+    return _run(plan, _FORWARD, partial(plan.forward, x, weight, bias))
+
+
+def _run(plan: Plan, name: str, call: Callable[[], Any]) -> Any:
+    """The result of a call, the first one of a plan not before its kernels are compiled.
+
+    A CUDA graph of the compiled function is recorded at the second call, and would hold for good what stands by.
+    """
+    result = call()
+    if plan.standby and plan not in _settled[name] and not torch.cuda.is_current_stream_capturing():
+        _settled[name].add(plan)
+        dispatch.wait_until_compiled()
+        result = call()
+    return result
 
 
 def _of_the_call(x, weight, bias, layout, biased):
@@ -71,7 +92,8 @@ def _backward(grad_y, x, weight, *arguments):
     *geometry, layout, biased, wanted = arguments
     c_in = x.shape[1] if weight is None else weight.shape[0]
     plan = _plan(grad_y, c_in, grad_y.shape[1], geometry, layout, biased)
-    grad_x, grad_weight, grad_bias = gradients(plan, x, weight, grad_y, wanted)
+    found = _run(plan, _BACKWARD, partial(gradients, plan, x, weight, grad_y, wanted))
+    grad_x, grad_weight, grad_bias = found
     if grad_weight is not None:
         grad_weight = grad_weight.contiguous()  # as the compiler was told
     return [gradient for gradient in (grad_x, grad_weight, grad_bias) if gradient is not None]
@@ -94,9 +116,6 @@ def _empty(tensor, shape, layout):
     return torch.empty(shape, dtype=tensor.dtype, device=tensor.device, memory_format=LAYOUTS[layout])
 
 
-# torch's caches of compiled graphs on the disk find a backward graph by the name and the arguments of the forward
-# operator: where the derivatives below are put together otherwise, the operators need other names.
-_FORWARD, _BACKWARD = "tritonconv::conv_transpose3d", "tritonconv::conv_transpose3d_backward"
 for _name, _kernel, _fake in ((_FORWARD, _forward, _fake_forward), (_BACKWARD, _backward, _fake_backward)):
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(_name, _fake, lib=_library)
