@@ -26,8 +26,8 @@ def use(*names: str) -> Iterator[None]:
     """Forces the named variants, at most one per pass, for the calls made inside the ``with`` block.
 
     A call keeps its variants for its backward passes, wherever those run; a compiled graph takes what is in force
-    where each of its parts runs. Calls that a transform or a tracer watches go to torch itself all the same. Blocks
-    nest; the inner one wins per pass.
+    where each of its parts runs, and one of fixed sizes is traced anew where that changes its choices. Calls that a
+    transform or a tracer watches go to torch itself all the same. Blocks nest; the inner one wins per pass.
     Raises ArgumentError for an unknown name or two names of one pass; a call that a forced variant does not serve
     raises VariantNotApplicable with the reason.
     """
