@@ -137,9 +137,9 @@ def candidates(
 def _one_of_each_tile(ranked: list[tuple[Config, Estimate]]) -> list[tuple[Config, Estimate]]:
     """Of the configs about as good as the first the best one of each tile."""
     found: dict[tuple, tuple[Config, Estimate]] = {}
-    for config, guess in ranked:
-        if guess.ms <= SIMILAR * ranked[0][1].ms:
-            found.setdefault((config.get("BLOCK_M"), config.get("BLOCK_N")), (config, guess))
+    for pair in ranked:
+        if pair[1].ms <= SIMILAR * ranked[0][1].ms:
+            found.setdefault((pair[0].get("BLOCK_M"), pair[0].get("BLOCK_N")), pair)
     return list(found.values())
 
 
