@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from tritonconv.errors import ArgumentError, KernelWarning
+from tritonconv.kernels.safety import Target, guarded
 from tritonconv.kernels.work import Work
 from tritonconv.problem import PASSES, Problem
 
@@ -69,6 +70,9 @@ class Variant:
     backward at once, used instead of the two launches where the chosen backward_data and backward_weight variants
     name the same function. The config is the backward_weight variant's.
 
+    ``hazard`` (problem, config, target) -> None, or the reason why the config must not run on what the
+    :class:`~tritonconv.kernels.safety.Target` names, though it compiles: such configs are chosen by nothing.
+
     ``work`` (problem, config) -> :class:`~tritonconv.kernels.work.Work` is what the launch executes, for the cost
     model; None stands for the useful FLOPs and the compulsory bytes.
     """
@@ -86,6 +90,7 @@ class Variant:
     deterministic: bool = True
     workspace_bytes: Callable[[Problem], int] = field(default=_no_workspace)
     work: Callable[[Problem, Config], Work] | None = None
+    hazard: Callable[[Problem, Config, Target], str | None] | None = None
 
     def __post_init__(self) -> None:
         if self.pass_name not in PASSES:
@@ -202,7 +207,7 @@ def _record(name: str) -> Variant | None:
         record = importlib.import_module(f"{PACKAGE}.{name}").VARIANT
         if record.name != name:
             raise ArgumentError(f"{name}.py: VARIANT.name expects {name!r} (the file's stem), got {record.name!r}")
-        found = _records().setdefault(name, _spread(record))
+        found = _records().setdefault(name, guarded(_spread(record)))
     return found
 
 
@@ -213,7 +218,7 @@ def _spread(record: Variant) -> Variant:
     """
     if record.backend != "triton":
         return record
-    names = ("launch", "supports", "space", "default", "joint", "workspace_bytes", "work")
+    names = ("launch", "supports", "space", "default", "joint", "workspace_bytes", "work", "hazard")
     asked: dict[str, Any] = {name: _of_spread(each) for name in names if (each := getattr(record, name)) is not None}
     return replace(record, **asked)
 
@@ -273,7 +278,7 @@ def load(path: Path) -> Variant:
         raise ArgumentError(f"variant file {path}: VARIANT expects a tritonconv.Variant, got {record!r}")
     if record.name in (*_names(torchs=True), *_names(torchs=False), *_records()):
         raise ArgumentError(f"variant file {path}: the name {record.name!r} is taken (tritonconv list shows all)")
-    _records()[record.name] = _spread(record)
+    _records()[record.name] = guarded(_spread(record))
     _files[record.name] = path.resolve()
     return _records()[record.name]
 

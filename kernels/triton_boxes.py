@@ -68,8 +68,7 @@ def box_zeros(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """The sums that :func:`box_gemm` begins with."""
     if voxels_last(BLOCK_N):
         return tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    else:
-        return tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    return tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
 
 
 @triton.jit

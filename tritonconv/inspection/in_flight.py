@@ -1,9 +1,9 @@
 """Registers that an sm_90 kernel writes while a matrix product may still read them.
 
-An asynchronous product (``HGMMA``) reads its operand A from registers until a wait for its group has passed. PTX calls a
-write before that undefined (``wgmma.wait_group``); Triton up to 3.8 compiles some (triton #9433). All ways through the
-machine code are followed; a product is in flight from its instruction to a wait that leaves fewer groups than were
-committed since. What a call or a jump to a register leads to is not seen, and Triton's kernels have none.
+An asynchronous product (``HGMMA``) may read its operand A from registers until a wait for its group has passed. PTX
+calls a write before that undefined (``wgmma.wait_group``); Triton up to 3.8 compiles some (triton #9433). All ways
+through the machine code are followed; a product is in flight from its instruction to a wait that leaves fewer groups
+than were committed since. Where a call or a jump by register leads is not seen; no kernel here has one.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class _Instruction(NamedTuple):
 
 
 def early_writes(code: str) -> tuple[str, ...]:
-    """Of nvdisasm's listing each instruction that writes a register of a product in flight, in the order of the text."""
+    """Of nvdisasm's listing the instructions that write a register of a product in flight, in the order of the text."""
     instructions = _instructions(code)
     read = {place: _operand_a(each) for place, each in enumerate(instructions) if each.name.startswith("HGMMA")}
     if not any(read.values()):
