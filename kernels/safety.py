@@ -25,18 +25,16 @@ class Target(NamedTuple):
     triton: tuple[int, int]
 
 
-def present() -> Target:
-    """What a launch would be compiled for now."""
+def present(device: torch.device) -> Target:
+    """What a launch on the device would be compiled for now."""
     from tritonconv.kernels.triton_target import compute_capability, triton_version
 
-    return Target(compute_capability(), triton_version())
+    return Target(compute_capability() if device.type == "cuda" else 0, triton_version())
 
 
 def unsafe(record: Variant, problem: Problem, config: Config, device: torch.device) -> str | None:
     """Why the config must not run on the device with the Triton that is here; None where it may."""
-    if record.hazard is None or device.type != "cuda":
-        return None
-    return record.hazard(problem, config, present())
+    return None if record.hazard is None else record.hazard(problem, config, present(device))
 
 
 def guarded(record: Variant) -> Variant:
