@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tritonconv import cli
+from tritonconv.autotune.sources import revision
 from tritonconv.errors import ResultsError
 from tritonconv.inspection import verdicts
 from tritonconv.inspection.records import Record
@@ -53,6 +54,7 @@ def test_what_changed_since_and_a_sample_of_the_rest_are_safe_on_this_triton():
 
 WITHOUT_WAIT = """
 from tritonconv import cli
+from tritonconv.autotune.sources import revision
 from tritonconv.inspection import verdicts
 from tritonconv.kernels import triton_launch
 from tritonconv.kernels.registry import variant
@@ -156,7 +158,7 @@ def test_the_verdict_of_a_launch_is_that_of_its_worst_kernel(tmp_path):
 
 def test_a_sample_is_of_what_changed_and_of_the_others_and_the_same_each_time():
     records = [variant("forward_boxes"), variant("backward_data_boxes")]
-    known = {"forward_boxes": {"revision": verdicts.revision(records[0])}}
+    known = {"forward_boxes": {"revision": revision(records[0])}}
     chosen = verdicts.sample(records, known, 2)
     assert sorted(job.variant for job in chosen) == 2 * ["backward_data_boxes"] + 2 * ["forward_boxes"]
     assert chosen == verdicts.sample(records, known, 2)

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from tritonconv import flags
+from tritonconv.autotune.sources import revision
 from tritonconv.bench.environment import version
 from tritonconv.bench.progress import progress
 from tritonconv.commands.common import OK, WRONG
@@ -141,7 +142,7 @@ def _verdicts(options: argparse.Namespace, chosen: Sequence[Variant]) -> int:
         wanted = [job for record in chosen for job in verdicts.jobs_of(record)]
     else:
         wanted = verdicts.sample(chosen, known, options.sample)
-    revisions = {record.name: verdicts.revision(record) for record in chosen}
+    revisions = {record.name: revision(record) for record in chosen}
     found = verdicts.verdicts(_compiled(wanted, options, verdicts.judged), revisions)
     unsafe = verdicts.unsafe_configs(found)
     for name, kind, config in unsafe:
