@@ -24,6 +24,7 @@ from tritonconv.autotune.sources import revision
 from tritonconv.autotune.store import Entry, Table
 from tritonconv.errors import ArgumentError, StoreWarning, VariantNotApplicable
 from tritonconv.kernels.registry import NO_CONFIG, Config, Variant, variant, warn_without_triton
+from tritonconv.kernels.safety import unsafe
 from tritonconv.problem import Problem
 from tritonconv.switches import REASON, torch_only
 
@@ -201,7 +202,7 @@ def config_fault(record: Variant, config: Config, problem: Problem, device: torc
             return f"{name} is 0, expected an integer above 0"
         if name.startswith(TILES) and value & (value - 1):
             return f"{name} is {value}, expected a power of two"
-    return None
+    return unsafe(record, problem, config, device)
 
 
 @cache

@@ -25,7 +25,6 @@ from tritonconv.kernels.registry import NO_CONFIG, Config, Variant, variant, var
 from tritonconv.problem import Problem
 
 MARGIN = 0.92  # of torch's own time that a kernel must be expected to take at most; chosen by the left-out layers
-MOST = 40  # configs of the variant that are looked at: each takes about 20 us on the host
 
 
 class First(NamedTuple):
@@ -62,7 +61,7 @@ def first(
             found.append((expected.ms(record, config), record, config))
     if found:
         record = min(found, key=lambda each: each[0])[1]
-        found += [(expected.ms(record, config), record, config) for config in record.space(problem, device)[:MOST]]
+        found += [(expected.ms(record, config), record, config) for config in model.pruned(record, problem, device)]
     ms, record, config = min(found, key=lambda each: each[0], default=(math.inf, native, NO_CONFIG))
     said = f"nothing was tuned near this size; the cost model expects torch's own to take {torch_ms * 1e3:.3g} us"
     if record is native:

@@ -22,12 +22,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from tritonconv.autotune.ceilings import Ceilings
+from tritonconv.autotune.ceilings import Ceilings, of_capability
 from tritonconv.kernels.registry import Config, Variant, variants
 from tritonconv.kernels.work import LINE, WARP, Work, by_torch
 from tritonconv.problem import Problem
 
 MOST_CANDIDATES = 12
+MOST_CONFIGS = 40
+REFERENCE = of_capability((9, 0))  # of pruned spaces
 THREADS_PER_MULTIPROCESSOR = 2048
 MOST_PROGRAMS = 32  # resident in a multiprocessor
 MOST_REGISTERS = 255  # of one thread; a kernel that wants more spills
@@ -119,13 +121,33 @@ def _factor(record: Variant, work: Work, ceilings: Ceilings) -> float:
 def candidates(
     record: Variant, problem: Problem, device: torch.device, ceilings: Ceilings, most: int = MOST_CANDIDATES
 ) -> list[tuple[Config, Estimate]]:
-    """At most ``most`` configs of the space, best first.
+    """At most ``most`` configs of the pruned space, best first.
 
     The best one and, besides, the best that loads the other way (through a pipeline or not) are among them, for between
     these two the model knows least; with three or more the default as well.
     """
+    return _best(record, problem, pruned(record, problem, device), ceilings, most)
+
+
+def pruned(record: Variant, problem: Problem, device: torch.device) -> tuple[Config, ...]:
+    """The default, and with it at most :data:`MOST_CONFIGS` of the space: what dispatch and tuner can choose from.
+
+    So few that the machine code of all can be checked. Ranked by the data sheet of an H100 and without measured factors
+    whatever GPU is here, so that all machines have the same ones.
+    """
     default = record.default(problem, device)
-    space = [default, *(config for config in record.space(problem, device) if config != default)]
+    space = (default, *(config for config in record.space(problem, device) if config != default))
+    if len(space) <= MOST_CONFIGS:
+        return space
+    found = [config for config, _ in _best(record, problem, space, REFERENCE, MOST_CONFIGS)]
+    return (default, *(config for config in found if config != default))
+
+
+def _best(
+    record: Variant, problem: Problem, space: Sequence[Config], ceilings: Ceilings, most: int
+) -> list[tuple[Config, Estimate]]:
+    """Of :func:`candidates`; the first of the space is the default."""
+    default = space[0]
     ranked = [(config, estimate(record, problem, config, ceilings)) for config in space]
     ranked = _ranked([pair for index, pair in enumerate(ranked) if index == 0 or pair[1].ms < math.inf])
     other = next((pair for pair in ranked if pair[1].work.pipelined != ranked[0][1].work.pipelined), None)

@@ -21,6 +21,7 @@ from tritonconv.kernels.triton_device import (
     grouped_order,
     inside,
     multiple,
+    settled,
     store_tile,
     voxel_tiles,
     voxels,
@@ -47,6 +48,7 @@ def backward_data_shuffle_kernel(
     ROWS: tl.constexpr, X_STEP: tl.constexpr, FACTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr, GROUP_M: tl.constexpr,
     VOXELS_INNER: tl.constexpr, UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    WAIT: tl.constexpr,
 ):  # fmt: skip
     grad_y_strides = aligned(grad_y_strides, UNITS, 0)
     w_strides = aligned(w_strides, UNITS, 1)
@@ -81,7 +83,7 @@ def backward_data_shuffle_kernel(
         w_rows = channel * w_strides[0] + tap * w_strides[2]
         w_mask = mask_k[:, None] & mask_n[None, :]
         w_tile = tl.load(w_columns[None, :] + w_rows[:, None], mask=w_mask, other=0.0)  # (BLOCK_K, BLOCK_N)
-        acc = tl.dot(grad_y_tile, w_tile, acc, input_precision=PRECISION)
+        acc = settled(tl.dot(grad_y_tile, w_tile, acc, input_precision=PRECISION), WAIT)
 
     image, d, h, w, _ = voxels(tile_m, n, size, BLOCK_M, BLOCK_W, WIDE, by)
     mask_m = (image < n) & inside(w, multiple(size[2], X_STEP))

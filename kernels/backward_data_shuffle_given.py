@@ -29,6 +29,7 @@ from tritonconv.kernels.triton_device import (
     inside,
     multiple,
     product,
+    settled,
     store_tile,
     voxel_tiles,
     voxels,
@@ -57,6 +58,7 @@ def backward_data_shuffle_given_kernel(
     ROWS: tl.constexpr, X_STEP: tl.constexpr, FACTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr, GROUP_M: tl.constexpr,
     VOXELS_INNER: tl.constexpr, UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    WAIT: tl.constexpr,
 ):  # fmt: skip
     grad_y_strides = aligned(grad_y_strides, UNITS, 0)
     grad_x_strides = aligned(grad_x_strides, UNITS, 1)
@@ -93,6 +95,7 @@ def backward_data_shuffle_given_kernel(
             acc = tl.dot(channels_first(grad_y_tile, KERNEL), tl.trans(w_tile), acc, input_precision=PRECISION)
         else:
             acc = tl.dot(phases_first(w_tile, KERNEL, ROWS), tl.trans(grad_y_tile), acc, input_precision=PRECISION)
+        acc = settled(acc, WAIT)
     if not ROWS:
         acc = tl.trans(acc)
 

@@ -19,6 +19,7 @@ from tritonconv.kernels.triton_boxes import (
     box_of,
     box_refusal,
     box_voxels,
+    box_zeros,
     boxes,
     boxes_work,
     describable,
@@ -26,6 +27,7 @@ from tritonconv.kernels.triton_boxes import (
     store_box,
     taps_first,
     volume,
+    voxels_last,
 )
 from tritonconv.kernels.triton_device import (
     aligned,
@@ -56,7 +58,7 @@ def forward_boxes_kernel(
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr, ORDER: tl.constexpr, K_INNERMOST: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
     y_strides = aligned(y_strides, UNITS, 0)
     out_size, crop = (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
@@ -83,7 +85,7 @@ def forward_boxes_kernel(
         )
         image, d, h, w = box_corner(tile_m, largest, BLOCK_D, BLOCK_H, BLOCK_W)
         acc = box_gemm(
-            tl.zeros((BLOCK_M, BLOCK_N), tl.float32), x_desc, w_desc,
+            box_zeros(BLOCK_M, BLOCK_N), x_desc, w_desc,
             image, d + offset_d, h + offset_h, w + offset_w,
             (tap_d, tap_h, tap_w), (taps_d, taps_h, taps_w), tile_n * BLOCK_N,
             (
@@ -96,8 +98,10 @@ def forward_boxes_kernel(
                 -tap_shift(STRIDE[1], DILATION[1]),
                 -tap_shift(STRIDE[2], DILATION[2]),
             ),
-            KERNEL, C_IN, K_INNERMOST, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
+            KERNEL, C_IN, K_INNERMOST, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, WAIT,
         )  # fmt: skip
+        if voxels_last(BLOCK_N):
+            acc = tl.trans(acc)
         if bias_ptr is not None:
             channel = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
             acc += tl.load(bias_ptr + channel, mask=channel < C_OUT, other=0.0).to(tl.float32)[None, :]

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from tritonconv.errors import ArgumentError, KernelWarning
+from tritonconv.kernels.safety import Target, guarded
 from tritonconv.kernels.work import Work
 from tritonconv.problem import PASSES, Problem
 
@@ -77,6 +78,9 @@ class Variant:
     ``spreads_nonfinite`` says in words where NaN is made of finite values beside a NaN or an infinity, in outputs that
     torch's own leaves finite; empty where it is not. No variant makes a finite value of one that is not.
 
+    ``hazard`` (problem, config, target) -> None, or the reason why the config must not run on what the
+    :class:`~tritonconv.kernels.safety.Target` names, though it compiles: such configs are chosen by nothing.
+
     ``work`` (problem, config) -> :class:`~tritonconv.kernels.work.Work` is what the launch executes, for the cost
     model; None stands for the useful FLOPs and the compulsory bytes.
     """
@@ -95,6 +99,7 @@ class Variant:
     spreads_nonfinite: str = ""
     workspace_bytes: Callable[[Problem], int] = field(default=_no_workspace)
     work: Callable[[Problem, Config], Work] | None = None
+    hazard: Callable[[Problem, Config, Target], str | None] | None = None
 
     def __post_init__(self) -> None:
         if self.pass_name not in PASSES:
@@ -211,7 +216,7 @@ def _record(name: str) -> Variant | None:
         record = importlib.import_module(f"{PACKAGE}.{name}").VARIANT
         if record.name != name:
             raise ArgumentError(f"{name}.py: VARIANT.name expects {name!r} (the file's stem), got {record.name!r}")
-        found = _records().setdefault(name, _spread(record))
+        found = _records().setdefault(name, guarded(_spread(record)))
     return found
 
 
@@ -222,7 +227,7 @@ def _spread(record: Variant) -> Variant:
     """
     if record.backend != "triton":
         return record
-    names = ("launch", "supports", "space", "default", "joint", "workspace_bytes", "work")
+    names = ("launch", "supports", "space", "default", "joint", "workspace_bytes", "work", "hazard")
     asked: dict[str, Any] = {name: _of_spread(each) for name in names if (each := getattr(record, name)) is not None}
     return replace(record, **asked)
 
@@ -282,7 +287,7 @@ def load(path: Path) -> Variant:
         raise ArgumentError(f"variant file {path}: VARIANT expects a tritonconv.Variant, got {record!r}")
     if record.name in (*_names(torchs=True), *_names(torchs=False), *_records()):
         raise ArgumentError(f"variant file {path}: the name {record.name!r} is taken (tritonconv list shows all)")
-    _records()[record.name] = _spread(record)
+    _records()[record.name] = guarded(_spread(record))
     _files[record.name] = path.resolve()
     return _records()[record.name]
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from tritonconv.kernels.triton_device import next_step, offset, widened
+from tritonconv.kernels.triton_device import next_step, offset, settled, widened
 from tritonconv.kernels.triton_launch import multiprocessors, refusal
 from tritonconv.kernels.triton_tape import derived
 from tritonconv.kernels.triton_target import target
@@ -55,9 +55,25 @@ def box_voxels(d, h, w, size, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOC
     return d, h, w, (d < size[0]) & (h < size[1]) & (w < size[2])
 
 
+@triton.constexpr_function
+def voxels_last(block_n):
+    """Whether the sums are (channels, voxels), so that the box is the right operand, which no compiler takes through
+    registers to reshape it. The left one is the weight's: 64 rows are the fewest that sm_90's products have.
+    """
+    return int(block_n) >= 64
+
+
+@triton.jit
+def box_zeros(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The sums that :func:`box_gemm` begins with."""
+    if voxels_last(BLOCK_N):
+        return tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    return tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+
+
 @triton.jit
 def box_gemm(
-    acc,
+    acc,  # of box_zeros
     volume,  # descriptor (n, d, h, w, k)
     weight,  # descriptor (tap, k, n), or (tap, n, k) where K_INNERMOST
     image, d, h, w,  # the corner that tap m = 0 reads
@@ -72,6 +88,7 @@ def box_gemm(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
+    WAIT: tl.constexpr,
 ):  # fmt: skip
     """acc plus the sum over taps and channels k of volume[voxel(tap), k] * weight[tap, k, n]."""
     k, md, mh, mw = 0, 0, 0, 0
@@ -86,7 +103,10 @@ def box_gemm(
             w_tile = tl.trans(tl.reshape(weight.load([index, column, k]), (BLOCK_N, BLOCK_K)))
         else:
             w_tile = tl.reshape(weight.load([index, k, column]), (BLOCK_K, BLOCK_N))
-        acc = tl.dot(a_tile, w_tile, acc, input_precision=PRECISION)
+        if voxels_last(BLOCK_N):
+            acc = tl.dot(tl.trans(w_tile), tl.trans(a_tile), acc, input_precision=PRECISION)
+        else:
+            acc = settled(tl.dot(a_tile, w_tile, acc, input_precision=PRECISION), WAIT)
         k, md, mh, mw = next_step(k, md, mh, mw, taps, K, BLOCK_K)
     return acc
 
@@ -96,7 +116,7 @@ def store_box(
     out_ptr, strides, acc, image, d, h, w, mask_m, column, CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Stores acc (BLOCK_M, BLOCK_N) at the voxels (BLOCK_M,) d, h, w and the channels from ``column`` on."""
+    """Stores the sums (BLOCK_M, BLOCK_N) at the voxels (BLOCK_M,) d, h, w and the channels from ``column`` on."""
     channel = widened(column + tl.arange(0, BLOCK_N), WIDE)
     rows = offset(strides, widened(image, WIDE), 0, d, h, w)
     out_ptrs = out_ptr + rows[:, None] + (channel * strides[1])[None, :]

@@ -14,6 +14,7 @@ import torch
 
 from tritonconv.kernels import triton_transpose
 from tritonconv.kernels.registry import Config, Variant
+from tritonconv.kernels.safety import Target
 from tritonconv.kernels.triton_tape import derived
 from tritonconv.kernels.work import Work, size_of
 from tritonconv.problem import Problem
@@ -59,6 +60,10 @@ def of(base: Variant, launch: Callable, idea: str, copied: tuple[str, ...], gath
             launches=found.launches + len(copied),
         )
 
+    def hazard(problem: Problem, config: Config, target: Target) -> str | None:
+        assert base.hazard is not None
+        return base.hazard(_last(problem), config, target)
+
     return replace(
         base,
         name=f"{base.name}_last",
@@ -70,6 +75,7 @@ def of(base: Variant, launch: Callable, idea: str, copied: tuple[str, ...], gath
         prepare=None if base.pass_name == "forward" else grad_y_last,
         workspace_bytes=lambda problem: base.workspace_bytes(_last(problem)) + int(size_of(problem, *copied)),
         work=work,
+        hazard=None if base.hazard is None else hazard,
     )
 
 

@@ -291,6 +291,17 @@ def store_tile(out_ptr, rows, columns, tile, mask_m, mask_n, VOXELS_INNER: tl.co
 
 
 @triton.jit
+def settled(acc, WAIT: tl.constexpr):
+    """The sums once no product reads its operands any more, where WAIT (``triton_target.registers_in_flight``).
+
+    Text of no instruction that takes the sums: the compiler waits for them in front of it.
+    """
+    if WAIT:
+        acc = tl.inline_asm_elementwise("", "=f,0", [acc], dtype=tl.float32, is_pure=True, pack=1)
+    return acc
+
+
+@triton.jit
 def offset(strides, image, channel, d, h, w):
     """Element offset of (image, channel, d, h, w)."""
     return image * strides[0] + channel * strides[1] + d * strides[2] + h * strides[3] + w * strides[4]

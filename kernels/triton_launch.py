@@ -17,7 +17,7 @@ from triton.compiler.compiler import make_backend
 from tritonconv.kernels import triton_compiled, triton_tape
 from tritonconv.kernels.registry import Config
 from tritonconv.kernels.triton_device import FAR
-from tritonconv.kernels.triton_target import INTERPRETED, driver_fault, target
+from tritonconv.kernels.triton_target import INTERPRETED, driver_fault, registers_in_flight, target
 from tritonconv.kernels.triton_tiles import PROGRAMS
 from tritonconv.problem import Problem, Triple, largest_offset
 
@@ -158,6 +158,8 @@ def launch(kernel, grid: int | tuple[int, ...], config: Config, device: torch.de
         arguments["bias_ptr"] = triton_tape.derived(arguments["bias_ptr"], torch.Tensor.contiguous)
     if "UNITS" in kernel.arg_names:
         arguments["UNITS"] = tuple(units(arguments[name]) for name in kernel.arg_names if name.endswith("_strides"))
+    if "WAIT" in kernel.arg_names:
+        arguments["WAIT"] = registers_in_flight()
     arguments["enable_fp_fusion"] = True
     if isinstance(grid, int):
         grid = (grid,)

@@ -71,6 +71,20 @@ def compute_capability() -> int:
     return gpu.arch if gpu is not None and gpu.backend == "cuda" else 0
 
 
+def registers_in_flight() -> bool:
+    """Whether the compiler has a loop write registers that products of its last turn still read (triton #9433).
+
+    On sm_90, where an operand A that went through registers, to be reshaped after its load, is multiplied
+    asynchronously. Seen in the machine code of 3.6.0 to 3.8.0, and in none of 3.9.0's.
+    """
+    return compute_capability() == 90 and triton_version() < (3, 9)
+
+
+def triton_version() -> tuple[int, int]:
+    major, minor = triton.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
 def shared_bytes() -> int:
     """Shared memory that one block may have."""
     return _SHARED_BYTES.get(compute_capability(), LEAST_SHARED_BYTES)

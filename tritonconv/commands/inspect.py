@@ -6,18 +6,20 @@ import argparse
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from tritonconv import flags
+from tritonconv.autotune.sources import revision
 from tritonconv.bench.environment import version
 from tritonconv.bench.progress import progress
 from tritonconv.commands.common import OK, WRONG
 from tritonconv.errors import ArgumentError
-from tritonconv.inspection import jobs, readme, records, report
-from tritonconv.inspection.compiling import PRECISIONS, check_compiler
-from tritonconv.inspection.records import Inspection
+from tritonconv.inspection import jobs, readme, records, report, verdicts
+from tritonconv.inspection.compiling import PRECISIONS, Job, check_compiler, compile_job
+from tritonconv.inspection.records import Inspection, Record
 from tritonconv.inspection.targets import TARGETS
 from tritonconv.kernels.registry import Variant, triton_fault, variants
 from tritonconv.problem import LAYOUTS
@@ -67,6 +69,15 @@ def add(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="replace the table of this Triton version between the markers here",
     )
+    parser.add_argument(
+        "--verdicts", type=Path, metavar="DIR",
+        help="instead compile the pruned spaces for sm_90, look for registers that are written while a product may "
+        "read them, and keep what was found in DIR",
+    )  # fmt: skip
+    parser.add_argument(
+        "--sample", type=flags.count, metavar="N",
+        help="with --verdicts: keep nothing, and compile N configs of each variant that changed since, N of the others",
+    )  # fmt: skip
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     parser.add_argument(
         "--jobs", type=flags.processes, default=min(cores, MOST_PROCESSES), metavar="N",
@@ -82,7 +93,11 @@ def run(options: argparse.Namespace) -> int:
         readme.check(options.markdown)
     if options.json is not None and not options.json.parent.is_dir():
         raise ArgumentError(f"argument --json: there is no folder {options.json.parent}")
+    if options.sample is not None and options.verdicts is None:
+        raise ArgumentError("argument --sample: it is of --verdicts")
     check_compiler()
+    if options.verdicts is not None:
+        return _verdicts(options, chosen)
     plan = jobs.plan(
         chosen,
         targets=flags.once(options.targets, DEFAULT_TARGETS),
@@ -95,12 +110,7 @@ def run(options: argparse.Namespace) -> int:
         print(f"tritonconv inspect: {name} serves none of the layers ({why})", file=sys.stderr)
     if not plan.jobs:
         raise ArgumentError("no variant serves any of the layers asked for: see --layers, --dtypes and --layouts")
-    shown = progress(options.quiet, unit="launches", first="starting the compilers")
-    try:
-        shown.begin(len(plan.jobs))
-        found = jobs.run(plan.jobs, options.jobs, shown.step)
-    finally:
-        shown.close()
+    found = _compiled(plan.jobs, options)
     command = shlex.join(("tritonconv", *options.given))
     inspection = Inspection(version("triton") or "none", torch.__version__, command, tuple(found))
     report.show(inspection)
@@ -110,6 +120,37 @@ def run(options: argparse.Namespace) -> int:
     if options.markdown is not None:
         readme.update(inspection, options.markdown)
     return WRONG if inspection.failures() else OK
+
+
+def _compiled(
+    wanted: Sequence[Job], options: argparse.Namespace, compiled: jobs.Compiled = compile_job
+) -> list[Record]:
+    shown = progress(options.quiet, unit="launches", first="starting the compilers")
+    try:
+        shown.begin(len(wanted))
+        return jobs.run(wanted, options.jobs, shown.step, compiled)
+    finally:
+        shown.close()
+
+
+def _verdicts(options: argparse.Namespace, chosen: Sequence[Variant]) -> int:
+    """1 where a config that may be chosen is unsafe."""
+    triton = version("triton") or "none"
+    path = verdicts.path_of(options.verdicts, triton)
+    known = verdicts.read(path)
+    if options.sample is None:
+        wanted = [job for record in chosen for job in verdicts.jobs_of(record)]
+    else:
+        wanted = verdicts.sample(chosen, known, options.sample)
+    revisions = {record.name: revision(record) for record in chosen}
+    found = verdicts.verdicts(_compiled(wanted, options, verdicts.judged), revisions)
+    unsafe = verdicts.unsafe_configs(found)
+    for name, kind, config in unsafe:
+        print(f"unsafe: {name} on {kind}: {dict(config)}")
+    print(f"{len(unsafe)} of {len(wanted)} launches with Triton {triton} for {verdicts.TARGET} are unsafe")
+    if options.sample is None:
+        verdicts.write(path, triton, {**known, **found})
+    return WRONG if unsafe else OK
 
 
 def triton_variants(names: list[str]) -> tuple[Variant, ...]:

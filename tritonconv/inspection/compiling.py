@@ -54,6 +54,10 @@ class Job:
         return self.layer.problem(PRECISIONS[self.precision][0], self.layout)
 
 
+# (name, compiled kernel, target, seconds of compilations by hash) -> fields of a record
+Measure = Callable[[str, Any, Target, dict[str, float]], dict[str, Any]]
+
+
 def check_compiler() -> None:
     """Raises ArgumentError where this process cannot compile.
 
@@ -116,11 +120,12 @@ def products_in(precision: str) -> Iterator[None]:
         switch.fp32_precision = before
 
 
-def compile_job(job: Job, record: Variant | None = None) -> list[Record]:
+def compile_job(job: Job, record: Variant | None = None, measure: Measure | None = None) -> list[Record]:
     """Compiles one launch: a record per kernel, or one that carries the error. Nothing is raised for a bad kernel.
 
-    ``record`` is the variant itself where the registry does not list it.
+    ``record`` is the variant itself where the registry does not list it; ``measure`` reads of a kernel less than all.
     """
+    measure = _measured if measure is None else measure
     record = variant(job.variant) if record is None else record
     target, problem = TARGETS[job.target], job.problem
     common: dict[str, Any] = {
@@ -140,7 +145,7 @@ def compile_job(job: Job, record: Variant | None = None) -> list[Record]:
             config = record.default(problem, GPU) if job.config is None else job.config
             common["config"] = dict(config)
             kernels = compile_launch(record, problem, config)
-            return [Record(**common, **_measured(name, kernel, target, seconds)) for name, kernel in kernels]
+            return [Record(**common, **measure(name, kernel, target, seconds)) for name, kernel in kernels]
     except Exception as error:  # a kernel that does not compile is a result
         return [Record(**common, error=_text(error), seconds=round(time.perf_counter() - begin, 3))]
 

@@ -9,6 +9,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 
+from tritonconv.autotune.model import pruned
 from tritonconv.bench.workloads import Workload, workload
 from tritonconv.inspection.compiling import GPU, Job, compile_job, compiling_for
 from tritonconv.inspection.records import Record
@@ -51,7 +52,7 @@ def plan(
 ) -> Plan:
     """Every launch that is asked for. ``classes`` None: of each variant the first ``FEW`` that it serves.
 
-    ``candidates``: the whole ``space`` of a problem beside the default.
+    ``candidates``: the pruned space of a problem beside the default.
     """
     jobs: list[Job] = []
     left_out = []
@@ -95,19 +96,22 @@ def _of_layer(
 
 def _with_candidates(job: Job, record: Variant) -> list[Job]:
     default = dict(record.default(job.problem, GPU))
-    others = [config for config in record.space(job.problem, GPU) if dict(config) != default]
+    others = [config for config in pruned(record, job.problem, GPU) if dict(config) != default]
     return [job] + [Job(job.variant, job.layer, job.precision, job.layout, job.target, dict(each)) for each in others]
 
 
 Step = Callable[[str], None]
+Compiled = Callable[[Job], list[Record]]
 
 
-def run(jobs: Sequence[Job], processes: int, step: Step) -> list[Record]:
+def run(jobs: Sequence[Job], processes: int, step: Step, compiled: Compiled = compile_job) -> list[Record]:
     """Compiles all jobs and returns their records in the order of the jobs; ``step`` is told of each that is done.
 
-    With one process it is this one; with more a crash of the compiler is a record of the job that caused it.
+    ``compiled``, a function of a module, makes the records of one job. With one process it is this one; with more a
+    crash of the compiler is a record of the job that caused it.
     """
-    finished = _here(jobs) if processes <= 1 or len(jobs) < 2 else _in_processes(jobs, processes)
+    alone = processes <= 1 or len(jobs) < 2
+    finished = _here(jobs, compiled) if alone else _in_processes(jobs, processes, compiled)
     by_index: dict[int, list[Record]] = {}
     for index, records in finished:
         by_index[index] = records
@@ -115,12 +119,12 @@ def run(jobs: Sequence[Job], processes: int, step: Step) -> list[Record]:
     return [record for index in range(len(jobs)) for record in by_index[index]]
 
 
-def _here(jobs: Sequence[Job]) -> Iterator[tuple[int, list[Record]]]:
+def _here(jobs: Sequence[Job], compiled: Compiled) -> Iterator[tuple[int, list[Record]]]:
     for index, job in enumerate(jobs):
-        yield index, compile_job(job)
+        yield index, compiled(job)
 
 
-def _in_processes(jobs: Sequence[Job], processes: int) -> Iterator[tuple[int, list[Record]]]:
+def _in_processes(jobs: Sequence[Job], processes: int, compiled: Compiled) -> Iterator[tuple[int, list[Record]]]:
     """As jobs finish. When the compiler takes its process down, the jobs that were on their way go one by one."""
     waiting = list(reversed(range(len(jobs))))
     suspects: list[int] = []
@@ -133,7 +137,7 @@ def _in_processes(jobs: Sequence[Job], processes: int) -> Iterator[tuple[int, li
                 while queue or running:
                     while queue and len(running) < width:
                         index = queue.pop()
-                        running[pool.submit(compile_job, jobs[index])] = index
+                        running[pool.submit(compiled, jobs[index])] = index
                     for future in wait(running, return_when=FIRST_COMPLETED).done:
                         records = future.result()
                         yield running.pop(future), records

@@ -11,6 +11,9 @@ import tempfile
 from collections import Counter
 from typing import Any
 
+from tritonconv.inspection.in_flight import early_writes
+from tritonconv.inspection.shallow import reads_registers
+
 SECONDS_FOR_TOOL = 120.0
 
 _SASS = re.compile(r"^\s*(?:/\*[0-9a-f]+\*/)?\s*(?:@!?\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
@@ -38,6 +41,13 @@ def resources(compiled: Any, backend: str) -> dict[str, Any]:
     }
 
 
+def early_write(compiled: Any) -> str:
+    """The first instruction that writes a register which a product in flight may read; empty where there is none."""
+    if not reads_registers(compiled.asm["ttgir"]):
+        return ""
+    return next(iter(early_writes(_disassembled(compiled.asm["cubin"])[1])), "")
+
+
 def dot_kind(ttir: str, backend: str) -> str:
     """What the dots of Triton's own code ask for; see ``Record.dot``. ``ieee`` is the precision it does not print."""
     dots = [line for line in ttir.splitlines() if "= tt.dot" in line]
@@ -48,19 +58,25 @@ def dot_kind(ttir: str, backend: str) -> str:
 
 
 def _nvidia(cubin: bytes) -> dict[str, Any]:
+    usage, code = _disassembled(cubin, usage=True)
+    return {
+        **sass_counts(code),
+        **loop_counts(code),
+        "early_write": next(iter(early_writes(code)), ""),
+        "registers": _number(r"REG:(\d+)", usage),
+        "stack_bytes": _number(r"STACK:(\d+)", usage) if stack_is_used(code) else 0,
+    }
+
+
+def _disassembled(cubin: bytes, usage: bool = False) -> tuple[str, str]:
+    """(what cuobjdump says of resources, if asked for; nvdisasm's listing)."""
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = _output(knobs.nvidia.cuobjdump.path, "-res-usage", file.name)
-        code = _output(knobs.nvidia.nvdisasm.path, "-c", file.name)
-    return {
-        **sass_counts(code),
-        **loop_counts(code),
-        "registers": _number(r"REG:(\d+)", usage),
-        "stack_bytes": _number(r"STACK:(\d+)", usage) if stack_is_used(code) else 0,
-    }
+        said = _output(knobs.nvidia.cuobjdump.path, "-res-usage", file.name) if usage else ""
+        return said, _output(knobs.nvidia.nvdisasm.path, "-c", file.name)
 
 
 def stack_is_used(code: str) -> bool:

@@ -52,10 +52,13 @@ class Record:
     local_accesses: int = 0
     loop_instructions: int = 0  # of the innermost loop that multiplies matrices, as narrow_loads; NVIDIA's alone
     narrow_loads: int = 0
+    early_write: str = ""  # the first instruction that writes a register which a product in flight may read
 
 
 def faults(record: Record) -> tuple[str, ...]:
-    """What a default config must not have: an error, a spill, more memory than there is, a dot without its unit."""
+    """What a default config must not have: an error, a spill, more memory than there is, a dot without its unit,
+    a register written too early.
+    """
     if record.error is not None:
         return (f"does not compile: {record.error.splitlines()[0]}",)
     target = TARGETS[record.target]
@@ -79,6 +82,8 @@ def faults(record: Record) -> tuple[str, ...]:
         found.append(f"{record.warps} warps with {record.registers} registers do not fit a multiprocessor")
     if record.dot == "matrix" and not record.matrix:
         found.append(f"has a tl.dot and no matrix instruction ({target.matrix} expected)")
+    if record.early_write:
+        found.append(f"writes a register that a product in flight may read (triton #9433): {record.early_write}")
     return tuple(found)
 
 

@@ -1,0 +1,61 @@
+"""Configs that must not run where they would be compiled, though they would compile: ``Variant.hazard``.
+
+A hazard is of a config and a compiler, not of a problem's numbers: what is wrong once may be right a thousand times. A
+variant with a hazard is guarded where it is registered, so dispatch, tuner, benchmark and ``use`` meet safe configs
+alone; what is stored is asked about with :func:`unsafe`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from tritonconv.problem import Problem
+
+if TYPE_CHECKING:  # the registry guards what it lists
+    from tritonconv.kernels.registry import Config, Variant
+
+
+class Target(NamedTuple):
+    """What a kernel is compiled for and by: the compute capability (90 for 9.0, 0 for none) and Triton's version."""
+
+    capability: int
+    triton: tuple[int, int]
+
+
+def present(device: torch.device) -> Target:
+    """What a launch on the device would be compiled for now."""
+    from tritonconv.kernels.triton_target import compute_capability, triton_version
+
+    return Target(compute_capability() if device.type == "cuda" else 0, triton_version())
+
+
+def unsafe(record: Variant, problem: Problem, config: Config, device: torch.device) -> str | None:
+    """Why the config must not run on the device with the Triton that is here; None where it may."""
+    return None if record.hazard is None else record.hazard(problem, config, present(device))
+
+
+def guarded(record: Variant) -> Variant:
+    """The variant without unsafe configs: another one is its default, and ``supports`` says where all are unsafe."""
+    if record.hazard is None:
+        return record
+
+    def space(problem: Problem, device: torch.device) -> tuple[Config, ...]:
+        return tuple(each for each in record.space(problem, device) if unsafe(record, problem, each, device) is None)
+
+    def default(problem: Problem, device: torch.device) -> Config:
+        usual = record.default(problem, device)
+        if unsafe(record, problem, usual, device) is None:
+            return usual
+        return next(iter(space(problem, device)), usual)
+
+    def supports(problem: Problem, device: torch.device) -> str | None:
+        why_not = record.supports(problem, device)
+        if why_not is not None:
+            return why_not
+        reason = unsafe(record, problem, default(problem, device), device)
+        return None if reason is None else f"no config of it is safe here: {reason}"
+
+    return replace(record, space=space, default=default, supports=supports)
