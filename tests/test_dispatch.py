@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import itertools
 import random
 import threading
@@ -10,9 +11,11 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 import tritonconv
 from tritonconv import ArgumentError, Problem, VariantNotApplicable, dispatch
+from tritonconv import forced as forced_module
 from tritonconv.autotune import choose, model, rules
 from tritonconv.autotune.choose import Selection
 from tritonconv.forced import forced_variants
@@ -313,3 +316,28 @@ def test_only_weights_that_are_packed_are_shared():
         if shared:
             chosen = {name: one._replace(config={**one.config, "WEIGHT": 1}) for name, one in chosen.items()}
         assert dispatch.plan_of(each, CUDA, **chosen).packs_weights is shared
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint_computes_a_call_anew_with_what_was_in_force(fresh, launches, reentrant):
+    layer = tritonconv.ConvTranspose3d(2, 3, 3, stride=2)
+    x = torch.randn(1, 2, 3, 4, 3, requires_grad=True)
+    with tritonconv.use("forward_torch_phases"):
+        y = checkpoint(layer, x, use_reentrant=reentrant)
+    y.sum().backward()
+    assert launches.count("forward_torch_phases") == 2
+    launches.clear()
+    y = checkpoint(layer, x, use_reentrant=reentrant)  # without the block nothing is in force, and is not afterwards
+    y.sum().backward()
+    assert "forward_torch_phases" not in launches
+
+
+def test_what_was_in_force_is_forgotten_with_the_weight(fresh):
+    weight = WEIGHT.clone().requires_grad_()
+    before = dict(forced_module._trained)
+    with tritonconv.use("forward_torch_phases"):
+        tritonconv.conv_transpose3d(X, weight, BIAS, 2)
+    assert len(forced_module._trained) == len(before) + 1
+    del weight
+    gc.collect()
+    assert forced_module._trained == before

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar, copy_context
 from typing import Any
+
+import torch
 
 from tritonconv.autotune.choose import Selection
 from tritonconv.errors import ArgumentError
@@ -25,7 +28,8 @@ def forced_variants() -> tuple[str, ...]:
 def use(*names: str) -> Iterator[None]:
     """Forces the named variants, at most one per pass, for the calls made inside the ``with`` block.
 
-    A call keeps its variants for its backward passes, wherever those run; a compiled graph takes what is in force
+    A call keeps its variants for its backward passes, wherever those run, and for its recomputation by activation
+    checkpointing; a compiled graph takes what is in force
     where each of its parts runs, and one of fixed sizes is traced anew where that changes its choices. Calls that a
     transform or a tracer watches go to torch itself all the same. Blocks nest; the inner one wins per pass.
     Raises ArgumentError for an unknown name or two names of one pass; a call that a forced variant does not serve
@@ -57,6 +61,27 @@ def pinned(*selections: Selection) -> contextlib.AbstractContextManager[None]:
     return _forcing(
         {chosen.variant.pass_name: (chosen.variant.name, tuple(chosen.config.items())) for chosen in selections}
     )
+
+
+# By the identity of a weight that is trained: the weight, and what was in force in the last call with it.
+_trained: dict[int, tuple[weakref.ref[torch.Tensor], Forced]] = {}
+
+
+def recalled(weight: torch.Tensor) -> contextlib.AbstractContextManager[None] | None:
+    """Asked in each eager call: in a backward pass, where a checkpoint computes a call anew, a block with what was in
+    force when the call was made; None elsewhere."""
+    named, key = forced.get(), id(weight)
+    if named:
+        if weight.requires_grad:
+            _trained[key] = weakref.ref(weight, lambda gone: _trained.pop(key, None)), named
+        return None
+    if not _trained or key not in _trained:
+        return None
+    if torch._C._current_graph_task_id() == -1:
+        del _trained[key]
+        return None
+    _, named = _trained[key]
+    return _forcing({variant(name).pass_name: (name, items) for name, items in named})
 
 
 @contextlib.contextmanager

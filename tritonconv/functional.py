@@ -14,7 +14,7 @@ from tritonconv import autocast, autograd, fallback, guards, operators
 from tritonconv.arguments import check_types, geometry, plain
 from tritonconv.dispatch import Plan, plan_for
 from tritonconv.errors import ArgumentError, ArgumentTypeError, VariantNotApplicable
-from tritonconv.forced import forced_variants
+from tritonconv.forced import forced_variants, recalled
 
 
 def conv_transpose3d(input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1):
@@ -43,6 +43,14 @@ def conv_transpose3d(input, weight, bias=None, stride=1, padding=0, output_paddi
         return _traced(input, weight, bias, stride, padding, output_padding, groups, dilation)
     if not fallback.plain(input, weight, bias):
         return _by_torch(input, weight, bias, stride, padding, output_padding, groups, dilation)
+    again = recalled(weight)
+    if again is not None:
+        with again:
+            return _eager(input, weight, bias, stride, padding, output_padding, groups, dilation)
+    return _eager(input, weight, bias, stride, padding, output_padding, groups, dilation)
+
+
+def _eager(input, weight, bias, stride, padding, output_padding, groups, dilation):
     if autocast.any_autocast():
         input, weight, bias = autocast.lowered_once(input, weight, bias)
     if input.dim() == 4:
