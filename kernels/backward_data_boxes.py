@@ -50,7 +50,8 @@ MOST_PHASES = 8  # descriptors of one launch: stride 2 on each axis
 def phase_gemm(
     acc, volume, weight, PHASE: tl.constexpr, image, d, h, w, out_size, crop, column, KERNEL: tl.constexpr,
     STRIDE: tl.constexpr, DILATION: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, WAIT: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, VOXELS_LAST: tl.constexpr, PRECISION: tl.constexpr,
+    WAIT: tl.constexpr,
 ):  # fmt: skip
     """acc plus what the taps of one phase add to the box of inputs at d, h, w; a phase without outputs: nothing."""
     _, outs_d, tap_d, taps_d, offset_d = axis_phase(
@@ -68,7 +69,7 @@ def phase_gemm(
         (tap_d, tap_h, tap_w), (taps_d, taps_h, taps_w), column,
         (tap_period(STRIDE[0], DILATION[0]), tap_period(STRIDE[1], DILATION[1]), tap_period(STRIDE[2], DILATION[2])),
         (tap_shift(STRIDE[0], DILATION[0]), tap_shift(STRIDE[1], DILATION[1]), tap_shift(STRIDE[2], DILATION[2])),
-        KERNEL, K, True, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, WAIT,
+        KERNEL, K, True, BLOCK_M, BLOCK_N, BLOCK_K, VOXELS_LAST, PRECISION, WAIT,
     )  # fmt: skip
 
 
@@ -83,7 +84,7 @@ def backward_data_boxes_kernel(
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, WAIT: tl.constexpr,
+    VOXELS_LAST: tl.constexpr, UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
     x_strides = aligned(x_strides, UNITS, 0)
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
@@ -93,7 +94,7 @@ def backward_data_boxes_kernel(
     for tile in range(tl.program_id(0), tiles_m * COLUMNS, tl.num_programs(0)):
         tile_m, tile_n = grouped_order(tile, tiles_m, COLUMNS, GROUP_M)
         image, d, h, w = box_corner(tile_m, size, BLOCK_D, BLOCK_H, BLOCK_W)
-        acc = box_zeros(BLOCK_M, BLOCK_N)
+        acc = box_zeros(BLOCK_M, BLOCK_N, VOXELS_LAST)
         for PHASE in tl.static_range(product(STRIDE)):
             grad_y = phase0
             if PHASE == 1:
@@ -112,9 +113,9 @@ def backward_data_boxes_kernel(
                 grad_y = phase7
             acc = phase_gemm(
                 acc, grad_y, w_desc, PHASE, image, d, h, w, out_size, crop, tile_n * BLOCK_N,
-                KERNEL, STRIDE, DILATION, C_OUT, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, WAIT,
+                KERNEL, STRIDE, DILATION, C_OUT, BLOCK_M, BLOCK_N, BLOCK_K, VOXELS_LAST, PRECISION, WAIT,
             )  # fmt: skip
-        if voxels_last(BLOCK_N):
+        if VOXELS_LAST:
             acc = tl.trans(acc)
         d, h, w, mask_m = box_voxels(d, h, w, size, BLOCK_M, BLOCK_H, BLOCK_W, WIDE)
         store_box(grad_x_ptr, x_strides, acc, image, d, h, w, mask_m, tile_n * BLOCK_N, C_IN, BLOCK_N, WIDE)
@@ -160,6 +161,7 @@ def launch(problem, config, grad_y, weight):
         **geometry(problem),
         x_strides=grad_x.stride(),
         WIDE=wide(grad_x, of=problem),
+        VOXELS_LAST=voxels_last(config),
         PRECISION=precision(problem.dtype),
     )
     return grad_x

@@ -58,7 +58,7 @@ def forward_boxes_kernel(
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr, ORDER: tl.constexpr, K_INNERMOST: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, WAIT: tl.constexpr,
+    VOXELS_LAST: tl.constexpr, UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
     y_strides = aligned(y_strides, UNITS, 0)
     out_size, crop = (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
@@ -85,7 +85,7 @@ def forward_boxes_kernel(
         )
         image, d, h, w = box_corner(tile_m, largest, BLOCK_D, BLOCK_H, BLOCK_W)
         acc = box_gemm(
-            box_zeros(BLOCK_M, BLOCK_N), x_desc, w_desc,
+            box_zeros(BLOCK_M, BLOCK_N, VOXELS_LAST), x_desc, w_desc,
             image, d + offset_d, h + offset_h, w + offset_w,
             (tap_d, tap_h, tap_w), (taps_d, taps_h, taps_w), tile_n * BLOCK_N,
             (
@@ -98,9 +98,9 @@ def forward_boxes_kernel(
                 -tap_shift(STRIDE[1], DILATION[1]),
                 -tap_shift(STRIDE[2], DILATION[2]),
             ),
-            KERNEL, C_IN, K_INNERMOST, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, WAIT,
+            KERNEL, C_IN, K_INNERMOST, BLOCK_M, BLOCK_N, BLOCK_K, VOXELS_LAST, PRECISION, WAIT,
         )  # fmt: skip
-        if voxels_last(BLOCK_N):
+        if VOXELS_LAST:
             acc = tl.trans(acc)
         if bias_ptr is not None:
             channel = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -136,6 +136,7 @@ def launch(problem, config, x, weight, bias, out=None):
         ORDER=phase_order(problem),
         K_INNERMOST=k_innermost,
         WIDE=wide(y, of=problem),
+        VOXELS_LAST=voxels_last(config),
         PRECISION=precision(problem.dtype),
     )
     return y

@@ -18,7 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from tritonconv.kernels.triton_device import next_step, offset, settled, widened
 from tritonconv.kernels.triton_launch import multiprocessors, refusal
 from tritonconv.kernels.triton_tape import derived
-from tritonconv.kernels.triton_target import target
+from tritonconv.kernels.triton_target import compute_capability, target
 from tritonconv.kernels.triton_tiles import PROGRAMS
 from tritonconv.kernels.triton_weights import OUT_INNERMOST, packed, strides
 from tritonconv.kernels.work import Work, tap_gemm
@@ -55,20 +55,11 @@ def box_voxels(d, h, w, size, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOC
     return d, h, w, (d < size[0]) & (h < size[1]) & (w < size[2])
 
 
-@triton.constexpr_function
-def voxels_last(block_n):
-    """Whether the sums are (channels, voxels), so that the box is the right operand, which no compiler takes through
-    registers to reshape it. The left one is the weight's: 64 rows are the fewest that sm_90's products have.
-    """
-    return int(block_n) >= 64
-
-
 @triton.jit
-def box_zeros(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def box_zeros(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, VOXELS_LAST: tl.constexpr):
     """The sums that :func:`box_gemm` begins with."""
-    if voxels_last(BLOCK_N):
-        return tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    return tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    ROWS: tl.constexpr = BLOCK_N if VOXELS_LAST else BLOCK_M
+    return tl.zeros((ROWS, BLOCK_M * BLOCK_N // ROWS), tl.float32)
 
 
 @triton.jit
@@ -87,6 +78,7 @@ def box_gemm(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    VOXELS_LAST: tl.constexpr,  # of voxels_last
     PRECISION: tl.constexpr,
     WAIT: tl.constexpr,
 ):  # fmt: skip
@@ -103,7 +95,7 @@ def box_gemm(
             w_tile = tl.trans(tl.reshape(weight.load([index, column, k]), (BLOCK_N, BLOCK_K)))
         else:
             w_tile = tl.reshape(weight.load([index, k, column]), (BLOCK_K, BLOCK_N))
-        if voxels_last(BLOCK_N):
+        if VOXELS_LAST:
             acc = tl.dot(tl.trans(w_tile), tl.trans(a_tile), acc, input_precision=PRECISION)
         else:
             acc = settled(tl.dot(a_tile, w_tile, acc, input_precision=PRECISION), WAIT)
@@ -204,6 +196,16 @@ def _box_of(size: Triple, block_m: int) -> Triple:
         return covered, d * h + h * w + d * w, -w
 
     return min(shapes, key=cost)
+
+
+def voxels_last(config) -> bool:
+    """VOXELS_LAST: whether the sums are (channels, voxels), and the box the right operand.
+
+    For sm_90, where a left one goes through registers to be reshaped. The left one is then the weight's: 64 rows are
+    the fewest that its products have. On sm_100 no operand does, and the sums so turned spill. The interpreter does as
+    sm_90.
+    """
+    return config["BLOCK_N"] >= 64 and compute_capability() in (0, 90)
 
 
 def programs(device: torch.device, tiles: int) -> int:

@@ -134,7 +134,7 @@ def _compiled(
 
 
 def _verdicts(options: argparse.Namespace, chosen: Sequence[Variant]) -> int:
-    """1 where a config that may be chosen is unsafe."""
+    """1 where a config that may be chosen is unsafe or does not compile."""
     triton = version("triton") or "none"
     path = verdicts.path_of(options.verdicts, triton)
     known = verdicts.read(path)
@@ -144,13 +144,17 @@ def _verdicts(options: argparse.Namespace, chosen: Sequence[Variant]) -> int:
         wanted = verdicts.sample(chosen, known, options.sample)
     revisions = {record.name: revision(record) for record in chosen}
     found = verdicts.verdicts(_compiled(wanted, options, verdicts.judged), revisions)
-    unsafe = verdicts.unsafe_configs(found)
-    for name, kind, config in unsafe:
-        print(f"unsafe: {name} on {kind}: {dict(config)}")
-    print(f"{len(unsafe)} of {len(wanted)} launches with Triton {triton} for {verdicts.TARGET} are unsafe")
+    unsafe, broken = (verdicts.configs_of(found, said) for said in (verdicts.UNSAFE, verdicts.BROKEN))
+    for said, configs in ((verdicts.UNSAFE, unsafe), (verdicts.BROKEN, broken)):
+        for name, kind, config in configs:
+            print(f"{said}: {name} on {kind}: {dict(config)}")
+    print(
+        f"{len(wanted)} launches with Triton {triton} for {verdicts.TARGET}: {len(unsafe)} are unsafe, "
+        f"{len(broken)} do not compile"
+    )
     if options.sample is None:
         verdicts.write(path, triton, {**known, **found})
-    return WRONG if unsafe else OK
+    return WRONG if unsafe or broken else OK
 
 
 def triton_variants(names: list[str]) -> tuple[Variant, ...]:

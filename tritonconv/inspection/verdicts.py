@@ -108,13 +108,13 @@ def _said(kernels: Sequence[Record]) -> str:
     return UNSAFE if any(each.early_write for each in kernels) else SAFE
 
 
-def unsafe_configs(found: Verdicts) -> list[tuple[str, str, Config]]:
-    """(variant, class, config) of all that must not be chosen."""
+def configs_of(found: Verdicts, said: str) -> list[tuple[str, str, Config]]:
+    """(variant, class, config) of all of which this was said."""
     return [
         (name, kind, dict(zip(of_class["keys"], values, strict=True)))
         for name, of_variant in found.items()
         for kind, of_class in of_variant["classes"].items()
-        for values in of_class.get(UNSAFE, ())
+        for values in of_class.get(said, ())
     ]
 
 
