@@ -66,8 +66,11 @@ def _reached(begin: list[Place]) -> list[Place]:
 def _uses(place: Place) -> tuple[Place, ...]:
     definitions, imported = _definitions(place.module), _imports(place.module)
     found: dict[Place, None] = {}
+    local = _local_names(_node(place))
     for node in ast.walk(_node(place)):
         if isinstance(node, ast.Name):
+            if node.id in local:
+                continue
             if node.id in definitions:
                 found[Place(place.module, node.id)] = None
             elif node.id in imported:
@@ -76,6 +79,14 @@ def _uses(place: Place) -> tuple[Place, ...]:
             of_module = imported[node.value.id]  # ``from tritonconv.kernels import forward_phases``
             found[Place(f"{of_module.module}.{of_module.name}", node.attr)] = None
     return tuple(each for each in found if each.module not in APART and _is_ours(each.module))
+
+
+def _local_names(node: ast.stmt) -> set[str]:
+    """The arguments of a function and what it assigns, whatever else in the module has such a name."""
+    if not isinstance(node, ast.FunctionDef):
+        return set()
+    names = {each.id for each in ast.walk(node) if isinstance(each, ast.Name) and isinstance(each.ctx, ast.Store)}
+    return names | {each.arg for each in ast.walk(node) if isinstance(each, ast.arg)}
 
 
 def _is_ours(module: str) -> bool:

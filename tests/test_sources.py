@@ -34,7 +34,12 @@ def helper(x, STEP: tl.constexpr):
 @triton.jit(do_not_specialize=["n"])
 def kernel(x_ptr, n, BLOCK: tl.constexpr):
     i = tl.arange(0, BLOCK)  # of a tile
-    tl.store(x_ptr + i, helper(tl.load(x_ptr + i), PLACES), mask=i < n)
+    columns = i + 0
+    tl.store(x_ptr + i, helper(tl.load(x_ptr + i), PLACES), mask=columns < n)
+
+
+def columns(problem):
+    return problem.c_out
 
 
 def launch(problem, config, x, weight, bias):
@@ -83,9 +88,11 @@ def revision_of(tmp_path):
         ("# of a tile", "# of one tile of the image"), ('"""Adds."""', '"""Adds a step, as the name says."""'),
         ('    """Adds."""\n', ""), ('"""A kernel."""', ""), ('"""Launches."""', '"""Runs it."""'),
         ("    return x + STEP", "\n    return (x + STEP"), ("BLOCK=4)", "BLOCK=8)"), ("an example", "another"),
+        ("return problem.c_out", "return problem.c_in"),
         ("i = tl.arange(0, BLOCK)", "i = tl.arange(\n        0,\n        BLOCK,\n    )"),
     ],
-    ids=["comment", "docstring", "no docstring", "module", "host's docstring", "brackets", "host", "record", "lines"],
+    ids=["comment", "docstring", "no docstring", "module", "host's docstring", "brackets", "host", "record",
+         "host of one name", "lines"],
 )  # fmt: skip
 def test_what_the_compiler_does_not_see_changes_no_revision(revision_of, before, after):
     assert before in TRITON
@@ -100,7 +107,7 @@ def test_what_the_compiler_does_not_see_changes_no_revision(revision_of, before,
     [
         ("x + STEP", "x - STEP"), ("PLACES = 4", "PLACES = 8"), ("STEP: tl.constexpr", "STEP"),
         ('do_not_specialize=["n"]', 'do_not_specialize=["x_ptr"]'), ("import ceil_div", "import gcd as ceil_div"),
-        ("mask=i < n", "mask=i <= n"),
+        ("mask=columns < n", "mask=columns <= n"),
     ],
     ids=["helper", "constant", "constexpr", "specialisation", "imported helper", "kernel"],
 )  # fmt: skip
