@@ -18,7 +18,10 @@ from variant_cases import DEVICE
 
 import tritonconv
 from tritonconv import Problem, dispatch
+from tritonconv.autotune import store
 from tritonconv.autotune.choose import Selection
+from tritonconv.autotune.key import Key, device_name
+from tritonconv.autotune.store import Entry, Table
 from tritonconv.bench import gate
 from tritonconv.bench.gpu import captured
 from tritonconv.bench.workloads import resized, workload
@@ -224,3 +227,45 @@ def test_autocast_and_torch_compile_on_a_gpu():
             z = torch.compile(layer, fullgraph=True)(x)
         assert torch.equal(y, z)
         assert all(map(torch.equal, eager, torch.autograd.grad(z.float().square().sum(), (x, *layer.parameters()))))
+
+
+def test_calls_run_torchs_own_until_the_kernels_are_compiled(tmp_path, monkeypatch):
+    """A choice of the store, from a cold cache: no call waits for the compiler, and each answer is right."""
+    from triton import knobs
+
+    problem = Problem(2, 48, 40, SIZE, (2,) * 3, (2,) * 3, (0,) * 3, (10, 12, 14), dtype=torch.float16, layout="ndhwc")
+    names = ("forward_phases", "backward_data_gemm", "backward_weight_splitk")
+    monkeypatch.setenv("TRITONCONV_CACHE", str(tmp_path))
+    monkeypatch.setattr(knobs.cache, "dir", str(tmp_path / "triton"))
+    records = [variant(name) for name in names]
+    entries = {
+        str(Key.of(problem, record.pass_name)): Entry(
+            record.name, dict(record.default(problem, DEVICE)), 1.0, 2.0, "", str(problem), record.pass_name, "2026"
+        )
+        for record in records
+    }
+    store.merge(Table(device_name(DEVICE), entries))
+    dispatch.forget()
+    try:
+        layer = tritonconv.ConvTranspose3d(48, 40, 2, 2, bias=False).to(DEVICE, torch.float16)
+        x, grad_y = (
+            torch.randn(shape, device=DEVICE).to(torch.float16, memory_format=torch.channels_last_3d)
+            for shape in (problem.x_shape, problem.y_shape)
+        )
+        x.requires_grad_()
+        y = torch.nn.functional.conv_transpose3d(x, layer.weight, None, 2)
+        want = [y.detach(), *torch.autograd.grad(y, (x, layer.weight), grad_y)]
+        plan = dispatch.plan(problem, x.device)
+        found = step(layer, x, grad_y)
+        assert not (plan._forward.kept or plan._backward_data.kept or plan._backward_weight.kept)
+        for got, right in zip(found, want, strict=True):
+            torch.testing.assert_close(got, right, atol=0.02 * right.abs().max().item(), rtol=0)
+        assert tritonconv.wait_until_compiled(300)
+        found = step(layer, x, grad_y)
+        assert plan._forward.kept and plan._backward_data.kept and plan._backward_weight.kept
+        for got, right in zip(found, want, strict=True):
+            torch.testing.assert_close(got, right, atol=0.02 * right.abs().max().item(), rtol=0)
+        twice(lambda: step(layer, x, grad_y))
+    finally:
+        monkeypatch.undo()
+        dispatch.forget()
