@@ -99,7 +99,9 @@ def _conv3d(tensor, weight, bias, padding, rates, groups):
     onednn = tensor.device.type == "cpu" and tensor.dtype is torch.float32 and len(tensor) == 1 and any(padding)
     if not onednn or not torch.backends.mkldnn.is_available():
         return F.conv3d(tensor, weight, bias, 1, padding, rates, groups)
-    # The operation behind torch.compile's CPU backend; the last three arguments name no fused activation.
+    # The operation behind torch.compile's CPU backend, which reads a bias as if it were dense; the last three arguments
+    # name no fused activation.
+    dense = bias if bias is None else bias.contiguous()
     return torch.ops.mkldnn._convolution_pointwise(
-        tensor, weight, bias, padding, [1, 1, 1], rates, groups, "none", [], ""
+        tensor, weight, dense, padding, [1, 1, 1], rates, groups, "none", [], ""
     )

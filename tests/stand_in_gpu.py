@@ -229,7 +229,7 @@ def install() -> None:
     _launches()
     from tritonconv import fallback
 
-    fallback._PLAIN_TYPES |= {OnGpu}
+    fallback.PLAIN_TYPES |= {OnGpu}
     atexit.register(time.sleep, 0.1)  # the thread of the last backward still drops its tensors, and needs Python for it
 
 

@@ -111,7 +111,7 @@ def test_a_cell_whose_choice_has_changed_is_measured_again(tmp_path, capsys):
     assert run(tmp_path, 30) == 0
     out = capsys.readouterr().out
     assert "roofs: known" in out and "tune: 3 choices" in out
-    (table,) = (tmp_path / "store").glob("*threads.json")
+    (table,) = (tmp_path / "store").glob("*.v2.json")
     assert json.loads(table.read_text())["ceilings"]["measured"]
 
 
@@ -150,7 +150,7 @@ def test_a_new_dtype_has_its_roof_measured_and_knows_no_cells(tmp_path, capsys):
     found = results.load(tmp_path)
     assert Counter(row["dtype"] for row in found.results) == {"float32": 4, "bfloat16": 4}
     assert all(row["percent_of_roof"] > 0 for row in found.results)
-    (table,) = (tmp_path / "store").glob("*threads.json")
+    (table,) = (tmp_path / "store").glob("*.v2.json")
     assert json.loads(table.read_text())["ceilings"]["matrix"].keys() == {"float32", "bfloat16"}
 
 

@@ -32,7 +32,8 @@ OTHER = Problem(1, 8, 4, (6, 6, 6), (3, 3, 3), (2, 2, 2), (1, 1, 1), (11, 11, 11
 def tuner(tmp_path, monkeypatch):
     """The switch is set, memory is free, nothing is captured, and the background's tasks run behind each call."""
     monkeypatch.setenv("TRITONCONV_CACHE", str(tmp_path))
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    with torch.backends.__allow_nonbracketed_mutation():  # which torch's own tests forbid for the rest of a process
+        monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 30, 1 << 30))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
@@ -42,8 +43,9 @@ def tuner(tmp_path, monkeypatch):
     monkeypatch.setattr(first_use, "SECONDS", 60.0)  # other programs may run beside the tests
     monkeypatch.setattr(first_use, "TIMING", 0.3 / 60)
     dispatch.forget()
-    yield
-    monkeypatch.undo()
+    with torch.backends.__allow_nonbracketed_mutation():
+        yield
+        monkeypatch.undo()
     dispatch.forget()
 
 

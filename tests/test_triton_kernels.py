@@ -209,7 +209,7 @@ def test_what_is_out_of_reach_has_a_reason(name):
             why_not = record.supports(case.problem(torch.float32, layout), DEVICE)
             assert why_not is None or len(why_not) > 10
             if why_not is not None and layout == "ncdhw":
-                x, weight, bias = (t.float().to(DEVICE) for t in expected(case, True)[0])
+                x, weight, bias = (t.float().to(DEVICE).requires_grad_() for t in expected(case, True)[0])
                 with tritonconv.use(name), pytest.raises(VariantNotApplicable) as caught:
                     case.call(x, weight, bias)
                 assert why_not in str(caught.value)

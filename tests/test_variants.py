@@ -110,7 +110,7 @@ def test_what_is_out_of_reach_has_a_reason_that_the_error_repeats(name):
         assert isinstance(why_not, str)
         assert len(why_not) > 10
         inputs, *_ = expected(case, True)
-        arguments = [t.float() for t in inputs]
+        arguments = [t.float().requires_grad_() for t in inputs]
         with tritonconv.use(name), pytest.raises(VariantNotApplicable) as caught:
             case.call(*arguments)
         assert why_not in str(caught.value)
