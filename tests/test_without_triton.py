@@ -182,6 +182,7 @@ def test_a_kernel_runs_from_a_zip_file(copy, tmp_path):
         pytest.skip("needs Triton")
     zipped = shutil.make_archive(str(tmp_path / "package"), "zip", copy, "tritonconv")
     code = f"""{CALL}
+warnings.simplefilter("ignore", DeprecationWarning)  # of numpy, in the interpreter of Triton 3.6
 with tritonconv.use("forward_shuffle"), torch.no_grad():
     y = tritonconv.conv_transpose3d(torch.ones(1, 2, 2, 2, 2), torch.ones(2, 3, 2, 2, 2), None, 2)
 print(*y.unique().tolist(), tritonconv.__file__)

@@ -37,7 +37,7 @@ def triple(name: str, value, low: int, op: str = OP) -> Triple:
     """
     entries = tuple(value) if isinstance(value, (Sequence, torch.Size)) and not isinstance(value, str) else (value,)
     if len(entries) == 1:
-        entries *= 3
+        entries = entries * 3  # dynamo of torch 2.11 has no `*=` of a tuple
     if len(entries) != 3:
         raise ArgumentError(f"{op}: {name} expects one integer or three, got {len(entries)}: {value!r}")
     numbers = tuple(_integer(name, entry, value, op) for entry in entries)
