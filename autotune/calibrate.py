@@ -22,7 +22,8 @@ from tritonconv.autotune.journal import OK, SCREEN, Timing
 from tritonconv.autotune.key import device_name
 from tritonconv.autotune.sources import revision
 from tritonconv.errors import ArgumentError
-from tritonconv.kernels.registry import Config, Variant, variant
+from tritonconv.kernels.registry import variant
+from tritonconv.kernels.variant import Config, Variant
 from tritonconv.problem import Problem
 
 LEAST = 5  # timings of a kind: of fewer the factor of all kernels of its backend stands in

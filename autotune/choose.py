@@ -23,8 +23,9 @@ from tritonconv.autotune.key import Key, device_name
 from tritonconv.autotune.sources import revision
 from tritonconv.autotune.store import Entry, Table
 from tritonconv.errors import ArgumentError, StoreWarning, VariantNotApplicable
-from tritonconv.kernels.registry import NO_CONFIG, Config, Variant, variant, warn_without_triton
+from tritonconv.kernels.registry import variant, warn_without_triton
 from tritonconv.kernels.safety import unsafe
+from tritonconv.kernels.variant import NO_CONFIG, Config, Variant
 from tritonconv.problem import Problem
 from tritonconv.switches import REASON, torch_only
 

@@ -21,7 +21,8 @@ from tritonconv.autotune.ceilings import Ceilings
 from tritonconv.autotune.fit import Fit, place
 from tritonconv.autotune.rules import FALLBACK
 from tritonconv.autotune.serving import HOPPER
-from tritonconv.kernels.registry import NO_CONFIG, Config, Variant, variant, variants
+from tritonconv.kernels.registry import variant, variants
+from tritonconv.kernels.variant import NO_CONFIG, Config, Variant
 from tritonconv.problem import Problem
 
 MARGIN = 0.92  # of torch's own time that a kernel must be expected to take at most; chosen by the left-out layers

@@ -23,7 +23,8 @@ import numpy as np
 import torch
 
 from tritonconv.autotune.ceilings import Ceilings, of_capability
-from tritonconv.kernels.registry import Config, Variant, variants
+from tritonconv.kernels.registry import variants
+from tritonconv.kernels.variant import Config, Variant
 from tritonconv.kernels.work import LINE, WARP, Work, by_torch
 from tritonconv.problem import Problem
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tritonconv.errors import StoreError
-from tritonconv.kernels.registry import Config
+from tritonconv.kernels.variant import Config
 from tritonconv.problem import PASSES, Problem
 
 VARIABLE = "TRITONCONV_CHOICES"

@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 import torch
 
-from tritonconv.kernels.registry import Variant, variant
+from tritonconv.kernels.registry import variant
+from tritonconv.kernels.variant import Variant
 from tritonconv.problem import PASSES, Problem
 
 # torch sends one small image with a kernel of at most 3 past oneDNN (ATen ConvParams::use_mkldnn, torch 2.13).

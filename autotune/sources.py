@@ -17,12 +17,12 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any, NamedTuple
 
-from tritonconv.kernels.registry import Variant
+from tritonconv.kernels.variant import Variant
 
 PACKAGE = "tritonconv.kernels"
 DIGITS = 16
-# Of the package itself a name is a module; the registry and the counts of the cost model compute nothing.
-APART = (PACKAGE, f"{PACKAGE}.registry", f"{PACKAGE}.work")
+# Of the package itself a name is a module; the registry, the record and the counts of the cost model compute nothing.
+APART = (PACKAGE, f"{PACKAGE}.registry", f"{PACKAGE}.variant", f"{PACKAGE}.work")
 
 
 class Place(NamedTuple):

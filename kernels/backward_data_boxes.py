@@ -12,7 +12,6 @@ import triton
 import triton.language as tl
 
 from tritonconv.kernels.forward_boxes import box_config, box_space
-from tritonconv.kernels.registry import SPREADS_WEIGHT, Variant
 from tritonconv.kernels.triton_boxes import (
     box_corner,
     box_gemm,
@@ -40,7 +39,8 @@ from tritonconv.kernels.triton_device import (
 from tritonconv.kernels.triton_launch import RUN_TIME, accounting, empty, geometry, precision, wide
 from tritonconv.kernels.triton_launch import launch as run
 from tritonconv.kernels.triton_target import compute_capability
-from tritonconv.kernels.triton_weights import OUT_INNERMOST
+from tritonconv.kernels.variant import SPREADS_WEIGHT, Variant
+from tritonconv.kernels.weight_orders import OUT_INNERMOST
 from tritonconv.kernels.work import Work
 
 MOST_PHASES = 8  # descriptors of one launch: stride 2 on each axis

@@ -11,11 +11,11 @@ import triton
 import triton.language as tl
 
 from tritonconv.kernels import triton_depthwise as depthwise
-from tritonconv.kernels.registry import SPREADS_WEIGHT, Variant
 from tritonconv.kernels.triton_depthwise import add_window, far, filled, lanes, store_places, tile_of
 from tritonconv.kernels.triton_launch import RUN_TIME, accounting, empty, geometry, refusal, wide
 from tritonconv.kernels.triton_launch import launch as run
 from tritonconv.kernels.triton_weights import packed, strides
+from tritonconv.kernels.variant import SPREADS_WEIGHT, Variant
 from tritonconv.kernels.work import Work
 from tritonconv.problem import Problem
 

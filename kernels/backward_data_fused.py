@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from tritonconv.kernels.registry import Variant
 from tritonconv.kernels.triton_fused_backward import backward, default, space, supports, work
+from tritonconv.kernels.variant import Variant
 
 
 def launch(problem, config, grad_y, weight):

@@ -17,7 +17,6 @@ import triton
 import triton.language as tl
 
 from tritonconv.kernels import triton_tiles as tiles
-from tritonconv.kernels.registry import SPREADS_WEIGHT, Config, Variant
 from tritonconv.kernels.triton_device import (
     aligned,
     ceil_div,
@@ -34,6 +33,7 @@ from tritonconv.kernels.triton_launch import launch as run
 from tritonconv.kernels.triton_reduce import sum_volumes
 from tritonconv.kernels.triton_tape import fresh
 from tritonconv.kernels.triton_weights import oriented, packed, preferred
+from tritonconv.kernels.variant import SPREADS_WEIGHT, Config, Variant
 from tritonconv.kernels.work import Work, parts, tap_gemm
 from tritonconv.problem import Problem
 

@@ -14,7 +14,6 @@ import triton.language as tl
 
 from tritonconv.kernels import triton_launch, triton_taps
 from tritonconv.kernels import triton_tiles as tiles
-from tritonconv.kernels.registry import SPREADS_WEIGHT, Variant
 from tritonconv.kernels.triton_device import (
     aligned,
     ceil_div,
@@ -29,7 +28,9 @@ from tritonconv.kernels.triton_device import (
 from tritonconv.kernels.triton_launch import RUN_TIME, accounting, empty, geometry, precision, wide
 from tritonconv.kernels.triton_launch import launch as run
 from tritonconv.kernels.triton_taps import tap_lanes, voxel_words
-from tritonconv.kernels.triton_weights import AS_GIVEN, oriented, packed
+from tritonconv.kernels.triton_weights import oriented, packed
+from tritonconv.kernels.variant import SPREADS_WEIGHT, Variant
+from tritonconv.kernels.weight_orders import AS_GIVEN
 from tritonconv.kernels.work import Work, parts, tap_gemm
 from tritonconv.problem import Problem
 

@@ -13,7 +13,6 @@ import triton.language as tl
 from tritonconv.kernels import triton_phases as phases
 from tritonconv.kernels import triton_tiles as tiles
 from tritonconv.kernels.forward_shuffle import supports
-from tritonconv.kernels.registry import Variant
 from tritonconv.kernels.triton_device import (
     aligned,
     ceil_div,
@@ -30,7 +29,9 @@ from tritonconv.kernels.triton_launch import accounting, division, empty, geomet
 from tritonconv.kernels.triton_launch import launch as run
 from tritonconv.kernels.triton_phases import column_count, decoded, load_phases
 from tritonconv.kernels.triton_target import compute_capability
-from tritonconv.kernels.triton_weights import AS_GIVEN, IN_INNERMOST, OUT_INNERMOST, oriented, packed, preferred
+from tritonconv.kernels.triton_weights import oriented, packed, preferred
+from tritonconv.kernels.variant import Variant
+from tritonconv.kernels.weight_orders import AS_GIVEN, IN_INNERMOST, OUT_INNERMOST
 from tritonconv.kernels.work import Work, tap_gemm
 from tritonconv.problem import Problem
 

@@ -20,7 +20,6 @@ from tritonconv.kernels import backward_data_shuffle
 from tritonconv.kernels import triton_phases as phases
 from tritonconv.kernels import triton_tiles as tiles
 from tritonconv.kernels.forward_shuffle_given import columns_of, fits, unfit
-from tritonconv.kernels.registry import Config, Variant
 from tritonconv.kernels.triton_device import (
     aligned,
     ceil_div,
@@ -38,6 +37,7 @@ from tritonconv.kernels.triton_device import (
 from tritonconv.kernels.triton_launch import accounting, division, empty, geometry, precision, refusal, wide
 from tritonconv.kernels.triton_launch import launch as run
 from tritonconv.kernels.triton_phases import channels_first, load_phases, phases_first
+from tritonconv.kernels.variant import Config, Variant
 from tritonconv.kernels.work import SECTOR, Work, tap_gemm
 from tritonconv.problem import Problem
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from tritonconv.kernels import torch_native
 from tritonconv.kernels.forward_torch_depthwise import supports
-from tritonconv.kernels.registry import SPREADS_PADDING, Variant
 from tritonconv.kernels.torch_layout import CHANNELS_LAST, to_layout
+from tritonconv.kernels.variant import SPREADS_PADDING, Variant
 from tritonconv.kernels.work import by_torch, size_of
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from tritonconv.kernels.registry import Variant
 from tritonconv.kernels.torch_linear import channels_inside, flat, supports
 from tritonconv.kernels.torch_products import product
+from tritonconv.kernels.variant import Variant
 
 
 def launch(problem, config, grad_y, weight):

@@ -6,8 +6,8 @@ Outputs that no tap reaches are never read: at kernel 1, stride 2 that leaves an
 from __future__ import annotations
 
 from tritonconv.kernels import torch_phases
-from tritonconv.kernels.registry import SPREADS_PADDING, Variant
 from tritonconv.kernels.torch_layout import sum_dtype
+from tritonconv.kernels.variant import SPREADS_PADDING, Variant
 from tritonconv.kernels.work import by_torch, size_of
 
 

@@ -20,7 +20,6 @@ import triton
 import triton.language as tl
 
 from tritonconv.kernels import triton_phases, triton_taps
-from tritonconv.kernels.registry import SPREADS_VOXELS, Config, Variant
 from tritonconv.kernels.triton_device import (
     aligned,
     ceil_div,
@@ -37,6 +36,7 @@ from tritonconv.kernels.triton_launch import RUN_TIME, accounting, refusal
 from tritonconv.kernels.triton_phases import cells_of
 from tritonconv.kernels.triton_split_gemm import SplitGemm, store_channel_sums
 from tritonconv.kernels.triton_taps import in_spans, spans, tap_lanes, voxel_words
+from tritonconv.kernels.variant import SPREADS_VOXELS, Config, Variant
 from tritonconv.kernels.work import Work
 from tritonconv.problem import Problem, Triple
 

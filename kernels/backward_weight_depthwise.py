@@ -15,7 +15,6 @@ import triton
 import triton.language as tl
 
 from tritonconv.kernels import triton_depthwise as depthwise
-from tritonconv.kernels.registry import SPREADS_VOXELS, Variant
 from tritonconv.kernels.triton_depthwise import any_tap, far, filled, lanes, replaced, within
 from tritonconv.kernels.triton_device import ceil_div, constant, inside, widened
 from tritonconv.kernels.triton_launch import RUN_TIME, accounting, geometry, refusal, wide
@@ -23,6 +22,7 @@ from tritonconv.kernels.triton_launch import launch as run
 from tritonconv.kernels.triton_reduce import sum_weights
 from tritonconv.kernels.triton_tape import fresh
 from tritonconv.kernels.triton_tiles import PROGRAMS
+from tritonconv.kernels.variant import SPREADS_VOXELS, Variant
 from tritonconv.kernels.work import Work
 from tritonconv.problem import Problem
 

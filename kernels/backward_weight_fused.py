@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from tritonconv.kernels.registry import Variant
 from tritonconv.kernels.triton_fused_backward import backward, default, space, supports, work, workspace_bytes
+from tritonconv.kernels.variant import Variant
 
 
 def launch(problem, config, x, grad_y, need_bias):

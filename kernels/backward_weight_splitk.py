@@ -14,7 +14,6 @@ import triton
 import triton.language as tl
 
 from tritonconv.kernels import triton_taps
-from tritonconv.kernels.registry import SPREADS_VOXELS, Variant
 from tritonconv.kernels.triton_device import (
     aligned,
     ceil_div,
@@ -30,6 +29,7 @@ from tritonconv.kernels.triton_device import (
 from tritonconv.kernels.triton_launch import RUN_TIME, accounting, refusal
 from tritonconv.kernels.triton_split_gemm import SplitGemm, store_channel_sums
 from tritonconv.kernels.triton_taps import in_spans, spans, tap_lanes, voxel_words
+from tritonconv.kernels.variant import SPREADS_VOXELS, Variant
 from tritonconv.problem import Problem
 
 LOAD_INSTRUCTIONS = 20  # every step finds its voxels anew

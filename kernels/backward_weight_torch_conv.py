@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tritonconv.kernels import torch_native
-from tritonconv.kernels.registry import SPREADS_PADDING, Variant
+from tritonconv.kernels.variant import SPREADS_PADDING, Variant
 from tritonconv.kernels.work import by_torch, size_of
 
 

@@ -10,8 +10,8 @@ import torch
 
 from tritonconv.kernels import torch_native
 from tritonconv.kernels.forward_torch_depthwise import supports
-from tritonconv.kernels.registry import SPREADS_PADDING, Variant
 from tritonconv.kernels.torch_layout import CHANNELS_LAST, bias_gradient, to_layout
+from tritonconv.kernels.variant import SPREADS_PADDING, Variant
 from tritonconv.kernels.work import by_torch, size_of
 
 # With up to this many taps in a plane the 2-D gradient is faster in NCDHW than after a copy to channels_last_3d

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from tritonconv.kernels.registry import Variant
 from tritonconv.kernels.torch_layout import bias_gradient
 from tritonconv.kernels.torch_linear import channels_inside, flat, spread, supports
 from tritonconv.kernels.torch_products import product
+from tritonconv.kernels.variant import Variant
 
 
 def launch(problem, config, x, grad_y, need_bias):

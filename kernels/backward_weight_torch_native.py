@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tritonconv.kernels import torch_native
-from tritonconv.kernels.registry import Variant
+from tritonconv.kernels.variant import Variant
 
 
 def supports(problem, device):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from tritonconv.kernels import torch_native
-from tritonconv.kernels.registry import SPREADS_PADDING, Variant
 from tritonconv.kernels.torch_layout import other_layout, to_layout
+from tritonconv.kernels.variant import SPREADS_PADDING, Variant
 from tritonconv.kernels.work import by_torch, size_of
 
 

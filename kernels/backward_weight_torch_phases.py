@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from tritonconv.kernels import torch_phases
-from tritonconv.kernels.registry import SPREADS_PADDING, Variant
 from tritonconv.kernels.torch_layout import bias_gradient, window
+from tritonconv.kernels.variant import SPREADS_PADDING, Variant
 from tritonconv.kernels.work import by_torch, size_of
 
 

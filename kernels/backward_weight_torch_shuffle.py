@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from tritonconv.kernels.registry import Variant
 from tritonconv.kernels.torch_layout import bias_gradient, voxel_rows
 from tritonconv.kernels.torch_products import product, sum_of_products
 from tritonconv.kernels.torch_shuffle import supports, unshuffle
+from tritonconv.kernels.variant import Variant
 from tritonconv.kernels.work import by_torch, size_of
 
 

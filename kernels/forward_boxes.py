@@ -12,7 +12,6 @@ import triton
 import triton.language as tl
 
 from tritonconv.kernels.forward_phases import largest_phase, phase_order
-from tritonconv.kernels.registry import SPREADS_WEIGHT, Variant
 from tritonconv.kernels.triton_boxes import (
     box_corner,
     box_gemm,
@@ -42,7 +41,8 @@ from tritonconv.kernels.triton_device import (
 from tritonconv.kernels.triton_launch import RUN_TIME, accounting, empty, geometry, precision, wide
 from tritonconv.kernels.triton_launch import launch as run
 from tritonconv.kernels.triton_tiles import power_of_two
-from tritonconv.kernels.triton_weights import IN_INNERMOST, OUT_INNERMOST
+from tritonconv.kernels.variant import SPREADS_WEIGHT, Variant
+from tritonconv.kernels.weight_orders import IN_INNERMOST, OUT_INNERMOST
 from tritonconv.kernels.work import Work
 
 

@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 
 from tritonconv.kernels import triton_tiles as tiles
-from tritonconv.kernels.registry import SPREADS_WEIGHT, Variant
 from tritonconv.kernels.triton_device import (
     aligned,
     ceil_div,
@@ -26,6 +25,7 @@ from tritonconv.kernels.triton_device import (
 from tritonconv.kernels.triton_launch import RUN_TIME, accounting, empty, geometry, precision, refusal, wide
 from tritonconv.kernels.triton_launch import launch as run
 from tritonconv.kernels.triton_weights import oriented, packed, preferred
+from tritonconv.kernels.variant import SPREADS_WEIGHT, Variant
 from tritonconv.kernels.work import Work, parts, tap_gemm
 
 

@@ -20,12 +20,12 @@ import triton.language as tl
 
 from tritonconv.kernels import triton_phases as phases
 from tritonconv.kernels import triton_tiles as tiles
-from tritonconv.kernels.registry import SPREADS_WEIGHT, Variant
 from tritonconv.kernels.triton_device import aligned, inside, offset, product, widened
 from tritonconv.kernels.triton_launch import RUN_TIME, accounting, empty, geometry, precision, refusal, wide
 from tritonconv.kernels.triton_launch import launch as run
 from tritonconv.kernels.triton_phases import cells_of
 from tritonconv.kernels.triton_weights import oriented, packed, preferred
+from tritonconv.kernels.variant import SPREADS_WEIGHT, Variant
 from tritonconv.kernels.work import Work, tap_gemm
 from tritonconv.problem import Problem, Triple
 

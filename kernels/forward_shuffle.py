@@ -12,7 +12,6 @@ import triton.language as tl
 
 from tritonconv.kernels import triton_phases as phases
 from tritonconv.kernels import triton_tiles as tiles
-from tritonconv.kernels.registry import Variant
 from tritonconv.kernels.triton_device import (
     aligned,
     ceil_div,
@@ -27,6 +26,7 @@ from tritonconv.kernels.triton_device import (
 )
 from tritonconv.kernels.triton_launch import accounting, empty, refusal
 from tritonconv.kernels.triton_phases import cells_of, column_count, decoded, store_phases
+from tritonconv.kernels.variant import Variant
 from tritonconv.kernels.work import Work
 from tritonconv.problem import Problem
 

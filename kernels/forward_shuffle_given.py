@@ -19,7 +19,6 @@ import triton.language as tl
 from tritonconv.kernels import forward_shuffle
 from tritonconv.kernels import triton_phases as phases
 from tritonconv.kernels import triton_tiles as tiles
-from tritonconv.kernels.registry import Config, Variant
 from tritonconv.kernels.triton_device import (
     aligned,
     given_dividers,
@@ -34,6 +33,7 @@ from tritonconv.kernels.triton_device import (
 from tritonconv.kernels.triton_launch import accounting, division, empty, geometry, precision, refusal, wide
 from tritonconv.kernels.triton_launch import launch as run
 from tritonconv.kernels.triton_phases import cells_of, phases_first, store_phases
+from tritonconv.kernels.variant import Config, Variant
 from tritonconv.kernels.work import Work, size_of
 from tritonconv.problem import Problem
 

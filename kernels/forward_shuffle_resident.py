@@ -16,7 +16,6 @@ import triton.language as tl
 from tritonconv.kernels import forward_shuffle
 from tritonconv.kernels import triton_phases as phases
 from tritonconv.kernels import triton_tiles as tiles
-from tritonconv.kernels.registry import Config, Variant
 from tritonconv.kernels.triton_device import (
     aligned,
     ceil_div,
@@ -30,6 +29,7 @@ from tritonconv.kernels.triton_device import (
 )
 from tritonconv.kernels.triton_launch import accounting, empty, multiprocessors
 from tritonconv.kernels.triton_phases import cells_of, column_count, decoded, store_phases
+from tritonconv.kernels.variant import Config, Variant
 from tritonconv.kernels.work import Work, size_of
 from tritonconv.problem import Problem
 

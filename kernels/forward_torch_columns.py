@@ -9,9 +9,9 @@ from __future__ import annotations
 import itertools
 import math
 
-from tritonconv.kernels.registry import Variant
 from tritonconv.kernels.torch_layout import add_bias_, sum_dtype, to_layout, voxel_rows
 from tritonconv.kernels.torch_products import products
+from tritonconv.kernels.variant import Variant
 from tritonconv.kernels.work import by_torch, size_of
 
 

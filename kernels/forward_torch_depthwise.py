@@ -7,8 +7,8 @@ depthwise *ordinary* convolution in channels_last_3d, and inside a phase that is
 from __future__ import annotations
 
 from tritonconv.kernels import forward_torch_conv, forward_torch_phases
-from tritonconv.kernels.registry import SPREADS_PADDING, Variant
 from tritonconv.kernels.torch_layout import CHANNELS_LAST, to_layout
+from tritonconv.kernels.variant import SPREADS_PADDING, Variant
 from tritonconv.kernels.work import by_torch, size_of
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
-from tritonconv.kernels.registry import Variant
 from tritonconv.kernels.torch_linear import channels_inside, flat, spread, supports
 from tritonconv.kernels.torch_products import product
+from tritonconv.kernels.variant import Variant
 
 
 def launch(problem, config, x, weight, bias):

@@ -12,8 +12,8 @@ from __future__ import annotations
 import torch
 
 from tritonconv.kernels import torch_native
-from tritonconv.kernels.registry import SPREADS_PADDING, Variant
 from tritonconv.kernels.torch_layout import CHANNELS_LAST, add_bias_, to_layout
+from tritonconv.kernels.variant import SPREADS_PADDING, Variant
 from tritonconv.kernels.work import by_torch, size_of
 
 

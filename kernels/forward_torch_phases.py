@@ -6,7 +6,7 @@ A phase without taps (kernel < stride, or a dilation that shares a factor with t
 from __future__ import annotations
 
 from tritonconv.kernels import torch_phases
-from tritonconv.kernels.registry import SPREADS_PADDING, Variant
+from tritonconv.kernels.variant import SPREADS_PADDING, Variant
 from tritonconv.kernels.work import by_torch, size_of
 
 

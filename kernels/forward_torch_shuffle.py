@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from tritonconv.kernels.registry import Variant
 from tritonconv.kernels.torch_layout import voxel_rows
 from tritonconv.kernels.torch_products import product, products
 from tritonconv.kernels.torch_shuffle import supports, taps_first, taps_last
+from tritonconv.kernels.variant import Variant
 from tritonconv.kernels.work import by_torch, size_of
 
 

@@ -15,99 +15,21 @@ import pkgutil
 import re
 import sys
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
 from functools import cache, wraps
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
-import torch
-
 from tritonconv.errors import ArgumentError, KernelWarning
-from tritonconv.kernels.safety import Target, guarded
-from tritonconv.kernels.work import Work
+from tritonconv.kernels.safety import guarded
+from tritonconv.kernels.variant import Variant
 from tritonconv.problem import PASSES, Problem
 
-Config = Mapping[str, int]
-NO_CONFIG: Config = MappingProxyType({})
-BACKENDS = ("triton", "torch")
 PACKAGE = "tritonconv.kernels"
 OLDEST_TRITON = (3, 6)  # as pyproject.toml
 # What the kernels import of Triton.
 TRITON_MODULES = ("language", "knobs", "backends.compiler", "compiler.compiler", "tools.tensor_descriptor")
-
-# Reasons for ``Variant.spreads_nonfinite``: what is multiplied by a zero that stands for nothing.
-SPREADS_WEIGHT = "taps that find no voxel are multiplied by zeros: where the weight is not finite they give NaN"
-SPREADS_VOXELS = "voxels that meet nothing are multiplied by zeros: where x or grad_y is not finite they give NaN"
-SPREADS_PADDING = "torch's convolution may multiply the zeros of a padding, and gives NaN where the other is not finite"
-
-
-def _one_config(problem: Problem, device: torch.device) -> tuple[Config, ...]:
-    return (NO_CONFIG,)
-
-
-def _no_config(problem: Problem, device: torch.device) -> Config:
-    return NO_CONFIG
-
-
-def _no_workspace(problem: Problem) -> int:
-    return 0
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One way to compute one pass.
-
-    ``launch`` takes (problem, config) and then
-
-    * forward: ``x, weight, bias`` -> ``y``
-    * backward_data: ``grad_y, weight`` -> ``grad_x``
-    * backward_weight: ``x, grad_y, need_bias`` -> ``(grad_weight, grad_bias or None)``
-
-    and returns new tensors. ``supports`` returns None, or the reason why the variant cannot serve the problem on the
-    device. ``workspace_bytes`` bounds the temporary memory besides inputs and outputs.
-
-    ``prepare`` (problem, grad_y) -> tensor is work on grad_y that a backward_data and a backward_weight variant share
-    where both name the same function: it is done once, and each takes its result as the keyword ``prepared``.
-
-    ``joint`` (problem, config, x, weight, grad_y, need_bias) -> (grad_x, grad_weight, grad_bias or None) is the whole
-    backward at once, used instead of the two launches where the chosen backward_data and backward_weight variants
-    name the same function. The config is the backward_weight variant's.
-
-    ``spreads_nonfinite`` says in words where NaN is made of finite values beside a NaN or an infinity, in outputs that
-    torch's own leaves finite; empty where it is not. No variant makes a finite value of one that is not.
-
-    ``hazard`` (problem, config, target) -> None, or the reason why the config must not run on what the
-    :class:`~tritonconv.kernels.safety.Target` names, though it compiles: such configs are chosen by nothing.
-
-    ``work`` (problem, config) -> :class:`~tritonconv.kernels.work.Work` is what the launch executes, for the cost
-    model; None stands for the useful FLOPs and the compulsory bytes.
-    """
-
-    name: str
-    pass_name: str
-    idea: str
-    backend: str
-    launch: Callable[..., Any]
-    supports: Callable[[Problem, torch.device], str | None]
-    space: Callable[[Problem, torch.device], tuple[Config, ...]] = field(default=_one_config)
-    default: Callable[[Problem, torch.device], Config] = field(default=_no_config)
-    prepare: Callable[[Problem, torch.Tensor], torch.Tensor] | None = None
-    joint: Callable[..., Any] | None = None
-    deterministic: bool = True
-    spreads_nonfinite: str = ""
-    workspace_bytes: Callable[[Problem], int] = field(default=_no_workspace)
-    work: Callable[[Problem, Config], Work] | None = None
-    hazard: Callable[[Problem, Config, Target], str | None] | None = None
-
-    def __post_init__(self) -> None:
-        if self.pass_name not in PASSES:
-            raise ArgumentError(f"variant {self.name}: pass_name expects one of {PASSES}, got {self.pass_name!r}")
-        if not self.name.startswith(f"{self.pass_name}_"):
-            raise ArgumentError(f"variant {self.name}: the name must start with its pass, {self.pass_name!r}")
-        if self.backend not in BACKENDS:
-            raise ArgumentError(f"variant {self.name}: backend expects one of {BACKENDS}, got {self.backend!r}")
 
 
 def have_triton() -> bool:

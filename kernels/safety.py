@@ -8,21 +8,11 @@ alone; what is stored is asked about with :func:`unsafe`.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from tritonconv.kernels.variant import Config, Target, Variant
 from tritonconv.problem import Problem
-
-if TYPE_CHECKING:  # the registry guards what it lists
-    from tritonconv.kernels.registry import Config, Variant
-
-
-class Target(NamedTuple):
-    """What a kernel is compiled for and by: the compute capability (90 for 9.0, 0 for none) and Triton's version."""
-
-    capability: int
-    triton: tuple[int, int]
 
 
 def present(device: torch.device) -> Target:

@@ -20,7 +20,8 @@ from tritonconv.kernels.triton_launch import multiprocessors, refusal
 from tritonconv.kernels.triton_tape import derived
 from tritonconv.kernels.triton_target import compute_capability, target
 from tritonconv.kernels.triton_tiles import PROGRAMS
-from tritonconv.kernels.triton_weights import OUT_INNERMOST, packed, strides
+from tritonconv.kernels.triton_weights import packed, strides
+from tritonconv.kernels.weight_orders import OUT_INNERMOST
 from tritonconv.kernels.work import Work, tap_gemm
 from tritonconv.problem import Problem, Triple
 

@@ -13,9 +13,8 @@ from functools import lru_cache
 import torch
 
 from tritonconv.kernels import triton_transpose
-from tritonconv.kernels.registry import Config, Variant
-from tritonconv.kernels.safety import Target
 from tritonconv.kernels.triton_tape import derived
+from tritonconv.kernels.variant import Config, Target, Variant
 from tritonconv.kernels.work import Work, size_of
 from tritonconv.problem import Problem
 

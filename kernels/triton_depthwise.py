@@ -17,10 +17,10 @@ import math
 import triton
 import triton.language as tl
 
-from tritonconv.kernels.registry import Config
 from tritonconv.kernels.triton_device import ceil_div, constant, inside, load_along, widened
 from tritonconv.kernels.triton_tiles import PROGRAMS
-from tritonconv.kernels.triton_weights import AS_GIVEN, OUT_INNERMOST
+from tritonconv.kernels.variant import Config
+from tritonconv.kernels.weight_orders import AS_GIVEN, OUT_INNERMOST
 from tritonconv.kernels.work import WARP, Work, direct
 from tritonconv.problem import Problem, Triple
 

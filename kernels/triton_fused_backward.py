@@ -17,7 +17,6 @@ import triton.language as tl
 
 from tritonconv.kernels import triton_phases as phases
 from tritonconv.kernels import triton_tiles as tiles
-from tritonconv.kernels.registry import Config
 from tritonconv.kernels.triton_device import aligned, dividers, inside, multiple, voxel_tiles, voxels
 from tritonconv.kernels.triton_launch import accounting, empty, geometry, precision, refusal, wide
 from tritonconv.kernels.triton_launch import launch as run
@@ -25,7 +24,9 @@ from tritonconv.kernels.triton_phases import decoded, fine_dividers, load_phases
 from tritonconv.kernels.triton_reduce import sum_weights
 from tritonconv.kernels.triton_tape import fresh
 from tritonconv.kernels.triton_target import compute_capability
-from tritonconv.kernels.triton_weights import AS_GIVEN, oriented, packed
+from tritonconv.kernels.triton_weights import oriented, packed
+from tritonconv.kernels.variant import Config
+from tritonconv.kernels.weight_orders import AS_GIVEN
 from tritonconv.kernels.work import Work, tap_gemm
 from tritonconv.problem import Problem
 

@@ -15,10 +15,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import make_backend
 
 from tritonconv.kernels import triton_compiled, triton_tape
-from tritonconv.kernels.registry import Config
 from tritonconv.kernels.triton_device import FAR
 from tritonconv.kernels.triton_target import INTERPRETED, driver_fault, registers_in_flight, target
 from tritonconv.kernels.triton_tiles import PROGRAMS
+from tritonconv.kernels.variant import Config
 from tritonconv.problem import Problem, Triple, largest_offset
 
 INTERPRETED_PROGRAMS = 3  # few, so that each takes several tiles there as well

@@ -20,15 +20,15 @@ from tritonconv.kernels import triton_launch
 from tritonconv.kernels import triton_tiles as tiles
 from tritonconv.kernels.triton_device import dividers, inside, load_along, multiple, product, voxels
 from tritonconv.kernels.triton_launch import BY, division, geometry, launch, precision, wide
-from tritonconv.kernels.triton_target import compute_capability
-from tritonconv.kernels.triton_weights import AS_GIVEN, IN_INNERMOST, oriented, packed, preferred
+from tritonconv.kernels.triton_target import STEP, compute_capability
+from tritonconv.kernels.triton_weights import oriented, packed, preferred
+from tritonconv.kernels.weight_orders import AS_GIVEN, IN_INNERMOST
 from tritonconv.kernels.work import Work, parts, tap_gemm
 from tritonconv.problem import Problem, Triple
 
 # A crop stays specialised, unlike in triton_launch.RUN_TIME: a crop of 0 then counts as a multiple of 16, which is
 # what lets a row of cells start on a 16-byte boundary.
 RUN_TIME = (*(name for name in triton_launch.RUN_TIME if name not in triton_launch.CROPS), *BY)
-STEP = 16  # widths that it divides, as Triton's own specialisation of strides has it, permit wide masks
 LARGEST_ACCUMULATOR = 128 * 128  # float32 elements of a default tile: 64 registers in each of 8 warps' threads
 
 

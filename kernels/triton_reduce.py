@@ -17,7 +17,7 @@ import triton.language as tl
 from tritonconv.kernels.triton_device import multiple, widened
 from tritonconv.kernels.triton_launch import launch as run
 from tritonconv.kernels.triton_launch import wide
-from tritonconv.kernels.triton_phases import STEP
+from tritonconv.kernels.triton_target import STEP
 from tritonconv.kernels.triton_tiles import PROGRAMS, power_of_two
 
 TILE = 2048  # values that one program has in flight: 16 in each of its 128 threads

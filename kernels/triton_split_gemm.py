@@ -14,13 +14,13 @@ import triton
 import triton.language as tl
 
 from tritonconv.kernels import triton_tiles as tiles
-from tritonconv.kernels.registry import Config
 from tritonconv.kernels.triton_device import chunk, dividers, offset, voxel_tiles, voxels, widened
 from tritonconv.kernels.triton_launch import geometry, precision, wide
 from tritonconv.kernels.triton_launch import launch as run
 from tritonconv.kernels.triton_reduce import sum_weights
 from tritonconv.kernels.triton_tape import fresh
 from tritonconv.kernels.triton_target import compute_capability
+from tritonconv.kernels.variant import Config
 from tritonconv.kernels.work import Work, parts, tap_gemm
 from tritonconv.problem import Problem, Triple
 

@@ -15,6 +15,7 @@ KIB = 1024
 # Per block, by compute capability (CUDA C++ guide, table 24), and what every listed target has: sm_86, sm_89, sm_120.
 _SHARED_BYTES = {80: 163 * KIB, 87: 163 * KIB, 90: 227 * KIB, 100: 227 * KIB, 103: 227 * KIB}
 LEAST_SHARED_BYTES = 99 * KIB
+STEP = 16  # widths that it divides, as Triton's own specialisation of strides has it, permit wide masks
 
 
 _assumed: ContextVar[int | None] = ContextVar("tritonconv_assumed_capability", default=None)

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import triton
 
-from tritonconv.kernels.registry import Config
 from tritonconv.kernels.triton_target import LEAST_SHARED_BYTES, pipeline_buffers, shared_bytes
+from tritonconv.kernels.variant import Config
 from tritonconv.kernels.work import AS_GIVEN, SECTOR
 from tritonconv.problem import Problem, Triple
 

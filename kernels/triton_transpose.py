@@ -14,8 +14,8 @@ import triton.language as tl
 
 from tritonconv.kernels.triton_device import multiple, widened
 from tritonconv.kernels.triton_launch import launch, wide
-from tritonconv.kernels.triton_phases import STEP
 from tritonconv.kernels.triton_tape import fresh
+from tritonconv.kernels.triton_target import STEP
 from tritonconv.kernels.triton_tiles import PROGRAMS, power_of_two
 
 SMALLEST, LARGEST = 1024, 8192  # elements of a tile: of 4 bytes 8 to 64 in each of its 128 threads

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from tritonconv.kernels.triton_weights import AS_GIVEN, CACHED_BYTES, OUT_INNERMOST
+from tritonconv.kernels.weight_orders import AS_GIVEN, CACHED_BYTES, OUT_INNERMOST
 from tritonconv.problem import Problem
 
 BASE_REGISTERS = 40  # addresses, masks and counters of a thread, besides tiles

@@ -6,7 +6,7 @@ import torch
 from variant_cases import DEVICE, Case
 
 from tritonconv import Problem
-from tritonconv.kernels.registry import Variant
+from tritonconv.kernels.variant import Variant
 
 # The first one that a variant serves is its own. Where TMA loads want rows of 16 bytes, channels are multiples of 8.
 ODD = {

@@ -15,7 +15,8 @@ from test_triton_kernels import NAMES
 from variant_cases import DEVICE, run
 
 from tritonconv import Problem
-from tritonconv.kernels.registry import Variant, variant
+from tritonconv.kernels.registry import variant
+from tritonconv.kernels.variant import Variant
 from tritonconv.problem import LAYOUTS
 
 GIANT = {

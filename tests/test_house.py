@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import zipfile
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,16 @@ def test_lower_layers_do_not_import_higher_ones(path):
             other = "__init__"
         assert own in RANK, f"{module} is in no layer: add it to LAYERS"
         assert RANK[other] <= RANK[own], f"{module} (layer {RANK[own]}) imports {name} (layer {RANK[other]})"
+
+
+def test_no_imports_go_in_a_circle():
+    """Those inside functions count too: a circle that is hidden is one all the same."""
+    modules = {module_of(path): path for path in sources()}
+    graph = {
+        module: {name if name in modules else name.rpartition(".")[0] for name in project_imports(path)} & set(modules)
+        for module, path in modules.items()
+    }
+    tuple(TopologicalSorter({module: names - {module} for module, names in graph.items()}).static_order())
 
 
 def test_the_import_loads_the_product_alone():

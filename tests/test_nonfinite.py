@@ -21,7 +21,8 @@ from variant_cases import CASES, DEVICE, Case, random_case, run
 
 import tritonconv
 from tritonconv.autotune import rules
-from tritonconv.kernels.registry import Variant, variant, variants
+from tritonconv.kernels.registry import variant, variants
+from tritonconv.kernels.variant import Variant
 from tritonconv.problem import LAYOUTS, PASSES, Problem
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, in the interpreter

@@ -16,7 +16,8 @@ from tritonconv.autotune import ceilings, model
 from tritonconv.autotune.choose import config_fault
 from tritonconv.bench.workloads import workload
 from tritonconv.kernels import registry, safety
-from tritonconv.kernels.safety import Target, guarded, unsafe
+from tritonconv.kernels.safety import guarded, unsafe
+from tritonconv.kernels.variant import Target
 
 pytest.importorskip("triton")
 

@@ -20,7 +20,7 @@ TRITON = '''
 import triton
 import triton.language as tl
 from tritonconv.kernels.triton_device import ceil_div
-from tritonconv.kernels.registry import Variant
+from tritonconv.kernels.variant import Variant
 
 PLACES = 4
 
@@ -54,7 +54,7 @@ VARIANT = Variant(
 '''
 TORCH = """
 from tritonconv.kernels import torch_phases
-from tritonconv.kernels.registry import Variant
+from tritonconv.kernels.variant import Variant
 
 
 def launch(problem, config, x, weight, bias):

@@ -17,7 +17,8 @@ from tritonconv.explain import explain
 from tritonconv.factors import param_groups
 from tritonconv.forced import use
 from tritonconv.functional import conv_transpose3d
-from tritonconv.kernels.registry import Variant, variants
+from tritonconv.kernels.registry import variants
+from tritonconv.kernels.variant import Variant
 from tritonconv.layer import ConvTranspose3d, LazyConvTranspose3d
 from tritonconv.matlab import TransposedConv3dLayer
 from tritonconv.problem import Problem

@@ -29,7 +29,7 @@ from tritonconv.bench.rows import Candidate, layer_fields, measured_fields, vers
 from tritonconv.bench.subject import Subject
 from tritonconv.bench.workloads import ALL
 from tritonconv.contestants import candidate, chosen_fields, served, why_not
-from tritonconv.kernels.registry import Variant
+from tritonconv.kernels.variant import Variant
 from tritonconv.problem import Problem
 
 

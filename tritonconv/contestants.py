@@ -19,7 +19,7 @@ from tritonconv.bench.subject import Subject
 from tritonconv.dispatch import Plan, Selection, plan, wait_until_compiled
 from tritonconv.forced import in_force, pinned, use
 from tritonconv.functional import conv_transpose3d
-from tritonconv.kernels.registry import Variant
+from tritonconv.kernels.variant import Variant
 from tritonconv.problem import PASSES, Problem
 
 

@@ -15,7 +15,7 @@ from tritonconv.autotune.choose import Selection
 from tritonconv.device import current
 from tritonconv.kernels.registry import file_of
 from tritonconv.kernels.torch_layout import to_layout
-from tritonconv.kernels.triton_weights import AS_GIVEN
+from tritonconv.kernels.weight_orders import AS_GIVEN
 from tritonconv.problem import PASSES, Problem
 
 

@@ -9,7 +9,7 @@ import torch
 
 from tritonconv.bench import float64, gate, gpu
 from tritonconv.bench.calls import TensorCall, Tensors
-from tritonconv.kernels.registry import Variant
+from tritonconv.kernels.variant import Variant
 from tritonconv.problem import Problem
 
 WRONG = "{}: torch's own is wrong at this size: max error {:.3g} against float64"

@@ -9,7 +9,7 @@ import torch
 
 from tritonconv.bench.calls import FORWARD_BACKWARD
 from tritonconv.bench.workloads import Workload
-from tritonconv.kernels.registry import Variant
+from tritonconv.kernels.variant import Variant
 
 CPU = torch.device("cpu")
 

@@ -16,7 +16,7 @@ from tritonconv.bench.environment import version
 from tritonconv.bench.measure import Measured
 from tritonconv.bench.results import BASELINE
 from tritonconv.bench.subject import Subject
-from tritonconv.kernels.registry import Config, Variant
+from tritonconv.kernels.variant import Config, Variant
 from tritonconv.problem import Problem
 
 

@@ -30,7 +30,8 @@ from tritonconv.commands.common import (
 )
 from tritonconv.commands.common import device as device_of
 from tritonconv.errors import ArgumentError
-from tritonconv.kernels.registry import Variant, variant, variants
+from tritonconv.kernels.registry import variant, variants
+from tritonconv.kernels.variant import Variant
 from tritonconv.problem import LAYOUTS
 from tritonconv.runner import bench
 

@@ -16,8 +16,9 @@ from tritonconv.bench.workloads import ALL, Workload, suites
 from tritonconv.errors import ArgumentError
 from tritonconv.inspection.launches import Launches, install
 from tritonconv.kernels import registry, triton_compiled
-from tritonconv.kernels.registry import Variant, triton_fault
+from tritonconv.kernels.registry import triton_fault
 from tritonconv.kernels.triton_compiled import VARIABLE, CompiledFolder
+from tritonconv.kernels.variant import Variant
 
 OK, WRONG, USAGE, INTERRUPTED = 0, 1, 2, 130
 DTYPES = ("float32", "float16", "bfloat16", "float64")

@@ -21,7 +21,8 @@ from tritonconv.inspection import jobs, readme, records, report, verdicts
 from tritonconv.inspection.compiling import PRECISIONS, Job, check_compiler, compile_job
 from tritonconv.inspection.records import Inspection, Record
 from tritonconv.inspection.targets import TARGETS
-from tritonconv.kernels.registry import Variant, triton_fault, variants
+from tritonconv.kernels.registry import triton_fault, variants
+from tritonconv.kernels.variant import Variant
 from tritonconv.problem import LAYOUTS
 
 HELP = "compile the Triton kernels for GPUs that are not here, and look"

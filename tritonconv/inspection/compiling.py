@@ -21,7 +21,8 @@ from tritonconv.inspection.machine_code import resources
 from tritonconv.inspection.records import Record
 from tritonconv.inspection.targets import TARGETS, Target
 from tritonconv.kernels import triton_compiled
-from tritonconv.kernels.registry import Config, Variant, triton_fault, variant
+from tritonconv.kernels.registry import triton_fault, variant
+from tritonconv.kernels.variant import Config, Variant
 from tritonconv.problem import Problem
 
 # What variants are told to be asked about: nothing reads it as a device.

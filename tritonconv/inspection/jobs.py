@@ -14,7 +14,7 @@ from tritonconv.bench.workloads import Workload, workload
 from tritonconv.inspection.compiling import GPU, Job, compile_job, compiling_for
 from tritonconv.inspection.records import Record
 from tritonconv.inspection.targets import TARGETS
-from tritonconv.kernels.registry import Variant
+from tritonconv.kernels.variant import Variant
 
 # One real layer for each class of problems that tiles and code differ by. A variant is compiled for the first of
 # them that it serves (see FEW), so the heavy dense ones stand first and the special ones behind.

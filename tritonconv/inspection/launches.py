@@ -17,8 +17,9 @@ from tritonconv.errors import ArgumentError
 from tritonconv.inspection.compiling import compile_launch, compiling_for, products_in
 from tritonconv.inspection.targets import TARGETS
 from tritonconv.kernels import triton_compiled
-from tritonconv.kernels.registry import Config, variant
+from tritonconv.kernels.registry import variant
 from tritonconv.kernels.triton_compiled import LAUNCHES, CompiledFolder
+from tritonconv.kernels.variant import Config
 from tritonconv.problem import Problem
 
 

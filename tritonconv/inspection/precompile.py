@@ -32,8 +32,9 @@ from tritonconv.inspection.compiling import compile_launch, compiling_for, produ
 from tritonconv.inspection.launchers import compile_launchers
 from tritonconv.inspection.launches import Kernel, Launches, precision, read_active
 from tritonconv.inspection.targets import TARGETS
-from tritonconv.kernels.registry import Config, file_of, have_triton, load, variant
+from tritonconv.kernels.registry import file_of, have_triton, load, variant
 from tritonconv.kernels.triton_compiled import CompiledWarning
+from tritonconv.kernels.variant import Config
 from tritonconv.problem import Problem
 
 MOST_PROCESSES = 14

@@ -23,7 +23,7 @@ from tritonconv.inspection.machine_code import early_write
 from tritonconv.inspection.records import Record
 from tritonconv.inspection.shallow import shallow
 from tritonconv.inspection.targets import TARGETS, Target
-from tritonconv.kernels.registry import Config, Variant
+from tritonconv.kernels.variant import Config, Variant
 from tritonconv.problem import LAYOUTS
 
 TARGET = "sm_90"  # alone has products that read registers while the program goes on

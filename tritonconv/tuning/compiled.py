@@ -13,7 +13,7 @@ from tritonconv.inspection.compiling import GPU, compiling_for
 from tritonconv.inspection.launches import precision, read_active
 from tritonconv.inspection.precompile import Job, target_of
 from tritonconv.inspection.targets import TARGETS
-from tritonconv.kernels.registry import Config, Variant
+from tritonconv.kernels.variant import Config, Variant
 from tritonconv.problem import PASSES, Problem
 from tritonconv.tuning.contest import Candidate, Effort, candidates
 

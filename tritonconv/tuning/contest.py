@@ -22,7 +22,8 @@ from tritonconv.bench.failures import context_is_lost, disqualifies, told
 from tritonconv.bench.timing import Call, Times
 from tritonconv.contestants import why_not
 from tritonconv.dispatch import plan_of
-from tritonconv.kernels.registry import Config, Variant, variants
+from tritonconv.kernels.registry import variants
+from tritonconv.kernels.variant import Config, Variant
 from tritonconv.problem import Problem
 from tritonconv.tuning.case import Case
 

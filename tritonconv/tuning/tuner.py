@@ -21,7 +21,8 @@ from tritonconv.bench.calls import FORWARD_BACKWARD, TensorCall
 from tritonconv.bench.failures import context_is_lost, disqualifies, told
 from tritonconv.bench.timing import Times
 from tritonconv.dispatch import plan_of
-from tritonconv.kernels.registry import NO_CONFIG, variant
+from tritonconv.kernels.registry import variant
+from tritonconv.kernels.variant import NO_CONFIG
 from tritonconv.problem import PASSES
 from tritonconv.tuning.contest import TORCH, Candidate, Contest, Members
 
