@@ -74,6 +74,15 @@ def test_exact(name, layout):
     assert served >= 3 or all(variant(name).supports(problem, DEVICE) is not None for problem in problems)
 
 
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["forward_phases", "backward_data_gemm"])
+def test_more_taps_than_a_word_has_bits(name, layout):
+    """Which taps find a voxel is looked up in the bits of an integer, or, of so many, worked out for each."""
+    case = Case(n=1, channels=(16, 16), size=(2, 2, 4), kernel=(3, 2, 26), front=(1, 0, 9), back=(1, 1, 9))
+    assert complaints(variant(name), case, torch.float32, layout, True, DEVICE, configs_of(variant(name), 1)) == []
+
+
 def test_every_problem_has_a_kernel_in_every_pass():
     for layout in LAYOUTS:
         for label, case in TINY.items():
