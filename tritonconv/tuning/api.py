@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -31,7 +32,7 @@ def tune(
     *inputs: Any,
     seconds: float | None = None,
     device: torch.device | str | None = None,
-    folder: Path | None = None,
+    folder: str | os.PathLike | None = None,
     again: bool = False,
     progress: Progress | None = None,
 ) -> Report:
@@ -54,7 +55,7 @@ def tune(
     tasks, where = _tasks(target, inputs, device)
     if seconds is not None and not 0 < seconds < float("inf"):
         raise ArgumentError(f"tune: seconds expects a number above 0, got {seconds!r}")
-    session = Session(where, folder, seconds, again)
+    session = Session(where, None if folder is None else Path(folder), seconds, again)
     shown = progress or Silent()
     if not _several_processes():
         return session.run(tasks, shown)
