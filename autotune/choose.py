@@ -69,7 +69,7 @@ def choose(problem: Problem, device: torch.device, pass_name: str) -> Selection:
     """
     if torch_only():
         return Selection(variant(rules.FALLBACK[pass_name]), NO_CONFIG, REASON)
-    pinned = pins.find(problem, pass_name)
+    pinned = pins.find(problem, device, pass_name)
     if pinned is not None:
         return _pinned(*pinned, problem, device)
     if _wants_kernels(device):

@@ -1,6 +1,6 @@
 """Choices that were written out and are pinned: a run repeats bit for bit, on another machine of the same kind too.
 
-The file is JSON: for each problem in words, by pass, the variant and its config. It is pinned by
+The file is JSON: for each problem on a kind of device, in words, by pass, the variant and its config. It is pinned by
 :func:`pin_choices` or by the variable TRITONCONV_CHOICES, which names it. A pinned kernel runs from the first call on,
 which waits for the compiler. What the file does not hold is chosen as ever.
 """
@@ -14,13 +14,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tritonconv.errors import StoreError
 from tritonconv.kernels.variant import Config
 from tritonconv.problem import PASSES, Problem
 
 VARIABLE = "TRITONCONV_CHOICES"
 FORMAT = 1
-# (variant, config) by pass, by the problem's text.
+# (variant, config) by pass, by the text of the problem and its kind of device.
 Choices = Mapping[str, Mapping[str, tuple[str, Config]]]
 
 _pinned: Path | None = None
@@ -35,18 +37,23 @@ def pin(path: Path | None) -> None:
     _pinned = path
 
 
-def find(problem: Problem, pass_name: str) -> tuple[str, Config] | None:
+def text(problem: Problem, device: torch.device) -> str:
+    """What the choices of a problem on a kind of device are found by."""
+    return f"{problem} on {device.type}"
+
+
+def find(problem: Problem, device: torch.device, pass_name: str) -> tuple[str, Config] | None:
     """The pinned variant and config. Raises StoreError where TRITONCONV_CHOICES names a file that is not one."""
     named = os.environ.get(VARIABLE)
     path = _pinned if _pinned is not None else Path(named).expanduser() if named else None
-    return None if path is None else _load(path).get(str(problem), {}).get(pass_name)
+    return None if path is None else _load(path).get(text(problem, device), {}).get(pass_name)
 
 
 def write(choices: Choices, path: Path) -> None:
     """Raises StoreError where the file cannot be written."""
     found = {
-        text: {name: {"variant": variant, "config": dict(config)} for name, (variant, config) in passes.items()}
-        for text, passes in sorted(choices.items())
+        key: {name: {"variant": variant, "config": dict(config)} for name, (variant, config) in passes.items()}
+        for key, passes in sorted(choices.items())
     }
     try:
         path.write_text(json.dumps({"format": FORMAT, "choices": found}, indent=1) + "\n", encoding="utf-8")
@@ -63,7 +70,7 @@ def _load(path: Path) -> Choices:
     try:
         if data["format"] != FORMAT:
             raise ValueError(f"expected format {FORMAT}, found {data['format']!r}")
-        return {text: _passes(passes) for text, passes in data["choices"].items()}
+        return {key: _passes(passes) for key, passes in data["choices"].items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise StoreError(f"pinned choices: {path} holds none: {type(error).__name__}: {error}") from None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,10 +15,12 @@ from tritonconv.autotune import choose, pins, store
 from tritonconv.autotune.key import Key, device_name
 from tritonconv.autotune.store import Entry, Table
 from tritonconv.kernels.registry import variant
+from tritonconv.problem import PASSES
 
 CPU = torch.device("cpu")
 X, WEIGHT = torch.randn(1, 64, 8, 8, 8), torch.randn(64, 32, 2, 2, 2)
 PROBLEM = Problem(1, 64, 32, (8, 8, 8), (2, 2, 2), (2, 2, 2), (0, 0, 0), (16, 16, 16))
+ON_CPU = pins.text(PROBLEM, CPU)
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +48,7 @@ def test_pinned_choices_stand_before_what_is_tuned(tmp_path):
     with tritonconv.use("forward_torch_phases"):
         tritonconv.conv_transpose3d(X, WEIGHT, stride=2)
     assert tritonconv.save_choices(path) == 1
-    assert json.loads(path.read_text())["choices"] == {str(PROBLEM): {"forward": {"variant": first, "config": {}}}}
+    assert json.loads(path.read_text())["choices"] == {ON_CPU: {"forward": {"variant": first, "config": {}}}}
     tune_by_hand("forward_torch_onednn")
     assert ran() == "forward_torch_onednn" != first
     tritonconv.pin_choices(path)
@@ -57,9 +60,23 @@ def test_pinned_choices_stand_before_what_is_tuned(tmp_path):
     assert ran() == "forward_torch_onednn"
 
 
+def test_one_problem_on_a_cpu_and_on_gpus_is_pinned_apart(tmp_path, monkeypatch):
+    pytest.importorskip("triton")
+    name_gpu(monkeypatch)
+    problem = replace(PROBLEM, dtype=torch.bfloat16)
+    both = [(device, name) for device in (CUDA, CPU) for name in PASSES[:2]]
+    first = [dispatch.plan(problem, device).choice(name).variant for device, name in both]
+    assert {record.backend for record in first} == {"triton", "torch"}
+    dispatch.plan(problem, torch.device("cuda", 1)).choice("forward")  # the other pass is still that of the first GPU
+    assert tritonconv.save_choices(tmp_path / "choices.json") == 2
+    tritonconv.pin_choices(tmp_path / "choices.json")
+    again = [dispatch.plan(problem, device).choice(name) for device, name in both]
+    assert [each.variant for each in again] == first and {each.reason for each in again} == {"pinned"}
+
+
 def test_the_environment_names_a_file_for_the_whole_program(tmp_path, monkeypatch):
     path = tmp_path / "choices.json"
-    pins.write({str(PROBLEM): {"forward": ("forward_torch_phases", {})}}, path)
+    pins.write({ON_CPU: {"forward": ("forward_torch_phases", {})}}, path)
     monkeypatch.setenv("TRITONCONV_CHOICES", str(path))
     dispatch.forget()
     assert ran() == "forward_torch_phases"
@@ -69,7 +86,9 @@ def test_a_pinned_kernel_waits_for_the_compiler(tmp_path, monkeypatch):
     pytest.importorskip("triton")
     name_gpu(monkeypatch)
     record = variant("forward_phases")
-    pins.write({str(PROBLEM): {"forward": (record.name, record.default(PROBLEM, CUDA))}}, tmp_path / "choices.json")
+    pins.write(
+        {pins.text(PROBLEM, CUDA): {"forward": (record.name, record.default(PROBLEM, CUDA))}}, tmp_path / "choices.json"
+    )
     tritonconv.pin_choices(tmp_path / "choices.json")
     made = dispatch.plan(PROBLEM, CUDA)
     assert made.choice("forward").variant.name == record.name and made._forward.standby is None
@@ -84,7 +103,7 @@ def test_a_pinned_kernel_waits_for_the_compiler(tmp_path, monkeypatch):
 )  # fmt: skip
 def test_what_cannot_be_repeated_is_an_error_and_no_other_kernel(tmp_path, name, config, words):
     path = tmp_path / "choices.json"
-    pins.write({str(PROBLEM): {"forward": (name, config)}}, path)
+    pins.write({ON_CPU: {"forward": (name, config)}}, path)
     tritonconv.pin_choices(path)
     with pytest.raises(VariantNotApplicable, match=words):
         tritonconv.conv_transpose3d(X, WEIGHT, stride=2)
@@ -96,7 +115,7 @@ def test_what_cannot_be_repeated_is_an_error_and_no_other_kernel(tmp_path, name,
 def test_a_file_of_something_else_is_refused_and_nothing_changes(tmp_path, text):
     path, good = tmp_path / "choices.json", tmp_path / "good.json"
     path.write_text(text)
-    pins.write({str(PROBLEM): {"forward": ("forward_torch_phases", {})}}, good)
+    pins.write({ON_CPU: {"forward": ("forward_torch_phases", {})}}, good)
     tritonconv.pin_choices(good)
     with pytest.raises(StoreError, match=r"choices\.json"):
         tritonconv.pin_choices(path)
@@ -108,4 +127,4 @@ def test_a_file_of_something_else_is_refused_and_nothing_changes(tmp_path, text)
 
 
 def test_nothing_is_pinned_by_default():
-    assert pins.find(PROBLEM, "forward") is None and choose.choose(PROBLEM, CPU, "forward").reason != "pinned"
+    assert pins.find(PROBLEM, CPU, "forward") is None and choose.choose(PROBLEM, CPU, "forward").reason != "pinned"

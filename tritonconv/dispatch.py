@@ -22,7 +22,7 @@ from tritonconv.autotune.choose import Selection, ceilings_of, choose, untuned
 from tritonconv.autotune.choose import forget as forget_tables
 from tritonconv.errors import VariantNotApplicable
 from tritonconv.forced import forced
-from tritonconv.kernels.registry import variant, variants
+from tritonconv.kernels.registry import Config, variant, variants
 from tritonconv.plan import Plan
 from tritonconv.problem import Problem
 from tritonconv.switches import torch_only
@@ -165,16 +165,17 @@ def forget() -> None:
 
 
 def save_choices(path: str | os.PathLike) -> int:
-    """Writes what the calls of this process run, by problem and pass, for :func:`pin_choices`; returns how many
-    problems that are. What :func:`tritonconv.use` forced is left out.
+    """Writes what the calls of this process run, by problem, kind of device and pass, for :func:`pin_choices`; returns
+    how many problems that are. What :func:`tritonconv.use` forced is left out, and what was called only before the
+    choices changed last (a tuning run, :func:`pin_choices`).
 
-    Raises StoreError where the file cannot be written.
+    A kernel that is still being compiled is written down as one that runs. Raises StoreError where the file cannot be written.
     """
-    found = {
-        str(made.problem): {name: (each.variant.name, each.config) for name, each in made.chosen.items()}
-        for (_, _, named, _), made in list(_by_problem.items())
-        if not named and made.chosen
-    }
+    found: dict[str, dict[str, tuple[str, Config]]] = {}
+    for (_, _, named, _), made in list(_by_problem.items()):
+        if not named and made.chosen:
+            passes = found.setdefault(pins.text(made.problem, made.device), {})
+            passes.update({name: (each.variant.name, each.config) for name, each in made.chosen.items()})
     pins.write(found, Path(path))
     return len(found)
 
