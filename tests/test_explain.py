@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 
 import pytest
@@ -10,7 +11,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
 import tritonconv
-from tritonconv import ArgumentError, Problem, VariantNotApplicable, explain
+from tritonconv import ArgumentError, Problem, VariantNotApplicable, dispatch, explain
+from tritonconv.commands import tune
+from tritonconv.commands.problems import tasks_asked_for
+from tritonconv.explain import explain_problem
 from tritonconv.problem import PASSES
 
 CPU = torch.device("cpu")
@@ -96,3 +100,31 @@ def test_explain_under_autocast_shows_the_call_that_runs():
         assert tritonconv.conv_transpose3d(X, WEIGHT).dtype == torch.bfloat16
         assert explain(X, WEIGHT).plan.problem.dtype == torch.bfloat16
     assert explain(X, WEIGHT).plan.problem.dtype == torch.float32
+
+
+@pytest.mark.parametrize("problem", [
+    Problem(2, 6, 4, (5, 4, 3), (2, 3, 1), (2, 3, 1), (0, 0, 0), (10, 12, 3), groups=2, bias=True),
+    Problem(1, 8, 4, (4, 4, 4), (3, 3, 3), (2, 2, 2), (1, 1, 1), (8, 8, 8), dtype=torch.bfloat16, layout="ndhwc"),
+    Problem(1, 8, 4, (6, 5, 4), (3, 3, 3), (1, 1, 1), (2, 1, 2), (6, 7, 4), dilation=(2, 2, 2)),
+], ids=str)  # fmt: skip
+def test_the_command_that_it_names_tunes_exactly_this(capsys, problem):
+    line = explain_problem(problem, CPU).text.splitlines()[-1]
+    asked = line.removeprefix("to measure it here: tritonconv tune ").split()
+    parser = argparse.ArgumentParser()
+    tune.add(parser)
+    tasks, _ = tasks_asked_for(parser.parse_args(asked), CPU, "full")
+    assert [task.problem for task in tasks] == [problem]
+
+
+def test_no_command_is_named_that_would_change_nothing(capsys, monkeypatch):
+    problem = Problem(1, 8, 4, (4, 4, 4), (2, 2, 2), (2, 2, 2), (0, 0, 0), (8, 8, 8))
+    assert "tritonconv tune" in explain_problem(problem, CPU).text
+    with tritonconv.use(*PHASES):
+        assert "tritonconv tune" not in explain_problem(problem, CPU).text
+    for other in (dataclasses.replace(problem, n=0), dataclasses.replace(problem, crop=(0, 0, 3), out_size=(8, 8, 5))):
+        assert "tritonconv tune" not in explain_problem(other, CPU).text
+    monkeypatch.setenv("TRITONCONV", "torch")
+    dispatch.forget()
+    assert "tritonconv tune" not in explain_problem(problem, CPU).text
+    monkeypatch.undo()
+    dispatch.forget()

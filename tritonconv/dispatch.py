@@ -169,7 +169,8 @@ def save_choices(path: str | os.PathLike) -> int:
     how many problems that are. What :func:`tritonconv.use` forced is left out, and what was called only before the
     choices changed last (a tuning run, :func:`pin_choices`).
 
-    A kernel that is still being compiled is written down as one that runs. Raises StoreError where the file cannot be written.
+    A kernel that is still being compiled is written down as one that runs. Raises StoreError where the file cannot be
+    written.
     """
     found: dict[str, dict[str, tuple[str, Config]]] = {}
     for (_, _, named, _), made in list(_by_problem.items()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from tritonconv.dispatch import Plan, plan
 from tritonconv.functional import plan_of_call
 from tritonconv.kernels.registry import triton_fault, variants
 from tritonconv.problem import PASSES, Problem
+from tritonconv.switches import torch_only
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,31 @@ def _show(made: Plan) -> Explanation:
             if other.name != choice.variant.name:
                 why_not = other.supports(problem, made.device) or "applies, but the choice above comes first"
                 lines.append(f"  not {other.name}: {why_not}")
+    command = tune_command(problem, made.device)
+    chosen = [made.choice(pass_name) for pass_name in PASSES]
+    if command and any(not each.forced and (each.entry is None or each.outdated) for each in chosen):
+        lines.append(f"to measure it here: {command}")
     explanation = Explanation(made, None, "\n".join(lines))
     print(explanation)
     return explanation
+
+
+def tune_command(problem: Problem, device: torch.device) -> str | None:
+    """The command line that tunes a problem on a device; None where no command does, or where no call would use it."""
+    if not problem.torch_crop.exact or not problem.n or not problem.c_out or torch_only():
+        return None
+    crop, usual = problem.torch_crop, {"stride": 1, "padding": 0, "output-padding": 0, "dilation": 1}
+    given = (problem.stride, crop.padding, crop.output_padding, problem.dilation)
+    words = [f"tritonconv tune --x {_joined(problem.x_shape)} --weight {_joined(problem.weight_shape)}"]
+    words += [
+        f"--{name} {_joined(value)}"
+        for (name, default), value in zip(usual.items(), given, strict=True)
+        if value != (default,) * 3
+    ]
+    words += [f"--groups {problem.groups}"] * (problem.groups != 1) + ["--bias"] * problem.bias
+    dtype = str(problem.dtype).removeprefix("torch.")
+    return " ".join([*words, f"--dtype {dtype} --layout {problem.layout} --device {device}"])
+
+
+def _joined(sizes: Iterable[int]) -> str:
+    return "x".join(map(str, sizes))
