@@ -29,9 +29,10 @@ def use(*names: str) -> Iterator[None]:
     """Forces the named variants, at most one per pass, for the calls made inside the ``with`` block.
 
     A call keeps its variants for its backward passes, wherever those run, and for its recomputation by activation
-    checkpointing; a compiled graph takes what is in force
-    where each of its parts runs, and one of fixed sizes is traced anew where that changes its choices. Calls that a
-    transform or a tracer watches go to torch itself all the same. Blocks nest; the inner one wins per pass.
+    checkpointing. A compiled graph takes what is in force where each of its parts runs; one of fixed sizes is traced
+    anew where that changes its choices. Calls that a transform or a tracer watches go to torch itself all the same.
+    Blocks nest; the inner one wins per pass.
+
     Raises ArgumentError for an unknown name or two names of one pass; a call that a forced variant does not serve
     raises VariantNotApplicable with the reason.
     """

@@ -37,7 +37,8 @@ Compiles the Triton kernels for the named targets, without a GPU, and shows what
 shared memory, occupancy, matrix and copy instructions. Each variant is compiled as it is launched for real layers.
 
 A fault of a default config makes the exit code 1: it does not compile, it spills, it needs more shared memory than the
-target has, or its tl.dot has no matrix instruction. Candidate configs (--configs all) only warn.
+target has, its tl.dot has no matrix instruction, or it writes a register that a product in flight may read. Candidate
+configs (--configs all) only warn.
 
 layers:
 {chr(10).join(f"  {name:13} {layer}" for name, layer in jobs.CLASSES.items())}
