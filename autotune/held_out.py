@@ -69,13 +69,12 @@ class Group(NamedTuple):
 
 
 class Score(NamedTuple):
-    """A choice for a group: its speed over torch's own, that of the best measured one, and their names."""
+    """A choice for a group: its speed over torch's own, that of the best measured one, and its name."""
 
     group: Group
     chosen: float
     best: float
     chosen_name: str
-    best_name: str
 
 
 def groups_of(timed: Iterable[Timed], ceilings: Ceilings) -> list[Group]:
@@ -202,17 +201,16 @@ def scores(
 def _score(group: Group, fitted: Fit, served: Callable[[Sample], bool], margin: float) -> Score:
     """torch's own stands for a kernel that is not expected to beat it by the margin."""
     of, where = fitted.passes[group.pass_name], place(group.problem)
-    chosen, best = (1.0, FALLBACK[group.pass_name]), (1.0, FALLBACK[group.pass_name])
+    chosen, best = (1.0, FALLBACK[group.pass_name]), 1.0
     least = margin * fitted.torch_ms(group.problem, group.pass_name, fitted.ceilings)
     for each, one in zip(group.timed, group.counts, strict=True):
         if each.torchs or not each.sound or not served(each.sample):
             continue
-        mine = (each.speedup, each.sample.record.name)
-        best = max(best, mine)
+        best = max(best, each.speedup)
         ms = _counted_ms(one, fitted.ceilings) * of.kernels.at(one.kind, where)
         if ms < least and takes_part(each.sample.record, fitted, unseen=True):
-            chosen, least = mine, ms
-    return Score(group, chosen[0], best[0], chosen[1], best[1])
+            chosen, least = (each.speedup, each.sample.record.name), ms
+    return Score(group, chosen[0], best, chosen[1])
 
 
 def safe(sample: Sample) -> bool:

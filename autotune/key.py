@@ -7,7 +7,7 @@ of a bias, and a layer with one shares its key with a layer without.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -72,9 +72,6 @@ class Key:
         parts += [letter + "x".join(map(str, values)) for letter, values in triples]
         parts += [f"crop-{self.crop}", f"{self.c_in}->{self.c_out}", f"g{self.groups}"]
         return " ".join([*parts, "bias" if self.bias else "no-bias", f"2^{self.bucket}"])
-
-
-FIELDS = tuple(each.name for each in fields(Key))
 
 
 def _crop_class(axis: Axis) -> str:

@@ -46,7 +46,7 @@ SPILLED = 3.0  # a spilling kernel is ranked behind its neighbours
 
 
 LAUNCH = "launch"
-# What a call's first launch, and each one behind it, takes of the time of one: factors like those of the kinds.
+# Factors, like those of the kinds, of the time of a launch: of a call's first launch, and of each further one.
 FIRST_LAUNCH, FURTHER_LAUNCH = "first launch", "further launch"
 UNPIPELINED = " unpipelined"  # behind a variant's name: the kind of its configs without a pipeline
 
@@ -58,7 +58,6 @@ class Estimate:
     ms: float
     limit: str
     work: Work
-    waves: float
 
 
 def work_of(record: Variant, problem: Problem, config: Config) -> Work:
@@ -74,7 +73,7 @@ def estimate(record: Variant, problem: Problem, config: Config, ceilings: Ceilin
     rate = _matrix_rate(problem, ceilings) if work.matrix else ceilings.vector
     resident = _resident(work, ceilings)
     if work.programs and not resident:
-        return Estimate(math.inf, "shared memory", work, math.inf)
+        return Estimate(math.inf, "shared memory", work)
     waves, waste, starved = 0.0, 1.0, 1.0
     if work.programs:
         slots = resident * ceilings.multiprocessors
@@ -95,7 +94,7 @@ def estimate(record: Variant, problem: Problem, config: Config, ceilings: Ceilin
     busy += (others - parts[limit]) * (BESIDE if work.pipelined else 1 / max(1, resident))
     busy *= _factor(record, work, ceilings)
     launch = launches_ms(work.launches, ceilings) * 1e-3
-    return Estimate((busy + launch) * 1e3, limit if busy > launch else LAUNCH, work, waves)
+    return Estimate((busy + launch) * 1e3, limit if busy > launch else LAUNCH, work)
 
 
 def launches_ms(launches: int, ceilings: Ceilings) -> float:

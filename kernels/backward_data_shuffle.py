@@ -136,8 +136,7 @@ def default(problem: Problem, device: torch.device):
 
 
 def space(problem: Problem, device: torch.device):
-    rows = (0, 1) if phases.whole_rows(problem) else ()
-    return tiles.around(default(problem, device), problem, GROUP_M=(8,), WEIGHT=(0, 1, 2), ROWS=rows)
+    return phases.around(default(problem, device), problem)
 
 
 def work(problem: Problem, config) -> Work:

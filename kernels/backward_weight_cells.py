@@ -33,7 +33,7 @@ from tritonconv.kernels.triton_device import (
     widened,
 )
 from tritonconv.kernels.triton_launch import RUN_TIME, accounting, refusal
-from tritonconv.kernels.triton_phases import cells_of
+from tritonconv.kernels.triton_phases import cells_of, window_of
 from tritonconv.kernels.triton_split_gemm import SplitGemm, store_channel_sums
 from tritonconv.kernels.triton_taps import in_spans, spans, tap_lanes, voxel_words
 from tritonconv.kernels.variant import SPREADS_VOXELS, Config, Variant
@@ -42,12 +42,6 @@ from tritonconv.problem import Problem, Triple
 
 LOAD_INSTRUCTIONS = 28  # every step finds its cells anew, and of both operands which are inside
 MOST_WASTE = 4  # products for each one that counts
-
-
-@triton.constexpr_function
-def window_of(KERNEL, STRIDE):
-    """(d, h, w): input voxels that the outputs of one cell read."""
-    return tuple(-(-int(k) // int(s)) for k, s in zip(KERNEL, STRIDE, strict=True))
 
 
 @triton.jit

@@ -23,7 +23,7 @@ from tritonconv.kernels import triton_tiles as tiles
 from tritonconv.kernels.triton_device import aligned, inside, offset, product, widened
 from tritonconv.kernels.triton_launch import RUN_TIME, accounting, empty, geometry, precision, refusal, wide
 from tritonconv.kernels.triton_launch import launch as run
-from tritonconv.kernels.triton_phases import cells_of
+from tritonconv.kernels.triton_phases import cells_of, window_of
 from tritonconv.kernels.triton_weights import oriented, packed, preferred
 from tritonconv.kernels.variant import SPREADS_WEIGHT, Variant
 from tritonconv.kernels.work import Work, tap_gemm
@@ -39,12 +39,6 @@ LEAST_BOX = 4  # voxels along an axis with a halo
 def power(value):
     """The power of two at or above."""
     return 1 << (int(value) - 1).bit_length()
-
-
-@triton.constexpr_function
-def window_of(KERNEL, STRIDE):
-    """(d, h, w): voxels that the outputs of a cell read, 1 or 2."""
-    return tuple(-(-int(k) // int(s)) for k, s in zip(KERNEL, STRIDE, strict=True))
 
 
 @triton.jit

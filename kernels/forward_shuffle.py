@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 
 from tritonconv.kernels import triton_phases as phases
-from tritonconv.kernels import triton_tiles as tiles
 from tritonconv.kernels.triton_device import (
     aligned,
     ceil_div,
@@ -126,8 +125,7 @@ def default(problem: Problem, device: torch.device):
 
 
 def space(problem: Problem, device: torch.device):
-    rows = (0, 1) if phases.whole_rows(problem) else ()
-    return tiles.around(default(problem, device), problem, GROUP_M=(8,), WEIGHT=(0, 1, 2), ROWS=rows)
+    return phases.around(default(problem, device), problem)
 
 
 def work(problem: Problem, config) -> Work:

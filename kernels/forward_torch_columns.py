@@ -9,18 +9,14 @@ from __future__ import annotations
 import itertools
 import math
 
-from tritonconv.kernels.torch_layout import add_bias_, sum_dtype, to_layout, voxel_rows
+from tritonconv.kernels.torch_layout import add_bias_, matrix_refusal, sum_dtype, to_layout, voxel_rows
 from tritonconv.kernels.torch_products import products
 from tritonconv.kernels.variant import Variant
 from tritonconv.kernels.work import by_torch, size_of
 
 
 def supports(problem, device):
-    if problem.groups != 1:
-        return f"needs groups=1, the problem has {problem.groups}"
-    if not problem.dtype.is_floating_point:
-        return f"needs a floating-point dtype, the problem has {problem.dtype}"
-    return None
+    return matrix_refusal(problem)
 
 
 def _axis_parts(axis):

@@ -22,6 +22,7 @@ from tritonconv.kernels.triton_device import dividers, inside, load_along, multi
 from tritonconv.kernels.triton_launch import BY, division, geometry, launch, precision, wide
 from tritonconv.kernels.triton_target import STEP, compute_capability
 from tritonconv.kernels.triton_weights import oriented, packed, preferred
+from tritonconv.kernels.variant import Config
 from tritonconv.kernels.weight_orders import AS_GIVEN, IN_INNERMOST
 from tritonconv.kernels.work import Work, parts, tap_gemm
 from tritonconv.problem import Problem, Triple
@@ -55,6 +56,12 @@ def cells_of(crop, out_size, STRIDE: tl.constexpr):
         (crop[2] + out_size[2] - 1) // STRIDE[2] - first[2] + 1,
     )
     return cells, first
+
+
+@triton.constexpr_function
+def window_of(KERNEL, STRIDE):
+    """(d, h, w): input voxels that the outputs of one cell read."""
+    return tuple(-(-int(k) // int(s)) for k, s in zip(KERNEL, STRIDE, strict=True))
 
 
 @triton.jit
@@ -222,6 +229,11 @@ def whole_rows(problem: Problem) -> int:
     """The default ROWS: where w is y's contiguous axis, unless its phases would not fit the smallest tile."""
     contiguous = problem.layout == "ncdhw" or problem.c_out == 1
     return int(contiguous and 1 < problem.stride[2] <= 16)
+
+
+def around(base: Config, problem: Problem) -> tuple[Config, ...]:
+    """The candidates of a kernel that shuffles: tiles, orders of the weight, and both orders of the columns."""
+    return tiles.around(base, problem, GROUP_M=(8,), WEIGHT=(0, 1, 2), ROWS=(0, 1) if whole_rows(problem) else ())
 
 
 def width_step(width: int, config) -> int:

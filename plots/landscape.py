@@ -21,7 +21,6 @@ MADE_BY = "tritonconv tune"
 SHOWN = 2  # layers
 LEAST = 3  # candidates
 ROW = 0.16
-RANKS = 1.7  # side of the panel of ranks
 
 Group = list[Mapping]
 

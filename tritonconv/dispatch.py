@@ -22,7 +22,8 @@ from tritonconv.autotune.choose import Selection, ceilings_of, choose, untuned
 from tritonconv.autotune.choose import forget as forget_tables
 from tritonconv.errors import VariantNotApplicable
 from tritonconv.forced import forced
-from tritonconv.kernels.registry import Config, variant, variants
+from tritonconv.kernels.registry import variant, variants
+from tritonconv.kernels.variant import Config
 from tritonconv.plan import Plan
 from tritonconv.problem import Problem
 from tritonconv.switches import torch_only

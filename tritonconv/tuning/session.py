@@ -292,10 +292,6 @@ def tasks_of(problems: Iterable[Problem]) -> list[Task]:
     return [Task(problem, f"problem {index}: {problem}", "given") for index, problem in enumerate(problems, start=1)]
 
 
-def in_layouts(task: Task, layouts: Iterable[str]) -> list[Task]:
-    return [replace(task, problem=replace(task.problem, layout=layout)) for layout in layouts]
-
-
 def _said(task: Task, report: Report) -> str:
     mine = [winner for each, winner in report.winners if each == task]
     best = max((winner.torch_ms / winner.ms for winner in mine), default=None)
