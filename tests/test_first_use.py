@@ -12,7 +12,7 @@ import torch
 
 import tritonconv
 from tritonconv import Problem, dispatch
-from tritonconv.autotune import choose, store
+from tritonconv.autotune import choose, pins, store
 from tritonconv.autotune.key import Key, device_name
 from tritonconv.bench import gpu
 from tritonconv.kernels import triton_background
@@ -91,8 +91,8 @@ def test_the_callers_modes_are_off_while_it_tunes():
     assert stored() == keys(UP)
 
 
-@pytest.mark.parametrize("why", ["off", "never", "deterministic", "ours", "capture", "no voxels"])
-def test_nothing_is_measured_where_it_is_not_wanted(monkeypatch, why):
+@pytest.mark.parametrize("why", ["off", "never", "deterministic", "ours", "capture", "no voxels", "pinned"])
+def test_nothing_is_measured_where_it_is_not_wanted(monkeypatch, tmp_path, why):
     monkeypatch.setattr(first_use, "_tune", None)
     monkeypatch.setattr(first_use.Kind, "compile", None)
     problem = UP
@@ -104,6 +104,10 @@ def test_nothing_is_measured_where_it_is_not_wanted(monkeypatch, why):
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     elif why == "no voxels":
         problem = Problem(0, 8, 4, (6, 6, 6), (2, 2, 2), (2, 2, 2), (0, 0, 0), (12, 12, 12))
+    elif why == "pinned":
+        choices = {name: (f"{name}_torch_phases", {}) for name in PASSES}
+        pins.write({pins.text(problem, CPU): choices}, tmp_path / "choices.json")
+        monkeypatch.setenv("TRITONCONV_CHOICES", str(tmp_path / "choices.json"))
     elif why == "deterministic":
         monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     elif why == "ours":

@@ -3,8 +3,8 @@
 torch's own convolutions are tuned by that switch in the same way. When a layer of a new kind is first planned, its
 likely candidates are compiled in the background, while calls run what is chosen without a measurement. Then its plans
 are dropped, and the next call times the candidates for at most SECONDS and stores the winners, as ``tritonconv tune``
-does. It gives up without a word where memory or time runs out. ``TRITONCONV_TUNE=never`` in the environment switches
-it off.
+does. It gives up without a word where memory or time runs out, and times nothing whose choices are pinned.
+``TRITONCONV_TUNE=never`` in the environment switches it off.
 
 Under ``torch.distributed`` rank 0 tunes and writes the store; the others read it when they meet their next new kind.
 Nothing waits for another process.
@@ -22,7 +22,7 @@ from time import perf_counter
 import torch
 
 from tritonconv import dispatch
-from tritonconv.autotune import choose, store
+from tritonconv.autotune import choose, pins, store
 from tritonconv.autotune.journal import Journal
 from tritonconv.autotune.key import Key, device_name
 from tritonconv.bench import gpu
@@ -116,6 +116,7 @@ def _wanted(problem: Problem, device: torch.device) -> bool:
         and not torch.compiler.is_compiling()
         and torch._C._current_graph_task_id() == -1  # not in a backward pass
         and not torch.cuda.is_current_stream_capturing()
+        and any(pins.find(problem, device, name) is None for name in PASSES)
     )
 
 
