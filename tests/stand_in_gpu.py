@@ -6,7 +6,8 @@ device, and tensors say that they are on ``cuda:0``; their values are on the CPU
 Triton's interpreter runs the kernels. As on a GPU, a CPU tensor among those of the device is refused, a captured graph
 makes its calls again when it is replayed, and in a capture nothing waits for the device or moves values to or from it.
 
-It finds mistakes of the program around a GPU, and says nothing of a GPU: its times are made up. Needs a C++ compiler.
+It finds mistakes of the program around a GPU, and says nothing of a GPU: its times are made up. What kernels compute in
+bfloat16 is wrong here, as in Triton's interpreter: float16 is right. Needs a C++ compiler.
 
 It is the GPU that stand_in_facts.py describes. Its choices go to the folder that ``TRITONCONV_CACHE`` names, else to
 one that ends with the process: never to those of a GPU.
