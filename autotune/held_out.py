@@ -1,8 +1,8 @@
 """Fits the timings of a device, and says how well what was fitted chooses for layers that it has not seen.
 
-Every row of a layer, in both formats, and of its siblings, those with the same channels, kernel, stride, dilation and
-groups whatever their crop, bias, batch and size, is left out; all that is fitted is fitted to the other rows; and for
-each problem left out a choice is made among what was measured there, torch's own included.
+All rows of a layer are left out, in both formats, and those of its siblings. Siblings have the same channels, kernel,
+stride, dilation and groups; crop, bias, batch and size may differ. Everything is then fitted to the other rows, and for
+each problem that was left out a choice is made among what was measured there, torch's own included.
 """
 
 from __future__ import annotations

@@ -69,8 +69,8 @@ _trained: dict[int, tuple[weakref.ref[torch.Tensor], Forced]] = {}
 
 
 def recalled(weight: torch.Tensor) -> contextlib.AbstractContextManager[None] | None:
-    """Asked in each eager call: in a backward pass, where a checkpoint computes a call anew, a block with what was in
-    force when the call was made; None elsewhere."""
+    """In a backward pass, where a checkpoint computes a call anew: a block with what was in force when the call was
+    made. None elsewhere. Asked in each eager call."""
     named, key = forced.get(), id(weight)
     if named:
         if weight.requires_grad:

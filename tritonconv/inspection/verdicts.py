@@ -63,7 +63,7 @@ def _configs(record: Variant, job: Job) -> tuple[Config, ...]:
 
 
 def class_of(config: Config) -> tuple[tuple[str, int], ...]:
-    """The config without what says in which order tiles and weights come: products of a class are the same ones."""
+    """The config without the orders of tiles and weights: configs of one class have the same products."""
     return tuple((key, value) for key, value in config.items() if key not in ORDERS)
 
 
