@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,9 @@ README = Path(__file__).parents[1] / "README.md"
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
 
 
-def test_each_block_of_the_readme_runs(capsys):
+def test_each_block_of_the_readme_runs(capsys, monkeypatch, tmp_path):
     pytest.importorskip("triton")  # a block forces Triton kernels
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     # What stands before the record in a variant's file.
     names = {"Variant": tritonconv.Variant, "launch": lambda *operands: None, "supports": lambda *asked: None}
     for block in BLOCKS:

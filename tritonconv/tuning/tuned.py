@@ -58,7 +58,8 @@ class Report:
         return f"{self.left} problems left" + (f" in round {number} of {rounds}" if rounds > 1 else "")
 
     def __str__(self) -> str:
-        lines = [f"tuned on {self.device}: {len(self.winners)} choices, of which {self.torch_won} are torch's own"]
+        choices = f"{len(self.winners)} {'choice' if len(self.winners) == 1 else 'choices'}"
+        lines = [f"tuned on {self.device}: {choices}, of which {self.torch_won} torch's own"]
         for task, winner in self.winners:
             config = " ".join(f"{key}={value}" for key, value in winner.selection.config.items())
             what = f"{winner.selection.variant.name} {config}".rstrip()
