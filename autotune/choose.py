@@ -50,8 +50,10 @@ class Selection(NamedTuple):
 
     @property
     def outdated(self) -> bool:
-        """The kernel has changed since it was measured."""
-        return self.entry is not None and revision(self.variant) not in ("", self.entry.source)
+        """The kernel has changed since it was measured; torch's own is torch's affair."""
+        if self.entry is None or self.variant.name in rules.FALLBACK.values():
+            return False
+        return revision(self.variant) not in ("", self.entry.source)
 
 
 class Source(NamedTuple):
