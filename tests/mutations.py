@@ -22,6 +22,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
+
 from tritonconv.autotune import sources
 from tritonconv.kernels.registry import variants
 
@@ -100,7 +102,9 @@ def noticed(broken: Break, names: list[str], folder: Path) -> bool:
     environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
     try:
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, timeout=SECONDS, check=False)
-        return done.returncode == 1
+        if done.returncode in (pytest.ExitCode.USAGE_ERROR, pytest.ExitCode.NO_TESTS_COLLECTED):
+            raise RuntimeError(f"no test of {asked} ran:\n{done.stdout.decode()}")
+        return done.returncode != pytest.ExitCode.OK  # an address outside of everything ends the process
     except subprocess.TimeoutExpired:
         return True
     finally:
