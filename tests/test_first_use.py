@@ -91,6 +91,14 @@ def test_the_callers_modes_are_off_while_it_tunes():
     assert stored() == keys(UP)
 
 
+def test_a_plan_that_was_made_while_nothing_was_measured_is_made_anew():
+    call(UP)
+    dispatch.plan(UP, CPU).choice("forward")  # as a compiled graph asks for it
+    generation = dispatch.generation
+    assert "tuned on this size" in call(UP).choice("forward").reason
+    assert dispatch.generation > generation  # a compiled graph asks again
+
+
 @pytest.mark.parametrize("why", ["off", "never", "deterministic", "ours", "capture", "no voxels", "pinned"])
 def test_nothing_is_measured_where_it_is_not_wanted(monkeypatch, tmp_path, why):
     monkeypatch.setattr(first_use, "_tune", None)
@@ -159,7 +167,6 @@ def test_a_store_that_cannot_be_written_serves_this_process(monkeypatch, tmp_pat
     monkeypatch.setattr(choose, "_adopted", {})
     call(UP)
     monkeypatch.setenv("TRITONCONV_CACHE", str(tmp_path / "file" / "store"))
-    monkeypatch.setattr(first_use.Journal, "open", lambda name: first_use.Journal(name, tmp_path / "journal"))
     assert "tuned on this size" in call(UP).choice("forward").reason
 
 

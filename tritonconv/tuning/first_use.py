@@ -66,7 +66,7 @@ class Kind:
             log.debug("tritonconv: no candidates for %s: %s", self.problem, error)
             self.done = True
         self.compiled = True
-        dispatch.drop(lambda plan: plan.device == self.device and kind_of(plan.problem) == kind_of(self.problem))
+        _drop_plans(self)
 
     def _compiles(self, candidate: Candidate) -> bool:
         selection = candidate.selection
@@ -77,6 +77,10 @@ class Kind:
 
 
 _kinds: dict[tuple, Kind] = {}
+
+
+def _drop_plans(kind: Kind) -> None:
+    dispatch.drop(lambda plan: plan.device == kind.device and kind_of(plan.problem) == kind_of(kind.problem))
 
 
 def kind_of(problem: Problem) -> str:
@@ -157,13 +161,14 @@ def _tune(kind: Kind) -> None:
     except Exception as error:  # the user asked for a layer, not for a measurement
         log.debug("tritonconv: %s was not tuned: %s: %s", kind.problem, type(error).__name__, error)
         return
+    _drop_plans(kind)  # those that were made in the meantime, such as a compiled graph's
     said = ", ".join(f"{each.selection.variant.name} {each.torch_ms / each.ms:.2f} x torch" for each in winners)
     log.info("tritonconv tuned %s in %.1f s: %s", kind.problem, perf_counter() - begin, said or "no time")
 
 
 def _winners(kind: Kind, deadline: float) -> list[Winner]:
     """Those that the time was enough for; no pass has one where no answer is right, torch's neither."""
-    journal = Journal.open(device_name(kind.device))
+    journal = Journal.open(device_name(kind.device), lasting=False)
     case = Case(kind.problem, kind.device)
     contest = Contest(case, journal, choose.ceilings_of(kind.device), versions_of(kind.device), deadline)
     tuner = ProblemTuner(contest, kind.fields, TIMING * SECONDS, NOISE)
