@@ -18,14 +18,22 @@ _thread: threading.Thread | None = None
 
 
 def submit(task: Task) -> None:
-    """Has the task run behind those before it; it must not raise."""
+    """Has the task run behind those before it; it must not raise.
+
+    Raises RuntimeError where no thread can be started; the task is then left.
+    """
     global _thread
     with _changed:
         _waiting.append(task)
         if _thread is None or not _thread.is_alive():  # it is not in a forked child
             # No daemon: a thread that is killed inside LLVM would take the interpreter's end down with it.
             _thread = threading.Thread(target=_work, name="tritonconv-compiler", daemon=False)
-            _thread.start()
+            try:
+                _thread.start()
+            except RuntimeError:
+                _thread = None
+                _waiting.remove(task)
+                raise
 
 
 def wait(seconds: float | None = None) -> bool:

@@ -139,12 +139,18 @@ def test_in_a_backward_pass_nothing_is_measured(monkeypatch):
     assert seen and not first_use._kinds
 
 
-@pytest.mark.parametrize("what", ["memory", "an error", "time"])
+def no_thread(task):
+    raise RuntimeError("can't start new thread")
+
+
+@pytest.mark.parametrize("what", ["memory", "an error", "time", "a thread"])
 def test_it_gives_up_without_a_word(monkeypatch, what, recwarn):
     if what == "memory":
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (4 * UP.bytes(), 1 << 30))
     elif what == "time":
         monkeypatch.setattr(first_use, "SECONDS", 0.0)
+    elif what == "a thread":
+        monkeypatch.setattr(triton_background, "submit", no_thread)
     else:
         monkeypatch.setattr(first_use.ProblemTuner, "forward", lambda self: 1 / 0)
     want = call(UP).choice("forward")

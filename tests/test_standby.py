@@ -5,10 +5,12 @@ The compiler's part is played by the tests, and the kernels run in Triton's inte
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 
 import pytest
@@ -126,6 +128,39 @@ def test_a_launch_that_fails_is_one_warning_and_torchs_own(interpreted, monkeypa
         assert same(outputs(plan), right)
     assert same(outputs(plan), right)
     assert len(told) == 1
+
+
+def test_a_failure_keeps_no_tensor(compiler, monkeypatch):
+    plan = plan_of()
+    x, weight, bias, _ = operands()
+    plan.forward(x, weight, bias)
+    (task,) = compiler
+    task.__self__.ready = True
+
+    def refused(self, key, operands):
+        raise RuntimeError("out of resource")
+
+    monkeypatch.setattr(triton_replay.Replay, "_first", refused)
+    with pytest.warns(KernelWarning, match="out of resource"):
+        plan.forward(x, weight, bias)
+    gone = weakref.ref(x)
+    del x
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_thread_that_cannot_be_started_is_one_warning_and_torchs_own(monkeypatch):
+    def no_thread(self):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(triton_replay, "INTERPRETED", False)
+    monkeypatch.setattr(threading.Thread, "start", no_thread)
+    triton_replay._warn_once.cache_clear()
+    plan, right = plan_of(), want()
+    with pytest.warns(KernelWarning, match="can't start new thread") as told:
+        assert same(outputs(plan), right)
+    assert same(outputs(plan), right) and len(told) == 1
+    assert not triton_background._waiting and tritonconv.wait_until_compiled(0)
 
 
 def test_a_lack_of_memory_is_raised_as_torch_raises_it(interpreted, monkeypatch):

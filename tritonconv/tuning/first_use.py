@@ -102,7 +102,10 @@ def offer(problem: Problem, device: torch.device) -> None:
         elif _known(problem, device):
             kind.done = True
         else:
-            triton_background.submit(kind.compile)
+            try:
+                triton_background.submit(kind.compile)
+            except RuntimeError:  # no thread can be started
+                kind.done = True
     if kind.compiled and not kind.done:
         kind.done = True
         _tune(kind)
