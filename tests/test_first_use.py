@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from named_gpu import count_gpus
 
 import tritonconv
 from tritonconv import Problem, dispatch
@@ -137,6 +139,19 @@ def test_in_a_backward_pass_nothing_is_measured(monkeypatch):
     y.register_hook(lambda grad: seen.append(call(UP)))
     y.sum().backward()
     assert seen and not first_use._kinds
+
+
+def test_candidates_are_those_of_the_gpu_that_is_tuned(monkeypatch):
+    now, asked = count_gpus(monkeypatch), []
+    monkeypatch.setattr(choose, "ceilings_of", lambda device: asked.append(now.index))
+    monkeypatch.setattr(first_use, "candidates", lambda *more: asked.append(now.index) or [])
+    monkeypatch.setattr(first_use, "_fits", lambda problem, device: True)
+    monkeypatch.setattr(first_use, "_winners", lambda kind, deadline: asked.append(now.index) or [])
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: contextlib.nullcontext())
+    kind = first_use.Kind(UP, torch.device("cuda", 1))
+    kind.compile()
+    first_use._tune(kind)
+    assert asked == [1] * 5 and kind.compiled and now.index == 0
 
 
 def no_thread(task):

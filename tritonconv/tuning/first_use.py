@@ -27,6 +27,7 @@ from tritonconv.autotune.journal import Journal
 from tritonconv.autotune.key import Key, device_name
 from tritonconv.bench import gpu
 from tritonconv.bench.rows import versions_of
+from tritonconv.device import current
 from tritonconv.dispatch import plan_of
 from tritonconv.errors import StoreError
 from tritonconv.kernels import triton_background
@@ -59,8 +60,9 @@ class Kind:
     def compile(self) -> None:
         """In the background; what cannot be compiled is left out, and all of it where the ranking fails."""
         try:
-            ceilings = choose.ceilings_of(self.device)
-            found = {name: candidates(self.problem, self.device, name, ceilings, EFFORT) for name in PASSES}
+            with current(self.device):  # a thread begins with the first GPU
+                ceilings = choose.ceilings_of(self.device)
+                found = {name: candidates(self.problem, self.device, name, ceilings, EFFORT) for name in PASSES}
             self.fields = {name: [each for each in field if self._compiles(each)] for name, field in found.items()}
         except Exception as error:
             log.debug("tritonconv: no candidates for %s: %s", self.problem, error)
@@ -188,6 +190,7 @@ def _winners(kind: Kind, deadline: float) -> list[Winner]:
 def _apart(device: torch.device) -> Iterator[None]:
     """Inside the block the caller's modes are off; random state and switches are as they were after it."""
     with (
+        current(device),
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.autocast("cuda", enabled=False),
