@@ -25,6 +25,7 @@ from tritonconv.kernels.triton_tape import Step, Tape
 from tritonconv.kernels.triton_target import INTERPRETED
 
 MOST_KEPT = 64  # kinds of operands of one plan
+MOST_COMPILED = 1024  # and those whose kernels were asked for
 ALIGNMENT = 16  # bytes: what Triton specialises pointers on
 
 # The steps and the places of the results among the values: of one result, or of a tuple, None for one not wanted.
@@ -86,7 +87,8 @@ class Replay:
         assert self.standby is not None  # the caller asked
         known = self.compiled.get(key)
         if known is None:
-            known = self.compiled[key] = Compiled(self.launch, operands, device)
+            known = Compiled(self.launch, operands, device)
+            _keep(self.compiled, key, known, MOST_COMPILED)
             try:
                 triton_background.submit(known.compile)
             except RuntimeError as error:  # no thread can be started: there are too many, or the program ends
@@ -109,9 +111,7 @@ class Replay:
         with triton_tape.recording(operands) as tape:
             result = self.launch(*operands)
         if tape.told_apart and key not in self.kept:
-            if len(self.kept) >= MOST_KEPT:  # the kinds of operands change: the oldest have had their time
-                del self.kept[next(iter(self.kept))]
-            self.kept[key] = _kept(tape, result)
+            _keep(self.kept, key, _kept(tape, result), MOST_KEPT)
         return result
 
 
@@ -135,6 +135,13 @@ class Compiled:
             self.error = _said(error)
         else:
             self.ready = True
+
+
+def _keep(memory: dict[tuple, Any], key: tuple, value: Any, most: int) -> None:
+    """The kinds of operands change: the oldest have had their time."""
+    if len(memory) >= most:
+        memory.pop(next(iter(memory)), None)
+    memory[key] = value
 
 
 def _capturing(device: torch.device) -> bool:

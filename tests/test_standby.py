@@ -204,6 +204,16 @@ def test_what_is_forced_or_deterministic_waits_for_the_compiler(compiler, monkey
         dispatch.forget()
 
 
+def test_of_endless_kinds_of_operands_the_latest_are_remembered(interpreted, monkeypatch):
+    monkeypatch.setattr(triton_replay, "MOST_COMPILED", 2)
+    plan = plan_of()
+    x, weight, bias, _ = operands()
+    volumes = (x.new_zeros(1, 8, 2, 3, width) for width in range(2, 9))
+    for volume in volumes:
+        plan.forward(volume[..., :2], weight, bias)
+    assert len(interpreted) == 7 and len(plan._forward.compiled) == 2
+
+
 def test_the_compiler_is_given_shapes_and_no_memory(compiler):
     x, weight, bias, _ = operands()
     plan = plan_of()
