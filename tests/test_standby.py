@@ -275,3 +275,32 @@ time.sleep(0.2)
     command = [sys.executable, "-c", program]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
     assert "begun" in ran.stdout and ran.stdout.count("late") < 5 and not ran.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+def test_a_forked_child_waits_for_no_thread_of_its_parent():
+    program = """
+import os, threading, time
+from tritonconv.kernels import triton_background
+locked, gate, done = threading.Event(), threading.Event(), []
+def hold():
+    with triton_background._changed:
+        locked.set()
+        gate.wait(20)
+threading.Thread(target=hold).start()
+locked.wait()
+child = os.fork()
+if child == 0:
+    triton_background.submit(lambda: done.append(1))
+    os._exit(0 if triton_background.wait(10) and done else 1)
+for _ in range(100):
+    ended, status = os.waitpid(child, os.WNOHANG)
+    if ended:
+        break
+    time.sleep(0.1)
+else:
+    os.kill(child, 9)
+gate.set()
+assert ended and status == 0, (ended, status)
+"""
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, timeout=60)
