@@ -135,20 +135,22 @@ def untuned(problem: Problem, device: torch.device, pass_name: str) -> Selection
             reason=f"{because}; nothing was measured near this size for {what}: `tritonconv tune` measures it here"
         )
     first = _first(problem, device, pass_name)
-    if first is None or not _serves(first.variant, first.config, problem, device):
+    if not _serves(first.variant, first.config, problem, device):
         return torchs
     return first
 
 
-_firsts: dict[tuple, Selection | None] = {}
+_firsts: dict[tuple, tuple[Selection, Problem]] = {}
 
 
-def _first(problem: Problem, device: torch.device, pass_name: str) -> Selection | None:
+def _first(problem: Problem, device: torch.device, pass_name: str) -> Selection:
     """The model's first choice, found once for each key: ranking the configs takes longer than a layer does."""
     key = Key.of(problem, pass_name), device
-    if key not in _firsts:
-        _firsts[key] = Selection(*first(problem, device, pass_name, ceilings_of(device)))
-    return _firsts[key]
+    kept = _firsts.get(key)
+    if kept is None:
+        kept = _firsts[key] = Selection(*first(problem, device, pass_name, ceilings_of(device))), problem
+    found, asked = kept
+    return found if asked == problem else found._replace(reason=f"{found.reason}, for {asked}")
 
 
 def ceilings_of(device: torch.device) -> Ceilings:

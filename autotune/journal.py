@@ -53,10 +53,12 @@ class Timing:
 
 @dataclass
 class Journal:
-    """The timings of one device, by what they are of. ``folder`` None is the user's."""
+    """The timings of one device, by what they are of. ``folder`` None is the user's. One that need not be ``lasting``
+    holds its timings for this process alone where its file cannot be read or written."""
 
     device: str
     folder: Path | None = None
+    lasting: bool = True
     timings: dict[str, Timing] = field(default_factory=dict)
 
     @property
@@ -64,15 +66,18 @@ class Journal:
         return path_of(self.device, self.folder).with_suffix(".timings.jsonl")
 
     @classmethod
-    def open(cls, device: str, folder: Path | None = None) -> Journal:
-        """Reads what is there; lines that are no timings are left out with one warning."""
-        journal, bad = cls(device, folder), 0
+    def open(cls, device: str, folder: Path | None = None, lasting: bool = True) -> Journal:
+        """Reads what is there; lines that are no timings are left out with one warning.
+
+        Raises StoreError where a lasting one cannot be read.
+        """
+        journal, bad = cls(device, folder, lasting), 0
         try:
-            text = journal.path.read_text(encoding="utf-8", errors="replace")
-        except FileNotFoundError:
+            text = journal._text()
+        except StoreError:
+            if lasting:
+                raise
             return journal
-        except OSError as error:
-            raise StoreError(f"cannot read {journal.path}: {error}") from None
         for line in text.splitlines():
             timing = _timing(line)
             if timing is None:
@@ -82,6 +87,14 @@ class Journal:
         if bad:
             warnings.warn(f"tuner's timings: {journal.path}: {bad} damaged lines left out", StoreWarning, stacklevel=2)
         return journal
+
+    def _text(self) -> str:
+        try:
+            return self.path.read_text(encoding="utf-8", errors="replace")
+        except FileNotFoundError:
+            return ""
+        except OSError as error:
+            raise StoreError(f"cannot read {self.path}: {error}") from None
 
     def find(self, like: Timing) -> Timing | None:
         """The stored timing of what ``like`` names."""
@@ -93,7 +106,15 @@ class Journal:
         return known is not None and known.status != OK
 
     def add(self, timing: Timing) -> None:
-        """On disk when this returns. Raises StoreError where it cannot be written."""
+        """On disk when this returns. Raises StoreError where a lasting one cannot be written."""
+        self.timings[timing.identity] = timing
+        try:
+            self._write(timing)
+        except StoreError:
+            if self.lasting:
+                raise
+
+    def _write(self, timing: Timing) -> None:
         line = json.dumps(asdict(timing), allow_nan=False) + "\n"
         with locked(self.path), self.path.open("ab") as file:
             if file.tell() and not self._ends_a_line():
@@ -101,7 +122,6 @@ class Journal:
             file.write(line.encode())
             file.flush()
             os.fsync(file.fileno())
-        self.timings[timing.identity] = timing
 
     def _ends_a_line(self) -> bool:
         with self.path.open("rb") as file:
@@ -118,6 +138,6 @@ def _timing(line: str) -> Timing | None:
         times = (timing.median_ms, timing.p20_ms, timing.p80_ms)
         sound = timing.status in STATUSES and all(type(text) is str for text in texts)
         timed = timing.status != OK or all(isinstance(each, (int, float)) and each > 0 for each in times)
-    except (json.JSONDecodeError, KeyError, TypeError):
+    except (ValueError, RecursionError, KeyError, TypeError):
         return None
     return timing if sound and timed and isinstance(timing.config, dict) else None

@@ -45,7 +45,7 @@ def text(problem: Problem, device: torch.device) -> str:
 def find(problem: Problem, device: torch.device, pass_name: str) -> tuple[str, Config] | None:
     """The pinned variant and config. Raises StoreError where TRITONCONV_CHOICES names a file that is not one."""
     named = os.environ.get(VARIABLE)
-    path = _pinned if _pinned is not None else Path(named).expanduser() if named else None
+    path = _pinned if _pinned is not None else Path(os.path.expanduser(named)) if named else None
     return None if path is None else _load(path).get(text(problem, device), {}).get(pass_name)
 
 
@@ -65,7 +65,7 @@ def write(choices: Choices, path: Path) -> None:
 def _load(path: Path) -> Choices:
     try:
         data: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise StoreError(f"pinned choices: {path}: {error}") from None
     try:
         if data["format"] != FORMAT:

@@ -99,13 +99,19 @@ class Table:
 
 
 def user_folder() -> Path:
-    """Where the user's tables are, whether the folder exists or not."""
+    """Where the user's tables are, whether the folder exists or not.
+
+    Raises StoreError where that is a home directory, and the user has none, as in some containers.
+    """
     own = os.environ.get("TRITONCONV_CACHE")
-    if own:
-        return Path(own).expanduser()
     shared = os.environ.get("XDG_CACHE_HOME", "")
-    # The specification: a path that is not absolute is to be ignored.
-    return (Path(shared) if os.path.isabs(shared) else Path.home() / ".cache") / "tritonconv"
+    try:
+        if own:
+            return Path(own).expanduser()
+        # The specification: a path that is not absolute is to be ignored.
+        return (Path(shared) if os.path.isabs(shared) else Path.home() / ".cache") / "tritonconv"
+    except RuntimeError as error:
+        raise StoreError(f"no folder for tuned choices, which TRITONCONV_CACHE may name: {error}") from None
 
 
 def slug(device: str) -> str:
@@ -120,7 +126,7 @@ def slug(device: str) -> str:
 
 
 def path_of(device: str, folder: Path | None = None) -> Path:
-    """The file of a device's table in a folder; None is the user's."""
+    """The file of a device's table in a folder; None is the user's. Raises StoreError as :func:`user_folder` does."""
     return (folder or user_folder()) / f"{slug(device)}.v{FORMAT}.json"
 
 
@@ -130,8 +136,13 @@ def read(device: str, folder: Path | None = None) -> Table:
 
 
 def own(device: str, folder: Path | None = None) -> Table:
-    """The user's own table of a device."""
-    return _load(path_of(device, folder), device)[0]
+    """The user's own table of a device; empty, with a warning, where it cannot be read."""
+    try:
+        path = path_of(device, folder)
+    except StoreError as error:
+        warnings.warn(f"tuned choices: {error}", StoreWarning, stacklevel=3)
+        return Table(device)
+    return _load(path, device)[0]
 
 
 def shipped(device: str) -> Table:
@@ -190,7 +201,7 @@ def _load(path: Path, device: str) -> tuple[Table, bool]:
         return Table(device), False
     except OSError as error:  # no permission: the file may be all right
         return _fault(path, Table(device), f"cannot be read, and is not used: {error}")
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # of an integer of thousands of digits, of thousands of brackets
         return _fault(path, Table(device), f"not JSON, and not used: {error}")
     if not isinstance(data, dict) or data.get("format") != FORMAT or data.get("device") != device:
         found = {name: data.get(name) for name in ("format", "device")} if isinstance(data, dict) else type(data)

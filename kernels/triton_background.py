@@ -6,6 +6,7 @@ with the program: what was not begun by then is left.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -18,14 +19,22 @@ _thread: threading.Thread | None = None
 
 
 def submit(task: Task) -> None:
-    """Has the task run behind those before it; it must not raise."""
+    """Has the task run behind those before it; it must not raise.
+
+    Raises RuntimeError where no thread can be started; the task is then left.
+    """
     global _thread
     with _changed:
         _waiting.append(task)
-        if _thread is None or not _thread.is_alive():  # it is not in a forked child
+        if _thread is None or not _thread.is_alive():
             # No daemon: a thread that is killed inside LLVM would take the interpreter's end down with it.
             _thread = threading.Thread(target=_work, name="tritonconv-compiler", daemon=False)
-            _thread.start()
+            try:
+                _thread.start()
+            except RuntimeError:
+                _thread = None
+                _waiting.remove(task)
+                raise
 
 
 def wait(seconds: float | None = None) -> bool:
@@ -44,3 +53,14 @@ def _work() -> None:
                 return
             task = _waiting.popleft()
         task()
+
+
+def _in_a_forked_child() -> None:
+    """The thread is not there, what it had begun is not finished here, and it may have held the lock."""
+    global _changed, _thread
+    _changed, _thread = threading.Condition(), None
+    _waiting.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_a_forked_child)

@@ -25,6 +25,7 @@ from tritonconv.kernels.triton_tape import Step, Tape
 from tritonconv.kernels.triton_target import INTERPRETED
 
 MOST_KEPT = 64  # kinds of operands of one plan
+MOST_COMPILED = 1024  # and those whose kernels were asked for
 ALIGNMENT = 16  # bytes: what Triton specialises pointers on
 
 # The steps and the places of the results among the values: of one result, or of a tuple, None for one not wanted.
@@ -65,7 +66,7 @@ class Replay:
         except Exception as error:  # Triton has no driver
             if self.standby is None:
                 raise
-            _warn(error)
+            _warn_once(_said(error))
             return self.standby(*operands)
         known = self.kept.get(key)
         if known is None:
@@ -86,17 +87,21 @@ class Replay:
         assert self.standby is not None  # the caller asked
         known = self.compiled.get(key)
         if known is None:
-            known = self.compiled[key] = Compiled(self.launch, operands, device)
-            triton_background.submit(known.compile)
+            known = Compiled(self.launch, operands, device)
+            _keep(self.compiled, key, known, MOST_COMPILED)
+            try:
+                triton_background.submit(known.compile)
+            except RuntimeError as error:  # no thread can be started: there are too many, or the program ends
+                known.error = _said(error)
         if known.ready and not _capturing(device):  # loading a kernel may end a capture
             try:
                 return self._anew(key, operands)
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:
-                known.ready, known.error = False, error
+                known.ready, known.error = False, _said(error)
         if known.error is not None:
-            _warn(known.error)
+            _warn_once(known.error)
         return self.standby(*operands)
 
     def _anew(self, key: tuple, operands: tuple) -> Any:
@@ -106,29 +111,37 @@ class Replay:
         with triton_tape.recording(operands) as tape:
             result = self.launch(*operands)
         if tape.told_apart and key not in self.kept:
-            if len(self.kept) >= MOST_KEPT:  # the kinds of operands change: the oldest have had their time
-                del self.kept[next(iter(self.kept))]
-            self.kept[key] = _kept(tape, result)
+            _keep(self.kept, key, _kept(tape, result), MOST_KEPT)
         return result
 
 
 class Compiled:
-    """The kernels of a launch for one kind of operands: ``ready``, or the ``error`` that their compilation raised."""
+    """The kernels of a launch for one kind of operands: ``ready``, or in words the ``error`` that was raised.
+
+    The exception itself would keep the tensors of the frames that it went through.
+    """
 
     def __init__(self, launch: Callable[..., Any], operands: tuple, device: torch.device) -> None:
         self.launch, self.device = launch, device
         self.operands = tuple(_shape_alone(each) for each in operands)
         self.ready = False
-        self.error: Exception | None = None
+        self.error: str | None = None
 
     def compile(self) -> None:
         try:
             with current(self.device), compile_only():
                 self.launch(*self.operands)
         except Exception as error:
-            self.error = error
+            self.error = _said(error)
         else:
             self.ready = True
+
+
+def _keep(memory: dict[tuple, Any], key: tuple, value: Any, most: int) -> None:
+    """The kinds of operands change: the oldest have had their time."""
+    if len(memory) >= most:
+        memory.pop(next(iter(memory)), None)
+    memory[key] = value
 
 
 def _capturing(device: torch.device) -> bool:
@@ -142,9 +155,9 @@ def _shape_alone(operand: Any) -> Any:
     return torch.empty_strided(operand.shape, operand.stride(), dtype=operand.dtype, device="meta")
 
 
-def _warn(error: Exception) -> None:
+def _said(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [""]
-    _warn_once(f"{type(error).__name__}: {lines[0]}")
+    return f"{type(error).__name__}: {lines[0]}"
 
 
 @cache

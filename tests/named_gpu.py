@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from functools import cache
+from types import SimpleNamespace
 
 import torch
 
@@ -25,3 +27,19 @@ def name_gpu(monkeypatch, gpu: Part = H200) -> None:
     monkeypatch.setattr(serving, "part", part)
     monkeypatch.setattr(choose, "device_name", lambda device: gpu.name if device.type == "cuda" else real(device))
     dispatch.forget()
+
+
+def count_gpus(monkeypatch) -> SimpleNamespace:
+    """``torch.cuda`` says that there are GPUs, until the test ends; ``index`` of what is returned is the current one's,
+    in the thread that asks for another."""
+    now = SimpleNamespace(index=0)
+
+    @contextlib.contextmanager
+    def device(wanted):
+        before, now.index = now.index, torch.device(wanted).index
+        yield
+        now.index = before
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    return now

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 
 import pytest
 import torch
+from named_gpu import count_gpus, name_gpu
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
@@ -16,6 +18,8 @@ from tritonconv.commands import tune
 from tritonconv.commands.problems import tasks_asked_for
 from tritonconv.explain import explain_problem
 from tritonconv.problem import PASSES
+
+explanations = sys.modules["tritonconv.explain"]
 
 CPU = torch.device("cpu")
 PHASES = tuple(f"{name}_torch_phases" for name in PASSES)
@@ -128,3 +132,18 @@ def test_no_command_is_named_that_would_change_nothing(capsys, monkeypatch):
     assert "tritonconv tune" not in explain_problem(problem, CPU).text
     monkeypatch.undo()
     dispatch.forget()
+
+
+def test_variants_are_asked_about_the_gpu_that_is_explained(monkeypatch):
+    name_gpu(monkeypatch)
+    now, asked = count_gpus(monkeypatch), []
+
+    def supports(problem, device):
+        asked.append(now.index)
+        return "another GPU's limits"
+
+    record = dataclasses.replace(tritonconv.variants("forward")[0], name="forward_asked", supports=supports)
+    monkeypatch.setattr(explanations, "variants", lambda pass_name: (record,))
+    problem = Problem(1, 64, 16, (8, 8, 8), (2, 2, 2), (2, 2, 2), (0, 0, 0), (16, 16, 16))
+    found = explanations.explain_problem(problem, torch.device("cuda", 1))
+    assert "not forward_asked: another GPU's limits" in found.text and asked == [1, 1, 1] and now.index == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from named_gpu import count_gpus
 
 import tritonconv
 from tritonconv import Problem, dispatch
@@ -91,6 +93,14 @@ def test_the_callers_modes_are_off_while_it_tunes():
     assert stored() == keys(UP)
 
 
+def test_a_plan_that_was_made_while_nothing_was_measured_is_made_anew():
+    call(UP)
+    dispatch.plan(UP, CPU).choice("forward")  # as a compiled graph asks for it
+    generation = dispatch.generation
+    assert "tuned on this size" in call(UP).choice("forward").reason
+    assert dispatch.generation > generation  # a compiled graph asks again
+
+
 @pytest.mark.parametrize("why", ["off", "never", "deterministic", "ours", "capture", "no voxels", "pinned"])
 def test_nothing_is_measured_where_it_is_not_wanted(monkeypatch, tmp_path, why):
     monkeypatch.setattr(first_use, "_tune", None)
@@ -131,12 +141,31 @@ def test_in_a_backward_pass_nothing_is_measured(monkeypatch):
     assert seen and not first_use._kinds
 
 
-@pytest.mark.parametrize("what", ["memory", "an error", "time"])
+def test_candidates_are_those_of_the_gpu_that_is_tuned(monkeypatch):
+    now, asked = count_gpus(monkeypatch), []
+    monkeypatch.setattr(choose, "ceilings_of", lambda device: asked.append(now.index))
+    monkeypatch.setattr(first_use, "candidates", lambda *more: asked.append(now.index) or [])
+    monkeypatch.setattr(first_use, "_fits", lambda problem, device: True)
+    monkeypatch.setattr(first_use, "_winners", lambda kind, deadline: asked.append(now.index) or [])
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: contextlib.nullcontext())
+    kind = first_use.Kind(UP, torch.device("cuda", 1))
+    kind.compile()
+    first_use._tune(kind)
+    assert asked == [1] * 5 and kind.compiled and now.index == 0
+
+
+def no_thread(task):
+    raise RuntimeError("can't start new thread")
+
+
+@pytest.mark.parametrize("what", ["memory", "an error", "time", "a thread"])
 def test_it_gives_up_without_a_word(monkeypatch, what, recwarn):
     if what == "memory":
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (4 * UP.bytes(), 1 << 30))
     elif what == "time":
         monkeypatch.setattr(first_use, "SECONDS", 0.0)
+    elif what == "a thread":
+        monkeypatch.setattr(triton_background, "submit", no_thread)
     else:
         monkeypatch.setattr(first_use.ProblemTuner, "forward", lambda self: 1 / 0)
     want = call(UP).choice("forward")
@@ -159,7 +188,6 @@ def test_a_store_that_cannot_be_written_serves_this_process(monkeypatch, tmp_pat
     monkeypatch.setattr(choose, "_adopted", {})
     call(UP)
     monkeypatch.setenv("TRITONCONV_CACHE", str(tmp_path / "file" / "store"))
-    monkeypatch.setattr(first_use.Journal, "open", lambda name: first_use.Journal(name, tmp_path / "journal"))
     assert "tuned on this size" in call(UP).choice("forward").reason
 
 

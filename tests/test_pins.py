@@ -80,6 +80,10 @@ def test_the_environment_names_a_file_for_the_whole_program(tmp_path, monkeypatc
     monkeypatch.setenv("TRITONCONV_CHOICES", str(path))
     dispatch.forget()
     assert ran() == "forward_torch_phases"
+    monkeypatch.setenv("TRITONCONV_CHOICES", "~nobody of this name/choices.json")
+    dispatch.forget()
+    with pytest.raises(StoreError, match="nobody of this name"):
+        tritonconv.conv_transpose3d(X, WEIGHT, stride=2)
 
 
 def test_a_pinned_kernel_waits_for_the_compiler(tmp_path, monkeypatch):
@@ -110,7 +114,14 @@ def test_what_cannot_be_repeated_is_an_error_and_no_other_kernel(tmp_path, name,
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", '{"format": 2}', '{"format": 1, "choices": {"p": {"sideways": {"variant": "v", "config": {}}}}}']
+    "text",
+    [
+        "",
+        "[]",
+        "[" * 100_000,
+        '{"format": 2}',
+        '{"format": 1, "choices": {"p": {"sideways": {"variant": "v", "config": {}}}}}',
+    ],
 )
 def test_a_file_of_something_else_is_refused_and_nothing_changes(tmp_path, text):
     path, good = tmp_path / "choices.json", tmp_path / "good.json"

@@ -79,6 +79,13 @@ def test_the_model_decides_what_no_table_knows(monkeypatch, gpu):
     assert "triton" in backends
 
 
+def test_times_that_the_model_expected_are_said_with_the_size_that_they_are_of(monkeypatch):
+    name_gpu(monkeypatch)
+    first, second = (chosen(at(UNKNOWN, size)) for size in (64, 66))
+    assert first.config == second.config and second.reason == f"{first.reason}, for {at(UNKNOWN, 64)}"
+    assert chosen(at(UNKNOWN, 64)).reason == first.reason
+
+
 @pytest.mark.parametrize("gpu", [A100, SLICE, Part("NVIDIA B200", (10, 0), 148)], ids=lambda gpu: gpu.name)
 def test_another_gpu_runs_torchs_own_and_says_what_changes_that(monkeypatch, gpu):
     name_gpu(monkeypatch, gpu)

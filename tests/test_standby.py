@@ -5,10 +5,12 @@ The compiler's part is played by the tests, and the kernels run in Triton's inte
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 
 import pytest
@@ -128,6 +130,39 @@ def test_a_launch_that_fails_is_one_warning_and_torchs_own(interpreted, monkeypa
     assert len(told) == 1
 
 
+def test_a_failure_keeps_no_tensor(compiler, monkeypatch):
+    plan = plan_of()
+    x, weight, bias, _ = operands()
+    plan.forward(x, weight, bias)
+    (task,) = compiler
+    task.__self__.ready = True
+
+    def refused(self, key, operands):
+        raise RuntimeError("out of resource")
+
+    monkeypatch.setattr(triton_replay.Replay, "_first", refused)
+    with pytest.warns(KernelWarning, match="out of resource"):
+        plan.forward(x, weight, bias)
+    gone = weakref.ref(x)
+    del x
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_thread_that_cannot_be_started_is_one_warning_and_torchs_own(monkeypatch):
+    def no_thread(self):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(triton_replay, "INTERPRETED", False)
+    monkeypatch.setattr(threading.Thread, "start", no_thread)
+    triton_replay._warn_once.cache_clear()
+    plan, right = plan_of(), want()
+    with pytest.warns(KernelWarning, match="can't start new thread") as told:
+        assert same(outputs(plan), right)
+    assert same(outputs(plan), right) and len(told) == 1
+    assert not triton_background._waiting and tritonconv.wait_until_compiled(0)
+
+
 def test_a_lack_of_memory_is_raised_as_torch_raises_it(interpreted, monkeypatch):
     plan = plan_of()
     outputs(plan)
@@ -167,6 +202,16 @@ def test_what_is_forced_or_deterministic_waits_for_the_compiler(compiler, monkey
         torch.use_deterministic_algorithms(False)
         monkeypatch.undo()
         dispatch.forget()
+
+
+def test_of_endless_kinds_of_operands_the_latest_are_remembered(interpreted, monkeypatch):
+    monkeypatch.setattr(triton_replay, "MOST_COMPILED", 2)
+    plan = plan_of()
+    x, weight, bias, _ = operands()
+    volumes = (x.new_zeros(1, 8, 2, 3, width) for width in range(2, 9))
+    for volume in volumes:
+        plan.forward(volume[..., :2], weight, bias)
+    assert len(interpreted) == 7 and len(plan._forward.compiled) == 2
 
 
 def test_the_compiler_is_given_shapes_and_no_memory(compiler):
@@ -230,3 +275,32 @@ time.sleep(0.2)
     command = [sys.executable, "-c", program]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
     assert "begun" in ran.stdout and ran.stdout.count("late") < 5 and not ran.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+def test_a_forked_child_waits_for_no_thread_of_its_parent():
+    program = """
+import os, threading, time
+from tritonconv.kernels import triton_background
+locked, gate, done = threading.Event(), threading.Event(), []
+def hold():
+    with triton_background._changed:
+        locked.set()
+        gate.wait(20)
+threading.Thread(target=hold).start()
+locked.wait()
+child = os.fork()
+if child == 0:
+    triton_background.submit(lambda: done.append(1))
+    os._exit(0 if triton_background.wait(10) and done else 1)
+for _ in range(100):
+    ended, status = os.waitpid(child, os.WNOHANG)
+    if ended:
+        break
+    time.sleep(0.1)
+else:
+    os.kill(child, 9)
+gate.set()
+assert ended and status == 0, (ended, status)
+"""
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, timeout=60)

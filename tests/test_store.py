@@ -111,8 +111,9 @@ def test_the_users_entries_stand_before_the_shipped_ones(folder, tmp_path, monke
         ('{"format": 3, "device": "a box", "entries": {}}', "'format': 3"),
         ('{"format": 2, "device": "a BOX", "entries": {}}', "a BOX"),
         ('{"format": 2, "device": "a box"}', "no entries"), ("\xff\xfe", "not JSON"),
+        ("[" * 100_000, "not JSON"), ('{"format": 2' + "0" * 10_000 + "}", "not JSON"),
     ],
-    ids=["empty", "cut off", "a list", "newer", "foreign", "no entries", "binary"],
+    ids=["empty", "cut off", "a list", "newer", "foreign", "no entries", "binary", "brackets", "digits"],
 )  # fmt: skip
 def test_a_reader_leaves_a_damaged_or_foreign_file_and_a_writer_sets_it_aside(folder, text, words):
     folder.mkdir()
@@ -215,6 +216,26 @@ def test_the_folder_follows_the_environment(monkeypatch, tmp_path):
     assert store.user_folder() == tmp_path / "xdg" / "tritonconv"
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
     assert store.user_folder() == Path.home() / ".cache" / "tritonconv"
+
+
+def test_a_user_without_a_home_is_one_who_has_tuned_nothing(monkeypatch):
+    def no_home(path):
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("TRITONCONV_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "expanduser", no_home)
+    monkeypatch.setattr(Path, "home", lambda: no_home(None))
+    choose.forget()
+    with pytest.warns(StoreWarning, match="TRITONCONV_CACHE"):
+        assert choose.choose(UP, CPU, "forward").entry is None
+    with pytest.raises(StoreError, match="home"):
+        store.merge(Table("a box", {"k1": entry()}))
+    monkeypatch.setenv("TRITONCONV_CACHE", "~nobody of this name/store")
+    with pytest.warns(StoreWarning, match="TRITONCONV_CACHE"):
+        assert store.own("a box").entries == {}
+    monkeypatch.undo()
+    choose.forget()
 
 
 # ------------------------------------------------------------------ the journal

@@ -10,6 +10,7 @@ import torch
 from tritonconv import fallback
 from tritonconv.arguments import geometry
 from tritonconv.autocast import lowered
+from tritonconv.device import current
 from tritonconv.dispatch import Plan, plan
 from tritonconv.functional import plan_of_call
 from tritonconv.kernels.registry import triton_fault, variants
@@ -78,10 +79,13 @@ def _show(made: Plan) -> Explanation:
             lines.append(f"  NaN and infinities: {choice.variant.spreads_nonfinite}")
         if choice.outdated:
             lines.append(f"  {choice.variant.name} has changed since; `tritonconv tune` measures it anew")
-        for other in variants(pass_name):
-            if other.name != choice.variant.name:
-                why_not = other.supports(problem, made.device) or "applies, but the choice above comes first"
-                lines.append(f"  not {other.name}: {why_not}")
+        others = [each for each in variants(pass_name) if each.name != choice.variant.name]
+        with current(made.device):
+            why_not = [each.supports(problem, made.device) for each in others]
+        lines += [
+            f"  not {each.name}: {why or 'applies, but the choice above comes first'}"
+            for each, why in zip(others, why_not, strict=True)
+        ]
     command = tune_command(problem, made.device)
     chosen = [made.choice(pass_name) for pass_name in PASSES]
     if command and any(not each.forced and (each.entry is None or each.outdated) for each in chosen):

@@ -27,6 +27,7 @@ from tritonconv.autotune.journal import Journal
 from tritonconv.autotune.key import Key, device_name
 from tritonconv.bench import gpu
 from tritonconv.bench.rows import versions_of
+from tritonconv.device import current
 from tritonconv.dispatch import plan_of
 from tritonconv.errors import StoreError
 from tritonconv.kernels import triton_background
@@ -59,14 +60,15 @@ class Kind:
     def compile(self) -> None:
         """In the background; what cannot be compiled is left out, and all of it where the ranking fails."""
         try:
-            ceilings = choose.ceilings_of(self.device)
-            found = {name: candidates(self.problem, self.device, name, ceilings, EFFORT) for name in PASSES}
+            with current(self.device):  # a thread begins with the first GPU
+                ceilings = choose.ceilings_of(self.device)
+                found = {name: candidates(self.problem, self.device, name, ceilings, EFFORT) for name in PASSES}
             self.fields = {name: [each for each in field if self._compiles(each)] for name, field in found.items()}
         except Exception as error:
             log.debug("tritonconv: no candidates for %s: %s", self.problem, error)
             self.done = True
         self.compiled = True
-        dispatch.drop(lambda plan: plan.device == self.device and kind_of(plan.problem) == kind_of(self.problem))
+        _drop_plans(self)
 
     def _compiles(self, candidate: Candidate) -> bool:
         selection = candidate.selection
@@ -77,6 +79,10 @@ class Kind:
 
 
 _kinds: dict[tuple, Kind] = {}
+
+
+def _drop_plans(kind: Kind) -> None:
+    dispatch.drop(lambda plan: plan.device == kind.device and kind_of(plan.problem) == kind_of(kind.problem))
 
 
 def kind_of(problem: Problem) -> str:
@@ -98,7 +104,10 @@ def offer(problem: Problem, device: torch.device) -> None:
         elif _known(problem, device):
             kind.done = True
         else:
-            triton_background.submit(kind.compile)
+            try:
+                triton_background.submit(kind.compile)
+            except RuntimeError:  # no thread can be started
+                kind.done = True
     if kind.compiled and not kind.done:
         kind.done = True
         _tune(kind)
@@ -157,13 +166,14 @@ def _tune(kind: Kind) -> None:
     except Exception as error:  # the user asked for a layer, not for a measurement
         log.debug("tritonconv: %s was not tuned: %s: %s", kind.problem, type(error).__name__, error)
         return
+    _drop_plans(kind)  # those that were made in the meantime, such as a compiled graph's
     said = ", ".join(f"{each.selection.variant.name} {each.torch_ms / each.ms:.2f} x torch" for each in winners)
     log.info("tritonconv tuned %s in %.1f s: %s", kind.problem, perf_counter() - begin, said or "no time")
 
 
 def _winners(kind: Kind, deadline: float) -> list[Winner]:
     """Those that the time was enough for; no pass has one where no answer is right, torch's neither."""
-    journal = Journal.open(device_name(kind.device))
+    journal = Journal.open(device_name(kind.device), lasting=False)
     case = Case(kind.problem, kind.device)
     contest = Contest(case, journal, choose.ceilings_of(kind.device), versions_of(kind.device), deadline)
     tuner = ProblemTuner(contest, kind.fields, TIMING * SECONDS, NOISE)
@@ -180,6 +190,7 @@ def _winners(kind: Kind, deadline: float) -> list[Winner]:
 def _apart(device: torch.device) -> Iterator[None]:
     """Inside the block the caller's modes are off; random state and switches are as they were after it."""
     with (
+        current(device),
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.autocast("cuda", enabled=False),
