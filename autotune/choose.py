@@ -134,10 +134,8 @@ def untuned(problem: Problem, device: torch.device, pass_name: str) -> Selection
         return torchs._replace(
             reason=f"{because}; nothing was measured near this size for {what}: `tritonconv tune` measures it here"
         )
-    first = _first(problem, device, pass_name)
-    if not _serves(first.variant, first.config, problem, device):
-        return torchs
-    return first
+    modelled = _first(problem, device, pass_name)
+    return modelled if _serves(modelled.variant, modelled.config, problem, device) else torchs
 
 
 _firsts: dict[tuple, tuple[Selection, Problem]] = {}

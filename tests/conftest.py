@@ -84,6 +84,16 @@ def _exact_products():
 
 
 @pytest.fixture
+def own_store(tmp_path, monkeypatch):
+    """The user's store is the test's own, and no plan outlives it; what else the test changes is put back first."""
+    monkeypatch.setenv("TRITONCONV_CACHE", str(tmp_path / "store"))
+    dispatch.forget()
+    yield tmp_path / "store"
+    monkeypatch.undo()
+    dispatch.forget()
+
+
+@pytest.fixture
 def poisoned():
     with poisoned_memory():
         yield

@@ -30,13 +30,8 @@ LAST = torch.channels_last_3d
 
 
 @pytest.fixture(autouse=True)
-def _fresh(monkeypatch, tmp_path):
-    monkeypatch.setenv("TRITONCONV_CACHE", str(tmp_path))
+def _fresh(own_store):
     torch._dynamo.reset()
-    dispatch.forget()
-    yield
-    monkeypatch.undo()
-    dispatch.forget()
 
 
 def layers(bias=True, **more):

@@ -24,9 +24,7 @@ ON_CPU = pins.text(PROBLEM, CPU)
 
 
 @pytest.fixture(autouse=True)
-def own_store(tmp_path, monkeypatch):
-    monkeypatch.setenv("TRITONCONV_CACHE", str(tmp_path / "store"))
-    dispatch.forget()
+def _unpinned(own_store):
     yield
     tritonconv.pin_choices(None)
 

@@ -18,6 +18,7 @@ from tritonconv.kernels.registry import variant
 from tritonconv.problem import PASSES
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.usefixtures("own_store")
 
 # nnU-Net's layer of 64->32 channels is in the shipped table; 96->40 channels are in none.
 KNOWN = Problem(2, 64, 32, (64,) * 3, (2,) * 3, (2,) * 3, (0,) * 3, (128,) * 3, dtype=torch.bfloat16, layout="ndhwc")
@@ -26,14 +27,6 @@ H100 = Part("NVIDIA H100 80GB HBM3", (9, 0), 132)
 NARROW = Part("NVIDIA H100 Lite", (9, 0), 78)
 SLICE = Part("NVIDIA H100 80GB HBM3 MIG 3g.40gb", (9, 0), 60)
 A100 = Part("NVIDIA A100-SXM4-80GB", (8, 0), 108)
-
-
-@pytest.fixture(autouse=True)
-def own_store(tmp_path, monkeypatch):
-    monkeypatch.setenv("TRITONCONV_CACHE", str(tmp_path))
-    yield
-    monkeypatch.undo()
-    choose.forget()
 
 
 def at(problem: Problem, size: int) -> Problem:

@@ -30,12 +30,8 @@ FAULTS = {
 
 
 @pytest.fixture(autouse=True)
-def own_store(tmp_path, monkeypatch):
-    monkeypatch.setenv("TRITONCONV_CACHE", str(tmp_path))
+def _warns_again(own_store):
     choose._warn_once.cache_clear()
-    dispatch.forget()
-    yield
-    dispatch.forget()
 
 
 @pytest.mark.parametrize(("change", "said"), FAULTS.values(), ids=FAULTS)
