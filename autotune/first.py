@@ -16,7 +16,6 @@ import torch
 
 from tritonconv.autotune import fit as fits
 from tritonconv.autotune import model
-from tritonconv.autotune.calibrate import LEAST
 from tritonconv.autotune.ceilings import Ceilings
 from tritonconv.autotune.fit import Fit, place
 from tritonconv.autotune.rules import FALLBACK
@@ -77,7 +76,7 @@ def takes_part(record: Variant, fitted: Fit, unseen: bool = False) -> bool:
     if record.name == FALLBACK[record.pass_name]:
         return False
     timings = fitted.timings(record.pass_name, record.name)
-    return timings >= LEAST if record.backend == "torch" else unseen or timings > 0
+    return timings >= model.LEAST_TIMINGS if record.backend == "torch" else unseen or timings > 0
 
 
 class _Expected:

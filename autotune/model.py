@@ -44,10 +44,10 @@ BESIDE = 0.1  # of the parts beside the longest: what a pipeline does not hide; 
 SIMILAR = 1.25  # times the best one's time: of such configs one of each tile comes before a second of any
 SPILLED = 3.0  # a spilling kernel is ranked behind its neighbours
 
-
 LAUNCH = "launch"
 # Factors, like those of the kinds, of the time of a launch: of a call's first launch, and of each further one.
 FIRST_LAUNCH, FURTHER_LAUNCH = "first launch", "further launch"
+LEAST_TIMINGS = 5  # of a kind: with fewer the factor of all kernels of its backend stands in
 UNPIPELINED = " unpipelined"  # behind a variant's name: the kind of its configs without a pipeline
 
 

@@ -5,7 +5,7 @@ key is the same on two machines, so is what it would compile. :func:`install` ha
 own cache. The folder is only read, and may lie anywhere:
 
     compiled.json        what made it: see :class:`Maker`; and the targets
-    launches.jsonl       one line per launch that was compiled (tritonconv/inspection/launches.py)
+    launches.jsonl       one line per launch that was compiled (tritonconv/lab/inspection/launches.py)
     kernels/KEY/         of a kernel the binary and Triton's facts of it, or the module that is the host side of
                          launches (up to Triton 3.6); and the lengths of these files
 

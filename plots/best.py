@@ -1,6 +1,6 @@
 """Speed-up over the best torch: every layer sorted, the geometric mean, one panel per pass and dtype.
 
-Which is the best torch, and which our best: :mod:`tritonconv.bench.standings`.
+Which is the best torch, and which our best: :mod:`tritonconv.lab.bench.standings`.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from statistics import geometric_mean
 
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from tritonconv.bench.results import BASELINE, COMPILED, OURS, Run
-from tritonconv.bench.standings import by_pass, standings
 from tritonconv.errors import ResultsError
+from tritonconv.lab.bench.results import BASELINE, COMPILED, OURS, Run
+from tritonconv.lab.bench.standings import by_pass, standings
 from tritonconv.plots import figures, style
 
 MADE_BY = "tritonconv bench"

@@ -14,8 +14,8 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
-from tritonconv.bench.results import Run
 from tritonconv.errors import ResultsError
+from tritonconv.lab.bench.results import Run
 
 PACKAGE = "tritonconv.plots"
 FIRST = ("roofline", "speedup")

@@ -10,7 +10,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from tritonconv.bench.results import Run
+from tritonconv.lab.bench.results import Run
 from tritonconv.plots import style
 
 TITLE = 0.42

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 
-from tritonconv.bench.results import Run
 from tritonconv.errors import ResultsError
+from tritonconv.lab.bench.results import Run
 from tritonconv.plots import figures, style
 
 MADE_BY = "tritonconv tune"

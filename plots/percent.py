@@ -10,8 +10,8 @@ from pathlib import Path
 
 from matplotlib.lines import Line2D
 
-from tritonconv.bench.results import BASELINE, OURS, Run
 from tritonconv.errors import ResultsError
+from tritonconv.lab.bench.results import BASELINE, OURS, Run
 from tritonconv.plots import figures, style
 
 MADE_BY = "tritonconv bench"

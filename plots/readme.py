@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from tritonconv import markdown
-from tritonconv.bench.columns import SAID
-from tritonconv.bench.results import Run
-from tritonconv.bench.standings import Standing, by_column, by_pass, mean, standings
 from tritonconv.errors import ResultsError
+from tritonconv.lab import markdown
+from tritonconv.lab.bench.columns import SAID
+from tritonconv.lab.bench.results import Run
+from tritonconv.lab.bench.standings import Standing, by_column, by_pass, mean, standings
 from tritonconv.plots import style
 from tritonconv.plots.report import chosen, shown
 

@@ -12,11 +12,11 @@ from html import escape
 from pathlib import Path
 from statistics import geometric_mean
 
-from tritonconv.bench import counters, noise
-from tritonconv.bench.columns import SAID, columns_of, median
-from tritonconv.bench.results import BASELINE, OURS, Run
-from tritonconv.bench.standings import by_column, by_pass, mean, standings
 from tritonconv.errors import ResultsError
+from tritonconv.lab.bench import counters, noise
+from tritonconv.lab.bench.columns import SAID, columns_of, median
+from tritonconv.lab.bench.results import BASELINE, OURS, Run
+from tritonconv.lab.bench.standings import by_column, by_pass, mean, standings
 from tritonconv.plots import charts, style
 from tritonconv.plots.page import PAGE
 

@@ -15,8 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from tritonconv.bench.results import BASELINE, OURS, Run
 from tritonconv.errors import ResultsError
+from tritonconv.lab.bench.results import BASELINE, OURS, Run
 from tritonconv.plots import style
 from tritonconv.plots.labels import Placer
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from tritonconv.bench.results import BASELINE, OURS, Run
 from tritonconv.errors import ResultsError
+from tritonconv.lab.bench.results import BASELINE, OURS, Run
 from tritonconv.plots import figures, style
 
 MADE_BY = "tritonconv bench --sizes 4,8,16,32"

@@ -9,8 +9,8 @@ from statistics import geometric_mean
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from tritonconv.bench.results import BASELINE, OURS, Run
 from tritonconv.errors import ResultsError
+from tritonconv.lab.bench.results import BASELINE, OURS, Run
 from tritonconv.plots import style
 
 MADE_BY = "tritonconv bench"

@@ -14,7 +14,7 @@ import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from tritonconv.bench.results import BASELINE, OURS, Run
+from tritonconv.lab.bench.results import BASELINE, OURS, Run
 
 # Okabe and Ito's palette, safe for the common kinds of colour blindness.
 BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILLION, BLACK = (

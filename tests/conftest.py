@@ -22,8 +22,8 @@ if not torch.cuda.is_available():
 # No test sees the choices that were tuned on this machine, and none changes them.
 os.environ["TRITONCONV_CACHE"] = tempfile.mkdtemp(prefix="tritonconv-tests-")
 
-from tritonconv import dispatch, runner
-from tritonconv.bench import roofs
+from tritonconv import dispatch
+from tritonconv.lab.bench import roofs, runner
 from tritonconv.problem import PASSES
 
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -77,7 +77,7 @@ def _exact_products():
     if not torch.cuda.is_available():
         yield
         return
-    from tritonconv.inspection.compiling import products_in
+    from tritonconv.lab.inspection.compiling import products_in
 
     with products_in("ieee"):
         yield

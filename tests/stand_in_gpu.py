@@ -293,9 +293,9 @@ def _argument(value):
 
 def shrink() -> None:
     """What is sized for a GPU, or for minutes, is as small as the interpreter wants it."""
-    from tritonconv import campaign, overhead, runner, verification
-    from tritonconv.bench import clock, gpu, roofs, timing, workloads
-    from tritonconv.tuning import session
+    from tritonconv.autotune.tuning import session
+    from tritonconv.lab import campaign, verification
+    from tritonconv.lab.bench import clock, gpu, overhead, roofs, runner, timing, workloads
 
     roofs.MEMORY_BYTES["cuda"], roofs.LARGE_MATRIX["cuda"], roofs.SMALL_MATRIX = 1 << 20, 64, 32
     clock.FLUSH_BYTES, clock.MOST_WALL_CALLS, gpu.WARM_CALLS, overhead.CALLS, runner.MOST_CELL_SECONDS = (
@@ -337,7 +337,7 @@ def main(arguments: Sequence[str]) -> int:
         import pytest
 
         return pytest.main(arguments[1:])
-    from tritonconv import cli
+    from tritonconv.lab import cli
 
     shrink()
     return cli.main(arguments)

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tritonconv.inspection.accesses import Access, Layout, layouts_of, sectors
 from tritonconv.kernels.registry import have_triton
+from tritonconv.lab.inspection.accesses import Access, Layout, layouts_of, sectors
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = Layout((1, 8), (4, 8), (1, 0))  # 8 neighbours of a row per lane, 8 lanes along the row

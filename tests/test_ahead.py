@@ -17,13 +17,13 @@ pytest.importorskip("triton")
 
 from triton.backends.nvidia import driver
 
-from tritonconv import cli
-from tritonconv.commands import common
 from tritonconv.errors import ArgumentError
-from tritonconv.inspection import ahead
-from tritonconv.inspection.launches import Kernel, Launch, Launches
 from tritonconv.kernels import triton_compiled, triton_target
 from tritonconv.kernels.triton_compiled import CompiledFolder, CompiledWarning
+from tritonconv.lab import cli
+from tritonconv.lab.commands import common
+from tritonconv.lab.inspection import ahead
+from tritonconv.lab.inspection.launches import Kernel, Launch, Launches
 
 ROOT = Path(__file__).resolve().parent.parent
 ASKED = ("--x", "1x4x4x4x4", "--weight", "4x1x3x3x3", "--stride", "2", "--groups", "4", "--dtype", "float16")
@@ -31,8 +31,8 @@ COMPILE = ("compile", "--target", "sm_90", *ASKED, "--layout", "ncdhw", "--candi
 # Each launch in the folder of TRITONCONV_COMPILED: how many of its kernels a process compiles, and finds.
 LAUNCH_ALL = """
 import triton
-from tritonconv.inspection import compiling, launches
-from tritonconv.inspection.targets import TARGETS
+from tritonconv.lab.inspection import compiling, launches
+from tritonconv.lab.inspection.targets import TARGETS
 from tritonconv.kernels.registry import variant, variants
 
 hits = []
@@ -48,8 +48,8 @@ LOAD_ALL = """
 import ctypes, pathlib, subprocess
 from triton import knobs
 from triton.backends.nvidia import driver
-from tritonconv.inspection import compiling, launchers, launches
-from tritonconv.inspection.targets import TARGETS
+from tritonconv.lab.inspection import compiling, launchers, launches
+from tritonconv.lab.inspection.targets import TARGETS
 from tritonconv.kernels.registry import variant, variants
 
 folder = pathlib.Path(__file__).parent
@@ -246,7 +246,7 @@ def test_edited_sources_are_told_apart(copied, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         "import sys, pathlib\n"
-        "from tritonconv.inspection.launches import Launches\n"
+        "from tritonconv.lab.inspection.launches import Launches\n"
         "from tritonconv.kernels.triton_compiled import CompiledFolder\n"
         "found = Launches(CompiledFolder.read(pathlib.Path(sys.argv[1])))\n"
         "def has(each, **other):\n"

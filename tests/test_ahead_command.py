@@ -7,12 +7,12 @@ import argparse
 import pytest
 import torch
 
-from tritonconv import cli
-from tritonconv.bench.workloads import workloads
-from tritonconv.commands import common, problems
-from tritonconv.commands import compile as compile_
 from tritonconv.kernels.registry import have_triton
 from tritonconv.kernels.triton_compiled import KERNELS, MANIFEST
+from tritonconv.lab import cli
+from tritonconv.lab.bench.workloads import workloads
+from tritonconv.lab.commands import common, problems
+from tritonconv.lab.commands import compile as compile_
 
 pytestmark = pytest.mark.skipif(not have_triton(), reason="Triton is not installed")
 

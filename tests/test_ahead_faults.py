@@ -12,16 +12,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from tritonconv import Problem, cli
-from tritonconv.bench.progress import Silent
-from tritonconv.commands import common
-from tritonconv.commands import compile as compile_
+from tritonconv import Problem
 from tritonconv.errors import ArgumentError
-from tritonconv.inspection import ahead, launches, precompile
-from tritonconv.inspection.launches import Kernel, Launch, Launches
 from tritonconv.kernels import triton_compiled
 from tritonconv.kernels.registry import have_triton
 from tritonconv.kernels.triton_compiled import KERNELS, LAUNCHES, MANIFEST, VARIABLE, CompiledFolder, CompiledWarning
+from tritonconv.lab import cli
+from tritonconv.lab.bench.progress import Silent
+from tritonconv.lab.commands import common
+from tritonconv.lab.commands import compile as compile_
+from tritonconv.lab.inspection import ahead, launches, precompile
+from tritonconv.lab.inspection.launches import Kernel, Launch, Launches
 
 pytestmark = pytest.mark.skipif(not have_triton(), reason="Triton is not installed")
 
@@ -33,7 +34,7 @@ ANSWERS = """
 import os, pickle, sys
 sys.path[:] = sys.argv[1:]
 from pathlib import Path
-from tritonconv.inspection.precompile import LENGTH, Answer, Kernel
+from tritonconv.lab.inspection.precompile import LENGTH, Answer, Kernel
 while True:
     _, _, config, *_ = pickle.load(sys.stdin.buffer)
     size = config["BLOCK_M"]

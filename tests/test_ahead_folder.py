@@ -11,21 +11,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from tritonconv import Problem, cli
+from tritonconv import Problem
 from tritonconv.autotune import ceilings
 from tritonconv.autotune.choose import Selection
-from tritonconv.bench.progress import Silent
+from tritonconv.autotune.tuning import compiled as tuning_compiled
+from tritonconv.autotune.tuning.contest import Candidate, Effort, candidates
 from tritonconv.errors import ArgumentError
-from tritonconv.inspection import ahead, launches, precompile
-from tritonconv.inspection.compiling import compiling_for
-from tritonconv.inspection.launches import Kernel, Launch, Launches
-from tritonconv.inspection.precompile import Precompiler
-from tritonconv.inspection.targets import TARGETS
 from tritonconv.kernels import triton_compiled
 from tritonconv.kernels.registry import have_triton, variant
 from tritonconv.kernels.triton_compiled import CompiledFolder, CompiledWarning, Maker
-from tritonconv.tuning import compiled as tuning_compiled
-from tritonconv.tuning.contest import Candidate, Effort, candidates
+from tritonconv.lab import cli
+from tritonconv.lab.bench.progress import Silent
+from tritonconv.lab.inspection import ahead, launches, precompile
+from tritonconv.lab.inspection.compiling import compiling_for
+from tritonconv.lab.inspection.launches import Kernel, Launch, Launches
+from tritonconv.lab.inspection.precompile import Precompiler
+from tritonconv.lab.inspection.targets import TARGETS
 
 ROOT = Path(__file__).resolve().parent.parent
 GPU = torch.device("cuda", 0)
@@ -101,7 +102,7 @@ ANSWERS_ONCE = """
 import os, pickle, sys, time
 sys.path[:] = sys.argv[1:]
 from pathlib import Path
-from tritonconv.inspection.precompile import LENGTH, Answer, Kernel
+from tritonconv.lab.inspection.precompile import LENGTH, Answer, Kernel
 name, *_ = pickle.load(sys.stdin.buffer)
 if name != "forward_gather":
     time.sleep(60)

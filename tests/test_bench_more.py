@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from tritonconv import ArgumentError, cli
+from tritonconv import ArgumentError
 from tritonconv.autotune import choose
-from tritonconv.bench import gpu, results, standings, summary
-from tritonconv.bench.classes import CLASSES, layer_class
-from tritonconv.bench.workloads import at_sizes, workload, workloads
 from tritonconv.errors import ResultsError
 from tritonconv.kernels import registry
+from tritonconv.lab import cli
+from tritonconv.lab.bench import gpu, results, standings, summary
+from tritonconv.lab.bench.classes import CLASSES, layer_class
+from tritonconv.lab.bench.workloads import at_sizes, workload, workloads
 
 TINY = "monai_unet_spleen_32_2"
 MINE = """
@@ -142,9 +143,9 @@ def test_sizes_measure_a_layer_at_other_sizes_too(tmp_path):
 
 
 def test_cells_of_an_earlier_run_are_left_out(tmp_path):
-    from tritonconv.bench.options import Options
-    from tritonconv.bench.progress import Silent
-    from tritonconv.runner import bench as run_bench
+    from tritonconv.lab.bench.options import Options
+    from tritonconv.lab.bench.progress import Silent
+    from tritonconv.lab.bench.runner import bench as run_bench
 
     layers = workloads(only=TINY)
     done = frozenset({(TINY, "float32", "ncdhw", "forward")})

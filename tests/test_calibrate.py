@@ -12,17 +12,17 @@ import pytest
 import torch
 from test_model import GPU, compiled, layers, problem, triton  # noqa: F401  (a fixture)
 
-from tritonconv.autotune import calibrate, ceilings, model, store
-from tritonconv.autotune.calibrate import LEAST, Sample
-from tritonconv.autotune.journal import Journal, Timing
+from tritonconv.autotune import ceilings, model, store
 from tritonconv.autotune.key import device_name
 from tritonconv.autotune.sources import revision
-from tritonconv.bench.progress import Silent
-from tritonconv.inspection.precompile import Precompiler
+from tritonconv.autotune.tuning import calibrate, session
+from tritonconv.autotune.tuning.calibrate import LEAST, Sample
+from tritonconv.autotune.tuning.journal import Journal, Timing
+from tritonconv.autotune.tuning.session import Session, tasks_of
 from tritonconv.kernels import registry
 from tritonconv.kernels.registry import variant
-from tritonconv.tuning import session
-from tritonconv.tuning.session import Session, tasks_of
+from tritonconv.lab.bench.progress import Silent
+from tritonconv.lab.inspection.precompile import Precompiler
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 NAME = "forward_phases" if registry.have_triton() else "forward_torch_phases"

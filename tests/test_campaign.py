@@ -13,15 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from tritonconv import campaign, cell, cli, contestants, dispatch, runner, verification
+from tritonconv import dispatch
 from tritonconv.autotune import choose
-from tritonconv.bench import results
-from tritonconv.bench.summary import summary
-from tritonconv.bench.workloads import workload
+from tritonconv.autotune.tuning import session
 from tritonconv.errors import ResultsError
 from tritonconv.forced import forced_variants
-from tritonconv.inspection import precompile
-from tritonconv.tuning import session
+from tritonconv.lab import campaign, cli, verification
+from tritonconv.lab.bench import cell, contestants, results, runner
+from tritonconv.lab.bench.summary import summary
+from tritonconv.lab.bench.workloads import workload
+from tritonconv.lab.inspection import precompile
 
 pytestmark = pytest.mark.usefixtures("quick")
 SMALL = ("--suite", "unet", "--only", "spleen_64_16", "--layout", "ncdhw", "--quiet")
@@ -250,7 +251,7 @@ def test_a_lost_gpu_is_gone_on_with_in_a_new_process(tmp_path, monkeypatch, caps
         raise LOST
 
     monkeypatch.setattr(verification.Case, "judge", lose)
-    monkeypatch.setattr("tritonconv.commands.campaign.LEAST_SECONDS", 1.0)
+    monkeypatch.setattr("tritonconv.lab.commands.campaign.LEAST_SECONDS", 1.0)
     monkeypatch.setattr(os, "execv", execv)
     with (tmp_path / "open").open("w") as file:
         os.set_inheritable(file.fileno(), True)

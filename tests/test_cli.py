@@ -10,12 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tritonconv import cli, contestants
-from tritonconv.bench import measure, progress
-from tritonconv.bench.results import latest, read
-from tritonconv.commands import common
+from tritonconv.autotune.tuning import case, session
 from tritonconv.kernels import registry
-from tritonconv.tuning import case, session
+from tritonconv.lab import cli
+from tritonconv.lab.bench import contestants, measure, progress
+from tritonconv.lab.bench.results import latest, read
+from tritonconv.lab.commands import common
 
 TINY = "swinunetr_fs48_up0"
 

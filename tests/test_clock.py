@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tritonconv.bench import clock, gpu
-from tritonconv.bench.clock import GpuClock, WallClock
-from tritonconv.bench.columns import GPU, GRAPH, WALL, columns_of, median, ratio, spread
-from tritonconv.bench.measure import measure
+from tritonconv.lab.bench import clock, gpu
+from tritonconv.lab.bench.clock import GpuClock, WallClock
+from tritonconv.lab.bench.columns import GPU, GRAPH, WALL, columns_of, median, ratio, spread
+from tritonconv.lab.bench.measure import measure
 
 CUDA = torch.device("cuda")
 HERTZ = 1.98e9

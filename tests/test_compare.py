@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from test_bench_more import row, write
 
-from tritonconv import cli
-from tritonconv.bench import results
+from tritonconv.lab import cli
+from tritonconv.lab.bench import results
 
 
 @pytest.mark.parametrize(

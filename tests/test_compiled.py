@@ -22,7 +22,7 @@ NAMES = [record.name for record in tritonconv.variants() if record.backend == "t
 COMMON = """
 import dataclasses, json, sys
 import torch
-from tritonconv.inspection.compiling import GPU, META, TARGETS, compiling_for
+from tritonconv.lab.inspection.compiling import GPU, META, TARGETS, compiling_for
 from tritonconv.kernels import triton_launch
 from tritonconv.kernels.registry import variant
 from tritonconv.problem import Problem, output_size
@@ -76,7 +76,7 @@ def test_what_the_gate_judges_on_a_gpu_is_the_kernel_that_is_timed(layout):
     """But for the copies in another order, whose tiles go by how much there is to copy."""
     others = in_a_process(
         """
-        from tritonconv.bench.gate import reduced
+        from tritonconv.lab.bench.gate import reduced
 
         names, found = [*sys.argv[2:]], []
         with compiling_for(TARGETS["sm_90"]):

@@ -14,9 +14,9 @@ from torch.autograd import forward_ad
 
 import tritonconv
 from tritonconv import ArgumentError, Problem, VariantNotApplicable, dispatch, explain
-from tritonconv.commands import tune
-from tritonconv.commands.problems import tasks_asked_for
 from tritonconv.explain import explain_problem
+from tritonconv.lab.commands import tune
+from tritonconv.lab.commands.problems import tasks_asked_for
 from tritonconv.problem import PASSES
 
 explanations = sys.modules["tritonconv.explain"]

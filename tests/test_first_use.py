@@ -16,11 +16,11 @@ import tritonconv
 from tritonconv import Problem, dispatch
 from tritonconv.autotune import choose, pins, store
 from tritonconv.autotune.key import Key, device_name
-from tritonconv.bench import gpu
+from tritonconv.autotune.tuning import first_use
+from tritonconv.autotune.tuning.api import tune
 from tritonconv.kernels import triton_background
+from tritonconv.lab.bench import gpu
 from tritonconv.problem import PASSES
-from tritonconv.tuning import first_use
-from tritonconv.tuning.api import tune
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -212,10 +212,10 @@ def test_a_call_reaches_the_tuner_by_its_door_alone(monkeypatch):
     program = """
 import sys, torch, tritonconv
 from tritonconv import Problem, dispatch
-assert dispatch._tuner is None and "tritonconv.tuning" not in sys.modules
+assert dispatch._tuner is None and "tritonconv.autotune.tuning" not in sys.modules
 problem = Problem(1, 8, 4, (6, 6, 6), (2, 2, 2), (2, 2, 2), (0, 0, 0), (12, 12, 12))
 dispatch._offer_to_tuner(problem, torch.device("cpu"))
-from tritonconv.tuning import first_use
+from tritonconv.autotune.tuning import first_use
 assert dispatch._tuner is first_use.offer and not first_use._kinds
 """
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)

@@ -7,10 +7,10 @@ import torch
 from variant_cases import DEVICE, Case, expected, same
 
 import tritonconv
-from tritonconv.inspection.compiling import products_in
 from tritonconv.kernels import triton_fused_backward as fused
 from tritonconv.kernels import triton_reduce
 from tritonconv.kernels.registry import variant
+from tritonconv.lab.inspection.compiling import products_in
 from tritonconv.problem import LAYOUTS
 
 NAMES = ("backward_data_fused", "backward_weight_fused")

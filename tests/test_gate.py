@@ -8,10 +8,10 @@ import math
 import pytest
 import torch
 
-from tritonconv.bench import float64, gate
-from tritonconv.bench.calls import make_tensors, torch_call
-from tritonconv.bench.judge import Judge
-from tritonconv.bench.workloads import workloads
+from tritonconv.lab.bench import float64, gate
+from tritonconv.lab.bench.calls import make_tensors, torch_call
+from tritonconv.lab.bench.judge import Judge
+from tritonconv.lab.bench.workloads import workloads
 from tritonconv.problem import LAYOUTS, Problem
 
 CPU = torch.device("cpu")

@@ -22,14 +22,14 @@ from tritonconv.autotune import store
 from tritonconv.autotune.choose import Selection
 from tritonconv.autotune.key import Key, device_name
 from tritonconv.autotune.store import Entry, Table
-from tritonconv.bench import gate
-from tritonconv.bench.gpu import captured
-from tritonconv.bench.workloads import resized, workload
-from tritonconv.inspection.compiling import PRECISIONS, products_in
-from tritonconv.inspection.jobs import CLASSES
+from tritonconv.autotune.tuning.case import Case
 from tritonconv.kernels.registry import variant
+from tritonconv.lab.bench import gate
+from tritonconv.lab.bench.gpu import captured
+from tritonconv.lab.bench.workloads import resized, workload
+from tritonconv.lab.inspection.compiling import PRECISIONS, products_in
+from tritonconv.lab.inspection.jobs import CLASSES
 from tritonconv.problem import LAYOUTS, PASSES
-from tritonconv.tuning.case import Case
 
 pytestmark = pytest.mark.gpu
 

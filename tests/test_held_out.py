@@ -14,16 +14,17 @@ import pytest
 import torch
 from test_model import compiled, problem  # noqa: F401  (a fixture)
 
-from tritonconv import cli
-from tritonconv.autotune import ceilings, choose, first, fit, held_out, serving
+from tritonconv.autotune import ceilings, choose, first, fit, serving
+from tritonconv.autotune.tuning import held_out
 from tritonconv.autotune.fit import Fit, Smoother, place
 from tritonconv.autotune.rules import FALLBACK
 from tritonconv.autotune.serving import Part
 from tritonconv.autotune.store import Table
-from tritonconv.bench import results
-from tritonconv.bench.workloads import resized
-from tritonconv.commands import model as command
 from tritonconv.kernels import registry
+from tritonconv.lab import cli
+from tritonconv.lab.bench import results
+from tritonconv.lab.bench.workloads import resized
+from tritonconv.lab.commands import model as command
 from tritonconv.problem import PASSES
 
 ROWS = Path(__file__).resolve().parent.parent / "plots" / "examples" / "nvidia_h200"

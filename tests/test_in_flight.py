@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tritonconv.inspection.in_flight import early_writes
-from tritonconv.inspection.shallow import reads_registers
+from tritonconv.lab.inspection.in_flight import early_writes
+from tritonconv.lab.inspection.shallow import reads_registers
 
 
 def loop(*body: str) -> str:

@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from tritonconv import cli, markdown
 from tritonconv.autotune import model
-from tritonconv.bench.workloads import workload
 from tritonconv.errors import ArgumentError, ResultsError
-from tritonconv.inspection import compiling, jobs, readme, records, report, targets
-from tritonconv.inspection.records import Inspection, Record, faults, remarks
-from tritonconv.inspection.targets import TARGETS
 from tritonconv.kernels.registry import have_triton, variants
+from tritonconv.lab import cli, markdown
+from tritonconv.lab.bench.workloads import workload
+from tritonconv.lab.inspection import compiling, jobs, readme, records, report, targets
+from tritonconv.lab.inspection.records import Inspection, Record, faults, remarks
+from tritonconv.lab.inspection.targets import TARGETS
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ("--layers", "k3s2", "--dtypes", "bfloat16", "--layouts", "ndhwc")
@@ -124,7 +124,7 @@ def test_the_markdown_of_a_run_has_a_row_per_target(small_run):
 
 BAD_DEFAULT = """
 import dataclasses, sys
-from tritonconv import cli
+from tritonconv.lab import cli
 from tritonconv.kernels import registry
 
 records = registry._records()

@@ -10,9 +10,9 @@ from variant_cases import DEVICE
 
 import tritonconv
 from tritonconv.autotune.choose import Selection
-from tritonconv.bench.calls import make_tensors
 from tritonconv.dispatch import plan_of
 from tritonconv.kernels.registry import variant
+from tritonconv.lab.bench.calls import make_tensors
 
 OPERANDS = {
     "forward": ("x", "weight", "bias"),

@@ -9,15 +9,15 @@ import pytest
 from test_tuning import CPU, UP, broken, clockless, entries, folder, raising, winner  # noqa: F401  (fixtures)
 
 import tritonconv
-from tritonconv.autotune import choose, journal
+from tritonconv.autotune import choose
 from tritonconv.autotune.key import device_name
 from tritonconv.autotune.sources import revision
-from tritonconv.bench import measure
-from tritonconv.bench.rows import versions_of
+from tritonconv.autotune.tuning import case, journal
+from tritonconv.autotune.tuning.contest import TORCH, Candidate, Contest
 from tritonconv.kernels import registry
+from tritonconv.lab.bench import measure
+from tritonconv.lab.bench.rows import versions_of
 from tritonconv.problem import PASSES
-from tritonconv.tuning import case
-from tritonconv.tuning.contest import TORCH, Candidate, Contest
 
 LOST = RuntimeError("CUDA error: an illegal memory access was encountered")
 HOLDER = "the choice that holds without tuning"

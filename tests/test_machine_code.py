@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tritonconv.inspection import machine_code
+from tritonconv.lab.inspection import machine_code
 
 
 def test_reading_machine_code():

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from tritonconv.matlab import TransposedConv3dLayer
+from tritonconv.matlab.layer import TransposedConv3dLayer
 
 Layer = TransposedConv3dLayer
 RNG = np.random.default_rng(0)

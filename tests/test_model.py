@@ -9,7 +9,6 @@ import math
 import pytest
 import torch
 
-from tritonconv import cli
 from tritonconv.autotune import ceilings, choose, model, serving
 from tritonconv.autotune.ceilings import Ceilings
 from tritonconv.autotune.choose import Source
@@ -18,12 +17,13 @@ from tritonconv.autotune.key import Key
 from tritonconv.autotune.serving import Part
 from tritonconv.autotune.sources import revision
 from tritonconv.autotune.store import Entry, Table
-from tritonconv.bench.workloads import distinct, workload, workloads
+from tritonconv.autotune.tuning.contest import candidates
+from tritonconv.autotune.tuning.session import EFFORTS, WHOLE
 from tritonconv.kernels import registry
 from tritonconv.kernels.registry import variant, variants
+from tritonconv.lab import cli
+from tritonconv.lab.bench.workloads import distinct, workload, workloads
 from tritonconv.problem import Problem
-from tritonconv.tuning.contest import candidates
-from tritonconv.tuning.session import EFFORTS, WHOLE
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 GPU = Ceilings("a GPU", {"float32": 60e12, "tf32": 400e12, "bfloat16": 800e12, "float16": 800e12}, 60e12, 3e12, 6e12,

@@ -5,21 +5,21 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tritonconv import Problem, nulls, runner
-from tritonconv.bench import measure, noise, spent
-from tritonconv.bench.calls import FORWARD_BACKWARD, make_tensors, torch_call
-from tritonconv.bench.noise import AGAIN, OUR_ROAD, Band, band
-from tritonconv.bench.options import Options
-from tritonconv.bench.progress import Silent
-from tritonconv.bench.results import read
-from tritonconv.bench.summary import groups, summary
-from tritonconv.bench.timing import Times
-from tritonconv.bench.workloads import workload
+from tritonconv import Problem
+from tritonconv.autotune.tuning import contest
+from tritonconv.autotune.tuning.session import Session, tasks_of
+from tritonconv.autotune.tuning.tuner import ProblemTuner
 from tritonconv.forced import forced_variants, use
+from tritonconv.lab.bench import measure, noise, nulls, runner, spent
+from tritonconv.lab.bench.calls import FORWARD_BACKWARD, make_tensors, torch_call
+from tritonconv.lab.bench.noise import AGAIN, OUR_ROAD, Band, band
+from tritonconv.lab.bench.options import Options
+from tritonconv.lab.bench.progress import Silent
+from tritonconv.lab.bench.results import read
+from tritonconv.lab.bench.summary import groups, summary
+from tritonconv.lab.bench.timing import Times
+from tritonconv.lab.bench.workloads import workload
 from tritonconv.problem import PASSES
-from tritonconv.tuning import contest
-from tritonconv.tuning.session import Session, tasks_of
-from tritonconv.tuning.tuner import ProblemTuner
 
 CPU = torch.device("cpu")
 UP = Problem(1, 4, 3, (3, 4, 5), (2, 2, 2), (2, 2, 2), (0, 0, 0), (6, 8, 10), bias=True)

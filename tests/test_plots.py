@@ -12,9 +12,9 @@ pytest.importorskip("matplotlib")
 from matplotlib.axes import Axes
 
 from tests.test_results import ENVIRONMENT, ROOF, result
-from tritonconv import cli
-from tritonconv.bench.results import Writer, read
 from tritonconv.errors import ResultsError
+from tritonconv.lab import cli
+from tritonconv.lab.bench.results import Writer, read
 from tritonconv.plots import labels, roofline, speedup, style
 
 COPY = {"name": "copy_memory", "what": "copy in memory", "dtype": None, "value": 2e10, "unit": "byte/s"}

@@ -13,17 +13,17 @@ import pytest
 import torch
 
 from tritonconv import Problem
-from tritonconv.inspection import precompile
-from tritonconv.inspection.precompile import Precompiler, target_of
 from tritonconv.kernels.registry import have_triton
+from tritonconv.lab.inspection import precompile
+from tritonconv.lab.inspection.precompile import Precompiler, target_of
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = """
 import pathlib, torch
 from tritonconv import Problem
-from tritonconv.inspection import compiling
-from tritonconv.inspection.precompile import Precompiler
-from tritonconv.inspection.targets import TARGETS
+from tritonconv.lab.inspection import compiling
+from tritonconv.lab.inspection.precompile import Precompiler
+from tritonconv.lab.inspection.targets import TARGETS
 from tritonconv.kernels.registry import variant
 
 with pathlib.Path(__file__).with_name("runs").open("a") as runs:  # no guard: what a process imports would run here
@@ -63,9 +63,9 @@ VARIANT = Variant("forward_mine", "forward", "zeros", "triton", launch, lambda p
 OUTSIDE = """
 import pathlib
 from tritonconv import Problem
-from tritonconv.inspection import compiling
-from tritonconv.inspection.precompile import Precompiler
-from tritonconv.inspection.targets import TARGETS
+from tritonconv.lab.inspection import compiling
+from tritonconv.lab.inspection.precompile import Precompiler
+from tritonconv.lab.inspection.targets import TARGETS
 from tritonconv.kernels import registry
 
 record = registry.load(pathlib.Path("mine.py"))

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 from tests.test_results import ENVIRONMENT, result
-from tritonconv import cli, flags
-from tritonconv.bench import counters, results
-from tritonconv.bench.results import Run, Writer
-from tritonconv.bench.workloads import workload
 from tritonconv.errors import ResultsError
-from tritonconv.profiling import ncu
-from tritonconv.profiling.cells import Cell, asked_for, worst_of
+from tritonconv.lab import cli, flags
+from tritonconv.lab.bench import counters, results
+from tritonconv.lab.bench.results import Run, Writer
+from tritonconv.lab.bench.workloads import workload
+from tritonconv.lab.profiling import ncu
+from tritonconv.lab.profiling.cells import Cell, asked_for, worst_of
 
 HEAD = (
     '"ID","Process ID","Process Name","Host Name","Kernel Name","Context","Stream","Block Size","Grid Size","Device",'
@@ -191,7 +191,7 @@ def test_a_variant_is_looked_at_in_its_own_pass():
 
 
 def test_a_cell_goes_through_its_command_unchanged():
-    from tritonconv.profiling import cells
+    from tritonconv.lab.profiling import cells
 
     cell = Cell(
         "vnet_up3", "forward", "bfloat16", "ndhwc", "forward_shuffle", "full", (("BLOCK_M", 64),), "why", ("a",)

@@ -12,9 +12,9 @@ pytest.importorskip("matplotlib")
 
 from tests.test_plots import COPY, PEAK
 from tests.test_results import ENVIRONMENT, result
-from tritonconv import cli, markdown
-from tritonconv.bench.results import Run, Writer, read
 from tritonconv.errors import ResultsError
+from tritonconv.lab import cli, markdown
+from tritonconv.lab.bench.results import Run, Writer, read
 from tritonconv.plots import best, charts, landscape, percent, report, scaling
 
 HEAD = {"suite": "unet", "pass": "forward", "dtype": "float32", "layout": "ncdhw"}

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from tritonconv.bench import results
-from tritonconv.bench.results import Writer, latest, read
-from tritonconv.bench.summary import groups, overlaps_one, summary
 from tritonconv.errors import ResultsError
+from tritonconv.lab.bench import results
+from tritonconv.lab.bench.results import Writer, latest, read
+from tritonconv.lab.bench.summary import groups, overlaps_one, summary
 
 ENVIRONMENT = {
     "schema": results.SCHEMA, "run": "bench-x", "utc": "2026-01-02T03:04:05+00:00", "device": "cpu",
@@ -103,7 +103,7 @@ def test_a_killed_process_leaves_its_finished_rows(tmp_path):
 import sys, time
 from pathlib import Path
 sys.path[:0] = {sys.path!r}
-from tritonconv.bench.results import Writer
+from tritonconv.lab.bench.results import Writer
 from tests.test_results import ENVIRONMENT, result
 writer = Writer(Path({str(tmp_path)!r}))
 writer.write("environment", ENVIRONMENT)

@@ -12,22 +12,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tritonconv import cell, contestants, dispatch, runner
+from tritonconv import dispatch
 from tritonconv.autotune import choose, serving
 from tritonconv.autotune.ceilings import nominal
 from tritonconv.autotune.choose import Source
 from tritonconv.autotune.serving import Part
 from tritonconv.autotune.sources import revision
 from tritonconv.autotune.store import Table
-from tritonconv.bench import gpu
-from tritonconv.bench.calls import ALL_PASSES
-from tritonconv.bench.options import Options
-from tritonconv.bench.progress import Silent
-from tritonconv.bench.results import latest, read
-from tritonconv.bench.rows import versions_of
-from tritonconv.bench.summary import summary
-from tritonconv.bench.workloads import Workload
 from tritonconv.kernels import registry
+from tritonconv.lab.bench import cell, contestants, gpu, runner
+from tritonconv.lab.bench.calls import ALL_PASSES
+from tritonconv.lab.bench.options import Options
+from tritonconv.lab.bench.progress import Silent
+from tritonconv.lab.bench.results import latest, read
+from tritonconv.lab.bench.rows import versions_of
+from tritonconv.lab.bench.summary import summary
+from tritonconv.lab.bench.workloads import Workload
 from tritonconv.problem import Problem
 
 CPU = torch.device("cpu")

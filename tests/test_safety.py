@@ -14,10 +14,10 @@ import tritonconv
 from tritonconv import Problem, VariantNotApplicable, dispatch
 from tritonconv.autotune import ceilings, model
 from tritonconv.autotune.choose import config_fault
-from tritonconv.bench.workloads import workload
 from tritonconv.kernels import registry, safety
 from tritonconv.kernels.safety import guarded, unsafe
 from tritonconv.kernels.variant import Target
+from tritonconv.lab.bench.workloads import workload
 
 pytest.importorskip("triton")
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from variant_cases import DEVICE, TINY, complaints
 
-from tritonconv.bench.workloads import workload
 from tritonconv.kernels import registry
 from tritonconv.kernels.registry import variant
+from tritonconv.lab.bench.workloads import workload
 
 if not registry.have_triton():
     pytest.skip("needs Triton", allow_module_level=True)

@@ -21,8 +21,8 @@ pytest.importorskip("triton")
 import stand_in_gpu
 import stand_in_ncu
 
-from tritonconv.bench import results
 from tritonconv.kernels.registry import variant
+from tritonconv.lab.bench import results
 from tritonconv.problem import PASSES
 
 TESTS = Path(__file__).resolve().parent
@@ -132,13 +132,13 @@ def test_all_is_asked_of_the_gpu_that_is_meant_though_another_is_the_current_one
             f"""
             import torch, tritonconv
             from pathlib import Path
-            from tritonconv.bench.progress import Silent
-            from tritonconv.bench.workloads import workload
-            from tritonconv import campaign
+            from tritonconv.lab.bench.progress import Silent
+            from tritonconv.lab.bench.workloads import workload
+            from tritonconv.lab import campaign
             from tritonconv.kernels import triton_launch, triton_target
             from tritonconv.kernels.registry import variant
-            from tritonconv.bench.options import Options
-            from tritonconv.runner import bench
+            from tritonconv.lab.bench.options import Options
+            from tritonconv.lab.bench.runner import bench
 
             stand_in_gpu.shrink()
             campaign.CLASSES = {{"k2s2": "segresnet_deconv_up2"}}
@@ -242,7 +242,7 @@ def test_a_graph_makes_its_calls_again_and_waits_for_nothing(beside):
         *script(
             """
             import torch
-            from tritonconv.bench.gpu import captured
+            from tritonconv.lab.bench.gpu import captured
 
             x, y, halves = torch.ones(3, device="cuda"), torch.zeros(3, device="cuda"), torch.ones(3)
             replay = captured(lambda: y.copy_((x * 2).view(3, 1).squeeze(1)), x.device)

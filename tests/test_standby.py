@@ -230,8 +230,8 @@ def test_the_compiler_makes_what_the_launch_then_finds():
 import torch, tritonconv
 from tritonconv import Problem, dispatch
 from tritonconv.autotune.choose import Selection
-from tritonconv.inspection.compiling import compiling_for
-from tritonconv.inspection.targets import TARGETS
+from tritonconv.lab.inspection.compiling import compiling_for
+from tritonconv.lab.inspection.targets import TARGETS
 from tritonconv.kernels import forward_phases
 from tritonconv.kernels.registry import variant
 problem = Problem(1, 8, 4, (2, 3, 2), (2, 2, 2), (2, 2, 2), (0, 0, 0), (4, 6, 4), dtype=torch.bfloat16)

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from tritonconv.autotune import choose, sources, store
-from tritonconv.autotune.journal import FAILED, Journal, Timing
 from tritonconv.autotune.key import Key, device_name
 from tritonconv.autotune.store import Entry, Table
+from tritonconv.autotune.tuning.journal import FAILED, Journal, Timing
 from tritonconv.errors import ArgumentError, StoreError, StoreWarning
 from tritonconv.explain import explain_problem
 from tritonconv.kernels.registry import variant, variants

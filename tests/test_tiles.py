@@ -7,8 +7,8 @@ import dataclasses
 import pytest
 import torch
 
-from tritonconv.bench.workloads import workload
 from tritonconv.kernels import registry
+from tritonconv.lab.bench.workloads import workload
 from tritonconv.problem import Problem
 
 pytestmark = pytest.mark.skipif(not registry.have_triton(), reason="needs Triton")

@@ -8,10 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tritonconv.bench import environment, roofs
-from tritonconv.bench.clock import cpu_stopwatch
-from tritonconv.bench.timing import Ratio, Spread, Times, interleave, quantile, warm_up
 from tritonconv.errors import ArgumentError
+from tritonconv.lab.bench import environment, roofs
+from tritonconv.lab.bench.clock import cpu_stopwatch
+from tritonconv.lab.bench.timing import Ratio, Spread, Times, interleave, quantile, warm_up
 
 CPU = torch.device("cpu")
 

@@ -16,16 +16,16 @@ from torch import nn
 
 import tritonconv
 from tritonconv import ArgumentError, Problem, dispatch
-from tritonconv.autotune import choose, journal, store
+from tritonconv.autotune import choose, store
 from tritonconv.autotune.key import Key, device_name
-from tritonconv.bench import failures, measure, noise
-from tritonconv.bench.progress import Silent
-from tritonconv.bench.timing import Times
+from tritonconv.autotune.tuning import api, case, contest, journal, session
+from tritonconv.autotune.tuning.session import Session, tasks_of
 from tritonconv.errors import ArgumentTypeError, StoreError
 from tritonconv.kernels import registry
+from tritonconv.lab.bench import failures, measure, noise
+from tritonconv.lab.bench.progress import Silent
+from tritonconv.lab.bench.timing import Times
 from tritonconv.problem import PASSES
-from tritonconv.tuning import api, case, contest, session
-from tritonconv.tuning.session import Session, tasks_of
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parent.parent
@@ -329,7 +329,7 @@ def test_bad_targets_are_refused(target, inputs, kind, words):
 
 
 def test_rows_of_a_session_can_be_read_and_name_their_problem(tmp_path, clockless):
-    from tritonconv.bench import results
+    from tritonconv.lab.bench import results
 
     with results.Writer(tmp_path, "tune-") as writer:
         header = {"utc": "", "device": "cpu", "device_name": "box", "threads": 1, "torch": "2", "triton": None}

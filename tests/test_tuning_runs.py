@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from tritonconv.autotune import journal
+from tritonconv.autotune.tuning import journal
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -70,7 +70,7 @@ def rows(path: Path, kind: str) -> list[dict]:
 RANK = """
 import sys, torch, tritonconv
 from tritonconv.autotune import choose
-from tritonconv.tuning import session
+from tritonconv.autotune.tuning import session
 session.PROBLEM_SECONDS = 0.05
 rank, folder = int(sys.argv[1]), sys.argv[2]
 torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from tritonconv import cli
 from tritonconv.autotune.sources import revision
 from tritonconv.errors import ResultsError
-from tritonconv.inspection import verdicts
-from tritonconv.inspection.records import Record
 from tritonconv.kernels.registry import variant, variants
+from tritonconv.lab import cli
+from tritonconv.lab.inspection import verdicts
+from tritonconv.lab.inspection.records import Record
 
 pytest.importorskip("triton")
 
@@ -53,9 +53,9 @@ def test_what_changed_since_and_a_sample_of_the_rest_are_safe_on_this_triton():
 
 
 WITHOUT_WAIT = """
-from tritonconv import cli
+from tritonconv.lab import cli
 from tritonconv.autotune.sources import revision
-from tritonconv.inspection import verdicts
+from tritonconv.lab.inspection import verdicts
 from tritonconv.kernels import triton_launch
 from tritonconv.kernels.registry import variant
 
@@ -80,9 +80,9 @@ SPACES = """
 import json, sys
 import torch
 from tritonconv.autotune.model import MOST_CONFIGS, pruned
-from tritonconv.bench.workloads import workload, workloads
-from tritonconv.inspection.compiling import GPU, compiling_for
-from tritonconv.inspection.targets import TARGETS
+from tritonconv.lab.bench.workloads import workload, workloads
+from tritonconv.lab.inspection.compiling import GPU, compiling_for
+from tritonconv.lab.inspection.targets import TARGETS
 from tritonconv.kernels.registry import variant, variants
 from tritonconv.problem import LAYOUTS, Problem
 

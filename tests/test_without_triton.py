@@ -97,7 +97,7 @@ def test_a_cpu_needs_no_triton(tmp_path, fault):
         except tritonconv.ArgumentError as error:
             print(error)
         tritonconv.explain(x, layer.weight, layer.bias, 2)
-        from tritonconv import cli
+        from tritonconv.lab import cli
         assert cli.main(["list"]) == 0
         for command in (["inspect", "forward_shuffle"], ["compile", "--target", "sm_90", "--out", "made"]):
             assert cli.main(command) == 2
@@ -146,7 +146,7 @@ def copy(tmp_path_factory) -> Path:
 
 PARTS = """
 from tritonconv.autotune import store
-from tritonconv.bench.workloads import workloads
+from tritonconv.lab.bench.workloads import workloads
 from tritonconv.kernels import registry
 from tritonconv.plots import charts
 assert store.SHIPPED.joinpath("README.md").read_text() and store.read("a GPU") == store.Table("a GPU")

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tritonconv.arguments import geometry, problem_of
-from tritonconv.bench import workloads as w
-from tritonconv.bench.calls import laid_out, torch_arguments
 from tritonconv.errors import ArgumentError
+from tritonconv.lab.bench import workloads as w
+from tritonconv.lab.bench.calls import laid_out, torch_arguments
 from tritonconv.problem import LAYOUTS, Problem, output_size
 
 ALL = w.workloads()

@@ -9,16 +9,16 @@ from test_runner import layer, run
 from test_tuning import TORCH, UP, broken, clockless, entries, folder, winner  # noqa: F401
 
 import tritonconv
-from tritonconv import Problem, contestants
-from tritonconv.bench import gate, subject
-from tritonconv.bench.calls import torch_call
-from tritonconv.bench.progress import Silent
-from tritonconv.bench.standings import standings
-from tritonconv.bench.summary import summary
+from tritonconv import Problem
+from tritonconv.autotune.tuning import case
+from tritonconv.autotune.tuning.session import Session, tasks_of
 from tritonconv.kernels import registry
+from tritonconv.lab.bench import contestants, gate, subject
+from tritonconv.lab.bench.calls import torch_call
+from tritonconv.lab.bench.progress import Silent
+from tritonconv.lab.bench.standings import standings
+from tritonconv.lab.bench.summary import summary
 from tritonconv.problem import PASSES
-from tritonconv.tuning import case
-from tritonconv.tuning.session import Session, tasks_of
 
 CPU = torch.device("cpu")
 GARBAGE = 5.5e22  # a grad_weight of torch's on a GPU had it

@@ -14,17 +14,17 @@ from tritonconv.errors import (
     VariantNotApplicable,
 )
 from tritonconv.explain import explain
-from tritonconv.factors import param_groups
 from tritonconv.forced import use
 from tritonconv.functional import conv_transpose3d
 from tritonconv.kernels.registry import variants
 from tritonconv.kernels.variant import Variant
 from tritonconv.layer import ConvTranspose3d, LazyConvTranspose3d
-from tritonconv.matlab import TransposedConv3dLayer
+from tritonconv.matlab.factors import param_groups
+from tritonconv.matlab.layer import TransposedConv3dLayer
 from tritonconv.problem import Problem
 
 if TYPE_CHECKING:
-    from tritonconv.tuning.api import tune
+    from tritonconv.autotune.tuning.api import tune
 
 __version__ = "0.1.0"
 
@@ -59,7 +59,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """The tuner is loaded when it is first asked for: what a call needs imports nothing that measures."""
     if name == "tune":
-        from tritonconv.tuning.api import tune
+        from tritonconv.autotune.tuning.api import tune
 
         return tune
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

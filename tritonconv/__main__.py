@@ -2,7 +2,7 @@
 
 import sys
 
-from tritonconv.cli import main
+from tritonconv.lab.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

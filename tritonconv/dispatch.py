@@ -97,7 +97,7 @@ def set_tuner(offer: Callable[[Problem, torch.device], None] | None) -> None:
 def _offer_to_tuner(problem: Problem, device: torch.device) -> None:
     """The one door from a call to what measures; its module is imported when it is first wanted, and sets itself."""
     if _tuner is None:
-        importlib.import_module("tritonconv.tuning.first_use")
+        importlib.import_module("tritonconv.autotune.tuning.first_use")
     if _tuner is not None:
         _tuner(problem, device)
 

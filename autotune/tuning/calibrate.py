@@ -1,0 +1,142 @@
+"""The cost model's errors by kind of kernel, from what was measured: they correct the predictions that come after.
+
+The model counts, and knows nothing of a kernel's instructions, bank conflicts or what its compiler made of a pipeline.
+These are much the same at every size, so the median of measured over predicted time is a factor for each kind: a
+variant, apart for its configs without a pipeline. An edit of a kernel keeps its factor until it is measured anew.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+import torch
+
+from tritonconv.autotune import model, store
+from tritonconv.autotune.ceilings import Ceilings, from_json
+from tritonconv.autotune.key import device_name
+from tritonconv.autotune.sources import revision
+from tritonconv.autotune.tuning.journal import OK, SCREEN, Timing
+from tritonconv.errors import ArgumentError
+from tritonconv.kernels.registry import variant
+from tritonconv.kernels.variant import Config, Variant
+from tritonconv.problem import Problem
+
+
+class Sample(NamedTuple):
+    """A variant with a config on a problem, and the milliseconds that were measured."""
+
+    record: Variant
+    problem: Problem
+    config: Config
+    ms: float
+
+
+class Count(NamedTuple):
+    """A sample as the model counts it: ``busy_ms`` is the plain prediction without its launches."""
+
+    kind: str
+    backend: str
+    busy_ms: float
+    launches: int
+    ms: float
+
+
+def samples(timings: Iterable[Timing], problems: Iterable[Problem], versions: Mapping) -> list[Sample]:
+    """The screenings that are of these problems and versions; of a variant's earlier revisions where it was not timed
+    as it is now."""
+    by_text = {str(problem): problem for problem in problems}
+    found: dict[Variant, dict[bool, list[Sample]]] = {}
+    for timing in timings:
+        problem = by_text.get(timing.problem)
+        if problem is None or timing.status != OK or timing.median_ms is None:
+            continue
+        if timing.stage != SCREEN or dict(timing.versions) != dict(versions):
+            continue
+        try:
+            record = variant(timing.variant)
+        except ArgumentError:
+            continue
+        current = timing.source == revision(record)
+        sample = Sample(record, problem, timing.config, timing.median_ms)
+        found.setdefault(record, {}).setdefault(current, []).append(sample)
+    return [sample for by in found.values() for sample in by.get(True, by.get(False, []))]
+
+
+def count(sample: Sample, ceilings: Ceilings) -> Count | None:
+    """None where the model expects no time, and where the config is of another version of the variant."""
+    plain = replace(ceilings, factors={})
+    try:
+        guess = model.estimate(sample.record, sample.problem, sample.config, plain)
+    except KeyError:
+        return None
+    if not guess.ms < math.inf:
+        return None
+    busy = guess.ms - model.launches_ms(guess.work.launches, plain)
+    return Count(model.kind(sample.record, guess.work), sample.record.backend, busy, guess.work.launches, sample.ms)
+
+
+def factors(found: Iterable[Sample], ceilings: Ceilings) -> dict[str, float]:
+    """Measured over predicted time by :func:`~tritonconv.autotune.model.kind`, for :attr:`Ceilings.factors`.
+
+    And of all kinds of a backend, by its name, for those that were hardly timed.
+    """
+    return factors_of(_counts(found, ceilings), ceilings)
+
+
+def factors_of(counts: Iterable[Count], ceilings: Ceilings) -> dict[str, float]:
+    """The same of samples that are counted. Their launches take what the ceilings' factors of launches say."""
+    by: dict[str, list[float]] = {}
+    for each in counts:
+        ratio = _ratio(each, ceilings)
+        if ratio is not None:
+            by.setdefault(each.kind, []).append(ratio)
+            by.setdefault(each.backend, []).append(ratio)
+    return {kind: median(values) for kind, values in by.items() if len(values) >= model.LEAST_TIMINGS}
+
+
+def ratios(found: Iterable[Sample], ceilings: Ceilings) -> dict[str, list[float]]:
+    """Measured over predicted time of each sample, by kind.
+
+    Of calls that are more than their launches; the launches are taken out of both times.
+    """
+    by_kind: dict[str, list[float]] = {}
+    for each in _counts(found, ceilings):
+        ratio = _ratio(each, ceilings)
+        if ratio is not None:
+            by_kind.setdefault(each.kind, []).append(ratio)
+    return by_kind
+
+
+def _counts(found: Iterable[Sample], ceilings: Ceilings) -> list[Count]:
+    return [each for each in (count(sample, ceilings) for sample in found) if each is not None]
+
+
+def _ratio(each: Count, ceilings: Ceilings) -> float | None:
+    launches = model.launches_ms(each.launches, ceilings)
+    return (each.ms - launches) / each.busy_ms if each.busy_ms > launches and each.ms > launches else None
+
+
+def keep(found: Ceilings, device: torch.device, folder: Path | None = None) -> None:
+    """Puts measured ceilings into the store of the device; factors that are there and are not in ``found`` stay."""
+
+    def kept(there: store.Known) -> store.Known:
+        stored = from_json(there or {})
+        return replace(found, factors={**(stored.factors if stored else {}), **found.factors}).to_json()
+
+    store.merge(store.Table(device_name(device)), folder, kept)
+
+
+def keep_factors(found: Mapping[str, float], device: torch.device, folder: Path | None = None) -> None:
+    """Puts factors beside the ceilings that are in the store of the device, if there are any."""
+
+    def kept(there: store.Known) -> store.Known:
+        stored = from_json(there or {})
+        return there if stored is None else replace(stored, factors={**stored.factors, **found}).to_json()
+
+    if found:
+        store.merge(store.Table(device_name(device)), folder, kept)

@@ -1,0 +1,71 @@
+"""The launches of a tuning run on a GPU that is not here, and what a run makes of those that were compiled ahead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from itertools import zip_longest
+
+import torch
+
+from tritonconv.autotune import ceilings
+from tritonconv.autotune.tuning.contest import Candidate, Effort, candidates
+from tritonconv.kernels.variant import Config, Variant
+from tritonconv.lab.bench import gate
+from tritonconv.lab.inspection.compiling import GPU, compiling_for
+from tritonconv.lab.inspection.launches import precision, read_active
+from tritonconv.lab.inspection.precompile import Job, target_of
+from tritonconv.lab.inspection.targets import TARGETS
+from tritonconv.problem import PASSES, Problem
+
+# The first round of a run takes two configs of a variant. On the GPU measured rates rank them, here the data sheet's,
+# so more are compiled, and those that it expects to be somewhat slower.
+CONFIGS, NEAR, FAR = 3, 2.0, 4.0
+
+
+def jobs_of(problems: Iterable[Problem], target: str, configs: int = CONFIGS) -> list[Job]:
+    """What a tuning run launches for the problems on a target: at most so many configs of a variant for each pass.
+
+    The likeliest candidates of all problems come first.
+    """
+    backend, arch = TARGETS[target].backend, TARGETS[target].arch
+    rates = ceilings.of_capability(divmod(int(arch), 10) if backend == "cuda" else ceilings.UNKNOWN)
+    effort = Effort(configs, NEAR, FAR, 0.0, formulations=False)
+    fields: list[list[Job]] = []
+    with compiling_for(TARGETS[target]):
+        for problem in problems:
+            for pass_name in PASSES:
+                chosen = [each.selection for each in candidates(problem, GPU, pass_name, rates, effort)]
+                kernels = [each for each in chosen if each.variant.backend == "triton"]
+                fields.append([(each.variant.name, problem, each.config) for each in kernels])
+    return judged(job for jobs in zip_longest(*fields) for job in jobs if job is not None)
+
+
+def judged(jobs: Iterable[Job]) -> list[Job]:
+    """The launches, and each on the small problem on which the gate judges it, which mostly is of the same kernels."""
+    found: dict[tuple, Job] = {}
+    for name, problem, config in jobs:
+        for each in (problem, gate.reduced(problem, GPU)):
+            found.setdefault((name, each, tuple(config.items())), (name, each, config))
+    return list(found.values())
+
+
+def held(problem: Problem, device: torch.device) -> Callable[[Variant, Config], bool] | None:
+    """Whether the launch of a config was compiled ahead; None where no folder of compiled kernels is taken."""
+    launches = read_active()
+    target = None if launches is None else target_of(device)
+    if launches is None or target is None:
+        return None
+    said = precision()
+    return lambda record, config: launches.has(record.name, problem, config, said, target)
+
+
+def compiled_first(field: Sequence[Candidate], held: Callable[[Variant, Config], bool] | None) -> list[Candidate]:
+    """The candidates in their order, those behind the others that have to be compiled."""
+    if held is None:
+        return list(field)
+
+    def to_compile(each: Candidate) -> bool:
+        record = each.selection.variant
+        return record.backend == "triton" and not held(record, each.selection.config)
+
+    return sorted(field, key=to_compile)

@@ -1,0 +1,281 @@
+"""The candidates of a pass, and their times: each beside torch's own in the same rounds, each stored at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import torch
+
+from tritonconv.autotune import model
+from tritonconv.autotune.ceilings import Ceilings
+from tritonconv.autotune.choose import Selection
+from tritonconv.autotune.sources import revision
+from tritonconv.autotune.tuning.case import Case
+from tritonconv.autotune.tuning.journal import FAILED, FINAL, OK, SCREEN, WRONG, Journal, Timing
+from tritonconv.dispatch import plan_of
+from tritonconv.kernels.registry import variants
+from tritonconv.kernels.variant import Config, Variant
+from tritonconv.lab.bench import measure, nulls, spent
+from tritonconv.lab.bench.calls import TensorCall
+from tritonconv.lab.bench.clock import cpu_stopwatch, first_column, gpu_clock
+from tritonconv.lab.bench.contestants import why_not
+from tritonconv.lab.bench.failures import context_is_lost, disqualifies, told
+from tritonconv.lab.bench.timing import Call, Times
+from tritonconv.problem import Problem
+
+TORCH = "torch"
+# A first call so many times slower than torch's second is not timed again.
+HOPELESS = 8.0
+OVERTIME = 2.0  # times its seconds that a screening may take before it leaves configs out
+
+
+class OutOfTime(Exception):
+    """The budget is used up; everything measured is stored."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A variant with one config; ``predicted_ms`` is the model's."""
+
+    selection: Selection
+    predicted_ms: float
+
+    @property
+    def label(self) -> str:
+        config = " ".join(f"{key}={value}" for key, value in self.selection.config.items())
+        return f"{self.selection.variant.name} {config}".strip()
+
+
+Pairs = list[tuple[Config, model.Estimate]]
+Members = Sequence[tuple[str, Candidate]]  # the candidates of one call, each with the pass it is for
+
+
+class Effort(NamedTuple):
+    """How many candidates a problem has: at most ``configs`` of a variant, in about ``seconds`` in all.
+
+    Of the Triton kernels, which must be compiled, a variant takes part if the model expects at most ``far`` times the
+    time of the best one, with those configs that it expects within ``near`` times that. So do formulations in torch's
+    operations on a GPU, unless ``formulations`` is false: for each of their convolutions cuDNN tries its algorithms.
+    With ``ahead``, where kernels of a pass were compiled ahead, only such take part.
+    """
+
+    configs: int
+    near: float
+    far: float
+    seconds: float
+    formulations: bool = True
+    ahead: bool = False
+
+
+def candidates(
+    problem: Problem,
+    device: torch.device,
+    pass_name: str,
+    ceilings: Ceilings,
+    effort: Effort,
+    held: Callable[[Variant, Config], bool] | None = None,
+) -> list[Candidate]:
+    """The candidates from every variant that serves the problem: first each one's best by the model.
+
+    ``held`` says of a kernel's config that it was compiled ahead; None where nothing was.
+    """
+    records = [record for record in variants(pass_name) if why_not(record, problem, device) is None]
+    best = _only_held(records, problem, device, ceilings, effort, held) if effort.ahead and held is not None else {}
+    if not best:
+        best = {record: model.candidates(record, problem, device, ceilings, effort.configs) for record in records}
+    found = [
+        (place, Candidate(Selection(record, config, "candidate"), guess.ms))
+        for record, pairs in best.items()
+        for place, (config, guess) in enumerate(pairs)
+    ]
+    kernels = [each.predicted_ms for _, each in found if _compiled(each)]
+    if kernels:  # on a CPU there are none, and each formulation takes part
+        found = [(place, each) for place, each in found if _takes_part(each, place, min(kernels), effort)]
+    return [each for _, each in sorted(found, key=lambda pair: (pair[0], pair[1].predicted_ms))]
+
+
+def _only_held(
+    records: Sequence[Variant], problem: Problem, device: torch.device, ceilings: Ceilings, effort: Effort, held
+) -> dict[Variant, Pairs]:
+    """The best configs of kernels that were compiled ahead; nothing where none was.
+
+    The rates of this device may rank the configs otherwise than those that chose what to compile, so all are looked at.
+    """
+    found = {}
+    for record in records:
+        if record.backend == "triton":
+            ranked = model.candidates(record, problem, device, ceilings, model.MOST_CANDIDATES)
+            mine = [pair for pair in ranked if held(record, pair[0])][: effort.configs]
+            if mine:
+                found[record] = mine
+    return found
+
+
+def _takes_part(candidate: Candidate, place: int, least: float, effort: Effort) -> bool:
+    """``place`` among the configs of its variant, ``least`` the prediction of the best kernel."""
+    if not _compiled(candidate) and not effort.formulations:
+        return False
+    return candidate.predicted_ms <= (effort.near if place else effort.far) * least
+
+
+def _compiled(candidate: Candidate) -> bool:
+    return candidate.selection.variant.backend == "triton"
+
+
+@dataclass
+class Contest:
+    """Times candidates of one case. ``versions`` are those of what a time depends on; ``deadline`` by perf_counter."""
+
+    case: Case
+    journal: Journal
+    ceilings: Ceilings
+    versions: Mapping[str, str | None]
+    deadline: float = float("inf")
+    again: bool = False
+    measured: list[tuple[Timing, float]] = field(default_factory=list)
+    reused: int = 0
+
+    def __post_init__(self) -> None:
+        self.clock = gpu_clock(self.case.device)
+        self.watch: Callable[[Call], float] = self.clock or cpu_stopwatch
+        self._baseline_ms: dict[str, float] = {}
+        self._told: Mapping[str, Any] = {}  # what the clock told of the last rounds
+
+    def screen(self, pass_name: str, candidates: Sequence[Candidate], seconds: float) -> list[tuple[Candidate, Timing]]:
+        """The candidates that ran, fastest against torch first: in about ``seconds``, which may end before the last.
+
+        Each variant's best by the model has been tried by then. Raises OutOfTime at the deadline.
+        """
+        begin, timed = perf_counter(), []
+        tried = set()
+        for each in candidates:
+            late = perf_counter() - begin > OVERTIME * seconds  # slow to compile
+            if not late or each.selection.variant.name not in tried:
+                timed.append((each, self._screened(pass_name, each, seconds / len(candidates))))
+            tried.add(each.selection.variant.name)
+        ran = [(each, timing) for each, timing in timed if timing.status == OK]
+        return sorted(ran, key=lambda pair: -(pair[1].speedup or 0.0))
+
+    def _screened(self, pass_name: str, candidate: Candidate, seconds: float) -> Timing:
+        like = self._timing(pass_name, candidate, SCREEN)
+        known = None if self.again else self.journal.find(like)
+        if known is not None:
+            self.reused += 1
+            return known
+        if perf_counter() >= self.deadline:
+            raise OutOfTime
+        plan = plan_of(self.case.problem, self.case.device, **{pass_name: candidate.selection})
+        made, self._told = False, {}
+        try:
+            call, base = self.case.call(plan, pass_name), self.case.baseline(self.case.problem, pass_name)
+            made = True
+            calls = {TORCH: base, candidate.label: call}
+            times = self._pair(pass_name, calls, candidate.label, seconds)
+            timing = self._timing(pass_name, candidate, SCREEN, times)
+        except Exception as error:
+            timing = self._timing(pass_name, candidate, SCREEN, message=told(error))
+            if context_is_lost(error):
+                self._keep(timing, candidate)  # the next run passes it over
+            if not disqualifies(error):
+                raise
+        if made:  # else there was no memory for the tensors, which says nothing of the candidate
+            self._keep(timing, candidate)
+        return timing
+
+    def _pair(self, pass_name: str, calls: dict[str, TensorCall], label: str, seconds: float) -> Times:
+        if pass_name not in self._baseline_ms:
+            with spent.on(spent.TRIALS):
+                self.watch(calls[TORCH])
+            self._baseline_ms[pass_name] = self.watch(calls[TORCH])
+        with spent.on(spent.COMPILING):
+            first = self.watch(calls[label])  # compiles, where there is something to compile
+        if first > HOPELESS * self._baseline_ms[pass_name]:
+            first = self.watch(calls[label])
+        if first > HOPELESS * self._baseline_ms[pass_name]:
+            return Times({TORCH: [self._baseline_ms[pass_name]], label: [first]})
+        return self._rounds(calls, self.watch, seconds, few_rounds=2, min_rounds=3, max_rounds=60)
+
+    def _rounds(self, calls: Mapping[str, Call], watch: Callable[[Call], float], seconds: float, **rounds) -> Times:
+        """Interleaved, on a GPU behind a warm-up."""
+        times, self._told = measure.rounds(calls, watch, self.clock, seconds, **rounds)
+        return times
+
+    def null_rows(self, seconds: float) -> list[dict[str, object]]:
+        """What differs from torch in nothing, timed beside it in the forward; the rows' fields (``nulls.py``)."""
+        problem = self.case.problem
+        calls = {TORCH: self.case.baseline(problem, "forward")}
+        with spent.on(spent.TRIALS):
+            calls |= nulls.calls(problem, self.case.tensors(problem), "forward")
+        times = self._rounds(calls, self.watch, seconds, few_rounds=3, min_rounds=7, max_rounds=200)
+        measured = measure.Measured({first_column(self.case.device): times}, {})
+        return [nulls.fields(name, measured) for name in calls if name != TORCH]
+
+    def final(self, calls: Mapping[str, TensorCall], finalists: Mapping[str, Members], seconds: float) -> Times:
+        """The finalists together, by label, beside torch's own; all are warm.
+
+        Raises OutOfTime. Where the GPU is lost, those in the call that lost it are remembered (:meth:`lost`).
+        """
+        if perf_counter() >= self.deadline:
+            raise OutOfTime
+        running: Call = calls[TORCH]
+
+        def watch(call: Call) -> float:  # it waits for the call, so what raises is what was called
+            nonlocal running
+            running = call
+            return self.watch(call)
+
+        try:
+            return self._rounds(calls, watch, seconds, few_rounds=3, min_rounds=7, max_rounds=200)
+        except Exception as error:
+            if context_is_lost(error):
+                label = next(label for label, call in calls.items() if call is running)
+                self.lost(finalists.get(label, ()), error)
+            raise
+
+    def finished(self, pass_name: str, candidate: Candidate, times: Times) -> Timing:
+        """The timing of a finalist, stored."""
+        timing = self._timing(pass_name, candidate, FINAL, times)
+        self._keep(timing, candidate)
+        return timing
+
+    def passed_over(self, pass_name: str, candidate: Candidate) -> bool:
+        """It is known to be wrong, to be refused or to lose the GPU on this problem."""
+        return not self.again and self.journal.refuses(self._timing(pass_name, candidate, SCREEN))
+
+    def lost(self, members: Members, error: Exception) -> None:
+        """Stores that the GPU was lost in a call of these, so that the next run passes them over.
+
+        Which of several did it cannot be known: torch's own operations are under suspicion only where they are alone.
+        """
+        kernels = [each for each in members if _compiled(each[1])]
+        for pass_name, candidate in kernels or members:
+            self._keep(self._timing(pass_name, candidate, SCREEN, message=told(error)), candidate)
+
+    def wrong(self, pass_name: str, candidate: Candidate, message: str) -> None:
+        """Stores that a finalist's answer is wrong."""
+        self._keep(self._timing(pass_name, candidate, SCREEN, message=message, status=WRONG), candidate)
+
+    def _keep(self, timing: Timing, candidate: Candidate) -> None:
+        self.journal.add(timing)
+        self.measured.append((timing, candidate.predicted_ms))
+
+    def _timing(self, pass_name, candidate, stage, times=None, message="", status=FAILED) -> Timing:
+        record, config = candidate.selection.variant, candidate.selection.config
+        head = (str(self.case.problem), pass_name, record.name, dict(config), revision(record), stage, self.versions)
+        if times is None:
+            return Timing(*head, status=status, message=message)
+        spread = times.spread(candidate.label)
+        return Timing(
+            *head,
+            median_ms=spread.median,
+            p20_ms=spread.p20,
+            p80_ms=spread.p80,
+            n_runs=spread.runs,
+            speedup=times.speedup(candidate.label, TORCH).median,
+            torch_ms=times.spread(TORCH).median,
+            sm_mhz=self._told.get("sm_mhz"),
+            late_samples=self._told.get("late_samples", 0),
+        )

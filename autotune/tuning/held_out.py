@@ -1,0 +1,237 @@
+"""Fits the timings of a device, and says how well what was fitted chooses for layers that it has not seen.
+
+All rows of a layer are left out, in both formats, and those of its siblings. Siblings have the same channels, kernel,
+stride, dilation and groups; crop, bias, batch and size may differ. Everything is then fitted to the other rows, and for
+each problem that was left out a choice is made among what was measured there, torch's own included.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from statistics import geometric_mean, median
+from typing import NamedTuple
+
+import numpy as np
+
+from tritonconv.autotune import model
+from tritonconv.autotune.ceilings import Ceilings
+from tritonconv.autotune.first import MARGIN, takes_part
+from tritonconv.autotune.fit import KERNELS, TORCH, TORCHS, Fit, PassFit, Smoother, place, torch_terms
+from tritonconv.autotune.rules import FALLBACK
+from tritonconv.autotune.tuning.calibrate import Count, Sample, count, factors_of
+from tritonconv.problem import PASSES, Problem
+
+SAID = (
+    "Left out with a layer are its other format and its siblings: same channels, kernel, stride, dilation and groups, "
+    "whatever crop, bias, batch and size. Geometric means over torch's own in the same format."
+)
+# Their code of the first campaign wrote registers that products still read, on sm_90 (registers_in_flight).
+IN_FLIGHT = ("forward_boxes", "backward_data_boxes", "backward_data_shuffle", "backward_data_shuffle_given")
+SAID_SAFE = "what was measured, without the kernels that were unsafe when they were"
+
+SLOW = 0.9  # of torch's speed: a choice below it has made somebody's model slower
+# Of the time of a launch: what the first one of a call, and each further one, may take.
+FIRST, FURTHER = np.linspace(0.6, 1.1, 6), np.linspace(0.1, 0.7, 4)
+
+SHORT = 3.0  # launches: of calls that take less the launches are a large part
+
+
+class Timed(NamedTuple):
+    """One measured candidate. ``speedup`` over torch's own in the same rounds and format; ``last`` of the final."""
+
+    layer: str
+    sample: Sample
+    speedup: float
+    last: bool
+    sound: bool  # its answer was not found wrong
+
+    @property
+    def pass_name(self) -> str:
+        return self.sample.record.pass_name
+
+    @property
+    def torchs(self) -> bool:
+        """It is torch's own."""
+        return self.sample.record.name == FALLBACK[self.pass_name]
+
+
+class Group(NamedTuple):
+    """What was measured of one problem in one pass, as the model counts it; ``torch_ms`` is torch's own."""
+
+    layer: str
+    problem: Problem
+    pass_name: str
+    timed: Sequence[Timed]
+    counts: Sequence[Count]
+    torch_ms: float
+
+
+class Score(NamedTuple):
+    """A choice for a group: its speed over torch's own, that of the best measured one, and its name."""
+
+    group: Group
+    chosen: float
+    best: float
+    chosen_name: str
+
+
+def groups_of(timed: Iterable[Timed], ceilings: Ceilings) -> list[Group]:
+    """By problem and pass; of a candidate that was timed twice the final counts."""
+    found: dict[tuple, dict[tuple, Timed]] = {}
+    for each in sorted(timed, key=lambda one: one.last):
+        sample = each.sample
+        config = sample.record.name, tuple(sorted(sample.config.items()))
+        found.setdefault((each.layer, sample.problem, each.pass_name), {})[config] = each
+    groups = []
+    for (layer, problem, pass_name), candidates in found.items():
+        mine = list(candidates.values())
+        together = [each for each in mine if each.last] or mine
+        torch_ms = median(each.sample.ms * each.speedup for each in together)
+        pairs = [(each, count(each.sample, ceilings)) for each in mine]
+        known = [(each, counted) for each, counted in pairs if counted is not None]
+        groups.append(
+            Group(layer, problem, pass_name, [each for each, _ in known], [one for _, one in known], torch_ms)
+        )
+    return groups
+
+
+def fit(groups: Sequence[Group], ceilings: Ceilings, versions: Mapping[str, str | None]) -> Fit:
+    """All that is fitted: the time of launches, the factors, torch's own time, and the corrections of each pass."""
+    counts = [one for group in groups for each, one in zip(group.timed, group.counts, strict=True) if not each.torchs]
+    ceilings = _with_launches(counts, replace(ceilings, factors={}))
+    ceilings = replace(ceilings, factors={**ceilings.factors, **factors_of(counts, ceilings)})
+    passes = {name: [group for group in groups if group.pass_name == name] for name in PASSES}
+    fitted = {name: _pass_fit(mine, name, ceilings) for name, mine in passes.items() if mine}
+    return Fit(ceilings, fitted, versions)
+
+
+def _pass_fit(groups: Sequence[Group], pass_name: str, ceilings: Ceilings) -> PassFit:
+    terms = np.stack([torch_terms(group.problem, pass_name, ceilings) for group in groups])
+    torch_ms = np.array([group.torch_ms for group in groups])
+    rates = _not_negative(terms / torch_ms[:, None], np.ones(len(groups)))
+    places = np.stack([place(group.problem) for group in groups])
+    torchs = Smoother.of([TORCH] * len(groups), places, np.log(torch_ms / (terms @ rates)), TORCHS)
+    kinds, rows, logs = [], [], []
+    for row, group in enumerate(groups):
+        for each, one in zip(group.timed, group.counts, strict=True):
+            if not each.torchs:
+                kinds.append(one.kind)
+                rows.append(row)
+                logs.append(math.log(one.ms / _counted_ms(one, ceilings)))
+    return PassFit(rates, torchs, Smoother.of(kinds, places[rows], np.array(logs), KERNELS))
+
+
+def _counted_ms(each: Count, ceilings: Ceilings) -> float:
+    factor = ceilings.factors.get(each.kind, ceilings.factors.get(each.backend, 1.0))
+    return model.launches_ms(each.launches, ceilings) + each.busy_ms * factor
+
+
+def _with_launches(counts: Sequence[Count], ceilings: Ceilings) -> Ceilings:
+    """With the two factors of launches under which all times are predicted best."""
+    ms = np.array([each.ms for each in counts])
+    busy = np.array([each.busy_ms for each in counts])
+    further = np.array([each.launches - 1 for each in counts])
+    short = ms < SHORT * ceilings.launch_us * 1e-3
+    names, kinds = np.unique([each.kind for each in counts], return_inverse=True)
+
+    def error(first: float, more: float) -> float:
+        launches = ceilings.launch_us * 1e-3 * (first + more * further)
+        ratio = np.log(np.maximum(ms - launches, 0.1 * ms) / busy)
+        middle = _medians(ratio, kinds, busy > launches, len(names))
+        return float(np.abs(np.log(ms / (launches + busy * np.exp(middle[kinds])))[short]).mean())
+
+    first, more = min(((a, b) for a in FIRST for b in FURTHER), key=lambda pair: error(*pair))
+    return replace(ceilings, factors={model.FIRST_LAUNCH: float(first), model.FURTHER_LAUNCH: float(more)})
+
+
+def _medians(values: np.ndarray, kinds: np.ndarray, counted: np.ndarray, number: int) -> np.ndarray:
+    """Of the counted values of each kind, 0 where there is none: (number,)."""
+    values, kinds = values[counted], kinds[counted]
+    values = values[np.lexsort((values, kinds))]
+    begin, count = np.searchsorted(np.sort(kinds), np.arange(number)), np.bincount(kinds, minlength=number)
+    middle = values[np.minimum(begin + count // 2, len(values) - 1)]
+    return np.where(count > 0, middle, 0.0)
+
+
+def _not_negative(terms: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Least squares with the terms whose rate comes out negative left out, the most negative first."""
+    left = np.flatnonzero(np.abs(terms).sum(0) > 0)
+    while True:
+        found = np.linalg.lstsq(terms[:, left], wanted, rcond=None)[0]
+        if (found >= 0).all():
+            rates = np.zeros(terms.shape[1])
+            rates[left] = found
+            return rates
+        left = np.delete(left, found.argmin())
+
+
+def folds(groups: Sequence[Group]) -> Iterator[tuple[list[Group], list[Group]]]:
+    """(what is left out, the rest)."""
+    out: dict[tuple, list[Group]] = {}
+    for group in groups:
+        out.setdefault(_siblings(group.problem), []).append(group)
+    for mine in out.values():
+        layers = {group.layer for group in mine}
+        alike = {_siblings(group.problem) for group in mine}
+        rest = [each for each in groups if each.layer not in layers and _siblings(each.problem) not in alike]
+        yield mine, rest
+
+
+def _siblings(problem: Problem) -> tuple:
+    return problem.c_in, problem.c_out, problem.kernel, problem.stride, problem.dilation, problem.groups
+
+
+def fits(groups: Sequence[Group], ceilings: Ceilings) -> list[tuple[list[Group], Fit]]:
+    """What is left out, with the fit to the rest, until everything was left out once."""
+    return [(mine, fit(rest, ceilings, {})) for mine, rest in folds(groups)]
+
+
+def scores(
+    fitted: Iterable[tuple[Sequence[Group], Fit]],
+    served: Callable[[Sample], bool] = lambda sample: True,
+    margin: float = MARGIN,
+) -> list[Score]:
+    """A choice for each group that was left out, by the fit to the rest, among its sound candidates that are
+    ``served``."""
+    return [_score(group, found, served, margin) for mine, found in fitted for group in mine]
+
+
+def _score(group: Group, fitted: Fit, served: Callable[[Sample], bool], margin: float) -> Score:
+    """torch's own stands for a kernel that is not expected to beat it by the margin."""
+    of, where = fitted.passes[group.pass_name], place(group.problem)
+    chosen, best = (1.0, FALLBACK[group.pass_name]), 1.0
+    least = margin * fitted.torch_ms(group.problem, group.pass_name, fitted.ceilings)
+    for each, one in zip(group.timed, group.counts, strict=True):
+        if each.torchs or not each.sound or not served(each.sample):
+            continue
+        best = max(best, each.speedup)
+        ms = _counted_ms(one, fitted.ceilings) * of.kernels.at(one.kind, where)
+        if ms < least and takes_part(each.sample.record, fitted, unseen=True):
+            chosen, least = (each.speedup, each.sample.record.name), ms
+    return Score(group, chosen[0], best, chosen[1])
+
+
+def safe(sample: Sample) -> bool:
+    """What was timed did not read registers in flight, in any config."""
+    return sample.record.name not in IN_FLIGHT
+
+
+def table(found: Sequence[Score]) -> list[list[str]]:
+    """A line per pass: geometric means over torch's own, and how often a choice is slow."""
+    lines = [["pass", "problems", "oracle", "choice", "of the oracle", f"below {SLOW}", "torch's own chosen"]]
+    for name in PASSES:
+        mine = [each for each in found if each.group.pass_name == name]
+        if mine:
+            oracle, choice, slow = figures(mine)
+            torchs = sum(each.chosen_name == FALLBACK[name] for each in mine) / len(mine)
+            line = [name, str(len(mine)), f"{oracle:.2f}", f"{choice:.2f}", f"{choice / oracle:.1%}"]
+            lines.append([*line, f"{slow:.1%}", f"{torchs:.0%}"])
+    return lines
+
+
+def figures(found: Sequence[Score]) -> tuple[float, float, float]:
+    """Geometric means of the best and of the choice over torch's own, and the part of choices below SLOW."""
+    oracle, choice = (geometric_mean(values) for values in ([s.best for s in found], [s.chosen for s in found]))
+    return oracle, choice, sum(each.chosen < SLOW for each in found) / len(found)

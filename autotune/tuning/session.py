@@ -1,0 +1,299 @@
+"""Many problems within one budget: what is stored already is passed over, each decision is stored at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import fmean
+from time import perf_counter
+from typing import Protocol
+
+import torch
+
+from tritonconv import dispatch
+from tritonconv.autotune import ceilings, choose, model, store
+from tritonconv.autotune.key import Key, device_name
+from tritonconv.autotune.sources import revision
+from tritonconv.autotune.store import Entry, Table
+from tritonconv.autotune.tuning import calibrate
+from tritonconv.autotune.tuning.case import Case
+from tritonconv.autotune.tuning.compiled import compiled_first, held
+from tritonconv.autotune.tuning.contest import TORCH, Candidate, Contest, Effort, OutOfTime, candidates
+from tritonconv.autotune.tuning.journal import SCREEN, Journal, Timing
+from tritonconv.autotune.tuning.tuned import BUDGET, Report, Task
+from tritonconv.autotune.tuning.tuner import ProblemTuner, Winner
+from tritonconv.device import current
+from tritonconv.errors import ArgumentError
+from tritonconv.kernels.registry import variant
+from tritonconv.lab.bench import gpu, spent
+from tritonconv.lab.bench.failures import context_is_lost, disqualifies, told
+from tritonconv.lab.bench.rows import sizes_of, versions_of
+from tritonconv.lab.bench.workloads import ALL
+from tritonconv.lab.inspection.precompile import Job, Precompiler, shared, target_of
+from tritonconv.problem import PASSES, Problem
+
+PROBLEM_SECONDS = 4.0  # for a problem without a budget
+# Within a budget a GPU's problems are gone through several times, each time deeper: kernels must be compiled, and every
+# problem should have its likely candidates tried before any has all of them. What was timed is not timed again.
+EFFORTS = (Effort(2, 1.5, 4.0, 0.9, formulations=False, ahead=True), Effort(4, 1.5, 4.0, 2.0))
+WHOLE = Effort(model.MOST_CANDIDATES, 3.0, 12.0, 20.0)
+# Problems whose kernels are being compiled while one is timed, and how long one waits for its own.
+AHEAD, COMPILING_SECONDS = 3, 120.0
+
+# The model chooses the candidates, and what is timed corrects it: so many times more of them are a deeper search.
+MORE = 1.25
+
+# The first problems, and one of so many later ones, have null rows, in so many seconds.
+FIRST_NULLS, NULLS_EVERY, NULL_SECONDS = 3, 12, 0.15
+LEAST_SHARE = 0.1  # seconds to time a problem in, where the rest takes more than there is
+
+Write = Callable[[str, dict[str, object]], object]
+
+
+class Progress(Protocol):
+    def begin(self, cells: int) -> None: ...
+    def step(self, text: str) -> None: ...
+
+
+@dataclass
+class Session:
+    """One tuning run on one device. ``folder`` None is the user's store; ``write`` takes (kind, row) of a results file.
+
+    ``again`` measures what is stored once more. With ``goes_on`` a problem that raises is an error row, and the next
+    one follows, as long as the GPU answers. ``compiler`` is one that runs already.
+    """
+
+    device: torch.device
+    folder: Path | None = None
+    seconds: float | None = None
+    again: bool = False
+    write: Write = lambda kind, row: None
+    goes_on: bool = False
+    compiler: Precompiler | None = None
+    factors: dict[str, float] = field(default_factory=dict, init=False)  # of the cost model, from what was timed
+    beside: list[float] = field(default_factory=list, init=False)  # seconds of each problem besides the timing
+    ranked: dict[Problem, dict[str, list[Candidate]]] = field(default_factory=dict, init=False)
+
+    def run(self, tasks: Iterable[Task], progress: Progress) -> Report:
+        """Raises StoreError before anything is measured where the store cannot be written."""
+        with current(self.device):
+            return self._run(tasks, progress)
+
+    def _run(self, tasks: Iterable[Task], progress: Progress) -> Report:
+        name = device_name(self.device)
+        store.merge(Table(name), self.folder)
+        waiting = self._distinct(tasks)
+        self.served, self.beside = 0, []
+        self.begin, self.journal = perf_counter(), Journal.open(name, self.folder)
+        self.versions, self.ceilings = versions_of(self.device), self._ceilings(name)
+        self.report = Report(name, table=store.path_of(name, self.folder))
+        self.deadline = float("inf") if self.seconds is None else self.begin + self.seconds
+        efforts = self._efforts()
+        progress.begin(len(waiting) * len(efforts))
+        try:
+            with gpu.cudnn_benchmark(self.device), shared(self.compiler, self.device) as compiler:
+                for self.effort in efforts:
+                    self.report.known, self.ranked = [], {}
+                    self._calibrate(waiting)
+                    if not self._all(waiting, compiler, progress):
+                        break
+        finally:
+            self._calibrate(waiting)
+            calibrate.keep_factors(self.factors, self.device, self.folder)
+        dispatch.forget()
+        return self.report
+
+    def _calibrate(self, tasks: list[Task]) -> None:
+        """Corrects the model by what was timed so far: the next candidates are chosen the better for it."""
+        if self.device.type == "cuda":  # on a CPU each variant has one config, and all of them are timed
+            timed = calibrate.samples(self.journal.timings.values(), [task.problem for task in tasks], self.versions)
+            self.factors |= calibrate.factors(timed, self.ceilings)
+            self.ceilings = replace(self.ceilings, factors={**self.ceilings.factors, **self.factors})
+
+    def _efforts(self) -> tuple[Effort, ...]:
+        by_degrees = self.device.type == "cuda" and self.seconds is not None and not self.again
+        return (*EFFORTS, WHOLE) if by_degrees else (WHOLE,)
+
+    def _all(self, waiting: list[Task], compiler: Precompiler, progress: Progress) -> bool:
+        """Goes through the problems once with the present effort; False where the budget is used up."""
+        ahead = [compiler.start(self._jobs(task)) for task in waiting[:AHEAD]]
+        for index, task in enumerate(waiting):
+            ahead += [compiler.start(self._jobs(each)) for each in waiting[index + AHEAD : index + AHEAD + 1]]
+            with spent.on(spent.COMPILING):
+                compiler.finish(ahead[index], max(0.0, min(COMPILING_SECONDS, self.deadline - perf_counter())))
+            if not self._one(task, len(waiting) - index):
+                return False
+            progress.step(_said(task, self.report))
+        return True
+
+    def _one(self, task: Task, left: int) -> bool:
+        """Tunes one problem, with ``left`` to go; False where the budget is used up."""
+        share = self._share(left)
+        begin, known = perf_counter(), len(self.report.known)
+        case = Case(task.problem, self.device)
+        contest = Contest(case, self.journal, self.ceilings, self.versions, self.deadline, self.again)
+        try:
+            self._problem(task, contest, share)
+        except OutOfTime:
+            self.report.reason, self.report.left = BUDGET, left
+            self.report.round = 1 + self._efforts().index(self.effort), len(self._efforts())
+            return False
+        except Exception as error:
+            self.report.errors += 1
+            self.write("error", {**head(task, ALL), "variant": ALL, "status": "error", "message": told(error)})
+            if not self.goes_on or context_is_lost(error):
+                raise
+        finally:
+            self._rows(task, contest)
+        if len(self.report.known) == known:
+            self.beside.append(max(0.0, perf_counter() - begin - share))
+        return True
+
+    def _share(self, left: int) -> float:
+        """Seconds to time the next problem in: an even part of what is left, less what problems took beside it so far,
+        for the gate, cuDNN's trials and the ranking. 0 or less at the end of the budget."""
+        if self.seconds is None:
+            return PROBLEM_SECONDS
+        even = (self.deadline - perf_counter()) / left
+        beside = fmean(self.beside) if self.beside else 0.0
+        return min(even, max(even - beside, LEAST_SHARE), self.effort.seconds)
+
+    def _jobs(self, task: Task) -> list[Job]:
+        """What has to be compiled for a problem; nothing for one that is known."""
+        if target_of(self.device) is None:
+            return []
+        table = store.read(self.report.device, self.folder)
+        return [
+            (each.selection.variant.name, task.problem, each.selection.config)
+            for name, field in self._fields(task.problem).items()
+            if not self._stored(table, task.problem, name, len(field))
+            for each in field
+            if each.selection.variant.backend == "triton"
+        ]
+
+    def _fields(self, problem: Problem) -> dict[str, list[Candidate]]:
+        """The candidates by pass, ranked once for each effort."""
+        if problem not in self.ranked:
+            ahead = held(problem, self.device)
+            found = {name: candidates(problem, self.device, name, self.ceilings, self.effort, ahead) for name in PASSES}
+            self.ranked[problem] = {name: compiled_first(each, ahead) for name, each in found.items()}
+        return self.ranked[problem]
+
+    def _problem(self, task: Task, contest: Contest, share: float) -> None:
+        table = store.read(self.report.device, self.folder)
+        fields = self._fields(task.problem)
+        found = {name: self._stored(table, task.problem, name, len(fields[name])) for name in PASSES}
+        if all(found.values()):
+            self.report.known.append(task)
+            return
+        if share <= 0:
+            raise OutOfTime
+        self._nulls(task, contest)
+        noise = self.report.noise
+        tuner = ProblemTuner(contest, fields, share, noise.noise if noise else 1.0)
+        forward = found["forward"]
+        if forward is None:
+            winner = tuner.forward()
+            if winner is None:
+                selection = choose.untuned(task.problem, self.device, "forward")
+            else:
+                self._keep(task, winner)
+                selection = winner.selection
+        else:
+            selection = dispatch.Selection(variant(forward.variant), forward.config, "stored")
+        for winner in tuner.gradients(selection):
+            self._keep(task, winner)
+
+    def _nulls(self, task: Task, contest: Contest) -> None:
+        """Null rows, of the first problems and of every NULLS_EVERY-th that torch serves."""
+        if contest.case.torch_serves:
+            if self.served < FIRST_NULLS or self.served % NULLS_EVERY == 0:
+                try:
+                    rows = contest.null_rows(NULL_SECONDS)
+                except Exception as error:  # such as a lack of memory, which the candidates will tell
+                    if not disqualifies(error):
+                        raise
+                    return
+                self.report.null_rows += rows
+                for row in rows:
+                    self.write("null", {**head(task, "forward"), **row})
+            self.served += 1
+
+    def _stored(self, table: Table, problem: Problem, pass_name: str, rivals: int) -> Entry | None:
+        """An entry that this run would only make again: about as many candidates were there."""
+        entry = None if self.again else table.find(Key.of(problem, pass_name))
+        if entry is None or dict(entry.versions) != self.versions or MORE * entry.rivals < rivals:
+            return None
+        try:
+            known = revision(variant(entry.variant)) == entry.source
+        except ArgumentError:
+            return None
+        return entry if known and not self._failed_since(entry, pass_name, problem) else None
+
+    def _failed_since(self, entry: Entry, pass_name: str, problem: Problem) -> bool:
+        """The choice was stored, and a later final lost the GPU to it: here, or where it was made."""
+        return any(
+            self.journal.refuses(
+                Timing(text, pass_name, entry.variant, entry.config, entry.source, SCREEN, entry.versions)
+            )
+            for text in {entry.problem, str(problem)}
+        )
+
+    def _keep(self, task: Task, winner: Winner) -> None:
+        entry, report = winner.entry(task.problem, self.versions), self.report
+        key = str(Key.of(task.problem, winner.pass_name))
+        store.merge(Table(report.device, {key: entry}), self.folder)
+        report.winners = [each for each in report.winners if each[0] != task or each[1].pass_name != winner.pass_name]
+        report.winners.append((task, winner))
+        fields = {"variant": entry.variant, "config": entry.config, "median_ms": entry.ms, "torch_ms": entry.torch_ms}
+        self.write("tuned", {**head(task, winner.pass_name), **fields, "candidates": winner.candidates, "key": key})
+
+    def _rows(self, task: Task, contest: Contest) -> None:
+        for pass_name, faults in contest.case.torch_faults.items():
+            message = "; ".join(faults.values())
+            self.write("error", {**head(task, pass_name), "variant": TORCH, "status": "wrong", "message": message})
+        self.report.timings += len(contest.measured)
+        self.report.reused += contest.reused
+        for timing, predicted in contest.measured:
+            fields = {"variant": timing.variant, "config": dict(timing.config), "stage": timing.stage}
+            row = {**head(task, timing.pass_name), **fields, "predicted_ms": predicted if predicted > 0 else None}
+            if timing.status == "ok":
+                names = ("median_ms", "p20_ms", "p80_ms", "n_runs", "speedup", "sm_mhz", "late_samples")
+                self.write("timing", {**row, **{name: getattr(timing, name) for name in names}})
+            else:
+                self.write("error", {**row, "status": timing.status, "message": timing.message})
+
+    def _distinct(self, tasks: Iterable[Task]) -> list[Task]:
+        """One task per problem; an empty output has nothing to time."""
+        found = {task.problem: task for task in reversed(list(tasks))}
+        return [task for task in reversed(found.values()) if task.problem.n and task.problem.c_out]
+
+    def _ceilings(self, name: str) -> ceilings.Ceilings:
+        stored = store.read(name, self.folder).ceilings
+        return (ceilings.from_json(stored) if stored else None) or ceilings.nominal(self.device)
+
+
+def head(task: Task, pass_name: str) -> dict[str, object]:
+    """What every row about a task begins with."""
+    problem = task.problem
+    return {
+        "layer": task.layer,
+        "suite": task.suite,
+        "pass": pass_name,
+        "dtype": str(problem.dtype).removeprefix("torch."),
+        "layout": problem.layout,
+        "text": str(problem),
+        "problem": sizes_of(problem),
+    }
+
+
+def tasks_of(problems: Iterable[Problem]) -> list[Task]:
+    """Tasks of problems that have no names."""
+    return [Task(problem, f"problem {index}: {problem}", "given") for index, problem in enumerate(problems, start=1)]
+
+
+def _said(task: Task, report: Report) -> str:
+    mine = [winner for each, winner in report.winners if each == task]
+    best = max((winner.torch_ms / winner.ms for winner in mine), default=None)
+    return f"{task.layer} {task.problem.layout}" + (f": best {best:.2f} x torch" if best else ": known")

@@ -1,0 +1,78 @@
+"""What is tuned, and what a tuning run did."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tritonconv.autotune.tuning.tuner import Winner
+from tritonconv.lab.bench.noise import Band, band
+from tritonconv.problem import Problem
+
+COMPLETE, BUDGET = "complete", "budget"
+
+
+@dataclass(frozen=True)
+class Task:
+    """A problem to tune; ``layer`` and ``suite`` are what the rows call it."""
+
+    problem: Problem
+    layer: str
+    suite: str
+
+
+@dataclass
+class Report:
+    """What a run did. ``winners`` by problem; ``known`` are the problems whose key was stored before.
+
+    ``reason`` is ``complete`` or ``budget``; the table has every winner either way. ``left`` problems were left in
+    ``round`` (number, of how many).
+    """
+
+    device: str
+    reason: str = COMPLETE
+    winners: list[tuple[Task, Winner]] = field(default_factory=list)
+    known: list[Task] = field(default_factory=list)
+    left: int = 0
+    round: tuple[int, int] = (1, 1)
+    errors: int = 0
+    timings: int = 0
+    reused: int = 0
+    null_rows: list[dict[str, object]] = field(default_factory=list)  # their fields
+    table: Path | None = None
+
+    @property
+    def torch_won(self) -> int:
+        """How many of the decisions are torch's own."""
+        return sum(winner.torch_won for _, winner in self.winners)
+
+    @property
+    def noise(self) -> Band | None:
+        """What the null rows show; None without any."""
+        return band(self.null_rows, str(self.null_rows[0]["timing"])) if self.null_rows else None
+
+    @property
+    def unfinished(self) -> str:
+        """What was left, in words."""
+        number, rounds = self.round
+        return f"{self.left} problems left" + (f" in round {number} of {rounds}" if rounds > 1 else "")
+
+    def __str__(self) -> str:
+        choices = f"{len(self.winners)} {'choice' if len(self.winners) == 1 else 'choices'}"
+        lines = [f"tuned on {self.device}: {choices}, of which {self.torch_won} torch's own"]
+        for task, winner in self.winners:
+            config = " ".join(f"{key}={value}" for key, value in winner.selection.config.items())
+            what = f"{winner.selection.variant.name} {config}".rstrip()
+            lines.append(f"  {task.layer} {task.problem.layout} {winner.pass_name}: {what}")
+        if self.known:
+            lines.append(
+                f"{len(self.known)} problems were tuned before, by themselves or by one of their kind and size"
+            )
+        lines.append(f"{self.timings} timings taken, {self.reused} found in the journal")
+        if self.noise is not None:
+            lines.append(f"torch against itself, in {self.noise.rows} null rows: {self.noise}; only more counts")
+        if self.reason == BUDGET:
+            lines.append(f"the budget was used up with {self.unfinished}; the same command goes on from here")
+        if self.table is not None:
+            lines.append(f"stored in {self.table}")
+        return "\n".join(lines)

@@ -1,0 +1,115 @@
+"""The tensors of a problem, and the calls that are timed: torch's own, and any operation with torch's signature.
+
+A call takes nothing and returns its outputs as a tuple, in the order of :data:`tritonconv.lab.bench.gate.OUTPUTS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from tritonconv.errors import ArgumentError
+from tritonconv.problem import LAYOUTS, PASSES, Problem
+
+TensorCall = Callable[[], tuple]
+
+FORWARD_BACKWARD = "forward_backward"
+ALL_PASSES = (*PASSES, FORWARD_BACKWARD)
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """x (n, c_in, d, h, w) and grad_y (n, c_out, od, oh, ow) in the problem's layout, weight and bias contiguous."""
+
+    x: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    grad_y: torch.Tensor
+
+    def in_layout(self, layout: str) -> Tensors:
+        """The same values with x and grad_y in another layout."""
+        return Tensors(laid_out(self.x, layout), self.weight, self.bias, laid_out(self.grad_y, layout))
+
+
+def make_tensors(problem: Problem, device: torch.device, seed: int) -> Tensors:
+    """Normally distributed values, drawn on the device in float32 and then rounded to the problem's dtype."""
+    draw = torch.Generator(device).manual_seed(seed)
+
+    def values(shape: tuple[int, ...]) -> torch.Tensor:
+        return torch.randn(shape, generator=draw, device=device).to(problem.dtype)
+
+    return Tensors(
+        x=laid_out(values(problem.x_shape), problem.layout),
+        weight=values(problem.weight_shape),
+        bias=values((problem.c_out,)) if problem.bias else None,
+        grad_y=laid_out(values(problem.y_shape), problem.layout),
+    )
+
+
+def laid_out(tensor: torch.Tensor, layout: str) -> torch.Tensor:
+    """A copy with exactly the strides of the layout.
+
+    ``contiguous`` would return a tensor of one voxel or one channel as it is, and then torch may read its strides as
+    the other layout.
+    """
+    return torch.empty_like(tensor, memory_format=LAYOUTS[layout]).copy_(tensor)
+
+
+def torch_arguments(problem: Problem) -> tuple:
+    """(stride, padding, output_padding, groups, dilation) of ``torch.nn.functional.conv_transpose3d``.
+
+    Raises ArgumentError where torch has no arguments for the problem's crops.
+    """
+    output_padding = tuple(axis.crop - axis.back_crop for axis in problem.axes)
+    for extra, axis in zip(output_padding, problem.axes, strict=True):
+        if not 0 <= extra < max(axis.stride, axis.dilation):
+            raise ArgumentError(
+                f"torch_arguments: torch cannot crop {axis.crop} planes before, {axis.back_crop} behind"
+            )
+    return problem.stride, problem.crop, output_padding, problem.groups, problem.dilation
+
+
+def operation_call(operation: Callable[..., Any], problem: Problem, tensors: Tensors, pass_name: str) -> TensorCall:
+    """``forward``, or ``forward_backward`` by autograd, of an operation with the signature of torch's."""
+    arguments = torch_arguments(problem)
+    if pass_name == "forward":
+        x, weight, bias = tensors.x, tensors.weight, tensors.bias
+        return lambda: (operation(x, weight, bias, *arguments),)
+    leaves = [t.detach().requires_grad_() for t in (tensors.x, tensors.weight, tensors.bias) if t is not None]
+    bias, grad_y = (leaves[2] if tensors.bias is not None else None), tensors.grad_y
+
+    def forward_backward():
+        y = operation(leaves[0], leaves[1], bias, *arguments)
+        return (y.detach(), *torch.autograd.grad(y, leaves, grad_y))
+
+    return forward_backward
+
+
+def torch_call(problem: Problem, tensors: Tensors, pass_name: str) -> TensorCall:
+    """torch's own: ``conv_transpose3d``, its autograd, or the ATen function its autograd calls for one gradient."""
+    if pass_name in ("forward", FORWARD_BACKWARD):
+        return operation_call(F.conv_transpose3d, problem, tensors, pass_name)
+    stride, padding, output_padding, groups, dilation = torch_arguments(problem)
+    data = pass_name == "backward_data"
+    mask = (data, not data, not data and problem.bias)
+    first = 0 if data else 1
+    last = 1 + first + mask[2]
+    sizes = [problem.c_out] if mask[2] else None
+    x, weight, grad_y = tensors.x, tensors.weight, tensors.grad_y
+
+    def backward():
+        return torch.ops.aten.convolution_backward(
+            grad_y, x, weight, sizes, stride, padding, dilation, True, output_padding, groups, mask
+        )[first:last]
+
+    return backward
+
+
+def work(problem: Problem, pass_name: str) -> tuple[int, int]:
+    """(useful FLOPs, compulsory bytes) of a pass; ``forward_backward`` is the sum of the three."""
+    passes = PASSES if pass_name == FORWARD_BACKWARD else (pass_name,)
+    return problem.flops * len(passes), sum(problem.bytes(name) for name in passes)

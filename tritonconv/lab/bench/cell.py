@@ -1,0 +1,189 @@
+"""A cell of the benchmark: one layer in one dtype and layout for one pass.
+
+Its contestants are ``torch`` (the baseline), ``tritonconv`` (the public operation as dispatched), torch.compile and any
+variants asked for; they are gated (``gate.py``), then timed in turns by every clock of the device
+(``measure.py``); in some cells null contestants run among them (``nulls.py``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from time import perf_counter
+
+import torch
+
+from tritonconv.kernels.variant import Variant
+from tritonconv.lab.bench import gpu, nulls, spent
+from tritonconv.lab.bench.calls import TensorCall
+from tritonconv.lab.bench.clock import GpuClock, gpu_clock
+from tritonconv.lab.bench.contestants import candidate, chosen_fields, served, why_not
+from tritonconv.lab.bench.environment import OtherPrograms
+from tritonconv.lab.bench.failures import context_is_lost, disqualifies
+from tritonconv.lab.bench.judge import Judge
+from tritonconv.lab.bench.measure import measure
+from tritonconv.lab.bench.options import Options
+from tritonconv.lab.bench.results import BASELINE, COMPILED, OURS, Writer
+from tritonconv.lab.bench.rows import Candidate, layer_fields, measured_fields, versions_of
+from tritonconv.lab.bench.subject import Subject
+from tritonconv.lab.bench.workloads import ALL
+from tritonconv.problem import Problem
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is measured; ``key`` is (layer, dtype, layout, pass)."""
+
+    subject: Subject
+    layout: str
+    pass_name: str
+
+    @property
+    def problem(self) -> Problem:
+        return self.subject.problem(self.layout)
+
+    @property
+    def dtype(self) -> str:
+        return str(self.subject.dtype).removeprefix("torch.")
+
+    @property
+    def key(self) -> tuple[str, str, str, str]:
+        return self.subject.layer.name, self.dtype, self.layout, self.pass_name
+
+    @property
+    def head(self) -> dict[str, str]:
+        """What every row about the cell begins with."""
+        name, dtype, layout, pass_name = self.key
+        return {"layer": name, "suite": self.subject.layer.suite, "pass": pass_name, "layout": layout, "dtype": dtype}
+
+
+class CellTimer:
+    """Measures cells and writes their rows. ``roofs`` may grow meanwhile; ``with_nulls`` are keys of cells."""
+
+    def __init__(
+        self,
+        options: Options,
+        writer: Writer,
+        roofs: Sequence[Mapping],
+        with_nulls: frozenset[tuple[str, str, str, str]],
+    ) -> None:
+        self.options, self.writer, self.roofs, self.with_nulls = options, writer, roofs, with_nulls
+        self.versions = versions_of(options.device)
+        self.others = OtherPrograms()
+        self.errors = 0
+
+    @cached_property
+    def clock(self) -> GpuClock | None:
+        """None on a CPU."""
+        return gpu_clock(self.options.device)
+
+    def measure(self, cell: Cell, seconds: float) -> None:
+        """Gates and times a cell in about ``seconds``. Raises where the GPU is lost, behind the row that says so."""
+        begin = perf_counter()
+        self.others.since_last()
+        passed = self._gated(cell)
+        if not passed:
+            return
+        try:
+            rows = self._timed(cell, passed, seconds - (perf_counter() - begin))
+        except Exception as error:
+            if not (disqualifies(error) or context_is_lost(error)):  # a mistake in the program
+                raise
+            self._failed(cell, COMPILED if self.options.only_compiled else ALL, None, error)
+            if context_is_lost(error):
+                raise
+            rows = []
+        if not rows and self.clock is not None:  # the error is gone by here, and with it what the cell's graphs held
+            torch.cuda.empty_cache()
+        others = {"other_cores": self.others.since_last()}
+        for kind, row in rows:
+            self.writer.write(kind, {**cell.head, **row, **others, "status": "ok", "message": ""})
+
+    def _gated(self, cell: Cell) -> dict[str, Candidate]:
+        """The candidates whose outputs are right; for every other a row is written."""
+        options, problem = self.options, cell.problem
+        single = [record for record in options.variants if record.pass_name == cell.pass_name]
+        passed: dict[str, Candidate] = {}
+        judge, runs_torch = Judge(cell.subject, problem, cell.pass_name), False
+        plain: list[tuple[str, Variant | None]] = [(BASELINE, None)]
+        if not options.only_compiled:
+            plain.append((OURS, None))
+        if options.compiled or options.only_compiled:
+            plain.append((COMPILED, None))
+        for name, record in [*plain, *((record.name, record) for record in single)]:
+            refused = why_not(record, problem, options.device) if record else None
+            if refused is not None:
+                self.writer.write("skip", {**cell.head, "variant": name, "message": refused})
+                continue
+            try:
+                one = candidate(name, record, cell.subject, problem, cell.pass_name, judge, runs_torch)
+            except Exception as error:  # what fails is a row of its own, and the run goes on
+                self._failed(cell, name, record, error)
+                if context_is_lost(error):  # every later cell would fail too
+                    raise
+                continue
+            runs_torch |= name == BASELINE
+            if one.verdict.ok:
+                passed[name] = one
+            else:
+                self._wrong(cell, name, str(one.verdict))
+        return self._without_torch(cell, passed, judge) if judge.torch_faults else passed
+
+    def _without_torch(self, cell: Cell, passed: Mapping[str, Candidate], judge: Judge) -> dict[str, Candidate]:
+        """The candidates that are right where torch is not, which some of them were held against."""
+        right: dict[str, Candidate] = {}
+        for name, one in passed.items():
+            if name == BASELINE:
+                self._wrong(cell, name, "; ".join(judge.torch_faults.values()))
+                continue
+            with spent.on(spent.GATE):
+                verdict = judge.at_size(one.call)
+            if verdict.ok:
+                right[name] = one
+            else:
+                self._wrong(cell, name, str(verdict))
+        return right
+
+    def _wrong(self, cell: Cell, name: str, message: str) -> None:
+        """The row of a contestant whose answer is wrong."""
+        self.errors += 1
+        self.writer.write("error", {**cell.head, "variant": name, "status": "wrong", "message": message})
+
+    def _timed(self, cell: Cell, passed: Mapping[str, Candidate], seconds: float) -> list[tuple[str, dict]]:
+        """The rows of a cell with their kinds, all of them or an exception: half a cell would count as known."""
+        device, problem = cell.subject.device, cell.problem
+        beside: dict[str, TensorCall] = {}
+        if cell.key in self.with_nulls and BASELINE in passed and not self.options.only_compiled:
+            with spent.on(spent.TRIALS):
+                beside = nulls.calls(problem, cell.subject.tensors(problem), cell.pass_name)
+        calls = {name: one.call for name, one in passed.items()} | beside
+        # The gate has run every call at size, so all are warm. What a slow cell takes too much, later cells lack.
+        measured = measure(calls, BASELINE, device, self.clock, seconds)
+        rows: list[tuple[str, dict]] = []
+        for one in passed.values():
+            if self.options.only_compiled and one.name != COMPILED:
+                continue
+            row = layer_fields(cell.subject, problem) | measured_fields(one, measured, problem, cell.head, self.roofs)
+            row |= {**chosen_fields(one.chosen), "versions": self.versions}
+            if self.clock is not None:
+                with spent.on(spent.TIMING):
+                    row |= {"l2_flushed": True, "peak_bytes": gpu.peak_bytes(one.call, device)}
+            rows.append(("result", row))
+        for name in beside:
+            rows.append(("null", {"text": str(problem), **nulls.fields(name, measured)}))
+        return rows
+
+    def _failed(self, cell: Cell, name: str, record: Variant | None, error: Exception) -> None:
+        """The row of a candidate, or of a cell, that raised. Where the GPU is lost it says what lost it, so that a
+        campaign does not begin with the same again."""
+        self.errors += 1
+        message = f"{type(error).__name__}: {error}"
+        row: dict[str, object] = {**cell.head, "variant": name, "status": "error", "message": message}
+        if context_is_lost(error):
+            row |= {"context_lost": True, "versions": self.versions}
+            with contextlib.suppress(Exception):  # it may ask the GPU
+                if name not in (BASELINE, COMPILED):
+                    row |= served(record, cell.problem, self.options.device, cell.pass_name)
+        self.writer.write("error", row)

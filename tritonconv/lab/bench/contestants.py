@@ -1,0 +1,119 @@
+"""The contestants of a cell: torch's own, torch.compile, the public operation, single variants; prepared and judged."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from time import perf_counter
+
+import torch
+import torch.nn.functional as F
+
+from tritonconv.autotune.sources import revision
+from tritonconv.dispatch import Plan, Selection, plan, wait_until_compiled
+from tritonconv.forced import in_force, pinned, use
+from tritonconv.functional import conv_transpose3d
+from tritonconv.kernels.variant import Variant
+from tritonconv.lab.bench import spent
+from tritonconv.lab.bench.calls import FORWARD_BACKWARD, TensorCall, Tensors, operation_call, torch_call
+from tritonconv.lab.bench.judge import Judge
+from tritonconv.lab.bench.results import BASELINE, COMPILED, OURS
+from tritonconv.lab.bench.rows import Candidate, Choice
+from tritonconv.lab.bench.subject import Subject
+from tritonconv.problem import PASSES, Problem
+
+
+def why_not(record: Variant, problem: Problem, device: torch.device) -> str | None:
+    """Why a variant is not measured on a device; None where it is."""
+    if record.backend == "triton" and device.type == "cpu":
+        return "on a CPU Triton's interpreter runs this kernel, which says nothing about its speed"
+    return record.supports(problem, device)
+
+
+def launched(record: Variant | None, problem: Problem, device: torch.device, pass_name: str) -> dict[str, Selection]:
+    """What a variant by itself, or the public operation, runs now, by pass."""
+    if record is not None:
+        return {pass_name: Selection(record, record.default(problem, device), "by itself")}
+    made = plan(problem, device)
+    return {name: made.choice(name) for name in (PASSES if pass_name == FORWARD_BACKWARD else (pass_name,))}
+
+
+def served(record: Variant | None, problem: Problem, device: torch.device, pass_name: str) -> dict[str, object]:
+    """The same in the words of :func:`chosen_fields`; of a variant by itself its source alone."""
+    if record is not None:
+        return {"sources": {pass_name: revision(record)}}
+    return chosen_fields(launched(None, problem, device, pass_name))
+
+
+def chosen_fields(chosen: Mapping[str, Choice]) -> dict[str, object]:
+    """What a contestant runs by pass; while it is the same, a later run would only measure the same again."""
+    return {
+        "chosen": {name: each.variant.name for name, each in chosen.items()},
+        "config": {name: dict(each.config) for name, each in chosen.items()},
+        "sources": {name: revision(each.variant) for name, each in chosen.items()},
+    }
+
+
+def candidate(
+    name: str, record: Variant | None, subject: Subject, problem: Problem, pass_name: str, judge: Judge, at_size: bool
+) -> Candidate:
+    """Prepares and judges a contestant; ``record`` is the variant to force, None for torch and the public operation.
+
+    Without ``at_size`` it is not held against torch at full size: where torch cannot run the cell.
+    """
+    call, chosen = prepared(name, record, subject, problem, pass_name)
+    begin = perf_counter()
+    with spent.on({BASELINE: spent.TRIALS, COMPILED: spent.TORCH_COMPILE}.get(name, spent.COMPILING)):
+        call()
+        if subject.device.type == "cuda":
+            wait_until_compiled()  # torch's own stood in
+            call()
+            torch.cuda.synchronize(subject.device)
+    first_s = perf_counter() - begin
+
+    def on(wanted: Problem) -> TensorCall:
+        if wanted == problem:
+            return call
+        if not chosen:  # torch's, also for torch.compile, which would compile it anew
+            return subject.baseline(wanted, pass_name)
+        with pinned(*chosen.values()):
+            made = plan(wanted, subject.device)
+            return in_force(_call(made, wanted, subject.tensors(wanted), pass_name, public=name == OURS))
+
+    with spent.on(spent.GATE):
+        variants = [each.variant for each in chosen.values()]
+        verdict = judge(on, variants, at_size=at_size and name != BASELINE)
+    return Candidate(name, chosen, call, verdict, first_s)
+
+
+def prepared(
+    name: str, record: Variant | None, subject: Subject, problem: Problem, pass_name: str
+) -> tuple[TensorCall, dict[str, Selection]]:
+    """The call of a contestant, and what it runs by pass; nothing for torch's own and torch.compile's."""
+    t = subject.tensors(problem)
+    if name == BASELINE:
+        return torch_call(problem, t, pass_name), {}
+    if name == COMPILED:
+        return operation_call(_compiled(), problem, t, pass_name), {}
+    with use(record.name) if record else contextlib.nullcontext():
+        made = plan(problem, subject.device)
+    call = _call(made, problem, t, pass_name, public=record is None)
+    return call, launched(record, problem, subject.device, pass_name)
+
+
+def _compiled():
+    """torch.compile of torch's own operation, compiled anew: one graph per problem, as a model's would be."""
+    torch.compiler.reset()
+    # A lambda, for torch.compile leaves a function of torch's C++ as it is.
+    return torch.compile(lambda *args: F.conv_transpose3d(*args), fullgraph=True, dynamic=False)
+
+
+def _call(made: Plan, problem: Problem, t: Tensors, pass_name: str, public: bool) -> TensorCall:
+    """The public operation where it has the pass; one gradient alone, or a variant alone, through its plan."""
+    if pass_name == FORWARD_BACKWARD or (public and pass_name == "forward"):
+        return operation_call(conv_transpose3d, problem, t, pass_name)
+    if pass_name == "forward":
+        return lambda: (made.forward(t.x, t.weight, t.bias),)
+    if pass_name == "backward_data":
+        return lambda: (made.backward_data(t.grad_y, t.weight),)
+    return lambda: made.backward_weight(t.x, t.grad_y, problem.bias)

@@ -1,0 +1,104 @@
+"""All columns of a cell: its contestants timed by each clock of the device in turn, and the fields that this makes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from tritonconv.lab.bench import gpu, spent
+from tritonconv.lab.bench.clock import GpuClock, WallClock, cpu_stopwatch, garbage_waits
+from tritonconv.lab.bench.columns import GPU, GRAPH, WALL
+from tritonconv.lab.bench.timing import Call, Ratio, Spread, Times, interleave, warm_up
+
+# Shares of a cell's seconds on a GPU, and of each time what the warm-up may take.
+SHARES = {GPU: 0.45, GRAPH: 0.3, WALL: 0.25}
+WARM = 0.2
+
+Watch = Callable[[Call], float]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Times by column, the first of them the device's own; ``clock`` are fields about the GPU's clock, by column."""
+
+    times: Mapping[str, Times]
+    clock: Mapping[str, Mapping[str, object]]
+
+    @property
+    def first(self) -> str:
+        return next(iter(self.times))
+
+    def fields(self, name: str, baseline: str) -> dict[str, object]:
+        """Per column the times in ms and the ratio to the baseline of the same rounds; and what the clocks told."""
+        found: dict[str, object] = {}
+        for column, times in self.times.items():
+            if name in times.rounds:
+                ratio = times.speedup(name, baseline) if baseline in times.rounds else None
+                found |= _fields(column, times.spread(name), ratio)
+        for column, told in self.clock.items():
+            found |= told if column == self.first else {f"{column}_late_samples": told["late_samples"]}
+        return found
+
+
+def _fields(column: str, times: Spread, ratio: Ratio | None) -> dict[str, object]:
+    return {
+        f"{column}_ms": times.median,
+        f"{column}_p20_ms": times.p20,
+        f"{column}_p80_ms": times.p80,
+        f"{column}_runs": times.runs,
+        f"{column}_speedup": ratio.median if ratio else None,
+        f"{column}_speedup_p20": ratio.p20 if ratio else None,
+        f"{column}_speedup_p80": ratio.p80 if ratio else None,
+    }
+
+
+def rounds(
+    calls: Mapping[str, Call], watch: Watch, clock: GpuClock | None, seconds: float, **how: Any
+) -> tuple[Times, Mapping[str, Any]]:
+    """Interleaved in about ``seconds``, on a GPU behind a warm-up, and what its clock told of them.
+
+    ``how`` are the numbers of rounds of :func:`~tritonconv.lab.bench.timing.interleave`.
+    """
+    with spent.on(spent.TIMING), garbage_waits():
+        if clock is None:
+            return interleave(calls, watch, seconds, **how), {}
+        warm_up(calls, watch, WARM * seconds)
+        clock.told()  # of the warm-up
+        return interleave(calls, watch, (1 - WARM) * seconds, **how), clock.told()
+
+
+def measure(
+    calls: Mapping[str, Call], baseline: str, device: torch.device, clock: GpuClock | None, seconds: float
+) -> Measured:
+    """Times the calls, which are warm, by every clock of the device for about ``seconds`` in all.
+
+    ``clock`` is that of a GPU, None for a CPU. A call that cannot be captured has no graph column; where the baseline
+    is such a call, none has.
+    """
+    if clock is None:
+        return Measured({WALL: rounds(calls, cpu_stopwatch, None, seconds)[0]}, {})
+    times: dict[str, Times] = {}
+    told: dict[str, Mapping[str, Any]] = {}
+
+    def column(name: str, of: Mapping[str, Call], watch: Watch) -> None:
+        times[name], of_column = rounds(of, watch, clock, SHARES[name] * seconds)
+        if name != WALL:
+            told[name] = of_column
+
+    column(GPU, calls, clock)
+    _graphs(calls, baseline, device, partial(column, GRAPH), clock)
+    column(WALL, calls, WallClock.for_call(device, next(iter(calls.values()))))
+    return Measured(times, told)
+
+
+def _graphs(calls: Mapping[str, Call], baseline: str, device: torch.device, column, clock: GpuClock) -> None:
+    """The graphs' memory is given back when this returns."""
+    with spent.on(spent.GRAPHS):
+        captured = {name: gpu.captured(call, device) for name, call in calls.items()}
+    graphs = {name: replay for name, replay in captured.items() if replay is not None}
+    if graphs and (baseline in graphs or baseline not in calls):
+        column(graphs, clock)

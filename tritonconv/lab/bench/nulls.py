@@ -1,0 +1,40 @@
+"""The null contestants, which differ from torch in nothing that a clock should see: what they show is noise.
+
+``torch_again`` is torch's own call once more; ``torch_by_our_road`` is the public operation with torch's own variants
+forced: our dispatch looks up the plan and hands the call to torch, so in the wall column it shows what that costs.
+"""
+
+from __future__ import annotations
+
+from tritonconv.autotune.rules import FALLBACK
+from tritonconv.errors import VariantNotApplicable
+from tritonconv.forced import in_force
+from tritonconv.functional import conv_transpose3d
+from tritonconv.lab.bench.calls import FORWARD_BACKWARD, TensorCall, Tensors, operation_call, torch_call
+from tritonconv.lab.bench.measure import Measured
+from tritonconv.lab.bench.noise import AGAIN, OUR_ROAD
+from tritonconv.lab.bench.results import BASELINE
+from tritonconv.problem import PASSES, Problem
+
+
+def calls(problem: Problem, tensors: Tensors, pass_name: str) -> dict[str, TensorCall]:
+    """The null contestants of a pass of a problem that torch serves: warm, their answers torch's own.
+
+    A gradient by itself has no public operation, and so no road of ours.
+    """
+    found = {AGAIN: torch_call(problem, tensors, pass_name)}
+    passes = {"forward": ("forward",), FORWARD_BACKWARD: PASSES}.get(pass_name)
+    if passes is not None:
+        call = operation_call(conv_transpose3d, problem, tensors, pass_name)
+        found[OUR_ROAD] = in_force(call, *(FALLBACK[name] for name in passes))
+    for name in list(found):
+        try:
+            found[name]()
+        except VariantNotApplicable:  # torch's own is wrong here, and known to be
+            del found[name]
+    return found
+
+
+def fields(name: str, measured: Measured) -> dict[str, object]:
+    """Of the row of a null contestant."""
+    return {"variant": name, "timing": measured.first, "baseline": BASELINE, **measured.fields(name, BASELINE)}

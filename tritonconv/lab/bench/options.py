@@ -1,0 +1,45 @@
+"""What a run of the benchmark is asked for, and whom it tells how far it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from tritonconv.kernels.variant import Variant
+from tritonconv.lab.bench.calls import FORWARD_BACKWARD
+from tritonconv.lab.bench.workloads import Workload
+
+CPU = torch.device("cpu")
+
+
+class Progress(Protocol):
+    """What the runner tells while it runs: how many cells there are, and each one that is done."""
+
+    def begin(self, cells: int) -> None: ...
+    def step(self, text: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure. ``seconds`` is a budget for the whole run or None; ``scale`` is ``"cpu"`` or ``"full"``.
+
+    A variant in ``variants`` is timed by itself in the cells of its own pass. ``compiled`` adds torch.compile, which
+    takes a second or more per cell; with ``only_compiled`` its are the only rows, timed beside torch. ``done`` are
+    cells (layer, dtype, layout, pass) that an earlier run has.
+    """
+
+    layers: tuple[Workload, ...]
+    passes: tuple[str, ...] = ("forward", FORWARD_BACKWARD)
+    dtypes: tuple[torch.dtype, ...] = (torch.float32,)
+    layouts: tuple[str, ...] = ("ncdhw", "ndhwc")
+    variants: tuple[Variant, ...] = ()
+    scale: str = "cpu"
+    seconds: float | None = None
+    device: torch.device = CPU
+    seed: int = 0
+    command: tuple[str, ...] = ()
+    compiled: bool = False
+    only_compiled: bool = False
+    done: frozenset[tuple[str, str, str, str]] = frozenset()

@@ -1,0 +1,125 @@
+"""The fields of a result row, from the layer and from what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from tritonconv.kernels.variant import Config, Variant
+from tritonconv.lab.bench import gate, roofs
+from tritonconv.lab.bench.calls import TensorCall, work
+from tritonconv.lab.bench.classes import layer_class
+from tritonconv.lab.bench.clock import CLOCK
+from tritonconv.lab.bench.environment import version
+from tritonconv.lab.bench.measure import Measured
+from tritonconv.lab.bench.results import BASELINE
+from tritonconv.lab.bench.subject import Subject
+from tritonconv.problem import Problem
+
+
+class Choice(Protocol):
+    """A variant and its config, as dispatch chose them."""
+
+    @property
+    def variant(self) -> Variant: ...
+    @property
+    def config(self) -> Config: ...
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A contestant of a cell: what it runs by pass (nothing for torch), the call at size, the gate's verdict, and the
+    seconds of its first call, compilation included."""
+
+    name: str
+    chosen: Mapping[str, Choice]
+    call: TensorCall
+    verdict: gate.Verdict
+    first_s: float
+
+
+def sizes_of(problem: Problem) -> dict[str, object]:
+    """The sizes and hyper-parameters of a problem, by their names in :class:`~tritonconv.problem.Problem`."""
+    names = ("n", "c_in", "c_out", "size", "kernel", "stride", "crop", "out_size", "dilation", "groups", "bias")
+    back_crop = [axis.back_crop for axis in problem.axes]
+    return {**{name: getattr(problem, name) for name in names}, "back_crop": back_crop}
+
+
+def layer_fields(subject: Subject, problem: Problem) -> dict[str, object]:
+    """The layer: where it comes from, its sizes as timed and as in the model."""
+    original = subject.original(problem.layout)
+    return {
+        "source": subject.layer.source,
+        **({"family": subject.layer.family} if subject.layer.family else {}),
+        "duplicates": subject.duplicates,
+        "text": str(problem),
+        "problem": sizes_of(problem),
+        "class": layer_class(sizes_of(problem)),
+        "scaled": problem != original,
+        "original": {name: getattr(original, name) for name in ("n", "size", "out_size")},
+    }
+
+
+def versions_of(device: torch.device) -> dict[str, str | None]:
+    """What a time depends on besides the device and our own sources; on a GPU also how it is taken."""
+    found: dict[str, str | None] = {"torch": torch.__version__, "triton": version("triton")}
+    if device.type == "cuda":
+        found |= {"cuda": torch.version.cuda, "clock": CLOCK}
+    return found
+
+
+def measured_fields(
+    one: Candidate,
+    measured: Measured,
+    problem: Problem,
+    head: Mapping[str, str],
+    measured_roofs: Iterable[Mapping],
+) -> dict[str, object]:
+    """Times (ms), rates, share of the roof, errors, speed-up of a candidate; ``head`` holds the pass and the dtype.
+
+    What has no column in its name is of the device's first column, which ``timing`` names.
+    """
+    flops, moved = work(problem, head["pass"])
+    allowed = roofs.attainable(measured_roofs, head["dtype"], flops, moved, problem.bytes(), roofs.tf32())
+    times = measured.times[measured.first]
+    spread = times.spread(one.name)
+    seconds = spread.median * 1e-3
+    executed = executed_flops(one, problem)
+    ratio = times.speedup(one.name, BASELINE) if BASELINE in times.rounds else None
+    return {
+        "variant": one.name,
+        "median_ms": spread.median,
+        "p20_ms": spread.p20,
+        "p80_ms": spread.p80,
+        "n_runs": spread.runs,
+        "flops": flops,
+        "bytes": moved,
+        "gflop_per_s": flops / seconds / 1e9,
+        "gb_per_s": moved / seconds / 1e9,
+        "executed_flops": executed,
+        "executed_gflop_per_s": executed / seconds / 1e9 if executed else None,
+        "timing": measured.first,
+        **measured.fields(one.name, BASELINE),
+        "compile_s": max(0.0, one.first_s - seconds),
+        "percent_of_roof": 100 * flops / seconds / allowed if allowed else None,
+        "gate_output": one.verdict.output,
+        "max_error": one.verdict.max_error,
+        "torch_error": one.verdict.torch_error,
+        "tolerance": one.verdict.tolerance,
+        "deterministic": all(each.variant.deterministic for each in one.chosen.values()) if one.chosen else None,
+        "baseline": BASELINE,
+        "speedup": ratio.median if ratio else None,
+        "speedup_p20": ratio.p20 if ratio else None,
+        "speedup_p80": ratio.p80 if ratio else None,
+    }
+
+
+def executed_flops(one: Candidate, problem: Problem) -> float | None:
+    """What the variants execute, padding and masked taps included; None where one of them does not say."""
+    counts = [each.variant.work(problem, each.config) for each in one.chosen.values() if each.variant.work]
+    if not counts or len(counts) < len(one.chosen):
+        return None
+    return float(sum(count.flops for count in counts))

@@ -1,0 +1,209 @@
+"""``bench``: gates and times the public operation beside torch, layer by layer, and writes a results file.
+
+A *cell* is one layer in one dtype and layout for one pass (``cell.py``). A finished cell is on disk before
+the next one begins.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+
+from tritonconv.device import current
+from tritonconv.lab.bench import gate, gpu, roofs, spent
+from tritonconv.lab.bench.cell import Cell, CellTimer
+from tritonconv.lab.bench.clock import method
+from tritonconv.lab.bench.contestants import launched, why_not
+from tritonconv.lab.bench.environment import OtherPrograms, environment
+from tritonconv.lab.bench.failures import told
+from tritonconv.lab.bench.options import Options, Progress
+from tritonconv.lab.bench.results import SCHEMA, Writer
+from tritonconv.lab.bench.subject import Subject
+from tritonconv.lab.bench.workloads import ALL, SCALES, distinct, in_order, left_out
+from tritonconv.lab.inspection.precompile import Job, Precompiler, shared
+
+# Time for one cell (s): what it gets without a budget, and the most it gets with one.
+CELL_SECONDS = 0.5
+MOST_CELL_SECONDS = 2.0
+ROOF_SECONDS = 0.3
+# The share of a budget, and the most seconds, that cells wait for kernels to be compiled.
+COMPILING, MOST_COMPILING_SECONDS = 0.1, 60.0
+# Cells of each pass, spread over the run, in which null rows are taken too; none of the largest, whose graphs would not
+# fit beside each other.
+NULL_CELLS, MOST_NULL_BYTES = 5, 1 << 30
+# Roofs are taken at the start and so many times more, shorter: on a machine that others use, one may find it quiet.
+ROOFS_AGAIN, SHORT_ROOF_SECONDS = 3, 0.06
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Where the rows are, why the run ended (``complete``, ``budget``, ``interrupted``), and how many are errors."""
+
+    path: Path
+    reason: str
+    errors: int
+
+
+def bench(options: Options, folder: Path, progress: Progress) -> Outcome:
+    """Runs everything that ``options`` asks for and writes one results file into ``folder``.
+
+    Ends early, with every finished row kept, when the budget is used up or on KeyboardInterrupt. Raises ResultsError
+    where the file cannot be written. What else ends the run, such as a GPU that is lost, is in the file before it is
+    raised.
+    """
+    with Writer(folder) as writer:
+        writer.write("environment", header(options, writer))
+        begin, others = perf_counter(), OtherPrograms()
+
+        def end(reason: str, **more: object) -> None:
+            seconds = round(perf_counter() - begin, 3)
+            facts = {"other_cores": others.since_last(), "spent": ledger.rounded()}
+            writer.write("end", {"reason": reason, "seconds": seconds, **more, **facts})
+
+        try:
+            with spent.Ledger() as ledger:
+                ledger.step("bench")
+                run = measure(options, writer, progress)
+        except Exception as error:
+            end("error", message=told(error))
+            raise
+        end(run.reason, cells=run.done, of_cells=run.cells)
+        return Outcome(writer.path, run.reason, run.errors)
+
+
+def measure(
+    options: Options,
+    writer: Writer,
+    progress: Progress,
+    known_roofs: Iterable[dict] = (),
+    compiler: Precompiler | None = None,
+) -> _Bench:
+    """The cells, and the roofs where none are known, into a file that is open; its header and its end are others' work.
+
+    ``compiler`` is one that runs already. Returns the run with ``reason``, ``errors``, ``done`` and ``cells``.
+    """
+    here = current(options.device), gpu.cudnn_benchmark(options.device)
+    with here[0], here[1], shared(compiler, options.device) as compiling:
+        run = _Bench(options, writer, progress, known_roofs)
+        run.compile_ahead(compiling)
+        run.run()
+    return run
+
+
+def header(options: Options, writer: Writer) -> dict[str, object]:
+    """The environment row of a run of the benchmark."""
+    return {
+        "schema": SCHEMA,
+        "run": writer.run,
+        **environment(options.device, options.command, options.seed),
+        "scale": options.scale,
+        "scale_rule": SCALES[options.scale],
+        "timing": method(options.device),
+        "budget_s": options.seconds,
+        "layers": len(options.layers),
+        "distinct_layers": len(
+            [1 for layer, _ in distinct(options.layers, options.scale) if left_out(layer, options.scale) is None]
+        ),
+    }
+
+
+class _Bench:
+    def __init__(self, options: Options, writer: Writer, progress: Progress, known_roofs: Iterable[dict]) -> None:
+        self.options, self.writer, self.progress = options, writer, progress
+        self.begin = perf_counter()
+        self.roofs: list[dict] = list(known_roofs)
+        self.measures_roofs = not self.roofs
+        self.reserved = 0.0  # seconds that the roofs took last time: they are taken once more at the end
+        self.reason, self.done = "complete", 0
+        self.layers = dict(distinct(options.layers, options.scale))
+        self.left_out = {
+            layer.name: why for layer in self.layers if (why := left_out(layer, options.scale)) is not None
+        }
+        self.layers = {layer: same for layer, same in self.layers.items() if layer.name not in self.left_out}
+        cells = list(self._order())
+        self.cells = len(cells)
+        self.timer = CellTimer(options, writer, self.roofs, frozenset(_spread(cells)))
+
+    def compile_ahead(self, compiler: Precompiler) -> None:
+        """The kernels of all cells, in the cells' order; those that are late are compiled beside the first cells."""
+        seconds = self.options.seconds
+        most = MOST_COMPILING_SECONDS if seconds is None else COMPILING * seconds
+        with spent.on(spent.COMPILING):
+            started = compiler.start(self._kernels() if compiler.target else ())
+            compiler.finish(started, min(most, MOST_COMPILING_SECONDS))
+
+    def _kernels(self) -> Iterator[Job]:
+        """What the candidates of the cells launch, each once."""
+        options, found = self.options, set()
+        for cell in self._order():
+            problem, pass_name = cell.problem, cell.pass_name
+            single = [each for each in options.variants if each.pass_name == pass_name]
+            for record in single if options.only_compiled else (None, *single):
+                if record is None or why_not(record, problem, options.device) is None:
+                    for each in launched(record, problem, options.device, pass_name).values():
+                        job = each.variant.name, problem, tuple(sorted(each.config.items()))
+                        if each.variant.backend == "triton" and job not in found:
+                            found.add(job)
+                            yield each.variant.name, problem, each.config
+
+    def run(self) -> None:
+        for name, why in self.left_out.items():
+            self.writer.write("skip", {"layer": name, "pass": ALL, "variant": ALL, "message": why})
+        try:
+            self._measure_roofs("start", ROOF_SECONDS)
+            self.progress.begin(self.cells)
+            again = {self.cells * part // ROOFS_AGAIN for part in range(1, ROOFS_AGAIN)} if self.cells >= 20 else ()
+            for cell in self._order():
+                if self.done in again:
+                    self._measure_roofs(f"after {self.done} cells", SHORT_ROOF_SECONDS)
+                share = self._share()
+                if share <= 0:
+                    self.reason = "budget"
+                    break
+                self.timer.measure(cell, share)
+                self.done += 1
+                self.progress.step(f"{cell.subject.layer.name} {cell.layout} {cell.pass_name}")
+            self._measure_roofs("end", SHORT_ROOF_SECONDS)
+        except KeyboardInterrupt:
+            self.reason = "interrupted"
+
+    def _order(self) -> Iterator[Cell]:
+        """The layouts and passes of a layer stay together."""
+        options = self.options
+        outputs = frozenset(name for pass_name in options.passes for name in gate.OUTPUTS[pass_name])
+        for layer, dtype in itertools.product(in_order(self.layers), options.dtypes):
+            same = self.layers[layer]
+            subject = Subject(layer, same, dtype, options.scale, options.device, options.seed, outputs)
+            for layout, pass_name in itertools.product(options.layouts, options.passes):
+                cell = Cell(subject, layout, pass_name)
+                if cell.key not in options.done:
+                    yield cell
+
+    def _measure_roofs(self, when: str, seconds: float) -> None:
+        if not self.measures_roofs:
+            return
+        begin = perf_counter()
+        for row in roofs.measure(self.options.device, self.options.dtypes, seconds):
+            self.roofs.append(self.writer.write("roof", {**row, "when": when}))
+        self.reserved = perf_counter() - begin
+
+    def _share(self) -> float:
+        """Seconds for the next cell: what is left of the budget, the roofs at the end reserved, split evenly."""
+        if self.options.seconds is None:
+            return CELL_SECONDS
+        left = self.options.seconds - (perf_counter() - self.begin) - self.reserved
+        return min(left / (self.cells - self.done), MOST_CELL_SECONDS)
+
+    @property
+    def errors(self) -> int:
+        return self.timer.errors
+
+
+def _spread(cells: Sequence[Cell]) -> Iterator[tuple[str, str, str, str]]:
+    """The keys of NULL_CELLS cells of each pass, the first of them among these."""
+    for pass_name in dict.fromkeys(cell.pass_name for cell in cells):
+        fits = [cell for cell in cells if cell.pass_name == pass_name and cell.problem.bytes() <= MOST_NULL_BYTES]
+        yield from (fits[len(fits) * part // NULL_CELLS].key for part in range(NULL_CELLS) if fits)

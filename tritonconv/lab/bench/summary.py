@@ -1,0 +1,211 @@
+"""What a run comes down to: geometric means of the speed-ups over torch, and the layers that are slowest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import geometric_mean
+
+from tritonconv.lab.bench import noise
+from tritonconv.lab.bench.classes import CLASSES
+from tritonconv.lab.bench.columns import SAID, columns_of
+from tritonconv.lab.bench.results import BASELINE, OURS, Run
+from tritonconv.lab.bench.standings import by_column, by_pass, mean, standings
+from tritonconv.lab.bench.workloads import ALL
+
+# Slower than this, and with the 80th percentile of the paired ratios below it too, counts as slower than torch.
+FLOOR = 0.95
+WORST = 5
+# A cell counts as undisturbed while other programs keep at most this many cores busy.
+QUIET = 0.1
+FAST_P = (0.8, 1.0, 1.5, 2.0, 3.0)
+
+
+@dataclass(frozen=True)
+class Group:
+    """The speed-ups of one variant in one pass, dtype and layout (``"all"``: both layouts together)."""
+
+    variant: str
+    pass_name: str
+    dtype: str
+    layout: str
+    rows: tuple[Mapping, ...]
+    noise: float = 1.0  # the factor that null rows show
+
+    @property
+    def geomean(self) -> float:
+        return geometric_mean(row["speedup"] for row in self.rows)
+
+    @property
+    def layers(self) -> int:
+        return len({row["layer"] for row in self.rows})
+
+    @property
+    def faster(self) -> int:
+        """Rows faster than torch with their 20th percentile too, and by more than null rows show."""
+        return sum(row["speedup"] > self.noise and row["speedup_p20"] > 1 for row in self.rows)
+
+    @property
+    def slower(self) -> int:
+        """Rows below 0.95 beyond noise."""
+        return sum(below_floor(row) and row["speedup"] < 1 / self.noise for row in self.rows)
+
+    @property
+    def worst(self) -> list[Mapping]:
+        return sorted(self.rows, key=lambda row: row["speedup"])[:WORST]
+
+
+def below_floor(row: Mapping) -> bool:
+    """Slower than 0.95 of torch, beyond noise: even the 80th percentile of the paired ratios is below."""
+    return row["speedup"] < FLOOR and row["speedup_p80"] < FLOOR
+
+
+def overlaps_one(row: Mapping) -> bool:
+    """The interval from the 20th to the 80th percentile of the paired ratios holds 1: no difference is shown."""
+    return row["speedup_p20"] <= 1 <= row["speedup_p80"]
+
+
+def groups(rows: Iterable[Mapping], variant: str = OURS, noise: float = 1.0) -> list[Group]:
+    """One group per pass, dtype and layout, and one of all layouts where there are several; in the rows' order."""
+    rows = [row for row in rows if row["variant"] == variant and row["speedup"] is not None and not row.get("family")]
+    found = []
+    for pass_name, dtype in dict.fromkeys((row["pass"], row["dtype"]) for row in rows):
+        same = [row for row in rows if row["pass"] == pass_name and row["dtype"] == dtype]
+        layouts = list(dict.fromkeys(row["layout"] for row in same))
+        for layout in layouts:
+            mine = tuple(row for row in same if row["layout"] == layout)
+            found.append(Group(variant, pass_name, dtype, layout, mine, noise))
+        if len(layouts) > 1:
+            found.append(Group(variant, pass_name, dtype, "all", tuple(same), noise))
+    return found
+
+
+def fast_p(ratios: Sequence[float], p: float) -> float:
+    """KernelBench's fast_p: the share of all that are right and more than ``p`` times as fast as torch."""
+    return sum(ratio > p for ratio in ratios) / len(ratios) if ratios else 0.0
+
+
+def _in_classes(run: Run) -> list[str]:
+    """Geometric means per class of layer and pass, our best layout against the best torch."""
+    by: dict[tuple[str, str], dict[tuple[str, str], float]] = {}
+    for one in standings(run.of_models()):
+        mine = by.setdefault((one.ours.get("class", "?"), one.ours["pass"]), {})
+        mine[one.ours["layer"], one.ours["dtype"]] = one.ratio
+    if not by:
+        return []
+    wrong = {(row["layer"], row.get("dtype"), row["pass"]) for row in run.errors if row["variant"] == OURS}
+    head = ["class", "pass", "layers", "geomean", *(f"fast_{p:g}" for p in FAST_P)]
+    lines = []
+    for name in (*CLASSES, "?"):
+        lines += [[name, *_fast(pass_name, by[kind, pass_name], 0)] for kind, pass_name in by if kind == name]
+    for pass_name in dict.fromkeys(each for _, each in by):
+        whole: dict[tuple[str, str], float] = {}
+        for (_, each), ratios in by.items():
+            if each == pass_name:
+                whole |= ratios
+        lines.append(["all", *_fast(pass_name, whole, sum(each == pass_name for _, _, each in wrong))])
+    return columns([head, *lines], numbers=2 + len(FAST_P))
+
+
+def _in_columns(run: Run) -> list[str]:
+    """Against the best torch in every column of a GPU, and what null rows show there."""
+    found = by_column(run.of_models())
+    if len(found) < 2:
+        return []
+    rows = [["column", "pass", "dtype", "layers", "geomean", "slower", "null rows"]]
+    for column, standing in found.items():
+        band = noise.band(run.nulls, column)
+        for key, each in by_pass(standing).items():
+            below = sum(one.ratio < (band.low if band else 1) for one in each)
+            shown = str(band) if band else "none"
+            rows.append([column, *key, str(len(each)), f"{mean(each):.2f}", str(below), shown])
+    said = "; ".join(f"{column}: {SAID[column]}" for column in found) + "; slower: below what the null rows show"
+    return ["", "our best layout against the best torch, by column:", "", *columns(rows, numbers=4), "", said]
+
+
+def _fast(pass_name: str, ratios: Mapping[tuple[str, str], float], wrong: int) -> list[str]:
+    values = [*ratios.values(), *[0.0] * wrong]  # a wrong answer is not fast
+    shares = [f"{fast_p(values, p):.0%}" for p in FAST_P]
+    return [pass_name, str(len(ratios)), f"{geometric_mean(ratios.values()):.2f}", *shares]
+
+
+def summary(run: Run) -> str:
+    """The text that ``bench`` prints at its end."""
+    env = run.environment
+    lines = [
+        f"{env['device_name']}, {env['threads']} threads, torch {env['torch']}, triton {env['triton'] or 'none'}",
+        f"scale {env['scale']}: {env['scale_rule']}",
+    ]
+    first = next(iter(columns_of(run.results)), None)
+    band = noise.band(run.nulls, first) if first else None
+    factor = band.noise if band else 1.0
+    per_variant = {name: groups(run.results, name, factor) for name in run.values("variant") if name != BASELINE}
+    if not any(per_variant.values()):
+        lines.append("no layer was timed beside torch")
+    else:
+        lines += ["", f"speed-up over {BASELINE} in the same layout, median of the ratios of neighbouring calls:", ""]
+        lines += _table([group for each in per_variant.values() for group in each])
+        lines += ["", f"faster: 20th percentile of the pairs above 1; slower: 80th percentile below {FLOOR:g}"]
+        if band is not None:
+            lines[-1] += f"; each beyond the null rows, {band}"
+        classes = _in_classes(run)
+        if classes:
+            lines += ["", "our best layout against the best torch (any layout; medians of different rounds):", ""]
+            lines += classes
+            lines += ["", "fast_p: share of layers that are right and more than p times as fast (KernelBench)"]
+        lines += _in_columns(run)
+        for group in per_variant.get(OURS, []):
+            if group.layout == "all" or len({g.layout for g in per_variant[OURS]}) == 1:
+                lines += ["", f"slowest in {group.pass_name}, {group.dtype} (20th to 80th percentile of the pairs):"]
+                lines += [f"  {line}" for line in _worst(group.worst)]
+    if run.disturbance:
+        lines += ["", run.disturbance]
+        quiet = groups((row for row in run.results if (row.get("other_cores") or 0.0) <= QUIET), noise=factor)
+        if quiet:
+            lines += [f"{OURS} in the cells where they kept at most {QUIET} cores busy:", "", *_table(quiet)]
+    for error in run.errors:
+        lines.append(f"{error['status']}: {error['variant']} on {error['layer']} ({error['pass']}): {error['message']}")
+    whole = [row for row in run.skips if row["variant"] == ALL]
+    lines += [f"left out: {row['layer']}: {row['message']}" for row in whole]
+    if len(run.skips) > len(whole):
+        lines.append(f"{len(run.skips) - len(whole)} times a variant does not serve the layer (reasons in the file)")
+    if run.end is not None and run.end["reason"] != "complete":
+        done = f"{run.end['cells']} of {run.end['of_cells']} cells" if "cells" in run.end else "its finished rows"
+        why = "the time budget was used up" if run.end["reason"] == "budget" else run.end["reason"]
+        lines.append(f"ended early ({why}): {done} are in the file")
+    return "\n".join(lines)
+
+
+def _table(rows: Sequence[Group]) -> list[str]:
+    named = any(group.variant != OURS for group in rows)
+    head = ["pass", "dtype", "layout", "layers", "geomean", "faster", "slower"]
+    cells = [
+        [g.pass_name, g.dtype, g.layout, str(g.layers), f"{g.geomean:.2f}", str(g.faster), str(g.slower)] for g in rows
+    ]
+    if named:
+        head.insert(0, "variant")
+        for line, group in zip(cells, rows, strict=True):
+            line.insert(0, group.variant)
+    return columns([head, *cells], numbers=4)
+
+
+def _worst(rows: Sequence[Mapping]) -> list[str]:
+    cells = []
+    for row in rows:
+        note = "overlaps 1" if overlaps_one(row) else f"below {FLOOR:g}" if below_floor(row) else ""
+        interval = f"{row['speedup_p20']:.2f} to {row['speedup_p80']:.2f}"
+        cells.append([f"{row['speedup']:.2f}", interval, row["layout"], row["layer"], note])
+    return columns(cells, numbers=0)
+
+
+def columns(rows: Sequence[Sequence[str]], numbers: int) -> list[str]:
+    """Rows of text in aligned columns; the last ``numbers`` columns are set flush right."""
+    widths = [max(len(row[index]) for row in rows) for index in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.rjust(width) if index >= len(row) - numbers else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return lines

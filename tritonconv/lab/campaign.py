@@ -1,0 +1,301 @@
+"""Everything that a device should be asked, in the order of value, within one budget: verify, roofs, tune, bench.
+
+A folder holds the campaign: its store of tuned choices and one results file per run. A later run goes on where the
+budget ended: what was verified, tuned or benchmarked by the same sources is not done again, and a cell is benchmarked
+anew where tuning has changed what it runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from time import perf_counter
+from typing import NamedTuple, TypeVar
+
+import torch
+
+from tritonconv import dispatch
+from tritonconv.autotune import store
+from tritonconv.autotune.ceilings import LAUNCH, MATMUL, from_json, from_roofs
+from tritonconv.autotune.key import device_name
+from tritonconv.autotune.tuning import calibrate
+from tritonconv.autotune.tuning.session import Progress, Session
+from tritonconv.autotune.tuning.tuned import Task
+from tritonconv.device import current
+from tritonconv.lab.bench import overhead, results, roofs, spent
+from tritonconv.lab.bench.contestants import served
+from tritonconv.lab.bench.failures import told
+from tritonconv.lab.bench.options import Options
+from tritonconv.lab.bench.results import BASELINE, COMPILED, OURS, Run, Writer
+from tritonconv.lab.bench.roofs import TF32
+from tritonconv.lab.bench.rows import versions_of
+from tritonconv.lab.bench.runner import header, measure
+from tritonconv.lab.bench.workloads import HEROES, distinct, in_order, left_out
+from tritonconv.lab.inspection.precompile import Precompiler, target_of
+from tritonconv.lab.verification import Verification
+
+
+class Shares(NamedTuple):
+    """Of the budget, as far as a step has something to do; the benchmark has what the others leave."""
+
+    verify: float
+    roofs: float
+    tune: float
+    compile: float  # torch.compile
+    overhead: float
+
+
+# Of 540 s, with 60 layers in both formats, the tuner has 2.4 s a problem and what the steps before it left, and the
+# benchmark 0.7 s a cell. On an H200 a problem took 2.5 s with kernels compiled ahead (2026-11-28).
+SHARES = {"cuda": Shares(0.04, 0.02, 0.53, 0.07, 0.01), "cpu": Shares(0.12, 0.06, 0.42, 0.05, 0.03)}
+END = 0.02  # for what is running when a step's time is over
+STORE = "store"  # the folder of a campaign's choices, in its own
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The results file of this run, why it ended, how many answers were wrong, what each step did, and where the
+    seconds went."""
+
+    path: Path
+    reason: str
+    errors: int
+    steps: tuple[str, ...]
+    spent: spent.Spent
+
+
+class Campaign:
+    """One run of a campaign; ``options`` say which layers, dtypes, layouts and passes, and the budget."""
+
+    def __init__(self, options: Options, folder: Path, progress: Progress) -> None:
+        assert options.seconds is not None
+        self.options, self.folder, self.progress = options, folder, progress
+        self.device, self.seconds = options.device, options.seconds
+        self.shares = SHARES[self.device.type]
+        self.begin = perf_counter()
+        self.errors = 0
+        self.said: list[str] = []
+
+    def run(self) -> Outcome:
+        """Raises ResultsError or StoreError where the folder cannot be written or holds another device's results.
+
+        What else ends the run, such as a GPU that is lost, is in the file before it is raised.
+        """
+        self.earlier, self.versions = self._earlier(), versions_of(self.device)
+        reason = "complete"
+        here, compiling = current(self.device), Precompiler(target_of(self.device))
+        with (
+            store_of(self.folder),
+            Writer(self.folder, results.CAMPAIGN) as writer,
+            here,
+            compiling as self.compiler,
+            spent.Ledger() as self.ledger,
+        ):
+            self.writer = writer
+            self.environment = writer.write("environment", header(self.options, writer))
+            try:
+                self._step("verify", self._verify)
+                measured = self._step("roofs", self._roofs)
+                finished = self._step("tune", self._tune)
+                finished = self._bench(measured) and finished
+                self._step("overhead", self._overhead)
+                finished = self._sizes(measured) and finished
+                reason = "complete" if finished else "budget"
+            except KeyboardInterrupt:
+                reason = "interrupted"
+            except Exception as error:
+                self._end("error", message=told(error))
+                raise
+            self._end(reason)
+        return Outcome(writer.path, reason, self.errors, tuple(self.said), self.ledger.rounded())
+
+    def _step(self, name: str, run: Callable[[], T]) -> T:
+        self.ledger.step(name)
+        return run()
+
+    def _end(self, reason: str, **more: str) -> None:
+        facts = {"seconds": round(perf_counter() - self.begin, 3), "spent": self.ledger.rounded()}
+        self.writer.write("end", {"reason": reason, **facts, **more})
+
+    def _earlier(self) -> Run | None:
+        """What earlier runs of this folder measured, which were all on this device."""
+        runs = [results.read(path) for path in results.written(self.folder, results.CAMPAIGN)]
+        return results.merged(runs) if runs else None
+
+    def _left(self, reserved: float = 0.0) -> float:
+        """Seconds until the budget ends, a share of it reserved for what comes after."""
+        return self.seconds * (1 - END - reserved) - (perf_counter() - self.begin)
+
+    # -------------------------------------------------------------- the steps
+
+    def _verify(self) -> None:
+        verification = Verification(self.options, self.writer, self.versions, self.compiler, self.progress)
+        seconds = min(self.shares.verify * self.seconds, self._left())
+        try:
+            self.said.append(verification.run(self.earlier, seconds))
+        finally:
+            self.errors = verification.errors
+
+    def _roofs(self) -> list[dict]:
+        """Of earlier runs and of this one, which measures the products that they lack; they are put into the store."""
+        found = list(self.earlier.roofs) if self.earlier else []
+        names = {(row["name"], row["dtype"]) for row in found}
+        lacking = [dtype for dtype in self.options.dtypes if not self._products(dtype) <= names]
+        if lacking or (LAUNCH, None) not in names:  # of the copies and the launch, which come first, that is the last
+            each = min(0.5, self.shares.roofs * self.seconds / (3 + 2 * len(lacking)))
+            measured = [self.writer.write("roof", {**row, "when": "start"})
+                        for row in roofs.measure(self.device, lacking, each)]  # fmt: skip
+            self.said.append(f"roofs: {len(measured)} measured")
+            found += measured
+        else:
+            self.said.append("roofs: known from an earlier run")
+        ceilings = from_roofs(found, self.environment, self.device)
+        if ceilings is not None:
+            calibrate.keep(ceilings, self.device)
+            dispatch.forget()
+        return found
+
+    def _products(self, dtype: torch.dtype) -> set[tuple[str, str]]:
+        """The roofs of matrix products that a dtype has here."""
+        name = str(dtype).removeprefix("torch.")
+        also = {(MATMUL, TF32)} if dtype is torch.float32 and self.device.type == "cuda" else set()
+        return {(MATMUL, name)} | also
+
+    def _tune(self) -> bool:
+        until = (self.shares.verify + self.shares.roofs + self.shares.tune) * self.seconds
+        seconds = min(until - (perf_counter() - self.begin), self._left())
+        if seconds <= 0:
+            return False
+        scale = self.options.scale
+        tasks = [
+            Task(layer.problem(dtype, layout, scale), layer.name, layer.suite)
+            for dtype in self.options.dtypes
+            for layer in in_order(layer for layer, _ in distinct(self.options.layers, scale))
+            for layout in self.options.layouts
+            if left_out(layer, scale) is None and not layer.family
+        ]
+        session = Session(self.device, None, seconds, write=self.writer.write, goes_on=True, compiler=self.compiler)
+        report = session.run(tasks, self.progress)
+        self.errors += report.errors
+        self.said.append(
+            f"tune: {len(report.winners)} choices ({report.torch_won} of them torch's own), "
+            f"{len(report.known)} problems known before, {report.unfinished}"
+        )
+        return report.reason == "complete"
+
+    def _bench(self, known_roofs: list[dict]) -> bool:
+        compiled = self.options.compiled
+        seconds = self._left(self.shares.overhead + (self.shares.compile if compiled else 0))
+        if seconds <= 0:
+            self.said.append("bench: no time was left")
+            return False
+        layers = tuple(layer for layer in self.options.layers if not layer.family)
+        options = replace(self.options, layers=layers, seconds=seconds, compiled=False, done=self._done(OURS))
+        finished = self._cells("bench", options, known_roofs)
+        seconds = self._left(self.shares.overhead)
+        if compiled and seconds > 0:  # torch.compile is slow to ask, so it is asked of the heroes alone
+            options = replace(
+                options,
+                layers=tuple(layer for layer in layers if layer.name in HEROES) or layers,
+                seconds=seconds,
+                variants=(),
+                only_compiled=True,
+                done=self._done(COMPILED),
+            )
+            finished = self._cells("torch.compile", options, known_roofs) and finished
+        return finished
+
+    def _sizes(self, known_roofs: list[dict]) -> bool:
+        """Layers at sizes of no model, with the time that is left."""
+        layers, seconds = tuple(layer for layer in self.options.layers if layer.family), self._left()
+        if not layers or seconds <= 0:
+            return not layers
+        options = replace(self.options, layers=layers, seconds=seconds, compiled=False, done=self._done(OURS))
+        return self._cells("sizes", options, known_roofs)
+
+    def _cells(self, step: str, options: Options, known_roofs: list[dict]) -> bool:
+        self.ledger.step(step)
+        run = measure(options, self.writer, self.progress, known_roofs, self.compiler)
+        self.errors += run.errors
+        self.said.append(f"{step}: {run.done} of {run.cells} cells, {len(options.done)} known before")
+        if run.reason == "interrupted":
+            raise KeyboardInterrupt
+        return run.reason == "complete"
+
+    def _done(self, timed: str) -> frozenset[tuple[str, str, str, str]]:
+        """Cells in which earlier runs timed ``timed`` as it is now, or lost the GPU with what would run now."""
+        if self.earlier is None:
+            return frozenset()
+        lost = [row for row in self.earlier.errors if row.get("context_lost")]
+        rows = [row for row in self.earlier.results if row["variant"] == timed]
+        rows += [row for row in lost if (row["variant"] == COMPILED) == (timed == COMPILED)]
+        return frozenset(
+            (row["layer"], row["dtype"], row["layout"], row["pass"])
+            for row in rows
+            if self._asked(row) and self._same(row)
+        )
+
+    def _asked(self, row: dict) -> bool:
+        """This run is about the row's cell."""
+        options = self.options
+        return (
+            any(layer.name == row["layer"] for layer in options.layers)
+            and getattr(torch, row["dtype"]) in options.dtypes
+            and row["layout"] in options.layouts
+            and row["pass"] in options.passes
+        )
+
+    def _same(self, row: dict) -> bool:
+        """The row's cell would run the same now: the choices of dispatch, their sources, the versions below them."""
+        if row.get("versions") != self.versions:
+            return False
+        if row["variant"] in (BASELINE, COMPILED):
+            return True
+        layer = next(layer for layer in self.options.layers if layer.name == row["layer"])
+        problem = layer.problem(getattr(torch, row["dtype"]), row["layout"], self.options.scale)
+        single = next((record for record in self.options.variants if record.name == row["variant"]), None)
+        now = served(single, problem, self.device, row["pass"])
+        return all(row.get(key) == value for key, value in now.items())
+
+    def _overhead(self) -> None:
+        seconds = min(self.shares.overhead * self.seconds, self._left())
+        if seconds <= 0 or (self.earlier and self.earlier.overheads):
+            return
+        rows = [self.writer.write("overhead", row) for row in overhead.measure(self.device, torch.float32, seconds)]
+        worst = max(overhead.excess(rows).values())
+        self.said.append(f"overhead: at most {worst:+.1f} us per call over torch's layer")
+
+
+def install(folder: Path, device: torch.device) -> int:
+    """Puts a campaign's choices and ceilings into the user's store, where calls look; returns how many choices.
+
+    Raises StoreError where that store cannot be written; the campaign's folder is as it was.
+    """
+    found = store.own(device_name(device), folder / STORE)
+    if found.entries or found.ceilings:
+        measured = from_json(found.ceilings or {})
+        if measured is not None:
+            calibrate.keep(measured, device)
+        store.merge(store.Table(found.device, found.entries))
+        dispatch.forget()
+    return len(found.entries)
+
+
+@contextlib.contextmanager
+def store_of(folder: Path) -> Iterator[None]:
+    """Inside the block the store of a campaign's folder is the user's."""
+    before = os.environ.get("TRITONCONV_CACHE")
+    os.environ["TRITONCONV_CACHE"] = str((folder / STORE).absolute())
+    dispatch.forget()
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TRITONCONV_CACHE"]
+        else:
+            os.environ["TRITONCONV_CACHE"] = before
+        dispatch.forget()

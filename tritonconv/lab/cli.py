@@ -1,0 +1,84 @@
+"""The command line: one module of :mod:`tritonconv.lab.commands` per command.
+
+Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 1 a result was wrong or could not be had,
+2 bad usage or bad input, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from tritonconv.errors import ArgumentError, ResultsError
+from tritonconv.lab.commands import (
+    accesses,
+    bench,
+    campaign,
+    compare,
+    explain,
+    inspect,
+    model,
+    overhead,
+    plot,
+    profile,
+    report,
+    roofs,
+    tune,
+)
+from tritonconv.lab.commands import compile as compile_
+from tritonconv.lab.commands import list as list_
+from tritonconv.lab.commands.common import INTERRUPTED, USAGE
+
+COMMANDS = {
+    "bench": bench,
+    "tune": tune,
+    "compile": compile_,
+    "campaign": campaign,
+    "roofs": roofs,
+    "compare": compare,
+    "model": model,
+    "overhead": overhead,
+    "profile": profile,
+    "plot": plot,
+    "report": report,
+    "explain": explain,
+    "inspect": inspect,
+    "accesses": accesses,
+    "list": list_,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    parser = _parser()
+    try:
+        options = parser.parse_args(given)
+    except SystemExit as stop:  # argparse printed its message; --help ends with 0
+        return stop.code if isinstance(stop.code, int) else USAGE
+    options.given = given
+    try:
+        return COMMANDS[options.name].run(options)
+    except (ArgumentError, ResultsError) as error:
+        print(f"tritonconv {options.name}: {error}", file=sys.stderr)
+        return USAGE
+    except KeyboardInterrupt:
+        print(f"tritonconv {options.name}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  what Python would still flush at exit has no reader
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tritonconv",
+        description="Measures 3-D transposed convolution on the layers of real models.",
+        epilog="exit codes: 0 done; 1 a result was wrong or could not be had; 2 bad usage or input; 130 interrupted",
+    )
+    commands = parser.add_subparsers(dest="name", required=True, metavar="{" + ",".join(COMMANDS) + "}")
+    for name, command in COMMANDS.items():
+        command.add(commands.add_parser(name, help=command.HELP))
+    return parser

@@ -1,0 +1,130 @@
+"""``tritonconv compare A B``: what has become faster or slower between two results files."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import geometric_mean
+from typing import NamedTuple
+
+from tritonconv.errors import ArgumentError, ResultsError
+from tritonconv.lab.bench import results
+from tritonconv.lab.bench.columns import COLUMNS, SAID, WALL, ratio, spread
+from tritonconv.lab.bench.results import BASELINE, Run
+from tritonconv.lab.bench.summary import columns
+from tritonconv.lab.commands.common import OK, WRONG
+
+HELP = "compare two results files; exit code 1 where something became slower beyond noise"
+THRESHOLD = 0.05
+SHOWN = 10
+KEY = ("layer", "pass", "dtype", "layout", "variant")
+
+
+class Change(NamedTuple):
+    """One row in both files. ``ratio`` above 1: B is faster. ``beyond``: the intervals from the 20th to the 80th
+    percentile do not touch."""
+
+    row: Mapping
+    ratio: float
+    beyond: bool
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Gives the parser the flags of the command."""
+    parser.description = (
+        "Joins two results files on layer, pass, dtype, layout and variant. On a GPU times are compared, of the first "
+        "column (gpu, graph, wall) that both files have. On a CPU, whose speed changes with what else runs, the "
+        "speed-up over torch in the same run is compared, so torch's own rows drop out. A row is a regression where "
+        "B is slower by more than the threshold and the intervals from the 20th to the 80th percentile do not touch."
+    )
+    parser.add_argument("before", type=Path, metavar="A", help="a results file, or a folder (its newest)")
+    parser.add_argument("after", type=Path, metavar="B", help="a results file, or a folder (its newest)")
+    parser.add_argument(
+        "--threshold", type=_share, default=THRESHOLD, metavar="X", help="slower by this share (default: %(default)s)"
+    )
+    parser.add_argument("--any-device", action="store_true", help="compare runs of different devices too")
+
+
+def run(options: argparse.Namespace) -> int:
+    before, after = (_read(path) for path in (options.before, options.after))
+    names = [each.environment["device_name"] for each in (before, after)]
+    if names[0] != names[1] and not options.any_device:
+        raise ArgumentError(f"A was measured on {names[0]}, B on {names[1]} (--any-device compares them all the same)")
+    by_speedup = "cpu" in (before.environment["device"], after.environment["device"])
+    changes = compare(before, after, by_speedup)
+    if not changes:
+        raise ResultsError("compare: A and B have no row in common, or none that was timed alike")
+    regressions = [each for each in changes if each.beyond and each.ratio < 1 / (1 + options.threshold)]
+    column = column_of(before, after, by_speedup)
+    print(f"A {before.run}\nB {after.run}\n{_what(by_speedup)}, by {SAID[column or WALL]}; above 1: B is faster\n")
+    print("\n".join(_means(changes)))
+    for title, rows in (("slower beyond noise", regressions), ("faster beyond noise", _faster(changes, options))):
+        print(f"\n{title}: {len(rows)} of {len(changes)}")
+        print("\n".join(_lines(rows[:SHOWN])))
+    return WRONG if regressions else OK
+
+
+def column_of(before: Run, after: Run, by_speedup: bool) -> str | None:
+    """The first column that both runs have with its spread; of ratios that of the wall, which a CPU has alone."""
+    both = [{name for row in run.results for name in COLUMNS if spread(row, name)} for run in (before, after)]
+    return next((name for name in ((WALL,) if by_speedup else COLUMNS) if all(name in each for each in both)), None)
+
+
+def compare(before: Run, after: Run, by_speedup: bool) -> list[Change]:
+    """The rows that both runs have in :func:`column_of`, the slowest in B first."""
+    column = column_of(before, after, by_speedup)
+    if column is None:
+        return []
+    left, right = ({tuple(row[key] for key in KEY): row for row in each.results} for each in (before, after))
+    found = []
+    for key in left.keys() & right.keys():
+        old, new = left[key], right[key]
+        if by_speedup:
+            a, b = ratio(old, column), ratio(new, column)
+            if a is None or b is None or old["variant"] == BASELINE:
+                continue
+            change, apart = b.median / a.median, b.p80 < a.p20 or b.p20 > a.p80
+        else:
+            x, y = spread(old, column), spread(new, column)
+            if x is None or y is None:
+                continue
+            change, apart = x.median / y.median, y.p20 > x.p80 or y.p80 < x.p20
+        found.append(Change(new, change, apart))
+    return sorted(found, key=lambda each: (each.ratio, str(each.row["layer"])))
+
+
+def _faster(changes: list[Change], options: argparse.Namespace) -> list[Change]:
+    return [each for each in reversed(changes) if each.beyond and each.ratio > 1 + options.threshold]
+
+
+def _what(by_speedup: bool) -> str:
+    return "speed-up over torch in B over that in A" if by_speedup else "time in A over time in B"
+
+
+def _means(changes: list[Change]) -> list[str]:
+    kinds = dict.fromkeys((each.row["pass"], each.row["dtype"], each.row["variant"]) for each in changes)
+    lines = [["pass", "dtype", "variant", "rows", "geomean", "least", "most"]]
+    for kind in sorted(kinds):
+        mine = [each.ratio for each in changes if (each.row["pass"], each.row["dtype"], each.row["variant"]) == kind]
+        lines.append([*kind, str(len(mine)), *(f"{each:.3f}" for each in (geometric_mean(mine), min(mine), max(mine)))])
+    return columns(lines, numbers=4)
+
+
+def _lines(changes: list[Change]) -> list[str]:
+    cells = [[f"  {each.ratio:.3f}", *(str(each.row[key]) for key in KEY)] for each in changes]
+    return columns(cells, numbers=0) if cells else ["  none"]
+
+
+def _read(path: Path) -> Run:
+    return results.read(results.latest(path) if path.is_dir() else path)
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 10:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a share such as 0.05")
+    return value

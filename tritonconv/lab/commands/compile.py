@@ -1,0 +1,180 @@
+"""``tritonconv compile``: compiles kernels for a GPU that is not here into a folder that its machine then takes."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from time import perf_counter
+
+import torch
+
+from tritonconv.autotune.tuning.compiled import CONFIGS, jobs_of, judged
+from tritonconv.errors import ArgumentError
+from tritonconv.kernels.registry import variant
+from tritonconv.kernels.triton_compiled import VARIABLE, CompiledFolder
+from tritonconv.lab import flags
+from tritonconv.lab.bench.progress import progress
+from tritonconv.lab.commands.common import OK, WRONG, add_variant_files, load_variant_files
+from tritonconv.lab.commands.problems import add_problems, dtypes_of, tasks_asked_for
+from tritonconv.lab.inspection.ahead import Filled, compile_into, opened, refused
+from tritonconv.lab.inspection.compiling import GPU, check_compiler, compiling_for
+from tritonconv.lab.inspection.launches import Launches, missing
+from tritonconv.lab.inspection.precompile import GIVEN_UP, Job
+from tritonconv.lab.inspection.targets import TARGETS
+from tritonconv.lab.verification import checks_of
+from tritonconv.problem import LAYOUTS
+
+HELP = "compile the tuner's candidates ahead, for a GPU that is not here"
+DESCRIPTION = f"""\
+Fills a folder with the compiled kernels of the candidates that the tuner has for layers, for a model or for one
+problem. It needs no GPU. Without flags it is about what a campaign on a GPU is about without flags: bfloat16, and the
+suites of models. tune, bench and campaign on the GPU's machine take the folder with --compiled DIR, and every
+call takes the one that {VARIABLE} names: what it holds is not compiled there. The machines must have the same
+Triton for the same version of Python, and the same sources of the kernels; tritonconv compile --check DIR, on the
+GPU's machine or any other, says for how many launches that is so, and what differs.
+
+A run that was cut off leaves a folder that can be used, and the same command goes on. The folder can be moved, and
+need not be writable where it is used. It holds code that runs: take only one whose origin you trust.
+"""
+DTYPE = "bfloat16"  # as a campaign on a GPU
+MOST_PROCESSES = 8  # each holds torch and a compiler: about 0.7 GB
+MOST_SHOWN = 10  # failures and launches that are not found, each with its reason
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Gives the parser the flags of the command."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description = DESCRIPTION
+    parser.epilog = "example: tritonconv compile --target sm_90 --suite unet --out compiled"
+    flags.add_choice(parser, "--target", TARGETS, f"GPUs to compile for: {', '.join(TARGETS)}")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="the folder; one of the same Triton is filled further")
+    parser.add_argument("--check", type=Path, metavar="DIR", help="say which launches in DIR this machine would find")
+    add_problems(parser, scale="full", dtype=DTYPE, of_models=True)
+    parser.add_argument(
+        "--candidates", type=flags.count, default=CONFIGS, metavar="N",
+        help="configs of a variant for each pass of a problem (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--verify", action="store_true", help="also what a campaign verifies first: every variant's default config"
+    )
+    add_variant_files(parser)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    parser.add_argument(
+        "--jobs", type=flags.processes, default=min(cores, MOST_PROCESSES), metavar="N",
+        help="processes that compile (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--seconds", type=flags.seconds, metavar="S", help="budget: it ends there, and the same command goes on"
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
+
+
+def run(options: argparse.Namespace) -> int:
+    if options.check is not None and (options.target or options.out):
+        raise ArgumentError("arguments --check and --target or --out: choose one")
+    if options.check is None and not (options.target and options.out):
+        raise ArgumentError("arguments --target and --out are needed: what to compile for, and where to put it")
+    load_variant_files(options)
+    check_compiler()
+    if options.check is not None:
+        return _check(options.check, options.quiet)
+    tasks, _ = tasks_asked_for(options, torch.device("cpu"), options.scale or "full")
+    problems = list(dict.fromkeys(task.problem for task in tasks if task.problem.n and task.problem.c_out))
+    begin, filled = perf_counter(), []
+    for target in flags.once(options.target, ()):
+        with _about_out(options.out):
+            folder = opened(options.out, target)
+        jobs = jobs_of(problems, target, options.candidates) + (_verified(options, target) if options.verify else [])
+        if not jobs:
+            raise ArgumentError(f"no Triton variant serves any of the problems on {target}")
+        left = None if options.seconds is None else max(0.0, options.seconds - (perf_counter() - begin))
+        shown = progress(options.quiet, unit="launches", first="starting the compilers")
+        try:
+            with _about_out(options.out):
+                filled.append(compile_into(folder, jobs, target, options.jobs, left, shown))
+        finally:
+            shown.close()
+        _report(target, filled[-1])
+    with _about_out(options.out):
+        size = _size(folder, sum(each.compiled for each in filled), perf_counter() - begin)
+    print(size)
+    nothing = not any(each.compiled or each.known for each in filled)
+    return WRONG if nothing or any(each.faults or each.given_up for each in filled) else OK
+
+
+@contextlib.contextmanager
+def _about_out(path: Path) -> Iterator[None]:
+    """What cannot be read or written inside the block is an error of --out; not so a reader of stderr that is gone."""
+    try:
+        yield
+    except ArgumentError as error:
+        raise ArgumentError(f"argument --out: {error}") from None
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise ArgumentError(f"argument --out: {refused(error, path)}") from None
+
+
+def _verified(options: argparse.Namespace, target: str) -> list[Job]:
+    with compiling_for(TARGETS[target]):
+        return judged(
+            (name, task.problem, variant(name).default(task.problem, GPU))
+            for task, name in checks_of(dtypes_of(options), flags.once(options.layout, tuple(LAYOUTS)), GPU)
+            if variant(name).backend == "triton"
+        )
+
+
+def _report(target: str, filled: Filled) -> None:
+    print(
+        f"{target}: {filled.compiled} launches compiled, {filled.known} known before, "
+        f"{len(filled.failed)} cannot be compiled, {filled.left + filled.given_up} left"
+    )
+    _show([f"{name} {dict(config)} on {problem}: {why}" for (name, problem, config), why in filled.failed])
+    if filled.given_up:
+        print(f"{filled.given_up} {GIVEN_UP}")
+    if filled.left:
+        print("the budget was used up; the same command goes on from here")
+
+
+def _show(lines: Sequence[str]) -> None:
+    for line in lines[:MOST_SHOWN]:
+        print(f"  {line}")
+    if len(lines) > MOST_SHOWN:
+        print(f"  and {len(lines) - MOST_SHOWN} more")
+
+
+def _size(folder: CompiledFolder, compiled: int, seconds: float) -> str:
+    launches = Launches(folder)
+    whole = [launch for launch in launches if launches.whole(launch)]
+    kernels = {kernel.key for launch in whole for kernel in launch.kernels}
+    size = sum(path.stat().st_size for path in folder.path.rglob("*") if path.is_file())
+    each = f", {seconds / compiled:.2f} s a launch" if compiled else ""
+    said = f"{len(whole)} launches of {len(kernels)} kernels, {size / 1e6:.1f} MB; {seconds:.1f} s{each}"
+    lacking = len(launches) - len(whole)
+    return f"{folder.path}: {said}" + (f"; of {lacking} more the folder lacks files" if lacking else "")
+
+
+def _check(path: Path, quiet: bool) -> int:
+    try:
+        folder = CompiledFolder.read(path)
+        launches = Launches(folder)
+    except ArgumentError as error:
+        raise ArgumentError(f"argument --check: {error}") from None
+    shown = progress(quiet, unit="launches", first="working out the keys")
+    try:
+        shown.begin(len(launches))
+        lacking = list(missing(launches, launches, shown.step))
+    finally:
+        shown.close()
+    if folder.difference is not None:
+        print(folder.difference)
+    else:
+        for why, count in Counter(why for _, why in lacking).most_common():
+            print(f"{count} not found: {why}")
+        _show([f"{launch.label}: {why}" for launch, why in lacking])
+    print(f"{len(launches) - len(lacking)} of {len(launches)} launches found")
+    return WRONG if lacking or not len(launches) else OK

@@ -1,0 +1,127 @@
+"""The flags that say which problems a command is about: layers of suites, of a model, or one problem."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+
+from tritonconv.arguments import geometry, problem_of
+from tritonconv.autotune.tuning.api import problems_of
+from tritonconv.autotune.tuning.session import tasks_of
+from tritonconv.autotune.tuning.tuned import Task
+from tritonconv.errors import ArgumentError
+from tritonconv.lab import flags
+from tritonconv.lab.bench.workloads import ALL, SCALES, distinct, in_order, left_out, suites, workloads
+from tritonconv.lab.commands.common import DTYPES, model_suites
+from tritonconv.problem import LAYOUTS, Problem
+
+
+def add_problems(parser: argparse.ArgumentParser, scale: str, dtype: str = "float32", of_models: bool = False) -> None:
+    """``scale`` is what the help says of the default of --scale.
+
+    ``dtype`` is the default of --dtype, and ``of_models`` leaves other suites out of that of --suite.
+    """
+    parser.set_defaults(default_dtype=dtype, default_suites=model_suites() if of_models else (ALL,))
+    flags.add_choice(parser, "--suite", suites(), f"suites (default: {'those of models' if of_models else 'all'})")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only layers whose name contains TEXT")
+    parser.add_argument("--scale", choices=tuple(SCALES), help=f"sizes of the layers (default: {scale})")
+    parser.add_argument("--model", metavar="MODULE:FACTORY", help="a function without arguments that makes your model")
+    parser.add_argument(
+        "--input", type=flags.shape, action="append", metavar="SIZES", help="an input of the model, as 1x1x96x96x96"
+    )
+    parser.add_argument("--x", type=flags.shape, metavar="NxCxDxHxW", help="one problem: the shape of its input")
+    parser.add_argument("--weight", type=flags.shape, metavar="CIxCO/GxKxKxK", help="and of its weight")
+    for name, default in (("stride", (1,)), ("padding", (0,)), ("output-padding", (0,)), ("dilation", (1,))):
+        parser.add_argument(f"--{name}", type=flags.shape, default=default, metavar="A[xBxC]")
+    parser.add_argument("--groups", type=int, default=1, metavar="G")
+    parser.add_argument("--bias", action="store_true", help="the one problem has a bias")
+    flags.add_choice(parser, "--dtype", DTYPES, f"{', '.join(DTYPES)} (default: {dtype}; a model: its own)")
+    flags.add_choice(parser, "--layout", LAYOUTS, f"{', '.join(LAYOUTS)} (default: both; a model: its own)")
+
+
+def tasks_asked_for(options: argparse.Namespace, device: torch.device, scale: str) -> tuple[list[Task], str]:
+    """The tasks, and at which scale their layers are: ``scale``, or ``given`` for a model's and for one problem.
+
+    A model runs on the device. Raises ArgumentError for flags that do not go together and for a model that does not
+    run.
+    """
+    asked = [name for name in ("suite", "model", "x") if getattr(options, name) is not None]
+    if len(asked) > 1:
+        raise ArgumentError(f"arguments {' and '.join('--' + name for name in asked)}: choose one")
+    for name, needs in (("input", "model"), ("weight", "x")):
+        if (getattr(options, name) is None) != (getattr(options, needs) is None):
+            raise ArgumentError(f"arguments --{needs} and --{name} go together")
+    if options.model is not None:
+        return tasks_of(_of_model(options, device)), "given"
+    if options.x is not None:
+        return tasks_of(_given(options)), "given"
+    layers = [
+        each
+        for each in workloads(options.suite or options.default_suites, options.only)
+        if left_out(each, scale) is None
+    ]
+    tasks = [
+        Task(layer.problem(dtype, layout, scale), layer.name, layer.suite)
+        for layer in in_order(layer for layer, _ in distinct(layers, scale))
+        for dtype in dtypes_of(options)
+        for layout in flags.once(options.layout, tuple(LAYOUTS))
+    ]
+    return tasks, scale
+
+
+def dtypes_of(options: argparse.Namespace) -> list[torch.dtype]:
+    """Those of --dtype."""
+    return [getattr(torch, name) for name in flags.once(options.dtype, (options.default_dtype,))]
+
+
+def _given(options: argparse.Namespace) -> Iterator[Problem]:
+    geo = geometry(options.stride, options.padding, options.output_padding, options.groups, options.dilation)
+    for dtype in dtypes_of(options):
+        x = torch.empty(options.x, dtype=dtype, device="meta")
+        weight = torch.empty(options.weight, dtype=dtype, device="meta")
+        bias = (
+            weight.new_empty(options.weight[1] * options.groups) if options.bias and len(options.weight) > 1 else None
+        )
+        problem = problem_of(x, weight, bias, geo)
+        for layout in flags.once(options.layout, tuple(LAYOUTS)):
+            yield replace(problem, layout=layout)
+
+
+def _of_model(options: argparse.Namespace, device: torch.device) -> list[Problem]:
+    module, _, factory = options.model.partition(":")
+    with _working_folder_first():
+        try:
+            make = getattr(importlib.import_module(module), factory)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ArgumentError(f"argument --model: {options.model!r}: {error}") from None
+    model = make().to(device)
+    if not isinstance(model, torch.nn.Module):
+        raise ArgumentError(f"argument --model: {options.model} returned {type(model).__name__}, not a torch.nn.Module")
+    found: dict[Problem, None] = {}
+    for dtype in dtypes_of(options) if options.dtype else [None]:
+        typed = model if dtype is None else model.to(dtype)
+        own = next((each.dtype for each in typed.parameters() if each.is_floating_point()), torch.float32)
+        for layout in flags.once(options.layout, ("ncdhw",)):
+            inputs = [torch.randn(shape, device=device).to(own) for shape in options.input]
+            laid = [each.to(memory_format=LAYOUTS[layout]) if each.dim() == 5 else each for each in inputs]
+            found |= dict.fromkeys(problem for problem, _ in problems_of(typed, *laid))
+    if not found:
+        raise ArgumentError(
+            f"argument --model: {options.model} ran no 3-D transposed convolution that tritonconv serves"
+        )
+    return list(found)
+
+
+@contextlib.contextmanager
+def _working_folder_first() -> Iterator[None]:
+    sys.path.insert(0, "")
+    try:
+        yield
+    finally:
+        sys.path.remove("")

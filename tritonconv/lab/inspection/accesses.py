@@ -1,0 +1,171 @@
+"""How well the loads and stores of a kernel are coalesced: 32-byte sectors per request of a warp, with no GPU.
+
+The compiler says which lane of a warp holds which elements of a tile (the layouts in its TTGIR, for the target);
+Triton's interpreter says at which addresses those elements are (``interpreted.py``). A request is
+one instruction of one warp, of at most 16 bytes per lane. Fewest sectors: those that the bytes of its active lanes
+would fill. The same ratio is "sectors per request" in NVIDIA's Nsight Compute.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from tritonconv.errors import ResultsError
+from tritonconv.kernels.registry import variant
+from tritonconv.lab.inspection.compiling import GPU, Job, compile_launch, compiling_for, products_in
+from tritonconv.lab.inspection.targets import TARGETS
+
+SECTOR = 32  # bytes
+MOST_LANE_BYTES = 16  # of one access of one lane
+FEWEST = 64  # elements of a tile worth looking at
+SAMPLE = 24  # patches of a tile, one warp's each
+
+_OPERATION = re.compile(
+    r"(tt\.store|tt\.load|ttg\.async_copy_global_to_local)\b.*?tensor<([\dx]+)x!tt\.ptr<\w+>, (#\w+)>"
+)
+_LAYOUT = re.compile(r"^(#\w+) = #ttg\.blocked<\{(.*)\}>", re.M)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A blocked layout: elements of a thread, threads of a warp along each axis; ``order`` names the fastest first."""
+
+    size_per_thread: tuple[int, ...]
+    threads_per_warp: tuple[int, ...]
+    order: tuple[int, ...]
+
+    @classmethod
+    def of(cls, text: str) -> Layout:
+        """From the text between the braces of ``#ttg.blocked<{...}>``."""
+
+        def numbers(name: str) -> tuple[int, ...]:
+            found = re.search(rf"{name} = \[([\d, ]+)\]", text)
+            assert found is not None, text
+            return tuple(int(each) for each in found[1].split(","))
+
+        return cls(numbers("sizePerThread"), numbers("threadsPerWarp"), numbers("order"))
+
+
+@dataclass(frozen=True)
+class Access:
+    """The loads or the stores of one tile of a launch; ``sectors`` and ``fewest`` are sums over ``requests``."""
+
+    variant: str
+    layer: str
+    layout: str
+    kind: str  # load or store
+    tile: tuple[int, ...]
+    asynchronous: bool
+    lane_bytes: int
+    requests: int
+    sectors: int
+    fewest: int
+
+    @property
+    def efficiency(self) -> float:
+        return self.fewest / self.sectors
+
+
+def layouts_of(ttgir: str) -> dict[tuple[str, tuple[int, ...]], list[tuple[Layout, bool]]]:
+    """By (kind, tile): the distinct layouts of its accesses, and whether they are asynchronous copies."""
+    known = dict(_LAYOUT.findall(ttgir))
+    found: dict[tuple[str, tuple[int, ...]], list[tuple[Layout, bool]]] = {}
+    for operation, tile, name in _OPERATION.findall(ttgir):
+        if name in known:
+            kind = "store" if operation == "tt.store" else "load"
+            each = Layout.of(known[name]), operation.startswith("ttg.async")
+            same = found.setdefault((kind, tuple(int(size) for size in tile.split("x"))), [])
+            if each not in same:
+                same.append(each)
+    return found
+
+
+def sectors(addresses: np.ndarray, mask: np.ndarray, itemsize: int, layout: Layout) -> tuple[int, int, int, int]:
+    """(fewest, touched, requests, bytes per lane) of a tile's addresses, in bytes, under a layout.
+
+    A sample of the tile's patches, of one warp each, is counted.
+    """
+    rank, inner = addresses.ndim, layout.order[0]
+    mask = np.broadcast_to(mask, addresses.shape)
+    sizes = [min(each, size) for each, size in zip(layout.size_per_thread, addresses.shape, strict=True)]
+    patch = [
+        min(each * threads, size)
+        for each, threads, size in zip(sizes, layout.threads_per_warp, addresses.shape, strict=True)
+    ]
+    places = list(np.ndindex(*(max(1, size // part) for size, part in zip(addresses.shape, patch, strict=True))))
+    fewest = touched = requests = widest = 0
+    for place in places[:: max(1, len(places) // SAMPLE)]:
+        window = tuple(slice(p * part, (p + 1) * part) for p, part in zip(place, patch, strict=True))
+        split = [count for part, size in zip(patch, sizes, strict=True) for count in (part // size, size)]
+        lanes_first = [2 * axis for axis in range(rank)]
+        registers = [2 * axis + 1 for axis in range(rank) if axis != inner] + [2 * inner + 1]
+        shape = (math.prod(split[0::2]), -1, sizes[inner])
+        at = addresses[window].astype(np.int64).reshape(split).transpose(lanes_first + registers).reshape(shape)
+        active = mask[window].reshape(split).transpose(lanes_first + registers).reshape(shape)
+        width = _width(at, active, itemsize)
+        widest = max(widest, width)
+        for register in range(at.shape[1]):
+            for first in range(0, at.shape[2], width):
+                wanted = active[:, register, first : first + width]
+                if wanted.any():
+                    bytes_at = at[:, register, first : first + width][wanted]
+                    touched += np.unique(bytes_at // SECTOR).size
+                    fewest += math.ceil(np.unique(bytes_at).size * itemsize / SECTOR)
+                    requests += 1
+    return fewest, touched, requests, widest * itemsize
+
+
+def _width(at: np.ndarray, active: np.ndarray, itemsize: int) -> int:
+    """How many neighbours of one lane go in one access: they are contiguous, aligned, and masked together."""
+    width = min(at.shape[2], MOST_LANE_BYTES // itemsize)
+    while width > 1:
+        whole = at.reshape(*at.shape[:2], -1, width)
+        together = active.reshape(whole.shape)
+        steps = (np.diff(whole, axis=3) == itemsize) | ~together[..., 1:]
+        aligned = (whole[..., 0] % (width * itemsize) == 0) | ~together[..., 0]
+        if steps.all() and aligned.all() and (together == together[..., :1]).all():
+            return width
+        width //= 2
+    return 1
+
+
+def measure(jobs: Sequence[Job]) -> list[Access]:
+    """The accesses of each launch, compiled for its target in this process and interpreted in another.
+
+    Raises ResultsError with what the interpreter said where it fails.
+    """
+    asked = []
+    for job in jobs:
+        record = variant(job.variant)
+        with compiling_for(TARGETS[job.target]), products_in(job.precision):
+            config = record.default(job.problem, GPU) if job.config is None else job.config
+            kernels = [kernel for name, kernel in compile_launch(record, job.problem, config) if "joint" not in name]
+        layouts: dict[str, list] = {}
+        for kernel in kernels:
+            for (kind, tile), found in layouts_of(kernel.asm["ttgir"]).items():
+                key = json.dumps([kind, tile])
+                layouts.setdefault(key, []).extend([asdict(layout), copied] for layout, copied in found)
+        where = {"variant": job.variant, "layer": job.layer.name, "layout": job.layout, "precision": job.precision}
+        asked.append({**where, "config": dict(config), "layouts": layouts})
+    return [Access(**{**row, "tile": tuple(row["tile"])}) for row in _interpreted(asked)]
+
+
+def _interpreted(asked: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    done = subprocess.run(
+        [sys.executable, "-m", "tritonconv.lab.inspection.interpreted"],
+        input=json.dumps(asked), capture_output=True, text=True, check=False,
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+    )  # fmt: skip
+    if done.returncode != 0:
+        raise ResultsError(f"accesses: the interpreter failed: {done.stderr.strip()[-2000:]}")
+    return json.loads(done.stdout)

@@ -1,0 +1,246 @@
+"""Fills a folder with the compiled kernels of launches, for a GPU that need not be here.
+
+Processes compile into a cache of their own; of that only what a launch needs is put into the folder, without a path of
+this machine in it. A kernel's files appear together, and the line of a launch after its kernels, so that a folder whose
+filling was cut off holds whole kernels and can be filled further.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Protocol
+
+from tritonconv.errors import ArgumentError
+from tritonconv.kernels.registry import file_of
+from tritonconv.kernels.triton_compiled import (
+    GROUP,
+    KERNELS,
+    LAUNCHES,
+    MANIFEST,
+    VARIABLE,
+    CompiledFolder,
+    Maker,
+    check_folder,
+)
+from tritonconv.lab.bench.environment import git_state
+from tritonconv.lab.inspection.launches import Launch, Launches, precision
+from tritonconv.lab.inspection.precompile import ENDED, GIVEN_UP, Answer, Job, Precompiler
+
+BINARIES = (".cubin", ".hsaco")
+MODULE = ".so"  # the host side of a launch
+WANTED = (*BINARIES, ".json", MODULE)
+ROOT = Path(__file__).resolve().parent.parent.parent.parent
+
+
+class Progress(Protocol):
+    def begin(self, cells: int) -> None: ...
+    def step(self, text: str) -> None: ...
+
+
+@dataclass
+class Filled:
+    """What one call put into the folder: launches ``compiled`` now, ``known`` before, ``left`` when time was up,
+    ``given_up`` because one compiler after the other crashed, and those that cannot be compiled, each with the reason;
+    ``faults`` of them are no refusals of the compiler."""
+
+    compiled: int = 0
+    known: int = 0
+    left: int = 0
+    given_up: int = 0
+    failed: list[tuple[Job, str]] = field(default_factory=list)
+    faults: int = 0
+
+
+def opened(path: Path, target: str) -> CompiledFolder:
+    """The folder for the kernels of this Triton and of one more target, made where there is none.
+
+    Raises ArgumentError where the folder is another Triton's or holds something else, and OSError where it cannot be
+    written.
+    """
+    check_folder(path / KERNELS)
+    if (path / MANIFEST).exists():
+        folder = CompiledFolder.read(path)
+        if folder.difference is not None:
+            raise ArgumentError(f"{path}: {folder.difference}: choose another folder")
+    elif path.is_dir() and any(not _begun(each) for each in path.iterdir()):
+        raise ArgumentError(f"{path}: holds no {MANIFEST}, and is not empty: choose another folder")
+    else:
+        folder = CompiledFolder(path.absolute(), Maker.here(), ())
+    (path / KERNELS).mkdir(parents=True, exist_ok=True)
+    folder = replace(folder, targets=tuple(dict.fromkeys((*folder.targets, target))))
+    commit, changed = git_state(ROOT)
+    _write(path / MANIFEST, folder.manifest(commit=commit, changed=changed))
+    return folder
+
+
+def _begun(path: Path) -> bool:
+    """Whether a file is one that a run leaves which is cut off before it has written the manifest."""
+    if path.name == KERNELS:
+        return not any(path.iterdir())
+    return path.name.startswith(f".{MANIFEST}.")
+
+
+def compile_into(
+    folder: CompiledFolder, jobs: Sequence[Job], target: str, processes: int, seconds: float | None, progress: Progress
+) -> Filled:
+    """Compiles the launches that the folder lacks, for at most so many seconds; what is done by then stays there.
+
+    Raises ArgumentError, which says what is kept, where the folder cannot be written any more.
+    """
+    launches, said, filled = Launches(folder), precision(), Filled()
+    waiting = [job for job in jobs if not launches.has(*job, said, target)]
+    filled.known = len(jobs) - len(waiting)
+    progress.begin(len(waiting))
+    deadline = None if seconds is None else perf_counter() + seconds
+    # A process that was killed may leave files behind while the cache is removed, which spoils nothing.
+    scratch = tempfile.TemporaryDirectory(prefix="tritonconv-", ignore_cleanup_errors=True)
+    with _saying_what_is_kept(folder), scratch as cache, _line_by_line(folder) as write:
+        variables = {"TRITON_CACHE_DIR": cache, "TRITON_STORE_BINARY_ONLY": "1", VARIABLE: str(folder.path)}
+        with Precompiler(target, processes, variables, ahead=None, quiet=True) as compiler:
+            running = dict(zip(compiler.start(waiting), waiting, strict=True))
+            for done, job in _as_done(running, deadline):
+                answer = done.result()
+                if answer.ok:
+                    _keep(folder, answer, file_of(job[0]))
+                    kernels = tuple(kernel for kernel, _ in answer.kernels)
+                    modules = tuple((file.parent.name, file.name) for file in answer.files)
+                    write(Launch(*job, said, target, kernels, modules).line())
+                    filled.compiled += 1
+                elif answer.error == GIVEN_UP:
+                    filled.given_up += 1
+                elif answer.error != ENDED:
+                    filled.failed.append((job, answer.error))
+                    filled.faults += not answer.expected
+                progress.step(f"{job[0]} on {job[1]}")
+    filled.left = len(waiting) - filled.compiled - filled.given_up - len(filled.failed)
+    return filled
+
+
+@contextlib.contextmanager
+def _saying_what_is_kept(folder: CompiledFolder) -> Iterator[None]:
+    """Has what the system refuses inside the block, such as space on the disk, say what the folder holds."""
+    try:
+        yield
+    except BrokenPipeError:  # of the progress, whose reader has seen enough
+        raise
+    except OSError as error:
+        if not folder.path.is_dir():
+            kept = "the folder is gone"
+        else:
+            launches = Launches(folder)
+            kept = f"{sum(map(launches.whole, launches))} launches are in {folder.path}, and the same command goes on"
+        raise ArgumentError(f"{refused(error, folder.path)}: {kept}") from None
+
+
+def refused(error: OSError, path: Path) -> str:
+    """What the system refuses, with its file; that of a full disk names none, and ``path`` stands there."""
+    return f"{error.filename or path}: {error.strerror or error}"
+
+
+def _as_done(running: dict[Future[Answer], Job], deadline: float | None) -> Iterator[tuple[Future[Answer], Job]]:
+    waiting = set(running)
+    while waiting:
+        left = None if deadline is None else max(0.0, deadline - perf_counter())
+        done, waiting = wait(waiting, timeout=left, return_when=FIRST_COMPLETED)
+        if not done:
+            return
+        yield from ((each, running[each]) for each in done)
+
+
+@contextlib.contextmanager
+def _line_by_line(folder: CompiledFolder) -> Iterator[Any]:
+    """Appends to the list of launches, each line at once, behind a line that a killed run left half written."""
+    path = folder.path / LAUNCHES
+    whole = not path.exists() or path.read_bytes()[-1:] in (b"", b"\n")
+    with path.open("a", encoding="utf-8", buffering=1) as file:
+        if not whole:
+            file.write("\n")
+        yield file.write
+
+
+def _keep(folder: CompiledFolder, answer: Answer, variant_file: Path | None) -> None:
+    import triton
+
+    roots = [ROOT, Path(triton.__file__).resolve().parent, *([variant_file.parent] if variant_file else [])]
+    for kernel, place in answer.kernels:
+        _copy(place, folder, f"{kernel.name}.json", roots)
+    for file in answer.files:
+        _copy(file.parent, folder, file.name, roots)
+
+
+def _copy(place: Path, folder: CompiledFolder, name: str, roots: Sequence[Path]) -> None:
+    """Of a folder of Triton's cache what a launch needs, at once, in the place of one that lacks files of ``name``.
+
+    Nothing where they are there already.
+    """
+    if folder.group(place.name, name) is not None:
+        return
+    to = folder.path / KERNELS / place.name
+    unfinished = Path(tempfile.mkdtemp(dir=to.parent, prefix="."))
+    try:
+        for path in sorted(place.iterdir(), key=lambda each: each.name.startswith(GROUP)):  # the lengths come last
+            if path.name.startswith(GROUP):
+                names = json.loads(path.read_text(encoding="utf-8"))["child_paths"]
+                _write_lengths(path.name, names, unfinished)
+            elif path.suffix in WANTED:
+                (unfinished / path.name).write_bytes(_portable(path, roots))
+                if path.suffix == MODULE:  # Triton lists no files of it
+                    _write_lengths(f"{GROUP}{path.name}", [path.name], unfinished)
+        unfinished.chmod(0o755)  # mkdtemp's is for one user
+        if folder.group(place.name, name) is None:
+            if to.is_dir() and not to.is_symlink():
+                shutil.rmtree(to, ignore_errors=True)
+            else:
+                to.unlink(missing_ok=True)
+            unfinished.rename(to)
+    except OSError:
+        if folder.group(place.name, name) is None:  # a run beside this one may have put it there
+            raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _write_lengths(name: str, files: Iterable[str], folder: Path) -> None:
+    """Writes the list of those files that a launch needs, with their lengths in the folder."""
+    sizes = {each: (folder / each).stat().st_size for each in files if Path(each).suffix in WANTED}
+    (folder / name).write_text(json.dumps({"sizes": sizes}), encoding="utf-8")
+
+
+def _portable(path: Path, roots: Sequence[Path]) -> bytes:
+    """The bytes of a file without a path of this machine."""
+    if path.suffix == ".json":
+        return json.dumps(_names_alone(json.loads(path.read_text(encoding="utf-8")))).encode()
+    content = path.read_bytes()
+    if path.suffix in BINARIES:  # the folders of the sources, for a debugger; their lengths stand in the file
+        for root in roots:
+            whole = f"{root}/".encode()
+            content = content.replace(whole, b"./" + b"/" * (len(whole) - 2))
+    return content
+
+
+def _names_alone(value: Any) -> Any:
+    """Nothing reads the paths in Triton's facts of a kernel, such as that of a library it was linked with."""
+    if isinstance(value, dict):
+        return {key: _names_alone(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_names_alone(each) for each in value]
+    return Path(value).name if isinstance(value, str) and os.path.isabs(value) else value
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)  # of a full disk

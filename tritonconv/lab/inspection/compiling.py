@@ -1,0 +1,246 @@
+"""Compiles the launch of a variant for a target that need not be there.
+
+Triton asks its *driver* for the target; a driver that only answers this question is all that compilation needs. The
+launch is the variant's own, with tensors on torch's ``meta`` device, so that strides, divisibility and constants are
+specialised as they are in a real call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tritonconv.errors import ArgumentError
+from tritonconv.kernels import triton_compiled
+from tritonconv.kernels.registry import triton_fault, variant
+from tritonconv.kernels.variant import Config, Variant
+from tritonconv.lab.bench.workloads import Workload
+from tritonconv.lab.inspection.machine_code import resources
+from tritonconv.lab.inspection.records import Record
+from tritonconv.lab.inspection.targets import TARGETS, Target
+from tritonconv.problem import Problem
+
+# What variants are told to be asked about: nothing reads it as a device.
+GPU = torch.device("cuda", 0)
+META = torch.device("meta")
+MOST_SUMMARY_TEXT, MOST_ERROR_TEXT = 240, 4000
+
+# Products of float32 tensors follow torch's switch for convolutions; the others have one precision.
+PRECISIONS = {
+    "bfloat16": (torch.bfloat16, "bfloat16"),
+    "float16": (torch.float16, "float16"),
+    "tf32": (torch.float32, "tf32"),
+    "ieee": (torch.float32, "ieee"),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One launch to compile for one target; ``config`` None is the variant's default."""
+
+    variant: str
+    layer: Workload
+    precision: str
+    layout: str
+    target: str
+    config: Config | None = None
+
+    @property
+    def problem(self) -> Problem:
+        return self.layer.problem(PRECISIONS[self.precision][0], self.layout)
+
+
+# (name, compiled kernel, target, seconds of compilations by hash) -> fields of a record
+Measure = Callable[[str, Any, Target, dict[str, float]], dict[str, Any]]
+
+
+def check_compiler() -> None:
+    """Raises ArgumentError where this process cannot compile.
+
+    A folder of compiled kernels is set aside: it holds none of what the compiler made on the way to the binary.
+    """
+    fault = triton_fault()
+    if fault is not None:
+        raise ArgumentError(f"{fault}; nothing else compiles the kernels")
+    import triton
+
+    if triton.knobs.runtime.interpret:
+        raise ArgumentError("TRITON_INTERPRET=1 is set, and the interpreter compiles nothing: unset it")
+    triton_compiled.remove()
+
+
+class TargetDriver:
+    """As much of a Triton driver as compilation asks for."""
+
+    def __init__(self, target: Target) -> None:
+        self.target = target.gpu_target()
+        # Kernels keep what they compiled by device: each target is a device of its own, far from the real ones.
+        self.device = 1000 + list(TARGETS).index(target.name)
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.device
+
+    def get_current_stream(self, device=None) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return GPU
+
+
+@contextlib.contextmanager
+def compiling_for(target: Target) -> Iterator[None]:
+    """Inside the block Triton compiles for the target."""
+    from triton.runtime import driver
+
+    before = driver._active
+    driver.set_active(TargetDriver(target))
+    try:
+        yield
+    finally:
+        driver._active = before  # reset_active() would ask for the driver of a GPU, and there may be none
+
+
+@contextlib.contextmanager
+def products_in(precision: str) -> Iterator[None]:
+    """Inside the block torch's convolutions of float32 multiply in this precision, where it is one of float32."""
+    switch: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before = switch.fp32_precision
+    if precision in ("tf32", "ieee"):
+        switch.fp32_precision = precision
+    try:
+        yield
+    finally:
+        switch.fp32_precision = before
+
+
+def compile_job(job: Job, record: Variant | None = None, measure: Measure | None = None) -> list[Record]:
+    """Compiles one launch: a record per kernel, or one that carries the error. Nothing is raised for a bad kernel.
+
+    ``record`` is the variant itself where the registry does not list it; ``measure`` reads of a kernel less than all.
+    """
+    measure = _measured if measure is None else measure
+    record = variant(job.variant) if record is None else record
+    target, problem = TARGETS[job.target], job.problem
+    common: dict[str, Any] = {
+        "variant": job.variant,
+        "layer": job.layer.name,
+        "problem": str(problem),
+        "dtype": str(problem.dtype).removeprefix("torch."),
+        "precision": job.precision,
+        "layout": job.layout,
+        "target": job.target,
+        "config": dict(job.config or {}),
+        "default": job.config is None,
+    }
+    begin = time.perf_counter()
+    try:
+        with compiling_for(target), products_in(job.precision), _seconds() as seconds:
+            config = record.default(problem, GPU) if job.config is None else job.config
+            common["config"] = dict(config)
+            kernels = compile_launch(record, problem, config)
+            return [Record(**common, **measure(name, kernel, target, seconds)) for name, kernel in kernels]
+    except Exception as error:  # a kernel that does not compile is a result
+        return [Record(**common, error=_text(error), seconds=round(time.perf_counter() - begin, 3))]
+
+
+def compile_launch(record: Variant, problem: Problem, config: Config) -> list[tuple[str, Any]]:
+    """(name, compiled kernel) of everything the variant launches.
+
+    The whole backward at once is compiled with the backward-weight variant, whose config it takes.
+    """
+    x = _empty(problem, problem.x_shape)
+    y = _empty(problem, problem.y_shape)
+    weight = torch.empty(problem.weight_shape, dtype=problem.dtype, device=META)
+    bias = torch.empty(problem.c_out, dtype=problem.dtype, device=META) if problem.bias else None
+    if record.pass_name == "forward":
+        return _kernels(lambda: record.launch(problem, config, x, weight, bias))
+    if record.pass_name == "backward_data":
+        return _kernels(lambda: record.launch(problem, config, y, weight))
+    found = _kernels(lambda: record.launch(problem, config, x, y, problem.bias))
+    if record.joint is not None:
+        joint = record.joint
+        together = _kernels(lambda: joint(problem, config, x, weight, y, problem.bias))
+        found += [(f"{name} (joint)", kernel) for name, kernel in together]
+    return found
+
+
+def _kernels(call: Callable[[], Any]) -> list[tuple[str, Any]]:
+    from tritonconv.kernels.triton_launch import compile_only
+
+    with compile_only() as found:
+        call()
+    if not found:
+        raise RuntimeError("the variant launched no kernel")
+    return [(name, kernel.result() if hasattr(kernel, "result") else kernel) for name, _, kernel in found]
+
+
+def _empty(problem: Problem, shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.empty(shape, dtype=problem.dtype, device=META, memory_format=problem.memory_format)
+
+
+_known: dict[str, dict[str, Any]] = {}
+
+
+def _measured(name: str, kernel: Any, target: Target, seconds: dict[str, float]) -> dict[str, Any]:
+    """The fields of a record that the compiled kernel answers; a kernel that several launches share is read once."""
+    if kernel.hash not in _known:
+        _known[kernel.hash] = resources(kernel, target.backend)
+    read = _known[kernel.hash]
+    blocks = target.resident_blocks(
+        read["warps"], read["registers"], read["shared_bytes"], read["tensor_memory_columns"]
+    )
+    return {
+        **read,
+        "kernel": name,
+        "seconds": seconds.get(kernel.hash),
+        "blocks": blocks,
+        "occupancy": round(target.occupancy(blocks, read["warps"]), 4),
+    }
+
+
+@contextlib.contextmanager
+def _seconds() -> Iterator[dict[str, float]]:
+    """Inside the block the seconds of each compilation that Triton's cache does not spare, by the kernel's hash."""
+    import triton
+
+    spent: dict[str, float] = {}
+
+    def listen(*, src, metadata, metadata_group, times, cache_hit):
+        if not cache_hit:
+            spent[metadata["hash"]] = round(times.total / 1e6, 3)
+
+    before = triton.knobs.compilation.listener
+    triton.knobs.compilation.listener = listen
+    try:
+        yield spent
+    finally:
+        triton.knobs.compilation.listener = before
+
+
+def _text(error: BaseException) -> str:
+    """The reason in one line, then the whole error. Triton's quote the kernel's source down to a caret below a line."""
+    chain = [error]
+    while chain[-1].__cause__ is not None:
+        chain.append(chain[-1].__cause__)
+    reason, line = _around_caret(str(chain[-1]))
+    quoted = [found for each in chain if (found := _around_caret(str(each))[1])]
+    line = line or (quoted[-1] if quoted else "")
+    text = f"{type(chain[-1]).__name__}: {' '.join(reason.split())}"[:MOST_SUMMARY_TEXT]
+    return f"{text}{f' (at: {line})' if line else ''}\n{str(chain[-1])[-MOST_ERROR_TEXT:]}"
+
+
+def _around_caret(text: str) -> tuple[str, str]:
+    """(what follows the last caret, the line of source above it); without a caret the whole text and no line."""
+    lines = text.splitlines()
+    carets = [index for index, line in enumerate(lines) if line.strip() == "^" and index > 0]
+    if not carets:
+        return text, ""
+    return "\n".join(lines[carets[-1] + 1 :]) or text, lines[carets[-1] - 1].strip()

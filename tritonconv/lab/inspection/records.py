@@ -1,0 +1,157 @@
+"""What is known of one compiled kernel, what is wrong with it, and the JSON file of a whole run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+from tritonconv.errors import ResultsError
+from tritonconv.lab.inspection.targets import TARGETS, TENSOR_MEMORY_COLUMNS
+
+SCHEMA = 1
+NO_KERNEL = ""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One kernel of one launch, compiled for one target; or, with ``error``, a launch that did not compile.
+
+    Bytes of spills are summed over the instructions of the program text, as ptxas does, not over what is executed.
+    ``dot`` says what the source asks for: ``"matrix"``, ``"fma"`` (float32 products in IEEE precision, which NVIDIA's
+    matrix units do not have) or ``""`` (no ``tl.dot``).
+    """
+
+    variant: str
+    layer: str
+    problem: str
+    dtype: str  # of the tensors
+    precision: str  # of the products: the dtype, or tf32 or ieee
+    layout: str
+    target: str
+    config: Mapping[str, int]
+    default: bool  # whether the config is the variant's default for the problem
+    kernel: str = NO_KERNEL
+    error: str | None = None
+    seconds: float | None = None  # of compilation; None where Triton's cache had the kernel
+    dot: str = ""
+    warps: int = 0
+    registers: int = 0
+    spill_store_bytes: int = 0
+    spill_load_bytes: int = 0
+    stack_bytes: int = 0
+    shared_bytes: int = 0
+    tensor_memory_columns: int = 0
+    blocks: int = 0  # resident per multiprocessor
+    occupancy: float = 0.0  # part of the multiprocessor's threads, 0 to 1
+    instructions: int = 0
+    matrix: Mapping[str, int] = field(default_factory=dict)  # matrix instructions by name
+    bulk_copies: int = 0
+    async_copies: int = 0
+    local_accesses: int = 0
+    loop_instructions: int = 0  # of the innermost loop that multiplies matrices, as narrow_loads; NVIDIA's alone
+    narrow_loads: int = 0
+    early_write: str = ""  # the first instruction that writes a register which a product in flight may read
+
+
+def faults(record: Record) -> tuple[str, ...]:
+    """What a default config must not have: an error, a spill, more memory than there is, a dot without its unit,
+    a register written too early.
+    """
+    if record.error is not None:
+        return (f"does not compile: {record.error.splitlines()[0]}",)
+    target = TARGETS[record.target]
+    found = []
+    if record.spill_store_bytes or record.spill_load_bytes or record.local_accesses:
+        found.append(
+            f"spills: {record.spill_store_bytes} bytes stored, {record.spill_load_bytes} loaded by "
+            f"{record.local_accesses} local-memory instructions"
+        )
+    if record.stack_bytes:
+        found.append(f"uses a stack of {record.stack_bytes} bytes")
+    if record.shared_bytes > target.shared_per_block:
+        found.append(
+            f"asks for {record.shared_bytes} bytes of shared memory, {target.name} has {target.shared_per_block}"
+        )
+    if record.tensor_memory_columns > TENSOR_MEMORY_COLUMNS:
+        found.append(
+            f"asks for {record.tensor_memory_columns} columns of tensor memory, there are {TENSOR_MEMORY_COLUMNS}"
+        )
+    if record.blocks == 0 and not found:
+        found.append(f"{record.warps} warps with {record.registers} registers do not fit a multiprocessor")
+    if record.dot == "matrix" and not record.matrix:
+        found.append(f"has a tl.dot and no matrix instruction ({target.matrix} expected)")
+    if record.early_write:
+        found.append(f"writes a register that a product in flight may read (triton #9433): {record.early_write}")
+    return tuple(found)
+
+
+def remarks(record: Record) -> tuple[str, ...]:
+    """What is worth a look and no fault: the matrix instruction of an older generation."""
+    newest = TARGETS[record.target].matrix
+    if record.matrix and newest not in record.matrix:
+        return (f"its matrix instruction is {', '.join(record.matrix)}, {record.target} has {newest}",)
+    return ()
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A whole run: the versions and the command it was made with, and its records."""
+
+    triton: str
+    torch: str
+    command: str
+    records: tuple[Record, ...]
+
+    def failures(self) -> list[tuple[Record, str]]:
+        return [(record, why) for record in self.records if record.default for why in faults(record)]
+
+    def warnings(self) -> list[tuple[Record, str]]:
+        bad = [(record, why) for record in self.records if not record.default for why in faults(record)]
+        return bad + [(record, why) for record in self.records for why in remarks(record)]
+
+
+def write(inspection: Inspection, path: Path) -> None:
+    """Writes a run as JSON. Raises ResultsError where the file cannot be written."""
+    text = json.dumps({"schema": SCHEMA, **asdict(inspection)}, indent=1)
+    try:
+        path.write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ResultsError(f"cannot write {path}: {error}") from None
+
+
+def read(path: Path) -> Inspection:
+    """Reads what :func:`write` wrote. Raises ResultsError for a file that is none."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ResultsError(f"{path}: {error}") from None
+    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+        raise ResultsError(f"{path}: expected an inspection of schema {SCHEMA}")
+    try:
+        records = tuple(Record(**_known(row)) for row in data["records"])
+        return Inspection(data["triton"], data["torch"], data["command"], records)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ResultsError(f"{path}: not the file of an inspection ({error})") from None
+
+
+def _known(row: Mapping) -> dict:
+    names = {each.name for each in fields(Record)}
+    unknown = set(row) - names
+    if unknown:
+        raise ValueError(f"unknown fields {', '.join(sorted(unknown))}")
+    return dict(row)
+
+
+def grouped(records: Iterable[Record], *names: str) -> dict[tuple, list[Record]]:
+    """Records by the values of these fields, in the order in which they first come."""
+    found: dict[tuple, list[Record]] = {}
+    for record in records:
+        found.setdefault(tuple(getattr(record, name) for name in names), []).append(record)
+    return found
+
+
+def heaviest(records: Sequence[Record]) -> Record:
+    """Of the kernels of one launch the one that computes: with a dot, and then the longest."""
+    return max(records, key=lambda record: (record.error is not None, bool(record.dot), record.instructions))

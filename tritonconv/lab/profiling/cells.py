@@ -1,0 +1,181 @@
+"""Which cells are looked into, and the process that runs one of them while ncu counts."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from tritonconv.dispatch import Selection
+from tritonconv.forced import pinned
+from tritonconv.kernels import registry
+from tritonconv.kernels.registry import variant, variants
+from tritonconv.lab.bench import gate, gpu
+from tritonconv.lab.bench.calls import FORWARD_BACKWARD
+from tritonconv.lab.bench.classes import layer_class
+from tritonconv.lab.bench.contestants import prepared
+from tritonconv.lab.bench.results import BASELINE, OURS, Run
+from tritonconv.lab.bench.rows import sizes_of
+from tritonconv.lab.bench.standings import Standing, standings
+from tritonconv.lab.bench.subject import Subject
+from tritonconv.lab.bench.workloads import Workload, workload
+from tritonconv.problem import PASSES, Problem
+
+# Under the tool, in a process that finds the modules where this one does. It does not read the caller's script.
+WORKER = (
+    "import sys; job, sys.path[:] = sys.argv[1], sys.argv[2:]; "
+    "from tritonconv.lab.profiling.cells import run_once; run_once(job)"
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A contestant (``torch``, ``tritonconv`` or a variant) on a layer, in one dtype, layout and pass.
+
+    ``config`` None is what dispatch gives the contestant. ``about`` says why the cell is looked into;
+    ``variant_files`` have variants that are not the project's.
+    """
+
+    layer: str
+    pass_name: str
+    dtype: str
+    layout: str
+    contestant: str
+    scale: str
+    config: tuple[tuple[str, int], ...] | None = None
+    about: str = ""
+    variant_files: tuple[str, ...] = ()
+
+    @property
+    def problem(self) -> Problem:
+        return workload(self.layer).problem(getattr(torch, self.dtype), self.layout, self.scale)
+
+    def command(self) -> list[str]:
+        """Runs the cell in a Python of its own."""
+        return [sys.executable, "-c", WORKER, json.dumps(asdict(self)), *map(str, sys.path)]
+
+
+def worst_of(run: Run, count: int, passes: Sequence[str] = (), only: str = "") -> list[Cell]:
+    """Of each class of layers the ``count`` cells to look into first, in each pass and dtype; ``only``: a part of the
+    layers' names.
+
+    Those where torch is faster come first, then those furthest from their roof. Where torch is faster its own call
+    follows, in its memory format; where it had to be chosen, the variant that came nearest to it stands for ours.
+    """
+    groups: dict[tuple[str, str, str], list[Standing]] = {}
+    for each in standings(run.of_models()):
+        row = each.ours
+        if only in row["layer"] and (not passes or row["pass"] in passes):
+            groups.setdefault((layer_class(row["problem"]), row["pass"], row["dtype"]), []).append(each)
+    chosen = (each for group in groups.values() for each in sorted(group, key=_urgency)[:count])
+    return list(dict.fromkeys(cell for each in chosen for cell in _of(each, run)))
+
+
+def _urgency(each: Standing) -> tuple[bool, float]:
+    return each.ratio >= 1 and not each.torch_chosen, each.ours.get("percent_of_roof") or each.ratio
+
+
+def _of(each: Standing, run: Run) -> Iterator[Cell]:
+    if each.torch_chosen:
+        for name in PASSES if each.ours["pass"] == FORWARD_BACKWARD else (each.ours["pass"],):
+            nearest = _nearest(each.ours, name, run)
+            if nearest is not None:
+                yield _cell(nearest, run, nearest["variant"], f"lost: {_times(nearest)}", nearest["config"])
+                yield _cell(nearest, run, BASELINE, "chosen")
+        return
+    roof = each.ours.get("percent_of_roof")
+    share = f", {roof:.0f} % of the roof" if roof else ""
+    yield _cell(each.ours, run, OURS, f"{_times(each.ours)}, {each.ratio:.2f} times as fast as the best torch{share}")
+    if each.ratio < 1:
+        yield _cell(each.torch, run, BASELINE, f"faster: {_times(each.torch)}")
+
+
+def _nearest(row: Mapping, pass_name: str, run: Run) -> Mapping | None:
+    """The tuner's fastest timing of a Triton kernel in a pass of the row's cell."""
+    where = {"layer": row["layer"], "dtype": row["dtype"], "layout": row["layout"], "pass": pass_name}
+    mine = [each for each in run.timings if all(each[key] == value for key, value in where.items())]
+    names = {record.name for record in variants(pass_name) if record.backend == "triton"}
+    return min((each for each in mine if each["variant"] in names), key=lambda each: each["median_ms"], default=None)
+
+
+def _times(row: Mapping) -> str:
+    return f"{row['median_ms'] * 1e3:.4g} us measured"
+
+
+def _cell(row: Mapping, run: Run, contestant: str, about: str, config: Mapping[str, int] | None = None) -> Cell:
+    given = None if config is None else tuple(sorted(config.items()))
+    return Cell(
+        row["layer"], row["pass"], row["dtype"], row["layout"], contestant, run.environment["scale"], given, about
+    )
+
+
+def asked_for(
+    layers: Iterable[Workload],
+    passes: Iterable[str],
+    dtypes: Iterable[str],
+    layouts: Sequence[str],
+    contestants: Sequence[str],
+    scale: str,
+    variant_files: tuple[str, ...] = (),
+) -> list[Cell]:
+    """Every combination; a variant in the cells of its own pass. Raises ArgumentError for a variant there is not."""
+    own = {name: variant(name).pass_name for name in contestants if name not in (BASELINE, OURS)}
+    return [
+        Cell(layer.name, pass_name, dtype, layout, name, scale, variant_files=variant_files)
+        for layer in layers
+        for pass_name in passes
+        for dtype in dtypes
+        for layout in layouts
+        for name in contestants
+        if own.get(name, pass_name) == pass_name
+    ]
+
+
+def run_once(job: str) -> None:
+    """In the process under ncu: the cell's call, warm, between the start and the stop of the counting."""
+    cell = _read(job)
+    for path in cell.variant_files:
+        registry.load(Path(path))
+    device = torch.device("cuda")
+    outputs = PASSES if cell.pass_name == FORWARD_BACKWARD else (cell.pass_name,)
+    wanted = frozenset(name for each in outputs for name in gate.OUTPUTS[each])
+    subject = Subject(workload(cell.layer), (), getattr(torch, cell.dtype), cell.scale, device, 0, wanted)
+    record = None if cell.contestant in (BASELINE, OURS) else variant(cell.contestant)
+    fixed: tuple[Selection, ...] = ()
+    if record is not None and cell.config is not None:
+        fixed, record = (Selection(record, dict(cell.config), "profiled"),), None
+    with gpu.cudnn_benchmark(device), pinned(*fixed) if fixed else contextlib.nullcontext():
+        call, _ = prepared(cell.contestant, record, subject, cell.problem, cell.pass_name)
+        for _ in range(gpu.WARM_CALLS):
+            call()
+        torch.cuda.synchronize(device)
+        torch.cuda.profiler.start()
+        call()
+        torch.cuda.synchronize(device)
+        torch.cuda.profiler.stop()
+
+
+def _read(job: str) -> Cell:
+    fields = json.loads(job)
+    config = None if fields["config"] is None else tuple((key, value) for key, value in fields["config"])
+    return Cell(**{**fields, "variant_files": tuple(fields["variant_files"]), "config": config})
+
+
+def head(cell: Cell) -> dict[str, object]:
+    """What the rows about a cell begin with."""
+    return {
+        "layer": cell.layer,
+        "suite": workload(cell.layer).suite,
+        "pass": cell.pass_name,
+        "dtype": cell.dtype,
+        "layout": cell.layout,
+        "variant": cell.contestant,
+        **({} if cell.config is None else {"config": dict(cell.config)}),
+        "problem": sizes_of(cell.problem),
+        "about": cell.about,
+    }

@@ -1,0 +1,136 @@
+"""The first step of a campaign: every variant on one layer per class, held against float64."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from time import perf_counter
+
+import torch
+
+from tritonconv.autotune.choose import Selection
+from tritonconv.autotune.sources import revision
+from tritonconv.autotune.tuning.case import Case
+from tritonconv.autotune.tuning.tuned import Task
+from tritonconv.dispatch import plan_of
+from tritonconv.kernels.registry import variant, variants
+from tritonconv.lab.bench import gate, spent
+from tritonconv.lab.bench.contestants import why_not
+from tritonconv.lab.bench.failures import context_is_lost, told
+from tritonconv.lab.bench.options import Options, Progress
+from tritonconv.lab.bench.results import Run, Writer
+from tritonconv.lab.bench.rows import sizes_of
+from tritonconv.lab.bench.workloads import workload
+from tritonconv.lab.inspection.jobs import CLASSES
+from tritonconv.lab.inspection.precompile import Precompiler
+from tritonconv.problem import Problem
+
+CHECKED_AXES = 12  # a problem is verified at no more voxels per axis
+# Of an answer that was held against float64, beside the versions.
+IDENTITY = ("layer", "pass", "dtype", "layout", "variant", "source")
+
+
+class Verification:
+    """``errors`` counts the answers that were wrong or failed, also in earlier runs."""
+
+    def __init__(
+        self,
+        options: Options,
+        writer: Writer,
+        versions: Mapping[str, str | None],
+        compiler: Precompiler,
+        progress: Progress,
+    ) -> None:
+        self.options, self.writer, self.versions = options, writer, versions
+        self.compiler, self.progress = compiler, progress
+        self.device = options.device
+        self.errors = 0
+        self._cases: dict[Problem, Case] = {}  # they are small
+
+    def run(self, earlier: Run | None, seconds: float) -> str:
+        """Checks what ``earlier`` runs did not, for so many seconds; says in a line what was done.
+
+        What was wrong, or lost the GPU, is not tried again before its source or a version changes, for it may end the
+        run; it is counted again. Other errors may pass. Raises where the GPU is lost, behind the row that says so.
+        """
+        rows = (*earlier.errors, *earlier.checks) if earlier else ()
+        lasting = [row for row in rows if row["kind"] == "check" or row["status"] == "wrong" or row.get("context_lost")]
+        known = {tuple(row.get(key) for key in IDENTITY): row["kind"] for row in lasting
+                 if row.get("versions") == self.versions}  # fmt: skip
+        answers = [(each, known.get(self._identity(*each))) for each in self._checks()]
+        waiting = [each for each, kind in answers if kind is None]
+        self.errors = failed = sum(kind == "error" for _, kind in answers)
+        self.progress.begin(len(waiting))
+        deadline, checked = perf_counter() + seconds, 0
+        started = self.compiler.start(
+            (name, task.problem, variant(name).default(task.problem, self.device))
+            for task, name in waiting
+            if variant(name).backend == "triton"  # they come first
+        )
+        for index, (task, name) in enumerate(waiting):
+            with spent.on(spent.COMPILING):
+                self.compiler.finish(started[index : index + 1], max(0.0, deadline - perf_counter()))
+            if perf_counter() >= deadline:
+                break
+            self._check(task, name)
+            checked += 1
+            self.progress.step(f"verify {name} on {task.layer}")
+        rest = f" ({failed} of them known before)" if failed else ""
+        rest += f", {len(waiting) - checked} left for another run" if checked < len(waiting) else ""
+        return f"verify: {checked} answers held against float64, {self.errors} wrong or failed{rest}"
+
+    def _checks(self) -> list[tuple[Task, str]]:
+        """Kernels before formulations in torch's operations."""
+        served = checks_of(self.options.dtypes, self.options.layouts, self.device)
+        return sorted(served, key=lambda each: variant(each[1]).backend != "triton")
+
+    def _identity(self, task: Task, name: str) -> tuple:
+        record = variant(name)
+        dtype = str(task.problem.dtype).removeprefix("torch.")
+        return task.layer, record.pass_name, dtype, task.problem.layout, name, revision(record)
+
+    def _check(self, task: Task, name: str) -> None:
+        layer, pass_name, dtype, layout, _, source = self._identity(task, name)
+        record = variant(name)
+        head = {"layer": layer, "suite": task.suite, "pass": pass_name, "dtype": dtype, "layout": layout,
+                "variant": name, "source": source, "versions": self.versions,
+                "problem": sizes_of(task.problem)}  # fmt: skip
+        chosen = Selection(record, record.default(task.problem, self.device), "verified")
+        try:
+            plan = plan_of(task.problem, self.device, **{pass_name: chosen})
+            if task.problem not in self._cases:
+                self._cases[task.problem] = Case(task.problem, self.device)
+            verdict = self._cases[task.problem].judge(plan, pass_name)
+        except Exception as error:
+            self.errors += 1
+            lost = context_is_lost(error)
+            self.writer.write("error", {**head, "status": "error", "message": told(error), "context_lost": lost})
+            if lost:
+                raise
+            return
+        if verdict.ok:
+            self.writer.write("check", {**head, "max_error": verdict.max_error, "tolerance": verdict.tolerance})
+        else:
+            self.errors += 1
+            self.writer.write("error", {**head, "status": "wrong", "message": str(verdict)})
+
+
+def checks_of(
+    dtypes: Iterable[torch.dtype], layouts: Sequence[str], device: torch.device
+) -> Iterator[tuple[Task, str]]:
+    """What is verified: the variants that serve a layer of each class, by name, each with its default config."""
+    for dtype in dtypes:
+        for layer in (workload(name) for name in dict.fromkeys(CLASSES.values())):
+            for layout in layouts:
+                task = Task(_small(layer.problem(dtype, layout)), layer.name, layer.suite)
+                for record in variants():
+                    if why_not(record, task.problem, device) is None:
+                        yield task, record.name
+
+
+def _small(problem: Problem) -> Problem:
+    """The problem with axes of at most CHECKED_AXES voxels and batch at most 2."""
+    size = tuple(min(each, CHECKED_AXES) for each in problem.size)
+    with contextlib.suppress(ValueError):  # a crop that would leave nothing
+        return gate.resized(problem, size, min(problem.n, gate.LARGEST_BATCH))  # type: ignore[arg-type]
+    return problem
