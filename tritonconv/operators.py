@@ -15,11 +15,10 @@ from weakref import WeakSet
 
 import torch
 
-from tritonconv import dispatch, fallback
+from tritonconv import dispatch, fallback, flops
 from tritonconv.arguments import layout_of
 from tritonconv.autograd import gradients
 from tritonconv.dispatch import Plan
-from tritonconv.flops import conv_flop_count, register_flop_formula
 from tritonconv.forced import Forced, forced
 from tritonconv.kernels.torch_layout import bias_gradient
 from tritonconv.problem import LAYOUTS, Problem, TorchCrop
@@ -236,16 +235,4 @@ def _register_vmap(name, function):
 _register_vmap(_FORWARD, _torch_forward)
 _register_vmap(_BACKWARD, _torch_backward)
 
-
-# torch counts a transposed convolution's cropped taps too; the counter must agree with torch's own layer.
-@register_flop_formula(forward)
-def _flops_forward(x_shape, weight_shape, bias_shape, *args, out_shape=None, **kwargs) -> int:
-    return conv_flop_count(x_shape, weight_shape, out_shape, transposed=True)
-
-
-@register_flop_formula(backward)
-def _flops_backward(grad_y_shape, x_shape, weight_shape, size, *args, out_shape=None, **kwargs) -> int:
-    c_in = weight_shape[0] if x_shape is None else x_shape[1]
-    kernel, groups, wanted = args[1], args[5], args[-1]
-    x_shape, weight_shape = (grad_y_shape[0], c_in, *size), (c_in, grad_y_shape[1] // groups, *kernel)
-    return sum(wanted[:2]) * conv_flop_count(x_shape, weight_shape, grad_y_shape, transposed=True)
+flops.register(forward, backward)
