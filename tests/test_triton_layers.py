@@ -172,7 +172,7 @@ def test_no_integer_overflows(name):
 
 def orders(record, problem):
     """Configs that differ in the packing of the weight, where the variant packs it."""
-    config = small(record.default(problem, DEVICE))
+    config = small(record.default(problem, DEVICE), 64)
     return [{**config, "WEIGHT": order} for order in (0, 1, 2)] if "WEIGHT" in config else [config]
 
 
