@@ -77,7 +77,7 @@ def test_the_layouts_of_a_kernel():
 
 def run(*arguments: str) -> list[list[str]]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "0"}
-    command = [sys.executable, "-m", "tritonconv", "accesses", *arguments]
+    command = [sys.executable, "-m", "tritonconv", "inspect", "--accesses", *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     return [line.split() for line in done.stdout.replace(" (async)", "_async").splitlines()]
@@ -85,7 +85,7 @@ def run(*arguments: str) -> list[list[str]]:
 
 @pytest.mark.skipif(not have_triton(), reason="needs Triton's compiler")
 def test_the_kernels_load_and_store_whole_sectors():
-    rows = run("forward_shuffle", "forward_phases", "--layers", "k2s2,k3s2", "--layouts", "ndhwc,ncdhw", "--all")
+    rows = run("forward_shuffle", "forward_phases", "--layers", "k2s2,k3s2", "--layout", "ndhwc,ncdhw", "--all")
     found = {(row[0], row[1], row[2], row[3].removesuffix("_async"), row[4]): row[5:] for row in rows if len(row) == 8}
     k2s2, k3s2 = "nnunet_resenc_160x192_up4", "psmnet_train_64_32"
     for layout in ("ndhwc", "ncdhw"):

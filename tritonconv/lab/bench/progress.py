@@ -12,7 +12,7 @@ SECONDS_BETWEEN_LINES = 5.0
 
 
 class Silent:
-    """Shows nothing; also the frame of the others."""
+    """Shows nothing; also the frame of the others. A context manager that ends the display."""
 
     def begin(self, cells: int) -> None:
         pass
@@ -22,6 +22,12 @@ class Silent:
 
     def close(self) -> None:
         pass
+
+    def __enter__(self) -> Silent:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 class Lines(Silent):

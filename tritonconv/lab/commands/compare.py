@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 from pathlib import Path
-from statistics import geometric_mean
 from typing import NamedTuple
 
 from tritonconv.errors import ArgumentError, ResultsError
+from tritonconv.lab import flags
 from tritonconv.lab.bench import results
 from tritonconv.lab.bench.columns import COLUMNS, SAID, WALL, ratio, spread
 from tritonconv.lab.bench.results import BASELINE, Run
+from tritonconv.lab.bench.standings import mean
 from tritonconv.lab.bench.summary import columns
 from tritonconv.lab.commands.common import OK, WRONG
 
@@ -41,8 +42,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("before", type=Path, metavar="A", help="a results file, or a folder (its newest)")
     parser.add_argument("after", type=Path, metavar="B", help="a results file, or a folder (its newest)")
     parser.add_argument(
-        "--threshold", type=_share, default=THRESHOLD, metavar="X", help="slower by this share (default: %(default)s)"
-    )
+        "--threshold", type=flags.share, default=THRESHOLD, metavar="X",
+        help="count a row as slower beyond this share (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--any-device", action="store_true", help="compare runs of different devices too")
 
 
@@ -107,7 +109,7 @@ def _means(changes: list[Change]) -> list[str]:
     lines = [["pass", "dtype", "variant", "rows", "geomean", "least", "most"]]
     for kind in sorted(kinds):
         mine = [each.ratio for each in changes if (each.row["pass"], each.row["dtype"], each.row["variant"]) == kind]
-        lines.append([*kind, str(len(mine)), *(f"{each:.3f}" for each in (geometric_mean(mine), min(mine), max(mine)))])
+        lines.append([*kind, str(len(mine)), *(f"{each:.3f}" for each in (mean(mine), min(mine), max(mine)))])
     return columns(lines, numbers=4)
 
 
@@ -118,13 +120,3 @@ def _lines(changes: list[Change]) -> list[str]:
 
 def _read(path: Path) -> Run:
     return results.read(results.latest(path) if path.is_dir() else path)
-
-
-def _share(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < 10:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a share such as 0.05")
-    return value

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,15 +17,14 @@ from tritonconv.kernels.registry import variant
 from tritonconv.kernels.triton_compiled import VARIABLE, CompiledFolder
 from tritonconv.lab import flags
 from tritonconv.lab.bench.progress import progress
-from tritonconv.lab.commands.common import OK, WRONG, add_variant_files, load_variant_files
-from tritonconv.lab.commands.problems import add_problems, dtypes_of, tasks_asked_for
+from tritonconv.lab.commands.common import OK, WRONG, add_flags, dtypes_of, layouts_of, load_variant_files
+from tritonconv.lab.commands.problems import add_problems, tasks_asked_for
 from tritonconv.lab.inspection.ahead import Filled, compile_into, opened, refused
 from tritonconv.lab.inspection.compiling import GPU, check_compiler, compiling_for
 from tritonconv.lab.inspection.launches import Launches, missing
 from tritonconv.lab.inspection.precompile import GIVEN_UP, Job
 from tritonconv.lab.inspection.targets import TARGETS
 from tritonconv.lab.verification import checks_of
-from tritonconv.problem import LAYOUTS
 
 HELP = "compile the tuner's candidates ahead, for a GPU that is not here"
 DESCRIPTION = f"""\
@@ -41,7 +39,6 @@ A run that was cut off leaves a folder that can be used, and the same command go
 need not be writable where it is used. It holds code that runs: take only one whose origin you trust.
 """
 DTYPE = "bfloat16"  # as a campaign on a GPU
-MOST_PROCESSES = 8  # each holds torch and a compiler: about 0.7 GB
 MOST_SHOWN = 10  # failures and launches that are not found, each with its reason
 
 
@@ -50,7 +47,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description = DESCRIPTION
     parser.epilog = "example: tritonconv compile --target sm_90 --suite unet --out compiled"
-    flags.add_choice(parser, "--target", TARGETS, f"GPUs to compile for: {', '.join(TARGETS)}")
+    add_flags(parser, "target")
     parser.add_argument("--out", type=Path, metavar="DIR", help="the folder; one of the same Triton is filled further")
     parser.add_argument("--check", type=Path, metavar="DIR", help="say which launches in DIR this machine would find")
     add_problems(parser, scale="full", dtype=DTYPE, of_models=True)
@@ -61,16 +58,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--verify", action="store_true", help="also what a campaign verifies first: every variant's default config"
     )
-    add_variant_files(parser)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    parser.add_argument(
-        "--jobs", type=flags.processes, default=min(cores, MOST_PROCESSES), metavar="N",
-        help="processes that compile (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--seconds", type=flags.seconds, metavar="S", help="budget: it ends there, and the same command goes on"
-    )
-    parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    add_flags(parser, "variant-file", "jobs", "seconds", "quiet")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -92,12 +80,8 @@ def run(options: argparse.Namespace) -> int:
         if not jobs:
             raise ArgumentError(f"no Triton variant serves any of the problems on {target}")
         left = None if options.seconds is None else max(0.0, options.seconds - (perf_counter() - begin))
-        shown = progress(options.quiet, unit="launches", first="starting the compilers")
-        try:
-            with _about_out(options.out):
-                filled.append(compile_into(folder, jobs, target, options.jobs, left, shown))
-        finally:
-            shown.close()
+        with progress(options.quiet, unit="launches", first="starting the compilers") as shown, _about_out(options.out):
+            filled.append(compile_into(folder, jobs, target, options.jobs, left, shown))
         _report(target, filled[-1])
     with _about_out(options.out):
         size = _size(folder, sum(each.compiled for each in filled), perf_counter() - begin)
@@ -123,7 +107,7 @@ def _verified(options: argparse.Namespace, target: str) -> list[Job]:
     with compiling_for(TARGETS[target]):
         return judged(
             (name, task.problem, variant(name).default(task.problem, GPU))
-            for task, name in checks_of(dtypes_of(options), flags.once(options.layout, tuple(LAYOUTS)), GPU)
+            for task, name in checks_of(dtypes_of(options, DTYPE), layouts_of(options), GPU)
             if variant(name).backend == "triton"
         )
 
@@ -164,12 +148,9 @@ def _check(path: Path, quiet: bool) -> int:
         launches = Launches(folder)
     except ArgumentError as error:
         raise ArgumentError(f"argument --check: {error}") from None
-    shown = progress(quiet, unit="launches", first="working out the keys")
-    try:
+    with progress(quiet, unit="launches", first="working out the keys") as shown:
         shown.begin(len(launches))
         lacking = list(missing(launches, launches, shown.step))
-    finally:
-        shown.close()
     if folder.difference is not None:
         print(folder.difference)
     else:
