@@ -15,9 +15,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import make_backend
 
 from tritonconv.kernels import triton_compiled, triton_tape
+from tritonconv.kernels.targets import MULTIPROCESSORS
 from tritonconv.kernels.triton_device import FAR
 from tritonconv.kernels.triton_target import INTERPRETED, driver_fault, registers_in_flight, target
-from tritonconv.kernels.triton_tiles import PROGRAMS
 from tritonconv.kernels.variant import Config
 from tritonconv.problem import Problem, Triple, largest_offset
 
@@ -97,7 +97,7 @@ def multiprocessors(device: torch.device) -> int:
     """How many a persistent grid has to fill; few in the interpreter, an H100's where the device is not there."""
     if device.type == "cuda" and torch.cuda.is_available():
         return torch.cuda.get_device_properties(device).multi_processor_count
-    return INTERPRETED_PROGRAMS if device.type == "cpu" else PROGRAMS
+    return INTERPRETED_PROGRAMS if device.type == "cpu" else MULTIPROCESSORS
 
 
 @cache

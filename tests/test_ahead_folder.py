@@ -19,6 +19,7 @@ from tritonconv.autotune.tuning.contest import Candidate, Effort, candidates
 from tritonconv.errors import ArgumentError
 from tritonconv.kernels import triton_compiled
 from tritonconv.kernels.registry import have_triton, variant
+from tritonconv.kernels.targets import TARGETS
 from tritonconv.kernels.triton_compiled import CompiledFolder, CompiledWarning, Maker
 from tritonconv.lab import cli
 from tritonconv.lab.bench.progress import Silent
@@ -26,7 +27,6 @@ from tritonconv.lab.inspection import ahead, launches, precompile
 from tritonconv.lab.inspection.compiling import compiling_for
 from tritonconv.lab.inspection.launches import Kernel, Launch, Launches
 from tritonconv.lab.inspection.precompile import Precompiler
-from tritonconv.lab.inspection.targets import TARGETS
 
 ROOT = Path(__file__).resolve().parent.parent
 GPU = torch.device("cuda", 0)

@@ -23,7 +23,7 @@ import pathlib, torch
 from tritonconv import Problem
 from tritonconv.lab.inspection import compiling
 from tritonconv.lab.inspection.precompile import Precompiler
-from tritonconv.lab.inspection.targets import TARGETS
+from tritonconv.kernels.targets import TARGETS
 from tritonconv.kernels.registry import variant
 
 with pathlib.Path(__file__).with_name("runs").open("a") as runs:  # no guard: what a process imports would run here
@@ -65,7 +65,7 @@ import pathlib
 from tritonconv import Problem
 from tritonconv.lab.inspection import compiling
 from tritonconv.lab.inspection.precompile import Precompiler
-from tritonconv.lab.inspection.targets import TARGETS
+from tritonconv.kernels.targets import TARGETS
 from tritonconv.kernels import registry
 
 record = registry.load(pathlib.Path("mine.py"))

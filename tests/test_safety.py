@@ -16,7 +16,7 @@ from tritonconv.autotune import ceilings, model
 from tritonconv.autotune.choose import config_fault
 from tritonconv.kernels import registry, safety
 from tritonconv.kernels.safety import guarded, unsafe
-from tritonconv.kernels.variant import Target
+from tritonconv.kernels.variant import Toolchain
 from tritonconv.lab.bench.workloads import workload
 
 pytest.importorskip("triton")
@@ -25,7 +25,7 @@ DEVICE = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_avai
 PROBLEM = Problem(1, 16, 16, (4, 4, 4), (3, 3, 3), (2, 2, 2), (0, 0, 0), (9, 9, 9))
 KERNEL = "forward_phases"
 WHY = "a register is written too early"
-OLD, NEW = Target(90, (3, 6)), Target(90, (3, 9))
+OLD, NEW = Toolchain(90, (3, 6)), Toolchain(90, (3, 9))
 RATES = ceilings.of_capability((9, 0))
 
 
@@ -66,7 +66,7 @@ def given(monkeypatch):
 def test_the_target_is_that_of_the_device():
     from tritonconv.kernels import triton_target
 
-    assert safety.present(torch.device("cpu")) == Target(0, triton_target.triton_version())
+    assert safety.present(torch.device("cpu")) == Toolchain(0, triton_target.triton_version())
     assert triton_target.triton_version() >= (3, 6)
 
 

@@ -9,12 +9,12 @@ import torch
 
 from tritonconv.autotune import ceilings
 from tritonconv.autotune.tuning.contest import Candidate, Effort, candidates
+from tritonconv.kernels.targets import TARGETS
 from tritonconv.kernels.variant import Config, Variant
 from tritonconv.lab.bench import gate
 from tritonconv.lab.inspection.compiling import GPU, compiling_for
 from tritonconv.lab.inspection.launches import precision, read_active
 from tritonconv.lab.inspection.precompile import Job, target_of
-from tritonconv.lab.inspection.targets import TARGETS
 from tritonconv.problem import PASSES, Problem
 
 # The first round of a run takes two configs of a variant. On the GPU measured rates rank them, here the data sheet's,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from tritonconv.kernels.targets import TARGETS
 from tritonconv.lab import flags
 from tritonconv.lab.bench.summary import columns
 from tritonconv.lab.commands.common import OK
@@ -12,7 +13,6 @@ from tritonconv.lab.commands.inspect import ALL, FEW, triton_variants, wanted_cl
 from tritonconv.lab.inspection import accesses, jobs
 from tritonconv.lab.inspection.accesses import Access
 from tritonconv.lab.inspection.compiling import check_compiler
-from tritonconv.lab.inspection.targets import TARGETS
 from tritonconv.problem import LAYOUTS
 
 HELP = "show which loads and stores of the Triton kernels are badly coalesced; needs no GPU"

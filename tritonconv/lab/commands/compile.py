@@ -15,6 +15,7 @@ import torch
 from tritonconv.autotune.tuning.compiled import CONFIGS, jobs_of, judged
 from tritonconv.errors import ArgumentError
 from tritonconv.kernels.registry import variant
+from tritonconv.kernels.targets import TARGETS
 from tritonconv.kernels.triton_compiled import VARIABLE, CompiledFolder
 from tritonconv.lab import flags
 from tritonconv.lab.bench.progress import progress
@@ -24,7 +25,6 @@ from tritonconv.lab.inspection.ahead import Filled, compile_into, opened, refuse
 from tritonconv.lab.inspection.compiling import GPU, check_compiler, compiling_for
 from tritonconv.lab.inspection.launches import Launches, missing
 from tritonconv.lab.inspection.precompile import GIVEN_UP, Job
-from tritonconv.lab.inspection.targets import TARGETS
 from tritonconv.lab.verification import checks_of
 from tritonconv.problem import LAYOUTS
 

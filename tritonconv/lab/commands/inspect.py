@@ -14,6 +14,7 @@ import torch
 from tritonconv.autotune.sources import revision
 from tritonconv.errors import ArgumentError
 from tritonconv.kernels.registry import triton_fault, variants
+from tritonconv.kernels.targets import TARGETS
 from tritonconv.kernels.variant import Variant
 from tritonconv.lab import flags
 from tritonconv.lab.bench.environment import version
@@ -22,7 +23,6 @@ from tritonconv.lab.commands.common import OK, WRONG
 from tritonconv.lab.inspection import jobs, readme, records, report, verdicts
 from tritonconv.lab.inspection.compiling import PRECISIONS, Job, check_compiler, compile_job
 from tritonconv.lab.inspection.records import Inspection, Record
-from tritonconv.lab.inspection.targets import TARGETS
 from tritonconv.problem import LAYOUTS
 
 HELP = "compile the Triton kernels for GPUs that are not here, and look"

@@ -18,11 +18,11 @@ import torch
 from tritonconv.errors import ArgumentError
 from tritonconv.kernels import triton_compiled
 from tritonconv.kernels.registry import triton_fault, variant
+from tritonconv.kernels.targets import TARGETS, Target
 from tritonconv.kernels.variant import Config, Variant
 from tritonconv.lab.bench.workloads import Workload
 from tritonconv.lab.inspection.machine_code import resources
 from tritonconv.lab.inspection.records import Record
-from tritonconv.lab.inspection.targets import TARGETS, Target
 from tritonconv.problem import Problem
 
 # What variants are told to be asked about: nothing reads it as a device.

@@ -10,11 +10,11 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 
 from tritonconv.autotune.model import pruned
+from tritonconv.kernels.targets import TARGETS
 from tritonconv.kernels.variant import Variant
 from tritonconv.lab.bench.workloads import Workload, workload
 from tritonconv.lab.inspection.compiling import GPU, Job, compile_job, compiling_for
 from tritonconv.lab.inspection.records import Record
-from tritonconv.lab.inspection.targets import TARGETS
 
 # One real layer for each class of problems that tiles and code differ by. A variant is compiled for the first of
 # them that it serves (see FEW), so the heavy dense ones stand first and the special ones behind.

@@ -16,10 +16,10 @@ import torch
 from tritonconv.errors import ArgumentError
 from tritonconv.kernels import triton_compiled
 from tritonconv.kernels.registry import variant
+from tritonconv.kernels.targets import TARGETS
 from tritonconv.kernels.triton_compiled import LAUNCHES, CompiledFolder
 from tritonconv.kernels.variant import Config
 from tritonconv.lab.inspection.compiling import compile_launch, compiling_for, products_in
-from tritonconv.lab.inspection.targets import TARGETS
 from tritonconv.problem import Problem
 
 

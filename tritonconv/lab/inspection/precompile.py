@@ -28,13 +28,13 @@ from typing import IO
 import torch
 
 from tritonconv.kernels.registry import file_of, have_triton, load, variant
+from tritonconv.kernels.targets import TARGETS
 from tritonconv.kernels.triton_compiled import CompiledWarning
 from tritonconv.kernels.variant import Config
 from tritonconv.lab.bench.failures import disqualifies, told
 from tritonconv.lab.inspection.compiling import compile_launch, compiling_for, products_in
 from tritonconv.lab.inspection.launchers import compile_launchers
 from tritonconv.lab.inspection.launches import Kernel, Launches, precision, read_active
-from tritonconv.lab.inspection.targets import TARGETS
 from tritonconv.problem import Problem
 
 MOST_PROCESSES = 14

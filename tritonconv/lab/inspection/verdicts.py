@@ -16,6 +16,7 @@ from typing import Any
 from tritonconv.autotune.model import pruned, work_of
 from tritonconv.autotune.sources import revision
 from tritonconv.errors import ResultsError
+from tritonconv.kernels.targets import TARGETS, Target
 from tritonconv.kernels.variant import Config, Variant
 from tritonconv.lab.bench.workloads import workload
 from tritonconv.lab.inspection.compiling import GPU, Job, compile_job, compiling_for, products_in
@@ -23,7 +24,6 @@ from tritonconv.lab.inspection.jobs import CLASSES
 from tritonconv.lab.inspection.machine_code import early_write
 from tritonconv.lab.inspection.records import Record
 from tritonconv.lab.inspection.shallow import shallow
-from tritonconv.lab.inspection.targets import TARGETS, Target
 from tritonconv.problem import LAYOUTS
 
 TARGET = "sm_90"  # alone has products that read registers while the program goes on
