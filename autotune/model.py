@@ -27,6 +27,7 @@ from tritonconv.kernels.registry import variants
 from tritonconv.kernels.targets import TARGETS
 from tritonconv.kernels.variant import Config, Variant
 from tritonconv.kernels.work import LINE, WARP, Work, by_torch
+from tritonconv.precision import TF32, float32_precision
 from tritonconv.problem import Problem
 
 MOST_CANDIDATES = 12
@@ -196,8 +197,8 @@ def _ranks(values: Sequence[float]) -> np.ndarray:
 
 def _matrix_rate(problem: Problem, ceilings: Ceilings) -> float:
     name = str(problem.dtype).removeprefix("torch.")
-    if name == "float32" and "tf32" in ceilings.matrix and torch.backends.cudnn.conv.fp32_precision == "tf32":  # type: ignore[attr-defined]
-        name = "tf32"
+    if name == "float32" and TF32 in ceilings.matrix and float32_precision() == TF32:
+        name = TF32
     return ceilings.matrix.get(name) or ceilings.vector
 
 

@@ -23,10 +23,11 @@ from tritonconv.kernels.targets import TARGETS
 from tritonconv.kernels.triton_compiled import CompiledFolder, CompiledWarning, Maker
 from tritonconv.lab import cli
 from tritonconv.lab.bench.progress import Silent
-from tritonconv.lab.inspection import ahead, launches, precompile
+from tritonconv.lab.inspection import ahead, precompile
 from tritonconv.lab.inspection.compiling import compiling_for
 from tritonconv.lab.inspection.launches import Kernel, Launch, Launches
 from tritonconv.lab.inspection.precompile import Precompiler
+from tritonconv.precision import float32_precision
 
 ROOT = Path(__file__).resolve().parent.parent
 GPU = torch.device("cuda", 0)
@@ -237,7 +238,7 @@ def test_rates_of_a_target_are_those_of_its_data_sheet():
 def test_the_launches_of_a_folder_are_read_again_as_they_were_written():
     launch = Launch("forward_gather", UP, {"BLOCK_M": 16}, "tf32", "sm_90", (Kernel("k", "KEY", "m:k", "0"),))
     assert Launch.of(launch.line()) == launch
-    assert launches.precision() in ("tf32", "ieee")
+    assert float32_precision() in ("tf32", "ieee")
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "kernels").glob("*.py")), ids=lambda path: path.stem)

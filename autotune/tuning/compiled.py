@@ -13,8 +13,9 @@ from tritonconv.kernels.targets import TARGETS
 from tritonconv.kernels.variant import Config, Variant
 from tritonconv.lab.bench import gate
 from tritonconv.lab.inspection.compiling import GPU, compiling_for
-from tritonconv.lab.inspection.launches import precision, read_active
+from tritonconv.lab.inspection.launches import read_active
 from tritonconv.lab.inspection.precompile import Job, target_of
+from tritonconv.precision import float32_precision
 from tritonconv.problem import PASSES, Problem
 
 # The first round of a run takes two configs of a variant. On the GPU measured rates rank them, here the data sheet's,
@@ -55,7 +56,7 @@ def held(problem: Problem, device: torch.device) -> Callable[[Variant, Config], 
     target = None if launches is None else target_of(device)
     if launches is None or target is None:
         return None
-    said = precision()
+    said = float32_precision()
     return lambda record, config: launches.has(record.name, problem, config, said, target)
 
 

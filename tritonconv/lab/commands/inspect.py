@@ -21,8 +21,9 @@ from tritonconv.lab.bench.environment import version
 from tritonconv.lab.bench.progress import progress
 from tritonconv.lab.commands.common import OK, WRONG
 from tritonconv.lab.inspection import jobs, readme, records, report, verdicts
-from tritonconv.lab.inspection.compiling import PRECISIONS, Job, check_compiler, compile_job
+from tritonconv.lab.inspection.compiling import Job, check_compiler, compile_job
 from tritonconv.lab.inspection.records import Inspection, Record
+from tritonconv.precision import PRECISIONS
 from tritonconv.problem import LAYOUTS
 
 HELP = "compile the Triton kernels for GPUs that are not here, and look"

@@ -32,8 +32,9 @@ from tritonconv.kernels.triton_compiled import (
     check_folder,
 )
 from tritonconv.lab.bench.environment import git_state
-from tritonconv.lab.inspection.launches import Launch, Launches, precision
+from tritonconv.lab.inspection.launches import Launch, Launches
 from tritonconv.lab.inspection.precompile import ENDED, GIVEN_UP, Answer, Job, Precompiler
+from tritonconv.precision import float32_precision
 
 BINARIES = (".cubin", ".hsaco")
 MODULE = ".so"  # the host side of a launch
@@ -96,7 +97,7 @@ def compile_into(
 
     Raises ArgumentError, which says what is kept, where the folder cannot be written any more.
     """
-    launches, said, filled = Launches(folder), precision(), Filled()
+    launches, said, filled = Launches(folder), float32_precision(), Filled()
     waiting = [job for job in jobs if not launches.has(*job, said, target)]
     filled.known = len(jobs) - len(waiting)
     progress.begin(len(waiting))

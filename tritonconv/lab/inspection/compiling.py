@@ -23,20 +23,13 @@ from tritonconv.kernels.variant import Config, Variant
 from tritonconv.lab.bench.workloads import Workload
 from tritonconv.lab.inspection.machine_code import resources
 from tritonconv.lab.inspection.records import Record
+from tritonconv.precision import IEEE, PRECISIONS, TF32
 from tritonconv.problem import Problem
 
 # What variants are told to be asked about: nothing reads it as a device.
 GPU = torch.device("cuda", 0)
 META = torch.device("meta")
 MOST_SUMMARY_TEXT, MOST_ERROR_TEXT = 240, 4000
-
-# Products of float32 tensors follow torch's switch for convolutions; the others have one precision.
-PRECISIONS = {
-    "bfloat16": (torch.bfloat16, "bfloat16"),
-    "float16": (torch.float16, "float16"),
-    "tf32": (torch.float32, "tf32"),
-    "ieee": (torch.float32, "ieee"),
-}
 
 
 @dataclass(frozen=True)
@@ -52,7 +45,7 @@ class Job:
 
     @property
     def problem(self) -> Problem:
-        return self.layer.problem(PRECISIONS[self.precision][0], self.layout)
+        return self.layer.problem(PRECISIONS[self.precision], self.layout)
 
 
 # (name, compiled kernel, target, seconds of compilations by hash) -> fields of a record
@@ -113,7 +106,7 @@ def products_in(precision: str) -> Iterator[None]:
     """Inside the block torch's convolutions of float32 multiply in this precision, where it is one of float32."""
     switch: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
     before = switch.fp32_precision
-    if precision in ("tf32", "ieee"):
+    if precision in (TF32, IEEE):
         switch.fp32_precision = precision
     try:
         yield

@@ -88,13 +88,6 @@ class Launch:
         return f"{self.variant} {config} on {self.problem} for {self.target}"
 
 
-def precision() -> str:
-    """How float32 is multiplied now, as torch's switch for convolutions says."""
-    from tritonconv.kernels.triton_launch import PRECISIONS  # needs Triton
-
-    return PRECISIONS.get(torch.backends.cudnn.conv.fp32_precision, "ieee")  # type: ignore[attr-defined]
-
-
 class Launches:
     """The launches in a folder. A line that a killed run left half written, or that was damaged, is passed over.
 

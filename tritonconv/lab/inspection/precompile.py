@@ -34,7 +34,8 @@ from tritonconv.kernels.variant import Config
 from tritonconv.lab.bench.failures import disqualifies, told
 from tritonconv.lab.inspection.compiling import compile_launch, compiling_for, products_in
 from tritonconv.lab.inspection.launchers import compile_launchers
-from tritonconv.lab.inspection.launches import Kernel, Launches, precision, read_active
+from tritonconv.lab.inspection.launches import Kernel, Launches, read_active
+from tritonconv.precision import float32_precision
 from tritonconv.problem import Problem
 
 MOST_PROCESSES = 14
@@ -114,7 +115,7 @@ class Precompiler:
 
     def _started(self, name: str, problem: Problem, config: Config) -> Future[Answer]:
         assert self._pool is not None and self.target is not None
-        said = precision()
+        said = float32_precision()
         if self.ahead is not None and self.ahead.has(name, problem, config, said, self.target):
             done: Future[Answer] = Future()
             done.set_result(Answer())

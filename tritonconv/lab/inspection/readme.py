@@ -9,6 +9,7 @@ from tritonconv.lab import markdown
 from tritonconv.lab.inspection.jobs import CLASSES
 from tritonconv.lab.inspection.records import Inspection, Record, faults, grouped, heaviest
 from tritonconv.lab.inspection.report import class_of, matrix
+from tritonconv.precision import PRECISIONS
 
 COMMAND = "inspect"
 HEAD = (
@@ -17,7 +18,6 @@ HEAD = (
 )  # fmt: skip
 TEXTS = 4
 # What a row shows in full: the first of these that the run has.
-PRECISIONS = ("bfloat16", "float16", "tf32", "ieee")
 LAYOUTS = ("ndhwc", "ncdhw")
 
 
@@ -83,7 +83,7 @@ def representative(records: list[Record]) -> Record:
         name = class_of(record)
         return (
             order.index(name) if name in order else len(order),
-            PRECISIONS.index(record.precision),
+            list(PRECISIONS).index(record.precision),
             LAYOUTS.index(record.layout),
         )
 

@@ -27,7 +27,7 @@ from tritonconv.lab.inspection.shallow import shallow
 from tritonconv.problem import LAYOUTS
 
 TARGET = "sm_90"  # alone has products that read registers while the program goes on
-PRECISIONS = ("bfloat16", "tf32")
+PRODUCTS = ("bfloat16", "tf32")
 SAFE, UNSAFE, BROKEN = "safe", "unsafe", "not compiled"
 SEED = 0
 ORDERS = ("WEIGHT", "GROUP_M", "SPLITS", "PHASE_INNER", "SKIP")
@@ -35,7 +35,7 @@ ORDERS = ("WEIGHT", "GROUP_M", "SPLITS", "PHASE_INNER", "SKIP")
 Verdicts = dict[str, dict[str, Any]]  # by variant: revision, and classes by name
 
 
-def jobs_of(record: Variant, precisions: Iterable[str] = PRECISIONS) -> list[Job]:
+def jobs_of(record: Variant, precisions: Iterable[str] = PRODUCTS) -> list[Job]:
     """The pruned spaces of the first layer of each class that the variant serves; tf32 of one class alone."""
     found: dict[tuple, Job] = {}
     with compiling_for(TARGETS[TARGET]):
@@ -43,7 +43,7 @@ def jobs_of(record: Variant, precisions: Iterable[str] = PRECISIONS) -> list[Job
             for layer in CLASSES.values():
                 for layout in LAYOUTS:
                     job = Job(record.name, workload(layer), precision, layout, TARGET)
-                    special = precision, *((layout, job.problem.tiles_exactly) if precision == PRECISIONS[0] else ())
+                    special = precision, *((layout, job.problem.tiles_exactly) if precision == PRODUCTS[0] else ())
                     if special not in found and record.supports(job.problem, GPU) is None:
                         found[special] = job
         return [
