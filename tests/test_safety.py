@@ -117,8 +117,8 @@ def test_use_takes_a_safe_config_or_says_why_there_is_none(given):
         tritonconv.conv_transpose3d(x, weight, None, 2)
 
 
-def test_the_hazard_is_asked_about_the_spread_problem_and_of_the_problem_in_the_other_layout():
-    """As the other fields of a variant: ``Problem.spread``, and ndhwc for the kernels that copy their operands."""
+def test_the_hazard_is_asked_about_the_problem_without_overlap_and_of_the_problem_in_the_other_layout():
+    """As the other fields: ``Problem.without_overlap``, and ndhwc for the kernels that copy their operands."""
     asked = []
 
     def listen(problem, config, target):
