@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from tritonconv.kernels.targets import TARGETS, Target
 from tritonconv.kernels.variant import Config, Variant
 from tritonconv.lab.bench.workloads import workload
 from tritonconv.lab.inspection.compiling import GPU, Job, compile_job, compiling_for, products_in
-from tritonconv.lab.inspection.jobs import CLASSES
+from tritonconv.lab.inspection.jobs import SAMPLE_LAYERS
 from tritonconv.lab.inspection.machine_code import early_write
 from tritonconv.lab.inspection.records import Record
 from tritonconv.lab.inspection.shallow import shallow
@@ -40,17 +41,13 @@ def jobs_of(record: Variant, precisions: Iterable[str] = PRODUCTS) -> list[Job]:
     found: dict[tuple, Job] = {}
     with compiling_for(TARGETS[TARGET]):
         for precision in precisions:
-            for layer in CLASSES.values():
+            for layer in SAMPLE_LAYERS.values():
                 for layout in LAYOUTS:
                     job = Job(record.name, workload(layer), precision, layout, TARGET)
                     special = precision, *((layout, job.problem.tiles_exactly) if precision == PRODUCTS[0] else ())
                     if special not in found and record.supports(job.problem, GPU) is None:
                         found[special] = job
-        return [
-            Job(job.variant, job.layer, job.precision, job.layout, job.target, dict(config))
-            for job in found.values()
-            for config in _configs(record, job)
-        ]
+        return [replace(job, config=dict(config)) for job in found.values() for config in _configs(record, job)]
 
 
 def _configs(record: Variant, job: Job) -> tuple[Config, ...]:
