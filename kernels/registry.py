@@ -138,27 +138,29 @@ def _record(name: str) -> Variant | None:
         record = importlib.import_module(f"{PACKAGE}.{name}").VARIANT
         if record.name != name:
             raise ArgumentError(f"{name}.py: VARIANT.name expects {name!r} (the file's stem), got {record.name!r}")
-        found = _records().setdefault(name, guarded(_spread(record)))
+        found = _records().setdefault(name, guarded(_without_overlap(record)))
     return found
 
 
-def _spread(record: Variant) -> Variant:
-    """A Triton kernel is asked about, and launched for, the :attr:`~tritonconv.problem.Problem.spread` problem.
+def _without_overlap(record: Variant) -> Variant:
+    """Wraps a Triton variant so that all its functions receive ``problem.without_overlap``.
 
     torch's own operations get the stride that was given: which of its algorithms serve it may depend on that.
     """
     if record.backend != "triton":
         return record
     names = ("launch", "supports", "space", "default", "joint", "workspace_bytes", "work", "hazard")
-    asked: dict[str, Any] = {name: _of_spread(each) for name in names if (each := getattr(record, name)) is not None}
+    asked: dict[str, Any] = {
+        name: _called_without_overlap(each) for name in names if (each := getattr(record, name)) is not None
+    }
     return replace(record, **asked)
 
 
 @cache  # two variants that name one function still do
-def _of_spread(function: Callable[..., Any]) -> Callable[..., Any]:
+def _called_without_overlap(function: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(function)
     def asked(problem: Problem, *more: Any, **named: Any) -> Any:
-        return function(problem.spread, *more, **named)
+        return function(problem.without_overlap, *more, **named)
 
     return asked
 
@@ -209,7 +211,7 @@ def load(path: Path) -> Variant:
         raise ArgumentError(f"variant file {path}: VARIANT expects a tritonconv.Variant, got {record!r}")
     if record.name in (*_names(torchs=True), *_names(torchs=False), *_records()):
         raise ArgumentError(f"variant file {path}: the name {record.name!r} is taken (tritonconv list shows all)")
-    _records()[record.name] = guarded(_spread(record))
+    _records()[record.name] = guarded(_without_overlap(record))
     _files[record.name] = path.resolve()
     return _records()[record.name]
 

@@ -14,7 +14,7 @@ import torch
 
 from tritonconv.kernels import triton_transpose
 from tritonconv.kernels.triton_tape import derived
-from tritonconv.kernels.variant import Config, Target, Variant
+from tritonconv.kernels.variant import Config, Toolchain, Variant
 from tritonconv.kernels.work import Work, size_of
 from tritonconv.problem import Problem
 
@@ -59,7 +59,7 @@ def of(base: Variant, launch: Callable, idea: str, copied: tuple[str, ...], gath
             launches=found.launches + len(copied),
         )
 
-    def hazard(problem: Problem, config: Config, target: Target) -> str | None:
+    def hazard(problem: Problem, config: Config, target: Toolchain) -> str | None:
         assert base.hazard is not None
         return base.hazard(_last(problem), config, target)
 

@@ -35,7 +35,7 @@ def _no_workspace(problem: Problem) -> int:
     return 0
 
 
-class Target(NamedTuple):
+class Toolchain(NamedTuple):
     """What a kernel is compiled for and by: the compute capability (90 for 9.0, 0 for none) and Triton's version."""
 
     capability: int
@@ -66,7 +66,7 @@ class Variant:
     torch's own leaves finite; empty where it is not. No variant makes a finite value of one that is not.
 
     ``hazard`` (problem, config, target) -> None, or the reason why the config must not run on what the
-    :class:`Target` names, though it compiles: such configs are chosen by nothing.
+    :class:`Toolchain` names, though it compiles: such configs are chosen by nothing.
 
     ``work`` (problem, config) -> :class:`~tritonconv.kernels.work.Work` is what the launch executes, for the cost
     model; None stands for the useful FLOPs and the compulsory bytes.
@@ -86,7 +86,7 @@ class Variant:
     spreads_nonfinite: str = ""
     workspace_bytes: Callable[[Problem], int] = field(default=_no_workspace)
     work: Callable[[Problem, Config], Work] | None = None
-    hazard: Callable[[Problem, Config, Target], str | None] | None = None
+    hazard: Callable[[Problem, Config, Toolchain], str | None] | None = None
 
     def __post_init__(self) -> None:
         if self.pass_name not in PASSES:
