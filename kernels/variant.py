@@ -23,6 +23,10 @@ SPREADS_VOXELS = "voxels that meet nothing are multiplied by zeros: where x or g
 SPREADS_PADDING = "torch's convolution may multiply the zeros of a padding, and gives NaN where the other is not finite"
 
 
+def _serves(problem: Problem, device: torch.device) -> None:
+    return None
+
+
 def _one_config(problem: Problem, device: torch.device) -> tuple[Config, ...]:
     return (NO_CONFIG,)
 
@@ -53,7 +57,7 @@ class Variant:
     * backward_weight: ``x, grad_y, need_bias`` -> ``(grad_weight, grad_bias or None)``
 
     and returns new tensors. ``supports`` returns None, or the reason why the variant cannot serve the problem on the
-    device. ``workspace_bytes`` bounds the temporary memory besides inputs and outputs.
+    device; by default it serves all. ``workspace_bytes`` bounds the temporary memory besides inputs and outputs.
 
     ``prepare`` (problem, grad_y) -> tensor is work on grad_y that a backward_data and a backward_weight variant share
     where both name the same function: it is done once, and each takes its result as the keyword ``prepared``.
@@ -77,7 +81,7 @@ class Variant:
     idea: str
     backend: str
     launch: Callable[..., Any]
-    supports: Callable[[Problem, torch.device], str | None]
+    supports: Callable[[Problem, torch.device], str | None] = field(default=_serves)
     space: Callable[[Problem, torch.device], tuple[Config, ...]] = field(default=_one_config)
     default: Callable[[Problem, torch.device], Config] = field(default=_no_config)
     prepare: Callable[[Problem, torch.Tensor], torch.Tensor] | None = None

@@ -15,11 +15,11 @@ import torch
 from test_model import compiled, problem  # noqa: F401  (a fixture)
 
 from tritonconv.autotune import ceilings, choose, first, fit, serving
-from tritonconv.autotune.tuning import held_out
 from tritonconv.autotune.fit import Fit, Smoother, place
 from tritonconv.autotune.rules import FALLBACK
 from tritonconv.autotune.serving import Part
 from tritonconv.autotune.store import Table
+from tritonconv.autotune.tuning import held_out
 from tritonconv.kernels import registry
 from tritonconv.lab import cli
 from tritonconv.lab.bench import results

@@ -247,7 +247,7 @@ VARIANT = Variant("forward_factor", "forward", "grows", "triton", launch, gather
 
 def test_a_variant_from_outside_the_project_is_never_replayed(tmp_path):
     (tmp_path / "forward_factor.py").write_text(OUTSIDE)
-    record = registry.load(tmp_path / "forward_factor.py")
+    (record,) = registry.load(tmp_path / "forward_factor.py")
     try:
         *given, want = operands()
         with tritonconv.use(record.name):

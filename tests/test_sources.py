@@ -75,7 +75,7 @@ def revision_of(tmp_path):
     def made(text: str) -> str:
         path = tmp_path / f"edited_{next(NUMBERS)}.py"
         path.write_text(text)
-        record = registry.load(path)
+        (record,) = registry.load(path)
         del registry._records()[record.name], registry._files[record.name]
         return sources.revision(record)
 

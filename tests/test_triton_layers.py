@@ -263,7 +263,7 @@ def test_the_accounting_of_a_launch():
 def test_every_variant_has_an_accounted_kernel(name):
     """A kernel of the variant publishes its FLOPs and bytes, and takes the arguments that they are computed from."""
     launches = sys.modules[variant(name).launch.__module__]
-    fused = sys.modules.get("tritonconv.kernels.triton_fused_backward", launches)
+    fused = sys.modules.get("tritonconv.kernels.backward_fused", launches)
     used = (launches, fused, *(each for each in vars(launches).values() if isinstance(each, types.ModuleType)))
     found = [each for module in used for each in vars(module).values()]
     kernels = [each for each in found if getattr(each, "__name__", "").endswith("_kernel")]
