@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from tritonconv.kernels import triton_tiles as tiles
+from tritonconv.kernels.triton_channels_last import copying
 from tritonconv.kernels.triton_device import (
     aligned,
     ceil_div,
@@ -184,16 +185,20 @@ def workspace_bytes(problem: Problem) -> int:
     return 2 * tiles.PROGRAMS * tiles.LARGEST_TILE * 4
 
 
-VARIANT = Variant(
-    name="backward_data_gemm",
-    pass_name="backward_data",
-    idea="implicit GEMM over all taps: a strided convolution of grad_y",
-    backend="triton",
-    spreads_nonfinite=SPREADS_WEIGHT,
-    launch=launch,
-    supports=refusal,
-    space=space,
-    default=default,
-    workspace_bytes=workspace_bytes,
-    work=work,
+VARIANT = copying(
+    Variant(
+        name="backward_data_gemm",
+        pass_name="backward_data",
+        idea="implicit GEMM over all taps: a strided convolution of grad_y",
+        backend="triton",
+        spreads_nonfinite=SPREADS_WEIGHT,
+        launch=launch,
+        supports=refusal,
+        space=space,
+        default=default,
+        workspace_bytes=workspace_bytes,
+        work=work,
+    ),
+    ("y",),
+    "c_out",
 )

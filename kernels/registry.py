@@ -16,7 +16,7 @@ import pkgutil
 import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache, wraps
 from pathlib import Path
@@ -25,13 +25,26 @@ from typing import Any
 
 from tritonconv.errors import ArgumentError, KernelWarning
 from tritonconv.kernels.safety import guarded
-from tritonconv.kernels.variant import Variant
+from tritonconv.kernels.variant import COPY, Variant
 from tritonconv.problem import PASSES, Problem
 
 PACKAGE = "tritonconv.kernels"
 OLDEST_TRITON = (3, 6)  # as pyproject.toml
+# What became of a variant that was merged into another, and of one whose configs have a key more: its name and the keys
+# that an older config does not say.
+RENAMED: dict[str, tuple[str, dict[str, int]]] = {
+    name + old: (name, {COPY: copies})
+    for name in ("forward_phases", "backward_data_gemm", "backward_weight_splitk", "backward_weight_cells")
+    for old, copies in (("", 0), ("_last", 1))
+}
 # What the kernels import of Triton.
 TRITON_MODULES = ("language", "knobs", "backends.compiler", "compiler.compiler", "tools.tensor_descriptor")
+
+
+def renamed(name: str, config: Mapping[str, int]) -> tuple[str, dict[str, int]]:
+    """The variant and config that a stored name and config stand for today."""
+    new, more = RENAMED.get(name, (name, {}))
+    return new, {**more, **config} if new == name else {**config, **more}
 
 
 def have_triton() -> bool:
@@ -207,6 +220,10 @@ def variant(name: str) -> Variant:
         return found
     if name in _kernels():
         raise ArgumentError(f"variant {name!r} is not there: {triton_fault()}")
+    if name in RENAMED:
+        new, more = RENAMED[name]
+        keys = ", ".join(f"{key}={value}" for key, value in more.items())
+        raise ArgumentError(f"variant {name!r} is {new!r} with {keys} in its config now, which the tuner tries")
     raise ArgumentError(f"unknown variant {name!r}; there are: {', '.join(_here())}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -16,6 +17,7 @@ from tritonconv.problem import PASSES, Problem
 Config = Mapping[str, int]
 NO_CONFIG: Config = MappingProxyType({})
 BACKENDS = ("triton", "torch")
+COPY = "COPY"  # of a config: 1 copies operands to channels_last_3d first (triton_channels_last.py)
 
 # Reasons for ``Variant.spreads_nonfinite``: what is multiplied by a zero that stands for nothing.
 SPREADS_WEIGHT = "taps that find no voxel are multiplied by zeros: where the weight is not finite they give NaN"
@@ -60,7 +62,8 @@ class Variant:
     device; by default it serves all. ``workspace_bytes`` bounds the temporary memory besides inputs and outputs.
 
     ``prepare`` (problem, grad_y) -> tensor is work on grad_y that a backward_data and a backward_weight variant share
-    where both name the same function: it is done once, and each takes its result as the keyword ``prepared``.
+    where both name the same function: it is done once, and each takes its result as the last operand, ``prepared``. Of
+    a variant that has the key COPY in its configs it is asked where that is 1.
 
     ``joint`` (problem, config, x, weight, grad_y, need_bias) -> (grad_x, grad_weight, grad_bias or None) is the whole
     backward at once, used instead of the two launches where the chosen backward_data and backward_weight variants
@@ -91,6 +94,13 @@ class Variant:
     workspace_bytes: Callable[[Problem], int] = field(default=_no_workspace)
     work: Callable[[Problem, Config], Work] | None = None
     hazard: Callable[[Problem, Config, Target], str | None] | None = None
+
+    def starts(self, problem: Problem, device: torch.device) -> tuple[Config, ...]:
+        """The default config, and the first of the space that copies operands, where there is one: the others of the
+        space are around these."""
+        default = self.default(problem, device)
+        copies = (each for each in self.space(problem, device) if each[COPY]) if COPY in default else iter(())
+        return (default, *itertools.islice(copies, 1))
 
     def __post_init__(self) -> None:
         if self.pass_name not in PASSES:

@@ -143,8 +143,9 @@ def compile_job(job: Job, record: Variant | None = None, measure: Measure | None
     begin = time.perf_counter()
     try:
         with compiling_for(target), products_in(job.precision), _seconds() as seconds:
-            config = record.default(problem, GPU) if job.config is None else job.config
-            common["config"] = dict(config)
+            starts = record.starts(problem, GPU)
+            config = starts[0] if job.config is None else job.config
+            common |= {"config": dict(config), "default": config in starts}
             kernels = compile_launch(record, problem, config)
             return [Record(**common, **measure(name, kernel, target, seconds)) for name, kernel in kernels]
     except Exception as error:  # a kernel that does not compile is a result
