@@ -30,7 +30,12 @@ from tritonconv.kernels.registry import variants
 ROOT = Path(__file__).resolve().parent.parent
 
 SECONDS = 600  # a break may make a loop endless
-TESTS = ("tests/test_triton_kernels.py", "tests/test_fused_backward.py", "tests/test_skipped_taps.py")
+TESTS = (
+    "tests/test_triton_kernels.py",
+    "tests/test_fused_backward.py",
+    "tests/test_skipped_taps.py",
+    "tests/test_triton_reduce.py",
+)
 # What each operator becomes, as it is written.
 OPERATORS: dict[type[ast.AST], tuple[str, str]] = {
     ast.Add: ("+", "-"), ast.Sub: ("-", "+"), ast.Mult: ("*", "+"), ast.FloorDiv: ("//", "%"), ast.Mod: ("%", "//"),
@@ -93,10 +98,11 @@ def users() -> dict[sources.Place, list[str]]:
 
 def noticed(broken: Break, names: list[str], folder: Path) -> bool:
     """The tests of the variants fail in a copy of the project with the break; it is taken back afterwards."""
-    path = folder / "kernels" / f"{broken.module.rpartition('.')[2]}.py"
+    stem = broken.module.rpartition(".")[2]
+    path = folder / "kernels" / f"{stem}.py"
     whole = path.read_bytes()
     path.write_bytes(whole[: broken.begin] + broken.new.encode() + whole[broken.end :])
-    asked = " or ".join(f"[{name}" for name in names)
+    asked = " or ".join((f"test_{stem}", *(f"[{name}" for name in names)))
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *TESTS, "-k", asked]
     environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
     try:

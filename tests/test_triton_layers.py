@@ -141,7 +141,7 @@ def test_offsets_beyond_32_bits(name):
     record = form(name)
     case, problem = first_served(record, dtype=torch.float16, longest_axis=3)
     (x, weight, bias, grad_y), wanted = operands(case, torch.float16, problem.layout)
-    config = small(record.default(problem, DEVICE))
+    config = small(record.default(problem, DEVICE), 64)
     with contextlib.nullcontext() if ON_GPU else interpreter.overflow_checks():  # an error in place of a crash
         got = run(record, problem, config, (far_apart(x), weight, bias), far_apart(grad_y), True)
         assert all(map(same, got, wanted[record.pass_name]))
@@ -180,7 +180,7 @@ def test_no_integer_overflows(name):
 
 def orders(record, problem):
     """Configs that differ in the packing of the weight, where the variant packs it."""
-    config = small(record.default(problem, DEVICE))
+    config = small(record.default(problem, DEVICE), 64)
     return [{**config, "WEIGHT": order} for order in (0, 1, 2)] if "WEIGHT" in config else [config]
 
 
