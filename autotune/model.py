@@ -24,15 +24,15 @@ import torch
 
 from tritonconv.autotune.ceilings import COPIES, Ceilings, of_capability
 from tritonconv.kernels.registry import variants
+from tritonconv.kernels.targets import TARGETS
 from tritonconv.kernels.variant import COPY, Config, Variant
 from tritonconv.kernels.work import LINE, WARP, Work, by_torch
+from tritonconv.precision import TF32, float32_precision
 from tritonconv.problem import Problem
 
 MOST_CANDIDATES = 12
 MOST_CONFIGS = 40
-REFERENCE = of_capability((9, 0))  # of pruned spaces
-THREADS_PER_MULTIPROCESSOR = 2048
-MOST_PROGRAMS = 32  # resident in a multiprocessor
+REFERENCE, HOPPER = of_capability((9, 0)), TARGETS["sm_90"]  # of pruned spaces
 MOST_REGISTERS = 255  # of one thread; a kernel that wants more spills
 # Seconds from the load of a tile to its product: about 300 cycles to L2 and back, and a barrier, at 1.7 GHz:
 # an order of magnitude that has not been measured.
@@ -209,15 +209,15 @@ def _ranks(values: Sequence[float]) -> np.ndarray:
 
 def _matrix_rate(problem: Problem, ceilings: Ceilings) -> float:
     name = str(problem.dtype).removeprefix("torch.")
-    if name == "float32" and "tf32" in ceilings.matrix and torch.backends.cudnn.conv.fp32_precision == "tf32":  # type: ignore[attr-defined]
-        name = "tf32"
+    if name == "float32" and TF32 in ceilings.matrix and float32_precision() == TF32:
+        name = TF32
     return ceilings.matrix.get(name) or ceilings.vector
 
 
 def _resident(work: Work, ceilings: Ceilings) -> int:
     """Programs that fit one multiprocessor together; 0 where one alone is too large."""
     threads = work.warps * WARP
-    fits = [MOST_PROGRAMS, THREADS_PER_MULTIPROCESSOR // threads]
+    fits = [HOPPER.blocks, HOPPER.threads // threads]
     if work.shared_bytes:
         fits.append(ceilings.shared_bytes // work.shared_bytes)
     if work.registers:

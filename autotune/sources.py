@@ -83,8 +83,9 @@ def _uses(place: Place) -> tuple[Place, ...]:
             elif node.id in imported:
                 found[imported[node.id]] = None
         elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in imported:
-            of_module = imported[node.value.id]  # ``from tritonconv.kernels import forward_phases``
-            found[Place(f"{of_module.module}.{of_module.name}", node.attr)] = None
+            package, name = imported[node.value.id]
+            if package == PACKAGE:  # ``from tritonconv.kernels import forward_phases``
+                found[Place(f"{PACKAGE}.{name}", node.attr)] = None
     return tuple(each for each in found if each.module not in APART and _is_ours(each.module))
 
 

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from tritonconv.kernels import triton_tiles as tiles
+from tritonconv.kernels.targets import MULTIPROCESSORS
 from tritonconv.kernels.triton_channels_last import copying
 from tritonconv.kernels.triton_device import (
     aligned,
@@ -158,7 +159,7 @@ def default(problem: Problem, device: torch.device):
 
 def splits_of(problem: Problem, config: Config) -> int:
     """SPLITS: as many as give each multiprocessor a program, each worth its start."""
-    most = tiles.PROGRAMS // max(1, programs(problem, config))
+    most = MULTIPROCESSORS // max(1, programs(problem, config))
     return max(1, min(most, steps_of(problem, config) // LEAST_STEPS))
 
 
@@ -182,23 +183,19 @@ def work(problem: Problem, config) -> Work:
 
 def workspace_bytes(problem: Problem) -> int:
     """Of the partials: splitting stops at about one program per multiprocessor."""
-    return 2 * tiles.PROGRAMS * tiles.LARGEST_TILE * 4
+    return 2 * MULTIPROCESSORS * tiles.LARGEST_TILE * 4
 
 
-VARIANT = copying(
-    Variant(
-        name="backward_data_gemm",
-        pass_name="backward_data",
-        idea="implicit GEMM over all taps: a strided convolution of grad_y",
-        backend="triton",
-        spreads_nonfinite=SPREADS_WEIGHT,
-        launch=launch,
-        supports=refusal,
-        space=space,
-        default=default,
-        workspace_bytes=workspace_bytes,
-        work=work,
-    ),
-    ("y",),
-    "c_out",
-)
+VARIANT = copying(Variant(
+    name="backward_data_gemm",
+    pass_name="backward_data",
+    idea="implicit GEMM over all taps: a strided convolution of grad_y",
+    backend="triton",
+    spreads_nonfinite=SPREADS_WEIGHT,
+    launch=launch,
+    supports=refusal,
+    space=space,
+    default=default,
+    workspace_bytes=workspace_bytes,
+    work=work,
+), ("y",), "c_out")  # fmt: skip

@@ -18,6 +18,7 @@ import triton.language as tl
 
 from tritonconv.kernels import triton_phases as phases
 from tritonconv.kernels import triton_tiles as tiles
+from tritonconv.kernels.targets import MULTIPROCESSORS
 from tritonconv.kernels.triton_device import aligned, dividers, inside, multiple, voxel_tiles, voxels
 from tritonconv.kernels.triton_launch import accounting, empty, geometry, precision, refusal, wide
 from tritonconv.kernels.triton_launch import launch as run
@@ -236,7 +237,7 @@ def default(problem: Problem, device: torch.device) -> Config:
         "BLOCK_M": block_m,
         "BLOCK_W": width,
         "ROWS": rows,
-        "SPLITS": max(1, min(most, tiles.PROGRAMS // problem.groups)),
+        "SPLITS": max(1, min(most, MULTIPROCESSORS // problem.groups)),
         "WEIGHT": AS_GIVEN,  # each program reads the weight once
         "num_warps": 8 if largest >= 128 * 64 else 4,
         "num_stages": 1 if compute_capability() >= 100 else 2,  # on sm_100 grad_weight alone spills in two
@@ -264,7 +265,7 @@ def space(problem: Problem, device: torch.device) -> tuple[Config, ...]:
 def workspace_bytes(problem: Problem) -> int:
     """The partial sums of the largest number of splits in :func:`space`, in bytes."""
     elements = math.prod(problem.weight_shape) + problem.c_out
-    return 4 * elements * 4 * max(1, tiles.PROGRAMS // problem.groups)
+    return 4 * elements * 4 * max(1, MULTIPROCESSORS // problem.groups)
 
 
 def work(problem: Problem, config: Config, pass_name: str) -> Work:

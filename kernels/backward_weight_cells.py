@@ -223,20 +223,16 @@ def _least(lanes: int, block: int, channels: int, places: Triple, last: bool) ->
     return found
 
 
-VARIANT = copying(
-    Variant(
-        name="backward_weight_cells",
-        pass_name="backward_weight",
-        idea="kernel > stride, few channels: one GEMM over cells, phases times window deltas",
-        backend="triton",
-        spreads_nonfinite=SPREADS_VOXELS,
-        launch=launch,
-        supports=supports,
-        space=lambda problem, device: gemm(problem).space(default(problem, device)),
-        default=default,
-        workspace_bytes=lambda problem: gemm(problem).workspace_bytes(),
-        work=work,
-    ),
-    ("x", "y"),
-    "c_out",
-)
+VARIANT = copying(Variant(
+    name="backward_weight_cells",
+    pass_name="backward_weight",
+    idea="kernel > stride, few channels: one GEMM over cells, phases times window deltas",
+    backend="triton",
+    spreads_nonfinite=SPREADS_VOXELS,
+    launch=launch,
+    supports=supports,
+    space=lambda problem, device: gemm(problem).space(default(problem, device)),
+    default=default,
+    workspace_bytes=lambda problem: gemm(problem).workspace_bytes(),
+    work=work,
+), ("x", "y"), "c_out")  # fmt: skip

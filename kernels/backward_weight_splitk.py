@@ -130,20 +130,16 @@ def supports(problem: Problem, device: torch.device) -> str | None:
     return refusal(problem, device) or triton_taps.refusal(problem.kernel)
 
 
-VARIANT = copying(
-    Variant(
-        name="backward_weight_splitk",
-        pass_name="backward_weight",
-        idea="one GEMM over all voxels, split into chunks; the bias gradient in the same launch",
-        backend="triton",
-        spreads_nonfinite=SPREADS_VOXELS,
-        launch=launch,
-        supports=supports,
-        space=lambda problem, device: gemm(problem).space(gemm(problem).default()),
-        default=lambda problem, device: gemm(problem).default(),
-        workspace_bytes=lambda problem: gemm(problem).workspace_bytes(),
-        work=lambda problem, config: gemm(problem).work(config, LOAD_INSTRUCTIONS),
-    ),
-    ("x", "y"),
-    "c_out",
-)
+VARIANT = copying(Variant(
+    name="backward_weight_splitk",
+    pass_name="backward_weight",
+    idea="one GEMM over all voxels, split into chunks; the bias gradient in the same launch",
+    backend="triton",
+    spreads_nonfinite=SPREADS_VOXELS,
+    launch=launch,
+    supports=supports,
+    space=lambda problem, device: gemm(problem).space(gemm(problem).default()),
+    default=lambda problem, device: gemm(problem).default(),
+    workspace_bytes=lambda problem: gemm(problem).workspace_bytes(),
+    work=lambda problem, config: gemm(problem).work(config, LOAD_INSTRUCTIONS),
+), ("x", "y"), "c_out")  # fmt: skip

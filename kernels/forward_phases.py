@@ -204,19 +204,15 @@ def work(problem: Problem, config) -> Work:
     return tap_gemm(problem, "forward", config, each * math.prod(problem.stride), steps, apart=(1, problem.stride[2]))
 
 
-VARIANT = copying(
-    Variant(
-        name="forward_phases",
-        pass_name="forward",
-        idea="implicit GEMM per phase: only the taps that hit",
-        backend="triton",
-        spreads_nonfinite=SPREADS_WEIGHT,
-        launch=launch,
-        supports=refusal,
-        space=space,
-        default=default,
-        work=work,
-    ),
-    ("x",),
-    "c_in",
-)
+VARIANT = copying(Variant(
+    name="forward_phases",
+    pass_name="forward",
+    idea="implicit GEMM per phase: only the taps that hit",
+    backend="triton",
+    spreads_nonfinite=SPREADS_WEIGHT,
+    launch=launch,
+    supports=refusal,
+    space=space,
+    default=default,
+    work=work,
+), ("x",), "c_in")  # fmt: skip

@@ -164,7 +164,7 @@ def _record(name: str) -> Variant | None:
     if found is None and module is not None and (torchs or have_triton()):
         by_name = {each.name: each for each in _held(_imported(module))}
         if name in by_name:
-            found = _records().setdefault(name, guarded(_spread(by_name[name])))
+            found = _records().setdefault(name, guarded(_without_overlap(by_name[name])))
         elif not torchs:
             raise ArgumentError(f"{module}.py: expected a variant {name!r}, found {', '.join(by_name) or 'none'}")
     return found
@@ -180,23 +180,25 @@ def _held(module: ModuleType) -> tuple[Variant, ...]:
     return tuple(getattr(module, "VARIANTS", () if one is None else (one,)))
 
 
-def _spread(record: Variant) -> Variant:
-    """A Triton kernel is asked about, and launched for, the :attr:`~tritonconv.problem.Problem.spread` problem.
+def _without_overlap(record: Variant) -> Variant:
+    """Wraps a Triton variant so that all its functions receive ``problem.without_overlap``.
 
     torch's own operations get the stride that was given: which of its algorithms serve it may depend on that.
     """
     if record.backend != "triton":
         return record
     names = ("launch", "supports", "space", "default", "joint", "workspace_bytes", "work", "hazard")
-    asked: dict[str, Any] = {name: _of_spread(each) for name in names if (each := getattr(record, name)) is not None}
+    asked: dict[str, Any] = {
+        name: _called_without_overlap(each) for name in names if (each := getattr(record, name)) is not None
+    }
     return replace(record, **asked)
 
 
 @cache  # two variants that name one function still do
-def _of_spread(function: Callable[..., Any]) -> Callable[..., Any]:
+def _called_without_overlap(function: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(function)
     def asked(problem: Problem, *more: Any, **named: Any) -> Any:
-        return function(problem.spread, *more, **named)
+        return function(problem.without_overlap, *more, **named)
 
     return asked
 
@@ -258,7 +260,7 @@ def load(path: Path) -> tuple[Variant, ...]:
             raise ArgumentError(f"variant file {path}: the name {each.name!r} is taken (tritonconv list shows all)")
         taken.add(each.name)
     _files.update({each.name: path.resolve() for each in records})
-    _records().update({each.name: guarded(_spread(each)) for each in records})
+    _records().update({each.name: guarded(_without_overlap(each)) for each in records})
     return tuple(_records()[each.name] for each in records)
 
 

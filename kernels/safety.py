@@ -11,15 +11,15 @@ from dataclasses import replace
 
 import torch
 
-from tritonconv.kernels.variant import Config, Target, Variant
+from tritonconv.kernels.variant import Config, Toolchain, Variant
 from tritonconv.problem import Problem
 
 
-def present(device: torch.device) -> Target:
+def present(device: torch.device) -> Toolchain:
     """What a launch on the device would be compiled for now."""
     from tritonconv.kernels.triton_target import compute_capability, triton_version
 
-    return Target(compute_capability() if device.type == "cuda" else 0, triton_version())
+    return Toolchain(compute_capability() if device.type == "cuda" else 0, triton_version())
 
 
 def unsafe(record: Variant, problem: Problem, config: Config, device: torch.device) -> str | None:

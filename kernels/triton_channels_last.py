@@ -13,7 +13,7 @@ import torch
 
 from tritonconv.kernels import triton_transpose
 from tritonconv.kernels.triton_tape import derived
-from tritonconv.kernels.variant import COPY, Config, Target, Variant
+from tritonconv.kernels.variant import COPY, Config, Toolchain, Variant
 from tritonconv.kernels.work import Work, size_of
 from tritonconv.problem import Problem
 
@@ -73,7 +73,7 @@ def copying(base: Variant, copied: tuple[str, ...], gathered: str) -> Variant:
             most = max(most, base.workspace_bytes(_last(problem)) + int(size_of(problem, *copied)))
         return most
 
-    def hazard(problem: Problem, config: Config, target: Target) -> str | None:
+    def hazard(problem: Problem, config: Config, target: Toolchain) -> str | None:
         assert base.hazard is not None
         return base.hazard(_last(problem) if config.get(COPY) else problem, config, target)
 

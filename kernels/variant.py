@@ -41,7 +41,7 @@ def _no_workspace(problem: Problem) -> int:
     return 0
 
 
-class Target(NamedTuple):
+class Toolchain(NamedTuple):
     """What a kernel is compiled for and by: the compute capability (90 for 9.0, 0 for none) and Triton's version."""
 
     capability: int
@@ -73,7 +73,7 @@ class Variant:
     torch's own leaves finite; empty where it is not. No variant makes a finite value of one that is not.
 
     ``hazard`` (problem, config, target) -> None, or the reason why the config must not run on what the
-    :class:`Target` names, though it compiles: such configs are chosen by nothing.
+    :class:`Toolchain` names, though it compiles: such configs are chosen by nothing.
 
     ``work`` (problem, config) -> :class:`~tritonconv.kernels.work.Work` is what the launch executes, for the cost
     model; None stands for the useful FLOPs and the compulsory bytes.
@@ -93,7 +93,7 @@ class Variant:
     spreads_nonfinite: str = ""
     workspace_bytes: Callable[[Problem], int] = field(default=_no_workspace)
     work: Callable[[Problem, Config], Work] | None = None
-    hazard: Callable[[Problem, Config, Target], str | None] | None = None
+    hazard: Callable[[Problem, Config, Toolchain], str | None] | None = None
 
     def starts(self, problem: Problem, device: torch.device) -> tuple[Config, ...]:
         """The default config, and the first of the space that copies operands, where there is one: the others of the

@@ -27,8 +27,9 @@ from tritonconv.kernels.registry import variant
 from tritonconv.lab.bench import gate
 from tritonconv.lab.bench.gpu import captured
 from tritonconv.lab.bench.workloads import resized, workload
-from tritonconv.lab.inspection.compiling import PRECISIONS, products_in
-from tritonconv.lab.inspection.jobs import CLASSES
+from tritonconv.lab.inspection.compiling import products_in
+from tritonconv.lab.inspection.jobs import SAMPLE_LAYERS
+from tritonconv.precision import PRECISIONS
 from tritonconv.problem import LAYOUTS, PASSES
 
 pytestmark = pytest.mark.gpu
@@ -47,11 +48,11 @@ PRODUCTS = [f"{name}_torch_{idea}" for name in PASSES for idea in ("shuffle", "l
 
 def layers_judged(name: str, precision: str) -> list[Problem]:
     """Cut to what takes no time; precisions that are judged in one layout take turns."""
-    most_layers, most_layouts = (len(CLASSES) + 1, len(LAYOUTS)) if EVERY_LAYER else JUDGED[precision]
+    most_layers, most_layouts = (len(SAMPLE_LAYERS) + 1, len(LAYOUTS)) if EVERY_LAYER else JUDGED[precision]
     layouts = sorted(LAYOUTS, reverse=list(JUDGED).index(precision) % 2 == 1)
     found: list[Problem] = []
-    for layer in dict.fromkeys((*CLASSES.values(), FEW_CHANNELS)):
-        whole = [workload(layer).problem(PRECISIONS[precision][0], layout) for layout in layouts]
+    for layer in dict.fromkeys((*SAMPLE_LAYERS.values(), FEW_CHANNELS)):
+        whole = [workload(layer).problem(PRECISIONS[precision], layout) for layout in layouts]
         cut = [resized(each, tuple(min(size, MOST_VOXELS) for size in each.size), 1) for each in whole]
         served_ones = [each for each in cut if form(name).supports(each, DEVICE) is None][:most_layouts]
         found += served_ones

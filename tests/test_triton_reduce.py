@@ -45,4 +45,6 @@ def test_a_long_bias_takes_several_programs():
     partial, bias_partial = partials(2, 1, 1, 1, 1), partials(2, 300)
     grad_weight, grad_bias = torch.empty(1, 1, 1, 1, 1, device=DEVICE), torch.empty(300, device=DEVICE)
     triton_reduce.sum_weights(partial, grad_weight, bias_partial, grad_bias)
-    assert same(grad_weight, partial.double().sum(0)[None].cpu()) and same(grad_bias, bias_partial.double().sum(0).cpu())
+    assert same(grad_weight, partial.double().sum(0)[None].cpu()) and same(
+        grad_bias, bias_partial.double().sum(0).cpu()
+    )

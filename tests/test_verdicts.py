@@ -83,7 +83,7 @@ import torch
 from tritonconv.autotune.model import MOST_CONFIGS, form, pruned
 from tritonconv.lab.bench.workloads import workload, workloads
 from tritonconv.lab.inspection.compiling import GPU, compiling_for
-from tritonconv.lab.inspection.targets import TARGETS
+from tritonconv.kernels.targets import TARGETS
 from tritonconv.kernels.registry import renamed, variant, variants
 from tritonconv.problem import LAYOUTS, Problem
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tritonconv.arguments import geometry, problem_of
 from tritonconv.errors import ArgumentError
 from tritonconv.lab.bench import workloads as w
-from tritonconv.lab.bench.calls import laid_out, torch_arguments
+from tritonconv.lab.bench.calls import laid_out
 from tritonconv.problem import LAYOUTS, Problem, output_size
 
 ALL = w.workloads()
@@ -52,7 +52,7 @@ def test_torchs_arguments_come_back_from_the_problem(layer):
     for scale in w.SCALES:
         problem = layer.problem(scale=scale)
         args = (layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation)
-        assert torch_arguments(problem) == args
+        assert problem.torch_arguments == args
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -62,7 +62,7 @@ def test_dispatch_sees_the_same_problem_as_the_run(layout):
         problem = layer.problem(layout=layout, scale="cpu")
         x, weight = torch.empty(problem.x_shape, device="meta"), torch.empty(problem.weight_shape, device="meta")
         bias = torch.empty(problem.c_out, device="meta") if problem.bias else None
-        assert problem_of(laid_out(x, layout), weight, bias, geometry(*torch_arguments(problem))) == problem, layer.name
+        assert problem_of(laid_out(x, layout), weight, bias, geometry(*problem.torch_arguments)) == problem, layer.name
 
 
 @pytest.mark.parametrize("layer", ALL, ids=names)

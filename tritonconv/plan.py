@@ -59,10 +59,9 @@ class Plan:
     @cached_property
     def torch_forward(self) -> tuple | None:
         """The same where the forward alone is torch's own: a call that needs no gradient goes straight to torch."""
-        problem, crop = self.problem, self.problem.torch_crop
-        if not crop.exact or not self._torchs("forward"):
+        if not self.problem.torch_crop.exact or not self._torchs("forward"):
             return None
-        return problem.stride, crop.padding, crop.output_padding, problem.groups, problem.dilation
+        return self.problem.torch_arguments
 
     @cached_property
     def packs_weights(self) -> bool:

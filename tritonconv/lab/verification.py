@@ -23,7 +23,7 @@ from tritonconv.lab.bench.options import Options, Progress
 from tritonconv.lab.bench.results import Run, Writer
 from tritonconv.lab.bench.rows import sizes_of
 from tritonconv.lab.bench.workloads import workload
-from tritonconv.lab.inspection.jobs import CLASSES
+from tritonconv.lab.inspection.jobs import SAMPLE_LAYERS
 from tritonconv.lab.inspection.precompile import Precompiler
 from tritonconv.problem import Problem
 
@@ -126,7 +126,7 @@ def checks_of(
     """What is verified: the variants that serve a layer of each class, each with its default config and the one that
     copies operands first."""
     for dtype in dtypes:
-        for layer in (workload(name) for name in dict.fromkeys(CLASSES.values())):
+        for layer in (workload(name) for name in dict.fromkeys(SAMPLE_LAYERS.values())):
             for layout in layouts:
                 task = Task(_small(layer.problem(dtype, layout)), layer.name, layer.suite)
                 for record in variants():

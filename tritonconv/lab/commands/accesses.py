@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from tritonconv.kernels.targets import TARGETS
 from tritonconv.lab import flags
 from tritonconv.lab.bench.summary import columns
 from tritonconv.lab.commands.common import OK
@@ -12,7 +13,6 @@ from tritonconv.lab.commands.inspect import ALL, FEW, triton_variants, wanted_cl
 from tritonconv.lab.inspection import accesses, jobs
 from tritonconv.lab.inspection.accesses import Access
 from tritonconv.lab.inspection.compiling import check_compiler
-from tritonconv.lab.inspection.targets import TARGETS
 from tritonconv.problem import LAYOUTS
 
 HELP = "show which loads and stores of the Triton kernels are badly coalesced; needs no GPU"
@@ -30,7 +30,10 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("variants", nargs="*", metavar="VARIANT", help="Triton variants (default: all)")
     flags.add_choice(parser, "--layouts", LAYOUTS, f"{', '.join(LAYOUTS)} (default: both)")
     flags.add_choice(
-        parser, "--layers", (*jobs.CLASSES, FEW, ALL), f"layers (default: {FEW}, the first {jobs.FEW} a variant serves)"
+        parser,
+        "--layers",
+        (*jobs.SAMPLE_LAYERS, FEW, ALL),
+        f"layers (default: {FEW}, the first {jobs.FEW} a variant serves)",
     )
     parser.add_argument("--target", choices=tuple(TARGETS), default="sm_90", help="(default: %(default)s)")
     parser.add_argument("--all", action="store_true", help=f"every access, not only those below {POOR}")
@@ -39,7 +42,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     chosen = triton_variants(options.variants)
     check_compiler()
-    plan = jobs.plan(
+    plan = jobs.job_list(
         chosen,
         targets=(options.target,),
         precisions=("float16",),

@@ -14,6 +14,7 @@ import torch
 
 from tritonconv.autotune.tuning.compiled import CONFIGS, jobs_of, judged
 from tritonconv.errors import ArgumentError
+from tritonconv.kernels.targets import TARGETS
 from tritonconv.kernels.triton_compiled import VARIABLE, CompiledFolder
 from tritonconv.lab import flags
 from tritonconv.lab.bench.progress import progress
@@ -22,8 +23,8 @@ from tritonconv.lab.commands.problems import add_problems, dtypes_of, tasks_aske
 from tritonconv.lab.inspection.ahead import Filled, compile_into, opened, refused
 from tritonconv.lab.inspection.compiling import GPU, check_compiler, compiling_for
 from tritonconv.lab.inspection.launches import Launches, missing
-from tritonconv.lab.inspection.precompile import GIVEN_UP, Job
-from tritonconv.lab.inspection.targets import TARGETS
+from tritonconv.lab.inspection.precompile import Request
+from tritonconv.lab.inspection.workers import GIVEN_UP
 from tritonconv.lab.verification import checks_of
 from tritonconv.problem import LAYOUTS
 
@@ -118,7 +119,7 @@ def _about_out(path: Path) -> Iterator[None]:
         raise ArgumentError(f"argument --out: {refused(error, path)}") from None
 
 
-def _verified(options: argparse.Namespace, target: str) -> list[Job]:
+def _verified(options: argparse.Namespace, target: str) -> list[Request]:
     with compiling_for(TARGETS[target]):
         return judged(
             (chosen.variant.name, task.problem, chosen.config)

@@ -6,7 +6,7 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -14,15 +14,16 @@ import torch
 from tritonconv.autotune.sources import revision
 from tritonconv.errors import ArgumentError
 from tritonconv.kernels.registry import triton_fault, variants
+from tritonconv.kernels.targets import TARGETS
 from tritonconv.kernels.variant import Variant
 from tritonconv.lab import flags
 from tritonconv.lab.bench.environment import version
 from tritonconv.lab.bench.progress import progress
 from tritonconv.lab.commands.common import OK, WRONG
 from tritonconv.lab.inspection import jobs, readme, records, report, verdicts
-from tritonconv.lab.inspection.compiling import PRECISIONS, Job, check_compiler, compile_job
+from tritonconv.lab.inspection.compiling import Job, check_compiler, compile_job
 from tritonconv.lab.inspection.records import Inspection, Record
-from tritonconv.lab.inspection.targets import TARGETS
+from tritonconv.precision import PRECISIONS
 from tritonconv.problem import LAYOUTS
 
 HELP = "compile the Triton kernels for GPUs that are not here, and look"
@@ -41,7 +42,7 @@ target has, its tl.dot has no matrix instruction, or it writes a register that a
 configs (--configs all) only warn.
 
 layers:
-{chr(10).join(f"  {name:13} {layer}" for name, layer in jobs.CLASSES.items())}
+{chr(10).join(f"  {name:13} {layer}" for name, layer in jobs.SAMPLE_LAYERS.items())}
 
 products: tf32 and ieee are float32 with torch.backends.cudnn.conv.fp32_precision at that value
 """
@@ -59,7 +60,10 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     flags.add_choice(parser, "--layouts", LAYOUTS, f"{', '.join(LAYOUTS)} (default: both)")
     flags.add_choice(
-        parser, "--layers", (*jobs.CLASSES, FEW, ALL), f"layers (default: {FEW}, the first {jobs.FEW} a variant serves)"
+        parser,
+        "--layers",
+        (*jobs.SAMPLE_LAYERS, FEW, ALL),
+        f"layers (default: {FEW}, the first {jobs.FEW} a variant serves)",
     )
     parser.add_argument(
         "--configs", choices=CONFIGS, default=CONFIGS[0], help="all: the candidates of the tuner too (default: default)"
@@ -100,7 +104,7 @@ def run(options: argparse.Namespace) -> int:
     check_compiler()
     if options.verdicts is not None:
         return _verdicts(options, chosen)
-    plan = jobs.plan(
+    plan = jobs.job_list(
         chosen,
         targets=flags.once(options.targets, DEFAULT_TARGETS),
         precisions=flags.once(options.dtypes, DEFAULT_PRECISIONS),
@@ -125,7 +129,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _compiled(
-    wanted: Sequence[Job], options: argparse.Namespace, compiled: jobs.Compiled = compile_job
+    wanted: Sequence[Job], options: argparse.Namespace, compiled: Callable[[Job], list[Record]] = compile_job
 ) -> list[Record]:
     shown = progress(options.quiet, unit="launches", first="starting the compilers")
     try:
@@ -179,5 +183,5 @@ def triton_variants(names: list[str]) -> tuple[Variant, ...]:
 def wanted_classes(given: list[str] | None) -> tuple[str, ...] | None:
     wanted = flags.once(given, (FEW,))
     if ALL in wanted:
-        return tuple(jobs.CLASSES)
+        return tuple(jobs.SAMPLE_LAYERS)
     return None if FEW in wanted else wanted

@@ -16,10 +16,10 @@ import torch
 from tritonconv.errors import ArgumentError
 from tritonconv.kernels import triton_compiled
 from tritonconv.kernels.registry import renamed, variant
+from tritonconv.kernels.targets import TARGETS
 from tritonconv.kernels.triton_compiled import LAUNCHES, CompiledFolder
 from tritonconv.kernels.variant import Config
 from tritonconv.lab.inspection.compiling import compile_launch, compiling_for, products_in
-from tritonconv.lab.inspection.targets import TARGETS
 from tritonconv.problem import Problem
 
 
@@ -87,13 +87,6 @@ class Launch:
     def label(self) -> str:
         config = " ".join(f"{key}={value}" for key, value in self.config.items())
         return f"{self.variant} {config} on {self.problem} for {self.target}"
-
-
-def precision() -> str:
-    """How float32 is multiplied now, as torch's switch for convolutions says."""
-    from tritonconv.kernels.triton_launch import PRECISIONS  # needs Triton
-
-    return PRECISIONS.get(torch.backends.cudnn.conv.fp32_precision, "ieee")  # type: ignore[attr-defined]
 
 
 class Launches:

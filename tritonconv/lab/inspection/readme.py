@@ -6,9 +6,10 @@ import re
 from pathlib import Path
 
 from tritonconv.lab import markdown
-from tritonconv.lab.inspection.jobs import CLASSES
+from tritonconv.lab.inspection.jobs import SAMPLE_LAYERS
 from tritonconv.lab.inspection.records import Inspection, Record, faults, grouped, heaviest
 from tritonconv.lab.inspection.report import class_of, matrix
+from tritonconv.precision import PRECISIONS
 
 COMMAND = "inspect"
 HEAD = (
@@ -17,7 +18,6 @@ HEAD = (
 )  # fmt: skip
 TEXTS = 4
 # What a row shows in full: the first of these that the run has.
-PRECISIONS = ("bfloat16", "float16", "tf32", "ieee")
 LAYOUTS = ("ndhwc", "ncdhw")
 
 
@@ -32,7 +32,7 @@ def _caption(inspection: Inspection, records: list[Record]) -> str:
     def listed(name: str) -> str:
         return ", ".join(dict.fromkeys(str(getattr(record, name)) for record in records))
 
-    classes = ", ".join(name for name in CLASSES if any(class_of(record) == name for record in records))
+    classes = ", ".join(name for name in SAMPLE_LAYERS if any(class_of(record) == name for record in records))
     return (
         f"{len(records)} kernels, default configs, for {listed('target')}; {listed('precision')} in "
         f"{listed('layout')}; layers {classes}; torch {inspection.torch.split('+')[0]}."
@@ -77,13 +77,13 @@ def _kib(size: int) -> str:
 
 def representative(records: list[Record]) -> Record:
     """The kernel that stands for a variant: of the first class of layers, in the preferred precision and layout."""
-    order = list(CLASSES)
+    order = list(SAMPLE_LAYERS)
 
     def place(record: Record) -> tuple[int, int, int]:
         name = class_of(record)
         return (
             order.index(name) if name in order else len(order),
-            PRECISIONS.index(record.precision),
+            list(PRECISIONS).index(record.precision),
             LAYOUTS.index(record.layout),
         )
 

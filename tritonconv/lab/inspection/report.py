@@ -9,7 +9,7 @@ from typing import TextIO
 
 from tritonconv.kernels.registry import variants
 from tritonconv.lab.bench.summary import columns
-from tritonconv.lab.inspection.jobs import CLASSES
+from tritonconv.lab.inspection.jobs import SAMPLE_LAYERS
 from tritonconv.lab.inspection.records import Inspection, Record, faults, grouped
 
 HEAD = (
@@ -24,7 +24,7 @@ LEGEND = (
     "compilation (empty: Triton's cache had it)"
 )
 _SHORT = {"num_warps": "warps", "num_stages": "stages"}
-_CLASS_OF = {layer: name for name, layer in CLASSES.items()}
+_CLASS_OF = {layer: name for name, layer in SAMPLE_LAYERS.items()}
 
 
 def class_of(record: Record) -> str:
