@@ -21,7 +21,7 @@ from tritonconv.autotune.fit import Fit, place
 from tritonconv.autotune.rules import FALLBACK
 from tritonconv.autotune.serving import HOPPER
 from tritonconv.kernels.registry import variant, variants
-from tritonconv.kernels.variant import COPY, NO_CONFIG, Config, Variant
+from tritonconv.kernels.variant import NO_CONFIG, Config, Variant
 from tritonconv.problem import Problem
 
 MARGIN = 0.92  # of torch's own time that a kernel must be expected to take at most; chosen by the left-out layers
@@ -60,7 +60,7 @@ def first(
             found += [(expected.ms(record, config), record, config) for config in record.starts(problem, device)]
     if found:
         _, record, best = min(found, key=lambda each: each[0])
-        near = [each for each in model.pruned(record, problem, device) if each.get(COPY) == best.get(COPY)]
+        near = model.around(record, problem, device, best)
         found += [(expected.ms(record, config), record, config) for config in near]
     ms, record, config = min(found, key=lambda each: each[0], default=(math.inf, native, NO_CONFIG))
     said = f"nothing was tuned near this size; the cost model expects torch's own to take {torch_ms * 1e3:.3g} us"

@@ -16,7 +16,7 @@ of kernel (``calibrate.py``). It prunes and ranks candidates, and measurements d
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -131,7 +131,7 @@ def candidates(
     The best one of a form and, besides, the best that loads the other way (through a pipeline or not) are among them,
     for between these two the model knows least; with three or more the default as well.
     """
-    spaces = _pruned(record, problem, device)
+    spaces = [around(record, problem, device, start) for start in record.starts(problem, device)]
     return _ranked([pair for space in spaces for pair in _best(record, problem, space, ceilings, most)])
 
 
@@ -141,18 +141,18 @@ def pruned(record: Variant, problem: Problem, device: torch.device) -> tuple[Con
     So few that the machine code of all can be checked. Ranked by the data sheet of an H100 and without measured factors
     whatever GPU is here, so that all machines have the same ones.
     """
-    return tuple(config for space in _pruned(record, problem, device) for config in space)
+    starts = record.starts(problem, device)
+    return tuple(config for start in starts for config in around(record, problem, device, start))
 
 
-def _pruned(record: Variant, problem: Problem, device: torch.device) -> Iterator[Sequence[Config]]:
-    """The same for each form."""
-    whole = record.space(problem, device)
-    for start in record.starts(problem, device):
-        space = [start, *(each for each in whole if each != start and form(record, each) == form(record, start))]
-        if len(space) > MOST_CONFIGS:
-            best = [config for config, _ in _best(record, problem, space, REFERENCE, MOST_CONFIGS)]
-            space = [start, *(config for config in best if config != start)]
-        yield space
+def around(record: Variant, problem: Problem, device: torch.device, start: Config) -> list[Config]:
+    """The same of one form, that of ``start``, the first."""
+    same = (each for each in record.space(problem, device) if form(record, each) == form(record, start))
+    space = [start, *(config for config in same if config != start)]
+    if len(space) <= MOST_CONFIGS:
+        return space
+    found = [config for config, _ in _best(record, problem, space, REFERENCE, MOST_CONFIGS)]
+    return [start, *(config for config in found if config != start)]
 
 
 def _best(

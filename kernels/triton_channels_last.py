@@ -55,6 +55,9 @@ def copying(base: Variant, copied: tuple[str, ...], gathered: str) -> Variant:
             found += [{**config, COPY: 1} for config in base.space(_last(problem), device)]
         return tuple(found)
 
+    def default_of_copies(problem: Problem, device: torch.device) -> Config | None:
+        return {**base.default(_last(problem), device), COPY: 1} if pays(problem) else None
+
     def work(problem: Problem, config: Config) -> Work:
         assert base.work is not None
         if not config.get(COPY):
@@ -82,6 +85,7 @@ def copying(base: Variant, copied: tuple[str, ...], gathered: str) -> Variant:
         launch=launch,
         space=space,
         default=lambda problem, device: {**base.default(problem, device), COPY: 0},
+        copied=default_of_copies,
         prepare=None if base.pass_name == "forward" else grad_y_last,
         workspace_bytes=workspace_bytes,
         work=work,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -61,6 +60,8 @@ class Variant:
     and returns new tensors. ``supports`` returns None, or the reason why the variant cannot serve the problem on the
     device; by default it serves all. ``workspace_bytes`` bounds the temporary memory besides inputs and outputs.
 
+    ``copied`` is the default config of those that copy operands first (key COPY), None where the space has none.
+
     ``prepare`` (problem, grad_y) -> tensor is work on grad_y that a backward_data and a backward_weight variant share
     where both name the same function: it is done once, and each takes its result as the last operand, ``prepared``. Of
     a variant that has the key COPY in its configs it is asked where that is 1.
@@ -87,6 +88,7 @@ class Variant:
     supports: Callable[[Problem, torch.device], str | None] = field(default=_serves)
     space: Callable[[Problem, torch.device], tuple[Config, ...]] = field(default=_one_config)
     default: Callable[[Problem, torch.device], Config] = field(default=_no_config)
+    copied: Callable[[Problem, torch.device], Config | None] | None = None
     prepare: Callable[[Problem, torch.Tensor], torch.Tensor] | None = None
     joint: Callable[..., Any] | None = None
     deterministic: bool = True
@@ -96,11 +98,10 @@ class Variant:
     hazard: Callable[[Problem, Config, Toolchain], str | None] | None = None
 
     def starts(self, problem: Problem, device: torch.device) -> tuple[Config, ...]:
-        """The default config, and the first of the space that copies operands, where there is one: the others of the
-        space are around these."""
-        default = self.default(problem, device)
-        copies = (each for each in self.space(problem, device) if each[COPY]) if COPY in default else iter(())
-        return (default, *itertools.islice(copies, 1))
+        """The default config, and the one that copies operands first, where there is one: the others of the space are
+        around these."""
+        copied = None if self.copied is None else self.copied(problem, device)
+        return (self.default(problem, device), *(() if copied is None else (copied,)))
 
     def __post_init__(self) -> None:
         if self.pass_name not in PASSES:
