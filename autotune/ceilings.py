@@ -13,8 +13,11 @@ from typing import Any
 import torch
 
 from tritonconv.autotune.serving import Part
+from tritonconv.kernels.registry import RENAMED
 from tritonconv.kernels.targets import NVIDIA, G
+from tritonconv.kernels.variant import COPY
 
+COPIES = " copied"  # behind a variant's name: the kind of its configs that copy operands first
 # Names of roof rows (bench/roofs.py measures them).
 COPY_CACHE, COPY_MEMORY, COPY_L2, MATMUL, LAUNCH = "copy_cache", "copy_memory", "copy_l2", "matmul", "launch"
 
@@ -127,10 +130,18 @@ def from_roofs(rows: Iterable[Mapping], environment: Mapping, device: torch.devi
     return found
 
 
+def _renamed(kind: str) -> str:
+    """A kind of today for one whose variant was merged into another."""
+    name, *more = kind.split(" ", 1)
+    new, keys = RENAMED.get(name, (name, {}))
+    return " ".join([new + (COPIES if keys.get(COPY) else ""), *more])
+
+
 def from_json(data: Mapping[str, Any]) -> Ceilings | None:
     """What :meth:`Ceilings.to_json` made; None for anything else."""
     try:
         found = Ceilings(**data)
+        found = replace(found, factors={_renamed(kind): factor for kind, factor in found.factors.items()})
         rates = (found.vector, found.memory, found.cache, found.multiprocessors, *found.matrix.values())
         rates += tuple(found.factors.values())
         return found if found.matrix and all(rate > 0 for rate in rates) else None

@@ -18,6 +18,7 @@ import triton.language as tl
 
 from tritonconv.kernels import triton_tiles as tiles
 from tritonconv.kernels.targets import MULTIPROCESSORS
+from tritonconv.kernels.triton_channels_last import copying
 from tritonconv.kernels.triton_device import (
     aligned,
     ceil_div,
@@ -185,7 +186,7 @@ def workspace_bytes(problem: Problem) -> int:
     return 2 * MULTIPROCESSORS * tiles.LARGEST_TILE * 4
 
 
-VARIANT = Variant(
+VARIANT = copying(Variant(
     name="backward_data_gemm",
     pass_name="backward_data",
     idea="implicit GEMM over all taps: a strided convolution of grad_y",
@@ -197,4 +198,4 @@ VARIANT = Variant(
     default=default,
     workspace_bytes=workspace_bytes,
     work=work,
-)
+), ("y",), "c_out")  # fmt: skip

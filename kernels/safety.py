@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import torch
 
-from tritonconv.kernels.variant import Config, Toolchain, Variant
+from tritonconv.kernels.variant import COPY, Config, Toolchain, Variant
 from tritonconv.problem import Problem
 
 
@@ -41,6 +41,12 @@ def guarded(record: Variant) -> Variant:
             return usual
         return next(iter(space(problem, device)), usual)
 
+    def copied(problem: Problem, device: torch.device) -> Config | None:
+        usual = record.copied(problem, device) if record.copied is not None else None
+        if usual is None or unsafe(record, problem, usual, device) is None:
+            return usual
+        return next((each for each in space(problem, device) if each.get(COPY)), None)
+
     def supports(problem: Problem, device: torch.device) -> str | None:
         why_not = record.supports(problem, device)
         if why_not is not None:
@@ -48,4 +54,4 @@ def guarded(record: Variant) -> Variant:
         reason = unsafe(record, problem, default(problem, device), device)
         return None if reason is None else f"no config of it is safe here: {reason}"
 
-    return replace(record, space=space, default=default, supports=supports)
+    return replace(record, space=space, default=default, copied=copied, supports=supports)

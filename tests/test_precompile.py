@@ -68,7 +68,7 @@ from tritonconv.lab.inspection.precompile import Precompiler
 from tritonconv.kernels.targets import TARGETS
 from tritonconv.kernels import registry
 
-record = registry.load(pathlib.Path("mine.py"))
+(record,) = registry.load(pathlib.Path("mine.py"))
 up = Problem(1, 4, 3, (3, 4, 5), (2, 2, 2), (2, 2, 2), (0, 0, 0), (6, 8, 10))
 configs = [{"BLOCK": block, "num_warps": 4} for block in (64, 128)]
 with Precompiler("sm_90", processes=1) as compiler:

@@ -127,8 +127,9 @@ def test_the_hazard_is_asked_about_the_problem_without_overlap_and_of_the_proble
     from tritonconv.kernels import triton_channels_last
 
     base = dataclasses.replace(registry.variant(KERNEL), hazard=listen)
-    last = triton_channels_last.of(base, base.launch, "on copies", ("x",), "c_in")
-    assert last.hazard is not None
+    copying = triton_channels_last.copying(base, ("x",), "c_in")
+    assert copying.hazard is not None
     problem = workload("psmnet_train_64_32").problem(torch.float16, "ncdhw")
-    last.hazard(problem, {}, OLD)
-    assert [each.layout for each in asked] == ["ndhwc"]
+    for copies in (0, 1):
+        copying.hazard(problem, {"COPY": copies}, OLD)
+    assert [each.layout for each in asked] == ["ncdhw", "ndhwc"]

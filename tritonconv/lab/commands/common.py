@@ -81,7 +81,7 @@ def add_variant_files(parser: argparse.ArgumentParser) -> None:
 
 def load_variant_files(options: argparse.Namespace) -> tuple[Variant, ...]:
     """The records of --variant-file, registered. Raises ArgumentError that names the file."""
-    return tuple(registry.load(path) for path in options.variant_files)
+    return tuple(record for path in options.variant_files for record in registry.load(path))
 
 
 def add_compiled(parser: argparse.ArgumentParser) -> None:

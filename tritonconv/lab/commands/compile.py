@@ -14,7 +14,6 @@ import torch
 
 from tritonconv.autotune.tuning.compiled import CONFIGS, jobs_of, judged
 from tritonconv.errors import ArgumentError
-from tritonconv.kernels.registry import variant
 from tritonconv.kernels.targets import TARGETS
 from tritonconv.kernels.triton_compiled import VARIABLE, CompiledFolder
 from tritonconv.lab import flags
@@ -123,9 +122,9 @@ def _about_out(path: Path) -> Iterator[None]:
 def _verified(options: argparse.Namespace, target: str) -> list[Request]:
     with compiling_for(TARGETS[target]):
         return judged(
-            (name, task.problem, variant(name).default(task.problem, GPU))
-            for task, name in checks_of(dtypes_of(options), flags.once(options.layout, tuple(LAYOUTS)), GPU)
-            if variant(name).backend == "triton"
+            (chosen.variant.name, task.problem, chosen.config)
+            for task, chosen in checks_of(dtypes_of(options), flags.once(options.layout, tuple(LAYOUTS)), GPU)
+            if chosen.variant.backend == "triton"
         )
 
 

@@ -125,7 +125,9 @@ def compile_job(job: Job, record: Variant | None = None, measure: Measure | None
     begin = time.perf_counter()
     try:
         with compiling_for(target), products_in(job.precision), _seconds() as seconds:
-            fields["config"] = dict(record.default(problem, GPU) if job.config is None else job.config)
+            starts = record.starts(problem, GPU)
+            config = starts[0] if job.config is None else job.config
+            fields |= {"config": dict(config), "default": config in starts}
             kernels = compile_launch(record, problem, fields["config"])
             return [Record(**fields, **measure(name, kernel, target, seconds)) for name, kernel in kernels]
     except Exception as error:  # a kernel that does not compile is a result

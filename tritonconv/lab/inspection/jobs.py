@@ -65,7 +65,7 @@ def job_list(
                 for each in SAMPLE_LAYERS if classes is None else classes:
                     found = _of_layer(record, workload(SAMPLE_LAYERS[each]), name, precisions, layouts, reasons)
                     for job in found:
-                        jobs += _with_candidates(job, record) if candidates else [job]
+                        jobs += _with_more(job, record, candidates)
                     served += bool(found)
                     if classes is None and served == FEW:
                         break
@@ -94,9 +94,10 @@ def _of_layer(
     return found
 
 
-def _with_candidates(job: Job, record: Variant) -> list[Job]:
-    default = dict(record.default(job.problem, GPU))
-    others = [config for config in pruned(record, job.problem, GPU) if dict(config) != default]
+def _with_more(job: Job, record: Variant, candidates: bool) -> list[Job]:
+    """With the default config, the one that copies operands first, or all of the pruned space."""
+    default, *copies = record.starts(job.problem, GPU)
+    others = [each for each in pruned(record, job.problem, GPU) if each != default] if candidates else copies
     return [job] + [replace(job, config=dict(each)) for each in others]
 
 

@@ -15,7 +15,7 @@ import torch
 
 from tritonconv.errors import ArgumentError
 from tritonconv.kernels import triton_compiled
-from tritonconv.kernels.registry import variant
+from tritonconv.kernels.registry import renamed, variant
 from tritonconv.kernels.targets import TARGETS
 from tritonconv.kernels.triton_compiled import LAUNCHES, CompiledFolder
 from tritonconv.kernels.variant import Config
@@ -76,6 +76,7 @@ class Launch:
         row["problem"] = Problem(**fields | {"dtype": getattr(torch, fields["dtype"])})
         row["kernels"] = tuple(Kernel(**each) for each in row["kernels"])
         row["modules"] = tuple((key, name) for key, name in row["modules"])
+        row["variant"], row["config"] = renamed(row["variant"], row["config"])
         texts = [row["variant"], row["precision"], row["target"], *row["config"]]
         for part in (*(astuple(kernel) for kernel in row["kernels"]), *row["modules"]):
             texts += part
