@@ -13,7 +13,11 @@ from typing import Any
 import torch
 
 from tritonconv.autotune.serving import Part
+from tritonconv.kernels.registry import RENAMED
+from tritonconv.kernels.targets import NVIDIA, G
+from tritonconv.kernels.variant import COPY
 
+COPIES = " copied"  # behind a variant's name: the kind of its configs that copy operands first
 # Names of roof rows (bench/roofs.py measures them).
 COPY_CACHE, COPY_MEMORY, COPY_L2, MATMUL, LAUNCH = "copy_cache", "copy_memory", "copy_l2", "matmul", "launch"
 
@@ -41,19 +45,6 @@ class Ceilings:
         return asdict(self)
 
 
-T, G = 1e12, 1e9
-KIB = 1024
-# Dense rates of the data sheets, in the order float32 (vector), tf32, bfloat16 = float16; memory; multiprocessors;
-# shared memory per multiprocessor (CUDA C++ Programming Guide, "Technical specifications per compute capability").
-# L2 bandwidth is on no data sheet: twice the memory's is assumed until it is measured.
-_NVIDIA = {
-    (8, 0): ("A100 SXM", 19.5 * T, 156 * T, 312 * T, 2039 * G, 108, 164),
-    (8, 6): ("A10", 31.2 * T, 62.5 * T, 125 * T, 600 * G, 72, 100),
-    (8, 9): ("L40S", 91.6 * T, 183 * T, 362 * T, 864 * G, 142, 100),
-    (9, 0): ("H100 SXM", 66.9 * T, 494.7 * T, 989.4 * T, 3350 * G, 132, 228),
-    (10, 0): ("B200", 75 * T, 1125 * T, 2250 * T, 8000 * G, 148, 228),
-    (12, 0): ("RTX 5090", 104.8 * T, 104.8 * T, 209.5 * T, 1792 * G, 170, 100),
-}
 UNKNOWN = (9, 0)
 GPU_LAUNCH_US = 4.0  # the order of magnitude of a launch; measured by ``tritonconv bench --roofs``
 # Of the bandwidth of memory what a copy reaches: 4.25 of 4.8 TB/s on an H200, 2026-11-28.
@@ -71,9 +62,13 @@ def nominal(device: torch.device) -> Ceilings:
 
 def of_capability(capability: tuple[int, int]) -> Ceilings:
     """Of the data sheet of a GPU with this compute capability; an H100's for one that is not listed."""
-    name, vector, tf32, half, memory, count, shared = _NVIDIA.get(capability, _NVIDIA[UNKNOWN])
+    target = NVIDIA.get(10 * capability[0] + capability[1])
+    if target is None or target.sheet is None:
+        return of_capability(UNKNOWN)
+    part, vector, tf32, half, memory, count = target.sheet
     matrix = {"float32": vector, "tf32": tf32, "bfloat16": half, "float16": half}
-    return Ceilings(name, matrix, vector, memory, 2 * memory, count, shared * KIB, 64 * KIB, GPU_LAUNCH_US)
+    # L2 bandwidth is on no data sheet: twice the memory's is assumed until it is measured.
+    return Ceilings(part, matrix, vector, memory, 2 * memory, count, target.shared, target.registers, GPU_LAUNCH_US)
 
 
 def adapted(base: Ceilings, gpu: Part) -> Ceilings:
@@ -135,10 +130,18 @@ def from_roofs(rows: Iterable[Mapping], environment: Mapping, device: torch.devi
     return found
 
 
+def _renamed(kind: str) -> str:
+    """A kind of today for one whose variant was merged into another."""
+    name, *more = kind.split(" ", 1)
+    new, keys = RENAMED.get(name, (name, {}))
+    return " ".join([new + (COPIES if keys.get(COPY) else ""), *more])
+
+
 def from_json(data: Mapping[str, Any]) -> Ceilings | None:
     """What :meth:`Ceilings.to_json` made; None for anything else."""
     try:
         found = Ceilings(**data)
+        found = replace(found, factors={_renamed(kind): factor for kind, factor in found.factors.items()})
         rates = (found.vector, found.memory, found.cache, found.multiprocessors, *found.matrix.values())
         rates += tuple(found.factors.values())
         return found if found.matrix and all(rate > 0 for rate in rates) else None

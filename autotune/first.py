@@ -57,11 +57,11 @@ def first(
     found = []
     for record in variants(pass_name):
         if takes_part(record, fitted) and record.supports(problem, device) is None:
-            config = record.default(problem, device)
-            found.append((expected.ms(record, config), record, config))
+            found += [(expected.ms(record, config), record, config) for config in record.starts(problem, device)]
     if found:
-        record = min(found, key=lambda each: each[0])[1]
-        found += [(expected.ms(record, config), record, config) for config in model.pruned(record, problem, device)]
+        _, record, best = min(found, key=lambda each: each[0])
+        near = model.around(record, problem, device, best)
+        found += [(expected.ms(record, config), record, config) for config in near]
     ms, record, config = min(found, key=lambda each: each[0], default=(math.inf, native, NO_CONFIG))
     said = f"nothing was tuned near this size; the cost model expects torch's own to take {torch_ms * 1e3:.3g} us"
     if record is native:
@@ -91,7 +91,7 @@ class _Expected:
         if self.refused(record, self.problem, config) is not None:
             return math.inf
         guess = model.estimate(record, self.problem, config, self.ceilings)
-        kind = model.kind(record, guess.work)
+        kind = model.kind(record, config, guess.work)
         if kind not in self._corrections:
             self._corrections[kind] = self.kernels.at(kind, self.where)
         return guess.ms * self._corrections[kind]

@@ -100,7 +100,7 @@ class Smoother:
     @cached_property
     def names(self) -> Counter[str]:
         """How many samples a variant has."""
-        return Counter(kind.removesuffix(UNPIPELINED) for kind in self.kinds)
+        return Counter(kind.partition(" ")[0] for kind in self.kinds)
 
     @classmethod
     def of(cls, kinds: Sequence[str], places: np.ndarray, logs: np.ndarray, likeness: Likeness) -> Smoother:
@@ -157,7 +157,7 @@ class Fit:
         return float(torch_terms(problem, pass_name, ceilings) @ of.rates) * of.torch.at(TORCH, place(problem))
 
     def timings(self, pass_name: str, name: str) -> int:
-        """How often a variant was timed, with a pipeline or without."""
+        """How often a variant was timed, in whatever form."""
         return self.passes[pass_name].kernels.names[name]
 
     def to_json(self) -> dict[str, Any]:

@@ -22,17 +22,17 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from tritonconv.autotune.ceilings import Ceilings, of_capability
+from tritonconv.autotune.ceilings import COPIES, Ceilings, of_capability
 from tritonconv.kernels.registry import variants
-from tritonconv.kernels.variant import Config, Variant
+from tritonconv.kernels.targets import TARGETS
+from tritonconv.kernels.variant import COPY, Config, Variant
 from tritonconv.kernels.work import LINE, WARP, Work, by_torch
+from tritonconv.precision import TF32, float32_precision
 from tritonconv.problem import Problem
 
 MOST_CANDIDATES = 12
 MOST_CONFIGS = 40
-REFERENCE = of_capability((9, 0))  # of pruned spaces
-THREADS_PER_MULTIPROCESSOR = 2048
-MOST_PROGRAMS = 32  # resident in a multiprocessor
+REFERENCE, HOPPER = of_capability((9, 0)), TARGETS["sm_90"]  # of pruned spaces
 MOST_REGISTERS = 255  # of one thread; a kernel that wants more spills
 # Seconds from the load of a tile to its product: about 300 cycles to L2 and back, and a barrier, at 1.7 GHz:
 # an order of magnitude that has not been measured.
@@ -48,7 +48,7 @@ LAUNCH = "launch"
 # Factors, like those of the kinds, of the time of a launch: of a call's first launch, and of each further one.
 FIRST_LAUNCH, FURTHER_LAUNCH = "first launch", "further launch"
 LEAST_TIMINGS = 5  # of a kind: with fewer the factor of all kernels of its backend stands in
-UNPIPELINED = " unpipelined"  # behind a variant's name: the kind of its configs without a pipeline
+UNPIPELINED = " unpipelined"  # behind a form: the kind of its configs without a pipeline
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def estimate(record: Variant, problem: Problem, config: Config, ceilings: Ceilin
     busy, others = parts[limit] * (SPILLED if work.registers > MOST_REGISTERS else 1.0), sum(parts.values())
     # Without a pipeline what a program does after each other is hidden by the other programs there alone.
     busy += (others - parts[limit]) * (BESIDE if work.pipelined else 1 / max(1, resident))
-    busy *= _factor(record, work, ceilings)
+    busy *= _factor(record, config, work, ceilings)
     launch = launches_ms(work.launches, ceilings) * 1e-3
     return Estimate((busy + launch) * 1e3, limit if busy > launch else LAUNCH, work)
 
@@ -104,43 +104,55 @@ def launches_ms(launches: int, ceilings: Ceilings) -> float:
     return times * ceilings.launch_us * 1e-3
 
 
-def kind(record: Variant, work: Work) -> str:
-    """What has one factor of measured over predicted time: a variant, apart for its configs without a pipeline.
+def form(record: Variant, config: Config) -> str:
+    """The variant's name, apart for configs that copy operands first: these are another kernel to predict and try."""
+    return record.name + COPIES if config.get(COPY) else record.name
+
+
+def kind(record: Variant, config: Config, work: Work) -> str:
+    """What has one factor of measured over predicted time: a :func:`form`, apart for its configs without a pipeline.
 
     An edit keeps the factor: what was measured before it is nearer than nothing.
     """
-    return record.name if work.pipelined else record.name + UNPIPELINED
+    return form(record, config) if work.pipelined else form(record, config) + UNPIPELINED
 
 
-def _factor(record: Variant, work: Work, ceilings: Ceilings) -> float:
+def _factor(record: Variant, config: Config, work: Work, ceilings: Ceilings) -> float:
     if not ceilings.factors:
         return 1.0
-    return ceilings.factors.get(kind(record, work), ceilings.factors.get(record.backend, 1.0))
+    return ceilings.factors.get(kind(record, config, work), ceilings.factors.get(record.backend, 1.0))
 
 
 def candidates(
     record: Variant, problem: Problem, device: torch.device, ceilings: Ceilings, most: int = MOST_CANDIDATES
 ) -> list[tuple[Config, Estimate]]:
-    """At most ``most`` configs of the pruned space, best first.
+    """At most ``most`` configs of each :func:`form` in the pruned space, best first.
 
-    The best one and, besides, the best that loads the other way (through a pipeline or not) are among them, for between
-    these two the model knows least; with three or more the default as well.
+    The best one of a form and, besides, the best that loads the other way (through a pipeline or not) are among them,
+    for between these two the model knows least; with three or more the default as well.
     """
-    return _best(record, problem, pruned(record, problem, device), ceilings, most)
+    spaces = [around(record, problem, device, start) for start in record.starts(problem, device)]
+    return _ranked([pair for space in spaces for pair in _best(record, problem, space, ceilings, most)])
 
 
 def pruned(record: Variant, problem: Problem, device: torch.device) -> tuple[Config, ...]:
-    """The default, and with it at most :data:`MOST_CONFIGS` of the space: what dispatch and tuner can choose from.
+    """Of each :func:`form` at most :data:`MOST_CONFIGS`, the default first: what dispatch and tuner can choose from.
 
     So few that the machine code of all can be checked. Ranked by the data sheet of an H100 and without measured factors
     whatever GPU is here, so that all machines have the same ones.
     """
-    default = record.default(problem, device)
-    space = (default, *(config for config in record.space(problem, device) if config != default))
+    starts = record.starts(problem, device)
+    return tuple(config for start in starts for config in around(record, problem, device, start))
+
+
+def around(record: Variant, problem: Problem, device: torch.device, start: Config) -> list[Config]:
+    """The same of one form, that of ``start``, the first."""
+    same = (each for each in record.space(problem, device) if form(record, each) == form(record, start))
+    space = [start, *(config for config in same if config != start)]
     if len(space) <= MOST_CONFIGS:
         return space
     found = [config for config, _ in _best(record, problem, space, REFERENCE, MOST_CONFIGS)]
-    return (default, *(config for config in found if config != default))
+    return [start, *(config for config in found if config != start)]
 
 
 def _best(
@@ -197,15 +209,15 @@ def _ranks(values: Sequence[float]) -> np.ndarray:
 
 def _matrix_rate(problem: Problem, ceilings: Ceilings) -> float:
     name = str(problem.dtype).removeprefix("torch.")
-    if name == "float32" and "tf32" in ceilings.matrix and torch.backends.cudnn.conv.fp32_precision == "tf32":  # type: ignore[attr-defined]
-        name = "tf32"
+    if name == "float32" and TF32 in ceilings.matrix and float32_precision() == TF32:
+        name = TF32
     return ceilings.matrix.get(name) or ceilings.vector
 
 
 def _resident(work: Work, ceilings: Ceilings) -> int:
     """Programs that fit one multiprocessor together; 0 where one alone is too large."""
     threads = work.warps * WARP
-    fits = [MOST_PROGRAMS, THREADS_PER_MULTIPROCESSOR // threads]
+    fits = [HOPPER.blocks, HOPPER.threads // threads]
     if work.shared_bytes:
         fits.append(ceilings.shared_bytes // work.shared_bytes)
     if work.registers:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from tritonconv.errors import StoreError
+from tritonconv.kernels.registry import renamed
 from tritonconv.kernels.variant import Config
 from tritonconv.problem import PASSES, Problem
 
@@ -76,11 +77,11 @@ def _load(path: Path) -> Choices:
 
 
 def _passes(passes: Mapping[str, Any]) -> dict[str, tuple[str, Config]]:
-    found = {}
+    found: dict[str, tuple[str, Config]] = {}
     for name, each in passes.items():
         variant, config = each["variant"], each["config"]
         sound = name in PASSES and type(variant) is str and all(type(value) is int for value in config.values())
         if not sound:
             raise ValueError(f"{name!r}: {each!r}")
-        found[name] = (variant, config)
+        found[name] = renamed(variant, config)
     return found

@@ -1,7 +1,7 @@
 """The revision of a variant: a hash of the device code that it runs, without comments, docstrings and file names.
 
 A choice that was measured keeps serving when its kernel is edited, and is marked as of an earlier revision. The hash
-follows the names: from what the variant's file defines to what that uses in other files of ``kernels/``. Of a Triton
+follows the names: from the variant's launch to what that uses, in its file and in others of ``kernels/``. Of a Triton
 variant it is of what the compiler sees, ``@triton`` functions and the constants that they name; a variant of torch's
 operations has no device code of its own, and the hash is of all it uses.
 """
@@ -36,11 +36,8 @@ class Place(NamedTuple):
 def revision(record: Variant) -> str:
     """16 hexadecimal digits, the same for the same code on any machine and Python; "" where the sources are not there,
     as in a frozen application."""
-    own = f"{PACKAGE}.{record.name}"
-    if importlib.util.find_spec(own) is None:  # a variant that lives outside the project
-        own = record.launch.__module__
     try:
-        reached = _reached([Place(own, name) for name in _definitions(own)])
+        reached = places(record)
     except OSError:
         return ""
     device = [place for place in reached if _on_device(_node(place))]
@@ -48,6 +45,16 @@ def revision(record: Variant) -> str:
         reached = [place for place in _reached(device) if not _on_host(_node(place))]
     texts = sorted(_text(_node(place)) for place in reached)
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:DIGITS]
+
+
+def places(record: Variant) -> list[Place]:
+    """What a variant's launches use, in ``kernels/`` or in the variant's own file. Raises OSError where the sources are
+    not there."""
+    launches = [each for each in (record.launch, record.joint) if each is not None]
+    begin = [Place(each.__module__, each.__name__) for each in launches]
+    if not all(place.name in _definitions(place.module) for place in begin):  # no function of the file's own
+        begin = [Place(place.module, name) for place in begin for name in _definitions(place.module)]
+    return _reached(begin)
 
 
 def _reached(begin: list[Place]) -> list[Place]:
@@ -76,8 +83,9 @@ def _uses(place: Place) -> tuple[Place, ...]:
             elif node.id in imported:
                 found[imported[node.id]] = None
         elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in imported:
-            of_module = imported[node.value.id]  # ``from tritonconv.kernels import forward_phases``
-            found[Place(f"{of_module.module}.{of_module.name}", node.attr)] = None
+            package, name = imported[node.value.id]
+            if package == PACKAGE:  # ``from tritonconv.kernels import forward_phases``
+                found[Place(f"{PACKAGE}.{name}", node.attr)] = None
     return tuple(each for each in found if each.module not in APART and _is_ours(each.module))
 
 

@@ -25,11 +25,10 @@ from typing import Any
 
 from tritonconv.autotune.key import Key
 from tritonconv.errors import StoreError, StoreWarning
+from tritonconv.kernels.registry import renamed
 
 FORMAT = 2
 SHIPPED: Any = files("tritonconv") / "autotune" / "tables"  # a Path, and the like of one inside a zip file
-# What became of a variant that was renamed, or merged into another: its name and the config keys that it did not say.
-RENAMED: dict[str, tuple[str, dict[str, int]]] = {}
 LOCK_SECONDS = 60
 Known = dict[str, Any] | None  # ceilings as JSON, where any were measured
 
@@ -73,8 +72,8 @@ class Entry:
         )
         if not (config_ok and times_ok and isinstance(entry.versions, dict) and all(type(t) is str for t in texts)):
             raise ValueError(f"not an entry: {data!r}")
-        name, more = RENAMED.get(entry.variant, (entry.variant, {}))
-        return replace(entry, variant=name, config={**entry.config, **more})
+        name, config = renamed(entry.variant, entry.config)
+        return replace(entry, variant=name, config=config)
 
 
 @dataclass

@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 
 from tritonconv.kernels import triton_tiles as tiles
+from tritonconv.kernels.targets import MULTIPROCESSORS
+from tritonconv.kernels.triton_channels_last import copying
 from tritonconv.kernels.triton_device import (
     aligned,
     ceil_div,
@@ -157,7 +159,7 @@ def default(problem: Problem, device: torch.device):
 
 def splits_of(problem: Problem, config: Config) -> int:
     """SPLITS: as many as give each multiprocessor a program, each worth its start."""
-    most = tiles.PROGRAMS // max(1, programs(problem, config))
+    most = MULTIPROCESSORS // max(1, programs(problem, config))
     return max(1, min(most, steps_of(problem, config) // LEAST_STEPS))
 
 
@@ -181,10 +183,10 @@ def work(problem: Problem, config) -> Work:
 
 def workspace_bytes(problem: Problem) -> int:
     """Of the partials: splitting stops at about one program per multiprocessor."""
-    return 2 * tiles.PROGRAMS * tiles.LARGEST_TILE * 4
+    return 2 * MULTIPROCESSORS * tiles.LARGEST_TILE * 4
 
 
-VARIANT = Variant(
+VARIANT = copying(Variant(
     name="backward_data_gemm",
     pass_name="backward_data",
     idea="implicit GEMM over all taps: a strided convolution of grad_y",
@@ -196,4 +198,4 @@ VARIANT = Variant(
     default=default,
     workspace_bytes=workspace_bytes,
     work=work,
-)
+), ("y",), "c_out")  # fmt: skip

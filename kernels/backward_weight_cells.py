@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from tritonconv.kernels import triton_phases, triton_taps
+from tritonconv.kernels.triton_channels_last import copying
 from tritonconv.kernels.triton_device import (
     aligned,
     ceil_div,
@@ -222,7 +223,7 @@ def _least(lanes: int, block: int, channels: int, places: Triple, last: bool) ->
     return found
 
 
-VARIANT = Variant(
+VARIANT = copying(Variant(
     name="backward_weight_cells",
     pass_name="backward_weight",
     idea="kernel > stride, few channels: one GEMM over cells, phases times window deltas",
@@ -234,4 +235,4 @@ VARIANT = Variant(
     default=default,
     workspace_bytes=lambda problem: gemm(problem).workspace_bytes(),
     work=work,
-)
+), ("x", "y"), "c_out")  # fmt: skip

@@ -15,13 +15,13 @@ import triton
 import triton.language as tl
 
 from tritonconv.kernels import triton_depthwise as depthwise
+from tritonconv.kernels.targets import MULTIPROCESSORS
 from tritonconv.kernels.triton_depthwise import any_tap, far, filled, lanes, replaced, within
 from tritonconv.kernels.triton_device import ceil_div, constant, inside, widened
 from tritonconv.kernels.triton_launch import RUN_TIME, accounting, geometry, refusal, wide
 from tritonconv.kernels.triton_launch import launch as run
 from tritonconv.kernels.triton_reduce import sum_weights
 from tritonconv.kernels.triton_tape import fresh
-from tritonconv.kernels.triton_tiles import PROGRAMS
 from tritonconv.kernels.variant import SPREADS_VOXELS, Variant
 from tritonconv.kernels.work import Work
 from tritonconv.problem import Problem
@@ -208,7 +208,7 @@ def default(problem: Problem, device: torch.device):
     tiles = problem.n * problem.size[0]
     tiles *= math.ceil(counts[0] / config["BLOCK_H"]) * math.ceil(counts[1] / config["BLOCK_W"])
     roles = (problem.kernel[0] + 1) * math.ceil(problem.c_out / config["BLOCK_C"])
-    return {**config, "SPLITS": max(1, min(tiles, WAVES * PROGRAMS // max(1, roles)))}
+    return {**config, "SPLITS": max(1, min(tiles, WAVES * MULTIPROCESSORS // max(1, roles)))}
 
 
 def space(problem: Problem, device: torch.device):

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from tritonconv.kernels import triton_taps
+from tritonconv.kernels.triton_channels_last import copying
 from tritonconv.kernels.triton_device import (
     aligned,
     ceil_div,
@@ -129,7 +130,7 @@ def supports(problem: Problem, device: torch.device) -> str | None:
     return refusal(problem, device) or triton_taps.refusal(problem.kernel)
 
 
-VARIANT = Variant(
+VARIANT = copying(Variant(
     name="backward_weight_splitk",
     pass_name="backward_weight",
     idea="one GEMM over all voxels, split into chunks; the bias gradient in the same launch",
@@ -141,4 +142,4 @@ VARIANT = Variant(
     default=lambda problem, device: gemm(problem).default(),
     workspace_bytes=lambda problem: gemm(problem).workspace_bytes(),
     work=lambda problem, config: gemm(problem).work(config, LOAD_INSTRUCTIONS),
-)
+), ("x", "y"), "c_out")  # fmt: skip

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from tritonconv.kernels import triton_tiles as tiles
+from tritonconv.kernels.triton_channels_last import copying
 from tritonconv.kernels.triton_device import (
     aligned,
     axis_phase,
@@ -203,7 +204,7 @@ def work(problem: Problem, config) -> Work:
     return tap_gemm(problem, "forward", config, each * math.prod(problem.stride), steps, apart=(1, problem.stride[2]))
 
 
-VARIANT = Variant(
+VARIANT = copying(Variant(
     name="forward_phases",
     pass_name="forward",
     idea="implicit GEMM per phase: only the taps that hit",
@@ -214,4 +215,4 @@ VARIANT = Variant(
     space=space,
     default=default,
     work=work,
-)
+), ("x",), "c_in")  # fmt: skip

@@ -19,6 +19,7 @@ import triton.language as tl
 from tritonconv.kernels import forward_shuffle
 from tritonconv.kernels import triton_phases as phases
 from tritonconv.kernels import triton_tiles as tiles
+from tritonconv.kernels.targets import MULTIPROCESSORS
 from tritonconv.kernels.triton_device import (
     aligned,
     given_dividers,
@@ -191,7 +192,7 @@ def default(problem: Problem, device: torch.device):
     config = {**base, "BLOCK_N": columns_of(problem, max(base["BLOCK_N"], least)), "GROUP_M": 1, "ROWS": rows}
     taller = {**config, "BLOCK_M": 128}  # where a divisor of the channels is small, so is BLOCK_N
     area = taller["BLOCK_M"] * taller["BLOCK_N"]
-    spare = itemsize == 2 and area <= phases.LARGEST_ACCUMULATOR and _programs(problem, taller) >= tiles.PROGRAMS
+    spare = itemsize == 2 and area <= phases.LARGEST_ACCUMULATOR and _programs(problem, taller) >= MULTIPROCESSORS
     return taller if spare else config
 
 

@@ -16,6 +16,7 @@ import triton.language as tl
 from tritonconv.kernels import forward_shuffle
 from tritonconv.kernels import triton_phases as phases
 from tritonconv.kernels import triton_tiles as tiles
+from tritonconv.kernels.targets import MULTIPROCESSORS
 from tritonconv.kernels.triton_device import (
     aligned,
     ceil_div,
@@ -156,7 +157,7 @@ def space(problem: Problem, device: torch.device):
 
 def work(problem: Problem, config: Config) -> Work:
     deep = _deep(problem, config)
-    found, slots = forward_shuffle.work(problem, deep), grid(problem, config, tiles.PROGRAMS * config["RESIDENT"])
+    found, slots = forward_shuffle.work(problem, deep), grid(problem, config, MULTIPROCESSORS * config["RESIDENT"])
     kept = float(slots * deep["BLOCK_K"] * config["BLOCK_N"] * problem.dtype.itemsize)
     across = triton.cdiv(phases.columns(problem, config["ROWS"]), config["BLOCK_N"])
     moved = size_of(problem, "x") * across + size_of(problem, "y") + kept

@@ -1,10 +1,11 @@
-"""Finds the variants: every module ``<pass>_<idea>`` beside this one, each with one ``VARIANT`` record.
+"""Finds the variants: the records of the modules beside this one, ``VARIANT`` or several in ``VARIANTS``.
 
-Tests, tuner, benchmark, plots, ``explain`` and dispatch loop over this registry, so a new variant is one new file.
-Modules whose idea starts with ``torch_`` need torch alone, and each is imported when it is first asked for. The others
-need Triton: they are imported together, when one of them or the whole list is first asked for, and where one cannot be
-none of them is there. :func:`triton_fault` says why, and a call that would have had them warns of it once: a variant
-never goes missing in silence.
+Tests, tuner, benchmark, plots, ``explain`` and dispatch loop over this registry, so a new variant is one new record.
+A module ``torch_<idea>`` holds the formulations ``<pass>_torch_<idea>``: it needs torch alone, and is imported when it
+is first asked for. ``<pass>_<idea>`` holds the Triton kernel of that name, ``backward_<idea>`` that of both gradients.
+These are imported together, when one of them or the whole list is first asked for, and where one cannot be none of them
+is there. :func:`triton_fault` says why, and a call that would have had them warns of it once: a variant never goes
+missing in silence.
 """
 
 from __future__ import annotations
@@ -15,21 +16,35 @@ import pkgutil
 import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache, wraps
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from tritonconv.errors import ArgumentError, KernelWarning
 from tritonconv.kernels.safety import guarded
-from tritonconv.kernels.variant import Variant
+from tritonconv.kernels.variant import COPY, Variant
 from tritonconv.problem import PASSES, Problem
 
 PACKAGE = "tritonconv.kernels"
 OLDEST_TRITON = (3, 6)  # as pyproject.toml
+# What became of a variant that was merged into another, and of one whose configs have a key more: its name and the keys
+# that an older config does not say.
+RENAMED: dict[str, tuple[str, dict[str, int]]] = {
+    name + old: (name, {COPY: copies})
+    for name in ("forward_phases", "backward_data_gemm", "backward_weight_splitk", "backward_weight_cells")
+    for old, copies in (("", 0), ("_last", 1))
+}
 # What the kernels import of Triton.
 TRITON_MODULES = ("language", "knobs", "backends.compiler", "compiler.compiler", "tools.tensor_descriptor")
+
+
+def renamed(name: str, config: Mapping[str, int]) -> tuple[str, dict[str, int]]:
+    """The variant and config that a stored name and config stand for today."""
+    new, more = RENAMED.get(name, (name, {}))
+    return new, {**more, **config} if new == name else {**config, **more}
 
 
 def have_triton() -> bool:
@@ -42,9 +57,9 @@ def triton_fault() -> str | None:
     """Why no Triton variant is there, in words; None where they are. Imports Triton and the variants, once."""
     fault = _of_triton() or _without_sources()
     if fault is None:
-        for name in _names(torchs=False):
+        for name in sorted(set(_kernels().values())):
             try:
-                importlib.import_module(f"{PACKAGE}.{name}")
+                _imported(name)
             except (Exception, SystemExit) as error:
                 return f"tritonconv's {name} cannot be imported with Triton {_version()}: {_said(error)}"
     return fault
@@ -82,7 +97,7 @@ def _said(error: BaseException) -> str:
 
 def _without_sources() -> str | None:
     """Triton compiles a kernel from its source, which a frozen or compiled package leaves out."""
-    for name in _names(torchs=False)[:1]:
+    for name in sorted(_kernels())[:1]:
         spec = importlib.util.find_spec(f"{PACKAGE}.{name}")
         source = getattr(spec and spec.loader, "get_source", None)
         if source is None or source(f"{PACKAGE}.{name}") is None:
@@ -104,24 +119,34 @@ def warn_without_triton() -> None:
 
 
 @cache
-def _names(torchs: bool) -> tuple[str, ...]:
-    """The project's own variants that are torch's, or those that are Triton's; by the importers, for a package may lie
-    in a zip file or hold no ``.py`` file."""
-    found = sorted(name for _, name, _ in pkgutil.iter_modules(_folders()) if _pass_of(name))
-    return tuple(name for name in found if name.removeprefix(f"{_pass_of(name)}_").startswith("torch_") == torchs)
+def _modules(*begins: str) -> tuple[str, ...]:
+    """The project's own modules whose names begin so; by the importers, for a package may lie in a zip file or hold no
+    ``.py`` file."""
+    return tuple(sorted(name for _, name, _ in pkgutil.iter_modules(_folders()) if name.startswith(begins)))
 
 
 def _folders() -> list[str]:
     return list(sys.modules[PACKAGE].__path__)
 
 
-def _pass_of(name: str) -> str | None:
-    return next((each for each in PASSES if name.startswith(f"{each}_")), None)
+@cache
+def _kernels() -> dict[str, str]:
+    """By the names of the project's own Triton variants their modules, none of which is imported for it."""
+    found = {name: name for name in _modules(*PASSES)}
+    for name in set(_modules(*(f"{each.partition('_')[0]}_" for each in PASSES))) - set(found):
+        found |= {f"{each}_{name.partition('_')[2]}": name for each in PASSES[1:]}
+    return found
+
+
+@cache
+def _torchs() -> tuple[str, ...]:
+    """The names of the project's own variants in torch's operations."""
+    return tuple(record.name for module in _modules("torch_") for record in _held(_imported(module)))
 
 
 def _here() -> tuple[str, ...]:
     """The names of all variants that are there: sorted, and then those from outside the project."""
-    own = sorted((*_names(torchs=True), *(_names(torchs=False) if have_triton() else ())))
+    own = sorted((*_torchs(), *(_kernels() if have_triton() else ())))
     return (*own, *(name for name in _records() if name not in own))
 
 
@@ -134,31 +159,46 @@ def _records() -> dict[str, Variant]:
 def _record(name: str) -> Variant | None:
     """The variant of this name; None where there is none."""
     found = _records().get(name)
-    if found is None and (name in _names(torchs=True) or (name in _names(torchs=False) and have_triton())):
-        record = importlib.import_module(f"{PACKAGE}.{name}").VARIANT
-        if record.name != name:
-            raise ArgumentError(f"{name}.py: VARIANT.name expects {name!r} (the file's stem), got {record.name!r}")
-        found = _records().setdefault(name, guarded(_spread(record)))
+    _, torchs, idea = name.partition("_torch_")
+    module = _kernels().get(name) if not torchs else f"torch_{idea}" if f"torch_{idea}" in _modules("torch_") else None
+    if found is None and module is not None and (torchs or have_triton()):
+        by_name = {each.name: each for each in _held(_imported(module))}
+        if name in by_name:
+            found = _records().setdefault(name, guarded(_without_overlap(by_name[name])))
+        elif not torchs:
+            raise ArgumentError(f"{module}.py: expected a variant {name!r}, found {', '.join(by_name) or 'none'}")
     return found
 
 
-def _spread(record: Variant) -> Variant:
-    """A Triton kernel is asked about, and launched for, the :attr:`~tritonconv.problem.Problem.spread` problem.
+def _imported(module: str) -> ModuleType:
+    return importlib.import_module(f"{PACKAGE}.{module}")
+
+
+def _held(module: ModuleType) -> tuple[Variant, ...]:
+    """The records of a module, of which some are helpers and hold none."""
+    one = getattr(module, "VARIANT", None)
+    return tuple(getattr(module, "VARIANTS", () if one is None else (one,)))
+
+
+def _without_overlap(record: Variant) -> Variant:
+    """Wraps a Triton variant so that all its functions receive ``problem.without_overlap``.
 
     torch's own operations get the stride that was given: which of its algorithms serve it may depend on that.
     """
     if record.backend != "triton":
         return record
-    names = ("launch", "supports", "space", "default", "joint", "workspace_bytes", "work", "hazard")
-    asked: dict[str, Any] = {name: _of_spread(each) for name in names if (each := getattr(record, name)) is not None}
+    names = ("launch", "supports", "space", "default", "copied", "joint", "workspace_bytes", "work", "hazard")
+    asked: dict[str, Any] = {
+        name: _called_without_overlap(each) for name in names if (each := getattr(record, name)) is not None
+    }
     return replace(record, **asked)
 
 
 @cache  # two variants that name one function still do
-def _of_spread(function: Callable[..., Any]) -> Callable[..., Any]:
+def _called_without_overlap(function: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(function)
     def asked(problem: Problem, *more: Any, **named: Any) -> Any:
-        return function(problem.spread, *more, **named)
+        return function(problem.without_overlap, *more, **named)
 
     return asked
 
@@ -180,18 +220,23 @@ def variant(name: str) -> Variant:
     found = _record(name)
     if found is not None:
         return found
-    if name in _names(torchs=False):
+    if name in _kernels():
         raise ArgumentError(f"variant {name!r} is not there: {triton_fault()}")
+    if name in RENAMED:
+        new, more = RENAMED[name]
+        keys = ", ".join(f"{key}={value}" for key, value in more.items())
+        raise ArgumentError(f"variant {name!r} is {new!r} with {keys} in its config now, which the tuner tries")
     raise ArgumentError(f"unknown variant {name!r}; there are: {', '.join(_here())}")
 
 
 _files: dict[str, Path] = {}  # of the variants outside the project, by name
 
 
-def load(path: Path) -> Variant:
-    """Registers the ``VARIANT`` of a file outside the project, for this process; its name need not be the file's.
+def load(path: Path) -> tuple[Variant, ...]:
+    """Registers the ``VARIANT``, or the ``VARIANTS``, of a file outside the project, for this process; their names need
+    not be the file's.
 
-    Raises ArgumentError for a file that cannot be read or run, that holds no VARIANT, or whose name is taken.
+    Raises ArgumentError for a file that cannot be read or run, that holds none, or that holds one whose name is taken.
     """
     own = f"tritonconv_variant_{path.stem}"
     spec = importlib.util.spec_from_file_location(own, path)
@@ -201,17 +246,22 @@ def load(path: Path) -> Variant:
     sys.modules[own] = module  # where Triton and inspect look for the source
     try:
         spec.loader.exec_module(module)
+        records = _held(module)
     except Exception as error:
         del sys.modules[own]
         raise ArgumentError(f"variant file {path}: {type(error).__name__}: {error}") from error
-    record = getattr(module, "VARIANT", None)
-    if not isinstance(record, Variant):
-        raise ArgumentError(f"variant file {path}: VARIANT expects a tritonconv.Variant, got {record!r}")
-    if record.name in (*_names(torchs=True), *_names(torchs=False), *_records()):
-        raise ArgumentError(f"variant file {path}: the name {record.name!r} is taken (tritonconv list shows all)")
-    _records()[record.name] = guarded(_spread(record))
-    _files[record.name] = path.resolve()
-    return _records()[record.name]
+    wrong = [each for each in records if not isinstance(each, Variant)]
+    if wrong or not records:
+        found = repr(wrong[0]) if wrong else "None"
+        raise ArgumentError(f"variant file {path}: VARIANT expects a tritonconv.Variant, VARIANTS several; got {found}")
+    taken = {*_torchs(), *_kernels(), *_records()}
+    for each in records:
+        if each.name in taken:
+            raise ArgumentError(f"variant file {path}: the name {each.name!r} is taken (tritonconv list shows all)")
+        taken.add(each.name)
+    _files.update({each.name: path.resolve() for each in records})
+    _records().update({each.name: guarded(_without_overlap(each)) for each in records})
+    return tuple(_records()[each.name] for each in records)
 
 
 def file_of(name: str) -> Path | None:

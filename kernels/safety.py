@@ -11,15 +11,15 @@ from dataclasses import replace
 
 import torch
 
-from tritonconv.kernels.variant import Config, Target, Variant
+from tritonconv.kernels.variant import COPY, Config, Toolchain, Variant
 from tritonconv.problem import Problem
 
 
-def present(device: torch.device) -> Target:
+def present(device: torch.device) -> Toolchain:
     """What a launch on the device would be compiled for now."""
     from tritonconv.kernels.triton_target import compute_capability, triton_version
 
-    return Target(compute_capability() if device.type == "cuda" else 0, triton_version())
+    return Toolchain(compute_capability() if device.type == "cuda" else 0, triton_version())
 
 
 def unsafe(record: Variant, problem: Problem, config: Config, device: torch.device) -> str | None:
@@ -41,6 +41,12 @@ def guarded(record: Variant) -> Variant:
             return usual
         return next(iter(space(problem, device)), usual)
 
+    def copied(problem: Problem, device: torch.device) -> Config | None:
+        usual = record.copied(problem, device) if record.copied is not None else None
+        if usual is None or unsafe(record, problem, usual, device) is None:
+            return usual
+        return next((each for each in space(problem, device) if each.get(COPY)), None)
+
     def supports(problem: Problem, device: torch.device) -> str | None:
         why_not = record.supports(problem, device)
         if why_not is not None:
@@ -48,4 +54,4 @@ def guarded(record: Variant) -> Variant:
         reason = unsafe(record, problem, default(problem, device), device)
         return None if reason is None else f"no config of it is safe here: {reason}"
 
-    return replace(record, space=space, default=default, supports=supports)
+    return replace(record, space=space, default=default, copied=copied, supports=supports)

@@ -8,12 +8,14 @@ at once.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 
 from tritonconv.kernels.torch_layout import bias_gradient, pad
+from tritonconv.kernels.variant import Variant
 from tritonconv.kernels.work import Work, by_torch, size_of
 from tritonconv.problem import TorchCrop, Triple
 
@@ -125,3 +127,44 @@ def work(problem, pass_name: str) -> Work:
     if apart:
         moved += (2 if pass_name == "forward" else 1) * size_of(problem, "y")
     return by_torch(problem, pass_name, moved, 1 + reorders + apart)
+
+
+def launch_forward(problem, config, x, weight, bias):
+    return forward(problem, x, weight, bias)
+
+
+def launch_backward_data(problem, config, grad_y, weight):
+    # Only its shape and layout are read.
+    like_x = torch.empty(problem.x_shape, dtype=grad_y.dtype, device=grad_y.device, memory_format=problem.memory_format)
+    return native_gradients(problem, grad_y, like_x, weight, (True, False, False))[0]
+
+
+def launch_backward_weight(problem, config, x, grad_y, need_bias):
+    like_weight = x.new_empty(problem.weight_shape)  # only its shape is read
+    return native_gradients(problem, grad_y, x, like_weight, (False, True, need_bias))[1:]
+
+
+def safe_on(problem, device):
+    padding, safe = problem.torch_crop.padding, safe_padding(problem)
+    if device.type == "cpu" and any(p > most for p, most in zip(padding, safe, strict=True)):
+        return f"torch's CPU weight gradient is not safe with padding {padding} beyond half the kernel {problem.kernel}"
+    return None
+
+
+# torch lists ConvTranspose3d on CUDA among the operations that may not be reproducible.
+_variant = partial(Variant, backend="torch", deterministic=False)
+VARIANTS = [
+    _variant(
+        "forward_torch_native", "forward", "torch's own conv_transpose3d", launch=launch_forward,
+        work=lambda problem, config: work(problem, "forward"),
+    ),
+    _variant(
+        "backward_data_torch_native", "backward_data", "torch's own convolution_backward, the input gradient alone",
+        launch=launch_backward_data, work=lambda problem, config: work(problem, "backward_data"),
+    ),
+    _variant(
+        "backward_weight_torch_native", "backward_weight",
+        "torch's own convolution_backward, weight and bias gradients together",
+        launch=launch_backward_weight, supports=safe_on, work=lambda problem, config: work(problem, "backward_weight"),
+    ),
+]  # fmt: skip

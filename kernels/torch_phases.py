@@ -1,16 +1,21 @@
-"""The phases of a problem as small stride-1 convolutions: index arithmetic shared by the torch formulations.
+"""The phases of a problem as small stride-1 convolutions, with only the taps that hit.
 
 Inside a phase, output ``j`` of an axis reads ``x[j + offset]`` for each tap (:class:`tritonconv.problem.AxisPhase`).
 The taps step by ``s/g`` and the offsets by ``-r/g`` with ``g = gcd(r, s)``, so the phase is a dense correlation of
-dilation ``r/g`` with the reversed taps.
+dilation ``r/g`` with the reversed taps. Outputs that no tap reaches get the bias alone, and are never read in the
+gradients: at kernel 1, stride 2 that leaves an eighth of grad_y.
 """
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 
-from tritonconv.kernels.torch_layout import window
+from tritonconv.kernels.torch_layout import bias_gradient, sum_dtype, window
+from tritonconv.kernels.variant import SPREADS_PADDING, Variant
+from tritonconv.kernels.work import by_torch, size_of
 from tritonconv.problem import Phase, Problem
 
 
@@ -105,3 +110,95 @@ def _conv3d(tensor, weight, bias, padding, rates, groups):
     return torch.ops.mkldnn._convolution_pointwise(
         tensor, weight, dense, padding, [1, 1, 1], rates, groups, "none", [], ""
     )
+
+
+def supports(problem, device):
+    return "stride 1 has a single phase, which is torch_conv" if problem.stride == (1, 1, 1) else None
+
+
+def forward(problem, config, x, weight, bias):
+    """One ``conv3d`` per phase, each copied to its place.
+
+    A phase without taps (kernel < stride, or a dilation that shares a factor with the stride) is filled with the bias.
+    """
+    y = x.new_empty(problem.y_shape).contiguous(memory_format=problem.memory_format)
+    turned = not x.is_contiguous(memory_format=problem.memory_format)
+    for phase in problem.phases:
+        target = outputs(problem, phase, y)
+        part, box = None, ()
+        if phase.taps:
+            taps = as_conv_weight(problem, taps_of(problem, phase, weight))
+            starts = [axis.offsets[-1] for axis in phase.axes]
+            counts = [axis.count for axis in phase.axes]
+            part, box = correlate_inside(x, taps, bias, starts, counts, dilation(phase), problem.groups)
+        if part is None or part.shape != target.shape:
+            target.copy_(bias.view(1, -1, 1, 1, 1).expand_as(target)) if bias is not None else target.zero_()
+        if part is not None:
+            if turned:  # while a phase is small enough for the caches
+                part = part.contiguous(memory_format=problem.memory_format)
+            target[box].copy_(part)
+    return y
+
+
+def backward_data(problem, config, grad_y, weight):
+    """A ``conv3d`` of grad_y of one phase at a time, summed."""
+    grad_x = None
+    for phase in problem.phases:
+        if not phase.taps:
+            continue
+        taps = taps_of(problem, phase, weight)
+        # x[i] fed output j = i - offset of tap t; the offsets fall while the taps rise
+        starts = [-axis.offsets[0] for axis in phase.axes]
+        part = correlate(
+            outputs(problem, phase, grad_y), taps, None, starts, problem.size, dilation(phase), problem.groups
+        ).to(sum_dtype(problem.dtype))
+        grad_x = part if grad_x is None else grad_x.add_(part)
+    if grad_x is None:  # no tap reaches any output
+        return grad_y.new_zeros(problem.x_shape)
+    return grad_x.to(problem.dtype)
+
+
+def backward_weight(problem, config, x, grad_y, need_bias):
+    """The taps of one phase at a time, from x and that phase's grad_y."""
+    grad_weight = x.new_zeros(problem.weight_shape)
+    for phase in problem.phases:
+        if not phase.taps:
+            continue
+        target = taps_of(problem, phase, grad_weight)
+        rates = dilation(phase)
+        # tap t of x[i] meets output i - offset(t): the window starts where i = 0 meets the first tap
+        boxes = [
+            (-axis.offsets[0], size + rate * (len(axis.taps) - 1))
+            for axis, size, rate in zip(phase.axes, problem.size, rates, strict=True)
+        ]
+        box = window(outputs(problem, phase, grad_y), boxes)
+        like_weight = x.new_empty(target.shape)
+        gradient = torch.ops.aten.convolution_backward(
+            x, box, like_weight, None, [1, 1, 1], [0, 0, 0], rates,
+            False, [0, 0, 0], problem.groups, (False, True, False),
+        )[1]  # fmt: skip
+        target.copy_(gradient)
+    return grad_weight, bias_gradient(grad_y) if need_bias else None
+
+
+def _work(pass_name: str, *copied: str):
+    return lambda problem, config: by_torch(problem, pass_name, 2 * size_of(problem, *copied), 3 * len(problem.phases))
+
+
+_variant = partial(Variant, backend="torch", supports=supports, spreads_nonfinite=SPREADS_PADDING)
+VARIANTS = [
+    _variant(
+        "forward_torch_phases", "forward", "one stride-1 conv3d per phase, only the taps that hit", launch=forward,
+        workspace_bytes=lambda problem: problem.bytes(), work=_work("forward", "weight", "y"),
+    ),
+    _variant(
+        "backward_data_torch_phases", "backward_data", "sum over phases of a stride-1 conv3d of that phase's grad_y",
+        launch=backward_data, workspace_bytes=lambda problem: 2 * problem.bytes("backward_data"),
+        work=_work("backward_data", "weight", "y", "x"),
+    ),
+    _variant(
+        "backward_weight_torch_phases", "backward_weight", "weight gradient of a stride-1 conv3d per phase",
+        launch=backward_weight, workspace_bytes=lambda problem: 2 * problem.bytes("backward_weight"),
+        work=_work("backward_weight", "weight", "y"),
+    ),
+]  # fmt: skip

@@ -5,9 +5,14 @@ A problem counts as such where nothing is cropped or appended (:attr:`tritonconv
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
-from tritonconv.kernels.torch_layout import matrix_refusal
+from tritonconv.kernels.torch_layout import bias_gradient, matrix_refusal, voxel_rows
+from tritonconv.kernels.torch_products import product, products, sum_of_products
+from tritonconv.kernels.variant import Variant
+from tritonconv.kernels.work import by_torch, size_of
 from tritonconv.problem import Problem
 
 
@@ -43,3 +48,61 @@ def taps_last(weight: torch.Tensor) -> torch.Tensor:
 def taps_first(weight: torch.Tensor) -> torch.Tensor:
     """(c_in, c_out, kd, kh, kw) -> (c_in, c_out*taps), the NCDHW column order; a view of a contiguous weight."""
     return weight.reshape(weight.shape[0], weight[0].numel())
+
+
+def forward(problem, config, x, weight, bias):
+    """One GEMM over all phases, x read once, then the phases are interleaved."""
+    (d, h, w), (kd, kh, kw) = problem.size, problem.kernel
+    n, c_out = problem.n, problem.c_out
+    if problem.layout == "ndhwc":
+        rows, columns = voxel_rows(x).flatten(0, 1), taps_last(weight)
+        z = product(rows, columns, None if bias is None else bias.repeat(kd * kh * kw))
+        y = z.view(n, d, h, w, kd, kh, kw, c_out).permute(0, 1, 4, 2, 5, 3, 6, 7)
+        return y.reshape(n, d * kd, h * kh, w * kw, c_out).permute(0, 4, 1, 2, 3)
+    z = products(taps_first(weight).t(), x.flatten(2))  # (n, c_out*taps, voxels)
+    if bias is not None:
+        z.view(n, c_out, kd * kh * kw, d * h * w).add_(bias.view(1, c_out, 1, 1))
+    y = z.view(n, c_out, kd, kh, kw, d, h, w).permute(0, 1, 5, 2, 6, 3, 7, 4)
+    return y.reshape(problem.y_shape)
+
+
+def backward_data(problem, config, grad_y, weight, prepared=None):
+    """grad_y unshuffled, then one GEMM with K = taps*c_out."""
+    rows = unshuffle(problem, grad_y) if prepared is None else prepared
+    if problem.layout == "ndhwc":
+        grad_x = product(rows, taps_last(weight).t())  # (n*voxels, c_in)
+        return grad_x.view(problem.n, *problem.size, problem.c_in).permute(0, 4, 1, 2, 3)
+    return products(taps_first(weight), rows).view(problem.x_shape)
+
+
+def backward_weight(problem, config, x, grad_y, need_bias, prepared=None):
+    """grad_y unshuffled, then one GEMM with N = taps*c_out."""
+    rows = unshuffle(problem, grad_y) if prepared is None else prepared
+    c_in, c_out = problem.c_in, problem.c_out
+    if problem.layout == "ndhwc":
+        sums = product(voxel_rows(x).flatten(0, 1).t(), rows)  # (c_in, taps*c_out)
+        grad_weight = sums.view(c_in, *problem.kernel, c_out).permute(0, 4, 1, 2, 3)
+    else:
+        grad_weight = sum_of_products(x.flatten(2), rows).view(problem.weight_shape)  # (c_in, c_out*taps)
+    return grad_weight, bias_gradient(grad_y) if need_bias else None
+
+
+_variant = partial(Variant, backend="torch", supports=supports)
+_gradient = partial(_variant, idea="kernel = stride: unshuffle of phases, then one GEMM", prepare=unshuffle)
+VARIANTS = [
+    _variant(
+        "forward_torch_shuffle", "forward", "kernel = stride: one GEMM, then a shuffle of phases", launch=forward,
+        workspace_bytes=lambda problem: problem.bytes(),
+        work=lambda problem, config: by_torch(problem, "forward", 2 * size_of(problem, "y"), 2),
+    ),
+    _gradient(
+        "backward_data_torch_shuffle", "backward_data", launch=backward_data,
+        workspace_bytes=lambda problem: problem.bytes("backward_data"),
+        work=lambda problem, config: by_torch(problem, "backward_data", 2 * size_of(problem, "y"), 2),
+    ),
+    _gradient(
+        "backward_weight_torch_shuffle", "backward_weight", launch=backward_weight,
+        workspace_bytes=lambda problem: problem.bytes("backward_weight"),
+        work=lambda problem, config: by_torch(problem, "backward_weight", 2 * size_of(problem, "y"), 3),
+    ),
+]  # fmt: skip

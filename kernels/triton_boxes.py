@@ -15,11 +15,11 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from tritonconv.kernels.targets import MULTIPROCESSORS
 from tritonconv.kernels.triton_device import next_step, offset, settled, widened
 from tritonconv.kernels.triton_launch import multiprocessors, refusal
 from tritonconv.kernels.triton_tape import derived
 from tritonconv.kernels.triton_target import compute_capability, target
-from tritonconv.kernels.triton_tiles import PROGRAMS
 from tritonconv.kernels.triton_weights import packed, strides
 from tritonconv.kernels.weight_orders import OUT_INNERMOST
 from tritonconv.kernels.work import Work, tap_gemm
@@ -224,8 +224,8 @@ def boxes_work(problem: Problem, pass_name: str, config, size: Triple, channels:
     each *= math.ceil(channels / config["BLOCK_N"])
     packed_weight = {**config, "WEIGHT": OUT_INNERMOST}
     found = tap_gemm(
-        problem, pass_name, packed_weight, min(each, PROGRAMS), each * math.ceil(depth / config["BLOCK_K"]),
+        problem, pass_name, packed_weight, min(each, MULTIPROCESSORS), each * math.ceil(depth / config["BLOCK_K"]),
         block_m=math.prod(box), per_load=PER_LOAD,
     )  # fmt: skip
     phases = math.prod(problem.stride) if pass_name == "forward" else 1
-    return replace(found, programs=min(each * phases, PROGRAMS))  # persistent: one per multiprocessor
+    return replace(found, programs=min(each * phases, MULTIPROCESSORS))  # persistent: one per multiprocessor

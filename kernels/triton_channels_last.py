@@ -6,15 +6,14 @@ taps overlap, each element is loaded several times, and one copy in the other or
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, wraps
 
 import torch
 
 from tritonconv.kernels import triton_transpose
 from tritonconv.kernels.triton_tape import derived
-from tritonconv.kernels.variant import Config, Target, Variant
+from tritonconv.kernels.variant import COPY, Config, Toolchain, Variant
 from tritonconv.kernels.work import Work, size_of
 from tritonconv.problem import Problem
 
@@ -33,24 +32,36 @@ def grad_y_last(problem: Problem, grad_y: torch.Tensor) -> torch.Tensor:
     return channels_last(grad_y)
 
 
-def of(base: Variant, launch: Callable, idea: str, copied: tuple[str, ...], gathered: str) -> Variant:
-    """The record of ``base`` on channels-last copies of the operands ``copied``, with the tiles of an NDHWC layer.
+def copying(base: Variant, copied: tuple[str, ...], gathered: str) -> Variant:
+    """``base`` with the key COPY in its configs: 1 runs it on channels-last copies of the operands ``copied`` of an
+    NCDHW layer, in the tiles of an NDHWC layer. The default has 0.
 
-    ``gathered`` (``c_in`` or ``c_out``) are the channels of the operand that the taps gather.
+    ``gathered`` (``c_in`` or ``c_out``) are the channels of the operand that the taps gather. The space has configs
+    with 1 where these fill a sector and an element is read more than once.
     """
 
-    def supports(problem: Problem, device: torch.device) -> str | None:
-        if problem.layout != "ncdhw":
-            return "the operands are channels_last_3d already"
-        if all(axis.kernel <= axis.stride for axis in problem.axes):
-            return f"kernel {problem.kernel}, stride {problem.stride}: no element is read twice, a copy saves nothing"
-        channels = getattr(problem, gathered) // problem.groups
-        if channels < LEAST_CHANNELS:
-            return f"{gathered}={channels} per group: fewer than {LEAST_CHANNELS} contiguous channels gain nothing"
-        return base.supports(_last(problem), device)
+    def pays(problem: Problem) -> bool:
+        overlap = any(axis.kernel > axis.stride for axis in problem.axes)
+        return problem.layout == "ncdhw" and overlap and getattr(problem, gathered) // problem.groups >= LEAST_CHANNELS
+
+    @wraps(base.launch)
+    def launch(problem, config, *operands, **more):
+        plain = {key: value for key, value in config.items() if key != COPY}
+        return base.launch(problem, plain, *(_copied(base, *operands) if config.get(COPY) else operands), **more)
+
+    def space(problem: Problem, device: torch.device) -> tuple[Config, ...]:
+        found = [{**config, COPY: 0} for config in base.space(problem, device)]
+        if pays(problem):
+            found += [{**config, COPY: 1} for config in base.space(_last(problem), device)]
+        return tuple(found)
+
+    def default_of_copies(problem: Problem, device: torch.device) -> Config | None:
+        return {**base.default(_last(problem), device), COPY: 1} if pays(problem) else None
 
     def work(problem: Problem, config: Config) -> Work:
         assert base.work is not None
+        if not config.get(COPY):
+            return base.work(problem, config)
         found, moved = base.work(_last(problem), config), 2 * size_of(problem, *copied)
         return replace(
             found,
@@ -59,33 +70,39 @@ def of(base: Variant, launch: Callable, idea: str, copied: tuple[str, ...], gath
             launches=found.launches + len(copied),
         )
 
-    def hazard(problem: Problem, config: Config, target: Target) -> str | None:
+    def workspace_bytes(problem: Problem) -> int:
+        most = base.workspace_bytes(problem)
+        if pays(problem):
+            most = max(most, base.workspace_bytes(_last(problem)) + int(size_of(problem, *copied)))
+        return most
+
+    def hazard(problem: Problem, config: Config, target: Toolchain) -> str | None:
         assert base.hazard is not None
-        return base.hazard(_last(problem), config, target)
+        return base.hazard(_last(problem) if config.get(COPY) else problem, config, target)
 
     return replace(
         base,
-        name=f"{base.name}_last",
-        idea=idea,
         launch=launch,
-        supports=supports,
-        space=lambda problem, device: base.space(_last(problem), device),
-        default=lambda problem, device: base.default(_last(problem), device),
+        space=space,
+        default=lambda problem, device: {**base.default(problem, device), COPY: 0},
+        copied=default_of_copies,
         prepare=None if base.pass_name == "forward" else grad_y_last,
-        workspace_bytes=lambda problem: base.workspace_bytes(_last(problem)) + int(size_of(problem, *copied)),
+        workspace_bytes=workspace_bytes,
         work=work,
         hazard=None if base.hazard is None else hazard,
     )
 
 
-def weight_gradient(base: Variant, idea: str) -> Variant:
-    """:func:`of` a backward-weight variant: on copies of x and of grad_y, which the other gradient may have made."""
-
-    def launch(problem, config, x, grad_y, need_bias, prepared=None):
-        grad_y = channels_last(grad_y) if prepared is None else prepared
-        return base.launch(problem, config, channels_last(x), grad_y, need_bias)
-
-    return of(base, launch, idea, ("x", "y"), "c_out")
+def _copied(base: Variant, *operands):
+    """The operands of a launch with x and grad_y in channels_last_3d; of grad_y the copy may be there, as the last."""
+    if base.pass_name == "forward":
+        x, *more = operands
+        return channels_last(x), *more
+    if base.pass_name == "backward_data":
+        grad_y, weight, *prepared = operands
+        return *(prepared or [channels_last(grad_y)]), weight
+    x, grad_y, need_bias, *prepared = operands
+    return channels_last(x), *(prepared or [channels_last(grad_y)]), need_bias
 
 
 @lru_cache(4096)  # asked for each config, and sums over a problem's phases are kept with it

@@ -17,8 +17,8 @@ import math
 import triton
 import triton.language as tl
 
+from tritonconv.kernels.targets import MULTIPROCESSORS
 from tritonconv.kernels.triton_device import ceil_div, constant, inside, load_along, widened
-from tritonconv.kernels.triton_tiles import PROGRAMS
 from tritonconv.kernels.variant import Config
 from tritonconv.kernels.weight_orders import AS_GIVEN, OUT_INNERMOST
 from tritonconv.kernels.work import WARP, Work, direct
@@ -237,7 +237,7 @@ def tile(layout: str, channels: int, counts: tuple[int, int], elements: int) -> 
 def planes(problem: Problem, channels: int, size: Triple, places: tuple[int, int], config: Config) -> int:
     """PLANES: as many as leave enough programs to fill a GPU several times."""
     count = 8
-    while count > 1 and programs(problem.n, channels, size, places, {**config, "PLANES": count}) < 8 * PROGRAMS:
+    while count > 1 and programs(problem.n, channels, size, places, {**config, "PLANES": count}) < 8 * MULTIPROCESSORS:
         count //= 2
     return count
 

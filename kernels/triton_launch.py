@@ -15,17 +15,17 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import make_backend
 
 from tritonconv.kernels import triton_compiled, triton_tape
+from tritonconv.kernels.targets import MULTIPROCESSORS
 from tritonconv.kernels.triton_device import FAR
 from tritonconv.kernels.triton_target import INTERPRETED, driver_fault, registers_in_flight, target
-from tritonconv.kernels.triton_tiles import PROGRAMS
 from tritonconv.kernels.variant import Config
+from tritonconv.precision import IEEE, TF32, float32_precision
 from tritonconv.problem import Problem, Triple, largest_offset
 
 INTERPRETED_PROGRAMS = 3  # few, so that each takes several tiles there as well
 WIDE_FROM = 2**30  # half of what 32 bits hold, for a tensor and as much again for what is masked beyond it
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-PRECISIONS = {"tf32": "tf32", "ieee": "ieee", "none": "ieee", "bf16": "ieee"}
 
 # A kernel is compiled once for all image sizes: these are run-time numbers, whatever their divisors, and therefore no
 # tuples, whose elements Triton always specialises. Strides stay specialised: divisibility by 16 permits 16-byte loads.
@@ -97,7 +97,7 @@ def multiprocessors(device: torch.device) -> int:
     """How many a persistent grid has to fill; few in the interpreter, an H100's where the device is not there."""
     if device.type == "cuda" and torch.cuda.is_available():
         return torch.cuda.get_device_properties(device).multi_processor_count
-    return INTERPRETED_PROGRAMS if device.type == "cpu" else PROGRAMS
+    return INTERPRETED_PROGRAMS if device.type == "cpu" else MULTIPROCESSORS
 
 
 @cache
@@ -105,7 +105,7 @@ def _multiplies_tf32(backend: str, arch) -> bool:
     options = make_backend(GPUTarget(backend, arch, 64 if backend == "hip" else 32)).parse_options(
         {"enable_fp_fusion": True}
     )
-    return "tf32" in options.allowed_dot_input_precisions
+    return TF32 in options.allowed_dot_input_precisions
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -113,14 +113,10 @@ def precision(dtype: torch.dtype) -> str:
 
     A GPU without TF32 (AMD's gfx90a) multiplies float32 in IEEE precision, whatever they say.
     """
-    if dtype is not torch.float32:
-        return "ieee"
-    said = PRECISIONS.get(torch.backends.cudnn.conv.fp32_precision, "ieee")  # type: ignore[attr-defined]
-    if said == "tf32":
-        gpu = target()
-        if gpu is not None and not _multiplies_tf32(gpu.backend, gpu.arch):
-            return "ieee"
-    return said
+    if dtype is not torch.float32 or float32_precision() == IEEE:
+        return IEEE
+    gpu = target()
+    return TF32 if gpu is None or _multiplies_tf32(gpu.backend, gpu.arch) else IEEE
 
 
 def wide(*tensors: torch.Tensor | None, of: Problem | None = None) -> bool:

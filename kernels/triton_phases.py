@@ -18,6 +18,7 @@ import triton.language as tl
 
 from tritonconv.kernels import triton_launch
 from tritonconv.kernels import triton_tiles as tiles
+from tritonconv.kernels.targets import MULTIPROCESSORS
 from tritonconv.kernels.triton_device import dividers, inside, load_along, multiple, product, voxels
 from tritonconv.kernels.triton_launch import BY, division, geometry, launch, precision, wide
 from tritonconv.kernels.triton_target import STEP, compute_capability
@@ -270,7 +271,7 @@ def tile(problem: Problem, size: Triple, wide: int, depth: int) -> dict[str, int
     rows = problem.n * math.prod(size) * problem.groups
     block_n = tiles.power_of_two(wide, 16, 256 if half else 128)
     block_m = min(128, LARGEST_ACCUMULATOR // block_n) if half else 64
-    while block_n > 64 and math.ceil(rows / block_m) * math.ceil(wide / block_n) < tiles.PROGRAMS // 2:
+    while block_n > 64 and math.ceil(rows / block_m) * math.ceil(wide / block_n) < MULTIPROCESSORS // 2:
         block_n //= 2
     deep = half and problem.layout == "ndhwc" and not 0 < compute_capability() < 90  # 64 spills on sm_80
     block_k = tiles.power_of_two(depth, 16, 64 if deep else 32)

@@ -14,11 +14,12 @@ import torch
 import triton
 import triton.language as tl
 
+from tritonconv.kernels.targets import MULTIPROCESSORS
 from tritonconv.kernels.triton_device import multiple, widened
 from tritonconv.kernels.triton_launch import launch as run
 from tritonconv.kernels.triton_launch import wide
 from tritonconv.kernels.triton_target import STEP
-from tritonconv.kernels.triton_tiles import PROGRAMS, power_of_two
+from tritonconv.kernels.triton_tiles import power_of_two
 
 TILE = 2048  # values that one program has in flight: 16 in each of its 128 threads
 ROW = 32  # channels of a tile: a request of 128 bytes
@@ -111,7 +112,7 @@ def _sum(partial, out, shape, transposed, taps=(0, 0), bias_partial=None, bias_o
     splits, batch, flat, inner = shape
     assert partial.is_contiguous() and partial.numel() == splits * out.numel()
     channels = 0 if bias_out is None else bias_out.numel()
-    most = power_of_two(max(out.numel(), channels) // PROGRAMS, 32, TILE)
+    most = power_of_two(max(out.numel(), channels) // MULTIPROCESSORS, 32, TILE)
     block_i = power_of_two(inner, 1, min(ROW, most))
     block_f = power_of_two(flat, 1, most // block_i)
     grid = batch * triton.cdiv(flat, block_f) * triton.cdiv(inner, block_i) + triton.cdiv(channels, block_f * block_i)

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from tritonconv.kernels import triton_tiles as tiles
+from tritonconv.kernels.targets import MULTIPROCESSORS
 from tritonconv.kernels.triton_device import chunk, dividers, offset, voxel_tiles, voxels, widened
 from tritonconv.kernels.triton_launch import geometry, precision, wide
 from tritonconv.kernels.triton_launch import launch as run
@@ -75,7 +76,7 @@ class SplitGemm(NamedTuple):
 
     def splits(self, config: Config, waves: int = WAVES) -> int:
         """SPLITS: as many chunks as fill the waves, each worth its start."""
-        most = waves * tiles.PROGRAMS // max(1, self.programs(config, self.problem.bias))
+        most = waves * MULTIPROCESSORS // max(1, self.programs(config, self.problem.bias))
         return max(1, min(most, self.steps(config) // LEAST_STEPS))
 
     def default(self) -> dict[str, int]:

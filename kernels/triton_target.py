@@ -10,11 +10,9 @@ from functools import cache
 import torch
 import triton
 
+from tritonconv.kernels.targets import LEAST_SHARED_BYTES, NVIDIA
+
 INTERPRETED = bool(triton.knobs.runtime.interpret)
-KIB = 1024
-# Per block, by compute capability (CUDA C++ guide, table 24), and what every listed target has: sm_86, sm_89, sm_120.
-_SHARED_BYTES = {80: 163 * KIB, 87: 163 * KIB, 90: 227 * KIB, 100: 227 * KIB, 103: 227 * KIB}
-LEAST_SHARED_BYTES = 99 * KIB
 STEP = 16  # widths that it divides, as Triton's own specialisation of strides has it, permit wide masks
 
 
@@ -88,7 +86,8 @@ def triton_version() -> tuple[int, int]:
 
 def shared_bytes() -> int:
     """Shared memory that one block may have."""
-    return _SHARED_BYTES.get(compute_capability(), LEAST_SHARED_BYTES)
+    known = NVIDIA.get(compute_capability())
+    return LEAST_SHARED_BYTES if known is None else known.shared_per_block
 
 
 def pipeline_buffers(num_stages: int) -> int:

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 
 import triton
 
-from tritonconv.kernels.triton_target import LEAST_SHARED_BYTES, pipeline_buffers, shared_bytes
+from tritonconv.kernels.targets import LEAST_SHARED_BYTES, MULTIPROCESSORS
+from tritonconv.kernels.triton_target import pipeline_buffers, shared_bytes
 from tritonconv.kernels.variant import Config
 from tritonconv.kernels.work import AS_GIVEN, SECTOR
 from tritonconv.problem import Problem, Triple
@@ -19,7 +20,6 @@ RIDGE = 206  # FLOP per byte from which an H200 is compute-bound: 989 TFLOP/s (b
 UNSTAGED = (1,)
 LARGEST_TILE = 256 * 128  # float32 sums: 128 registers in each of 8 warps' threads
 MOST_LOADED = 10 * 1024  # bytes that a warp loads in one step: of more the addresses and masks spill
-PROGRAMS = 132  # of one wave on an H100 or H200; a smaller machine only sees more waves
 
 
 def power_of_two(value: int, low: int, high: int) -> int:
@@ -53,7 +53,7 @@ def gemm(problem: Problem, size: Triple, columns: int, depth: int, programs: int
     half = problem.dtype.itemsize == 2
     block_n = power_of_two(columns, 16, 128 if half else 64)
     block_m = 128 if half else 64
-    while block_m > 32 and programs * math.ceil(rows / block_m) * math.ceil(columns / block_n) < PROGRAMS:
+    while block_m > 32 and programs * math.ceil(rows / block_m) * math.ceil(columns / block_n) < MULTIPROCESSORS:
         block_m //= 2
     # In NCDHW neighbours of a tap start at any address: 2-byte loads through registers, so a half as deep tile.
     block_k = power_of_two(depth, 16, 64 if half and problem.layout == "ndhwc" else 32)

@@ -12,11 +12,12 @@ import torch
 import triton
 import triton.language as tl
 
+from tritonconv.kernels.targets import MULTIPROCESSORS
 from tritonconv.kernels.triton_device import multiple, widened
 from tritonconv.kernels.triton_launch import launch, wide
 from tritonconv.kernels.triton_tape import fresh
 from tritonconv.kernels.triton_target import STEP
-from tritonconv.kernels.triton_tiles import PROGRAMS, power_of_two
+from tritonconv.kernels.triton_tiles import power_of_two
 
 SMALLEST, LARGEST = 1024, 8192  # elements of a tile: of 4 bytes 8 to 64 in each of its 128 threads
 ROWS = 64  # at least so many, where there are: elements of a tile that become neighbours
@@ -46,7 +47,7 @@ def transpose_kernel(
 
 
 def _transpose(source, out, batch, inner, flat, step, taps=(0, 0)) -> None:
-    largest = power_of_two(source.numel() // PROGRAMS, SMALLEST, LARGEST)
+    largest = power_of_two(source.numel() // MULTIPROCESSORS, SMALLEST, LARGEST)
     block_f = power_of_two(flat, 4, largest // ROWS)
     block_i = power_of_two(inner, 8, max(8, largest // block_f))
     if block_i == block_f:  # Triton gives tiles of one shape one layout, and what is wide for one axis is not for both

@@ -16,11 +16,16 @@ from tritonconv.problem import PASSES, Problem
 Config = Mapping[str, int]
 NO_CONFIG: Config = MappingProxyType({})
 BACKENDS = ("triton", "torch")
+COPY = "COPY"  # of a config: 1 copies operands to channels_last_3d first (triton_channels_last.py)
 
 # Reasons for ``Variant.spreads_nonfinite``: what is multiplied by a zero that stands for nothing.
 SPREADS_WEIGHT = "taps that find no voxel are multiplied by zeros: where the weight is not finite they give NaN"
 SPREADS_VOXELS = "voxels that meet nothing are multiplied by zeros: where x or grad_y is not finite they give NaN"
 SPREADS_PADDING = "torch's convolution may multiply the zeros of a padding, and gives NaN where the other is not finite"
+
+
+def _serves(problem: Problem, device: torch.device) -> None:
+    return None
 
 
 def _one_config(problem: Problem, device: torch.device) -> tuple[Config, ...]:
@@ -35,7 +40,7 @@ def _no_workspace(problem: Problem) -> int:
     return 0
 
 
-class Target(NamedTuple):
+class Toolchain(NamedTuple):
     """What a kernel is compiled for and by: the compute capability (90 for 9.0, 0 for none) and Triton's version."""
 
     capability: int
@@ -53,10 +58,13 @@ class Variant:
     * backward_weight: ``x, grad_y, need_bias`` -> ``(grad_weight, grad_bias or None)``
 
     and returns new tensors. ``supports`` returns None, or the reason why the variant cannot serve the problem on the
-    device. ``workspace_bytes`` bounds the temporary memory besides inputs and outputs.
+    device; by default it serves all. ``workspace_bytes`` bounds the temporary memory besides inputs and outputs.
+
+    ``copied`` is the default config of those that copy operands first (key COPY), None where the space has none.
 
     ``prepare`` (problem, grad_y) -> tensor is work on grad_y that a backward_data and a backward_weight variant share
-    where both name the same function: it is done once, and each takes its result as the keyword ``prepared``.
+    where both name the same function: it is done once, and each takes its result as the last operand, ``prepared``. Of
+    a variant that has the key COPY in its configs it is asked where that is 1.
 
     ``joint`` (problem, config, x, weight, grad_y, need_bias) -> (grad_x, grad_weight, grad_bias or None) is the whole
     backward at once, used instead of the two launches where the chosen backward_data and backward_weight variants
@@ -66,7 +74,7 @@ class Variant:
     torch's own leaves finite; empty where it is not. No variant makes a finite value of one that is not.
 
     ``hazard`` (problem, config, target) -> None, or the reason why the config must not run on what the
-    :class:`Target` names, though it compiles: such configs are chosen by nothing.
+    :class:`Toolchain` names, though it compiles: such configs are chosen by nothing.
 
     ``work`` (problem, config) -> :class:`~tritonconv.kernels.work.Work` is what the launch executes, for the cost
     model; None stands for the useful FLOPs and the compulsory bytes.
@@ -77,16 +85,23 @@ class Variant:
     idea: str
     backend: str
     launch: Callable[..., Any]
-    supports: Callable[[Problem, torch.device], str | None]
+    supports: Callable[[Problem, torch.device], str | None] = field(default=_serves)
     space: Callable[[Problem, torch.device], tuple[Config, ...]] = field(default=_one_config)
     default: Callable[[Problem, torch.device], Config] = field(default=_no_config)
+    copied: Callable[[Problem, torch.device], Config | None] | None = None
     prepare: Callable[[Problem, torch.Tensor], torch.Tensor] | None = None
     joint: Callable[..., Any] | None = None
     deterministic: bool = True
     spreads_nonfinite: str = ""
     workspace_bytes: Callable[[Problem], int] = field(default=_no_workspace)
     work: Callable[[Problem, Config], Work] | None = None
-    hazard: Callable[[Problem, Config, Target], str | None] | None = None
+    hazard: Callable[[Problem, Config, Toolchain], str | None] | None = None
+
+    def starts(self, problem: Problem, device: torch.device) -> tuple[Config, ...]:
+        """The default config, and the one that copies operands first, where there is one: the others of the space are
+        around these."""
+        copied = None if self.copied is None else self.copied(problem, device)
+        return (self.default(problem, device), *(() if copied is None else (copied,)))
 
     def __post_init__(self) -> None:
         if self.pass_name not in PASSES:

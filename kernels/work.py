@@ -6,12 +6,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from tritonconv.kernels.targets import MULTIPROCESSORS
 from tritonconv.kernels.weight_orders import AS_GIVEN, CACHED_BYTES, OUT_INNERMOST
 from tritonconv.problem import Problem
 
 BASE_REGISTERS = 40  # addresses, masks and counters of a thread, besides tiles
 WARP = 32
-MULTIPROCESSORS = 132  # of an H100 or H200
 L1_BYTES = 128 * 1024  # of a multiprocessor, besides what its programs have as shared memory
 L1_SHARERS = 2  # programs whose voxels an L1 keeps at least, or no load is hidden behind another's products
 HALO = 1.5  # voxels of a tile with its neighbours, by its voxels

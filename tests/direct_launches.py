@@ -11,9 +11,9 @@ from triton.runtime.jit import JITFunction
 
 from tritonconv import Problem
 from tritonconv.kernels.registry import variant
+from tritonconv.kernels.targets import TARGETS
 from tritonconv.kernels.triton_replay import Replay
 from tritonconv.lab.inspection.compiling import GPU, TargetDriver
-from tritonconv.lab.inspection.targets import TARGETS
 
 HALF = torch.float16
 SHUFFLE = Problem(1, 32, 16, (3, 4, 5), (2, 2, 2), (2, 2, 2), (0, 0, 0), (6, 8, 10), dtype=HALF, bias=True)

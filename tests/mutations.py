@@ -90,8 +90,7 @@ def users() -> dict[sources.Place, list[str]]:
     found: dict[sources.Place, list[str]] = {}
     for record in variants():
         if record.backend == "triton":
-            own = f"{sources.PACKAGE}.{record.name}"
-            for place in sources._reached([sources.Place(own, name) for name in sources._definitions(own)]):
+            for place in sources.places(record):
                 if sources._on_device(sources._node(place)):
                     found.setdefault(place, []).append(record.name)
     return found

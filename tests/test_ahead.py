@@ -32,7 +32,7 @@ COMPILE = ("compile", "--target", "sm_90", *ASKED, "--layout", "ncdhw", "--candi
 LAUNCH_ALL = """
 import triton
 from tritonconv.lab.inspection import compiling, launches
-from tritonconv.lab.inspection.targets import TARGETS
+from tritonconv.kernels.targets import TARGETS
 from tritonconv.kernels.registry import variant, variants
 
 hits = []
@@ -49,7 +49,7 @@ import ctypes, pathlib, subprocess
 from triton import knobs
 from triton.backends.nvidia import driver
 from tritonconv.lab.inspection import compiling, launchers, launches
-from tritonconv.lab.inspection.targets import TARGETS
+from tritonconv.kernels.targets import TARGETS
 from tritonconv.kernels.registry import variant, variants
 
 folder = pathlib.Path(__file__).parent

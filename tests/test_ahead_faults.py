@@ -21,7 +21,7 @@ from tritonconv.lab import cli
 from tritonconv.lab.bench.progress import Silent
 from tritonconv.lab.commands import common
 from tritonconv.lab.commands import compile as compile_
-from tritonconv.lab.inspection import ahead, launches, precompile
+from tritonconv.lab.inspection import ahead, launches, workers
 from tritonconv.lab.inspection.launches import Kernel, Launch, Launches
 
 pytestmark = pytest.mark.skipif(not have_triton(), reason="Triton is not installed")
@@ -34,9 +34,10 @@ ANSWERS = """
 import os, pickle, sys
 sys.path[:] = sys.argv[1:]
 from pathlib import Path
-from tritonconv.lab.inspection.precompile import LENGTH, Answer, Kernel
+from tritonconv.lab.inspection.precompile import Answer, Kernel
+from tritonconv.lab.inspection.workers import LENGTH
 while True:
-    _, _, config, *_ = pickle.load(sys.stdin.buffer)
+    _, (_, _, config, *_) = pickle.load(sys.stdin.buffer)
     size = config["BLOCK_M"]
     place, module = (Path(os.environ["TRITON_CACHE_DIR"], f"{kind}{size}") for kind in ("KEY", "SO"))
     place.mkdir(), module.mkdir()
@@ -56,7 +57,7 @@ def _as_before(monkeypatch):
     monkeypatch.setattr(triton_compiled, "_warned", set())
     monkeypatch.setattr(launches, "_read", [])
     monkeypatch.setattr(Kernel, "edited", lambda kernel: False)
-    monkeypatch.setattr(precompile, "WORKER", ANSWERS)
+    monkeypatch.setattr(workers, "WORKER", ANSWERS)
     monkeypatch.delenv(VARIABLE, raising=False)
     yield
     triton_compiled.remove()
@@ -214,7 +215,7 @@ def compiling(monkeypatch, *arguments: str) -> int:
 
 
 def test_crashes_that_follow_each_other_are_no_budget_that_was_used_up(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(precompile, "WORKER", "raise SystemExit")
+    monkeypatch.setattr(workers, "WORKER", "raise SystemExit")
     assert compiling(monkeypatch, "--out", str(tmp_path / "out"), "--target", "sm_90", *ASKED) == 1
     out = capsys.readouterr().out
     assert "sm_90: 0 launches compiled, 0 known before, 2 cannot be compiled, 1 left" in out
@@ -223,7 +224,7 @@ def test_crashes_that_follow_each_other_are_no_budget_that_was_used_up(tmp_path,
 
 
 def test_a_budget_that_was_used_up_is_no_crash(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(precompile, "WORKER", "import time; time.sleep(60)")
+    monkeypatch.setattr(workers, "WORKER", "import time; time.sleep(60)")
     compiling(monkeypatch, "--out", str(tmp_path / "out"), "--target", "sm_90", *ASKED, "--seconds", "0.5")
     out = capsys.readouterr().out
     assert "3 left\nthe budget was used up" in out and "not begun" not in out

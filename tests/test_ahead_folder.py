@@ -19,14 +19,15 @@ from tritonconv.autotune.tuning.contest import Candidate, Effort, candidates
 from tritonconv.errors import ArgumentError
 from tritonconv.kernels import triton_compiled
 from tritonconv.kernels.registry import have_triton, variant
+from tritonconv.kernels.targets import TARGETS
 from tritonconv.kernels.triton_compiled import CompiledFolder, CompiledWarning, Maker
 from tritonconv.lab import cli
 from tritonconv.lab.bench.progress import Silent
-from tritonconv.lab.inspection import ahead, launches, precompile
+from tritonconv.lab.inspection import ahead, workers
 from tritonconv.lab.inspection.compiling import compiling_for
 from tritonconv.lab.inspection.launches import Kernel, Launch, Launches
 from tritonconv.lab.inspection.precompile import Precompiler
-from tritonconv.lab.inspection.targets import TARGETS
+from tritonconv.precision import float32_precision
 
 ROOT = Path(__file__).resolve().parent.parent
 GPU = torch.device("cuda", 0)
@@ -102,8 +103,9 @@ ANSWERS_ONCE = """
 import os, pickle, sys, time
 sys.path[:] = sys.argv[1:]
 from pathlib import Path
-from tritonconv.lab.inspection.precompile import LENGTH, Answer, Kernel
-name, *_ = pickle.load(sys.stdin.buffer)
+from tritonconv.lab.inspection.precompile import Answer, Kernel
+from tritonconv.lab.inspection.workers import LENGTH
+_, (name, *_) = pickle.load(sys.stdin.buffer)
 if name != "forward_gather":
     time.sleep(60)
 place = Path(os.environ["TRITON_CACHE_DIR"], "KEY")
@@ -121,7 +123,7 @@ JOBS = [("forward_gather", UP, {"BLOCK_M": 16}), ("forward_phases", UP, {}), ("f
 
 
 def test_a_run_that_is_cut_off_leaves_what_is_done_in_a_valid_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(precompile, "WORKER", ANSWERS_ONCE)
+    monkeypatch.setattr(workers, "WORKER", ANSWERS_ONCE)
     folder = ahead.opened(tmp_path / "out", "sm_90")
 
     class Interrupted(Silent):
@@ -139,7 +141,7 @@ def test_a_run_that_is_cut_off_leaves_what_is_done_in_a_valid_folder(tmp_path, m
 
 
 def test_a_run_ends_when_its_time_is_up(tmp_path, monkeypatch):
-    monkeypatch.setattr(precompile, "WORKER", "import time; time.sleep(60)")
+    monkeypatch.setattr(workers, "WORKER", "import time; time.sleep(60)")
     filled = ahead.compile_into(ahead.opened(tmp_path / "out", "sm_90"), JOBS, "sm_90", 2, 0.1, Silent())
     assert (filled.compiled, filled.known, filled.left, filled.failed) == (0, 0, 3, [])
 
@@ -154,7 +156,7 @@ def test_a_line_that_was_cut_off_is_passed_over_and_written_behind(tmp_path):
 
 
 def test_what_cannot_be_compiled_is_told_and_the_rest_goes_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(precompile, "WORKER", "import sys; sys.stdin.buffer.read(1)")
+    monkeypatch.setattr(workers, "WORKER", "import sys; sys.stdin.buffer.read(1)")
     filled = ahead.compile_into(ahead.opened(tmp_path / "out", "sm_90"), JOBS[:1], "sm_90", 1, None, Silent())
     assert filled.failed == [(JOBS[0], "the compiler ended its process")] and filled.faults == 1
     assert list(Launches(CompiledFolder.read(tmp_path / "out"))) == []
@@ -177,13 +179,13 @@ class Held:
 
 
 def test_what_was_compiled_ahead_is_not_sent_to_the_compiling_processes(monkeypatch):
-    monkeypatch.setattr(precompile, "WORKER", "raise SystemExit")
+    monkeypatch.setattr(workers, "WORKER", "raise SystemExit")
     jobs = [("forward_gather", UP, {"BLOCK_M": size}) for size in (2, 4)]
     with Precompiler("sm_90", processes=1, ahead=Held()) as compiler:
         assert wait(compiler.start(jobs), timeout=60).not_done == set()
-        assert not compiler._workers
+        assert not compiler.started
         (late,) = compiler.start([("forward_gather", UP, {"BLOCK_M": 3})])
-        assert not late.result().ok and compiler._workers
+        assert not late.result().ok and compiler.started
 
 
 def test_candidates_that_were_compiled_ahead_come_first(monkeypatch):
@@ -237,7 +239,7 @@ def test_rates_of_a_target_are_those_of_its_data_sheet():
 def test_the_launches_of_a_folder_are_read_again_as_they_were_written():
     launch = Launch("forward_gather", UP, {"BLOCK_M": 16}, "tf32", "sm_90", (Kernel("k", "KEY", "m:k", "0"),))
     assert Launch.of(launch.line()) == launch
-    assert launches.precision() in ("tf32", "ieee")
+    assert float32_precision() in ("tf32", "ieee")
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "kernels").glob("*.py")), ids=lambda path: path.stem)

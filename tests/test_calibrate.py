@@ -14,9 +14,10 @@ from test_model import GPU, compiled, layers, problem, triton  # noqa: F401  (a 
 
 from tritonconv.autotune import ceilings, model, store
 from tritonconv.autotune.key import device_name
+from tritonconv.autotune.model import LEAST_TIMINGS as LEAST
 from tritonconv.autotune.sources import revision
 from tritonconv.autotune.tuning import calibrate, session
-from tritonconv.autotune.tuning.calibrate import LEAST, Sample
+from tritonconv.autotune.tuning.calibrate import Sample
 from tritonconv.autotune.tuning.journal import Journal, Timing
 from tritonconv.autotune.tuning.session import Session, tasks_of
 from tritonconv.kernels import registry
@@ -48,7 +49,8 @@ def measured(name: str, times: float, count: int, **changes) -> list[Sample]:
 
 def kind(name: str, **changes) -> str:
     each = next(each for each in layers(torch.bfloat16, "ndhwc") if variant(name).supports(each, CUDA) is None)
-    return model.kind(variant(name), guess(name, each, **changes).work)
+    config = {**variant(name).default(each, CUDA), **changes}
+    return model.kind(variant(name), config, guess(name, each, **changes).work)
 
 
 needs_triton = pytest.mark.skipif(not registry.have_triton(), reason="needs Triton")

@@ -13,18 +13,19 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from variant_cases import form_names
 
 import tritonconv
 
 ROOT = Path(__file__).resolve().parent.parent
-NAMES = [record.name for record in tritonconv.variants() if record.backend == "triton"]
+NAMES = form_names(record for record in tritonconv.variants() if record.backend == "triton")
 
 COMMON = """
 import dataclasses, json, sys
 import torch
 from tritonconv.lab.inspection.compiling import GPU, META, TARGETS, compiling_for
 from tritonconv.kernels import triton_launch
-from tritonconv.kernels.registry import variant
+from variant_cases import form
 from tritonconv.problem import Problem, output_size
 
 def problem_of(n, size, channels=(64, 32), kernel=2, groups=1, layout="ndhwc", crop=0):
@@ -33,7 +34,7 @@ def problem_of(n, size, channels=(64, 32), kernel=2, groups=1, layout="ndhwc", c
     return Problem(n, *channels, size, k, s, p, out, (1,) * 3, groups, torch.bfloat16, layout, True)
 
 def served(name, **sizes):
-    record = variant(name)
+    record = form(name)
     for more in (
         {}, {"channels": (64, 64), "groups": 64, "kernel": 3}, {"channels": (32, 4)}, {"channels": (16, 16)},
         {"channels": (32, 2), "kernel": 4}, {"kernel": 3, "layout": "ncdhw"},
@@ -62,7 +63,7 @@ def compiled(record, problem, config=None):
 
 def in_a_process(code: str, *names: str):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(ROOT)
+    environment["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
     script = COMMON + textwrap.dedent(code)
     done = subprocess.run(
         [sys.executable, "-c", script, *names], capture_output=True, text=True, env=environment, check=False
@@ -183,7 +184,7 @@ def test_channels_that_8_divides_are_loaded_as_wide_as_those_that_16_divides():
         narrow = {}
         with compiling_for(TARGETS["sm_90"]):
             for name in sys.argv[1:]:
-                record, counts = variant(name), []
+                record, counts = form(name), []
                 for channels in ((64, 32), (56, 24)):
                     problem = problem_of(2, (8, 9, 10), channels, kernel=3, crop=1)
                     if record.supports(problem, GPU) is None:

@@ -7,7 +7,7 @@ import torch
 from variant_cases import DEVICE, Case, expected, same
 
 import tritonconv
-from tritonconv.kernels import triton_fused_backward as fused
+from tritonconv.kernels import backward_fused as fused
 from tritonconv.kernels import triton_reduce
 from tritonconv.kernels.registry import variant
 from tritonconv.lab.inspection.compiling import products_in

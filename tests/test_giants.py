@@ -12,10 +12,9 @@ import pytest
 import torch
 from repeated import twice
 from test_triton_kernels import NAMES
-from variant_cases import DEVICE, run
+from variant_cases import DEVICE, form, run
 
 from tritonconv import Problem
-from tritonconv.kernels.registry import variant
 from tritonconv.kernels.variant import Variant
 from tritonconv.problem import LAYOUTS
 
@@ -38,7 +37,7 @@ def giant(label: str, layout: str) -> Problem:
 def judged(label: str, layout: str) -> list[Variant]:
     """The variants whose first giant this is: each costs seconds to compile."""
     served = {
-        each: [variant(name) for name in NAMES if variant(name).supports(giant(each, layout), DEVICE) is None]
+        each: [form(name) for name in NAMES if form(name).supports(giant(each, layout), DEVICE) is None]
         for each in GIANT
     }
     earlier = {record.name for each in list(GIANT)[: list(GIANT).index(label)] for record in served[each]}

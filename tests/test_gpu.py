@@ -13,8 +13,8 @@ import pytest
 import torch
 from repeated import twice
 from test_triton_kernels import NAMES
-from test_triton_layers import GENERAL, TRAINED, served, triples
-from variant_cases import DEVICE
+from test_triton_layers import GENERAL, TRAINED, in_force, served, triples
+from variant_cases import DEVICE, form
 
 import tritonconv
 from tritonconv import Problem, dispatch
@@ -27,8 +27,9 @@ from tritonconv.kernels.registry import variant
 from tritonconv.lab.bench import gate
 from tritonconv.lab.bench.gpu import captured
 from tritonconv.lab.bench.workloads import resized, workload
-from tritonconv.lab.inspection.compiling import PRECISIONS, products_in
-from tritonconv.lab.inspection.jobs import CLASSES
+from tritonconv.lab.inspection.compiling import products_in
+from tritonconv.lab.inspection.jobs import SAMPLE_LAYERS
+from tritonconv.precision import PRECISIONS
 from tritonconv.problem import LAYOUTS, PASSES
 
 pytestmark = pytest.mark.gpu
@@ -47,13 +48,13 @@ PRODUCTS = [f"{name}_torch_{idea}" for name in PASSES for idea in ("shuffle", "l
 
 def layers_judged(name: str, precision: str) -> list[Problem]:
     """Cut to what takes no time; precisions that are judged in one layout take turns."""
-    most_layers, most_layouts = (len(CLASSES) + 1, len(LAYOUTS)) if EVERY_LAYER else JUDGED[precision]
+    most_layers, most_layouts = (len(SAMPLE_LAYERS) + 1, len(LAYOUTS)) if EVERY_LAYER else JUDGED[precision]
     layouts = sorted(LAYOUTS, reverse=list(JUDGED).index(precision) % 2 == 1)
     found: list[Problem] = []
-    for layer in dict.fromkeys((*CLASSES.values(), FEW_CHANNELS)):
-        whole = [workload(layer).problem(PRECISIONS[precision][0], layout) for layout in layouts]
+    for layer in dict.fromkeys((*SAMPLE_LAYERS.values(), FEW_CHANNELS)):
+        whole = [workload(layer).problem(PRECISIONS[precision], layout) for layout in layouts]
         cut = [resized(each, tuple(min(size, MOST_VOXELS) for size in each.size), 1) for each in whole]
-        served_ones = [each for each in cut if variant(name).supports(each, DEVICE) is None][:most_layouts]
+        served_ones = [each for each in cut if form(name).supports(each, DEVICE) is None][:most_layouts]
         found += served_ones
         most_layers -= bool(served_ones)
         if not most_layers:
@@ -65,7 +66,7 @@ def layers_judged(name: str, precision: str) -> list[Problem]:
 @pytest.mark.parametrize("name", NAMES)
 def test_rounding_is_torchs_on_the_same_gpu(name, precision):
     """Real layers: against float64, and no further from it than torch's own in the same precision allows."""
-    record = variant(name)
+    record = form(name)
     with products_in(precision):
         problems = layers_judged(name, precision)
         assert bool(problems) == ((name, precision) not in NOT_SERVED)
@@ -105,7 +106,7 @@ def test_formulations_in_matrix_products_obey_the_switch_of_the_convolutions(pre
 
 
 def layers_of(names):
-    """(layer, x, grad_y) of a class of layers that the variants serve, in float16; in NDHWC where they serve that.
+    """(layer, x, grad_y, problem) of a class of layers that the variants serve, float16; in NDHWC where they can.
 
     Of the first such class, and of each for the general variants.
     """
@@ -122,7 +123,7 @@ def layers_of(names):
                 torch.randn(shape, device=DEVICE).to(torch.float16, memory_format=problem.memory_format)
                 for shape in (problem.x_shape, problem.y_shape)
             )
-            yield layer, x.requires_grad_(), grad_y
+            yield layer, x.requires_grad_(), grad_y, problem
             if names != GENERAL:
                 return
 
@@ -142,8 +143,8 @@ TOGETHER = [
 def test_a_training_step_in_a_cuda_graph(names):
     """Captured once, replayed with other values: bitwise what the eager call gives, and the same every time."""
     seen = 0
-    with tritonconv.use(*names):
-        for layer, x, grad_y in layers_of(names):
+    for layer, x, grad_y, problem in layers_of(names):
+        with in_force(names, problem):
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
@@ -170,8 +171,8 @@ def test_a_training_step_in_a_cuda_graph(names):
 def test_launches_follow_the_current_stream(names):
     """Behind work that fills the operands on a side stream, with nothing else to wait for."""
     seen = 0
-    with tritonconv.use(*names):
-        for layer, x, grad_y in layers_of(names):
+    for layer, x, grad_y, problem in layers_of(names):
+        with in_force(names, problem):
             want = twice(lambda each=(layer, x, grad_y): step(*each))
             late = torch.zeros_like(x, requires_grad=True)
             torch.cuda.synchronize()
@@ -193,7 +194,7 @@ def test_what_waits_for_the_gpu_is_not_captured_and_what_comes_after_is():
         assert captured(call, DEVICE) is None
     names = "forward_shuffle", "backward_data_fused", "backward_weight_fused"
     with tritonconv.use(*names):
-        layer, x, grad_y = next(layers_of(names))
+        layer, x, grad_y, _ = next(layers_of(names))
         seen = []
         replay = captured(lambda: seen.append(step(layer, x, grad_y)), DEVICE)
         assert replay is not None
@@ -208,7 +209,7 @@ def test_the_second_call_goes_past_tritons_launcher(monkeypatch):
     from triton.runtime.jit import JITFunction
 
     with tritonconv.use("forward_shuffle", "backward_data_fused", "backward_weight_fused"):
-        layer, x, grad_y = next(layers_of(("forward_shuffle", "backward_data_fused", "backward_weight_fused")))
+        layer, x, grad_y, _ = next(layers_of(("forward_shuffle", "backward_data_fused", "backward_weight_fused")))
         first = twice(lambda: step(layer, x, grad_y))
         monkeypatch.setattr(JITFunction, "run", None)
         assert all(map(torch.equal, step(layer, x, grad_y), first))

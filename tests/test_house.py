@@ -24,7 +24,7 @@ BESIDE = {"Makefile", "LICENSE", "constraints.txt"}
 # Lower never imports higher; modules of one layer may import each other. A module belongs to the longest name here that
 # begins its own.
 LAYERS = (
-    ("errors", "switches", "flops"),
+    ("errors", "switches", "flops", "precision"),
     ("problem", "device"),
     ("arguments",),
     ("kernels",),
@@ -206,7 +206,9 @@ def test_the_import_stays_light():
 def test_variants_list_themselves_by_file():
     from tritonconv.kernels import registry
 
-    stems = {path.stem for path in (ROOT / "kernels").glob("*.py") if path.stem.startswith(registry.PASSES)}
-    listed = {record.name for record in registry.variants()}
-    assert listed == stems if registry.have_triton() else listed <= stems
-    assert all(record.idea and "\n" not in record.idea for record in registry.variants())
+    listed = {record.name: record for record in registry.variants()}
+    assert set(listed) == {*registry._torchs(), *(registry._kernels() if registry.have_triton() else ())}
+    for name, record in listed.items():
+        stem = record.launch.__module__.rpartition(".")[2]
+        idea = name.removeprefix(f"{record.pass_name}_")
+        assert stem == (idea if record.backend == "torch" else registry._kernels()[name])

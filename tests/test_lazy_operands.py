@@ -6,12 +6,11 @@ import pytest
 import torch
 from odd_cases import odd, whole_config
 from test_triton_kernels import NAMES
-from variant_cases import DEVICE
+from variant_cases import DEVICE, form
 
 import tritonconv
 from tritonconv.autotune.choose import Selection
 from tritonconv.dispatch import plan_of
-from tritonconv.kernels.registry import variant
 from tritonconv.lab.bench.calls import make_tensors
 
 OPERANDS = {
@@ -23,7 +22,7 @@ KINDS = {
     "negated": lambda tensor: torch._neg_view(-tensor),
     "zeros": lambda tensor: torch._efficientzerotensor(tensor.shape, dtype=tensor.dtype, device=tensor.device),
 }
-LAZY = [(name, operand) for name in NAMES for operand in OPERANDS[variant(name).pass_name]]
+LAZY = [(name, operand) for name in NAMES for operand in OPERANDS[form(name).pass_name]]
 
 
 @pytest.mark.parametrize(
@@ -31,7 +30,7 @@ LAZY = [(name, operand) for name in NAMES for operand in OPERANDS[variant(name).
 )
 def test_a_kernel_reads_the_values_of_lazy_operands(name, operand):
     """Before and after a call with an operand of the same kind that is not lazy, which is kept and replayed."""
-    record = variant(name)
+    record = form(name)
     problem = odd(record)[1]
     tensors = make_tensors(problem, DEVICE, 0)
     chosen = Selection(record, whole_config(record, problem), "tested")

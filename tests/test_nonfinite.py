@@ -17,7 +17,7 @@ from odd_cases import LAYOUTS as ODD_LAYOUTS
 from odd_cases import ODD, whole_config
 from repeated import twice
 from test_triton_kernels import NAMES, ON_GPU
-from variant_cases import CASES, DEVICE, Case, random_case, run
+from variant_cases import CASES, DEVICE, Case, form, random_case, run
 
 import tritonconv
 from tritonconv.autotune import rules
@@ -107,7 +107,7 @@ def more(record: Variant, problem: Problem, config, case: Case, operand: str, th
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in NAMES])
 def test_a_kernel_loses_none_and_declares_where_it_has_more(name):
     """On the first of the odd problems that it serves in each layout."""
-    record, spread = variant(name), []
+    record, spread = form(name), []
     for layout in ODD_LAYOUTS:
         served = ((case, case.problem(torch.float16, layout)) for case in ODD.values())
         case, problem = next((each for each in served if record.supports(each[1], DEVICE) is None), (None, None))

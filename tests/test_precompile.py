@@ -14,7 +14,7 @@ import torch
 
 from tritonconv import Problem
 from tritonconv.kernels.registry import have_triton
-from tritonconv.lab.inspection import precompile
+from tritonconv.lab.inspection import workers
 from tritonconv.lab.inspection.precompile import Precompiler, target_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,7 +23,7 @@ import pathlib, torch
 from tritonconv import Problem
 from tritonconv.lab.inspection import compiling
 from tritonconv.lab.inspection.precompile import Precompiler
-from tritonconv.lab.inspection.targets import TARGETS
+from tritonconv.kernels.targets import TARGETS
 from tritonconv.kernels.registry import variant
 
 with pathlib.Path(__file__).with_name("runs").open("a") as runs:  # no guard: what a process imports would run here
@@ -65,10 +65,10 @@ import pathlib
 from tritonconv import Problem
 from tritonconv.lab.inspection import compiling
 from tritonconv.lab.inspection.precompile import Precompiler
-from tritonconv.lab.inspection.targets import TARGETS
+from tritonconv.kernels.targets import TARGETS
 from tritonconv.kernels import registry
 
-record = registry.load(pathlib.Path("mine.py"))
+(record,) = registry.load(pathlib.Path("mine.py"))
 up = Problem(1, 4, 3, (3, 4, 5), (2, 2, 2), (2, 2, 2), (0, 0, 0), (6, 8, 10))
 configs = [{"BLOCK": block, "num_warps": 4} for block in (64, 128)]
 with Precompiler("sm_90", processes=1) as compiler:
@@ -114,7 +114,7 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 def test_the_end_of_the_block_ends_what_is_compiling(tmp_path, monkeypatch):
     started = tmp_path / "started"
     hangs = f"import subprocess, sys; open({str(started)!r}, 'w'); subprocess.run(['sleep', '60'])"
-    monkeypatch.setattr(precompile, "WORKER", hangs)
+    monkeypatch.setattr(workers, "WORKER", hangs)
     with Precompiler("sm_90", processes=2) as compiler:
         found = compiler.start([("forward_shuffle", UP, {})] * 4)
         deadline = time.monotonic() + 60
@@ -123,19 +123,19 @@ def test_the_end_of_the_block_ends_what_is_compiling(tmp_path, monkeypatch):
         compiler.finish(found, seconds=0.01)
         begin = time.perf_counter()
     assert time.perf_counter() - begin < 20  # its child, which holds the pipe, has ended too
-    assert compiler._workers and all(each.poll() is not None for each in compiler._workers)
+    assert compiler.started and all(each.poll() is not None for each in compiler.started)
     assert all(each.cancelled() or not each.result(timeout=0).ok for each in found)
 
 
 @needs_triton
 @pytest.mark.parametrize("crash", ["raise SystemExit", "import sys; sys.stdin.buffer.read(1)"])
 def test_processes_that_crash_are_replaced_a_few_times_only(monkeypatch, crash):
-    monkeypatch.setattr(precompile, "WORKER", crash)
+    monkeypatch.setattr(workers, "WORKER", crash)
     with Precompiler("sm_90", processes=2) as compiler:
         found = compiler.start([("forward_shuffle", UP, {})] * 20)
         compiler.finish(found)
         assert [each.result().ok for each in found] == [False] * 20
-    assert len(compiler._workers) in (3, 4)
+    assert len(compiler.started) in (3, 4)
 
 
 @needs_triton

@@ -219,12 +219,12 @@ def test_tiles_exactly_means_one_tap_per_output(expected, axes):
 
 def test_an_axis_of_one_voxel_has_any_stride():
     first = Problem(2, 5, 8, (1, 1, 1), (4, 4, 4), (1, 2, 4), (0, 1, 0), (4, 3, 4))
-    assert first.spread.stride == (4, 4, 4) and first.spread.flops == first.flops
-    assert dataclasses.replace(first, crop=(0, 0, 0), out_size=(4, 4, 4)).spread.tiles_exactly
+    assert first.without_overlap.stride == (4, 4, 4) and first.without_overlap.flops == first.flops
+    assert dataclasses.replace(first, crop=(0, 0, 0), out_size=(4, 4, 4)).without_overlap.tiles_exactly
     long = dataclasses.replace(first, size=(1, 1, 2), stride=(1, 2, 2), out_size=(4, 3, 6))
-    assert long.spread is long  # outputs along w have several taps
-    assert dataclasses.replace(long, stride=(1, 2, 4), out_size=(4, 3, 8)).spread.stride == (4, 4, 4)
-    assert dataclasses.replace(first, dilation=(2, 1, 1), out_size=(7, 3, 4)).spread.stride == (1, 2, 4)
+    assert long.without_overlap is long  # outputs along w have several taps
+    assert dataclasses.replace(long, stride=(1, 2, 4), out_size=(4, 3, 8)).without_overlap.stride == (4, 4, 4)
+    assert dataclasses.replace(first, dilation=(2, 1, 1), out_size=(7, 3, 4)).without_overlap.stride == (1, 2, 4)
 
 
 def test_depthwise_is_one_channel_in_and_out_per_group():
@@ -293,3 +293,10 @@ def test_str_shows_what_is_not_the_default():
     axes = [(4, 3, 1, 1, 0, 2, 0), (5, 2, 2, 2, 1, 1, 0), (6, 1, 3, 1, 0, 0, 2)]
     full = problem_of(axes, c_in=4, c_out=6, groups=2, dtype=torch.bfloat16, layout="ndhwc", bias=True)
     assert str(full) == "n1 4->6 4x5x6 k3x2x1 s1x2x3 crop 0x1x0/2x1x-2 dil 1x2x1 g2 bfloat16 ndhwc bias"
+
+
+def test_torch_has_no_arguments_for_a_crop_that_its_padding_cannot_express():
+    uneven = Problem(1, 2, 3, (4, 4, 4), (4, 2, 2), (2, 2, 2), (0, 0, 0), (8, 8, 8))
+    assert not uneven.torch_crop.exact
+    with pytest.raises(ArgumentError, match="0 before and 2 behind, 0 before and 0 behind"):
+        uneven.torch_arguments  # noqa: B018

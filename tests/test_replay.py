@@ -7,6 +7,7 @@ import weakref
 
 import pytest
 import torch
+from variant_cases import form, form_names
 
 pytest.importorskip("triton")
 
@@ -147,7 +148,7 @@ COPIED = Problem(1, 16, 16, (2, 1, 3), (3, 3, 3), (2, 2, 2), (1, 1, 1), (4, 2, 6
 DEPTHWISE = Problem(1, 4, 4, (2, 3, 4), (3, 3, 3), (2, 2, 2), (1, 1, 1), (4, 6, 8), groups=4)
 SERVED = [
     (record, problem)
-    for record in variants()
+    for record in map(form, form_names(variants()))
     for problem in (UP, WIDE, HALO, COPIED, DEPTHWISE)
     if record.backend == "triton" and record.supports(problem, torch.device(DEVICE)) is None
 ]
@@ -181,9 +182,9 @@ def test_every_variants_second_call_is_right(record, problem, poisoned):
 
 
 def test_one_copy_of_grad_y_serves_both_gradients(monkeypatch):
-    pair = [variant(name) for name in ("backward_data_gemm_last", "backward_weight_splitk_last")]
+    pair = [variant(name) for name in ("backward_data_gemm", "backward_weight_splitk")]
     where = torch.device(DEVICE)
-    chosen = {each.pass_name: Selection(each, each.default(COPIED, where), "tested") for each in pair}
+    chosen = {each.pass_name: Selection(each, each.starts(COPIED, where)[1], "tested") for each in pair}
     plan = dispatch.plan_of(COPIED, where, **chosen)
     copies = []
     real = triton_transpose.launch
@@ -247,7 +248,7 @@ VARIANT = Variant("forward_factor", "forward", "grows", "triton", launch, gather
 
 def test_a_variant_from_outside_the_project_is_never_replayed(tmp_path):
     (tmp_path / "forward_factor.py").write_text(OUTSIDE)
-    record = registry.load(tmp_path / "forward_factor.py")
+    (record,) = registry.load(tmp_path / "forward_factor.py")
     try:
         *given, want = operands()
         with tritonconv.use(record.name):

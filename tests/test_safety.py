@@ -16,7 +16,7 @@ from tritonconv.autotune import ceilings, model
 from tritonconv.autotune.choose import config_fault
 from tritonconv.kernels import registry, safety
 from tritonconv.kernels.safety import guarded, unsafe
-from tritonconv.kernels.variant import Target
+from tritonconv.kernels.variant import Toolchain
 from tritonconv.lab.bench.workloads import workload
 
 pytest.importorskip("triton")
@@ -25,7 +25,7 @@ DEVICE = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_avai
 PROBLEM = Problem(1, 16, 16, (4, 4, 4), (3, 3, 3), (2, 2, 2), (0, 0, 0), (9, 9, 9))
 KERNEL = "forward_phases"
 WHY = "a register is written too early"
-OLD, NEW = Target(90, (3, 6)), Target(90, (3, 9))
+OLD, NEW = Toolchain(90, (3, 6)), Toolchain(90, (3, 9))
 RATES = ceilings.of_capability((9, 0))
 
 
@@ -66,7 +66,7 @@ def given(monkeypatch):
 def test_the_target_is_that_of_the_device():
     from tritonconv.kernels import triton_target
 
-    assert safety.present(torch.device("cpu")) == Target(0, triton_target.triton_version())
+    assert safety.present(torch.device("cpu")) == Toolchain(0, triton_target.triton_version())
     assert triton_target.triton_version() >= (3, 6)
 
 
@@ -117,8 +117,8 @@ def test_use_takes_a_safe_config_or_says_why_there_is_none(given):
         tritonconv.conv_transpose3d(x, weight, None, 2)
 
 
-def test_the_hazard_is_asked_about_the_spread_problem_and_of_the_problem_in_the_other_layout():
-    """As the other fields of a variant: ``Problem.spread``, and ndhwc for the kernels that copy their operands."""
+def test_the_hazard_is_asked_about_the_problem_without_overlap_and_of_the_problem_in_the_other_layout():
+    """As the other fields: ``Problem.without_overlap``, and ndhwc for the kernels that copy their operands."""
     asked = []
 
     def listen(problem, config, target):
@@ -127,8 +127,9 @@ def test_the_hazard_is_asked_about_the_spread_problem_and_of_the_problem_in_the_
     from tritonconv.kernels import triton_channels_last
 
     base = dataclasses.replace(registry.variant(KERNEL), hazard=listen)
-    last = triton_channels_last.of(base, base.launch, "on copies", ("x",), "c_in")
-    assert last.hazard is not None
+    copying = triton_channels_last.copying(base, ("x",), "c_in")
+    assert copying.hazard is not None
     problem = workload("psmnet_train_64_32").problem(torch.float16, "ncdhw")
-    last.hazard(problem, {}, OLD)
-    assert [each.layout for each in asked] == ["ndhwc"]
+    for copies in (0, 1):
+        copying.hazard(problem, {"COPY": copies}, OLD)
+    assert [each.layout for each in asked] == ["ncdhw", "ndhwc"]

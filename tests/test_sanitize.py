@@ -10,15 +10,14 @@ import torch
 from odd_cases import odd, whole_config
 from repeated import twice
 from test_triton_kernels import NAMES, operands
-from variant_cases import same
+from variant_cases import form, same
 
-from tritonconv.kernels.registry import variant
 from tritonconv.kernels.triton_replay import Replay
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in NAMES])
 def test_exact(name):
-    record = variant(name)
+    record = form(name)
     case, problem = odd(record)
     (x, weight, bias, grad_y), exact = operands(case, torch.float16, problem.layout)
     config = whole_config(record, problem)

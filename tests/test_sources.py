@@ -75,7 +75,7 @@ def revision_of(tmp_path):
     def made(text: str) -> str:
         path = tmp_path / f"edited_{next(NUMBERS)}.py"
         path.write_text(text)
-        record = registry.load(path)
+        (record,) = registry.load(path)
         del registry._records()[record.name], registry._files[record.name]
         return sources.revision(record)
 
@@ -127,7 +127,7 @@ def test_an_edit_of_one_kernel_is_no_edit_of_another():
 
 
 def test_names_are_followed_into_other_files():
-    places = sources._reached([sources.Place("tritonconv.kernels.forward_phases_last", "VARIANT")])
+    places = sources.places(variant("forward_phases"))
     found = {(place.module.rpartition(".")[2], place.name) for place in places}
     assert {("forward_phases", "forward_phases_kernel"), ("triton_gemm", "implicit_gemm")} <= found
     assert not any(module in ("registry", "work", "backward_data_gemm") for module, _ in found)

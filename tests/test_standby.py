@@ -231,7 +231,7 @@ import torch, tritonconv
 from tritonconv import Problem, dispatch
 from tritonconv.autotune.choose import Selection
 from tritonconv.lab.inspection.compiling import compiling_for
-from tritonconv.lab.inspection.targets import TARGETS
+from tritonconv.kernels.targets import TARGETS
 from tritonconv.kernels import forward_phases
 from tritonconv.kernels.registry import variant
 problem = Problem(1, 8, 4, (2, 3, 2), (2, 2, 2), (2, 2, 2), (0, 0, 0), (4, 6, 4), dtype=torch.bfloat16)

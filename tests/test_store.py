@@ -13,13 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 
+import tritonconv
 from tritonconv.autotune import choose, sources, store
+from tritonconv.autotune.ceilings import from_json, nominal
 from tritonconv.autotune.key import Key, device_name
 from tritonconv.autotune.store import Entry, Table
 from tritonconv.autotune.tuning.journal import FAILED, Journal, Timing
 from tritonconv.errors import ArgumentError, StoreError, StoreWarning
 from tritonconv.explain import explain_problem
-from tritonconv.kernels.registry import variant, variants
+from tritonconv.kernels.registry import RENAMED, have_triton, variant, variants
 from tritonconv.problem import PASSES, Problem
 
 CPU = torch.device("cpu")
@@ -164,15 +166,36 @@ def test_one_bad_entry_does_not_lose_the_others(folder):
 def test_a_renamed_variant_takes_its_entries_and_timings_along(folder, monkeypatch):
     store.merge(Table("a box", {"k1": entry("forward_torch_conv", config={"A": 1})}))
     Journal("a box").add(timing("forward_torch_conv", config={"A": 1}))
-    monkeypatch.setitem(store.RENAMED, "forward_torch_conv", ("forward_torch_phases", {"COPY": 1}))
+    monkeypatch.setitem(RENAMED, "forward_torch_conv", ("forward_torch_phases", {"COPY": 1}))
     found = store.read("a box").entries["k1"]
     assert (found.variant, found.config) == ("forward_torch_phases", {"A": 1, "COPY": 1})
     assert Journal.open("a box").find(timing("forward_torch_phases", config={"A": 1, "COPY": 1})) is not None
 
 
 def test_what_became_of_a_renamed_variant_is_there():
-    assert all(variant(name) for name, _ in store.RENAMED.values())
-    assert not set(store.RENAMED) & {record.name for record in variants()}
+    names = {record.name for record in variants()}
+    for old, (new, _) in RENAMED.items():
+        assert new in names or not have_triton()
+        if old not in names:
+            with pytest.raises(ArgumentError, match=f"{old}' is '{new}' with COPY=1"), tritonconv.use(old):
+                pass
+
+
+def test_entries_and_factors_from_before_the_copies_were_a_key_are_read(folder):
+    old = {"A": 1}
+    entries = {
+        "k1": entry(variant="forward_phases", config=old),
+        "k2": entry(variant="forward_phases_last", config=old),
+    }
+    factors = {"forward_phases_last": 2.0, "forward_phases_last unpipelined": 3.0, "forward_phases unpipelined": 4.0}
+    store.merge(Table("a box", entries), ceilings=lambda known: {**nominal(CPU).to_json(), "factors": factors})
+    found = store.read("a box")
+    assert {key: (each.variant, each.config) for key, each in found.entries.items()} == {
+        "k1": ("forward_phases", {"A": 1, "COPY": 0}), "k2": ("forward_phases", {"A": 1, "COPY": 1}),
+    }  # fmt: skip
+    assert from_json(found.ceilings).factors == {
+        "forward_phases copied": 2.0, "forward_phases copied unpipelined": 3.0, "forward_phases unpipelined": 4.0,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ DEVICE = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_avai
 PROBLEM = Problem(1, 8, 8, (4, 4, 4), (3, 3, 3), (2, 2, 2), (0, 0, 0), (9, 9, 9))
 KERNEL = "forward_phases"
 FAULTS = {
-    "nothing": (None, "its keys are none, expected BLOCK_K, "),
+    "nothing": (None, "its keys are COPY, expected BLOCK_K, "),
     "a tile of 3": ({"BLOCK_M": 3}, "BLOCK_M is 3, expected a power of two"),
     "a tile of 0": ({"BLOCK_N": 0}, "BLOCK_N is 0, expected an integer above 0"),
     "3 warps": ({"num_warps": 3}, "num_warps is 3, expected a power of two"),

@@ -11,7 +11,7 @@ import math
 
 import pytest
 import torch
-from variant_cases import DEVICE, TINY, Case, complaints, expected, run, same
+from variant_cases import DEVICE, TINY, Case, complaints, expected, form, form_names, run, same
 
 import tritonconv
 from tritonconv import VariantNotApplicable
@@ -21,7 +21,6 @@ from tritonconv.kernels import (
     forward_shuffle_given,
     triton_phases,
 )
-from tritonconv.kernels.registry import variant
 from tritonconv.problem import LAYOUTS, PASSES
 
 
@@ -31,7 +30,8 @@ def on_this_gpu(record) -> bool:
     return "has no instruction" not in (record.supports(problem, DEVICE) or "")
 
 
-NAMES = [record.name for record in tritonconv.variants() if record.backend == "triton" and on_this_gpu(record)]
+PLAIN = [record for record in tritonconv.variants() if record.backend == "triton" and on_this_gpu(record)]
+NAMES = form_names(PLAIN)
 ON_GPU = DEVICE.type == "cuda"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16) if ON_GPU else (torch.float32, torch.float16)
 
@@ -66,13 +66,13 @@ def test_exact(name, layout):
         dtypes = DTYPES if ON_GPU else DTYPES[turn % 2 : turn % 2 + 1]
         for dtype in dtypes:
             answer = complaints(
-                variant(name), case, dtype, layout, turn % 3 != 0, DEVICE, configs_of(variant(name), turn // 2)
+                form(name), case, dtype, layout, turn % 3 != 0, DEVICE, configs_of(form(name), turn // 2)
             )
             served += answer is not None
             found += answer or []
     assert found == []
     problems = (case.problem(torch.float32, layout) for case in TINY.values())
-    assert served >= 3 or all(variant(name).supports(problem, DEVICE) is not None for problem in problems)
+    assert served >= 3 or all(form(name).supports(problem, DEVICE) is not None for problem in problems)
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -81,7 +81,7 @@ def test_exact(name, layout):
 def test_more_taps_than_a_word_has_bits(name, layout):
     """Which taps find a voxel is looked up in the bits of an integer, or, of so many, worked out for each."""
     case = Case(n=1, channels=(16, 16), size=(2, 2, 4), kernel=(3, 2, 26), front=(1, 0, 9), back=(1, 1, 9))
-    assert complaints(variant(name), case, torch.float32, layout, True, DEVICE, configs_of(variant(name), 1)) == []
+    assert complaints(form(name), case, torch.float32, layout, True, DEVICE, configs_of(form(name), 1)) == []
 
 
 def test_every_problem_has_a_kernel_in_every_pass():
@@ -133,7 +133,7 @@ def spread(t):
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("name", NAMES)
 def test_operands_of_any_strides(name):
-    record = variant(name)
+    record = form(name)
     for layout in LAYOUTS:
         case, problem = first_served(record)
         if record.supports(case.problem(problem.dtype, layout), DEVICE) is not None:
@@ -176,10 +176,10 @@ def test_a_weight_in_channels_last_is_taken_in_the_tiles_chosen(given, module, l
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("name", [name for name in NAMES if variant(name).pass_name == "forward"])
+@pytest.mark.parametrize("name", [name for name in NAMES if form(name).pass_name == "forward"])
 def test_output_into_a_slice_of_a_larger_buffer(name):
     """The decoder's concatenation: y is written in place, and nothing beside it."""
-    record = variant(name)
+    record = form(name)
     case, problem = first_served(record)
     (x, weight, bias, _), wanted = operands(case, problem.dtype, problem.layout)
     n, channels, *size = problem.y_shape
@@ -197,7 +197,7 @@ def test_output_into_a_slice_of_a_larger_buffer(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_results_do_not_depend_on_the_run(name):
     """Bitwise equal run to run (the sums of weight gradients are in a fixed order)."""
-    record = variant(name)
+    record = form(name)
     case, problem = first_served(record, dtype=torch.float16)
     torch.manual_seed(0)
     x, weight, bias, grad_y = (torch.randn_like(t) for t in operands(case, torch.float16, problem.layout)[0])
@@ -208,9 +208,9 @@ def test_results_do_not_depend_on_the_run(name):
     assert all(map(torch.equal, first, second))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [record.name for record in PLAIN])
 def test_what_is_out_of_reach_has_a_reason(name):
-    record = variant(name)
+    record = form(name)
     for dtype in (torch.float64, torch.complex64):
         case, problem = first_served(record)
         assert str(dtype).removeprefix("torch.") in record.supports(case.problem(dtype, problem.layout), DEVICE)
@@ -229,9 +229,9 @@ def test_the_interpreter_refuses_bfloat16():
     if ON_GPU:
         return
     for name in NAMES:
-        case, problem = first_served(variant(name))
+        case, problem = first_served(form(name))
         problem = case.problem(torch.bfloat16, problem.layout)
-        assert "bfloat16" in variant(name).supports(problem, DEVICE)
+        assert "bfloat16" in form(name).supports(problem, DEVICE)
 
 
 def test_cases_cover_what_they_should():

@@ -13,15 +13,17 @@ import pytest
 import torch
 from test_numerics import LAYERS, check, references
 from test_triton_kernels import DTYPES, NAMES, ON_GPU, first_served, operands, small
-from variant_cases import DEVICE, Case, run, same
+from variant_cases import COPIES, DEVICE, Case, form, run, same
 
 import tritonconv
 from tritonconv import dispatch
+from tritonconv.autotune.choose import Selection
+from tritonconv.forced import pinned
 from tritonconv.kernels import triton_launch, triton_weights
 from tritonconv.kernels.registry import variant
 from tritonconv.problem import PASSES
 
-OF_PASS = {name: [n for n in NAMES if variant(n).pass_name == name] for name in PASSES}
+OF_PASS = {name: [n for n in NAMES if form(n).pass_name == name] for name in PASSES}
 
 # (c_in, c_out, kernel, stride, padding, output_padding, groups): a layer of each class
 TRAINED = {
@@ -40,7 +42,7 @@ def triples():
     """One variant per pass: each between the two general ones of the other passes, and those that share work."""
     found = [
         ("forward_shuffle", "backward_data_fused", "backward_weight_fused"),
-        ("forward_phases_last", "backward_data_gemm_last", "backward_weight_splitk_last"),
+        tuple(name + COPIES for name in GENERAL),
     ]
     for pass_name, general in zip(PASSES, GENERAL, strict=True):
         found += [tuple(name if g == general else g for g in GENERAL) for name in OF_PASS[pass_name]]
@@ -48,7 +50,13 @@ def triples():
 
 
 def served(names, problem) -> bool:
-    return all(variant(name).supports(problem, DEVICE) is None for name in names)
+    return all(form(name).supports(problem, DEVICE) is None for name in names)
+
+
+def in_force(names, problem) -> contextlib.AbstractContextManager[None]:
+    """Inside the block these forms of variants are forced, each with its default config for the problem."""
+    records = [(variant(name.removesuffix(COPIES)), form(name)) for name in names]
+    return pinned(*(Selection(record, each.default(problem, DEVICE), "tested") for record, each in records))
 
 
 # A GPU has no matrix instruction for exact products of float32, and the fused backward then serves none: its training
@@ -81,13 +89,13 @@ def test_a_layer_trains(names, launches):
             optimizer, xs = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9), x.clone().requires_grad_()
             launches.clear()
             for _ in range(2):
-                with tritonconv.use(*names):
+                with in_force(names, problem):
                     y = layer(xs)
                 optimizer.zero_grad()
                 (y * y).mean().backward()
                 optimizer.step()
             results.append([y, xs.grad, *(p.grad for p in layer.parameters()), *layer.parameters()])
-        assert set(launches) >= set(names)
+        assert set(launches) >= {name.removesuffix(COPIES) for name in names}
         for mine, theirs in zip(results[1], results[0], strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
     assert trained
@@ -96,7 +104,7 @@ def test_a_layer_trains(names, launches):
 @pytest.mark.parametrize("name", NAMES)
 def test_rounding_is_torchs(name):
     """Random numbers: no further from float64 than the limit of every other variant; float32 sums in half types."""
-    record, checked = variant(name), 0
+    record, checked = form(name), 0
     labels = ("k2 s2", "k3 s2 p1 q1", "k4 s2 p1", "depthwise k3", "1 channel out", "k1 s2 q1")
     for label, layout in itertools.product(labels, ("ndhwc", "ncdhw")):
         for dtype in DTYPES[1:] if not ON_GPU else DTYPES:
@@ -130,7 +138,7 @@ def far_apart(tensor: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_offsets_beyond_32_bits(name):
-    record = variant(name)
+    record = form(name)
     case, problem = first_served(record, dtype=torch.float16, longest_axis=3)
     (x, weight, bias, grad_y), wanted = operands(case, torch.float16, problem.layout)
     config = small(record.default(problem, DEVICE), 64)
@@ -142,10 +150,10 @@ def test_offsets_beyond_32_bits(name):
             assert same(record.launch(problem, config, x, weight, bias, out=out), wanted["forward"][0])
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if variant(name).pass_name != "forward"])
+@pytest.mark.parametrize("name", [name for name in NAMES if form(name).pass_name != "forward"])
 def test_a_plane_of_more_than_2_to_the_30(name):
     """Its stride fits 32 bits, and twice of it, a step of the convolution, does not."""
-    record, case = variant(name), Case(n=1, channels=(8, 8), size=2, kernel=4, stride=2, front=1, back=1)
+    record, case = form(name), Case(n=1, channels=(8, 8), size=2, kernel=4, stride=2, front=1, back=1)
     problem = case.problem(torch.float16, "ndhwc")
     if record.supports(problem, DEVICE) is not None:
         return
@@ -162,7 +170,7 @@ def test_a_plane_of_more_than_2_to_the_30(name):
 @pytest.mark.skipif(ON_GPU, reason="the interpreter's overflow checks; on a GPU the offsets above are real")
 @pytest.mark.parametrize("name", NAMES)
 def test_no_integer_overflows(name):
-    record = variant(name)
+    record = form(name)
     case, problem = first_served(record, dtype=torch.float16)
     (x, weight, bias, grad_y), wanted = operands(case, torch.float16, problem.layout)
     with interpreter.overflow_checks():
@@ -179,7 +187,7 @@ def orders(record, problem):
 @pytest.mark.parametrize("name", OF_PASS["forward"] + OF_PASS["backward_data"])
 def test_the_weight_is_never_stale(name):
     """After an optimizer step, an in-place edit under no_grad, and one through .data, which no version counter sees."""
-    record = variant(name)
+    record = form(name)
     case, problem = first_served(record)
     (x, weight, bias, grad_y), wanted = operands(case, problem.dtype, problem.layout)
     parameter = torch.nn.Parameter(weight.clone())
@@ -262,12 +270,11 @@ def test_the_accounting_of_a_launch():
 @pytest.mark.parametrize("name", NAMES)
 def test_every_variant_has_an_accounted_kernel(name):
     """A kernel of the variant publishes its FLOPs and bytes, and takes the arguments that they are computed from."""
-    launches = sys.modules[variant(name).launch.__module__]
-    fused = sys.modules.get("tritonconv.kernels.triton_fused_backward", launches)
-    used = (launches, fused, *(each for each in vars(launches).values() if isinstance(each, types.ModuleType)))
+    launches = sys.modules[form(name).launch.__module__]
+    used = (launches, *(each for each in vars(launches).values() if isinstance(each, types.ModuleType)))
     found = [each for module in used for each in vars(module).values()]
     kernels = [each for each in found if getattr(each, "__name__", "").endswith("_kernel")]
-    problem = first_served(variant(name))[1]
+    problem = first_served(form(name))[1]
 
     def accounted(kernel) -> bool:
         published = getattr(kernel, "launch_metadata", None) or getattr(kernel, "kwargs", {}).get("launch_metadata")

@@ -78,12 +78,13 @@ def test_without_the_wait_the_check_finds_what_old_tritons_do():
 
 SPACES = """
 import json, sys
+from collections import Counter
 import torch
-from tritonconv.autotune.model import MOST_CONFIGS, pruned
+from tritonconv.autotune.model import MOST_CONFIGS, form, pruned
 from tritonconv.lab.bench.workloads import workload, workloads
 from tritonconv.lab.inspection.compiling import GPU, compiling_for
-from tritonconv.lab.inspection.targets import TARGETS
-from tritonconv.kernels.registry import variant, variants
+from tritonconv.kernels.targets import TARGETS
+from tritonconv.kernels.registry import renamed, variant, variants
 from tritonconv.problem import LAYOUTS, Problem
 
 def problem_of(row):
@@ -100,13 +101,15 @@ with compiling_for(TARGETS["sm_90"]):
         for dtype, layout in every if "--all" in sys.argv else [every[place % len(every)]]:
             problem = layer.problem(dtype, layout)
             served = [each for each in variants() if each.backend == "triton" and each.supports(problem, GPU) is None]
-            sizes += [len(pruned(each, problem, GPU)) for each in served]
+            forms = [Counter(form(each, config) for config in pruned(each, problem, GPU)) for each in served]
+            sizes += [size for each in forms for size in each.values()]
     lost = []
     for line in open(sys.argv[1]):
         row = json.loads(line)
         if row["kind"] == "tuned" and row["config"]:
-            record, problem = variant(row["variant"]), problem_of(row)
-            if row["config"] not in [dict(each) for each in pruned(record, problem, GPU)]:
+            name, config = renamed(row["variant"], row["config"])
+            record, problem = variant(name), problem_of(row)
+            if config not in [dict(each) for each in pruned(record, problem, GPU)]:
                 lost.append((row["variant"], row["text"], row["config"]))
 print(json.dumps({"largest": max(sizes), "spaces": len(sizes), "most": MOST_CONFIGS, "lost": lost}))
 """

@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import functools
 import random
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 import tritonconv
-from tritonconv import Problem
+from tritonconv import Problem, Variant
+from tritonconv.autotune.ceilings import COPIES
+from tritonconv.kernels.registry import RENAMED, variant
 from tritonconv.problem import LAYOUTS, output_size
 
 CPU = torch.device("cpu")
@@ -258,6 +262,31 @@ def complaints(record, case, dtype, layout, bias, device=CPU, configs=None) -> l
             found += ["shares memory with an input"] if shared else []
     found += [] if all(map(torch.equal, before, tensors)) else ["an input was changed"]
     return [f"{record.name}: {case}, bias {bias}: {what}" for what in found]
+
+
+def form_names(records: Iterable[Variant]) -> list[str]:
+    """The names of the variants, and again, with COPIES behind, of those that have configs that copy operands."""
+    names = [record.name for record in records]
+    return names + [name + COPIES for name in names if name in RENAMED]
+
+
+@functools.cache
+def form(name: str) -> Variant:
+    """The variant of this name; with COPIES behind it that variant with the configs alone that copy operands first."""
+    record = variant(name.removesuffix(COPIES))
+    if record.name == name:
+        return record
+
+    def space(problem, device):
+        return tuple(config for config in record.space(problem, device) if config["COPY"])
+
+    def supports(problem, device):
+        return record.supports(problem, device) or (None if space(problem, device) else f"{name}: no config copies")
+
+    def default(problem, device):
+        return space(problem, device)[0]
+
+    return replace(record, name=name, space=space, supports=supports, default=default)
 
 
 def random_case(rng: random.Random) -> Case:

@@ -29,7 +29,6 @@ PLAIN_TYPES = frozenset((torch.Tensor, torch.nn.Parameter))
 class SymbolicCall(NamedTuple):
     """The fields of a problem that the torch formulation reads; the sizes may be symbolic."""
 
-    c_out: int
     size: Triple
     stride: Triple
     torch_crop: TorchCrop
@@ -37,6 +36,10 @@ class SymbolicCall(NamedTuple):
     dilation: Triple
     groups: int
     weight_shape: tuple[int, ...]
+
+    @property
+    def c_out(self) -> int:
+        return self.weight_shape[1] * self.groups
 
 
 def call_of(x, weight, bias, geo: Geometry) -> SymbolicCall:
@@ -47,16 +50,8 @@ def call_of(x, weight, bias, geo: Geometry) -> SymbolicCall:
     else:
         net = tuple(b - q for b, q in zip(geo.back, geo.output_padding, strict=True))
         crop = TorchCrop.of(geo.crop, net, geo.stride, geo.dilation)  # type: ignore[arg-type]
-    return SymbolicCall(
-        c_out=weight.shape[1] * geo.groups,
-        size=tuple(x.shape[2:]),
-        stride=geo.stride,
-        torch_crop=crop,
-        out_size=out,
-        dilation=geo.dilation,
-        groups=geo.groups,
-        weight_shape=tuple(weight.shape),
-    )
+    size, weight_shape = tuple(x.shape[2:]), tuple(weight.shape)
+    return SymbolicCall(size, geo.stride, crop, out, geo.dilation, geo.groups, weight_shape)
 
 
 def transformed() -> bool:
@@ -144,5 +139,5 @@ def _refuse_spatial_shards(x) -> None:
         if placement.is_shard() and placement.dim >= 2:
             raise ArgumentError(
                 f"conv_transpose3d: input is a DTensor sharded along axis {placement.dim}; spatial shards need a halo "
-                "exchange, which is not there. Shard the batch (axis 0) or redistribute first"
+                "exchange, which is not implemented. Shard the batch (axis 0) or redistribute first"
             )

@@ -21,7 +21,7 @@ from tritonconv.autograd import gradients
 from tritonconv.dispatch import Plan
 from tritonconv.forced import Forced, forced
 from tritonconv.kernels.torch_layout import bias_gradient
-from tritonconv.problem import LAYOUTS, Problem, TorchCrop
+from tritonconv.problem import LAYOUTS, Axis, Problem, TorchCrop
 
 _deterministic = torch._C._get_deterministic_algorithms
 
@@ -185,32 +185,22 @@ torch.library.register_autograd(_BACKWARD, _backward_backward, setup_context=_sa
 # --------------------------------------------------- vmap inside a compiled function, and the FLOP counter
 
 
-def _call(c_out, geometry, weight_shape):
-    size, out_size, kernel, stride, crop, dilation, groups = geometry
-    full = [(i - 1) * s + r * (k - 1) + 1 for i, s, r, k in zip(size, stride, dilation, kernel, strict=True)]
-    back = tuple(f - p - o for f, p, o in zip(full, crop, out_size, strict=True))
-    return fallback.SymbolicCall(
-        c_out=c_out,
-        size=tuple(size),  # type: ignore[arg-type]
-        stride=tuple(stride),  # type: ignore[arg-type]
-        torch_crop=TorchCrop.of(tuple(crop), back, tuple(stride), tuple(dilation)),  # type: ignore[arg-type]
-        out_size=tuple(out_size),  # type: ignore[arg-type]
-        dilation=tuple(dilation),  # type: ignore[arg-type]
-        groups=groups,
-        weight_shape=tuple(weight_shape),
-    )
+def _call(geometry, weight_shape) -> fallback.SymbolicCall:
+    size, out_size, kernel, stride, crop, dilation = map(tuple, geometry[:6])
+    back = tuple(axis.back_crop for axis in map(Axis, size, kernel, stride, crop, dilation, out_size))
+    torch_crop = TorchCrop.of(crop, back, stride, dilation)  # type: ignore[arg-type]
+    return fallback.SymbolicCall(size, stride, torch_crop, out_size, dilation, geometry[6], tuple(weight_shape))
 
 
 def _torch_forward(x, weight, bias, *arguments):
-    geometry = arguments[:7]
-    return fallback.forward(_call(weight.shape[1] * geometry[6], geometry, weight.shape), x, weight, bias)
+    return fallback.forward(_call(arguments[:7], weight.shape), x, weight, bias)
 
 
 def _torch_backward(grad_y, x, weight, *arguments):
     geometry, wanted = arguments[:7], arguments[-1]
     c_out = grad_y.shape[1]
     c_in = x.shape[1] if weight is None else weight.shape[0]
-    call = _call(c_out, geometry, (c_in, c_out // geometry[6], *geometry[2]))
+    call = _call(geometry, (c_in, c_out // geometry[6], *geometry[2]))
     found = []
     if wanted[0]:
         found.append(fallback.backward_data(call, grad_y, weight))

@@ -59,10 +59,9 @@ class Plan:
     @cached_property
     def torch_forward(self) -> tuple | None:
         """The same where the forward alone is torch's own: a call that needs no gradient goes straight to torch."""
-        problem, crop = self.problem, self.problem.torch_crop
-        if not crop.exact or not self._torchs("forward"):
+        if not self.problem.torch_crop.exact or not self._torchs("forward"):
             return None
-        return problem.stride, crop.padding, crop.output_padding, problem.groups, problem.dilation
+        return self.problem.torch_arguments
 
     @cached_property
     def packs_weights(self) -> bool:
@@ -92,7 +91,7 @@ class Plan:
 
     @cached_property
     def _prepare(self) -> Callable[..., torch.Tensor]:
-        prepare = self.choice("backward_data").variant.prepare
+        prepare = self.choice("backward_data").prepare
         assert prepare is not None  # backward() asked
         return self._launch(
             "backward_data", lambda problem, config, grad_y: prepare(problem, grad_y), lambda grad_y: grad_y
@@ -177,10 +176,10 @@ class Plan:
         data, chosen = (self.choice(name).variant for name in ("backward_data", "backward_weight"))
         if data.joint is not None and data.joint is chosen.joint:
             return self.joint_backward(x, weight, grad_y, need_bias)
-        prepared, prepare = None, data.prepare
+        prepared, prepare = None, self.choice("backward_data").prepare
         if not all(self.choice(name).variant.backend == "triton" for name in PASSES[1:]):
             grad_y = to_layout(grad_y, self.problem.memory_format)
-        if prepare is not None and prepare is chosen.prepare:
+        if prepare is not None and prepare is self.choice("backward_weight").prepare:
             with _no_autocast(grad_y):
                 prepared = self._prepare(grad_y)
         grad_x = self.backward_data(grad_y, weight, prepared)

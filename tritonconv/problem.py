@@ -183,6 +183,18 @@ class Problem:
         back = tuple(axis.back_crop for axis in self.axes)
         return TorchCrop.of(self.crop, back, self.stride, self.dilation)  # type: ignore[arg-type]
 
+    @cached_property
+    def torch_arguments(self) -> tuple[Triple, Triple, Triple, int, Triple]:
+        """(stride, padding, output_padding, groups, dilation) of ``torch.nn.functional.conv_transpose3d``.
+
+        Raises ArgumentError where torch has no arguments for the crops: see ``torch_crop.exact``.
+        """
+        crop = self.torch_crop
+        if not crop.exact:
+            cut = ", ".join(f"{axis.crop} before and {axis.back_crop} behind" for axis in self.axes)
+            raise ArgumentError(f"torch_arguments: torch has no padding that crops (by axis) {cut}: {self}")
+        return self.stride, crop.padding, crop.output_padding, self.groups, self.dilation
+
     @property
     def x_shape(self) -> tuple[int, ...]:
         return (self.n, self.c_in, *self.size)
@@ -241,11 +253,12 @@ class Problem:
         return index_bits(largest)
 
     @cached_property
-    def spread(self) -> Problem:
-        """The same sums without overlaps: a stride of at least the kernel along axes of one voxel, where none is taken.
+    def without_overlap(self) -> Problem:
+        """An equivalent problem whose taps never overlap; the problem itself where there is none.
 
-        The problem itself where outputs have several taps all the same. The first layer of a GAN (4 taps, one voxel,
-        whatever stride) is such a problem: as it is given, a kernel would try every tap for every output.
+        Along an axis of one voxel the stride is irrelevant, so it is raised to the kernel. The first layer of a GAN
+        (4 taps, one voxel, any stride) is such a problem: with its own stride a kernel would try every tap for every
+        output.
         """
         stride = tuple(max(axis.stride, axis.kernel) if axis.size == 1 else axis.stride for axis in self.axes)
         apart = all(

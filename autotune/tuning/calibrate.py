@@ -77,7 +77,8 @@ def count(sample: Sample, ceilings: Ceilings) -> Count | None:
     if not guess.ms < math.inf:
         return None
     busy = guess.ms - model.launches_ms(guess.work.launches, plain)
-    return Count(model.kind(sample.record, guess.work), sample.record.backend, busy, guess.work.launches, sample.ms)
+    kind = model.kind(sample.record, sample.config, guess.work)
+    return Count(kind, sample.record.backend, busy, guess.work.launches, sample.ms)
 
 
 def factors(found: Iterable[Sample], ceilings: Ceilings) -> dict[str, float]:

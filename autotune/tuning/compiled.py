@@ -9,12 +9,13 @@ import torch
 
 from tritonconv.autotune import ceilings
 from tritonconv.autotune.tuning.contest import Candidate, Effort, candidates
+from tritonconv.kernels.targets import TARGETS
 from tritonconv.kernels.variant import Config, Variant
 from tritonconv.lab.bench import gate
 from tritonconv.lab.inspection.compiling import GPU, compiling_for
-from tritonconv.lab.inspection.launches import precision, read_active
-from tritonconv.lab.inspection.precompile import Job, target_of
-from tritonconv.lab.inspection.targets import TARGETS
+from tritonconv.lab.inspection.launches import read_active
+from tritonconv.lab.inspection.precompile import Request, target_of
+from tritonconv.precision import float32_precision
 from tritonconv.problem import PASSES, Problem
 
 # The first round of a run takes two configs of a variant. On the GPU measured rates rank them, here the data sheet's,
@@ -22,7 +23,7 @@ from tritonconv.problem import PASSES, Problem
 CONFIGS, NEAR, FAR = 3, 2.0, 4.0
 
 
-def jobs_of(problems: Iterable[Problem], target: str, configs: int = CONFIGS) -> list[Job]:
+def jobs_of(problems: Iterable[Problem], target: str, configs: int = CONFIGS) -> list[Request]:
     """What a tuning run launches for the problems on a target: at most so many configs of a variant for each pass.
 
     The likeliest candidates of all problems come first.
@@ -30,7 +31,7 @@ def jobs_of(problems: Iterable[Problem], target: str, configs: int = CONFIGS) ->
     backend, arch = TARGETS[target].backend, TARGETS[target].arch
     rates = ceilings.of_capability(divmod(int(arch), 10) if backend == "cuda" else ceilings.UNKNOWN)
     effort = Effort(configs, NEAR, FAR, 0.0, formulations=False)
-    fields: list[list[Job]] = []
+    fields: list[list[Request]] = []
     with compiling_for(TARGETS[target]):
         for problem in problems:
             for pass_name in PASSES:
@@ -40,9 +41,9 @@ def jobs_of(problems: Iterable[Problem], target: str, configs: int = CONFIGS) ->
     return judged(job for jobs in zip_longest(*fields) for job in jobs if job is not None)
 
 
-def judged(jobs: Iterable[Job]) -> list[Job]:
+def judged(jobs: Iterable[Request]) -> list[Request]:
     """The launches, and each on the small problem on which the gate judges it, which mostly is of the same kernels."""
-    found: dict[tuple, Job] = {}
+    found: dict[tuple, Request] = {}
     for name, problem, config in jobs:
         for each in (problem, gate.reduced(problem, GPU)):
             found.setdefault((name, each, tuple(config.items())), (name, each, config))
@@ -55,7 +56,7 @@ def held(problem: Problem, device: torch.device) -> Callable[[Variant, Config], 
     target = None if launches is None else target_of(device)
     if launches is None or target is None:
         return None
-    said = precision()
+    said = float32_precision()
     return lambda record, config: launches.has(record.name, problem, config, said, target)
 
 

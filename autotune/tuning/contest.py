@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -54,7 +55,7 @@ Members = Sequence[tuple[str, Candidate]]  # the candidates of one call, each wi
 
 
 class Effort(NamedTuple):
-    """How many candidates a problem has: at most ``configs`` of a variant, in about ``seconds`` in all.
+    """How many candidates a problem has: at most ``configs`` of a variant's form, in about ``seconds`` in all.
 
     Of the Triton kernels, which must be compiled, a variant takes part if the model expects at most ``far`` times the
     time of the best one, with those configs that it expects within ``near`` times that. So do formulations in torch's
@@ -89,7 +90,7 @@ def candidates(
     found = [
         (place, Candidate(Selection(record, config, "candidate"), guess.ms))
         for record, pairs in best.items()
-        for place, (config, guess) in enumerate(pairs)
+        for place, (config, guess) in _placed(record, pairs)
     ]
     kernels = [each.predicted_ms for _, each in found if _compiled(each)]
     if kernels:  # on a CPU there are none, and each formulation takes part
@@ -108,14 +109,24 @@ def _only_held(
     for record in records:
         if record.backend == "triton":
             ranked = model.candidates(record, problem, device, ceilings, model.MOST_CANDIDATES)
-            mine = [pair for pair in ranked if held(record, pair[0])][: effort.configs]
+            mine = [pair for pair in ranked if held(record, pair[0])]
+            mine = [pair for place, pair in _placed(record, mine) if place < effort.configs]
             if mine:
                 found[record] = mine
     return found
 
 
+def _placed(record: Variant, ranked: Pairs) -> Iterator[tuple[int, tuple[Config, model.Estimate]]]:
+    """Each with its place among those of its form."""
+    before: Counter[str] = Counter()
+    for pair in ranked:
+        form = model.form(record, pair[0])
+        yield before[form], pair
+        before[form] += 1
+
+
 def _takes_part(candidate: Candidate, place: int, least: float, effort: Effort) -> bool:
-    """``place`` among the configs of its variant, ``least`` the prediction of the best kernel."""
+    """``place`` among the configs of its form, ``least`` the prediction of the best kernel."""
     if not _compiled(candidate) and not effort.formulations:
         return False
     return candidate.predicted_ms <= (effort.near if place else effort.far) * least
@@ -147,15 +158,16 @@ class Contest:
     def screen(self, pass_name: str, candidates: Sequence[Candidate], seconds: float) -> list[tuple[Candidate, Timing]]:
         """The candidates that ran, fastest against torch first: in about ``seconds``, which may end before the last.
 
-        Each variant's best by the model has been tried by then. Raises OutOfTime at the deadline.
+        The best of each variant's form by the model has been tried by then. Raises OutOfTime at the deadline.
         """
         begin, timed = perf_counter(), []
         tried = set()
         for each in candidates:
             late = perf_counter() - begin > OVERTIME * seconds  # slow to compile
-            if not late or each.selection.variant.name not in tried:
+            form = model.form(each.selection.variant, each.selection.config)
+            if not late or form not in tried:
                 timed.append((each, self._screened(pass_name, each, seconds / len(candidates))))
-            tried.add(each.selection.variant.name)
+            tried.add(form)
         ran = [(each, timing) for each, timing in timed if timing.status == OK]
         return sorted(ran, key=lambda pair: -(pair[1].speedup or 0.0))
 

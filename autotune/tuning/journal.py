@@ -14,8 +14,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tritonconv.autotune.store import RENAMED, locked, path_of
+from tritonconv.autotune.store import locked, path_of
 from tritonconv.errors import StoreError, StoreWarning
+from tritonconv.kernels.registry import renamed
 
 OK, WRONG, FAILED = "ok", "wrong", "failed"
 STATUSES = (OK, WRONG, FAILED)
@@ -132,8 +133,8 @@ class Journal:
 def _timing(line: str) -> Timing | None:
     try:
         data: Any = json.loads(line)
-        name, more = RENAMED.get(data["variant"], (data["variant"], {}))
-        timing = Timing(**{**data, "variant": name, "config": {**data["config"], **more}})
+        name, config = renamed(data["variant"], data["config"])
+        timing = Timing(**{**data, "variant": name, "config": config})
         texts = (timing.problem, timing.pass_name, timing.variant, timing.source, timing.stage)
         times = (timing.median_ms, timing.p20_ms, timing.p80_ms)
         sound = timing.status in STATUSES and all(type(text) is str for text in texts)

@@ -30,7 +30,7 @@ from tritonconv.lab.bench import gpu, spent
 from tritonconv.lab.bench.failures import context_is_lost, disqualifies, told
 from tritonconv.lab.bench.rows import sizes_of, versions_of
 from tritonconv.lab.bench.workloads import ALL
-from tritonconv.lab.inspection.precompile import Job, Precompiler, shared, target_of
+from tritonconv.lab.inspection.precompile import Precompiler, Request, shared, target_of
 from tritonconv.problem import PASSES, Problem
 
 PROBLEM_SECONDS = 4.0  # for a problem without a budget
@@ -159,7 +159,7 @@ class Session:
         beside = fmean(self.beside) if self.beside else 0.0
         return min(even, max(even - beside, LEAST_SHARE), self.effort.seconds)
 
-    def _jobs(self, task: Task) -> list[Job]:
+    def _jobs(self, task: Task) -> list[Request]:
         """What has to be compiled for a problem; nothing for one that is known."""
         if target_of(self.device) is None:
             return []

@@ -136,8 +136,8 @@ class ProblemTuner:
         best = [(data[0][0], weight[0][0])]
         shared = []
         for (left, first), (right, second) in itertools.product(data, weight):
-            mine, theirs = left.selection.variant, right.selection.variant
-            joint = mine.joint is not None and mine.joint is theirs.joint
+            mine, theirs = left.selection, right.selection
+            joint = mine.variant.joint is not None and mine.variant.joint is theirs.variant.joint
             if joint or (mine.prepare is not None and mine.prepare is theirs.prepare):
                 shared.append(((first.median_ms or 0.0) + (second.median_ms or 0.0), (left, right)))
         best += [pair for _, pair in sorted(shared, key=lambda each: each[0])[: PAIRS - 2]]

@@ -34,6 +34,7 @@ from tritonconv.lab.bench.roofs import TF32
 from tritonconv.lab.bench.rows import versions_of
 from tritonconv.lab.bench.runner import header, measure
 from tritonconv.lab.bench.workloads import HEROES, distinct, in_order, left_out
+from tritonconv.lab.inspection.launches import read_active
 from tritonconv.lab.inspection.precompile import Precompiler, target_of
 from tritonconv.lab.verification import Verification
 
@@ -87,7 +88,7 @@ class Campaign:
         """
         self.earlier, self.versions = self._earlier(), versions_of(self.device)
         reason = "complete"
-        here, compiling = current(self.device), Precompiler(target_of(self.device))
+        here, compiling = current(self.device), Precompiler(target_of(self.device), ahead=read_active())
         with (
             store_of(self.folder),
             Writer(self.folder, results.CAMPAIGN) as writer,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from time import perf_counter
 
@@ -13,7 +14,8 @@ from tritonconv.autotune.sources import revision
 from tritonconv.autotune.tuning.case import Case
 from tritonconv.autotune.tuning.tuned import Task
 from tritonconv.dispatch import plan_of
-from tritonconv.kernels.registry import variant, variants
+from tritonconv.kernels.registry import variants
+from tritonconv.kernels.variant import COPY
 from tritonconv.lab.bench import gate, spent
 from tritonconv.lab.bench.contestants import why_not
 from tritonconv.lab.bench.failures import context_is_lost, told
@@ -21,13 +23,13 @@ from tritonconv.lab.bench.options import Options, Progress
 from tritonconv.lab.bench.results import Run, Writer
 from tritonconv.lab.bench.rows import sizes_of
 from tritonconv.lab.bench.workloads import workload
-from tritonconv.lab.inspection.jobs import CLASSES
+from tritonconv.lab.inspection.jobs import SAMPLE_LAYERS
 from tritonconv.lab.inspection.precompile import Precompiler
 from tritonconv.problem import Problem
 
 CHECKED_AXES = 12  # a problem is verified at no more voxels per axis
 # Of an answer that was held against float64, beside the versions.
-IDENTITY = ("layer", "pass", "dtype", "layout", "variant", "source")
+IDENTITY = ("layer", "pass", "dtype", "layout", "variant", "source", "config")
 
 
 class Verification:
@@ -55,47 +57,37 @@ class Verification:
         """
         rows = (*earlier.errors, *earlier.checks) if earlier else ()
         lasting = [row for row in rows if row["kind"] == "check" or row["status"] == "wrong" or row.get("context_lost")]
-        known = {tuple(row.get(key) for key in IDENTITY): row["kind"] for row in lasting
-                 if row.get("versions") == self.versions}  # fmt: skip
-        answers = [(each, known.get(self._identity(*each))) for each in self._checks()]
+        known = {_identity(row): row["kind"] for row in lasting if row.get("versions") == self.versions}
+        answers = [(each, known.get(_identity(head(*each)))) for each in self._checks()]
         waiting = [each for each, kind in answers if kind is None]
         self.errors = failed = sum(kind == "error" for _, kind in answers)
         self.progress.begin(len(waiting))
         deadline, checked = perf_counter() + seconds, 0
         started = self.compiler.start(
-            (name, task.problem, variant(name).default(task.problem, self.device))
-            for task, name in waiting
-            if variant(name).backend == "triton"  # they come first
+            (chosen.variant.name, task.problem, chosen.config)
+            for task, chosen in waiting
+            if chosen.variant.backend == "triton"  # they come first
         )
-        for index, (task, name) in enumerate(waiting):
+        for index, (task, chosen) in enumerate(waiting):
             with spent.on(spent.COMPILING):
                 self.compiler.finish(started[index : index + 1], max(0.0, deadline - perf_counter()))
             if perf_counter() >= deadline:
                 break
-            self._check(task, name)
+            self._check(task, chosen)
             checked += 1
-            self.progress.step(f"verify {name} on {task.layer}")
+            self.progress.step(f"verify {chosen.variant.name} on {task.layer}")
         rest = f" ({failed} of them known before)" if failed else ""
         rest += f", {len(waiting) - checked} left for another run" if checked < len(waiting) else ""
         return f"verify: {checked} answers held against float64, {self.errors} wrong or failed{rest}"
 
-    def _checks(self) -> list[tuple[Task, str]]:
+    def _checks(self) -> list[tuple[Task, Selection]]:
         """Kernels before formulations in torch's operations."""
         served = checks_of(self.options.dtypes, self.options.layouts, self.device)
-        return sorted(served, key=lambda each: variant(each[1]).backend != "triton")
+        return sorted(served, key=lambda each: each[1].variant.backend != "triton")
 
-    def _identity(self, task: Task, name: str) -> tuple:
-        record = variant(name)
-        dtype = str(task.problem.dtype).removeprefix("torch.")
-        return task.layer, record.pass_name, dtype, task.problem.layout, name, revision(record)
-
-    def _check(self, task: Task, name: str) -> None:
-        layer, pass_name, dtype, layout, _, source = self._identity(task, name)
-        record = variant(name)
-        head = {"layer": layer, "suite": task.suite, "pass": pass_name, "dtype": dtype, "layout": layout,
-                "variant": name, "source": source, "versions": self.versions,
-                "problem": sizes_of(task.problem)}  # fmt: skip
-        chosen = Selection(record, record.default(task.problem, self.device), "verified")
+    def _check(self, task: Task, chosen: Selection) -> None:
+        row = {**head(task, chosen), "versions": self.versions, "problem": sizes_of(task.problem)}
+        pass_name = chosen.variant.pass_name
         try:
             plan = plan_of(task.problem, self.device, **{pass_name: chosen})
             if task.problem not in self._cases:
@@ -104,28 +96,43 @@ class Verification:
         except Exception as error:
             self.errors += 1
             lost = context_is_lost(error)
-            self.writer.write("error", {**head, "status": "error", "message": told(error), "context_lost": lost})
+            self.writer.write("error", {**row, "status": "error", "message": told(error), "context_lost": lost})
             if lost:
                 raise
             return
         if verdict.ok:
-            self.writer.write("check", {**head, "max_error": verdict.max_error, "tolerance": verdict.tolerance})
+            self.writer.write("check", {**row, "max_error": verdict.max_error, "tolerance": verdict.tolerance})
         else:
             self.errors += 1
-            self.writer.write("error", {**head, "status": "wrong", "message": str(verdict)})
+            self.writer.write("error", {**row, "status": "wrong", "message": str(verdict)})
+
+
+def head(task: Task, chosen: Selection) -> dict[str, object]:
+    """What a row about a check begins with: the config where it is not the default one."""
+    record, problem = chosen.variant, task.problem
+    found = {"layer": task.layer, "suite": task.suite, "pass": record.pass_name, "layout": problem.layout,
+             "dtype": str(problem.dtype).removeprefix("torch."), "variant": record.name,
+             "source": revision(record)}  # fmt: skip
+    return found | ({"config": dict(chosen.config)} if chosen.config.get(COPY) else {})
+
+
+def _identity(row: Mapping) -> str:
+    return json.dumps([row.get(key) for key in IDENTITY])
 
 
 def checks_of(
     dtypes: Iterable[torch.dtype], layouts: Sequence[str], device: torch.device
-) -> Iterator[tuple[Task, str]]:
-    """What is verified: the variants that serve a layer of each class, by name, each with its default config."""
+) -> Iterator[tuple[Task, Selection]]:
+    """What is verified: the variants that serve a layer of each class, each with its default config and the one that
+    copies operands first."""
     for dtype in dtypes:
-        for layer in (workload(name) for name in dict.fromkeys(CLASSES.values())):
+        for layer in (workload(name) for name in dict.fromkeys(SAMPLE_LAYERS.values())):
             for layout in layouts:
                 task = Task(_small(layer.problem(dtype, layout)), layer.name, layer.suite)
                 for record in variants():
                     if why_not(record, task.problem, device) is None:
-                        yield task, record.name
+                        starts = record.starts(task.problem, device)
+                        yield from ((task, Selection(record, config, "verified")) for config in starts)
 
 
 def _small(problem: Problem) -> Problem:

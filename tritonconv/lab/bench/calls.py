@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from tritonconv.errors import ArgumentError
 from tritonconv.problem import LAYOUTS, PASSES, Problem
 
 TensorCall = Callable[[], tuple]
@@ -59,23 +58,9 @@ def laid_out(tensor: torch.Tensor, layout: str) -> torch.Tensor:
     return torch.empty_like(tensor, memory_format=LAYOUTS[layout]).copy_(tensor)
 
 
-def torch_arguments(problem: Problem) -> tuple:
-    """(stride, padding, output_padding, groups, dilation) of ``torch.nn.functional.conv_transpose3d``.
-
-    Raises ArgumentError where torch has no arguments for the problem's crops.
-    """
-    output_padding = tuple(axis.crop - axis.back_crop for axis in problem.axes)
-    for extra, axis in zip(output_padding, problem.axes, strict=True):
-        if not 0 <= extra < max(axis.stride, axis.dilation):
-            raise ArgumentError(
-                f"torch_arguments: torch cannot crop {axis.crop} planes before, {axis.back_crop} behind"
-            )
-    return problem.stride, problem.crop, output_padding, problem.groups, problem.dilation
-
-
 def operation_call(operation: Callable[..., Any], problem: Problem, tensors: Tensors, pass_name: str) -> TensorCall:
     """``forward``, or ``forward_backward`` by autograd, of an operation with the signature of torch's."""
-    arguments = torch_arguments(problem)
+    arguments = problem.torch_arguments
     if pass_name == "forward":
         x, weight, bias = tensors.x, tensors.weight, tensors.bias
         return lambda: (operation(x, weight, bias, *arguments),)
@@ -93,7 +78,7 @@ def torch_call(problem: Problem, tensors: Tensors, pass_name: str) -> TensorCall
     """torch's own: ``conv_transpose3d``, its autograd, or the ATen function its autograd calls for one gradient."""
     if pass_name in ("forward", FORWARD_BACKWARD):
         return operation_call(F.conv_transpose3d, problem, tensors, pass_name)
-    stride, padding, output_padding, groups, dilation = torch_arguments(problem)
+    stride, padding, output_padding, groups, dilation = problem.torch_arguments
     data = pass_name == "backward_data"
     mask = (data, not data, not data and problem.bias)
     first = 0 if data else 1

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from tritonconv.device import cpu_name
+from tritonconv.precision import switches
 
 SECONDS_FOR_GIT = 5.0
 
@@ -118,9 +119,7 @@ def _gpu(device: torch.device) -> dict[str, object]:
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
         "cudnn_benchmark": torch.backends.cudnn.benchmark,
-        # The old switches, allow_tf32, raise where a program has set the new ones.
-        "cudnn_conv_fp32": torch.backends.cudnn.conv.fp32_precision,  # type: ignore[attr-defined]
-        "matmul_fp32": torch.backends.cuda.matmul.fp32_precision,  # type: ignore[attr-defined]
+        **switches(),
     }
 
 

@@ -25,8 +25,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from tritonconv.errors import ArgumentError
-from tritonconv.lab.bench import roofs
 from tritonconv.lab.bench.workloads import resized
+from tritonconv.precision import TF32, float32_precision
 from tritonconv.problem import Problem
 
 # Three sizes, so that two axes that were mixed up do not go unnoticed.
@@ -134,7 +134,7 @@ def sum_eps(dtype: torch.dtype) -> float:
 
 def in_tf32(problem: Problem, device: torch.device) -> bool:
     """torch's switch permits TF32 for the products: on a GPU, of float32."""
-    return device.type == "cuda" and problem.dtype is torch.float32 and roofs.tf32()
+    return device.type == "cuda" and problem.dtype is torch.float32 and float32_precision() == TF32
 
 
 def errors(problem: Problem, torchs: Outputs, exact: Outputs, cut: Outputs) -> dict[str, float]:

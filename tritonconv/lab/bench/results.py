@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Any
 
 from tritonconv.errors import ResultsError
+from tritonconv.kernels.registry import renamed
 
 SCHEMA = 1
 KINDS = ("environment", "roof", "check", "result", "null", "timing", "tuned", "overhead", "profile", "skip", "error",
@@ -268,7 +269,7 @@ def read(path: Path) -> Run:
         lines.append(tail)
     run: Run | None = None
     for number, line in enumerate(lines, start=1):
-        row = _checked(path, number, _parsed(path, number, line))
+        row = _of_today(_checked(path, number, _parsed(path, number, line)))
         if run is None:
             run = _begin(path, row)
         else:
@@ -296,6 +297,18 @@ def _parsed(path: Path, number: int, line: str) -> dict:
     if not isinstance(row, dict) or row.get("kind") not in KINDS:
         kind = row.get("kind") if isinstance(row, dict) else row
         raise ResultsError(f"{path}:{number}: kind expects one of {', '.join(KINDS)}, got {kind!r}")
+    return row
+
+
+def _of_today(row: dict) -> dict:
+    """The row with the names and configs that its variants have today."""
+    chosen, config = row.get("chosen", {}), row.get("config") or {}
+    if "chosen" not in row and "variant" in row:
+        row["variant"], found = renamed(row["variant"], config)
+        row |= {"config": found} if "config" in row else {}
+    for key, name in chosen.items():
+        chosen[key], found = renamed(name, config.get(key, {}))
+        config |= {key: found} if key in config else {}
     return row
 
 

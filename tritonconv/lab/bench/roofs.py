@@ -21,6 +21,7 @@ from tritonconv.kernels.torch_products import product
 from tritonconv.lab.bench import gpu
 from tritonconv.lab.bench.clock import stopwatch_for
 from tritonconv.lab.bench.timing import Call, quantile
+from tritonconv.precision import IEEE, TF32
 
 CACHE_BYTES = 16 << 20
 MEMORY_BYTES = {"cpu": 256 << 20, "cuda": 4 << 30}
@@ -30,7 +31,6 @@ SMALL_MATRIX = 512
 SLOW_MS = 50.0
 MIN_RUNS = 3
 LAUNCHES, MOST_LAUNCH_SECONDS = 100, 0.2
-TF32 = "tf32"  # the name of a float32 product with TF32
 
 L2_COPIES = 100  # in one timed graph: the flush before it is then of no account
 
@@ -102,7 +102,7 @@ def _matmuls(dtype: torch.dtype, device: torch.device, watch, seconds: float) ->
     switch: Any = torch.backends.cuda.matmul
     before = switch.fp32_precision
     try:
-        for precision, name in (("ieee", None), (TF32, TF32)):
+        for precision, name in ((IEEE, None), (TF32, TF32)):
             switch.fp32_precision = precision
             yield _matmul(dtype, device, watch, seconds, name)
     finally:
@@ -143,11 +143,6 @@ def _row(name, what, dtype, work, unit, times, **more):
         "runs": len(times),
         **more,
     }
-
-
-def tf32() -> bool:
-    """torch's switch says that convolutions of float32 multiply in TF32; a CPU has no such roof."""
-    return torch.backends.cudnn.conv.fp32_precision == TF32  # type: ignore[attr-defined]
 
 
 def attainable(

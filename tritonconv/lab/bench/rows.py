@@ -17,6 +17,7 @@ from tritonconv.lab.bench.environment import version
 from tritonconv.lab.bench.measure import Measured
 from tritonconv.lab.bench.results import BASELINE
 from tritonconv.lab.bench.subject import Subject
+from tritonconv.precision import TF32, float32_precision
 from tritonconv.problem import Problem
 
 
@@ -83,7 +84,9 @@ def measured_fields(
     What has no column in its name is of the device's first column, which ``timing`` names.
     """
     flops, moved = work(problem, head["pass"])
-    allowed = roofs.attainable(measured_roofs, head["dtype"], flops, moved, problem.bytes(), roofs.tf32())
+    allowed = roofs.attainable(
+        measured_roofs, head["dtype"], flops, moved, problem.bytes(), float32_precision() == TF32
+    )
     times = measured.times[measured.first]
     spread = times.spread(one.name)
     seconds = spread.median * 1e-3

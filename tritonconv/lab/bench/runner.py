@@ -23,7 +23,7 @@ from tritonconv.lab.bench.options import Options, Progress
 from tritonconv.lab.bench.results import SCHEMA, Writer
 from tritonconv.lab.bench.subject import Subject
 from tritonconv.lab.bench.workloads import ALL, SCALES, distinct, in_order, left_out
-from tritonconv.lab.inspection.precompile import Job, Precompiler, shared
+from tritonconv.lab.inspection.precompile import Precompiler, Request, shared
 
 # Time for one cell (s): what it gets without a budget, and the most it gets with one.
 CELL_SECONDS = 0.5
@@ -135,7 +135,7 @@ class _Bench:
             started = compiler.start(self._kernels() if compiler.target else ())
             compiler.finish(started, min(most, MOST_COMPILING_SECONDS))
 
-    def _kernels(self) -> Iterator[Job]:
+    def _kernels(self) -> Iterator[Request]:
         """What the candidates of the cells launch, each once."""
         options, found = self.options, set()
         for cell in self._order():

@@ -15,6 +15,7 @@ import torch
 from tritonconv.errors import ArgumentError
 from tritonconv.kernels import registry, triton_compiled
 from tritonconv.kernels.registry import triton_fault
+from tritonconv.kernels.targets import TARGETS
 from tritonconv.kernels.triton_compiled import VARIABLE, CompiledFolder
 from tritonconv.kernels.variant import Variant
 from tritonconv.lab import flags
@@ -22,7 +23,6 @@ from tritonconv.lab.bench.calls import ALL_PASSES
 from tritonconv.lab.bench.summary import columns
 from tritonconv.lab.bench.workloads import ALL, SCALES, Workload, suites
 from tritonconv.lab.inspection.launches import Launches, install
-from tritonconv.lab.inspection.targets import TARGETS
 from tritonconv.problem import LAYOUTS
 
 OK, WRONG, USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -129,7 +129,7 @@ def layer_lines(layers: Iterable[Workload], scale: str) -> list[str]:
 
 def load_variant_files(options: argparse.Namespace) -> tuple[Variant, ...]:
     """The records of --variant-file, registered. Raises ArgumentError that names the file."""
-    return tuple(registry.load(path) for path in options.variant_files)
+    return tuple(record for path in options.variant_files for record in registry.load(path))
 
 
 def use_compiled(options: argparse.Namespace, device: torch.device) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from tritonconv.autotune.tuning.compiled import CONFIGS, jobs_of, judged
 from tritonconv.errors import ArgumentError
-from tritonconv.kernels.registry import variant
+from tritonconv.kernels.targets import TARGETS
 from tritonconv.kernels.triton_compiled import VARIABLE, CompiledFolder
 from tritonconv.lab import flags
 from tritonconv.lab.bench.progress import progress
@@ -22,8 +22,8 @@ from tritonconv.lab.commands.problems import add_problems, tasks_asked_for
 from tritonconv.lab.inspection.ahead import Filled, compile_into, opened, refused
 from tritonconv.lab.inspection.compiling import GPU, check_compiler, compiling_for
 from tritonconv.lab.inspection.launches import Launches, missing
-from tritonconv.lab.inspection.precompile import GIVEN_UP, Job
-from tritonconv.lab.inspection.targets import TARGETS
+from tritonconv.lab.inspection.precompile import Request
+from tritonconv.lab.inspection.workers import GIVEN_UP
 from tritonconv.lab.verification import checks_of
 
 HELP = "compile the tuner's candidates ahead, for a GPU that is not here"
@@ -103,12 +103,12 @@ def _about_out(path: Path) -> Iterator[None]:
         raise ArgumentError(f"argument --out: {refused(error, path)}") from None
 
 
-def _verified(options: argparse.Namespace, target: str) -> list[Job]:
+def _verified(options: argparse.Namespace, target: str) -> list[Request]:
     with compiling_for(TARGETS[target]):
         return judged(
-            (name, task.problem, variant(name).default(task.problem, GPU))
-            for task, name in checks_of(dtypes_of(options, DTYPE), layouts_of(options), GPU)
-            if variant(name).backend == "triton"
+            (chosen.variant.name, task.problem, chosen.config)
+            for task, chosen in checks_of(dtypes_of(options, DTYPE), layouts_of(options), GPU)
+            if chosen.variant.backend == "triton"
         )
 
 

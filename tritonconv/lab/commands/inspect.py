@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ import torch
 from tritonconv.autotune.sources import revision
 from tritonconv.errors import ArgumentError
 from tritonconv.kernels.registry import triton_fault, variants
+from tritonconv.kernels.targets import TARGETS
 from tritonconv.kernels.variant import Variant
 from tritonconv.lab import flags
 from tritonconv.lab.bench.environment import version
@@ -20,9 +21,9 @@ from tritonconv.lab.bench.progress import progress
 from tritonconv.lab.bench.summary import columns
 from tritonconv.lab.commands.common import FLAGS, OK, WRONG, add_flags, folder, layouts_of, listed
 from tritonconv.lab.inspection import accesses, jobs, records, tables, verdicts
-from tritonconv.lab.inspection.compiling import PRECISIONS, Job, check_compiler, compile_job
+from tritonconv.lab.inspection.compiling import Job, check_compiler, compile_job
 from tritonconv.lab.inspection.records import Inspection, Record
-from tritonconv.lab.inspection.targets import TARGETS
+from tritonconv.precision import PRECISIONS
 
 HELP = "compile the Triton kernels for GPUs that are not here, and look"
 DEFAULT_TARGETS = ("sm_80", "sm_90", "sm_100")
@@ -42,7 +43,7 @@ target has, its tl.dot has no matrix instruction, or it writes a register that a
 configs (--configs all) only warn.
 
 layers:
-{chr(10).join(f"  {name:13} {layer}" for name, layer in jobs.CLASSES.items())}
+{chr(10).join(f"  {name:13} {layer}" for name, layer in jobs.SAMPLE_LAYERS.items())}
 
 products: tf32 and ieee are float32 with torch.backends.cudnn.conv.fp32_precision at that value
 """
@@ -62,7 +63,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", **listed(PRECISIONS, f"{', '.join(PRECISIONS)} ({default})"))
     add_flags(parser, layout="both")
     parser.add_argument(
-        "--layers", **listed((*jobs.CLASSES, FEW, ALL), f"the layers below, {FEW} or {ALL} (default: {FEW}, the first "
+        "--layers", **listed((*jobs.SAMPLE_LAYERS, FEW, ALL), f"the layers below, {FEW} or {ALL} (default: {FEW}, the first "
                              f"{jobs.FEW} that a variant serves)"),
     )  # fmt: skip
     parser.add_argument(
@@ -122,7 +123,7 @@ def _plan(
     options: argparse.Namespace, chosen: Sequence[Variant], targets: Sequence[str], precisions: tuple[str, ...]
 ) -> Sequence[Job]:
     """The launches to compile. Says on stderr which variants have none; raises ArgumentError where there is none."""
-    plan = jobs.plan(
+    plan = jobs.job_list(
         chosen,
         targets=tuple(targets),
         precisions=flags.once(options.dtype, precisions),
@@ -150,7 +151,7 @@ def _accesses(options: argparse.Namespace, chosen: Sequence[Variant]) -> int:
 
 
 def _compiled(
-    wanted: Sequence[Job], options: argparse.Namespace, compiled: jobs.Compiled = compile_job
+    wanted: Sequence[Job], options: argparse.Namespace, compiled: Callable[[Job], list[Record]] = compile_job
 ) -> list[Record]:
     with progress(options.quiet, unit="launches", first="starting the compilers") as shown:
         shown.begin(len(wanted))
@@ -201,5 +202,5 @@ def _triton_variants(names: list[str]) -> tuple[Variant, ...]:
 def _wanted_classes(given: list[str] | None) -> tuple[str, ...] | None:
     wanted = flags.once(given, (FEW,))
     if ALL in wanted:
-        return tuple(jobs.CLASSES)
+        return tuple(jobs.SAMPLE_LAYERS)
     return None if FEW in wanted else wanted

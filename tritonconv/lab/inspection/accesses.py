@@ -22,8 +22,8 @@ import numpy as np
 
 from tritonconv.errors import ResultsError
 from tritonconv.kernels.registry import variant
+from tritonconv.kernels.targets import TARGETS
 from tritonconv.lab.inspection.compiling import GPU, Job, compile_launch, compiling_for, products_in
-from tritonconv.lab.inspection.targets import TARGETS
 
 HEAD = ("variant", "layer", "layout", "access", "tile", "bytes/lane", "sectors/request", "efficiency")
 SECTOR = 32  # bytes

@@ -32,8 +32,10 @@ from tritonconv.kernels.triton_compiled import (
     check_folder,
 )
 from tritonconv.lab.bench.environment import git_state
-from tritonconv.lab.inspection.launches import Launch, Launches, precision
-from tritonconv.lab.inspection.precompile import ENDED, GIVEN_UP, Answer, Job, Precompiler
+from tritonconv.lab.inspection.launches import Launch, Launches
+from tritonconv.lab.inspection.precompile import Answer, Precompiler, Request
+from tritonconv.lab.inspection.workers import ENDED, GIVEN_UP
+from tritonconv.precision import float32_precision
 
 BINARIES = (".cubin", ".hsaco")
 MODULE = ".so"  # the host side of a launch
@@ -56,7 +58,7 @@ class Filled:
     known: int = 0
     left: int = 0
     given_up: int = 0
-    failed: list[tuple[Job, str]] = field(default_factory=list)
+    failed: list[tuple[Request, str]] = field(default_factory=list)
     faults: int = 0
 
 
@@ -90,13 +92,18 @@ def _begun(path: Path) -> bool:
 
 
 def compile_into(
-    folder: CompiledFolder, jobs: Sequence[Job], target: str, processes: int, seconds: float | None, progress: Progress
+    folder: CompiledFolder,
+    jobs: Sequence[Request],
+    target: str,
+    processes: int,
+    seconds: float | None,
+    progress: Progress,
 ) -> Filled:
     """Compiles the launches that the folder lacks, for at most so many seconds; what is done by then stays there.
 
     Raises ArgumentError, which says what is kept, where the folder cannot be written any more.
     """
-    launches, said, filled = Launches(folder), precision(), Filled()
+    launches, said, filled = Launches(folder), float32_precision(), Filled()
     waiting = [job for job in jobs if not launches.has(*job, said, target)]
     filled.known = len(jobs) - len(waiting)
     progress.begin(len(waiting))
@@ -105,7 +112,7 @@ def compile_into(
     scratch = tempfile.TemporaryDirectory(prefix="tritonconv-", ignore_cleanup_errors=True)
     with _saying_what_is_kept(folder), scratch as cache, _line_by_line(folder) as write:
         variables = {"TRITON_CACHE_DIR": cache, "TRITON_STORE_BINARY_ONLY": "1", VARIABLE: str(folder.path)}
-        with Precompiler(target, processes, variables, ahead=None, quiet=True) as compiler:
+        with Precompiler(target, processes, variables, quiet=True) as compiler:
             running = dict(zip(compiler.start(waiting), waiting, strict=True))
             for done, job in _as_done(running, deadline):
                 answer = done.result()
@@ -146,7 +153,9 @@ def refused(error: OSError, path: Path) -> str:
     return f"{error.filename or path}: {error.strerror or error}"
 
 
-def _as_done(running: dict[Future[Answer], Job], deadline: float | None) -> Iterator[tuple[Future[Answer], Job]]:
+def _as_done(
+    running: dict[Future[Answer], Request], deadline: float | None
+) -> Iterator[tuple[Future[Answer], Request]]:
     waiting = set(running)
     while waiting:
         left = None if deadline is None else max(0.0, deadline - perf_counter())

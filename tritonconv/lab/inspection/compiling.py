@@ -18,25 +18,18 @@ import torch
 from tritonconv.errors import ArgumentError
 from tritonconv.kernels import triton_compiled
 from tritonconv.kernels.registry import triton_fault, variant
+from tritonconv.kernels.targets import TARGETS, Target
 from tritonconv.kernels.variant import Config, Variant
 from tritonconv.lab.bench.workloads import Workload
 from tritonconv.lab.inspection.machine_code import resources
 from tritonconv.lab.inspection.records import Record
-from tritonconv.lab.inspection.targets import TARGETS, Target
+from tritonconv.precision import IEEE, PRECISIONS, TF32
 from tritonconv.problem import Problem
 
-# What variants are told to be asked about: nothing reads it as a device.
+# Placeholder device that is passed to ``supports`` and ``default``; no CUDA device is touched.
 GPU = torch.device("cuda", 0)
 META = torch.device("meta")
 MOST_SUMMARY_TEXT, MOST_ERROR_TEXT = 240, 4000
-
-# Products of float32 tensors follow torch's switch for convolutions; the others have one precision.
-PRECISIONS = {
-    "bfloat16": (torch.bfloat16, "bfloat16"),
-    "float16": (torch.float16, "float16"),
-    "tf32": (torch.float32, "tf32"),
-    "ieee": (torch.float32, "ieee"),
-}
 
 
 @dataclass(frozen=True)
@@ -52,7 +45,7 @@ class Job:
 
     @property
     def problem(self) -> Problem:
-        return self.layer.problem(PRECISIONS[self.precision][0], self.layout)
+        return self.layer.problem(PRECISIONS[self.precision], self.layout)
 
 
 # (name, compiled kernel, target, seconds of compilations by hash) -> fields of a record
@@ -113,7 +106,7 @@ def products_in(precision: str) -> Iterator[None]:
     """Inside the block torch's convolutions of float32 multiply in this precision, where it is one of float32."""
     switch: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
     before = switch.fp32_precision
-    if precision in ("tf32", "ieee"):
+    if precision in (TF32, IEEE):
         switch.fp32_precision = precision
     try:
         yield
@@ -128,8 +121,27 @@ def compile_job(job: Job, record: Variant | None = None, measure: Measure | None
     """
     measure = _measured if measure is None else measure
     record = variant(job.variant) if record is None else record
-    target, problem = TARGETS[job.target], job.problem
-    common: dict[str, Any] = {
+    target, problem, fields = TARGETS[job.target], job.problem, _fields(job)
+    begin = time.perf_counter()
+    try:
+        with compiling_for(target), products_in(job.precision), _seconds() as seconds:
+            starts = record.starts(problem, GPU)
+            config = starts[0] if job.config is None else job.config
+            fields |= {"config": dict(config), "default": config in starts}
+            kernels = compile_launch(record, problem, fields["config"])
+            return [Record(**fields, **measure(name, kernel, target, seconds)) for name, kernel in kernels]
+    except Exception as error:  # a kernel that does not compile is a result
+        return [Record(**fields, error=_text(error), seconds=round(time.perf_counter() - begin, 3))]
+
+
+def failed(job: Job, error: str) -> list[Record]:
+    """The record of a job that made none."""
+    return [Record(**_fields(job), error=error)]
+
+
+def _fields(job: Job) -> dict[str, Any]:
+    problem = job.problem
+    return {
         "variant": job.variant,
         "layer": job.layer.name,
         "problem": str(problem),
@@ -140,15 +152,6 @@ def compile_job(job: Job, record: Variant | None = None, measure: Measure | None
         "config": dict(job.config or {}),
         "default": job.config is None,
     }
-    begin = time.perf_counter()
-    try:
-        with compiling_for(target), products_in(job.precision), _seconds() as seconds:
-            config = record.default(problem, GPU) if job.config is None else job.config
-            common["config"] = dict(config)
-            kernels = compile_launch(record, problem, config)
-            return [Record(**common, **measure(name, kernel, target, seconds)) for name, kernel in kernels]
-    except Exception as error:  # a kernel that does not compile is a result
-        return [Record(**common, error=_text(error), seconds=round(time.perf_counter() - begin, 3))]
 
 
 def compile_launch(record: Variant, problem: Problem, config: Config) -> list[tuple[str, Any]]:

@@ -21,7 +21,7 @@ from triton.runtime import interpreter
 from tritonconv.kernels.registry import variant
 from tritonconv.lab.bench.workloads import workload
 from tritonconv.lab.inspection.accesses import FEWEST, Layout, sectors
-from tritonconv.lab.inspection.compiling import PRECISIONS
+from tritonconv.precision import PRECISIONS
 from tritonconv.problem import Problem
 
 MOST_KEPT = 4  # accesses of one kind and tile
@@ -96,7 +96,7 @@ def watching() -> Iterator[list[Seen]]:
 
 def accesses_of(asked: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows of one launch."""
-    record, dtype = variant(asked["variant"]), PRECISIONS[asked["precision"]][0]
+    record, dtype = variant(asked["variant"]), PRECISIONS[asked["precision"]]
     problem = workload(asked["layer"]).problem(dtype, asked["layout"])
     with watching() as seen:
         _launch(record, problem, asked["config"])

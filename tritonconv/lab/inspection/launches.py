@@ -15,11 +15,11 @@ import torch
 
 from tritonconv.errors import ArgumentError
 from tritonconv.kernels import triton_compiled
-from tritonconv.kernels.registry import variant
+from tritonconv.kernels.registry import renamed, variant
+from tritonconv.kernels.targets import TARGETS
 from tritonconv.kernels.triton_compiled import LAUNCHES, CompiledFolder
 from tritonconv.kernels.variant import Config
 from tritonconv.lab.inspection.compiling import compile_launch, compiling_for, products_in
-from tritonconv.lab.inspection.targets import TARGETS
 from tritonconv.problem import Problem
 
 
@@ -76,6 +76,7 @@ class Launch:
         row["problem"] = Problem(**fields | {"dtype": getattr(torch, fields["dtype"])})
         row["kernels"] = tuple(Kernel(**each) for each in row["kernels"])
         row["modules"] = tuple((key, name) for key, name in row["modules"])
+        row["variant"], row["config"] = renamed(row["variant"], row["config"])
         texts = [row["variant"], row["precision"], row["target"], *row["config"]]
         for part in (*(astuple(kernel) for kernel in row["kernels"]), *row["modules"]):
             texts += part
@@ -86,13 +87,6 @@ class Launch:
     def label(self) -> str:
         config = " ".join(f"{key}={value}" for key, value in self.config.items())
         return f"{self.variant} {config} on {self.problem} for {self.target}"
-
-
-def precision() -> str:
-    """How float32 is multiplied now, as torch's switch for convolutions says."""
-    from tritonconv.kernels.triton_launch import PRECISIONS  # needs Triton
-
-    return PRECISIONS.get(torch.backends.cudnn.conv.fp32_precision, "ieee")  # type: ignore[attr-defined]
 
 
 class Launches:

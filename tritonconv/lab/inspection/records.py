@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from tritonconv.errors import ResultsError
-from tritonconv.lab.inspection.targets import TARGETS, TENSOR_MEMORY_COLUMNS
+from tritonconv.kernels.targets import TARGETS, TENSOR_MEMORY_COLUMNS
 
 SCHEMA = 1
 NO_KERNEL = ""

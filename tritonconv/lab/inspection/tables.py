@@ -9,8 +9,9 @@ from pathlib import Path
 from tritonconv.kernels.registry import variants
 from tritonconv.lab import markdown
 from tritonconv.lab.bench.summary import columns
-from tritonconv.lab.inspection.jobs import CLASSES
+from tritonconv.lab.inspection.jobs import SAMPLE_LAYERS
 from tritonconv.lab.inspection.records import Inspection, Record, faults, grouped, heaviest
+from tritonconv.precision import PRECISIONS
 
 COMMAND = "inspect"  # of the markers in the Markdown file
 LEGEND = (
@@ -20,7 +21,7 @@ LEGEND = (
     "compilation (empty: Triton's cache had it)"
 )
 _SHORT = {"num_warps": "warps", "num_stages": "stages"}
-_CLASS_OF = {layer: name for name, layer in CLASSES.items()}
+_CLASS_OF = {layer: name for name, layer in SAMPLE_LAYERS.items()}
 
 
 def class_of(record: Record) -> str:
@@ -84,8 +85,7 @@ TEXTS = len(COMPILED) + 1  # columns that are set flush left
 # The Markdown file's: of the measured ones these alone, then figures of all kernels of a variant.
 IN_MARKDOWN = tuple(name for name in MEASURED if name not in ("stack B", "instructions", "s"))
 HEAD = ("variant", "layer", "target", *IN_MARKDOWN, "kernels", "most registers", "most shared KiB", "faults")
-# A row of the Markdown file shows the first of these that the run has.
-PRECISIONS = ("bfloat16", "float16", "tf32", "ieee")
+# A row of the Markdown file shows the first precision and layout of these that the run has.
 LAYOUTS = ("ndhwc", "ncdhw")
 
 
@@ -150,7 +150,7 @@ def _caption(inspection: Inspection, records: list[Record]) -> str:
     def listed(name: str) -> str:
         return ", ".join(dict.fromkeys(str(getattr(record, name)) for record in records))
 
-    classes = ", ".join(name for name in CLASSES if any(class_of(record) == name for record in records))
+    classes = ", ".join(name for name in SAMPLE_LAYERS if any(class_of(record) == name for record in records))
     return (
         f"{len(records)} kernels, default configs, for {listed('target')}; {listed('precision')} in "
         f"{listed('layout')}; layers {classes}; torch {inspection.torch.split('+')[0]}."
@@ -177,13 +177,13 @@ def _row(records: list[Record]) -> list[str]:
 
 def representative(records: list[Record]) -> Record:
     """The kernel that stands for a variant: of the first class of layers, in the preferred precision and layout."""
-    order = list(CLASSES)
+    order = list(SAMPLE_LAYERS)
 
     def place(record: Record) -> tuple[int, int, int]:
         name = class_of(record)
         return (
             order.index(name) if name in order else len(order),
-            PRECISIONS.index(record.precision),
+            list(PRECISIONS).index(record.precision),
             LAYOUTS.index(record.layout),
         )
 

@@ -10,24 +10,25 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tritonconv.autotune.model import pruned, work_of
 from tritonconv.autotune.sources import revision
 from tritonconv.errors import ResultsError
+from tritonconv.kernels.targets import TARGETS, Target
 from tritonconv.kernels.variant import Config, Variant
 from tritonconv.lab.bench.workloads import workload
 from tritonconv.lab.inspection.compiling import GPU, Job, compile_job, compiling_for, products_in
-from tritonconv.lab.inspection.jobs import CLASSES
+from tritonconv.lab.inspection.jobs import SAMPLE_LAYERS
 from tritonconv.lab.inspection.machine_code import early_write
 from tritonconv.lab.inspection.records import Record
 from tritonconv.lab.inspection.shallow import shallow
-from tritonconv.lab.inspection.targets import TARGETS, Target
 from tritonconv.problem import LAYOUTS
 
 TARGET = "sm_90"  # alone has products that read registers while the program goes on
-PRECISIONS = ("bfloat16", "tf32")
+PRODUCTS = ("bfloat16", "tf32")
 SAFE, UNSAFE, BROKEN = "safe", "unsafe", "not compiled"
 SEED = 0
 ORDERS = ("WEIGHT", "GROUP_M", "SPLITS", "PHASE_INNER", "SKIP")
@@ -35,22 +36,18 @@ ORDERS = ("WEIGHT", "GROUP_M", "SPLITS", "PHASE_INNER", "SKIP")
 Verdicts = dict[str, dict[str, Any]]  # by variant: revision, and classes by name
 
 
-def jobs_of(record: Variant, precisions: Iterable[str] = PRECISIONS) -> list[Job]:
+def jobs_of(record: Variant, precisions: Iterable[str] = PRODUCTS) -> list[Job]:
     """The pruned spaces of the first layer of each class that the variant serves; tf32 of one class alone."""
     found: dict[tuple, Job] = {}
     with compiling_for(TARGETS[TARGET]):
         for precision in precisions:
-            for layer in CLASSES.values():
+            for layer in SAMPLE_LAYERS.values():
                 for layout in LAYOUTS:
                     job = Job(record.name, workload(layer), precision, layout, TARGET)
-                    special = precision, *((layout, job.problem.tiles_exactly) if precision == PRECISIONS[0] else ())
+                    special = precision, *((layout, job.problem.tiles_exactly) if precision == PRODUCTS[0] else ())
                     if special not in found and record.supports(job.problem, GPU) is None:
                         found[special] = job
-        return [
-            Job(job.variant, job.layer, job.precision, job.layout, job.target, dict(config))
-            for job in found.values()
-            for config in _configs(record, job)
-        ]
+        return [replace(job, config=dict(config)) for job in found.values() for config in _configs(record, job)]
 
 
 def _configs(record: Variant, job: Job) -> tuple[Config, ...]:

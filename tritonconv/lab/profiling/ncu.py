@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tritonconv.errors import ResultsError
-from tritonconv.lab.inspection.precompile import kill
+from tritonconv.lab.inspection.workers import kill
 
 SECTIONS = (
     "SpeedOfLight",

@@ -28,7 +28,7 @@ def _axis_parts(axis):
                 yield tap, index, slice(low - offset, high - offset), slice(low, high)
 
 
-def launch(problem, config, x, weight, bias):
+def forward(problem, config, x, weight, bias):
     n, c_out = problem.n, problem.c_out
     x, weight = x.to(sum_dtype(problem.dtype)), weight.to(sum_dtype(problem.dtype))
     rows = weight.permute(2, 3, 4, 1, 0).flatten(0, 3)  # (taps*c_out, c_in)
@@ -55,7 +55,7 @@ VARIANT = Variant(
     pass_name="forward",
     idea="few output channels: one GEMM over all taps, then an overlap-add per phase",
     backend="torch",
-    launch=launch,
+    launch=forward,
     supports=supports,
     workspace_bytes=lambda problem: 2 * problem.bytes() + _product_bytes(problem),
     work=lambda problem, config: by_torch(

@@ -56,7 +56,7 @@ def _deconvolution(x, weight, bias, stride, padding, output_padding, groups, dil
     )
 
 
-def launch(problem, config, x, weight, bias):
+def forward(problem, config, x, weight, bias):
     inside = bias if fuses_bias(problem) else None
     y = torch_native.forward(problem, to_layout(x, CHANNELS_LAST), weight, inside, _deconvolution)
     if bias is not None and inside is None:
@@ -70,7 +70,7 @@ VARIANT = Variant(
     idea="oneDNN's deconvolution in channels_last_3d, the bias apart where it is not fused",
     backend="torch",
     spreads_nonfinite=SPREADS_PADDING,
-    launch=launch,
+    launch=forward,
     supports=supports,
     workspace_bytes=lambda problem: problem.bytes(),
     work=lambda problem, config: by_torch(

@@ -1,21 +1,32 @@
-"""The GPUs that kernels are compiled for, their limits, and how many blocks of a kernel one multiprocessor holds.
+"""The GPUs that kernels are compiled for: their limits, their data sheets, and how many blocks a multiprocessor holds.
 
 Sources: NVIDIA, CUDA C++ Programming Guide, "Technical Specifications per Compute Capability", and the CUDA occupancy
 calculator (registers are given to warps in units of 8 per thread; every block costs 1 KiB of shared memory more);
 PTX ISA, "Tensor Memory" (512 columns). AMD, "CDNA 2" and "CDNA 3 Instruction Set Architecture" guides, and LLVM's
 AMDGPUBaseInfo.cpp (512 vector registers per lane and SIMD in units of 8, 8 waves per SIMD, 16 workgroups per CU).
+Rates: NVIDIA's data sheets of the parts named, dense.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from tritonconv.errors import ArgumentError
+from typing import NamedTuple
 
 KIB = 1024
 PARTITIONS = 4  # sub-cores of an SM, SIMDs of a CU: each with a quarter of the registers and of the warps
 REGISTER_UNIT = 8  # per thread
 TENSOR_MEMORY_COLUMNS = 512
+
+
+class DataSheet(NamedTuple):
+    """Rates of one part of an architecture: FLOP/s of float32 (``vector``), TF32 and two-byte products; bytes/s."""
+
+    part: str
+    vector: float
+    tf32: float
+    half: float
+    memory: float
+    multiprocessors: int
 
 
 @dataclass(frozen=True)
@@ -36,6 +47,7 @@ class Target:
     blocks: int
     registers: int = 64 * KIB
     shared_reserved: int = KIB  # of each block, for the system
+    sheet: DataSheet | None = None
 
     @property
     def warps(self) -> int:
@@ -72,54 +84,36 @@ class Target:
         return blocks * warps / self.warps
 
 
-def _nvidia(arch: int, matrix: str, shared_kib: int, threads: int, blocks: int) -> Target:
-    return Target(
-        name=f"sm_{arch}",
-        backend="cuda",
-        arch=arch,
-        warp_size=32,
-        matrix=matrix,
-        shared_per_block=(shared_kib - 1) * KIB,
-        shared=shared_kib * KIB,
-        threads=threads,
-        blocks=blocks,
-    )
+def _nvidia(
+    arch: int, matrix: str, shared_kib: int, threads: int, blocks: int, sheet: DataSheet | None = None
+) -> Target:
+    per_block, shared = (shared_kib - 1) * KIB, shared_kib * KIB
+    return Target(f"sm_{arch}", "cuda", arch, 32, matrix, per_block, shared, threads, blocks, sheet=sheet)
 
 
 def _amd(arch: str) -> Target:
     return Target(
-        name=arch,
-        backend="hip",
-        arch=arch,
-        warp_size=64,
-        matrix="MFMA",
-        shared_per_block=64 * KIB,
-        shared=64 * KIB,
-        threads=2048,
-        blocks=16,
-        registers=4 * 512 * 64,
-        shared_reserved=0,
+        arch, "hip", arch, 64, "MFMA", 64 * KIB, 64 * KIB, 2048, blocks=16, registers=4 * 512 * 64, shared_reserved=0
     )
 
 
+T, G = 1e12, 1e9
+H100 = DataSheet("H100 SXM", 66.9 * T, 494.7 * T, 989.4 * T, 3350 * G, 132)
 TARGETS = {
     target.name: target
     for target in (
-        _nvidia(80, "HMMA", shared_kib=164, threads=2048, blocks=32),  # A100
-        _nvidia(86, "HMMA", shared_kib=100, threads=1536, blocks=16),  # A10, RTX 3090
-        _nvidia(89, "HMMA", shared_kib=100, threads=1536, blocks=24),  # L40S, RTX 4090
-        _nvidia(90, "HGMMA", shared_kib=228, threads=2048, blocks=32),  # H100, H200
-        _nvidia(100, "UTCHMMA", shared_kib=228, threads=2048, blocks=32),  # B200
-        _nvidia(120, "HMMA", shared_kib=100, threads=1536, blocks=24),  # RTX 5090, RTX PRO 6000
+        _nvidia(80, "HMMA", 164, 2048, 32, DataSheet("A100 SXM", 19.5 * T, 156 * T, 312 * T, 2039 * G, 108)),
+        _nvidia(86, "HMMA", 100, 1536, 16, DataSheet("A10", 31.2 * T, 62.5 * T, 125 * T, 600 * G, 72)),  # RTX 3090
+        _nvidia(87, "HMMA", 164, 1536, 16),  # Jetson Orin
+        _nvidia(89, "HMMA", 100, 1536, 24, DataSheet("L40S", 91.6 * T, 183 * T, 362 * T, 864 * G, 142)),  # RTX 4090
+        _nvidia(90, "HGMMA", 228, 2048, 32, H100),
+        _nvidia(100, "UTCHMMA", 228, 2048, 32, DataSheet("B200", 75 * T, 1125 * T, 2250 * T, 8000 * G, 148)),
+        _nvidia(103, "UTCHMMA", 228, 2048, 32),  # B300
+        _nvidia(120, "HMMA", 100, 1536, 24, DataSheet("RTX 5090", 104.8 * T, 104.8 * T, 209.5 * T, 1792 * G, 170)),
         _amd("gfx942"),  # MI300X
         _amd("gfx90a"),  # MI250X
     )
 }
-
-
-def target(name: str) -> Target:
-    """The target of this name; raises ArgumentError that lists the names there are."""
-    try:
-        return TARGETS[name]
-    except KeyError:
-        raise ArgumentError(f"unknown target {name!r}; there are: {', '.join(TARGETS)}") from None
+NVIDIA = {target.arch: target for target in TARGETS.values() if target.backend == "cuda"}  # by compute capability
+LEAST_SHARED_BYTES = min(target.shared_per_block for target in NVIDIA.values())
+MULTIPROCESSORS = H100.multiprocessors  # an H200 has as many; a smaller machine only sees more waves

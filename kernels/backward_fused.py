@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import torch
 import triton
@@ -17,6 +18,7 @@ import triton.language as tl
 
 from tritonconv.kernels import triton_phases as phases
 from tritonconv.kernels import triton_tiles as tiles
+from tritonconv.kernels.targets import MULTIPROCESSORS
 from tritonconv.kernels.triton_device import aligned, dividers, inside, multiple, voxel_tiles, voxels
 from tritonconv.kernels.triton_launch import accounting, empty, geometry, precision, refusal, wide
 from tritonconv.kernels.triton_launch import launch as run
@@ -25,7 +27,7 @@ from tritonconv.kernels.triton_reduce import sum_weights
 from tritonconv.kernels.triton_tape import fresh
 from tritonconv.kernels.triton_target import compute_capability
 from tritonconv.kernels.triton_weights import oriented, packed
-from tritonconv.kernels.variant import Config
+from tritonconv.kernels.variant import Config, Variant
 from tritonconv.kernels.weight_orders import AS_GIVEN
 from tritonconv.kernels.work import Work, tap_gemm
 from tritonconv.problem import Problem
@@ -235,7 +237,7 @@ def default(problem: Problem, device: torch.device) -> Config:
         "BLOCK_M": block_m,
         "BLOCK_W": width,
         "ROWS": rows,
-        "SPLITS": max(1, min(most, tiles.PROGRAMS // problem.groups)),
+        "SPLITS": max(1, min(most, MULTIPROCESSORS // problem.groups)),
         "WEIGHT": AS_GIVEN,  # each program reads the weight once
         "num_warps": 8 if largest >= 128 * 64 else 4,
         "num_stages": 1 if compute_capability() >= 100 else 2,  # on sm_100 grad_weight alone spills in two
@@ -263,7 +265,7 @@ def space(problem: Problem, device: torch.device) -> tuple[Config, ...]:
 def workspace_bytes(problem: Problem) -> int:
     """The partial sums of the largest number of splits in :func:`space`, in bytes."""
     elements = math.prod(problem.weight_shape) + problem.c_out
-    return 4 * elements * 4 * max(1, tiles.PROGRAMS // problem.groups)
+    return 4 * elements * 4 * max(1, MULTIPROCESSORS // problem.groups)
 
 
 def work(problem: Problem, config: Config, pass_name: str) -> Work:
@@ -275,3 +277,27 @@ def work(problem: Problem, config: Config, pass_name: str) -> Work:
     launches = 2 if pass_name == "backward_weight" else 1
     found = tap_gemm(problem, pass_name, tile, splits * problem.groups, steps, partial, launches)
     return replace(found, shared_bytes=_shared_bytes(problem, config["ROWS"], rows))
+
+
+def launch_data(problem, config, grad_y, weight):
+    return backward(problem, config, None, weight, grad_y, False)[0]
+
+
+def launch_weight(problem, config, x, grad_y, need_bias):
+    return backward(problem, config, x, None, grad_y, need_bias)[1:]
+
+
+_variant = partial(
+    Variant, idea="kernel = stride: all three gradients from one read of grad_y", backend="triton", supports=supports,
+    space=space, default=default, joint=backward,
+)  # fmt: skip
+VARIANTS = [  # each is one half: both together are one launch
+    _variant(
+        "backward_data_fused", "backward_data", launch=launch_data,
+        work=lambda problem, config: work(problem, config, "backward_data"),
+    ),
+    _variant(
+        "backward_weight_fused", "backward_weight", launch=launch_weight, workspace_bytes=workspace_bytes,
+        work=lambda problem, config: work(problem, config, "backward_weight"),
+    ),
+]  # fmt: skip
