@@ -252,6 +252,8 @@ def test_the_table_shows_every_record(capsys):
         (["--dtype", "float32"], ["--dtype", "'float32'", "tf32, ieee"]),
         (["--layers", "k9"], ["--layers", "'k9'", "depthwise_k3"]),
         (["--jobs", "0"], ["--jobs", "'0'", "1 to 1024"]),
+        (["--all"], ["--all", "--accesses"]),
+        (["--accesses", "--verdicts", "here"], ["--accesses", "--verdicts", "not allowed"]),
         (["--configs", "some"], ["--configs", "'some'", "default", "all"]),
         (["--markdown", "none.md"], ["--markdown", "none.md"]),
         (["--markdown", "LICENSE"], ["--markdown", "LICENSE", markdown.markers("inspect")[0]]),

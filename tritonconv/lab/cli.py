@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tritonconv",
-        description="Measures 3-D transposed convolution on the layers of real models.",
+        description="Measures and tunes 3-D transposed convolution on the layers of real models.",
         epilog="exit codes: 0 done; 1 a result was wrong or could not be had; 2 bad usage or input; 130 interrupted",
     )
     commands = parser.add_subparsers(dest="name", required=True, metavar="{" + ",".join(COMMANDS) + "}")

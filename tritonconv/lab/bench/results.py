@@ -344,9 +344,4 @@ def _add(path: Path, number: int, run: Run, row: dict) -> None:
     if kind == "end":
         run.end = row
     else:
-        rows = {
-            "roof": run.roofs, "result": run.results, "null": run.nulls, "timing": run.timings,
-            "tuned": run.tuned, "overhead": run.overheads, "profile": run.profiles, "check": run.checks,
-            "skip": run.skips, "error": run.errors,
-        }  # fmt: skip
-        rows[kind].append(row)
+        getattr(run, kind if kind == "tuned" else f"{kind}s").append(row)

@@ -38,7 +38,7 @@ from tritonconv.lab.commands.common import (
     use_compiled,
 )
 
-HELP = "verify, roofs, tune and bench in one budget; run again, it goes on"
+HELP = "verify, tune and time everything within one budget; the same command goes on"
 # Layers of different classes that are also measured at several sizes: how time grows with work.
 FAMILIES = ("segresnet_deconv_up0", "psmnet_train_64_32", "mednext_k3_dw_128", "monai_unet_spleen_32_2")
 LEAST_SECONDS = 30.0  # for which a new process is worth starting
@@ -48,19 +48,19 @@ SIZES = {"cpu": (4, 6, 8, 12, 16, 24), "gpu": (8, 16, 32, 64, 128)}
 def add(parser: argparse.ArgumentParser) -> None:
     """Gives the parser the flags of the command."""
     parser.description = (
-        "In the order of value: variants are held against float64 on one layer per class; the device's roofs are "
-        "measured; the layers are tuned, a dozen that a reader knows first; then benchmarked with what was found, and "
-        "on a GPU those few beside torch.compile; the overhead of a call is measured; layers of some classes are "
-        "benchmarked at several sizes. Everything is kept when the budget ends, and the same command goes on from "
-        "there. Where a kernel loses the GPU, a new process does so, behind that kernel. At the end it says where the "
-        "seconds went. tritonconv report DIR renders it."
+        "Takes these steps, the most valuable first. It holds every variant against float64, on one layer of each "
+        "class. It measures the device's roofs. It tunes the layers; a dozen well-known ones come first. It times the "
+        "layers with the choices that it found, on a GPU the dozen beside torch.compile too. It measures the overhead "
+        "of a call. It times layers of some classes at several sizes. The results stay when the budget ends, and the "
+        "same command goes on from there. Where a kernel makes the GPU unusable, a new process goes on without that "
+        "kernel. The end of the output says where the seconds went; tritonconv report DIR draws the results."
     )
     parser.add_argument(
         "--seconds",
         type=flags.seconds,
         required=True,
         metavar="S",
-        help="budget for all of it, from when torch is imported and the device is there",
+        help="budget for all steps; it begins when torch is imported and the device is found",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the results and of the store")
     add_flags(
@@ -70,12 +70,13 @@ def add(parser: argparse.ArgumentParser) -> None:
     add_flags(parser, "device", "variant-file", "compiled", "quiet")
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction,
-        help="time torch.compile too, of the dozen layers that come first, or of those asked for where none of them is "
-        "among these (default: on a GPU only)",
+        help="time torch.compile too: on the dozen well-known layers, or on all where none of these is asked for "
+        "(default: on a GPU only)",
     )  # fmt: skip
     parser.add_argument(
         "--install", action=argparse.BooleanOptionalAction, default=True,
-        help="at the end put the choices into your store, where calls look (default); --no-install keeps them in DIR",
+        help="at the end put the choices into your store, from which calls take them (default); --no-install keeps "
+        "them in DIR alone",
     )  # fmt: skip
 
 

@@ -28,15 +28,17 @@ from tritonconv.lab.verification import checks_of
 
 HELP = "compile the tuner's candidates ahead, for a GPU that is not here"
 DESCRIPTION = f"""\
-Fills a folder with the compiled kernels of the candidates that the tuner has for layers, for a model or for one
-problem. It needs no GPU. Without flags it is about what a campaign on a GPU is about without flags: bfloat16, and the
-suites of models. tune, bench and campaign on the GPU's machine take the folder with --compiled DIR, and every
-call takes the one that {VARIABLE} names: what it holds is not compiled there. The machines must have the same
-Triton for the same version of Python, and the same sources of the kernels; tritonconv compile --check DIR, on the
-GPU's machine or any other, says for how many launches that is so, and what differs.
+Compiles the kernels that the tuner would try for layers, for a model or for one problem, and keeps them in a folder.
+This needs no GPU. Without flags it compiles for the problems of a campaign on a GPU: bfloat16, the suites of models. On
+the machine with the GPU, tune, bench and campaign take kernels from the folder with --compiled DIR, and each call takes
+them from the folder that {VARIABLE} names. Kernels of the folder are not compiled there again.
 
-A run that was cut off leaves a folder that can be used, and the same command goes on. The folder can be moved, and
-need not be writable where it is used. It holds code that runs: take only one whose origin you trust.
+Both machines must have the same Triton, the same version of Python and the same sources of the kernels. On either
+machine, tritonconv compile --check DIR prints how many launches of the folder that machine can use, and why it cannot
+use the others.
+
+A run that was cut off leaves a usable folder, and the same command goes on. The folder can be moved, and its users only
+read it. It holds code that runs: take only a folder whose origin you trust.
 """
 DTYPE = "bfloat16"  # as a campaign on a GPU
 MOST_SHOWN = 10  # failures and launches that are not found, each with its reason
@@ -48,15 +50,22 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.description = DESCRIPTION
     parser.epilog = "example: tritonconv compile --target sm_90 --suite unet --out compiled"
     add_flags(parser, "target")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="the folder; one of the same Triton is filled further")
-    parser.add_argument("--check", type=Path, metavar="DIR", help="say which launches in DIR this machine would find")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="the folder to fill; one that the same Triton filled before may be given again",
+    )
+    parser.add_argument("--check", type=Path, metavar="DIR", help="print how many launches of DIR this machine can use")
     add_problems(parser, scale="full", dtype=DTYPE, of_models=True)
     parser.add_argument(
         "--candidates", type=flags.count, default=CONFIGS, metavar="N",
-        help="configs of a variant for each pass of a problem (default: %(default)s)",
+        help="configs of each variant, for each pass of a problem (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--verify", action="store_true", help="also what a campaign verifies first: every variant's default config"
+        "--verify",
+        action="store_true",
+        help="also compile what a campaign verifies first: the default config of every variant",
     )
     add_flags(parser, "variant-file", "jobs", "seconds", "quiet")
 
@@ -65,7 +74,7 @@ def run(options: argparse.Namespace) -> int:
     if options.check is not None and (options.target or options.out):
         raise ArgumentError("arguments --check and --target or --out: choose one")
     if options.check is None and not (options.target and options.out):
-        raise ArgumentError("arguments --target and --out are needed: what to compile for, and where to put it")
+        raise ArgumentError("arguments --target and --out are needed: the GPU to compile for, and the folder to fill")
     load_variant_files(options)
     check_compiler()
     if options.check is not None:
@@ -92,7 +101,7 @@ def run(options: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def _about_out(path: Path) -> Iterator[None]:
-    """What cannot be read or written inside the block is an error of --out; not so a reader of stderr that is gone."""
+    """A file that cannot be read or written inside the block is an error of --out; a closed stderr is none."""
     try:
         yield
     except ArgumentError as error:

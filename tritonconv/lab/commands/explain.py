@@ -14,6 +14,7 @@ HELP = "say which variant serves a layer, and why"
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Gives the parser the flags of the command."""
+    parser.description = "Prints the variant that serves each pass of a layer here, and why it and no other."
     parser.add_argument("layer", help="a layer's name (tritonconv list --layers)")
     add_flags(parser, "device", "variant-file", layout="ncdhw", dtype="float32", scale="full")
 

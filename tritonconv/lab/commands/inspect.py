@@ -1,4 +1,4 @@
-"""``tritonconv inspect``: compiles the Triton kernels for GPUs that are not here, and looks."""
+"""``tritonconv inspect``: compiles the Triton kernels for GPUs that need not be here, and shows the result."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tritonconv.lab.inspection.compiling import Job, check_compiler, compile_job
 from tritonconv.lab.inspection.records import Inspection, Record
 from tritonconv.precision import PRECISIONS
 
-HELP = "compile the Triton kernels for GPUs that are not here, and look"
+HELP = "compile the Triton kernels for any GPU, and show registers, spills, instructions"
 DEFAULT_TARGETS = ("sm_80", "sm_90", "sm_100")
 DEFAULT_PRECISIONS = ("bfloat16", "tf32")
 CONFIGS = ("default", "all")
@@ -35,12 +35,17 @@ POOR = 0.7
 ACCESS_TARGET, ACCESS_PRECISION = "sm_90", "float16"
 
 DESCRIPTION = f"""\
-Compiles the Triton kernels for the named targets, without a GPU, and shows what the compiler made: registers, spills,
-shared memory, occupancy, matrix and copy instructions. Each variant is compiled as it is launched for real layers.
+Compiles the Triton kernels for the target GPUs, which need not be here, and shows the result: registers, spills, shared
+memory, occupancy, matrix and copy instructions. Each variant is compiled as real layers launch it.
 
-A fault of a default config makes the exit code 1: it does not compile, it spills, it needs more shared memory than the
-target has, its tl.dot has no matrix instruction, or it writes a register that a product in flight may read. Candidate
-configs (--configs all) only warn.
+The exit code is 1 where a default config has a fault: it does not compile, it spills, it needs more shared memory than
+the target has, its tl.dot has no matrix instruction, or it writes a register that a product in flight may read. Faults
+of other configs (--configs all) are warnings.
+
+--accesses shows instead how well loads and stores are coalesced: it runs one program of each kernel in Triton's
+interpreter, and counts the 32-byte sectors that the lanes of a warp touch. Efficiency is the share of these that the
+bytes need. A request is one instruction of one warp. Loads that only a cache makes cheap, as of a small weight, are
+shown too.
 
 layers:
 {chr(10).join(f"  {name:13} {layer}" for name, layer in jobs.SAMPLE_LAYERS.items())}
@@ -63,8 +68,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", **listed(PRECISIONS, f"{', '.join(PRECISIONS)} ({default})"))
     add_flags(parser, layout="both")
     parser.add_argument(
-        "--layers", **listed((*jobs.SAMPLE_LAYERS, FEW, ALL), f"the layers below, {FEW} or {ALL} (default: {FEW}, the first "
-                             f"{jobs.FEW} that a variant serves)"),
+        "--layers", **listed((*jobs.SAMPLE_LAYERS, FEW, ALL), f"of the layers below; or {ALL} (default: {FEW}, the "
+                             f"first {jobs.FEW} that a variant serves)"),
     )  # fmt: skip
     parser.add_argument(
         "--configs", choices=CONFIGS, default=CONFIGS[0], help="all: the candidates of the tuner too (default: default)"
@@ -74,20 +79,20 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--markdown", type=Path, metavar="FILE",
         help="replace the table of this Triton version between the markers of this file",
     )  # fmt: skip
-    parser.add_argument(
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument(
         "--accesses", action="store_true",
-        help="instead show the loads and stores that are badly coalesced: less than "
-        f"{POOR} of the 32-byte sectors that a warp touches is needed",
+        help=f"show the loads and stores that are badly coalesced (efficiency below {POOR}) instead",
+    )  # fmt: skip
+    instead.add_argument(
+        "--verdicts",
+        **folder("instead compile for sm_90 every config that the tuner may try, look for registers that are written "
+                 "while a product may read them, and keep the verdicts in DIR"),
     )  # fmt: skip
     parser.add_argument("--all", action="store_true", help="with --accesses: show every load and store")
     parser.add_argument(
-        "--verdicts",
-        **folder("instead compile the pruned spaces for sm_90, look for registers that are written while a product may "
-                 "read them, and keep the verdicts in DIR"),
-    )  # fmt: skip
-    parser.add_argument(
         "--sample", type=flags.count, metavar="N",
-        help="with --verdicts: keep nothing, and compile N configs of each variant that changed since, N of the others",
+        help="with --verdicts: compile N configs of each variant that changed and N of all others, and keep nothing",
     )  # fmt: skip
     add_flags(parser, "jobs", "quiet")
 
@@ -100,7 +105,9 @@ def run(options: argparse.Namespace) -> int:
     if options.json is not None and not options.json.parent.is_dir():
         raise ArgumentError(f"argument --json: there is no folder {options.json.parent}")
     if options.sample is not None and options.verdicts is None:
-        raise ArgumentError("argument --sample: it is of --verdicts")
+        raise ArgumentError("argument --sample: goes with --verdicts")
+    if options.all and not options.accesses:
+        raise ArgumentError("argument --all: goes with --accesses")
     check_compiler()
     if options.verdicts is not None:
         return _verdicts(options, chosen)

@@ -8,7 +8,7 @@ from tritonconv.kernels.registry import triton_fault, variants
 from tritonconv.lab.bench.workloads import ALL, workloads
 from tritonconv.lab.commands.common import OK, add_flags, layer_lines
 
-HELP = "list the variants, or the layers"
+HELP = "list the variants or the layers"
 
 
 def add(parser: argparse.ArgumentParser) -> None:

@@ -29,16 +29,28 @@ def add_problems(parser: argparse.ArgumentParser, scale: str, dtype: str = "floa
     """
     parser.set_defaults(default_dtype=dtype, default_suites=model_suites() if of_models else (ALL,))
     add_flags(parser, "only", suite="those of models" if of_models else "all", scale=scale)
-    parser.add_argument("--model", metavar="MODULE:FACTORY", help="a function without arguments that makes your model")
     parser.add_argument(
-        "--input", type=flags.shape, action="append", metavar="SIZES", help="an input of the model, as 1x1x96x96x96"
+        "--model", metavar="MODULE:FACTORY", help="your model: a function without arguments that returns it"
     )
-    parser.add_argument("--x", type=flags.shape, metavar="NxCxDxHxW", help="one problem: the shape of its input")
-    parser.add_argument("--weight", type=flags.shape, metavar="CIxCO/GxKxKxK", help="and of its weight")
+    parser.add_argument(
+        "--input",
+        type=flags.shape,
+        action="append",
+        metavar="SIZES",
+        help="the shape of an input of the model, such as 1x1x96x96x96; may be repeated",
+    )
+    parser.add_argument("--x", type=flags.shape, metavar="NxCxDxHxW", help="one problem, by the shape of its input")
+    parser.add_argument("--weight", type=flags.shape, metavar="CIxCO/GxKxKxK", help="with --x: the shape of the weight")
     for name, default in (("stride", (1,)), ("padding", (0,)), ("output-padding", (0,)), ("dilation", (1,))):
-        parser.add_argument(f"--{name}", type=flags.shape, default=default, metavar="A[xBxC]")
-    parser.add_argument("--groups", type=int, default=1, metavar="G")
-    parser.add_argument("--bias", action="store_true", help="the one problem has a bias")
+        parser.add_argument(
+            f"--{name}",
+            type=flags.shape,
+            default=default,
+            metavar="A[xBxC]",
+            help="with --x: as of torch (default: " + str(default[0]) + ")",
+        )
+    parser.add_argument("--groups", type=int, default=1, metavar="G", help="with --x: as of torch (default: 1)")
+    parser.add_argument("--bias", action="store_true", help="with --x: the problem has a bias")
     add_flags(parser, dtype=f"{dtype}; a model: its own", layout="both; a model: its own")
 
 

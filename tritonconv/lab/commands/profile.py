@@ -33,17 +33,17 @@ from tritonconv.lab.profiling.cells import Cell, asked_for, head, worst_of
 
 HELP = "read the hardware counters of slow layers' kernels with ncu"
 DESCRIPTION = """\
-Runs calls under NVIDIA's Nsight Compute (ncu) and shows of each kernel: its time, the bytes it moved, how busy the
-multiprocessors, the caches and the memory were, and what occupancy it reached.
+Runs calls under NVIDIA's Nsight Compute (ncu) and shows for each kernel its time, the bytes that it moved, how busy the
+multiprocessors, the caches and the memory were, and the occupancy that it reached.
 
-With RESULTS, a folder or file of tritonconv campaign or bench: the cells of it to look into first, of each class of
-layers, pass and dtype. Those slower than the best torch come first, with torch's own kernels beside them, then those
-furthest from their roof. A campaign's tuned choices are used. tritonconv report RESULTS shows what was counted.
+With RESULTS, a file or folder of tritonconv bench or campaign, it chooses cells of every class of layers, pass and
+dtype. Cells slower than the best torch come first, with torch's own kernels beside them; then those furthest from their
+roof. The choices of a campaign are used. tritonconv report RESULTS shows the counters.
 
-Without RESULTS: the layers whose names contain what --only says, with --dtype, --layout and --contestants.
+Without RESULTS it takes the layers that --only names, with --dtype, --layout and --contestants.
 
-Each cell is a process of its own: ten seconds or so. ncu counts at the clock that the GPU has (--clock-control none)
-and with cold caches.
+Each cell is a process of its own and takes about ten seconds. ncu counts at the clock that the GPU has
+(--clock-control none) and with cold caches.
 """
 LEAST_SECONDS = 5.0  # in which no cell is begun any more
 MOST_SECONDS = 120.0  # of one cell
@@ -55,18 +55,20 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description = DESCRIPTION
     parser.epilog = "example: tritonconv profile --only vnet_up3 --passes forward --contestants forward_shuffle,torch"
-    parser.add_argument("results", nargs="?", type=Path, metavar="RESULTS", help="what was measured before")
+    parser.add_argument("results", nargs="?", type=Path, metavar="RESULTS", help="results to choose cells from")
     parser.add_argument(
         "--worst", type=flags.count, default=1, metavar="N",
-        help="with RESULTS: cells of each class, pass and dtype (default: %(default)s)",
+        help="with RESULTS: how many cells of each class, pass and dtype (default: %(default)s)",
     )  # fmt: skip
     add_flags(parser, "only", passes="forward; of RESULTS all", dtype="bfloat16", layout="both", scale="full")
     parser.add_argument(
         "--contestants", type=flags.any_names, action="extend", metavar="NAME[,NAME]",
-        help=f"{OURS} (what dispatch chooses), {BASELINE}, variants (default: {','.join(OURS_AND_TORCHS)})",
+        help=f"{OURS} (the choice that a call makes), {BASELINE}, or variants (default: {','.join(OURS_AND_TORCHS)})",
     )  # fmt: skip
     add_flags(parser, "seconds", "variant-file", "quiet", output=f"that of RESULTS, else {RESULTS}")
-    parser.add_argument("--ncu", default="ncu", metavar="PATH", help="the tool (default: %(default)s on the PATH)")
+    parser.add_argument(
+        "--ncu", default="ncu", metavar="PATH", help="the program ncu (default: %(default)s on the PATH)"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -96,7 +98,7 @@ def _cells(options: argparse.Namespace) -> list[Cell]:
     files = tuple(str(path.absolute()) for path in options.variant_files)
     if options.results is None:
         if not options.only:
-            raise ArgumentError("arguments RESULTS, --only: one of them must say what to look into")
+            raise ArgumentError("arguments RESULTS, --only: one of them is needed")
         return asked_for(
             workloads(ALL, options.only),
             flags.once(options.passes, ("forward",)),
@@ -108,7 +110,7 @@ def _cells(options: argparse.Namespace) -> list[Cell]:
         )
     for name in ("dtype", "layout", "contestants"):
         if getattr(options, name) is not None:
-            raise ArgumentError(f"argument --{name}: with RESULTS its rows say so; --only and --passes select of them")
+            raise ArgumentError(f"argument --{name}: the rows of RESULTS say it; --only and --passes select among them")
     run = results.load(options.results)
     found = worst_of(run, options.worst, flags.once(options.passes, ()), options.only)
     if not found:

@@ -23,15 +23,16 @@ from tritonconv.lab.commands.problems import add_problems, tasks_asked_for
 
 HELP = "find the fastest variants on this machine and store them"
 DESCRIPTION = """\
-Times the variants beside torch's own on this machine and stores the fastest per kind of problem; calls use it from then
-on. torch's own is a candidate, so a tuned layer is not slower than torch. A killed run goes on where it was: each
-timing is stored at once, and so is each decision. A layer that fails, as where the memory is too small for it, is told,
-and the others are tuned; the exit code is then 1.
+Times the variants beside torch's own on this machine, and stores the fastest one for each kind of problem. Calls use it
+from then on. torch's own is a candidate too, so a tuned layer is not slower than torch. Each timing and each choice is
+stored at once: the same command goes on where a killed run ended. A layer may fail, for example for lack of memory. The
+others are tuned all the same; the end of the output names those that failed, and the exit code is 1.
 
-What is tuned: a suite's layers (--suite), the layers of your model (--model module:factory --input 1x1x96x96x96), or
-one problem (--x 1x64x16x16x16 --weight 64x32x2x2x2 --stride 2).
+The problems are the layers of suites (--suite), the layers of your model (--model module:factory --input
+1x1x96x96x96), or one problem (--x 1x64x16x16x16 --weight 64x32x2x2x2 --stride 2).
 
-The store is TRITONCONV_CACHE, else the XDG cache directory; tables that come with tritonconv stand behind it.
+The store is the folder that TRITONCONV_CACHE names, else one in the XDG cache directory. Where the store has no choice,
+calls look into the tables that come with tritonconv.
 """
 
 
