@@ -12,10 +12,10 @@ import tritonconv
 from tritonconv.autotune import choose
 from tritonconv.autotune.key import device_name
 from tritonconv.autotune.sources import revision
-from tritonconv.autotune.tuning import case, journal
+from tritonconv.autotune.tuning import journal
 from tritonconv.autotune.tuning.contest import TORCH, Candidate, Contest
 from tritonconv.kernels import registry
-from tritonconv.lab.bench import measure
+from tritonconv.lab.bench import case, measure
 from tritonconv.lab.bench.rows import versions_of
 from tritonconv.problem import PASSES
 
@@ -59,7 +59,7 @@ def made(broken, monkeypatch):  # noqa: F811
         broken(name, launched)
         timed = measure.interleave
         monkeypatch.setattr(measure, "interleave", interleaved)
-        monkeypatch.setattr(case.Case, "judge", in_stage("verification", case.Case.judge))
+        monkeypatch.setattr(case.Case, "verdict", in_stage("verification", case.Case.verdict))
         monkeypatch.setattr(Contest, "final", in_stage("final", Contest.final))
         return calls
 

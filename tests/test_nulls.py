@@ -11,7 +11,8 @@ from tritonconv.autotune.tuning.session import Session, tasks_of
 from tritonconv.autotune.tuning.tuner import ProblemTuner
 from tritonconv.forced import forced_variants, use
 from tritonconv.lab.bench import measure, noise, nulls, runner, spent
-from tritonconv.lab.bench.calls import FORWARD_BACKWARD, make_tensors, torch_call
+from tritonconv.lab.bench.calls import FORWARD_BACKWARD
+from tritonconv.lab.bench.case import Case
 from tritonconv.lab.bench.noise import AGAIN, OUR_ROAD, Band, band
 from tritonconv.lab.bench.options import Options
 from tritonconv.lab.bench.progress import Silent
@@ -27,10 +28,10 @@ UP = Problem(1, 4, 3, (3, 4, 5), (2, 2, 2), (2, 2, 2), (0, 0, 0), (6, 8, 10), bi
 
 @pytest.mark.parametrize("pass_name", [*PASSES, FORWARD_BACKWARD])
 def test_null_contestants_give_torchs_answers_whatever_is_forced(pass_name, launches):
-    tensors = make_tensors(UP, CPU, 0)
-    want = torch_call(UP, tensors, pass_name)()
+    case = Case(UP, CPU)
+    want = case.torch(pass_name)()
     with use("forward_torch_phases", "backward_data_torch_conv", "backward_weight_torch_phases"):
-        made = nulls.calls(UP, tensors, pass_name)
+        made = nulls.calls(case, pass_name)
     both = pass_name in ("forward", FORWARD_BACKWARD)  # a gradient by itself has no road of ours
     assert list(made) == ([AGAIN, OUR_ROAD] if both else [AGAIN])
     for call in made.values():
@@ -40,7 +41,7 @@ def test_null_contestants_give_torchs_answers_whatever_is_forced(pass_name, laun
 
 def test_where_torchs_own_is_wrong_our_road_to_it_is_no_contestant():
     wrong = Problem(1, 4, 3, (6, 6, 6), (3, 3, 3), (1, 1, 1), (2, 2, 2), (4, 4, 4))  # see kernels/torch_native.py
-    assert list(nulls.calls(wrong, make_tensors(wrong, CPU, 0), FORWARD_BACKWARD)) == [AGAIN]
+    assert list(nulls.calls(Case(wrong, CPU), FORWARD_BACKWARD)) == [AGAIN]
 
 
 def null(ratio: float, variant: str = AGAIN, column: str = "gpu") -> dict:

@@ -18,11 +18,11 @@ import tritonconv
 from tritonconv import ArgumentError, Problem, dispatch
 from tritonconv.autotune import choose, store
 from tritonconv.autotune.key import Key, device_name
-from tritonconv.autotune.tuning import api, case, contest, journal, session
+from tritonconv.autotune.tuning import api, contest, journal, session
 from tritonconv.autotune.tuning.session import Session, tasks_of
 from tritonconv.errors import ArgumentTypeError, StoreError
 from tritonconv.kernels import registry
-from tritonconv.lab.bench import failures, measure, noise
+from tritonconv.lab.bench import case, failures, measure, noise
 from tritonconv.lab.bench.progress import Silent
 from tritonconv.lab.bench.timing import Times
 from tritonconv.problem import PASSES

@@ -13,13 +13,13 @@ from tritonconv.autotune import model
 from tritonconv.autotune.ceilings import Ceilings
 from tritonconv.autotune.choose import Selection
 from tritonconv.autotune.sources import revision
-from tritonconv.autotune.tuning.case import Case
 from tritonconv.autotune.tuning.journal import FAILED, FINAL, OK, SCREEN, WRONG, Journal, Timing
 from tritonconv.dispatch import plan_of
 from tritonconv.kernels.registry import variants
 from tritonconv.kernels.variant import Config, Variant
 from tritonconv.lab.bench import measure, nulls, spent
 from tritonconv.lab.bench.calls import TensorCall
+from tritonconv.lab.bench.case import Case
 from tritonconv.lab.bench.clock import cpu_stopwatch, first_column, gpu_clock
 from tritonconv.lab.bench.contestants import why_not
 from tritonconv.lab.bench.failures import context_is_lost, disqualifies, told
@@ -170,7 +170,7 @@ class Contest:
         plan = plan_of(self.case.problem, self.case.device, **{pass_name: candidate.selection})
         made, self._told = False, {}
         try:
-            call, base = self.case.call(plan, pass_name), self.case.baseline(self.case.problem, pass_name)
+            call, base = self.case.call(plan, pass_name), self.case.baseline(pass_name)
             made = True
             calls = {TORCH: base, candidate.label: call}
             times = self._pair(pass_name, calls, candidate.label, seconds)
@@ -205,10 +205,9 @@ class Contest:
 
     def null_rows(self, seconds: float) -> list[dict[str, object]]:
         """What differs from torch in nothing, timed beside it in the forward; the rows' fields (``nulls.py``)."""
-        problem = self.case.problem
-        calls = {TORCH: self.case.baseline(problem, "forward")}
+        calls = {TORCH: self.case.baseline("forward")}
         with spent.on(spent.TRIALS):
-            calls |= nulls.calls(problem, self.case.tensors(problem), "forward")
+            calls |= nulls.calls(self.case, "forward")
         times = self._rounds(calls, self.watch, seconds, few_rounds=3, min_rounds=7, max_rounds=200)
         measured = measure.Measured({first_column(self.case.device): times}, {})
         return [nulls.fields(name, measured) for name in calls if name != TORCH]

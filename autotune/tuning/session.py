@@ -17,7 +17,6 @@ from tritonconv.autotune.key import Key, device_name
 from tritonconv.autotune.sources import revision
 from tritonconv.autotune.store import Entry, Table
 from tritonconv.autotune.tuning import calibrate
-from tritonconv.autotune.tuning.case import Case
 from tritonconv.autotune.tuning.compiled import compiled_first, held
 from tritonconv.autotune.tuning.contest import TORCH, Candidate, Contest, Effort, OutOfTime, candidates
 from tritonconv.autotune.tuning.journal import SCREEN, Journal, Timing
@@ -27,6 +26,7 @@ from tritonconv.device import current
 from tritonconv.errors import ArgumentError
 from tritonconv.kernels.registry import variant
 from tritonconv.lab.bench import gpu, spent
+from tritonconv.lab.bench.case import Case
 from tritonconv.lab.bench.failures import context_is_lost, disqualifies, told
 from tritonconv.lab.bench.rows import sizes_of, versions_of
 from tritonconv.lab.bench.workloads import ALL

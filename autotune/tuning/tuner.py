@@ -88,7 +88,7 @@ class ProblemTuner:
         holder = self._untuned(name)
         finalists = {each.label: each for each in (holder, *(candidate for candidate, _ in ran[:FINALISTS]))}
         members: dict[str, Members] = {label: [(name, each)] for label, each in finalists.items()}
-        torchs = self.case.baseline(self.case.problem, name)
+        torchs = self.case.baseline(name)
         right = self._right(name, members)
         times = self.contest.final({TORCH: torchs, **right}, members, FORWARD_FINAL * self.seconds)
         for label in right:
@@ -110,7 +110,7 @@ class ProblemTuner:
         holder = self._untuned(data), self._untuned(weight)
         pairs = {_label(pair): pair for pair in [holder, *self._pairs(ran)]}
         members: dict[str, Members] = {label: list(zip(GRADIENTS, pair, strict=True)) for label, pair in pairs.items()}
-        torchs = self.case.baseline(self.case.problem, FORWARD_BACKWARD)
+        torchs = self.case.baseline(FORWARD_BACKWARD)
         right = self._right(FORWARD_BACKWARD, members, forward=forward)
         share = (1 - SCREENING - FORWARD_FINAL) * self.seconds
         times = self.contest.final({TORCH: torchs, **right}, members, share)
@@ -166,7 +166,7 @@ class ProblemTuner:
         """By label the calls whose answers are right."""
         found = {label: self._verified(pass_name, each, **more) for label, each in members.items()}
         calls = {label: call for label, call in found.items() if call is not None}
-        judge = self.case.judge_of(pass_name)
+        judge = self.case.judge(pass_name)
         if judge.torch_faults:  # some passed because they were held against a wrong answer of torch
             for label, call in list(calls.items()):
                 verdict = judge.at_size(call)
@@ -185,7 +185,7 @@ class ProblemTuner:
         chosen = {name: each.selection for name, each in members}
         plan = plan_of(self.case.problem, self.case.device, **more, **chosen)
         try:
-            verdict = self.case.judge(plan, pass_name)
+            verdict = self.case.verdict(plan, pass_name)
         except Exception as error:
             if context_is_lost(error):
                 self.contest.lost(members, error)

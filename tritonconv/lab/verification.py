@@ -10,11 +10,11 @@ import torch
 
 from tritonconv.autotune.choose import Selection
 from tritonconv.autotune.sources import revision
-from tritonconv.autotune.tuning.case import Case
 from tritonconv.autotune.tuning.tuned import Task
 from tritonconv.dispatch import plan_of
 from tritonconv.kernels.registry import variant, variants
 from tritonconv.lab.bench import gate, spent
+from tritonconv.lab.bench.case import Case
 from tritonconv.lab.bench.contestants import why_not
 from tritonconv.lab.bench.failures import context_is_lost, told
 from tritonconv.lab.bench.options import Options, Progress
@@ -100,7 +100,7 @@ class Verification:
             plan = plan_of(task.problem, self.device, **{pass_name: chosen})
             if task.problem not in self._cases:
                 self._cases[task.problem] = Case(task.problem, self.device)
-            verdict = self._cases[task.problem].judge(plan, pass_name)
+            verdict = self._cases[task.problem].verdict(plan, pass_name)
         except Exception as error:
             self.errors += 1
             lost = context_is_lost(error)

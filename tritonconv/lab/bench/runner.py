@@ -7,6 +7,7 @@ the next one begins.
 from __future__ import annotations
 
 import itertools
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from time import perf_counter
 
 from tritonconv.device import current
 from tritonconv.lab.bench import gate, gpu, roofs, spent
+from tritonconv.lab.bench.case import Case
 from tritonconv.lab.bench.cell import Cell, CellTimer
 from tritonconv.lab.bench.clock import method
 from tritonconv.lab.bench.contestants import launched, why_not
@@ -21,7 +23,6 @@ from tritonconv.lab.bench.environment import OtherPrograms, environment
 from tritonconv.lab.bench.failures import told
 from tritonconv.lab.bench.options import Options, Progress
 from tritonconv.lab.bench.results import SCHEMA, Writer
-from tritonconv.lab.bench.subject import Subject
 from tritonconv.lab.bench.workloads import ALL, SCALES, distinct, in_order, left_out
 from tritonconv.lab.inspection.precompile import Precompiler, Request, shared
 
@@ -165,7 +166,7 @@ class _Bench:
                     break
                 self.timer.measure(cell, share)
                 self.done += 1
-                self.progress.step(f"{cell.subject.layer.name} {cell.layout} {cell.pass_name}")
+                self.progress.step(f"{cell.layer.name} {cell.problem.layout} {cell.pass_name}")
             self._measure_roofs("end", SHORT_ROOF_SECONDS)
         except KeyboardInterrupt:
             self.reason = "interrupted"
@@ -175,10 +176,11 @@ class _Bench:
         options = self.options
         outputs = frozenset(name for pass_name in options.passes for name in gate.OUTPUTS[pass_name])
         for layer, dtype in itertools.product(in_order(self.layers), options.dtypes):
-            same = self.layers[layer]
-            subject = Subject(layer, same, dtype, options.scale, options.device, options.seed, outputs)
-            for layout, pass_name in itertools.product(options.layouts, options.passes):
-                cell = Cell(subject, layout, pass_name)
+            problems = [layer.problem(dtype, layout, options.scale) for layout in options.layouts]
+            # The values follow from the layer's name and the seed alone.
+            case = Case(problems[0], options.device, options.seed + zlib.crc32(layer.name.encode()), outputs)
+            for problem, pass_name in itertools.product(problems, options.passes):
+                cell = Cell(layer, self.layers[layer], case.on(problem), pass_name)
                 if cell.key not in options.done:
                     yield cell
 

@@ -15,14 +15,14 @@ from tritonconv.dispatch import Selection
 from tritonconv.forced import pinned
 from tritonconv.kernels import registry
 from tritonconv.kernels.registry import variant, variants
-from tritonconv.lab.bench import gate, gpu
+from tritonconv.lab.bench import gpu
 from tritonconv.lab.bench.calls import FORWARD_BACKWARD
+from tritonconv.lab.bench.case import Case
 from tritonconv.lab.bench.classes import layer_class
 from tritonconv.lab.bench.contestants import prepared
 from tritonconv.lab.bench.results import BASELINE, OURS, Run
 from tritonconv.lab.bench.rows import sizes_of
 from tritonconv.lab.bench.standings import Standing, standings
-from tritonconv.lab.bench.subject import Subject
 from tritonconv.lab.bench.workloads import Workload, workload
 from tritonconv.problem import PASSES, Problem
 
@@ -142,15 +142,13 @@ def run_once(job: str) -> None:
     for path in cell.variant_files:
         registry.load(Path(path))
     device = torch.device("cuda")
-    outputs = PASSES if cell.pass_name == FORWARD_BACKWARD else (cell.pass_name,)
-    wanted = frozenset(name for each in outputs for name in gate.OUTPUTS[each])
-    subject = Subject(workload(cell.layer), (), getattr(torch, cell.dtype), cell.scale, device, 0, wanted)
+    case = Case(cell.problem, device)
     record = None if cell.contestant in (BASELINE, OURS) else variant(cell.contestant)
     fixed: tuple[Selection, ...] = ()
     if record is not None and cell.config is not None:
         fixed, record = (Selection(record, dict(cell.config), "profiled"),), None
     with gpu.cudnn_benchmark(device), pinned(*fixed) if fixed else contextlib.nullcontext():
-        call, _ = prepared(cell.contestant, record, subject, cell.problem, cell.pass_name)
+        call, _ = prepared(cell.contestant, record, case, cell.pass_name)
         for _ in range(gpu.WARM_CALLS):
             call()
         torch.cuda.synchronize(device)
