@@ -16,7 +16,7 @@ from tritonconv.lab.bench.case import Case
 from tritonconv.lab.bench.noise import AGAIN, OUR_ROAD, Band, band
 from tritonconv.lab.bench.options import Options
 from tritonconv.lab.bench.progress import Silent
-from tritonconv.lab.bench.results import read
+from tritonconv.lab.bench.results import BASELINE, read
 from tritonconv.lab.bench.summary import groups, summary
 from tritonconv.lab.bench.timing import Times
 from tritonconv.lab.bench.workloads import workload
@@ -93,7 +93,7 @@ def test_every_run_of_the_bench_has_null_rows_of_each_pass_and_says_where_the_se
 
 def test_a_tuning_run_has_null_rows_and_a_choice_is_beyond_them(tmp_path, monkeypatch):
     """Torch against torch differs by a tenth, so a candidate that is faster by a twentieth is not chosen."""
-    ms = {contest.TORCH: 2.0, AGAIN: 2.2, OUR_ROAD: 1.9, "forward_torch_phases": 1.9}
+    ms = {BASELINE: 2.0, AGAIN: 2.2, OUR_ROAD: 1.9, "forward_torch_phases": 1.9}
     monkeypatch.setattr(
         measure, "interleave", lambda calls, *_, **more: Times({label: [ms.get(label, 2.0)] * 3 for label in calls})
     )

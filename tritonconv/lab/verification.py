@@ -10,14 +10,15 @@ import torch
 
 from tritonconv.autotune.choose import Selection
 from tritonconv.autotune.sources import revision
-from tritonconv.autotune.tuning.tuned import Task
+from tritonconv.autotune.tuning.tasks import Task
 from tritonconv.dispatch import plan_of
 from tritonconv.kernels.registry import variant, variants
-from tritonconv.lab.bench import gate, spent
+from tritonconv.lab.bench import gate, rows, spent
 from tritonconv.lab.bench.case import Case
 from tritonconv.lab.bench.contestants import why_not
-from tritonconv.lab.bench.failures import context_is_lost, told
-from tritonconv.lab.bench.options import Options, Progress
+from tritonconv.lab.bench.failures import context_is_lost, one_line
+from tritonconv.lab.bench.options import Options
+from tritonconv.lab.bench.progress import Progress
 from tritonconv.lab.bench.results import Run, Writer
 from tritonconv.lab.bench.rows import sizes_of
 from tritonconv.lab.bench.workloads import workload
@@ -53,11 +54,14 @@ class Verification:
         What was wrong, or lost the GPU, is not tried again before its source or a version changes, for it may end the
         run; it is counted again. Other errors may pass. Raises where the GPU is lost, behind the row that says so.
         """
-        rows = (*earlier.errors, *earlier.checks) if earlier else ()
-        lasting = [row for row in rows if row["kind"] == "check" or row["status"] == "wrong" or row.get("context_lost")]
-        known = {tuple(row.get(key) for key in IDENTITY): row["kind"] for row in lasting
-                 if row.get("versions") == self.versions}  # fmt: skip
-        answers = [(each, known.get(self._identity(*each))) for each in self._checks()]
+        before = (*earlier.errors, *earlier.checks) if earlier else ()
+        known = {
+            _identity(row): row["kind"]
+            for row in before
+            if (row["kind"] == "check" or row["status"] == "wrong" or row.get("context_lost"))
+            and row.get("versions") == self.versions
+        }
+        answers = [(each, known.get(_identity(_head(*each)))) for each in self._checks()]
         waiting = [each for each, kind in answers if kind is None]
         self.errors = failed = sum(kind == "error" for _, kind in answers)
         self.progress.begin(len(waiting))
@@ -84,17 +88,10 @@ class Verification:
         served = checks_of(self.options.dtypes, self.options.layouts, self.device)
         return sorted(served, key=lambda each: variant(each[1]).backend != "triton")
 
-    def _identity(self, task: Task, name: str) -> tuple:
-        record = variant(name)
-        dtype = str(task.problem.dtype).removeprefix("torch.")
-        return task.layer, record.pass_name, dtype, task.problem.layout, name, revision(record)
-
     def _check(self, task: Task, name: str) -> None:
-        layer, pass_name, dtype, layout, _, source = self._identity(task, name)
         record = variant(name)
-        head = {"layer": layer, "suite": task.suite, "pass": pass_name, "dtype": dtype, "layout": layout,
-                "variant": name, "source": source, "versions": self.versions,
-                "problem": sizes_of(task.problem)}  # fmt: skip
+        pass_name = record.pass_name
+        head = {**_head(task, name), "versions": self.versions, "problem": sizes_of(task.problem)}
         chosen = Selection(record, record.default(task.problem, self.device), "verified")
         try:
             plan = plan_of(task.problem, self.device, **{pass_name: chosen})
@@ -104,7 +101,7 @@ class Verification:
         except Exception as error:
             self.errors += 1
             lost = context_is_lost(error)
-            self.writer.write("error", {**head, "status": "error", "message": told(error), "context_lost": lost})
+            self.writer.write("error", {**head, "status": "error", "message": one_line(error), "context_lost": lost})
             if lost:
                 raise
             return
@@ -113,6 +110,19 @@ class Verification:
         else:
             self.errors += 1
             self.writer.write("error", {**head, "status": "wrong", "message": str(verdict)})
+
+
+def _head(task: Task, name: str) -> dict[str, str]:
+    record = variant(name)
+    return {
+        **rows.head(task.layer, task.suite, record.pass_name, task.problem),
+        "variant": name,
+        "source": revision(record),
+    }
+
+
+def _identity(row: Mapping) -> tuple:
+    return tuple(row.get(key) for key in IDENTITY)
 
 
 def checks_of(

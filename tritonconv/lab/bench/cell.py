@@ -26,7 +26,7 @@ from tritonconv.lab.bench.failures import context_is_lost, disqualifies
 from tritonconv.lab.bench.measure import measure
 from tritonconv.lab.bench.options import Options
 from tritonconv.lab.bench.results import BASELINE, COMPILED, OURS, Writer
-from tritonconv.lab.bench.rows import layer_fields, measured_fields, versions_of
+from tritonconv.lab.bench.rows import head, layer_fields, measured_fields, versions_of
 from tritonconv.lab.bench.workloads import ALL, Workload
 from tritonconv.problem import Problem
 
@@ -46,14 +46,13 @@ class Cell:
 
     @property
     def key(self) -> tuple[str, str, str, str]:
-        dtype = str(self.problem.dtype).removeprefix("torch.")
-        return self.layer.name, dtype, self.problem.layout, self.pass_name
+        row = self.head
+        return row["layer"], row["dtype"], row["layout"], row["pass"]
 
     @property
     def head(self) -> dict[str, str]:
-        """What every row about the cell begins with."""
-        name, dtype, layout, pass_name = self.key
-        return {"layer": name, "suite": self.layer.suite, "pass": pass_name, "layout": layout, "dtype": dtype}
+        """The fields that every row about the cell begins with."""
+        return head(self.layer.name, self.layer.suite, self.pass_name, self.problem)
 
 
 class CellTimer:

@@ -26,6 +26,12 @@ def sizes_of(problem: Problem) -> dict[str, object]:
     return {**{name: getattr(problem, name) for name in names}, "back_crop": back_crop}
 
 
+def head(layer: str, suite: str, pass_name: str, problem: Problem) -> dict[str, str]:
+    """The fields that every row about a pass of a layer begins with."""
+    dtype = str(problem.dtype).removeprefix("torch.")
+    return {"layer": layer, "suite": suite, "pass": pass_name, "layout": problem.layout, "dtype": dtype}
+
+
 def layer_fields(layer: Workload, duplicates: Iterable[str], problem: Problem) -> dict[str, object]:
     """The layer: where it comes from, its sizes as timed and as in the model."""
     original = layer.problem(problem.dtype, problem.layout)

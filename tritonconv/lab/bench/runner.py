@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
 
@@ -20,8 +20,9 @@ from tritonconv.lab.bench.cell import Cell, CellTimer
 from tritonconv.lab.bench.clock import method
 from tritonconv.lab.bench.contestants import launched, why_not
 from tritonconv.lab.bench.environment import OtherPrograms, environment
-from tritonconv.lab.bench.failures import told
-from tritonconv.lab.bench.options import Options, Progress
+from tritonconv.lab.bench.failures import one_line
+from tritonconv.lab.bench.options import Options
+from tritonconv.lab.bench.progress import Progress
 from tritonconv.lab.bench.results import SCHEMA, Writer
 from tritonconv.lab.bench.workloads import ALL, SCALES, distinct, in_order, left_out
 from tritonconv.lab.inspection.precompile import Precompiler, Request, shared
@@ -41,11 +42,14 @@ ROOFS_AGAIN, SHORT_ROOF_SECONDS = 3, 0.06
 
 @dataclass(frozen=True)
 class Outcome:
-    """Where the rows are, why the run ended (``complete``, ``budget``, ``interrupted``), and how many are errors."""
+    """Where the rows are, why the run ended (``complete``, ``budget``, ``interrupted``), and how many are errors; of a
+    campaign also what each step did, and where the seconds went."""
 
     path: Path
     reason: str
     errors: int
+    steps: tuple[str, ...] = ()
+    spent: spent.Spent = field(default_factory=dict)
 
 
 def bench(options: Options, folder: Path, progress: Progress) -> Outcome:
@@ -69,7 +73,7 @@ def bench(options: Options, folder: Path, progress: Progress) -> Outcome:
                 ledger.step("bench")
                 run = measure(options, writer, progress)
         except Exception as error:
-            end("error", message=told(error))
+            end("error", message=one_line(error))
             raise
         end(run.reason, cells=run.done, of_cells=run.cells)
         return Outcome(writer.path, run.reason, run.errors)
