@@ -14,9 +14,10 @@ from test_model import GPU, compiled, layers, problem, triton  # noqa: F401  (a 
 
 from tritonconv.autotune import ceilings, model, store
 from tritonconv.autotune.key import device_name
+from tritonconv.autotune.model import LEAST_TIMINGS as LEAST
 from tritonconv.autotune.sources import revision
 from tritonconv.autotune.tuning import calibrate, session
-from tritonconv.autotune.tuning.calibrate import LEAST, Sample
+from tritonconv.autotune.tuning.calibrate import Sample
 from tritonconv.autotune.tuning.journal import Journal, Timing
 from tritonconv.autotune.tuning.session import Session, tasks_of
 from tritonconv.kernels import registry
