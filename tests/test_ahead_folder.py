@@ -14,7 +14,7 @@ import torch
 from tritonconv import Problem
 from tritonconv.autotune import ceilings
 from tritonconv.autotune.choose import Selection
-from tritonconv.autotune.tuning import compiled as tuning_compiled
+from tritonconv.autotune.tuning import compiled_ahead
 from tritonconv.autotune.tuning.contest import Candidate, Effort, candidates
 from tritonconv.errors import ArgumentError
 from tritonconv.kernels import triton_compiled
@@ -192,12 +192,12 @@ def test_candidates_that_were_compiled_ahead_come_first(monkeypatch):
     kernel, own = variant("forward_gather"), variant("forward_torch_native")
     field = [Candidate(Selection(kernel, {"BLOCK_M": size}, ""), 1.0) for size in (1, 2, 3, 4)]
     field.insert(1, Candidate(Selection(own, {}, ""), 1.0))
-    assert tuning_compiled.held(UP, GPU) is None  # no folder is taken
-    assert tuning_compiled.compiled_first(field, None) == field
-    monkeypatch.setattr(tuning_compiled, "read_active", Held)
-    monkeypatch.setattr(tuning_compiled, "target_of", lambda device: "sm_90")
-    ahead = tuning_compiled.held(UP, GPU)
-    order = [each.selection.config.get("BLOCK_M") for each in tuning_compiled.compiled_first(field, ahead)]
+    assert compiled_ahead.was_compiled(UP, GPU) is None  # no folder is taken
+    assert compiled_ahead.compiled_first(field, None) == field
+    monkeypatch.setattr(compiled_ahead, "read_active", Held)
+    monkeypatch.setattr(compiled_ahead, "target_of", lambda device: "sm_90")
+    ahead = compiled_ahead.was_compiled(UP, GPU)
+    order = [each.selection.config.get("BLOCK_M") for each in compiled_ahead.compiled_first(field, ahead)]
     assert order == [None, 2, 4, 1, 3]
 
 
@@ -221,7 +221,7 @@ def test_a_first_round_takes_only_what_was_compiled_ahead_where_there_is_somethi
 
 def test_the_launches_of_a_problem_are_those_of_its_candidates_and_of_the_gates_problem():
     large = dataclasses.replace(UP, size=(32, 32, 32), out_size=(65, 65, 65))
-    jobs = tuning_compiled.jobs_of([large], "sm_90", 2)
+    jobs = compiled_ahead.jobs_of([large], "sm_90", 2)
     assert {variant(name).pass_name for name, *_ in jobs} == {"forward", "backward_data", "backward_weight"}
     assert {variant(name).backend for name, *_ in jobs} == {"triton"}
     sizes = {problem.size for _, problem, _ in jobs}

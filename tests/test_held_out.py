@@ -40,7 +40,7 @@ def measured():
     run = results.load(ROWS)
     with command.as_on(run):
         limits = command.ceilings_of(run)
-        return held_out.groups_of(command.timed(run), limits), limits
+        return held_out.trials_of(command.timed(run), limits), limits
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_choices_for_layers_left_out_are_nearly_the_best_and_seldom_slow(fits, s
     found = held_out.scores(fits, served)
     assert len(found) == 235
     for name in PASSES:
-        oracle, choice, slow = held_out.figures([each for each in found if each.group.pass_name == name])
+        oracle, choice, slow = held_out.figures([each for each in found if each.trial.pass_name == name])
         assert choice >= LEAST_OF_ORACLE * oracle and slow <= MOST_SLOW, (name, oracle, choice, slow)
 
 

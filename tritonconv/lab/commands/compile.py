@@ -12,7 +12,7 @@ from time import perf_counter
 
 import torch
 
-from tritonconv.autotune.tuning.compiled import CONFIGS, jobs_of, judged
+from tritonconv.autotune.tuning.compiled_ahead import CONFIGS, jobs_of, with_reduced
 from tritonconv.errors import ArgumentError
 from tritonconv.kernels.targets import TARGETS
 from tritonconv.kernels.triton_compiled import VARIABLE, CompiledFolder
@@ -121,7 +121,7 @@ def _about_out(path: Path) -> Iterator[None]:
 
 def _verified(options: argparse.Namespace, target: str) -> list[Request]:
     with compiling_for(TARGETS[target]):
-        return judged(
+        return with_reduced(
             (chosen.variant.name, task.problem, chosen.config)
             for task, chosen in checks_of(dtypes_of(options), flags.once(options.layout, tuple(LAYOUTS)), GPU)
             if chosen.variant.backend == "triton"

@@ -86,15 +86,15 @@ def run(options: argparse.Namespace) -> int:
 def _fitted(run: Run, figures: bool, path: Path | None) -> None:
     """Prints the figures of layers left out, and writes the fit."""
     ceilings = ceilings_of(run)
-    groups = held_out.groups_of(timed(run), ceilings)
+    groups = held_out.trials_of(timed(run), ceilings)
     if not groups:
         raise ResultsError(
             f"{run.path}: no timing of a single variant beside torch's own; run tritonconv tune on a GPU"
         )
     if figures:
-        print(f"{run.environment['device_name']}: {len(groups)} problems of a pass. " + held_out.SAID)
+        print(f"{run.environment['device_name']}: {len(groups)} problems of a pass. " + held_out.RULE)
         fits = held_out.fits(groups, ceilings)
-        for what, served in (("all that was measured", lambda sample: True), (held_out.SAID_SAFE, held_out.safe)):
+        for what, served in (("all that was measured", lambda sample: True), (held_out.SAFE, held_out.safe)):
             lines = held_out.table(held_out.scores(fits, served))
             print("\n".join(["", f"Chosen among {what}:", *columns(lines, numbers=6)]))
     if path:

@@ -9,7 +9,7 @@ from tritonconv.autotune.tuning.session import Session
 from tritonconv.lab import flags
 from tritonconv.lab.bench import results
 from tritonconv.lab.bench.environment import environment
-from tritonconv.lab.bench.failures import disqualifies, told
+from tritonconv.lab.bench.failures import disqualifies, one_line
 from tritonconv.lab.bench.progress import progress
 from tritonconv.lab.bench.workloads import ALL, SCALES
 from tritonconv.lab.commands.common import (
@@ -84,7 +84,7 @@ def run(options: argparse.Namespace) -> int:
             report = session.run(tasks, shown)
             end = {"reason": report.reason}
         except Exception as error:
-            end = {"reason": "error", "message": told(error)}
+            end = {"reason": "error", "message": one_line(error)}
             if not disqualifies(error):
                 raise
             report = session.report
