@@ -32,7 +32,7 @@ SMALL = ("--suite", "unet", "--only", "spleen_64_16", "--layout", "ncdhw", "--qu
 def few(tmp_path, monkeypatch):
     """Two classes of layers are verified, a problem is tuned in no time, and the user's store is the test's own."""
     monkeypatch.setenv("TRITONCONV_CACHE", str(tmp_path / "own"))
-    monkeypatch.setattr(verification, "CLASSES", {"k2s2": "segresnet_deconv_up2", "k3s2": "psmnet_train_64_32"})
+    monkeypatch.setattr(verification, "SAMPLE_LAYERS", {"k2s2": "segresnet_deconv_up2", "k3s2": "psmnet_train_64_32"})
     monkeypatch.setattr(verification, "CHECKED_AXES", 3)
     monkeypatch.setattr(session, "WHOLE", session.WHOLE._replace(seconds=0.2))
     monkeypatch.setattr(runner, "MOST_CELL_SECONDS", 0.2)
