@@ -32,7 +32,7 @@ SMALL = ("--suite", "unet", "--only", "spleen_64_16", "--layout", "ncdhw", "--qu
 def few(tmp_path, monkeypatch):
     """Two classes of layers are verified, a problem is tuned in no time, and the user's store is the test's own."""
     monkeypatch.setenv("TRITONCONV_CACHE", str(tmp_path / "own"))
-    monkeypatch.setattr(verification, "CLASSES", {"k2s2": "segresnet_deconv_up2", "k3s2": "psmnet_train_64_32"})
+    monkeypatch.setattr(verification, "SAMPLE_LAYERS", {"k2s2": "segresnet_deconv_up2", "k3s2": "psmnet_train_64_32"})
     monkeypatch.setattr(verification, "CHECKED_AXES", 3)
     monkeypatch.setattr(session, "WHOLE", session.WHOLE._replace(seconds=0.2))
     monkeypatch.setattr(runner, "MOST_CELL_SECONDS", 0.2)
@@ -99,7 +99,9 @@ def test_one_set_of_compiling_processes_serves_all_steps(tmp_path, monkeypatch):
     given = []
     for module in (session, runner):
         monkeypatch.setattr(
-            module, "shared", lambda compiler, device: given.append(compiler) or precompile.shared(compiler, device)
+            module,
+            "ensure_compiler",
+            lambda compiler, device: given.append(compiler) or precompile.ensure_compiler(compiler, device),
         )
     assert run(tmp_path, 30) == 0
     assert len(given) == 2 and given[0] is given[1] is not None

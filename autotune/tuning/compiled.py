@@ -38,10 +38,10 @@ def jobs_of(problems: Iterable[Problem], target: str, configs: int = CONFIGS) ->
                 chosen = [each.selection for each in candidates(problem, GPU, pass_name, rates, effort)]
                 kernels = [each for each in chosen if each.variant.backend == "triton"]
                 fields.append([(each.variant.name, problem, each.config) for each in kernels])
-    return judged(job for jobs in zip_longest(*fields) for job in jobs if job is not None)
+    return with_reduced(job for jobs in zip_longest(*fields) for job in jobs if job is not None)
 
 
-def judged(jobs: Iterable[Request]) -> list[Request]:
+def with_reduced(jobs: Iterable[Request]) -> list[Request]:
     """The launches, and each on the small problem on which the gate judges it, which mostly is of the same kernels."""
     found: dict[tuple, Request] = {}
     for name, problem, config in jobs:
