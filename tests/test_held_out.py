@@ -159,14 +159,14 @@ def test_every_pass_of_every_timed_layer_has_a_first_that_serves_it(hopper, meas
 
 
 def test_a_choice_does_not_stall(hopper):
-    """Ranking whole spaces took 75 to 217 ms for three passes."""
+    """Ranking whole spaces took 75 to 217 ms for three passes. CPU time: other programs do not count."""
     each, times = problem("psmnet_train_64_32"), []
     for more in range(1, 8):
         other = resized(each, tuple(size + more for size in each.size))
-        begin = time.perf_counter()
+        begin = time.process_time()
         for name in PASSES:
             choice(other, name)
-        times.append(time.perf_counter() - begin)
+        times.append(time.process_time() - begin)
     assert min(times) < 0.05
 
 
