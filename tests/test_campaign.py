@@ -32,7 +32,7 @@ SMALL = ("--suite", "unet", "--only", "spleen_64_16", "--layout", "ncdhw", "--qu
 def few(tmp_path, monkeypatch):
     """Two classes of layers are verified, a problem is tuned in no time, and the user's store is the test's own."""
     monkeypatch.setenv("TRITONCONV_CACHE", str(tmp_path / "own"))
-    monkeypatch.setattr(verification, "CLASSES", {"k2s2": "segresnet_deconv_up2", "k3s2": "psmnet_train_64_32"})
+    monkeypatch.setattr(verification, "SAMPLE_LAYERS", {"k2s2": "segresnet_deconv_up2", "k3s2": "psmnet_train_64_32"})
     monkeypatch.setattr(verification, "CHECKED_AXES", 3)
     monkeypatch.setattr(session, "WHOLE", session.WHOLE._replace(seconds=0.2))
     monkeypatch.setattr(runner, "MOST_CELL_SECONDS", 0.2)
@@ -99,7 +99,9 @@ def test_one_set_of_compiling_processes_serves_all_steps(tmp_path, monkeypatch):
     given = []
     for module in (session, runner):
         monkeypatch.setattr(
-            module, "shared", lambda compiler, device: given.append(compiler) or precompile.shared(compiler, device)
+            module,
+            "ensure_compiler",
+            lambda compiler, device: given.append(compiler) or precompile.ensure_compiler(compiler, device),
         )
     assert run(tmp_path, 30) == 0
     assert len(given) == 2 and given[0] is given[1] is not None
@@ -199,7 +201,7 @@ def test_an_interrupt_keeps_the_file_and_puts_the_store_back(tmp_path, monkeypat
 
 
 def test_a_wrong_variant_is_a_row_and_exit_code_1(tmp_path, monkeypatch):
-    real = verification.Case.judge
+    real = verification.Case.verdict
 
     def judge(case, plan, pass_name):
         verdict = real(case, plan, pass_name)
@@ -207,7 +209,7 @@ def test_a_wrong_variant_is_a_row_and_exit_code_1(tmp_path, monkeypatch):
             return type(verdict)("y", 1.0, 0.0, 0.1)
         return verdict
 
-    monkeypatch.setattr(verification.Case, "judge", judge)
+    monkeypatch.setattr(verification.Case, "verdict", judge)
     assert run(tmp_path, 30) == 1
     found = results.read(results.latest(tmp_path))
     assert {row["variant"] for row in found.errors if row["status"] == "wrong"} == {"forward_torch_phases"}
@@ -218,10 +220,10 @@ LOST = RuntimeError("CUDA error: an illegal memory access was encountered")
 
 def test_a_check_that_loses_the_gpu_ends_the_run_with_its_row_and_the_next_goes_on_behind_it(tmp_path, monkeypatch):
     class Losing(verification.Case):
-        def judge(self, plan, pass_name):
+        def verdict(self, plan, pass_name):
             if pass_name == "forward" and plan.choice(pass_name).variant.name == "forward_torch_phases":
                 raise LOST
-            return super().judge(plan, pass_name)
+            return super().verdict(plan, pass_name)
 
     monkeypatch.setattr(verification, "Case", Losing)  # and not the tuner's, which may find that variant the fastest
     for count in (1, 2):  # one on each layer
@@ -250,7 +252,7 @@ def test_a_lost_gpu_is_gone_on_with_in_a_new_process(tmp_path, monkeypatch, caps
     def lose(*args):
         raise LOST
 
-    monkeypatch.setattr(verification.Case, "judge", lose)
+    monkeypatch.setattr(verification.Case, "verdict", lose)
     monkeypatch.setattr("tritonconv.lab.commands.campaign.LEAST_SECONDS", 1.0)
     monkeypatch.setattr(os, "execv", execv)
     with (tmp_path / "open").open("w") as file:
@@ -265,7 +267,7 @@ def test_a_lost_gpu_is_gone_on_with_in_a_new_process(tmp_path, monkeypatch, caps
 
 
 def test_a_check_without_memory_and_checks_of_other_versions_are_made_again(tmp_path, monkeypatch, capsys):
-    real, name = verification.Case.judge, "forward_torch_phases"
+    real, name = verification.Case.verdict, "forward_torch_phases"
 
     def judge(case, plan, pass_name):
         if pass_name == "forward" and plan.choice(pass_name).variant.name == name:
@@ -273,7 +275,7 @@ def test_a_check_without_memory_and_checks_of_other_versions_are_made_again(tmp_
         return real(case, plan, pass_name)
 
     with monkeypatch.context() as full:
-        full.setattr(verification.Case, "judge", judge)
+        full.setattr(verification.Case, "verdict", judge)
         assert run(tmp_path, 20) == 1
     made = len(results.load(tmp_path).checks)
     capsys.readouterr()
@@ -285,7 +287,7 @@ def test_a_check_without_memory_and_checks_of_other_versions_are_made_again(tmp_
     assert f"verify: {made + 2} answers held against float64" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("where", ["candidate", "measure"])
+@pytest.mark.parametrize("where", ["contestant", "measure"])
 def test_a_cell_that_loses_the_gpu_is_not_begun_again(tmp_path, monkeypatch, capsys, where):
     def lose(*args):
         raise LOST
@@ -293,7 +295,7 @@ def test_a_cell_that_loses_the_gpu_is_not_begun_again(tmp_path, monkeypatch, cap
     real = getattr(cell, where)
     with monkeypatch.context() as broken:
         broken.setattr(
-            cell, where, lambda *args: (lose if args[0] == "tritonconv" or where != "candidate" else real)(*args)
+            cell, where, lambda *args: (lose if args[0] == "tritonconv" or where != "contestant" else real)(*args)
         )
         for count in (1, 2):  # one of each pass
             with pytest.raises(RuntimeError, match="illegal memory access"):

@@ -10,10 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tritonconv.autotune.tuning import case, session
+from tritonconv.autotune.tuning import session
 from tritonconv.kernels import registry
 from tritonconv.lab import cli
-from tritonconv.lab.bench import contestants, measure, overhead, progress
+from tritonconv.lab.bench import case, contestants, measure, overhead, progress
 from tritonconv.lab.bench.results import latest, read
 from tritonconv.lab.commands import common
 

@@ -79,7 +79,7 @@ def test_the_gpus_time_is_that_of_the_kernels_however_slow_the_host_is(machine):
     watch = GpuClock(CUDA)
     call = machine.call(10e-6, 20e-6, 30e-6, host=150e-6)
     assert watch(call) == pytest.approx(0.060)
-    assert watch.told()["late_samples"] == 0
+    assert watch.readings()["late_samples"] == 0
     assert watch(machine.call(2e-6)) == pytest.approx(0.002)
 
 
@@ -90,7 +90,7 @@ def test_a_wait_between_clearing_and_start_is_noticed_and_would_be_timed(machine
     monkeypatch.setattr(watch._l2, "zero_", lambda: (flush(), machine.synchronize()))
     ms = watch(machine.call(10e-6, 20e-6, 30e-6, host=150e-6))
     assert ms > 0.3  # the host's gaps
-    assert watch.told()["late_samples"] == 1
+    assert watch.readings()["late_samples"] == 1
 
 
 def test_a_call_that_waits_for_the_gpu_is_told_as_late(machine):
@@ -101,7 +101,7 @@ def test_a_call_that_waits_for_the_gpu_is_told_as_late(machine):
         machine.synchronize()
 
     watch(waits)
-    assert watch.told()["late_samples"] == 1
+    assert watch.readings()["late_samples"] == 1
 
 
 def test_a_first_call_that_compiles_does_not_lengthen_the_sleep_for_good(machine):
@@ -120,8 +120,8 @@ def test_the_frequency_is_the_sleeps_cycles_by_its_time(machine, mhz):
     for _ in range(20):
         watch(machine.call(5e-6))
     assert len(watch.mhz) == 3  # each takes a longer sleep
-    assert watch.told() == {"sm_mhz": mhz, "sm_mhz_p20": mhz, "late_samples": 0}
-    assert watch.told() == {"late_samples": 0}
+    assert watch.readings() == {"sm_mhz": mhz, "sm_mhz_p20": mhz, "late_samples": 0}
+    assert watch.readings() == {"late_samples": 0}
 
 
 def test_wall_time_has_the_host_in_it_and_the_wait_shared_by_the_calls(machine):

@@ -10,7 +10,7 @@ import torch
 
 from tritonconv.lab.bench import float64, gate
 from tritonconv.lab.bench.calls import make_tensors, torch_call
-from tritonconv.lab.bench.judge import Judge
+from tritonconv.lab.bench.case import Case, Judge
 from tritonconv.lab.bench.workloads import workloads
 from tritonconv.problem import LAYOUTS, Problem
 
@@ -104,12 +104,12 @@ KINDS = {
 GARBAGE = 5.5e22  # a grad_weight of torch's on a GPU had it, with no error raised
 
 
-def step_of(problem: Problem, changed: str = "", change=lambda value: value):
+def step_of(case: Case, changed: str = "", change=lambda value: value):
     """The training step by torch's autograd, with one output changed, as a call that counts itself."""
 
     def call():
         call.made += 1
-        outputs = torch_call(problem, make_tensors(problem, CPU, 0), "forward_backward")()
+        outputs = case.torch("forward_backward")()
         return tuple(
             change(value) if name == changed else value
             for name, value in zip(gate.OUTPUTS["forward_backward"], outputs, strict=False)
@@ -129,25 +129,12 @@ def a_little(value: torch.Tensor) -> torch.Tensor:
     return value + 1e-3 * value.abs().max()
 
 
-class References:
-    """torch's own answer at full size is changed in one output."""
-
-    def __init__(self, problem: Problem, changed: str = "", change=lambda value: value) -> None:
-        self.device, self.problem = CPU, problem
-        self.at_size = step_of(problem, changed, change)
-
-    def tensors(self, problem):
-        return make_tensors(problem, CPU, 0)
-
-    def exact(self, problem, outputs):
-        t = self.tensors(problem)
-        return float64.reference(problem, t.x, t.weight, t.bias, t.grad_y, outputs)
-
-    def cut(self, problem, outputs):
-        return {}
-
-    def baseline(self, problem, pass_name):
-        return self.at_size if problem == self.problem else step_of(problem)
+def spoilt(problem: Problem, changed: str = "", change=lambda value: value) -> Case:
+    """Where torch's own answer at full size is changed in one output; ``baseline`` is the same call each time."""
+    case = Case(problem, CPU, 0)
+    wrong = step_of(case, changed, change)
+    case.baseline = lambda pass_name: wrong
+    return case
 
 
 @pytest.mark.parametrize("elements", [1, 700, 5000, 1 << 26])
@@ -172,29 +159,29 @@ def test_float64_piece_by_piece_is_float64(kind, elements, monkeypatch):
 @pytest.mark.parametrize("output", gate.OUTPUTS["forward_backward"])
 @pytest.mark.parametrize("change", [garbage, lambda value: value * math.nan, a_little], ids=["huge", "nan", "a little"])
 def test_where_torch_is_wrong_at_size_float64_says_so_and_the_candidate_passes(output, change):
-    references = References(STEP, output, change)
-    judge = Judge(references, STEP, "forward_backward")
+    case = spoilt(STEP, output, change)
+    judge = case.judge("forward_backward")
     assert judge(step_of).ok
     assert judge.torch_faults.keys() == {output}
     assert judge.torch_faults[output].startswith(f"{output}: torch's own is wrong at this size: max error ")
     # What passes because it is wrong as torch is does not pass once torch is known to be wrong.
-    same = step_of(STEP, output, change)
+    same = step_of(case, output, change)
     finite = bool(change(torch.ones(9)).isfinite().all())
-    assert Judge(references, STEP, "forward_backward").at_size(same).ok == finite
+    assert Judge(case, "forward_backward").at_size(same).ok == finite
     verdict = judge.at_size(same)
     assert not verdict.ok and verdict.output == output
     off = next(name for name in gate.OUTPUTS["forward_backward"] if name != output)
-    assert judge.at_size(step_of(STEP, off, a_little)).output == off  # of the others torch's answer still decides
+    assert judge.at_size(step_of(case, off, a_little)).output == off  # of the others torch's answer still decides
 
 
 @pytest.mark.parametrize("output", gate.OUTPUTS["forward_backward"])
 def test_a_wrong_candidate_is_wrong_and_torch_stays_trusted(output):
-    judge = Judge(References(STEP), STEP, "forward_backward")
-    verdict = judge(lambda problem: step_of(problem, output if problem == STEP else "", a_little))
+    judge = spoilt(STEP).judge("forward_backward")
+    verdict = judge(lambda case: step_of(case, output if case.problem == STEP else "", a_little))
     assert not verdict.ok and verdict.output == output and not judge.torch_faults
     assert verdict.torch_error < verdict.tolerance < verdict.max_error
-    both = Judge(References(STEP, output, garbage), STEP, "forward_backward")
-    assert not both(lambda problem: step_of(problem, output if problem == STEP else "", a_little)).ok
+    both = spoilt(STEP, output, garbage).judge("forward_backward")
+    assert not both(lambda case: step_of(case, output if case.problem == STEP else "", a_little)).ok
     assert both.torch_faults.keys() == {output}
 
 
@@ -202,29 +189,31 @@ def test_float64_is_asked_only_where_the_two_disagree(monkeypatch):
     asked = []
     real = float64.distances
     monkeypatch.setattr(float64, "distances", lambda *args: asked.append(args[2]) or real(*args))
-    references = References(STEP)
-    assert Judge(references, STEP, "forward_backward")(step_of).ok and not asked
-    assert references.at_size.made == 1
-    Judge(references, STEP, "forward_backward")(lambda problem: step_of(problem, "grad_x", a_little))
+    case = spoilt(STEP)
+    assert Judge(case, "forward_backward")(step_of).ok and not asked
+    assert case.baseline("forward_backward").made == 1
+    Judge(case, "forward_backward")(lambda each: step_of(each, "grad_x", a_little))
     assert not asked  # red in step 1
-    Judge(references, STEP, "forward_backward").at_size(step_of(STEP, "grad_x", a_little))
+    Judge(case, "forward_backward").at_size(step_of(case, "grad_x", a_little))
     assert asked == ["grad_x"]
 
 
 def test_torch_is_found_wrong_on_a_problem_too_small_to_be_reduced():
     problem = Problem(1, 4, 3, (3, 4, 5), (2,) * 3, (2,) * 3, (0,) * 3, (6, 8, 10), bias=True)
     assert gate.reduced(problem, CPU) == problem
-    judge = Judge(References(problem, "grad_weight", garbage), problem, "forward_backward")
+    case = spoilt(problem, "grad_weight", garbage)
+    judge = case.judge("forward_backward")
     assert judge(step_of).ok and judge.torch_faults.keys() == {"grad_weight"}
     assert not judge(lambda each: step_of(each, "grad_weight", a_little)).ok
-    assert not judge(lambda each: judge.references.at_size).ok
+    assert not judge(lambda each: case.baseline("forward_backward")).ok
 
 
 def test_each_output_has_the_error_of_torch_in_that_output_alone():
     """torch's coarse grad_weight earns y no tolerance, in either step."""
     coarse = lambda value: value + 0.01 * value.abs().max()  # noqa: E731
-    whole = step_of(STEP)
-    exact = References(STEP).exact(STEP, gate.OUTPUTS["forward_backward"])
+    case = Case(STEP, CPU, 0)
+    whole = step_of(case)
+    exact = case.exact("forward_backward")
     torchs = dict(zip(exact, whole(), strict=True))
     relative = gate.relative_errors(gate.errors(STEP, torchs, exact, {}), exact)
     half = dataclasses.replace(STEP, dtype=torch.bfloat16)
@@ -240,7 +229,7 @@ def test_each_output_has_the_error_of_torch_in_that_output_alone():
 
 
 def test_an_error_that_no_rounding_makes_earns_no_credit():
-    exact = References(STEP).exact(STEP, gate.OUTPUTS["forward_backward"])
+    exact = Case(STEP, CPU, 0).exact("forward_backward")
     for dtype in (torch.float32, torch.bfloat16):
         problem = dataclasses.replace(STEP, dtype=dtype)
         rounded = {name: value.to(dtype) for name, value in exact.items()}

@@ -22,9 +22,8 @@ from tritonconv.autotune import store
 from tritonconv.autotune.choose import Selection
 from tritonconv.autotune.key import Key, device_name
 from tritonconv.autotune.store import Entry, Table
-from tritonconv.autotune.tuning.case import Case
 from tritonconv.kernels.registry import variant
-from tritonconv.lab.bench import gate
+from tritonconv.lab.bench.case import Case
 from tritonconv.lab.bench.gpu import captured
 from tritonconv.lab.bench.workloads import resized, workload
 from tritonconv.lab.inspection.compiling import products_in
@@ -74,7 +73,7 @@ def test_rounding_is_torchs_on_the_same_gpu(name, precision):
             chosen = Selection(record, record.default(problem, DEVICE), "tested")
             plan = dispatch.plan_of(problem, DEVICE, **{record.pass_name: chosen})
             case = Case(problem, DEVICE)
-            verdict = case.judge(plan, record.pass_name)
+            verdict = case.verdict(plan, record.pass_name)
             assert verdict.ok, f"{problem}: {verdict}"
             answer = case.call(plan, record.pass_name)
             twice(lambda answer=answer: list(answer()))
@@ -96,7 +95,7 @@ def test_formulations_in_matrix_products_obey_the_switch_of_the_convolutions(pre
             plan = dispatch.plan_of(problem, DEVICE, **{record.pass_name: Selection(record, {}, "tested")})
             with products_in(precision):
                 answer = case.call(plan, record.pass_name)()[0]
-            (output, exact), *_ = case.exact(problem, gate.OUTPUTS[record.pass_name]).items()
+            (output, exact), *_ = case.exact(record.pass_name).items()
             error = (answer.double() - exact).abs().max() / exact.abs().max()
             # TF32 is off by some 3e-4, where cuDNN takes it.
             assert error < (1e-5 if precision == "ieee" else 1e-2), f"{name}: {output} is off by {error:.2g}"

@@ -209,6 +209,7 @@ def test_variants_list_themselves_by_file():
     listed = {record.name: record for record in registry.variants()}
     assert set(listed) == {*registry._torchs(), *(registry._kernels() if registry.have_triton() else ())}
     for name, record in listed.items():
+        assert record.backend == "torch" or record.deterministic, name
         stem = record.launch.__module__.rpartition(".")[2]
         idea = name.removeprefix(f"{record.pass_name}_")
         assert stem == (idea if record.backend == "torch" else registry._kernels()[name])

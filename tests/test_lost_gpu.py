@@ -12,10 +12,11 @@ import tritonconv
 from tritonconv.autotune import choose
 from tritonconv.autotune.key import device_name
 from tritonconv.autotune.sources import revision
-from tritonconv.autotune.tuning import case, journal
-from tritonconv.autotune.tuning.contest import TORCH, Candidate, Contest
+from tritonconv.autotune.tuning import journal
+from tritonconv.autotune.tuning.contest import Candidate, Contest
 from tritonconv.kernels import registry
-from tritonconv.lab.bench import measure
+from tritonconv.lab.bench import case, measure
+from tritonconv.lab.bench.results import BASELINE
 from tritonconv.lab.bench.rows import versions_of
 from tritonconv.problem import PASSES
 
@@ -59,7 +60,7 @@ def made(broken, monkeypatch):  # noqa: F811
         broken(name, launched)
         timed = measure.interleave
         monkeypatch.setattr(measure, "interleave", interleaved)
-        monkeypatch.setattr(case.Case, "judge", in_stage("verification", case.Case.judge))
+        monkeypatch.setattr(case.Case, "verdict", in_stage("verification", case.Case.verdict))
         monkeypatch.setattr(Contest, "final", in_stage("final", Contest.final))
         return calls
 
@@ -72,7 +73,7 @@ def test_the_finalist_that_lost_the_gpu_is_not_called_again(clockless, made, nam
     name = choose.untuned(UP, CPU, "forward").variant.name if name == HOLDER else name
     mates = {"backward_weight_torch_phases": "backward_data_torch_conv"}  # in one training step: each may have done it
     blamed = {name, *([mates[name]] if name in mates else [])}
-    clockless.update({"forward_torch_columns": 1.0, **dict.fromkeys(blamed, 1.5), TORCH: 3.0})
+    clockless.update({"forward_torch_columns": 1.0, **dict.fromkeys(blamed, 1.5), BASELINE: 3.0})
     calls = made(name, where)
     with pytest.raises(RuntimeError, match="illegal memory access"):
         tritonconv.tune(UP)
@@ -94,22 +95,22 @@ def test_torchs_own_operations_are_suspected_only_where_they_are_alone(folder): 
     )
     for mate, names in ((kernel, {"backward_weight_cells"}), (phases, {native.label, phases.label})):
         one = Contest(case.Case(UP, CPU), journal.Journal(device_name(CPU), folder / mate.label), None, {})
-        one.lost([("backward_data", native), ("backward_weight", mate)], LOST)
+        one.keep_loss([("backward_data", native), ("backward_weight", mate)], LOST)
         assert {each.variant for each in one.journal.timings.values()} == names
-        assert one.passed_over("backward_data", native) == (mate is phases)
-        assert one.passed_over("backward_weight", mate)
+        assert one.refuses("backward_data", native) == (mate is phases)
+        assert one.refuses("backward_weight", mate)
 
 
 def test_what_torchs_own_call_loses_is_no_candidates_fault(folder):  # noqa: F811
     other = Candidate(choose.untuned(UP, CPU, "forward"), 0.0)
     one = Contest(case.Case(UP, CPU), journal.Journal(device_name(CPU), folder), None, {})
     with pytest.raises(RuntimeError, match="illegal memory access"):
-        one.final({"other": lambda: None, TORCH: raising(LOST)}, {"other": [("forward", other)]}, 1.0)
+        one.final({"other": lambda: None, BASELINE: raising(LOST)}, {"other": [("forward", other)]}, 1.0)
     assert not one.journal.timings
 
 
 def test_a_stored_choice_that_lost_the_gpu_since_is_chosen_anew(clockless):  # noqa: F811
-    clockless.update({"forward_torch_phases": 1.0, TORCH: 3.0})
+    clockless.update({"forward_torch_phases": 1.0, BASELINE: 3.0})
     tritonconv.tune(UP)
     assert winner("forward") == "forward_torch_phases" and len(tritonconv.tune(UP).known) == 1
     record = registry.variant("forward_torch_phases")

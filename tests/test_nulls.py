@@ -11,11 +11,12 @@ from tritonconv.autotune.tuning.session import Session, tasks_of
 from tritonconv.autotune.tuning.tuner import ProblemTuner
 from tritonconv.forced import forced_variants, use
 from tritonconv.lab.bench import measure, noise, nulls, runner, spent
-from tritonconv.lab.bench.calls import FORWARD_BACKWARD, make_tensors, torch_call
+from tritonconv.lab.bench.calls import FORWARD_BACKWARD
+from tritonconv.lab.bench.case import Case
 from tritonconv.lab.bench.noise import AGAIN, OUR_ROAD, Band, band
 from tritonconv.lab.bench.options import Options
 from tritonconv.lab.bench.progress import Silent
-from tritonconv.lab.bench.results import read
+from tritonconv.lab.bench.results import BASELINE, read
 from tritonconv.lab.bench.summary import groups, summary
 from tritonconv.lab.bench.timing import Times
 from tritonconv.lab.bench.workloads import workload
@@ -27,10 +28,10 @@ UP = Problem(1, 4, 3, (3, 4, 5), (2, 2, 2), (2, 2, 2), (0, 0, 0), (6, 8, 10), bi
 
 @pytest.mark.parametrize("pass_name", [*PASSES, FORWARD_BACKWARD])
 def test_null_contestants_give_torchs_answers_whatever_is_forced(pass_name, launches):
-    tensors = make_tensors(UP, CPU, 0)
-    want = torch_call(UP, tensors, pass_name)()
+    case = Case(UP, CPU)
+    want = case.torch(pass_name)()
     with use("forward_torch_phases", "backward_data_torch_conv", "backward_weight_torch_phases"):
-        made = nulls.calls(UP, tensors, pass_name)
+        made = nulls.calls(case, pass_name)
     both = pass_name in ("forward", FORWARD_BACKWARD)  # a gradient by itself has no road of ours
     assert list(made) == ([AGAIN, OUR_ROAD] if both else [AGAIN])
     for call in made.values():
@@ -40,7 +41,7 @@ def test_null_contestants_give_torchs_answers_whatever_is_forced(pass_name, laun
 
 def test_where_torchs_own_is_wrong_our_road_to_it_is_no_contestant():
     wrong = Problem(1, 4, 3, (6, 6, 6), (3, 3, 3), (1, 1, 1), (2, 2, 2), (4, 4, 4))  # see kernels/torch_native.py
-    assert list(nulls.calls(wrong, make_tensors(wrong, CPU, 0), FORWARD_BACKWARD)) == [AGAIN]
+    assert list(nulls.calls(Case(wrong, CPU), FORWARD_BACKWARD)) == [AGAIN]
 
 
 def null(ratio: float, variant: str = AGAIN, column: str = "gpu") -> dict:
@@ -92,7 +93,7 @@ def test_every_run_of_the_bench_has_null_rows_of_each_pass_and_says_where_the_se
 
 def test_a_tuning_run_has_null_rows_and_a_choice_is_beyond_them(tmp_path, monkeypatch):
     """Torch against torch differs by a tenth, so a candidate that is faster by a twentieth is not chosen."""
-    ms = {contest.TORCH: 2.0, AGAIN: 2.2, OUR_ROAD: 1.9, "forward_torch_phases": 1.9}
+    ms = {BASELINE: 2.0, AGAIN: 2.2, OUR_ROAD: 1.9, "forward_torch_phases": 1.9}
     monkeypatch.setattr(
         measure, "interleave", lambda calls, *_, **more: Times({label: [ms.get(label, 2.0)] * 3 for label in calls})
     )

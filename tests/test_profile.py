@@ -17,7 +17,7 @@ from tritonconv.lab.bench import counters, results
 from tritonconv.lab.bench.results import Run, Writer
 from tritonconv.lab.bench.workloads import workload
 from tritonconv.lab.profiling import ncu
-from tritonconv.lab.profiling.cells import Cell, asked_for, worst_of
+from tritonconv.lab.profiling.cells import ProfiledCell, combinations, worst_of
 
 HEAD = (
     '"ID","Process ID","Process Name","Host Name","Kernel Name","Context","Stream","Block Size","Grid Size","Device",'
@@ -64,9 +64,9 @@ def test_the_table_is_read_launch_by_launch_and_what_is_no_number_is_passed_over
 @pytest.mark.parametrize("unit", ["nsecond", "us", "msecond", "s"])
 def test_a_duration_is_in_the_unit_that_ncu_says(unit):
     factor = {"nsecond": 1e-3, "us": 1.0, "msecond": 1e3, "s": 1e6}[unit]
-    assert ncu.Counted("k", {f"Duration [{unit}]": 3.0}).duration_us == pytest.approx(3 * factor)
+    assert ncu.KernelCounters("k", {f"Duration [{unit}]": 3.0}).duration_us == pytest.approx(3 * factor)
     with pytest.raises(ResultsError, match="no duration of k"):
-        _ = ncu.Counted("k", {"Cycles []": 3.0}).duration_us
+        _ = ncu.KernelCounters("k", {"Cycles []": 3.0}).duration_us
 
 
 def test_the_lines_show_the_columns_and_a_dash_for_what_was_not_counted():
@@ -93,7 +93,7 @@ def test_what_is_asked_of_the_tool(tmp_path):
     (tmp_path / "table").write_text(TABLE)
     asked = tmp_path / "asked"
     script = f'echo "$@" > {asked}; {LOG}; cp {tmp_path / "table"} "$log"; "$@"'
-    found = ncu.counted(tool(tmp_path, script), ["touch", str(tmp_path / "ran")], seconds=60)
+    found = ncu.count(tool(tmp_path, script), ["touch", str(tmp_path / "ran")], seconds=60)
     assert [each.kernel for each in found] == ["pack", "f<int, 3>(T1, T2)"] and (tmp_path / "ran").exists()
     text = asked.read_text()
     for option in ("--clock-control none", "--profile-from-start off", "--csv --page details", "--print-units base"):
@@ -111,16 +111,16 @@ def test_what_is_asked_of_the_tool(tmp_path):
 )
 def test_why_nothing_was_counted(tmp_path, script, said):
     with pytest.raises(ResultsError, match=f"ncu: exit code .*{said}"):
-        ncu.counted(tool(tmp_path, script), ["true"], seconds=60)
+        ncu.count(tool(tmp_path, script), ["true"], seconds=60)
 
 
 def test_a_tool_that_hangs_ends_with_its_command(tmp_path):
     begin = time.perf_counter()
     with pytest.raises(ResultsError, match="not done after 0 s"):
-        ncu.counted(tool(tmp_path, "sleep 60 & sleep 60"), ["true"], seconds=0.3)
+        ncu.count(tool(tmp_path, "sleep 60 & sleep 60"), ["true"], seconds=0.3)
     assert time.perf_counter() - begin < 30  # the command, which holds the pipe, has ended too
     with pytest.raises(ResultsError, match=r"cannot run .*absent"):
-        ncu.counted(str(tmp_path / "absent"), ["true"], seconds=1)
+        ncu.count(str(tmp_path / "absent"), ["true"], seconds=1)
 
 
 # ------------------------------------------------------------------ which cells
@@ -183,7 +183,7 @@ def test_where_torch_was_chosen_the_nearest_kernel_stands_for_ours(measured):
 
 def test_a_variant_is_looked_at_in_its_own_pass():
     layers, contestants = [workload("vnet_up3")], ("torch", "forward_shuffle", "backward_data_gemm")
-    cells = asked_for(layers, ("forward", "backward_data"), ("bfloat16",), ("ndhwc",), contestants, "full")
+    cells = combinations(layers, ("forward", "backward_data"), ("bfloat16",), ("ndhwc",), contestants, "full")
     assert [(cell.pass_name, cell.contestant) for cell in cells] == [
         ("forward", "torch"), ("forward", "forward_shuffle"), ("backward_data", "torch"),
         ("backward_data", "backward_data_gemm"),
@@ -193,7 +193,7 @@ def test_a_variant_is_looked_at_in_its_own_pass():
 def test_a_cell_goes_through_its_command_unchanged():
     from tritonconv.lab.profiling import cells
 
-    cell = Cell(
+    cell = ProfiledCell(
         "vnet_up3", "forward", "bfloat16", "ndhwc", "forward_shuffle", "full", (("BLOCK_M", 64),), "why", ("a",)
     )
     assert cells._read(cell.command()[3]) == cell

@@ -207,7 +207,7 @@ def test_a_cell_without_memory_is_a_row_and_the_run_goes_on(tmp_path, monkeypatc
         call()
         return 1.0
 
-    watch.told = lambda: {"sm_mhz": 1980, "late_samples": 0}
+    watch.readings = lambda: {"sm_mhz": 1980, "late_samples": 0}
     monkeypatch.setattr(cell.CellTimer, "clock", property(lambda timer: watch))
     monkeypatch.setattr(gpu, "captured", captured)
     monkeypatch.setattr(gpu, "peak_bytes", peak_bytes)

@@ -18,12 +18,13 @@ import tritonconv
 from tritonconv import ArgumentError, Problem, dispatch
 from tritonconv.autotune import choose, store
 from tritonconv.autotune.key import Key, device_name
-from tritonconv.autotune.tuning import api, case, contest, journal, session
+from tritonconv.autotune.tuning import api, contest, journal, session
 from tritonconv.autotune.tuning.session import Session, tasks_of
 from tritonconv.errors import ArgumentTypeError, StoreError
 from tritonconv.kernels import registry
-from tritonconv.lab.bench import failures, measure, noise
+from tritonconv.lab.bench import case, failures, measure, noise
 from tritonconv.lab.bench.progress import Silent
+from tritonconv.lab.bench.results import BASELINE
 from tritonconv.lab.bench.timing import Times
 from tritonconv.problem import PASSES
 
@@ -31,7 +32,7 @@ CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parent.parent
 UP = Problem(1, 4, 3, (3, 4, 5), (2, 2, 2), (2, 2, 2), (0, 0, 0), (6, 8, 10), bias=True)
 HALO = Problem(2, 4, 2, (4, 4, 4), (3, 3, 3), (2, 2, 2), (1, 1, 1), (8, 8, 8), layout="ndhwc")
-TORCH = contest.TORCH
+TORCH = BASELINE
 
 
 @pytest.fixture(autouse=True)

@@ -34,7 +34,7 @@ def stored_keys(folder: Path) -> set[str]:
 
 def test_a_killed_run_goes_on_with_nothing_measured_twice_and_nothing_lost(tmp_path):
     folder = tmp_path / "killed"
-    process = start(folder, tmp_path, "--layout", "ncdhw", "--seconds", "4")
+    process = start(folder, tmp_path, "--layout", "ncdhw", "--seconds", "30")
     deadline = time.monotonic() + 60
     while not stored_keys(folder) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)

@@ -10,10 +10,9 @@ from test_tuning import TORCH, UP, broken, clockless, entries, folder, winner  #
 
 import tritonconv
 from tritonconv import Problem
-from tritonconv.autotune.tuning import case
 from tritonconv.autotune.tuning.session import Session, tasks_of
 from tritonconv.kernels import registry
-from tritonconv.lab.bench import contestants, gate, subject
+from tritonconv.lab.bench import case, contestants, gate
 from tritonconv.lab.bench.calls import torch_call
 from tritonconv.lab.bench.progress import Silent
 from tritonconv.lab.bench.standings import standings
@@ -38,8 +37,7 @@ def wrong_torch(monkeypatch):
                 value + GARBAGE if name == output else value for name, value in zip(names, call(), strict=False)
             )
 
-        for module in (contestants, subject, case):
-            monkeypatch.setattr(module, "torch_call", call_of)
+        monkeypatch.setattr(case, "torch_call", call_of)
 
     return spoil
 

@@ -17,18 +17,18 @@ from tritonconv import dispatch
 from tritonconv.autotune import choose, store
 from tritonconv.autotune.key import device_name
 from tritonconv.autotune.store import Entry
-from tritonconv.autotune.tuning.session import Progress, Session, tasks_of
-from tritonconv.autotune.tuning.tuned import Report, Task
+from tritonconv.autotune.tuning.session import Session, tasks_of
+from tritonconv.autotune.tuning.tasks import Report, Task
 from tritonconv.convert import TORCHS, convert
 from tritonconv.errors import ArgumentError, ArgumentTypeError
-from tritonconv.lab.bench.progress import Silent
+from tritonconv.lab.bench.progress import Progress, Silent
 from tritonconv.problem import Problem
 
-Target = nn.Module | Problem | Iterable[Problem]
+Tunable = nn.Module | Problem | Iterable[Problem]
 
 
 def tune(
-    target: Target,
+    target: Tunable,
     *inputs: Any,
     seconds: float | None = None,
     device: torch.device | str | None = None,
@@ -82,7 +82,7 @@ def problems_of(model: nn.Module, *inputs: Any) -> list[tuple[Problem, torch.dev
     return seen
 
 
-def _tasks(target: Target, inputs: tuple, device: torch.device | str | None) -> tuple[list[Task], torch.device]:
+def _tasks(target: Tunable, inputs: tuple, device: torch.device | str | None) -> tuple[list[Task], torch.device]:
     if isinstance(target, nn.Module):
         seen = problems_of(target, *inputs)
         if not seen:

@@ -14,20 +14,20 @@ from tritonconv.autotune import model
 from tritonconv.autotune.ceilings import Ceilings
 from tritonconv.autotune.choose import Selection
 from tritonconv.autotune.sources import revision
-from tritonconv.autotune.tuning.case import Case
 from tritonconv.autotune.tuning.journal import FAILED, FINAL, OK, SCREEN, WRONG, Journal, Timing
 from tritonconv.dispatch import plan_of
 from tritonconv.kernels.registry import variants
 from tritonconv.kernels.variant import Config, Variant
 from tritonconv.lab.bench import measure, nulls, spent
 from tritonconv.lab.bench.calls import TensorCall
+from tritonconv.lab.bench.case import Case
 from tritonconv.lab.bench.clock import cpu_stopwatch, first_column, gpu_clock
 from tritonconv.lab.bench.contestants import why_not
-from tritonconv.lab.bench.failures import context_is_lost, disqualifies, told
+from tritonconv.lab.bench.failures import context_is_lost, disqualifies, one_line
+from tritonconv.lab.bench.results import BASELINE
 from tritonconv.lab.bench.timing import Call, Times
 from tritonconv.problem import Problem
 
-TORCH = "torch"
 # A first call so many times slower than torch's second is not timed again.
 HOPELESS = 8.0
 OVERTIME = 2.0  # times its seconds that a screening may take before it leaves configs out
@@ -50,7 +50,8 @@ class Candidate:
         return f"{self.selection.variant.name} {config}".strip()
 
 
-Pairs = list[tuple[Config, model.Estimate]]
+Ranked = list[tuple[Config, model.Estimate]]
+WasCompiled = Callable[[Variant, Config], bool]  # the launch of a config was compiled ahead
 Members = Sequence[tuple[str, Candidate]]  # the candidates of one call, each with the pass it is for
 
 
@@ -77,14 +78,18 @@ def candidates(
     pass_name: str,
     ceilings: Ceilings,
     effort: Effort,
-    held: Callable[[Variant, Config], bool] | None = None,
+    was_compiled: WasCompiled | None = None,
 ) -> list[Candidate]:
     """The candidates from every variant that serves the problem: first each one's best by the model.
 
-    ``held`` says of a kernel's config that it was compiled ahead; None where nothing was.
+    ``was_compiled`` says of a kernel's config that it was compiled ahead; None where nothing was.
     """
     records = [record for record in variants(pass_name) if why_not(record, problem, device) is None]
-    best = _only_held(records, problem, device, ceilings, effort, held) if effort.ahead and held is not None else {}
+    best = (
+        _compiled_ahead(records, problem, device, ceilings, effort, was_compiled)
+        if effort.ahead and was_compiled is not None
+        else {}
+    )
     if not best:
         best = {record: model.candidates(record, problem, device, ceilings, effort.configs) for record in records}
     found = [
@@ -98,9 +103,9 @@ def candidates(
     return [each for _, each in sorted(found, key=lambda pair: (pair[0], pair[1].predicted_ms))]
 
 
-def _only_held(
-    records: Sequence[Variant], problem: Problem, device: torch.device, ceilings: Ceilings, effort: Effort, held
-) -> dict[Variant, Pairs]:
+def _compiled_ahead(
+    records: Sequence[Variant], problem: Problem, device: torch.device, ceilings: Ceilings, effort: Effort, was_compiled
+) -> dict[Variant, Ranked]:
     """The best configs of kernels that were compiled ahead; nothing where none was.
 
     The rates of this device may rank the configs otherwise than those that chose what to compile, so all are looked at.
@@ -109,14 +114,16 @@ def _only_held(
     for record in records:
         if record.backend == "triton":
             ranked = model.candidates(record, problem, device, ceilings, model.MOST_CANDIDATES)
-            mine = [pair for pair in ranked if held(record, pair[0])]
+            mine = [pair for pair in ranked if was_compiled(record, pair[0])]
             mine = [pair for place, pair in _placed(record, mine) if place < effort.configs]
             if mine:
                 found[record] = mine
     return found
 
 
-def _placed(record: Variant, ranked: Pairs) -> Iterator[tuple[int, tuple[Config, model.Estimate]]]:
+def _placed(
+    record: Variant, ranked: list[tuple[Config, model.Estimate]]
+) -> Iterator[tuple[int, tuple[Config, model.Estimate]]]:
     """Each with its place among those of its form."""
     before: Counter[str] = Counter()
     for pair in ranked:
@@ -153,7 +160,7 @@ class Contest:
         self.clock = gpu_clock(self.case.device)
         self.watch: Callable[[Call], float] = self.clock or cpu_stopwatch
         self._baseline_ms: dict[str, float] = {}
-        self._told: Mapping[str, Any] = {}  # what the clock told of the last rounds
+        self._readings: Mapping[str, Any] = {}  # the clock's, of the last rounds
 
     def screen(self, pass_name: str, candidates: Sequence[Candidate], seconds: float) -> list[tuple[Candidate, Timing]]:
         """The candidates that ran, fastest against torch first: in about ``seconds``, which may end before the last.
@@ -166,12 +173,12 @@ class Contest:
             late = perf_counter() - begin > OVERTIME * seconds  # slow to compile
             form = model.form(each.selection.variant, each.selection.config)
             if not late or form not in tried:
-                timed.append((each, self._screened(pass_name, each, seconds / len(candidates))))
+                timed.append((each, self._screen_one(pass_name, each, seconds / len(candidates))))
             tried.add(form)
         ran = [(each, timing) for each, timing in timed if timing.status == OK]
         return sorted(ran, key=lambda pair: -(pair[1].speedup or 0.0))
 
-    def _screened(self, pass_name: str, candidate: Candidate, seconds: float) -> Timing:
+    def _screen_one(self, pass_name: str, candidate: Candidate, seconds: float) -> Timing:
         like = self._timing(pass_name, candidate, SCREEN)
         known = None if self.again else self.journal.find(like)
         if known is not None:
@@ -180,15 +187,15 @@ class Contest:
         if perf_counter() >= self.deadline:
             raise OutOfTime
         plan = plan_of(self.case.problem, self.case.device, **{pass_name: candidate.selection})
-        made, self._told = False, {}
+        made, self._readings = False, {}
         try:
-            call, base = self.case.call(plan, pass_name), self.case.baseline(self.case.problem, pass_name)
+            call, base = self.case.call(plan, pass_name), self.case.baseline(pass_name)
             made = True
-            calls = {TORCH: base, candidate.label: call}
+            calls = {BASELINE: base, candidate.label: call}
             times = self._pair(pass_name, calls, candidate.label, seconds)
             timing = self._timing(pass_name, candidate, SCREEN, times)
         except Exception as error:
-            timing = self._timing(pass_name, candidate, SCREEN, message=told(error))
+            timing = self._timing(pass_name, candidate, SCREEN, message=one_line(error))
             if context_is_lost(error):
                 self._keep(timing, candidate)  # the next run passes it over
             if not disqualifies(error):
@@ -200,39 +207,38 @@ class Contest:
     def _pair(self, pass_name: str, calls: dict[str, TensorCall], label: str, seconds: float) -> Times:
         if pass_name not in self._baseline_ms:
             with spent.on(spent.TRIALS):
-                self.watch(calls[TORCH])
-            self._baseline_ms[pass_name] = self.watch(calls[TORCH])
+                self.watch(calls[BASELINE])
+            self._baseline_ms[pass_name] = self.watch(calls[BASELINE])
         with spent.on(spent.COMPILING):
             first = self.watch(calls[label])  # compiles, where there is something to compile
         if first > HOPELESS * self._baseline_ms[pass_name]:
             first = self.watch(calls[label])
         if first > HOPELESS * self._baseline_ms[pass_name]:
-            return Times({TORCH: [self._baseline_ms[pass_name]], label: [first]})
+            return Times({BASELINE: [self._baseline_ms[pass_name]], label: [first]})
         return self._rounds(calls, self.watch, seconds, few_rounds=2, min_rounds=3, max_rounds=60)
 
     def _rounds(self, calls: Mapping[str, Call], watch: Callable[[Call], float], seconds: float, **rounds) -> Times:
         """Interleaved, on a GPU behind a warm-up."""
-        times, self._told = measure.rounds(calls, watch, self.clock, seconds, **rounds)
+        times, self._readings = measure.rounds(calls, watch, self.clock, seconds, **rounds)
         return times
 
     def null_rows(self, seconds: float) -> list[dict[str, object]]:
         """What differs from torch in nothing, timed beside it in the forward; the rows' fields (``nulls.py``)."""
-        problem = self.case.problem
-        calls = {TORCH: self.case.baseline(problem, "forward")}
+        calls = {BASELINE: self.case.baseline("forward")}
         with spent.on(spent.TRIALS):
-            calls |= nulls.calls(problem, self.case.tensors(problem), "forward")
+            calls |= nulls.calls(self.case, "forward")
         times = self._rounds(calls, self.watch, seconds, few_rounds=3, min_rounds=7, max_rounds=200)
         measured = measure.Measured({first_column(self.case.device): times}, {})
-        return [nulls.fields(name, measured) for name in calls if name != TORCH]
+        return [nulls.fields(name, measured) for name in calls if name != BASELINE]
 
     def final(self, calls: Mapping[str, TensorCall], finalists: Mapping[str, Members], seconds: float) -> Times:
         """The finalists together, by label, beside torch's own; all are warm.
 
-        Raises OutOfTime. Where the GPU is lost, those in the call that lost it are remembered (:meth:`lost`).
+        Raises OutOfTime. Where the GPU is lost, those in the call that lost it are remembered (:meth:`keep_loss`).
         """
         if perf_counter() >= self.deadline:
             raise OutOfTime
-        running: Call = calls[TORCH]
+        running: Call = calls[BASELINE]
 
         def watch(call: Call) -> float:  # it waits for the call, so what raises is what was called
             nonlocal running
@@ -244,29 +250,29 @@ class Contest:
         except Exception as error:
             if context_is_lost(error):
                 label = next(label for label, call in calls.items() if call is running)
-                self.lost(finalists.get(label, ()), error)
+                self.keep_loss(finalists.get(label, ()), error)
             raise
 
-    def finished(self, pass_name: str, candidate: Candidate, times: Times) -> Timing:
+    def keep_final(self, pass_name: str, candidate: Candidate, times: Times) -> Timing:
         """The timing of a finalist, stored."""
         timing = self._timing(pass_name, candidate, FINAL, times)
         self._keep(timing, candidate)
         return timing
 
-    def passed_over(self, pass_name: str, candidate: Candidate) -> bool:
+    def refuses(self, pass_name: str, candidate: Candidate) -> bool:
         """It is known to be wrong, to be refused or to lose the GPU on this problem."""
         return not self.again and self.journal.refuses(self._timing(pass_name, candidate, SCREEN))
 
-    def lost(self, members: Members, error: Exception) -> None:
+    def keep_loss(self, members: Members, error: Exception) -> None:
         """Stores that the GPU was lost in a call of these, so that the next run passes them over.
 
         Which of several did it cannot be known: torch's own operations are under suspicion only where they are alone.
         """
         kernels = [each for each in members if _compiled(each[1])]
         for pass_name, candidate in kernels or members:
-            self._keep(self._timing(pass_name, candidate, SCREEN, message=told(error)), candidate)
+            self._keep(self._timing(pass_name, candidate, SCREEN, message=one_line(error)), candidate)
 
-    def wrong(self, pass_name: str, candidate: Candidate, message: str) -> None:
+    def keep_wrong(self, pass_name: str, candidate: Candidate, message: str) -> None:
         """Stores that a finalist's answer is wrong."""
         self._keep(self._timing(pass_name, candidate, SCREEN, message=message, status=WRONG), candidate)
 
@@ -286,8 +292,8 @@ class Contest:
             p20_ms=spread.p20,
             p80_ms=spread.p80,
             n_runs=spread.runs,
-            speedup=times.speedup(candidate.label, TORCH).median,
-            torch_ms=times.spread(TORCH).median,
-            sm_mhz=self._told.get("sm_mhz"),
-            late_samples=self._told.get("late_samples", 0),
+            speedup=times.speedup(candidate.label, BASELINE).median,
+            torch_ms=times.spread(BASELINE).median,
+            sm_mhz=self._readings.get("sm_mhz"),
+            late_samples=self._readings.get("late_samples", 0),
         )

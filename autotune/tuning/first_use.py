@@ -24,7 +24,6 @@ import torch
 from tritonconv import dispatch
 from tritonconv.autotune import choose, pins, store
 from tritonconv.autotune.key import Key, device_name
-from tritonconv.autotune.tuning.case import Case
 from tritonconv.autotune.tuning.contest import Candidate, Contest, Effort, OutOfTime, candidates
 from tritonconv.autotune.tuning.journal import Journal
 from tritonconv.autotune.tuning.tuner import ProblemTuner, Winner
@@ -33,6 +32,7 @@ from tritonconv.dispatch import plan_of
 from tritonconv.errors import StoreError
 from tritonconv.kernels import triton_background
 from tritonconv.lab.bench import gpu
+from tritonconv.lab.bench.case import Case
 from tritonconv.lab.bench.rows import versions_of
 from tritonconv.problem import PASSES, Problem
 

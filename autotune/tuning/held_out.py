@@ -23,13 +23,13 @@ from tritonconv.autotune.rules import FALLBACK
 from tritonconv.autotune.tuning.calibrate import Count, Sample, count, factors_of
 from tritonconv.problem import PASSES, Problem
 
-SAID = (
+RULE = (
     "Left out with a layer are its other format and its siblings: same channels, kernel, stride, dilation and groups, "
     "whatever crop, bias, batch and size. Geometric means over torch's own in the same format."
 )
 # Their code of the first campaign wrote registers that products still read, on sm_90 (registers_in_flight).
 IN_FLIGHT = ("forward_boxes", "backward_data_boxes", "backward_data_shuffle", "backward_data_shuffle_given")
-SAID_SAFE = "what was measured, without the kernels that were unsafe when they were"
+SAFE = "what was measured, without the kernels that were unsafe when they were"
 
 SLOW = 0.9  # of torch's speed: a choice below it has made somebody's model slower
 # Of the time of a launch: what the first one of a call, and each further one, may take.
@@ -57,7 +57,7 @@ class Timed(NamedTuple):
         return self.sample.record.name == FALLBACK[self.pass_name]
 
 
-class Group(NamedTuple):
+class Trial(NamedTuple):
     """What was measured of one problem in one pass, as the model counts it; ``torch_ms`` is torch's own."""
 
     layer: str
@@ -69,53 +69,53 @@ class Group(NamedTuple):
 
 
 class Score(NamedTuple):
-    """A choice for a group: its speed over torch's own, that of the best measured one, and its name."""
+    """A choice for a trial: its speed over torch's own, that of the best measured one, and its name."""
 
-    group: Group
+    trial: Trial
     chosen: float
     best: float
     chosen_name: str
 
 
-def groups_of(timed: Iterable[Timed], ceilings: Ceilings) -> list[Group]:
+def trials_of(timed: Iterable[Timed], ceilings: Ceilings) -> list[Trial]:
     """By problem and pass; of a candidate that was timed twice the final counts."""
     found: dict[tuple, dict[tuple, Timed]] = {}
     for each in sorted(timed, key=lambda one: one.last):
         sample = each.sample
         config = sample.record.name, tuple(sorted(sample.config.items()))
         found.setdefault((each.layer, sample.problem, each.pass_name), {})[config] = each
-    groups = []
+    trials = []
     for (layer, problem, pass_name), candidates in found.items():
         mine = list(candidates.values())
         together = [each for each in mine if each.last] or mine
         torch_ms = median(each.sample.ms * each.speedup for each in together)
         pairs = [(each, count(each.sample, ceilings)) for each in mine]
         known = [(each, counted) for each, counted in pairs if counted is not None]
-        groups.append(
-            Group(layer, problem, pass_name, [each for each, _ in known], [one for _, one in known], torch_ms)
+        trials.append(
+            Trial(layer, problem, pass_name, [each for each, _ in known], [one for _, one in known], torch_ms)
         )
-    return groups
+    return trials
 
 
-def fit(groups: Sequence[Group], ceilings: Ceilings, versions: Mapping[str, str | None]) -> Fit:
+def fit(trials: Sequence[Trial], ceilings: Ceilings, versions: Mapping[str, str | None]) -> Fit:
     """All that is fitted: the time of launches, the factors, torch's own time, and the corrections of each pass."""
-    counts = [one for group in groups for each, one in zip(group.timed, group.counts, strict=True) if not each.torchs]
+    counts = [one for trial in trials for each, one in zip(trial.timed, trial.counts, strict=True) if not each.torchs]
     ceilings = _with_launches(counts, replace(ceilings, factors={}))
     ceilings = replace(ceilings, factors={**ceilings.factors, **factors_of(counts, ceilings)})
-    passes = {name: [group for group in groups if group.pass_name == name] for name in PASSES}
+    passes = {name: [trial for trial in trials if trial.pass_name == name] for name in PASSES}
     fitted = {name: _pass_fit(mine, name, ceilings) for name, mine in passes.items() if mine}
     return Fit(ceilings, fitted, versions)
 
 
-def _pass_fit(groups: Sequence[Group], pass_name: str, ceilings: Ceilings) -> PassFit:
-    terms = np.stack([torch_terms(group.problem, pass_name, ceilings) for group in groups])
-    torch_ms = np.array([group.torch_ms for group in groups])
-    rates = _not_negative(terms / torch_ms[:, None], np.ones(len(groups)))
-    places = np.stack([place(group.problem) for group in groups])
-    torchs = Smoother.of([TORCH] * len(groups), places, np.log(torch_ms / (terms @ rates)), TORCHS)
+def _pass_fit(trials: Sequence[Trial], pass_name: str, ceilings: Ceilings) -> PassFit:
+    terms = np.stack([torch_terms(trial.problem, pass_name, ceilings) for trial in trials])
+    torch_ms = np.array([trial.torch_ms for trial in trials])
+    rates = _not_negative(terms / torch_ms[:, None], np.ones(len(trials)))
+    places = np.stack([place(trial.problem) for trial in trials])
+    torchs = Smoother.of([TORCH] * len(trials), places, np.log(torch_ms / (terms @ rates)), TORCHS)
     kinds, rows, logs = [], [], []
-    for row, group in enumerate(groups):
-        for each, one in zip(group.timed, group.counts, strict=True):
+    for row, trial in enumerate(trials):
+        for each, one in zip(trial.timed, trial.counts, strict=True):
             if not each.torchs:
                 kinds.append(one.kind)
                 rows.append(row)
@@ -167,15 +167,15 @@ def _not_negative(terms: np.ndarray, wanted: np.ndarray) -> np.ndarray:
         left = np.delete(left, found.argmin())
 
 
-def folds(groups: Sequence[Group]) -> Iterator[tuple[list[Group], list[Group]]]:
+def folds(trials: Sequence[Trial]) -> Iterator[tuple[list[Trial], list[Trial]]]:
     """(what is left out, the rest)."""
-    out: dict[tuple, list[Group]] = {}
-    for group in groups:
-        out.setdefault(_siblings(group.problem), []).append(group)
+    out: dict[tuple, list[Trial]] = {}
+    for trial in trials:
+        out.setdefault(_siblings(trial.problem), []).append(trial)
     for mine in out.values():
-        layers = {group.layer for group in mine}
-        alike = {_siblings(group.problem) for group in mine}
-        rest = [each for each in groups if each.layer not in layers and _siblings(each.problem) not in alike]
+        layers = {trial.layer for trial in mine}
+        alike = {_siblings(trial.problem) for trial in mine}
+        rest = [each for each in trials if each.layer not in layers and _siblings(each.problem) not in alike]
         yield mine, rest
 
 
@@ -183,34 +183,34 @@ def _siblings(problem: Problem) -> tuple:
     return problem.c_in, problem.c_out, problem.kernel, problem.stride, problem.dilation, problem.groups
 
 
-def fits(groups: Sequence[Group], ceilings: Ceilings) -> list[tuple[list[Group], Fit]]:
+def fits(trials: Sequence[Trial], ceilings: Ceilings) -> list[tuple[list[Trial], Fit]]:
     """What is left out, with the fit to the rest, until everything was left out once."""
-    return [(mine, fit(rest, ceilings, {})) for mine, rest in folds(groups)]
+    return [(mine, fit(rest, ceilings, {})) for mine, rest in folds(trials)]
 
 
 def scores(
-    fitted: Iterable[tuple[Sequence[Group], Fit]],
+    fitted: Iterable[tuple[Sequence[Trial], Fit]],
     served: Callable[[Sample], bool] = lambda sample: True,
     margin: float = MARGIN,
 ) -> list[Score]:
-    """A choice for each group that was left out, by the fit to the rest, among its sound candidates that are
+    """A choice for each trial that was left out, by the fit to the rest, among its sound candidates that are
     ``served``."""
-    return [_score(group, found, served, margin) for mine, found in fitted for group in mine]
+    return [_score(trial, found, served, margin) for mine, found in fitted for trial in mine]
 
 
-def _score(group: Group, fitted: Fit, served: Callable[[Sample], bool], margin: float) -> Score:
+def _score(trial: Trial, fitted: Fit, served: Callable[[Sample], bool], margin: float) -> Score:
     """torch's own stands for a kernel that is not expected to beat it by the margin."""
-    of, where = fitted.passes[group.pass_name], place(group.problem)
-    chosen, best = (1.0, FALLBACK[group.pass_name]), 1.0
-    least = margin * fitted.torch_ms(group.problem, group.pass_name, fitted.ceilings)
-    for each, one in zip(group.timed, group.counts, strict=True):
+    of, where = fitted.passes[trial.pass_name], place(trial.problem)
+    chosen, best = (1.0, FALLBACK[trial.pass_name]), 1.0
+    least = margin * fitted.torch_ms(trial.problem, trial.pass_name, fitted.ceilings)
+    for each, one in zip(trial.timed, trial.counts, strict=True):
         if each.torchs or not each.sound or not served(each.sample):
             continue
         best = max(best, each.speedup)
         ms = _counted_ms(one, fitted.ceilings) * of.kernels.at(one.kind, where)
         if ms < least and takes_part(each.sample.record, fitted, unseen=True):
             chosen, least = (each.speedup, each.sample.record.name), ms
-    return Score(group, chosen[0], best, chosen[1])
+    return Score(trial, chosen[0], best, chosen[1])
 
 
 def safe(sample: Sample) -> bool:
@@ -222,7 +222,7 @@ def table(found: Sequence[Score]) -> list[list[str]]:
     """A line per pass: geometric means over torch's own, and how often a choice is slow."""
     lines = [["pass", "problems", "oracle", "choice", "of the oracle", f"below {SLOW}", "torch's own chosen"]]
     for name in PASSES:
-        mine = [each for each in found if each.group.pass_name == name]
+        mine = [each for each in found if each.trial.pass_name == name]
         if mine:
             oracle, choice, slow = figures(mine)
             torchs = sum(each.chosen_name == FALLBACK[name] for each in mine) / len(mine)

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from time import perf_counter
-from typing import Protocol
 
 import torch
 
@@ -17,20 +16,22 @@ from tritonconv.autotune.key import Key, device_name
 from tritonconv.autotune.sources import revision
 from tritonconv.autotune.store import Entry, Table
 from tritonconv.autotune.tuning import calibrate
-from tritonconv.autotune.tuning.case import Case
-from tritonconv.autotune.tuning.compiled import compiled_first, held
-from tritonconv.autotune.tuning.contest import TORCH, Candidate, Contest, Effort, OutOfTime, candidates
+from tritonconv.autotune.tuning.compiled_ahead import compiled_first, was_compiled
+from tritonconv.autotune.tuning.contest import Candidate, Contest, Effort, OutOfTime, candidates
 from tritonconv.autotune.tuning.journal import SCREEN, Journal, Timing
-from tritonconv.autotune.tuning.tuned import BUDGET, Report, Task
+from tritonconv.autotune.tuning.tasks import BUDGET, Report, Task
 from tritonconv.autotune.tuning.tuner import ProblemTuner, Winner
 from tritonconv.device import current
 from tritonconv.errors import ArgumentError
 from tritonconv.kernels.registry import variant
-from tritonconv.lab.bench import gpu, spent
-from tritonconv.lab.bench.failures import context_is_lost, disqualifies, told
+from tritonconv.lab.bench import gpu, rows, spent
+from tritonconv.lab.bench.case import Case
+from tritonconv.lab.bench.failures import context_is_lost, disqualifies, one_line
+from tritonconv.lab.bench.progress import Progress
+from tritonconv.lab.bench.results import BASELINE
 from tritonconv.lab.bench.rows import sizes_of, versions_of
 from tritonconv.lab.bench.workloads import ALL
-from tritonconv.lab.inspection.precompile import Precompiler, Request, shared, target_of
+from tritonconv.lab.inspection.precompile import Precompiler, Request, ensure_compiler, target_of
 from tritonconv.problem import PASSES, Problem
 
 PROBLEM_SECONDS = 4.0  # for a problem without a budget
@@ -49,11 +50,6 @@ FIRST_NULLS, NULLS_EVERY, NULL_SECONDS = 3, 12, 0.15
 LEAST_SHARE = 0.1  # seconds to time a problem in, where the rest takes more than there is
 
 Write = Callable[[str, dict[str, object]], object]
-
-
-class Progress(Protocol):
-    def begin(self, cells: int) -> None: ...
-    def step(self, text: str) -> None: ...
 
 
 @dataclass
@@ -92,7 +88,7 @@ class Session:
         efforts = self._efforts()
         progress.begin(len(waiting) * len(efforts))
         try:
-            with gpu.cudnn_benchmark(self.device), shared(self.compiler, self.device) as compiler:
+            with gpu.cudnn_benchmark(self.device), ensure_compiler(self.compiler, self.device) as compiler:
                 for self.effort in efforts:
                     self.report.known, self.ranked = [], {}
                     self._calibrate(waiting)
@@ -124,7 +120,7 @@ class Session:
                 compiler.finish(ahead[index], max(0.0, min(COMPILING_SECONDS, self.deadline - perf_counter())))
             if not self._one(task, len(waiting) - index):
                 return False
-            progress.step(_said(task, self.report))
+            progress.step(_progress_line(task, self.report))
         return True
 
     def _one(self, task: Task, left: int) -> bool:
@@ -141,7 +137,7 @@ class Session:
             return False
         except Exception as error:
             self.report.errors += 1
-            self.write("error", {**head(task, ALL), "variant": ALL, "status": "error", "message": told(error)})
+            self.write("error", {**head(task, ALL), "variant": ALL, "status": "error", "message": one_line(error)})
             if not self.goes_on or context_is_lost(error):
                 raise
         finally:
@@ -175,7 +171,7 @@ class Session:
     def _fields(self, problem: Problem) -> dict[str, list[Candidate]]:
         """The candidates by pass, ranked once for each effort."""
         if problem not in self.ranked:
-            ahead = held(problem, self.device)
+            ahead = was_compiled(problem, self.device)
             found = {name: candidates(problem, self.device, name, self.ceilings, self.effort, ahead) for name in PASSES}
             self.ranked[problem] = {name: compiled_first(each, ahead) for name, each in found.items()}
         return self.ranked[problem]
@@ -210,13 +206,13 @@ class Session:
         if contest.case.torch_serves:
             if self.served < FIRST_NULLS or self.served % NULLS_EVERY == 0:
                 try:
-                    rows = contest.null_rows(NULL_SECONDS)
+                    fields = contest.null_rows(NULL_SECONDS)
                 except Exception as error:  # such as a lack of memory, which the candidates will tell
                     if not disqualifies(error):
                         raise
                     return
-                self.report.null_rows += rows
-                for row in rows:
+                self.report.null_rows += fields
+                for row in fields:
                     self.write("null", {**head(task, "forward"), **row})
             self.served += 1
 
@@ -252,7 +248,7 @@ class Session:
     def _rows(self, task: Task, contest: Contest) -> None:
         for pass_name, faults in contest.case.torch_faults.items():
             message = "; ".join(faults.values())
-            self.write("error", {**head(task, pass_name), "variant": TORCH, "status": "wrong", "message": message})
+            self.write("error", {**head(task, pass_name), "variant": BASELINE, "status": "wrong", "message": message})
         self.report.timings += len(contest.measured)
         self.report.reused += contest.reused
         for timing, predicted in contest.measured:
@@ -275,17 +271,10 @@ class Session:
 
 
 def head(task: Task, pass_name: str) -> dict[str, object]:
-    """What every row about a task begins with."""
+    """The fields that every row about a task begins with."""
     problem = task.problem
-    return {
-        "layer": task.layer,
-        "suite": task.suite,
-        "pass": pass_name,
-        "dtype": str(problem.dtype).removeprefix("torch."),
-        "layout": problem.layout,
-        "text": str(problem),
-        "problem": sizes_of(problem),
-    }
+    whole = {"text": str(problem), "problem": sizes_of(problem)}
+    return {**rows.head(task.layer, task.suite, pass_name, problem), **whole}
 
 
 def tasks_of(problems: Iterable[Problem]) -> list[Task]:
@@ -293,7 +282,7 @@ def tasks_of(problems: Iterable[Problem]) -> list[Task]:
     return [Task(problem, f"problem {index}: {problem}", "given") for index, problem in enumerate(problems, start=1)]
 
 
-def _said(task: Task, report: Report) -> str:
+def _progress_line(task: Task, report: Report) -> str:
     mine = [winner for each, winner in report.winners if each == task]
     best = max((winner.torch_ms / winner.ms for winner in mine), default=None)
     return f"{task.layer} {task.problem.layout}" + (f": best {best:.2f} x torch" if best else ": known")

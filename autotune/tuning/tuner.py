@@ -17,12 +17,13 @@ from tritonconv.autotune.choose import Selection, untuned
 from tritonconv.autotune.rules import FALLBACK
 from tritonconv.autotune.sources import revision
 from tritonconv.autotune.store import Entry
-from tritonconv.autotune.tuning.contest import TORCH, Candidate, Contest, Members
+from tritonconv.autotune.tuning.contest import Candidate, Contest, Members
 from tritonconv.dispatch import plan_of
 from tritonconv.kernels.registry import variant
 from tritonconv.kernels.variant import NO_CONFIG
 from tritonconv.lab.bench.calls import FORWARD_BACKWARD, TensorCall
-from tritonconv.lab.bench.failures import context_is_lost, disqualifies, told
+from tritonconv.lab.bench.failures import context_is_lost, disqualifies, one_line
+from tritonconv.lab.bench.results import BASELINE
 from tritonconv.lab.bench.timing import Times
 from tritonconv.problem import PASSES
 
@@ -88,16 +89,16 @@ class ProblemTuner:
         holder = self._untuned(name)
         finalists = {each.label: each for each in (holder, *(candidate for candidate, _ in ran[:FINALISTS]))}
         members: dict[str, Members] = {label: [(name, each)] for label, each in finalists.items()}
-        torchs = self.case.baseline(self.case.problem, name)
-        right = self._right(name, members)
-        times = self.contest.final({TORCH: torchs, **right}, members, FORWARD_FINAL * self.seconds)
+        torchs = self.case.baseline(name)
+        right = self._right_calls(name, members)
+        times = self.contest.final({BASELINE: torchs, **right}, members, FORWARD_FINAL * self.seconds)
         for label in right:
-            self.contest.finished(name, finalists[label], times)
-        best = self._decided(times, holder.label, list(right), name)
+            self.contest.keep_final(name, finalists[label], times)
+        best = self._best(times, holder.label, list(right), name)
         if best is None:
             return None
-        selection = finalists[best].selection if best != TORCH else _native(name)
-        ms, torch_ms = times.spread(best).median, times.spread(TORCH).median
+        selection = finalists[best].selection if best != BASELINE else _native(name)
+        ms, torch_ms = times.spread(best).median, times.spread(BASELINE).median
         return Winner(name, selection, ms, torch_ms, len(ran), name, len(self.fields[name]))
 
     def gradients(self, forward: Selection) -> tuple[Winner, ...]:
@@ -110,20 +111,20 @@ class ProblemTuner:
         holder = self._untuned(data), self._untuned(weight)
         pairs = {_label(pair): pair for pair in [holder, *self._pairs(ran)]}
         members: dict[str, Members] = {label: list(zip(GRADIENTS, pair, strict=True)) for label, pair in pairs.items()}
-        torchs = self.case.baseline(self.case.problem, FORWARD_BACKWARD)
-        right = self._right(FORWARD_BACKWARD, members, forward=forward)
+        torchs = self.case.baseline(FORWARD_BACKWARD)
+        right = self._right_calls(FORWARD_BACKWARD, members, forward=forward)
         share = (1 - SCREENING - FORWARD_FINAL) * self.seconds
-        times = self.contest.final({TORCH: torchs, **right}, members, share)
-        best = self._decided(times, _label(holder), list(right), FORWARD_BACKWARD)
+        times = self.contest.final({BASELINE: torchs, **right}, members, share)
+        best = self._best(times, _label(holder), list(right), FORWARD_BACKWARD)
         if best is None:
             return ()
-        found = pairs[best] if best != TORCH else tuple(Candidate(_native(name), 0.0) for name in GRADIENTS)
-        step = times.spread(best).median, times.spread(TORCH).median
+        found = pairs[best] if best != BASELINE else tuple(Candidate(_native(name), 0.0) for name in GRADIENTS)
+        step = times.spread(best).median, times.spread(BASELINE).median
         winners = [
             Winner(name, each.selection, *step, len(ran[name]), FORWARD_BACKWARD, len(self.fields[name]))
             for name, each in zip(GRADIENTS, found, strict=True)
         ]
-        if best == TORCH and forward.variant.name != FALLBACK[FORWARD[0]]:
+        if best == BASELINE and forward.variant.name != FALLBACK[FORWARD[0]]:
             rivals = len(self.fields[FORWARD[0]])
             winners.append(Winner(FORWARD[0], _native(FORWARD[0]), *step, 0, FORWARD_BACKWARD, rivals))
         return tuple(winners)
@@ -149,10 +150,10 @@ class ProblemTuner:
     def _untuned(self, pass_name: str) -> Candidate:
         return Candidate(untuned(self.case.problem, self.case.device, pass_name), 0.0)
 
-    def _decided(self, times: Times, holder: str, labels: list[str], pass_name: str) -> str | None:
+    def _best(self, times: Times, holder: str, labels: list[str], pass_name: str) -> str | None:
         """The winner's label: challengers in the order of their speed, torch's own last, where its answer is right."""
-        ordered = sorted(labels, key=lambda label: -times.speedup(label, TORCH).median)
-        eligible = [*ordered, TORCH] if self.case.trusts_torch(pass_name) else ordered
+        ordered = sorted(labels, key=lambda label: -times.speedup(label, BASELINE).median)
+        eligible = [*ordered, BASELINE] if self.case.trusts_torch(pass_name) else ordered
         if not eligible:
             return None
         best = holder if holder in labels else eligible[0]
@@ -162,39 +163,39 @@ class ProblemTuner:
                 best = label
         return best
 
-    def _right(self, pass_name: str, members: Mapping[str, Members], **more: Selection) -> dict[str, TensorCall]:
+    def _right_calls(self, pass_name: str, members: Mapping[str, Members], **more: Selection) -> dict[str, TensorCall]:
         """By label the calls whose answers are right."""
-        found = {label: self._verified(pass_name, each, **more) for label, each in members.items()}
+        found = {label: self._right_call(pass_name, each, **more) for label, each in members.items()}
         calls = {label: call for label, call in found.items() if call is not None}
-        judge = self.case.judge_of(pass_name)
+        judge = self.case.judge(pass_name)
         if judge.torch_faults:  # some passed because they were held against a wrong answer of torch
             for label, call in list(calls.items()):
                 verdict = judge.at_size(call)
                 if not verdict.ok:
-                    self.contest.wrong(pass_name, members[label][-1][1], str(verdict))
+                    self.contest.keep_wrong(pass_name, members[label][-1][1], str(verdict))
                     del calls[label]
         return calls
 
-    def _verified(self, pass_name: str, members: Members, **more: Selection) -> TensorCall | None:
+    def _right_call(self, pass_name: str, members: Members, **more: Selection) -> TensorCall | None:
         """The call of a plan of the members, and of ``more`` in other passes, whose answers are right.
 
         None for what is wrong or cannot run, which is told and stored, and for what is known to be so.
         """
-        if any(self.contest.passed_over(*each) for each in members):
+        if any(self.contest.refuses(*each) for each in members):
             return None
         chosen = {name: each.selection for name, each in members}
         plan = plan_of(self.case.problem, self.case.device, **more, **chosen)
         try:
-            verdict = self.case.judge(plan, pass_name)
+            verdict = self.case.verdict(plan, pass_name)
         except Exception as error:
             if context_is_lost(error):
-                self.contest.lost(members, error)
+                self.contest.keep_loss(members, error)
             if not disqualifies(error):
                 raise
-            self.contest.wrong(pass_name, members[-1][1], told(error))
+            self.contest.keep_wrong(pass_name, members[-1][1], one_line(error))
             return None
         if not verdict.ok:
-            self.contest.wrong(pass_name, members[-1][1], str(verdict))
+            self.contest.keep_wrong(pass_name, members[-1][1], str(verdict))
             return None
         return self.case.call(plan, pass_name)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import NamedTuple, TypeVar
@@ -22,17 +22,18 @@ from tritonconv.autotune import store
 from tritonconv.autotune.ceilings import LAUNCH, MATMUL, from_json, from_roofs
 from tritonconv.autotune.key import device_name
 from tritonconv.autotune.tuning import calibrate
-from tritonconv.autotune.tuning.session import Progress, Session
-from tritonconv.autotune.tuning.tuned import Task
+from tritonconv.autotune.tuning.session import Session
+from tritonconv.autotune.tuning.tasks import Task
 from tritonconv.device import current
 from tritonconv.lab.bench import overhead, results, roofs, spent
 from tritonconv.lab.bench.contestants import served
-from tritonconv.lab.bench.failures import told
+from tritonconv.lab.bench.failures import one_line
 from tritonconv.lab.bench.options import Options
+from tritonconv.lab.bench.progress import Progress
 from tritonconv.lab.bench.results import BASELINE, COMPILED, OURS, Run, Writer
 from tritonconv.lab.bench.roofs import TF32
 from tritonconv.lab.bench.rows import versions_of
-from tritonconv.lab.bench.runner import header, measure
+from tritonconv.lab.bench.runner import Outcome, header, measure
 from tritonconv.lab.bench.workloads import HEROES, distinct, in_order, left_out
 from tritonconv.lab.inspection.launches import read_active
 from tritonconv.lab.inspection.precompile import Precompiler, target_of
@@ -57,18 +58,6 @@ STORE = "store"  # the folder of a campaign's choices, in its own
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """The results file of this run, why it ended, how many answers were wrong, what each step did, and where the
-    seconds went."""
-
-    path: Path
-    reason: str
-    errors: int
-    steps: tuple[str, ...]
-    spent: spent.Spent
-
-
 class Campaign:
     """One run of a campaign; ``options`` say which layers, dtypes, layouts and passes, and the budget."""
 
@@ -79,7 +68,7 @@ class Campaign:
         self.shares = SHARES[self.device.type]
         self.begin = perf_counter()
         self.errors = 0
-        self.said: list[str] = []
+        self.steps: list[str] = []
 
     def run(self) -> Outcome:
         """Raises ResultsError or StoreError where the folder cannot be written or holds another device's results.
@@ -109,10 +98,10 @@ class Campaign:
             except KeyboardInterrupt:
                 reason = "interrupted"
             except Exception as error:
-                self._end("error", message=told(error))
+                self._end("error", message=one_line(error))
                 raise
             self._end(reason)
-        return Outcome(writer.path, reason, self.errors, tuple(self.said), self.ledger.rounded())
+        return Outcome(writer.path, reason, self.errors, tuple(self.steps), self.ledger.rounded())
 
     def _step(self, name: str, run: Callable[[], T]) -> T:
         self.ledger.step(name)
@@ -137,7 +126,7 @@ class Campaign:
         verification = Verification(self.options, self.writer, self.versions, self.compiler, self.progress)
         seconds = min(self.shares.verify * self.seconds, self._left())
         try:
-            self.said.append(verification.run(self.earlier, seconds))
+            self.steps.append(verification.run(self.earlier, seconds))
         finally:
             self.errors = verification.errors
 
@@ -150,10 +139,10 @@ class Campaign:
             each = min(0.5, self.shares.roofs * self.seconds / (3 + 2 * len(lacking)))
             measured = [self.writer.write("roof", {**row, "when": "start"})
                         for row in roofs.measure(self.device, lacking, each)]  # fmt: skip
-            self.said.append(f"roofs: {len(measured)} measured")
+            self.steps.append(f"roofs: {len(measured)} measured")
             found += measured
         else:
-            self.said.append("roofs: known from an earlier run")
+            self.steps.append("roofs: known from an earlier run")
         ceilings = from_roofs(found, self.environment, self.device)
         if ceilings is not None:
             calibrate.keep(ceilings, self.device)
@@ -182,7 +171,7 @@ class Campaign:
         session = Session(self.device, None, seconds, write=self.writer.write, goes_on=True, compiler=self.compiler)
         report = session.run(tasks, self.progress)
         self.errors += report.errors
-        self.said.append(
+        self.steps.append(
             f"tune: {len(report.winners)} choices ({report.torch_won} of them torch's own), "
             f"{len(report.known)} problems known before, {report.unfinished}"
         )
@@ -192,7 +181,7 @@ class Campaign:
         compiled = self.options.compiled
         seconds = self._left(self.shares.overhead + (self.shares.compile if compiled else 0))
         if seconds <= 0:
-            self.said.append("bench: no time was left")
+            self.steps.append("bench: no time was left")
             return False
         layers = tuple(layer for layer in self.options.layers if not layer.family)
         options = replace(self.options, layers=layers, seconds=seconds, compiled=False, done=self._done(OURS))
@@ -222,7 +211,7 @@ class Campaign:
         self.ledger.step(step)
         run = measure(options, self.writer, self.progress, known_roofs, self.compiler)
         self.errors += run.errors
-        self.said.append(f"{step}: {run.done} of {run.cells} cells, {len(options.done)} known before")
+        self.steps.append(f"{step}: {run.done} of {run.cells} cells, {len(options.done)} known before")
         if run.reason == "interrupted":
             raise KeyboardInterrupt
         return run.reason == "complete"
@@ -237,10 +226,10 @@ class Campaign:
         return frozenset(
             (row["layer"], row["dtype"], row["layout"], row["pass"])
             for row in rows
-            if self._asked(row) and self._same(row)
+            if self._concerns(row) and self._same(row)
         )
 
-    def _asked(self, row: dict) -> bool:
+    def _concerns(self, row: dict) -> bool:
         """This run is about the row's cell."""
         options = self.options
         return (
@@ -268,7 +257,7 @@ class Campaign:
             return
         rows = [self.writer.write("overhead", row) for row in overhead.measure(self.device, torch.float32, seconds)]
         worst = max(overhead.excess(rows).values())
-        self.said.append(f"overhead: at most {worst:+.1f} us per call over torch's layer")
+        self.steps.append(f"overhead: at most {worst:+.1f} us per call over torch's layer")
 
 
 def install(folder: Path, device: torch.device) -> int:

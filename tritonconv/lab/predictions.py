@@ -24,7 +24,7 @@ from tritonconv.problem import Problem
 LEAST = 3  # candidates: two are ranked right by chance half of the time
 
 
-class Group(NamedTuple):
+class Ranking(NamedTuple):
     """The candidates of one layer, pass, dtype and layout: predicted and measured ms."""
 
     device: str
@@ -48,13 +48,13 @@ def accuracy(paths: Sequence[Path], runs: Sequence[Run]) -> str:
 
     Raises ResultsError where nothing can be ranked.
     """
-    groups = [group for run in runs for group in groups_of(run)]
-    if not groups:
+    rankings = [ranking for run in runs for ranking in rankings_of(run)]
+    if not rankings:
         raise ResultsError(
             f"results: nowhere {LEAST} candidates of one layer and pass; run tritonconv tune, or "
             "tritonconv bench --variants all --passes forward,backward_data,backward_weight"
         )
-    lines = table(groups)
+    lines = table(rankings)
     for path, run in zip(paths, runs, strict=True):
         lines += ["", f"measured over predicted time, {path}:", *factors_of(run)]
     return "\n".join(lines)
@@ -67,21 +67,21 @@ def fitted(run: Run, figures: bool, path: Path | None) -> str:
     """
     with as_on(run):
         ceilings = ceilings_of(run)
-        groups = held_out.groups_of(timed(run), ceilings)
-        if not groups:
+        trials = held_out.trials_of(timed(run), ceilings)
+        if not trials:
             raise ResultsError(
                 f"{run.path}: no timing of a single variant beside torch's own; run tritonconv tune on a GPU"
             )
         lines = []
         if figures:
-            lines.append(f"{run.environment['device_name']}: {len(groups)} problems of a pass. {held_out.SAID}")
-            fits = held_out.fits(groups, ceilings)
-            for candidates, served in (("all that was measured", lambda _: True), (held_out.SAID_SAFE, held_out.safe)):
+            lines.append(f"{run.environment['device_name']}: {len(trials)} problems of a pass. {held_out.RULE}")
+            fits = held_out.fits(trials, ceilings)
+            for candidates, served in (("all that was measured", lambda _: True), (held_out.SAFE, held_out.safe)):
                 scores = held_out.table(held_out.scores(fits, served))
                 lines += ["", f"Chosen among {candidates}:", *columns(scores, numbers=6)]
         if path:
             versions = {name: run.environment.get(name) for name in ("torch", "triton", "cuda")}
-            fit = held_out.fit(groups, ceilings, versions | {"run": run.run})
+            fit = held_out.fit(trials, ceilings, versions | {"run": run.run})
             try:
                 path.write_text(compact(fit.to_json()))
             except OSError as error:
@@ -113,9 +113,9 @@ def as_on(run: Run) -> Iterator[None]:
     if not capability or not have_triton():
         yield
         return
-    from tritonconv.kernels.triton_target import assumed  # needs Triton
+    from tritonconv.kernels.triton_target import assume_capability  # needs Triton
 
-    with assumed(int(capability.replace(".", ""))):
+    with assume_capability(int(capability.replace(".", ""))):
         yield
 
 
@@ -154,8 +154,8 @@ def factors_of(run: Run) -> list[str]:
     return columns(lines, numbers=4)
 
 
-def groups_of(run: Run) -> Iterator[Group]:
-    """The groups of a run that have at least LEAST candidates whose variants are known here."""
+def rankings_of(run: Run) -> Iterator[Ranking]:
+    """The rankings of a run that have at least LEAST candidates whose variants are known here."""
     ceilings = ceilings_of(run)
     found: dict[tuple, dict[tuple, tuple[float, float]]] = {}
     for row in _single(run):
@@ -167,7 +167,7 @@ def groups_of(run: Run) -> Iterator[Group]:
     for (_, pass_name, _, _), candidates in found.items():
         if len(candidates) >= LEAST:
             predicted, measured = zip(*candidates.values(), strict=True)
-            yield Group(run.environment["device_name"], pass_name, predicted, measured)
+            yield Ranking(run.environment["device_name"], pass_name, predicted, measured)
 
 
 def predict(row: Mapping, ceilings: Ceilings) -> float | None:
@@ -202,15 +202,15 @@ def _config(row: Mapping) -> dict[str, int]:
     return config.get(row["pass"], {}) if "chosen" in row else config
 
 
-def table(groups: Iterable[Group]) -> list[str]:
+def table(rankings: Iterable[Ranking]) -> list[str]:
     """A line per device and pass."""
     head = ["device", "pass", "layers", "rank correlation", "first is fastest", "within 1.1", "within 1.5"]
     lines = [head]
-    by: dict[tuple[str, str], list[Group]] = {}
-    for group in groups:
-        by.setdefault((group.device, group.pass_name), []).append(group)
+    by: dict[tuple[str, str], list[Ranking]] = {}
+    for ranking in rankings:
+        by.setdefault((ranking.device, ranking.pass_name), []).append(ranking)
     for (device, pass_name), same in by.items():
-        near = [sum(group.loss <= limit for group in same) / len(same) for limit in (1.0, 1.1, 1.5)]
-        middle = median(group.correlation for group in same)
+        near = [sum(ranking.loss <= limit for ranking in same) / len(same) for limit in (1.0, 1.1, 1.5)]
+        middle = median(ranking.correlation for ranking in same)
         lines.append([device, pass_name, str(len(same)), f"{middle:.2f}", *(f"{share:.0%}" for share in near)])
     return columns(lines, numbers=5)

@@ -11,15 +11,16 @@ import torch
 
 from tritonconv.autotune.choose import Selection
 from tritonconv.autotune.sources import revision
-from tritonconv.autotune.tuning.case import Case
-from tritonconv.autotune.tuning.tuned import Task
+from tritonconv.autotune.tuning.tasks import Task
 from tritonconv.dispatch import plan_of
 from tritonconv.kernels.registry import variants
 from tritonconv.kernels.variant import COPY
-from tritonconv.lab.bench import gate, spent
+from tritonconv.lab.bench import gate, rows, spent
+from tritonconv.lab.bench.case import Case
 from tritonconv.lab.bench.contestants import why_not
-from tritonconv.lab.bench.failures import context_is_lost, told
-from tritonconv.lab.bench.options import Options, Progress
+from tritonconv.lab.bench.failures import context_is_lost, one_line
+from tritonconv.lab.bench.options import Options
+from tritonconv.lab.bench.progress import Progress
 from tritonconv.lab.bench.results import Run, Writer
 from tritonconv.lab.bench.rows import sizes_of
 from tritonconv.lab.bench.workloads import workload
@@ -55,10 +56,12 @@ class Verification:
         What was wrong, or lost the GPU, is not tried again before its source or a version changes, for it may end the
         run; it is counted again. Other errors may pass. Raises where the GPU is lost, behind the row that says so.
         """
-        rows = (*earlier.errors, *earlier.checks) if earlier else ()
-        lasting = [row for row in rows if row["kind"] == "check" or row["status"] == "wrong" or row.get("context_lost")]
+        before = (*earlier.errors, *earlier.checks) if earlier else ()
+        lasting = [
+            row for row in before if row["kind"] == "check" or row["status"] == "wrong" or row.get("context_lost")
+        ]
         known = {_identity(row): row["kind"] for row in lasting if row.get("versions") == self.versions}
-        answers = [(each, known.get(_identity(head(*each)))) for each in self._checks()]
+        answers = [(each, known.get(_identity(_head(*each)))) for each in self._checks()]
         waiting = [each for each, kind in answers if kind is None]
         self.errors = failed = sum(kind == "error" for _, kind in answers)
         self.progress.begin(len(waiting))
@@ -86,17 +89,17 @@ class Verification:
         return sorted(served, key=lambda each: each[1].variant.backend != "triton")
 
     def _check(self, task: Task, chosen: Selection) -> None:
-        row = {**head(task, chosen), "versions": self.versions, "problem": sizes_of(task.problem)}
+        row = {**_head(task, chosen), "versions": self.versions, "problem": sizes_of(task.problem)}
         pass_name = chosen.variant.pass_name
         try:
             plan = plan_of(task.problem, self.device, **{pass_name: chosen})
             if task.problem not in self._cases:
                 self._cases[task.problem] = Case(task.problem, self.device)
-            verdict = self._cases[task.problem].judge(plan, pass_name)
+            verdict = self._cases[task.problem].verdict(plan, pass_name)
         except Exception as error:
             self.errors += 1
             lost = context_is_lost(error)
-            self.writer.write("error", {**row, "status": "error", "message": told(error), "context_lost": lost})
+            self.writer.write("error", {**row, "status": "error", "message": one_line(error), "context_lost": lost})
             if lost:
                 raise
             return
@@ -107,13 +110,12 @@ class Verification:
             self.writer.write("error", {**row, "status": "wrong", "message": str(verdict)})
 
 
-def head(task: Task, chosen: Selection) -> dict[str, object]:
-    """What a row about a check begins with: the config where it is not the default one."""
-    record, problem = chosen.variant, task.problem
-    found = {"layer": task.layer, "suite": task.suite, "pass": record.pass_name, "layout": problem.layout,
-             "dtype": str(problem.dtype).removeprefix("torch."), "variant": record.name,
-             "source": revision(record)}  # fmt: skip
-    return found | ({"config": dict(chosen.config)} if chosen.config.get(COPY) else {})
+def _head(task: Task, chosen: Selection) -> dict[str, object]:
+    """The first fields of a row about a check: the config where it is not the default one."""
+    record = chosen.variant
+    fields = rows.head(task.layer, task.suite, record.pass_name, task.problem)
+    config = {"config": dict(chosen.config)} if chosen.config.get(COPY) else {}
+    return {**fields, "variant": record.name, "source": revision(record), **config}
 
 
 def _identity(row: Mapping) -> str:

@@ -18,17 +18,16 @@ import torch
 from tritonconv.kernels.variant import Variant
 from tritonconv.lab.bench import gpu, nulls, spent
 from tritonconv.lab.bench.calls import TensorCall
+from tritonconv.lab.bench.case import Case
 from tritonconv.lab.bench.clock import GpuClock, gpu_clock
-from tritonconv.lab.bench.contestants import candidate, chosen_fields, served, why_not
+from tritonconv.lab.bench.contestants import Contestant, chosen_fields, contestant, served, why_not
 from tritonconv.lab.bench.environment import OtherPrograms
 from tritonconv.lab.bench.failures import context_is_lost, disqualifies
-from tritonconv.lab.bench.judge import Judge
 from tritonconv.lab.bench.measure import measure
 from tritonconv.lab.bench.options import Options
 from tritonconv.lab.bench.results import BASELINE, COMPILED, OURS, Writer
-from tritonconv.lab.bench.rows import Candidate, layer_fields, measured_fields, versions_of
-from tritonconv.lab.bench.subject import Subject
-from tritonconv.lab.bench.workloads import ALL
+from tritonconv.lab.bench.rows import head, layer_fields, measured_fields, versions_of
+from tritonconv.lab.bench.workloads import ALL, Workload
 from tritonconv.problem import Problem
 
 
@@ -36,27 +35,24 @@ from tritonconv.problem import Problem
 class Cell:
     """What is measured; ``key`` is (layer, dtype, layout, pass)."""
 
-    subject: Subject
-    layout: str
+    layer: Workload
+    duplicates: tuple[str, ...]
+    case: Case
     pass_name: str
 
     @property
     def problem(self) -> Problem:
-        return self.subject.problem(self.layout)
-
-    @property
-    def dtype(self) -> str:
-        return str(self.subject.dtype).removeprefix("torch.")
+        return self.case.problem
 
     @property
     def key(self) -> tuple[str, str, str, str]:
-        return self.subject.layer.name, self.dtype, self.layout, self.pass_name
+        row = self.head
+        return row["layer"], row["dtype"], row["layout"], row["pass"]
 
     @property
     def head(self) -> dict[str, str]:
-        """What every row about the cell begins with."""
-        name, dtype, layout, pass_name = self.key
-        return {"layer": name, "suite": self.subject.layer.suite, "pass": pass_name, "layout": layout, "dtype": dtype}
+        """The fields that every row about the cell begins with."""
+        return head(self.layer.name, self.layer.suite, self.pass_name, self.problem)
 
 
 class CellTimer:
@@ -101,12 +97,12 @@ class CellTimer:
         for kind, row in rows:
             self.writer.write(kind, {**cell.head, **row, **others, "status": "ok", "message": ""})
 
-    def _gated(self, cell: Cell) -> dict[str, Candidate]:
-        """The candidates whose outputs are right; for every other a row is written."""
+    def _gated(self, cell: Cell) -> dict[str, Contestant]:
+        """The contestants whose outputs are right; for every other a row is written."""
         options, problem = self.options, cell.problem
         single = [record for record in options.variants if record.pass_name == cell.pass_name]
-        passed: dict[str, Candidate] = {}
-        judge, runs_torch = Judge(cell.subject, problem, cell.pass_name), False
+        passed: dict[str, Contestant] = {}
+        torch_faults, runs_torch = cell.case.judge(cell.pass_name).torch_faults, False
         plain: list[tuple[str, Variant | None]] = [(BASELINE, None)]
         if not options.only_compiled:
             plain.append((OURS, None))
@@ -118,7 +114,7 @@ class CellTimer:
                 self.writer.write("skip", {**cell.head, "variant": name, "message": refused})
                 continue
             try:
-                one = candidate(name, record, cell.subject, problem, cell.pass_name, judge, runs_torch)
+                one = contestant(name, record, cell.case, cell.pass_name, runs_torch)
             except Exception as error:  # what fails is a row of its own, and the run goes on
                 self._failed(cell, name, record, error)
                 if context_is_lost(error):  # every later cell would fail too
@@ -129,11 +125,12 @@ class CellTimer:
                 passed[name] = one
             else:
                 self._wrong(cell, name, str(one.verdict))
-        return self._without_torch(cell, passed, judge) if judge.torch_faults else passed
+        return self._without_torch(cell, passed) if torch_faults else passed
 
-    def _without_torch(self, cell: Cell, passed: Mapping[str, Candidate], judge: Judge) -> dict[str, Candidate]:
-        """The candidates that are right where torch is not, which some of them were held against."""
-        right: dict[str, Candidate] = {}
+    def _without_torch(self, cell: Cell, passed: Mapping[str, Contestant]) -> dict[str, Contestant]:
+        """The contestants that are right where torch, which some of them were held against, is not."""
+        right: dict[str, Contestant] = {}
+        judge = cell.case.judge(cell.pass_name)
         for name, one in passed.items():
             if name == BASELINE:
                 self._wrong(cell, name, "; ".join(judge.torch_faults.values()))
@@ -151,13 +148,13 @@ class CellTimer:
         self.errors += 1
         self.writer.write("error", {**cell.head, "variant": name, "status": "wrong", "message": message})
 
-    def _timed(self, cell: Cell, passed: Mapping[str, Candidate], seconds: float) -> list[tuple[str, dict]]:
+    def _timed(self, cell: Cell, passed: Mapping[str, Contestant], seconds: float) -> list[tuple[str, dict]]:
         """The rows of a cell with their kinds, all of them or an exception: half a cell would count as known."""
-        device, problem = cell.subject.device, cell.problem
+        device, problem = cell.case.device, cell.problem
         beside: dict[str, TensorCall] = {}
         if cell.key in self.with_nulls and BASELINE in passed and not self.options.only_compiled:
             with spent.on(spent.TRIALS):
-                beside = nulls.calls(problem, cell.subject.tensors(problem), cell.pass_name)
+                beside = nulls.calls(cell.case, cell.pass_name)
         calls = {name: one.call for name, one in passed.items()} | beside
         # The gate has run every call at size, so all are warm. What a slow cell takes too much, later cells lack.
         measured = measure(calls, BASELINE, device, self.clock, seconds)
@@ -165,7 +162,8 @@ class CellTimer:
         for one in passed.values():
             if self.options.only_compiled and one.name != COMPILED:
                 continue
-            row = layer_fields(cell.subject, problem) | measured_fields(one, measured, problem, cell.head, self.roofs)
+            row = layer_fields(cell.layer, cell.duplicates, problem)
+            row |= measured_fields(one, measured, problem, cell.head, self.roofs)
             row |= {**chosen_fields(one.chosen), "versions": self.versions}
             if self.clock is not None:
                 with spent.on(spent.TIMING):
@@ -176,7 +174,7 @@ class CellTimer:
         return rows
 
     def _failed(self, cell: Cell, name: str, record: Variant | None, error: Exception) -> None:
-        """The row of a candidate, or of a cell, that raised. Where the GPU is lost it says what lost it, so that a
+        """The row of a contestant, or of a cell, that raised. Where the GPU is lost it says what lost it, so that a
         campaign does not begin with the same again."""
         self.errors += 1
         message = f"{type(error).__name__}: {error}"

@@ -81,7 +81,7 @@ class GpuClock:
             self._cycles_per_s = cycles / slept_ms * 1e3
         return start.elapsed_time(end), host_s, in_time
 
-    def told(self) -> dict[str, object]:
+    def readings(self) -> dict[str, object]:
         """Fields of a row, of the samples since the last time, of which the first tells the frequency: ``sm_mhz``, the
         median, ``sm_mhz_p20``, and ``late_samples``."""
         seen, late = self.mhz, self.late

@@ -4,23 +4,34 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from time import perf_counter
 
 import torch
 import torch.nn.functional as F
 
 from tritonconv.autotune.sources import revision
-from tritonconv.dispatch import Plan, Selection, plan, wait_until_compiled
+from tritonconv.dispatch import Selection, plan, wait_until_compiled
 from tritonconv.forced import in_force, pinned, use
 from tritonconv.functional import conv_transpose3d
 from tritonconv.kernels.variant import Variant
-from tritonconv.lab.bench import spent
-from tritonconv.lab.bench.calls import FORWARD_BACKWARD, TensorCall, Tensors, operation_call, torch_call
-from tritonconv.lab.bench.judge import Judge
+from tritonconv.lab.bench import gate, spent
+from tritonconv.lab.bench.calls import FORWARD_BACKWARD, TensorCall, operation_call
+from tritonconv.lab.bench.case import Case
 from tritonconv.lab.bench.results import BASELINE, COMPILED, OURS
-from tritonconv.lab.bench.rows import Candidate, Choice
-from tritonconv.lab.bench.subject import Subject
 from tritonconv.problem import PASSES, Problem
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A contestant of a cell: what it runs by pass (nothing for torch), the call at size, the gate's verdict, and the
+    seconds of its first call, compilation included."""
+
+    name: str
+    chosen: Mapping[str, Selection]
+    call: TensorCall
+    verdict: gate.Verdict
+    first_s: float
 
 
 def why_not(record: Variant, problem: Problem, device: torch.device) -> str | None:
@@ -45,7 +56,7 @@ def served(record: Variant | None, problem: Problem, device: torch.device, pass_
     return chosen_fields(launched(None, problem, device, pass_name))
 
 
-def chosen_fields(chosen: Mapping[str, Choice]) -> dict[str, object]:
+def chosen_fields(chosen: Mapping[str, Selection]) -> dict[str, object]:
     """What a contestant runs by pass; while it is the same, a later run would only measure the same again."""
     return {
         "chosen": {name: each.variant.name for name, each in chosen.items()},
@@ -54,51 +65,45 @@ def chosen_fields(chosen: Mapping[str, Choice]) -> dict[str, object]:
     }
 
 
-def candidate(
-    name: str, record: Variant | None, subject: Subject, problem: Problem, pass_name: str, judge: Judge, at_size: bool
-) -> Candidate:
+def contestant(name: str, record: Variant | None, case: Case, pass_name: str, at_size: bool) -> Contestant:
     """Prepares and judges a contestant; ``record`` is the variant to force, None for torch and the public operation.
 
     Without ``at_size`` it is not held against torch at full size: where torch cannot run the cell.
     """
-    call, chosen = prepared(name, record, subject, problem, pass_name)
+    call, chosen = prepared(name, record, case, pass_name)
     begin = perf_counter()
     with spent.on({BASELINE: spent.TRIALS, COMPILED: spent.TORCH_COMPILE}.get(name, spent.COMPILING)):
         call()
-        if subject.device.type == "cuda":
+        if case.device.type == "cuda":
             wait_until_compiled()  # torch's own stood in
             call()
-            torch.cuda.synchronize(subject.device)
+            torch.cuda.synchronize(case.device)
     first_s = perf_counter() - begin
 
-    def on(wanted: Problem) -> TensorCall:
-        if wanted == problem:
+    def on(other: Case) -> TensorCall:
+        if other is case:
             return call
         if not chosen:  # torch's, also for torch.compile, which would compile it anew
-            return subject.baseline(wanted, pass_name)
+            return other.torch(pass_name)
         with pinned(*chosen.values()):
-            made = plan(wanted, subject.device)
-            return in_force(_call(made, wanted, subject.tensors(wanted), pass_name, public=name == OURS))
+            return in_force(_call(other, pass_name, public=name == OURS))
 
     with spent.on(spent.GATE):
         variants = [each.variant for each in chosen.values()]
-        verdict = judge(on, variants, at_size=at_size and name != BASELINE)
-    return Candidate(name, chosen, call, verdict, first_s)
+        at_size = at_size and (name != BASELINE or not case.torch_serves)  # torch's is not held against itself
+        verdict = case.judge(pass_name)(on, variants, at_size)
+    return Contestant(name, chosen, call, verdict, first_s)
 
 
-def prepared(
-    name: str, record: Variant | None, subject: Subject, problem: Problem, pass_name: str
-) -> tuple[TensorCall, dict[str, Selection]]:
+def prepared(name: str, record: Variant | None, case: Case, pass_name: str) -> tuple[TensorCall, dict[str, Selection]]:
     """The call of a contestant, and what it runs by pass; nothing for torch's own and torch.compile's."""
-    t = subject.tensors(problem)
     if name == BASELINE:
-        return torch_call(problem, t, pass_name), {}
+        return case.torch(pass_name), {}
     if name == COMPILED:
-        return operation_call(_compiled(), problem, t, pass_name), {}
+        return operation_call(_compiled(), case.problem, case.tensors, pass_name), {}
     with use(record.name) if record else contextlib.nullcontext():
-        made = plan(problem, subject.device)
-    call = _call(made, problem, t, pass_name, public=record is None)
-    return call, launched(record, problem, subject.device, pass_name)
+        call = _call(case, pass_name, public=record is None)
+    return call, launched(record, case.problem, case.device, pass_name)
 
 
 def _compiled():
@@ -108,12 +113,8 @@ def _compiled():
     return torch.compile(lambda *args: F.conv_transpose3d(*args), fullgraph=True, dynamic=False)
 
 
-def _call(made: Plan, problem: Problem, t: Tensors, pass_name: str, public: bool) -> TensorCall:
+def _call(case: Case, pass_name: str, public: bool) -> TensorCall:
     """The public operation where it has the pass; one gradient alone, or a variant alone, through its plan."""
     if pass_name == FORWARD_BACKWARD or (public and pass_name == "forward"):
-        return operation_call(conv_transpose3d, problem, t, pass_name)
-    if pass_name == "forward":
-        return lambda: (made.forward(t.x, t.weight, t.bias),)
-    if pass_name == "backward_data":
-        return lambda: (made.backward_data(t.grad_y, t.weight),)
-    return lambda: made.backward_weight(t.x, t.grad_y, problem.bias)
+        return operation_call(conv_transpose3d, case.problem, case.tensors, pass_name)
+    return case.call(plan(case.problem, case.device), pass_name)

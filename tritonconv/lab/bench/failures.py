@@ -40,6 +40,6 @@ def disqualifies(error: BaseException) -> bool:
     )
 
 
-def told(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """One line for the record."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -12,7 +12,7 @@
    output from step 1 + eps * sqrt(K)) * scale``: an index that goes wrong only at size is caught without a float64
    convolution at size. Where the two disagree, float64 decides for that output, within the same limit of each.
 
-The procedure is :class:`tritonconv.lab.bench.judge.Judge`.
+The procedure is :class:`tritonconv.lab.bench.case.Judge`.
 """
 
 from __future__ import annotations

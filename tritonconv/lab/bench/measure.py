@@ -33,14 +33,14 @@ class Measured:
         return next(iter(self.times))
 
     def fields(self, name: str, baseline: str) -> dict[str, object]:
-        """Per column the times in ms and the ratio to the baseline of the same rounds; and what the clocks told."""
+        """Per column the times in ms and the ratio to the baseline of the same rounds; and the clocks' readings."""
         found: dict[str, object] = {}
         for column, times in self.times.items():
             if name in times.rounds:
                 ratio = times.speedup(name, baseline) if baseline in times.rounds else None
                 found |= _fields(column, times.spread(name), ratio)
-        for column, told in self.clock.items():
-            found |= told if column == self.first else {f"{column}_late_samples": told["late_samples"]}
+        for column, readings in self.clock.items():
+            found |= readings if column == self.first else {f"{column}_late_samples": readings["late_samples"]}
         return found
 
 
@@ -59,7 +59,7 @@ def _fields(column: str, times: Spread, ratio: Ratio | None) -> dict[str, object
 def rounds(
     calls: Mapping[str, Call], watch: Watch, clock: GpuClock | None, seconds: float, **how: Any
 ) -> tuple[Times, Mapping[str, Any]]:
-    """Interleaved in about ``seconds``, on a GPU behind a warm-up, and what its clock told of them.
+    """Interleaved in about ``seconds``, on a GPU behind a warm-up, and its clock's readings meanwhile.
 
     ``how`` are the numbers of rounds of :func:`~tritonconv.lab.bench.timing.interleave`.
     """
@@ -67,8 +67,8 @@ def rounds(
         if clock is None:
             return interleave(calls, watch, seconds, **how), {}
         warm_up(calls, watch, WARM * seconds)
-        clock.told()  # of the warm-up
-        return interleave(calls, watch, (1 - WARM) * seconds, **how), clock.told()
+        clock.readings()  # of the warm-up
+        return interleave(calls, watch, (1 - WARM) * seconds, **how), clock.readings()
 
 
 def measure(
@@ -82,17 +82,17 @@ def measure(
     if clock is None:
         return Measured({WALL: rounds(calls, cpu_stopwatch, None, seconds)[0]}, {})
     times: dict[str, Times] = {}
-    told: dict[str, Mapping[str, Any]] = {}
+    readings: dict[str, Mapping[str, Any]] = {}
 
     def column(name: str, of: Mapping[str, Call], watch: Watch) -> None:
         times[name], of_column = rounds(of, watch, clock, SHARES[name] * seconds)
         if name != WALL:
-            told[name] = of_column
+            readings[name] = of_column
 
     column(GPU, calls, clock)
     _graphs(calls, baseline, device, partial(column, GRAPH), clock)
     column(WALL, calls, WallClock.for_call(device, next(iter(calls.values()))))
-    return Measured(times, told)
+    return Measured(times, readings)
 
 
 def _graphs(calls: Mapping[str, Call], baseline: str, device: torch.device, column, clock: GpuClock) -> None:

@@ -10,22 +10,23 @@ from tritonconv.autotune.rules import FALLBACK
 from tritonconv.errors import VariantNotApplicable
 from tritonconv.forced import in_force
 from tritonconv.functional import conv_transpose3d
-from tritonconv.lab.bench.calls import FORWARD_BACKWARD, TensorCall, Tensors, operation_call, torch_call
+from tritonconv.lab.bench.calls import FORWARD_BACKWARD, TensorCall, operation_call
+from tritonconv.lab.bench.case import Case
 from tritonconv.lab.bench.measure import Measured
 from tritonconv.lab.bench.noise import AGAIN, OUR_ROAD
 from tritonconv.lab.bench.results import BASELINE
-from tritonconv.problem import PASSES, Problem
+from tritonconv.problem import PASSES
 
 
-def calls(problem: Problem, tensors: Tensors, pass_name: str) -> dict[str, TensorCall]:
+def calls(case: Case, pass_name: str) -> dict[str, TensorCall]:
     """The null contestants of a pass of a problem that torch serves: warm, their answers torch's own.
 
     A gradient by itself has no public operation, and so no road of ours.
     """
-    found = {AGAIN: torch_call(problem, tensors, pass_name)}
+    found = {AGAIN: case.torch(pass_name)}
     passes = {"forward": ("forward",), FORWARD_BACKWARD: PASSES}.get(pass_name)
     if passes is not None:
-        call = operation_call(conv_transpose3d, problem, tensors, pass_name)
+        call = operation_call(conv_transpose3d, case.problem, case.tensors, pass_name)
         found[OUR_ROAD] = in_force(call, *(FALLBACK[name] for name in passes))
     for name in list(found):
         try:

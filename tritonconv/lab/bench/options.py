@@ -1,9 +1,8 @@
-"""What a run of the benchmark is asked for, and whom it tells how far it is."""
+"""What a run of the benchmark is asked for."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
@@ -12,13 +11,6 @@ from tritonconv.lab.bench.calls import FORWARD_BACKWARD
 from tritonconv.lab.bench.workloads import Workload
 
 CPU = torch.device("cpu")
-
-
-class Progress(Protocol):
-    """What the runner tells while it runs: how many cells there are, and each one that is done."""
-
-    def begin(self, cells: int) -> None: ...
-    def step(self, text: str) -> None: ...
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,16 @@ import importlib.util
 import sys
 import time
 from collections.abc import Callable
-from typing import TextIO
+from typing import Protocol, TextIO
 
 SECONDS_BETWEEN_LINES = 5.0
+
+
+class Progress(Protocol):
+    """How many cells there are, and each one that is done."""
+
+    def begin(self, cells: int) -> None: ...
+    def step(self, text: str) -> None: ...
 
 
 class Silent:
@@ -58,22 +65,15 @@ class Bar(Silent):
     """rich's progress bar."""
 
     def __init__(self, out: TextIO, first: str = "measuring the roofs") -> None:
+        from rich import progress as rich
         from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
 
-        self._bar = Progress(
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.description}"),
+        self._bar = rich.Progress(
+            rich.BarColumn(),
+            rich.MofNCompleteColumn(),
+            rich.TimeElapsedColumn(),
+            rich.TimeRemainingColumn(),
+            rich.TextColumn("{task.description}"),
             console=Console(file=out),
             transient=True,
         )

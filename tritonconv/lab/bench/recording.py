@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from tritonconv.lab.bench.environment import environment
-from tritonconv.lab.bench.failures import told
+from tritonconv.lab.bench.failures import one_line
 from tritonconv.lab.bench.results import SCHEMA, Writer
 
 
@@ -32,7 +32,7 @@ def recording(
             writer.end = {"reason": "interrupted"}
             raise
         except Exception as error:
-            writer.end = {"reason": "error", "message": told(error)}
+            writer.end = {"reason": "error", "message": one_line(error)}
             raise
         finally:
             writer.write("end", writer.end)

@@ -3,43 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
-from tritonconv.kernels.variant import Config, Variant
-from tritonconv.lab.bench import gate, roofs
-from tritonconv.lab.bench.calls import TensorCall, work
+from tritonconv.lab.bench import roofs
+from tritonconv.lab.bench.calls import work
 from tritonconv.lab.bench.classes import layer_class
 from tritonconv.lab.bench.clock import CLOCK
+from tritonconv.lab.bench.contestants import Contestant
 from tritonconv.lab.bench.environment import version
 from tritonconv.lab.bench.measure import Measured
 from tritonconv.lab.bench.results import BASELINE
-from tritonconv.lab.bench.subject import Subject
+from tritonconv.lab.bench.workloads import Workload
 from tritonconv.precision import TF32, float32_precision
 from tritonconv.problem import Problem
-
-
-class Choice(Protocol):
-    """A variant and its config, as dispatch chose them."""
-
-    @property
-    def variant(self) -> Variant: ...
-    @property
-    def config(self) -> Config: ...
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A contestant of a cell: what it runs by pass (nothing for torch), the call at size, the gate's verdict, and the
-    seconds of its first call, compilation included."""
-
-    name: str
-    chosen: Mapping[str, Choice]
-    call: TensorCall
-    verdict: gate.Verdict
-    first_s: float
 
 
 def sizes_of(problem: Problem) -> dict[str, object]:
@@ -49,13 +26,19 @@ def sizes_of(problem: Problem) -> dict[str, object]:
     return {**{name: getattr(problem, name) for name in names}, "back_crop": back_crop}
 
 
-def layer_fields(subject: Subject, problem: Problem) -> dict[str, object]:
+def head(layer: str, suite: str, pass_name: str, problem: Problem) -> dict[str, str]:
+    """The fields that every row about a pass of a layer begins with."""
+    dtype = str(problem.dtype).removeprefix("torch.")
+    return {"layer": layer, "suite": suite, "pass": pass_name, "layout": problem.layout, "dtype": dtype}
+
+
+def layer_fields(layer: Workload, duplicates: Iterable[str], problem: Problem) -> dict[str, object]:
     """The layer: where it comes from, its sizes as timed and as in the model."""
-    original = subject.original(problem.layout)
+    original = layer.problem(problem.dtype, problem.layout)
     return {
-        "source": subject.layer.source,
-        **({"family": subject.layer.family} if subject.layer.family else {}),
-        "duplicates": subject.duplicates,
+        "source": layer.source,
+        **({"family": layer.family} if layer.family else {}),
+        "duplicates": duplicates,
         "text": str(problem),
         "problem": sizes_of(problem),
         "class": layer_class(sizes_of(problem)),
@@ -73,13 +56,13 @@ def versions_of(device: torch.device) -> dict[str, str | None]:
 
 
 def measured_fields(
-    one: Candidate,
+    one: Contestant,
     measured: Measured,
     problem: Problem,
     head: Mapping[str, str],
     measured_roofs: Iterable[Mapping],
 ) -> dict[str, object]:
-    """Times (ms), rates, share of the roof, errors, speed-up of a candidate; ``head`` holds the pass and the dtype.
+    """Times (ms), rates, share of the roof, errors, speed-up of a contestant; ``head`` holds the pass and the dtype.
 
     What has no column in its name is of the device's first column, which ``timing`` names.
     """
@@ -120,7 +103,7 @@ def measured_fields(
     }
 
 
-def executed_flops(one: Candidate, problem: Problem) -> float | None:
+def executed_flops(one: Contestant, problem: Problem) -> float | None:
     """What the variants execute, padding and masked taps included; None where one of them does not say."""
     counts = [each.variant.work(problem, each.config) for each in one.chosen.values() if each.variant.work]
     if not counts or len(counts) < len(one.chosen):

@@ -7,23 +7,25 @@ the next one begins.
 from __future__ import annotations
 
 import itertools
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
 
 from tritonconv.device import current
 from tritonconv.lab.bench import gate, gpu, roofs, spent
+from tritonconv.lab.bench.case import Case
 from tritonconv.lab.bench.cell import Cell, CellTimer
 from tritonconv.lab.bench.clock import method
 from tritonconv.lab.bench.contestants import launched, why_not
 from tritonconv.lab.bench.environment import OtherPrograms, environment
-from tritonconv.lab.bench.failures import told
-from tritonconv.lab.bench.options import Options, Progress
+from tritonconv.lab.bench.failures import one_line
+from tritonconv.lab.bench.options import Options
+from tritonconv.lab.bench.progress import Progress
 from tritonconv.lab.bench.results import SCHEMA, Writer
-from tritonconv.lab.bench.subject import Subject
 from tritonconv.lab.bench.workloads import ALL, SCALES, distinct, in_order, left_out
-from tritonconv.lab.inspection.precompile import Precompiler, Request, shared
+from tritonconv.lab.inspection.precompile import Precompiler, Request, ensure_compiler
 
 # Time for one cell (s): what it gets without a budget, and the most it gets with one.
 CELL_SECONDS = 0.5
@@ -40,11 +42,14 @@ ROOFS_AGAIN, SHORT_ROOF_SECONDS = 3, 0.06
 
 @dataclass(frozen=True)
 class Outcome:
-    """Where the rows are, why the run ended (``complete``, ``budget``, ``interrupted``), and how many are errors."""
+    """Where the rows are, why the run ended (``complete``, ``budget``, ``interrupted``), and how many are errors; of a
+    campaign also what each step did, and where the seconds went."""
 
     path: Path
     reason: str
     errors: int
+    steps: tuple[str, ...] = ()
+    spent: spent.Spent = field(default_factory=dict)
 
 
 def bench(options: Options, folder: Path, progress: Progress) -> Outcome:
@@ -68,7 +73,7 @@ def bench(options: Options, folder: Path, progress: Progress) -> Outcome:
                 ledger.step("bench")
                 run = measure(options, writer, progress)
         except Exception as error:
-            end("error", message=told(error))
+            end("error", message=one_line(error))
             raise
         end(run.reason, cells=run.done, of_cells=run.cells)
         return Outcome(writer.path, run.reason, run.errors)
@@ -86,7 +91,7 @@ def measure(
     ``compiler`` is one that runs already. Returns the run with ``reason``, ``errors``, ``done`` and ``cells``.
     """
     here = current(options.device), gpu.cudnn_benchmark(options.device)
-    with here[0], here[1], shared(compiler, options.device) as compiling:
+    with here[0], here[1], ensure_compiler(compiler, options.device) as compiling:
         run = _Bench(options, writer, progress, known_roofs)
         run.compile_ahead(compiling)
         run.run()
@@ -165,7 +170,7 @@ class _Bench:
                     break
                 self.timer.measure(cell, share)
                 self.done += 1
-                self.progress.step(f"{cell.subject.layer.name} {cell.layout} {cell.pass_name}")
+                self.progress.step(f"{cell.layer.name} {cell.problem.layout} {cell.pass_name}")
             self._measure_roofs("end", SHORT_ROOF_SECONDS)
         except KeyboardInterrupt:
             self.reason = "interrupted"
@@ -175,10 +180,11 @@ class _Bench:
         options = self.options
         outputs = frozenset(name for pass_name in options.passes for name in gate.OUTPUTS[pass_name])
         for layer, dtype in itertools.product(in_order(self.layers), options.dtypes):
-            same = self.layers[layer]
-            subject = Subject(layer, same, dtype, options.scale, options.device, options.seed, outputs)
-            for layout, pass_name in itertools.product(options.layouts, options.passes):
-                cell = Cell(subject, layout, pass_name)
+            problems = [layer.problem(dtype, layout, options.scale) for layout in options.layouts]
+            # The values follow from the layer's name and the seed alone.
+            case = Case(problems[0], options.device, options.seed + zlib.crc32(layer.name.encode()), outputs)
+            for problem, pass_name in itertools.product(problems, options.passes):
+                cell = Cell(layer, self.layers[layer], case.on(problem), pass_name)
                 if cell.key not in options.done:
                     yield cell
 

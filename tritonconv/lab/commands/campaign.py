@@ -18,7 +18,7 @@ from tritonconv.autotune.key import device_name
 from tritonconv.lab import flags
 from tritonconv.lab.bench import results, spent
 from tritonconv.lab.bench.calls import FORWARD_BACKWARD
-from tritonconv.lab.bench.failures import context_is_lost, told
+from tritonconv.lab.bench.failures import context_is_lost, one_line
 from tritonconv.lab.bench.options import Options
 from tritonconv.lab.bench.progress import progress
 from tritonconv.lab.bench.summary import columns, summary
@@ -107,7 +107,7 @@ def run(options: argparse.Namespace) -> int:
         if not context_is_lost(error) or left < LEAST_SECONDS:
             raise
         shown.close()
-        print(f"the GPU is lost to this process, and a new one goes on: {told(error)}", file=sys.stderr)
+        print(f"the GPU is lost to this process, and a new one goes on: {one_line(error)}", file=sys.stderr)
         _go_on(options.given, left)
     finally:
         shown.close()

@@ -11,7 +11,7 @@ from time import perf_counter
 
 import torch
 
-from tritonconv.autotune.tuning.compiled import CONFIGS, jobs_of, judged
+from tritonconv.autotune.tuning.compiled_ahead import CONFIGS, jobs_of, with_reduced
 from tritonconv.errors import ArgumentError
 from tritonconv.kernels.targets import TARGETS
 from tritonconv.kernels.triton_compiled import VARIABLE, CompiledFolder
@@ -19,9 +19,9 @@ from tritonconv.lab import flags
 from tritonconv.lab.bench.progress import progress
 from tritonconv.lab.commands.common import OK, WRONG, add_flags, dtypes_of, layouts_of, load_variant_files
 from tritonconv.lab.commands.problems import add_problems, tasks_asked_for
-from tritonconv.lab.inspection.ahead import Filled, compile_into, opened, refused
+from tritonconv.lab.inspection.ahead import Filled, compile_into, open_folder, refused
 from tritonconv.lab.inspection.compiling import GPU, check_compiler, compiling_for
-from tritonconv.lab.inspection.launches import Launches, missing
+from tritonconv.lab.inspection.launches import Launches, missing_launches
 from tritonconv.lab.inspection.precompile import Request
 from tritonconv.lab.inspection.workers import GIVEN_UP
 from tritonconv.lab.verification import checks_of
@@ -84,7 +84,7 @@ def run(options: argparse.Namespace) -> int:
     begin, filled = perf_counter(), []
     for target in flags.once(options.target, ()):
         with _about_out(options.out):
-            folder = opened(options.out, target)
+            folder = open_folder(options.out, target)
         jobs = jobs_of(problems, target, options.candidates) + (_verified(options, target) if options.verify else [])
         if not jobs:
             raise ArgumentError(f"no Triton variant serves any of the problems on {target}")
@@ -114,7 +114,7 @@ def _about_out(path: Path) -> Iterator[None]:
 
 def _verified(options: argparse.Namespace, target: str) -> list[Request]:
     with compiling_for(TARGETS[target]):
-        return judged(
+        return with_reduced(
             (chosen.variant.name, task.problem, chosen.config)
             for task, chosen in checks_of(dtypes_of(options, DTYPE), layouts_of(options), GPU)
             if chosen.variant.backend == "triton"
@@ -159,7 +159,7 @@ def _check(path: Path, quiet: bool) -> int:
         raise ArgumentError(f"argument --check: {error}") from None
     with progress(quiet, unit="launches", first="working out the keys") as shown:
         shown.begin(len(launches))
-        lacking = list(missing(launches, launches, shown.step))
+        lacking = list(missing_launches(launches, launches, shown.step))
     if folder.difference is not None:
         print(folder.difference)
     else:

@@ -14,7 +14,7 @@ import torch
 from tritonconv.arguments import geometry, problem_of
 from tritonconv.autotune.tuning.api import problems_of
 from tritonconv.autotune.tuning.session import tasks_of
-from tritonconv.autotune.tuning.tuned import Task
+from tritonconv.autotune.tuning.tasks import Task
 from tritonconv.errors import ArgumentError
 from tritonconv.lab import flags
 from tritonconv.lab.bench.workloads import ALL, distinct, in_order, left_out, workloads

@@ -29,7 +29,7 @@ from tritonconv.lab.commands.common import (
     load_variant_files,
 )
 from tritonconv.lab.profiling import ncu
-from tritonconv.lab.profiling.cells import Cell, asked_for, head, worst_of
+from tritonconv.lab.profiling.cells import ProfiledCell, combinations, head, worst_of
 
 HELP = "read the hardware counters of slow layers' kernels with ncu"
 DESCRIPTION = """\
@@ -94,12 +94,12 @@ def run(options: argparse.Namespace) -> int:
     return WRONG if failed else OK
 
 
-def _cells(options: argparse.Namespace) -> list[Cell]:
+def _cells(options: argparse.Namespace) -> list[ProfiledCell]:
     files = tuple(str(path.absolute()) for path in options.variant_files)
     if options.results is None:
         if not options.only:
             raise ArgumentError("arguments RESULTS, --only: one of them is needed")
-        return asked_for(
+        return combinations(
             workloads(ALL, options.only),
             flags.once(options.passes, ("forward",)),
             flags.once(options.dtype, ("bfloat16",)),
@@ -128,7 +128,7 @@ def _all(cells, options, writer, versions, shown) -> tuple[int, str]:
             return failed, "budget"
         first = {**head(cell), "versions": versions}
         try:
-            launches = ncu.counted(options.ncu, cell.command(), min(left, MOST_SECONDS))
+            launches = ncu.count(options.ncu, cell.command(), min(left, MOST_SECONDS))
             rows = [
                 writer.write("profile", {**first, "kernel": each.kernel, "launch": index,
                                          "duration_us": each.duration_us, "counters": each.counters})
@@ -143,7 +143,7 @@ def _all(cells, options, writer, versions, shown) -> tuple[int, str]:
     return failed, "complete"
 
 
-def _show(cell: Cell, rows: list[dict]) -> None:
+def _show(cell: ProfiledCell, rows: list[dict]) -> None:
     flops, least = work(cell.problem, cell.pass_name)
     whole = sum(row["duration_us"] for row in rows)
     print(f"\n{_title(cell)}")
@@ -151,7 +151,7 @@ def _show(cell: Cell, rows: list[dict]) -> None:
     print("\n".join(counters.lines(rows)))
 
 
-def _title(cell: Cell) -> str:
+def _title(cell: ProfiledCell) -> str:
     config = " ".join(f"{key}={value}" for key, value in cell.config or ())
     said = f"{cell.layer}, {cell.pass_name}, {cell.dtype}, {cell.layout}: {cell.contestant} {config}".rstrip()
     return f"{said} ({cell.about})" if cell.about else said

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from tritonconv.autotune.tuning.session import Session
-from tritonconv.lab.bench.failures import disqualifies, told
+from tritonconv.lab.bench.failures import disqualifies, one_line
 from tritonconv.lab.bench.progress import progress
 from tritonconv.lab.bench.recording import recording
 from tritonconv.lab.bench.workloads import ALL, SCALES
@@ -73,7 +73,7 @@ def run(options: argparse.Namespace) -> int:
         except Exception as error:
             if not disqualifies(error):
                 raise
-            writer.end = {"reason": "error", "message": told(error)}
+            writer.end = {"reason": "error", "message": one_line(error)}
             report = session.report
     print(report)
     for name, message in failed.items():

@@ -19,7 +19,7 @@ import torch
 from tritonconv.kernels.registry import file_of, have_triton, load, variant
 from tritonconv.kernels.targets import TARGETS
 from tritonconv.kernels.variant import Config
-from tritonconv.lab.bench.failures import disqualifies, told
+from tritonconv.lab.bench.failures import disqualifies, one_line
 from tritonconv.lab.inspection.compiling import compile_launch, compiling_for, products_in
 from tritonconv.lab.inspection.launchers import compile_launchers
 from tritonconv.lab.inspection.launches import Kernel, Launches, read_active
@@ -49,7 +49,9 @@ class Answer:
         return not self.error
 
 
-def shared(compiler: Precompiler | None, device: torch.device) -> contextlib.AbstractContextManager[Precompiler]:
+def ensure_compiler(
+    compiler: Precompiler | None, device: torch.device
+) -> contextlib.AbstractContextManager[Precompiler]:
     """The compiler of an outer block, which ends it; None: one for the device, for this block."""
     return Precompiler(target_of(device), ahead=read_active()) if compiler is None else contextlib.nullcontext(compiler)
 
@@ -112,4 +114,4 @@ def compile_one(name: str, problem: Problem, config: Config, precision: str, tar
             compile_launchers(kernels),
         )
     except Exception as error:  # the launch itself will say so
-        return Answer(error=told(error), expected=disqualifies(error))
+        return Answer(error=one_line(error), expected=disqualifies(error))

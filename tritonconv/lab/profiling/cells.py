@@ -15,14 +15,14 @@ from tritonconv.dispatch import Selection
 from tritonconv.forced import pinned
 from tritonconv.kernels import registry
 from tritonconv.kernels.registry import variant, variants
-from tritonconv.lab.bench import gate, gpu
+from tritonconv.lab.bench import gpu, rows
 from tritonconv.lab.bench.calls import FORWARD_BACKWARD
+from tritonconv.lab.bench.case import Case
 from tritonconv.lab.bench.classes import layer_class
 from tritonconv.lab.bench.contestants import prepared
 from tritonconv.lab.bench.results import BASELINE, OURS, Run
 from tritonconv.lab.bench.rows import sizes_of
 from tritonconv.lab.bench.standings import Standing, standings
-from tritonconv.lab.bench.subject import Subject
 from tritonconv.lab.bench.workloads import Workload, workload
 from tritonconv.problem import PASSES, Problem
 
@@ -34,7 +34,7 @@ WORKER = (
 
 
 @dataclass(frozen=True)
-class Cell:
+class ProfiledCell:
     """A contestant (``torch``, ``tritonconv`` or a variant) on a layer, in one dtype, layout and pass.
 
     ``config`` None is what dispatch gives the contestant. ``about`` says why the cell is looked into;
@@ -60,7 +60,7 @@ class Cell:
         return [sys.executable, "-c", WORKER, json.dumps(asdict(self)), *map(str, sys.path)]
 
 
-def worst_of(run: Run, count: int, passes: Sequence[str] = (), only: str = "") -> list[Cell]:
+def worst_of(run: Run, count: int, passes: Sequence[str] = (), only: str = "") -> list[ProfiledCell]:
     """Of each class of layers the ``count`` cells to look into first, in each pass and dtype; ``only``: a part of the
     layers' names.
 
@@ -73,14 +73,14 @@ def worst_of(run: Run, count: int, passes: Sequence[str] = (), only: str = "") -
         if only in row["layer"] and (not passes or row["pass"] in passes):
             groups.setdefault((layer_class(row["problem"]), row["pass"], row["dtype"]), []).append(each)
     chosen = (each for group in groups.values() for each in sorted(group, key=_urgency)[:count])
-    return list(dict.fromkeys(cell for each in chosen for cell in _of(each, run)))
+    return list(dict.fromkeys(cell for each in chosen for cell in _cells_of(each, run)))
 
 
 def _urgency(each: Standing) -> tuple[bool, float]:
     return each.ratio >= 1 and not each.torch_chosen, each.ours.get("percent_of_roof") or each.ratio
 
 
-def _of(each: Standing, run: Run) -> Iterator[Cell]:
+def _cells_of(each: Standing, run: Run) -> Iterator[ProfiledCell]:
     if each.torch_chosen:
         for name in PASSES if each.ours["pass"] == FORWARD_BACKWARD else (each.ours["pass"],):
             nearest = _nearest(each.ours, name, run)
@@ -107,14 +107,14 @@ def _times(row: Mapping) -> str:
     return f"{row['median_ms'] * 1e3:.4g} us measured"
 
 
-def _cell(row: Mapping, run: Run, contestant: str, about: str, config: Mapping[str, int] | None = None) -> Cell:
+def _cell(row: Mapping, run: Run, contestant: str, about: str, config: Mapping[str, int] | None = None) -> ProfiledCell:
     given = None if config is None else tuple(sorted(config.items()))
-    return Cell(
+    return ProfiledCell(
         row["layer"], row["pass"], row["dtype"], row["layout"], contestant, run.environment["scale"], given, about
     )
 
 
-def asked_for(
+def combinations(
     layers: Iterable[Workload],
     passes: Iterable[str],
     dtypes: Iterable[str],
@@ -122,11 +122,11 @@ def asked_for(
     contestants: Sequence[str],
     scale: str,
     variant_files: tuple[str, ...] = (),
-) -> list[Cell]:
+) -> list[ProfiledCell]:
     """Every combination; a variant in the cells of its own pass. Raises ArgumentError for a variant there is not."""
     own = {name: variant(name).pass_name for name in contestants if name not in (BASELINE, OURS)}
     return [
-        Cell(layer.name, pass_name, dtype, layout, name, scale, variant_files=variant_files)
+        ProfiledCell(layer.name, pass_name, dtype, layout, name, scale, variant_files=variant_files)
         for layer in layers
         for pass_name in passes
         for dtype in dtypes
@@ -142,15 +142,13 @@ def run_once(job: str) -> None:
     for path in cell.variant_files:
         registry.load(Path(path))
     device = torch.device("cuda")
-    outputs = PASSES if cell.pass_name == FORWARD_BACKWARD else (cell.pass_name,)
-    wanted = frozenset(name for each in outputs for name in gate.OUTPUTS[each])
-    subject = Subject(workload(cell.layer), (), getattr(torch, cell.dtype), cell.scale, device, 0, wanted)
+    case = Case(cell.problem, device)
     record = None if cell.contestant in (BASELINE, OURS) else variant(cell.contestant)
     fixed: tuple[Selection, ...] = ()
     if record is not None and cell.config is not None:
         fixed, record = (Selection(record, dict(cell.config), "profiled"),), None
     with gpu.cudnn_benchmark(device), pinned(*fixed) if fixed else contextlib.nullcontext():
-        call, _ = prepared(cell.contestant, record, subject, cell.problem, cell.pass_name)
+        call, _ = prepared(cell.contestant, record, case, cell.pass_name)
         for _ in range(gpu.WARM_CALLS):
             call()
         torch.cuda.synchronize(device)
@@ -160,20 +158,16 @@ def run_once(job: str) -> None:
         torch.cuda.profiler.stop()
 
 
-def _read(job: str) -> Cell:
+def _read(job: str) -> ProfiledCell:
     fields = json.loads(job)
     config = None if fields["config"] is None else tuple((key, value) for key, value in fields["config"])
-    return Cell(**{**fields, "variant_files": tuple(fields["variant_files"]), "config": config})
+    return ProfiledCell(**{**fields, "variant_files": tuple(fields["variant_files"]), "config": config})
 
 
-def head(cell: Cell) -> dict[str, object]:
-    """What the rows about a cell begin with."""
+def head(cell: ProfiledCell) -> dict[str, object]:
+    """The fields that the rows about a cell begin with."""
     return {
-        "layer": cell.layer,
-        "suite": workload(cell.layer).suite,
-        "pass": cell.pass_name,
-        "dtype": cell.dtype,
-        "layout": cell.layout,
+        **rows.head(cell.layer, workload(cell.layer).suite, cell.pass_name, cell.problem),
         "variant": cell.contestant,
         **({} if cell.config is None else {"config": dict(cell.config)}),
         "problem": sizes_of(cell.problem),

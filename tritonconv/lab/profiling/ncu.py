@@ -28,11 +28,11 @@ SECTIONS = (
 )
 HEAD = '"ID",'  # the table begins with it, below what the tool says of its own progress
 MICROSECONDS = {"ns": 1e-3, "nsecond": 1e-3, "us": 1.0, "usecond": 1.0, "ms": 1e3, "msecond": 1e3, "s": 1e6}
-MOST_TOLD = 300  # characters of an error
+MOST_CHARACTERS = 300  # of an error
 
 
 @dataclass
-class Counted:
+class KernelCounters:
     """A launch of a kernel. ``counters`` by "name [unit]", as ncu names them, in base units."""
 
     kernel: str
@@ -44,10 +44,10 @@ class Counted:
         for unit, factor in MICROSECONDS.items():
             if f"Duration [{unit}]" in self.counters:
                 return self.counters[f"Duration [{unit}]"] * factor
-        raise ResultsError(f"ncu: no duration of {self.kernel} in {', '.join(self.counters)[:MOST_TOLD]}")
+        raise ResultsError(f"ncu: no duration of {self.kernel} in {', '.join(self.counters)[:MOST_CHARACTERS]}")
 
 
-def counted(ncu: str, command: Sequence[str], seconds: float) -> list[Counted]:
+def count(ncu: str, command: Sequence[str], seconds: float) -> list[KernelCounters]:
     """The launches that a command makes while it is told to look, in their order.
 
     Raises ResultsError with what ncu or the command said where there are none, or after so many seconds.
@@ -55,18 +55,18 @@ def counted(ncu: str, command: Sequence[str], seconds: float) -> list[Counted]:
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         sections = [part for name in SECTIONS for part in ("--section", name)]
-        asked = [
+        arguments = [
             ncu, "--clock-control", "none", "--profile-from-start", "off", "--csv", "--page", "details",
             "--print-units", "base", *sections, "--log-file", str(log), *command,
         ]  # fmt: skip
         try:
             # A group of its own: a kill reaches the command too.
-            tool = subprocess.Popen(asked, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            tool = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                                     start_new_session=hasattr(os, "killpg"))  # fmt: skip
         except OSError as error:
             raise ResultsError(f"ncu: cannot run {ncu!r}: {error}") from None
         try:
-            said, _ = tool.communicate(timeout=seconds)
+            output, _ = tool.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
             raise ResultsError(f"ncu: not done after {seconds:.0f} s") from None
         finally:
@@ -76,19 +76,19 @@ def counted(ncu: str, command: Sequence[str], seconds: float) -> list[Counted]:
         text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
     found = list(read(text))
     if tool.returncode or not found:
-        raise ResultsError(f"ncu: exit code {tool.returncode}: {_reason(text, said)}")
+        raise ResultsError(f"ncu: exit code {tool.returncode}: {_reason(text, output)}")
     return found
 
 
-def read(text: str) -> Iterator[Counted]:
+def read(text: str) -> Iterator[KernelCounters]:
     """The launches of a table of the details page; what is no number is passed over."""
     lines = text.splitlines()
     first = next((index for index, line in enumerate(lines) if line.startswith(HEAD)), len(lines))
-    launches: dict[str, Counted] = {}
+    launches: dict[str, KernelCounters] = {}
     for row in csv.DictReader(lines[first:]):
         name, value = row.get("Metric Name"), _number(row.get("Metric Value"))
         if name and value is not None:
-            launch = launches.setdefault(row["ID"], Counted(row["Kernel Name"]))
+            launch = launches.setdefault(row["ID"], KernelCounters(row["Kernel Name"]))
             launch.counters[f"{name} [{row.get('Metric Unit') or ''}]"] = value
     yield from launches.values()
 
@@ -100,8 +100,8 @@ def _number(text: str | None) -> float | None:
         return None
 
 
-def _reason(log: str, said: str) -> str:
+def _reason(log: str, output: str) -> str:
     """ncu's errors, else the last line of the command's: of a traceback the error."""
     errors = [line for line in log.splitlines() if line.startswith("==ERROR==")]
-    told = errors or said.strip().splitlines()[-1:] or log.strip().splitlines()[-1:] or ["it counted no kernel"]
-    return " ".join(told)[:MOST_TOLD]
+    lines = errors or output.strip().splitlines()[-1:] or log.strip().splitlines()[-1:] or ["it counted no kernel"]
+    return " ".join(lines)[:MOST_CHARACTERS]

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 
 import torch
 
 from tritonconv.autotune import ceilings
-from tritonconv.autotune.tuning.contest import Candidate, Effort, candidates
+from tritonconv.autotune.tuning.contest import Candidate, Effort, WasCompiled, candidates
 from tritonconv.kernels.targets import TARGETS
-from tritonconv.kernels.variant import Config, Variant
 from tritonconv.lab.bench import gate
 from tritonconv.lab.inspection.compiling import GPU, compiling_for
 from tritonconv.lab.inspection.launches import read_active
@@ -38,10 +37,10 @@ def jobs_of(problems: Iterable[Problem], target: str, configs: int = CONFIGS) ->
                 chosen = [each.selection for each in candidates(problem, GPU, pass_name, rates, effort)]
                 kernels = [each for each in chosen if each.variant.backend == "triton"]
                 fields.append([(each.variant.name, problem, each.config) for each in kernels])
-    return judged(job for jobs in zip_longest(*fields) for job in jobs if job is not None)
+    return with_reduced(job for jobs in zip_longest(*fields) for job in jobs if job is not None)
 
 
-def judged(jobs: Iterable[Request]) -> list[Request]:
+def with_reduced(jobs: Iterable[Request]) -> list[Request]:
     """The launches, and each on the small problem on which the gate judges it, which mostly is of the same kernels."""
     found: dict[tuple, Request] = {}
     for name, problem, config in jobs:
@@ -50,23 +49,23 @@ def judged(jobs: Iterable[Request]) -> list[Request]:
     return list(found.values())
 
 
-def held(problem: Problem, device: torch.device) -> Callable[[Variant, Config], bool] | None:
+def was_compiled(problem: Problem, device: torch.device) -> WasCompiled | None:
     """Whether the launch of a config was compiled ahead; None where no folder of compiled kernels is taken."""
     launches = read_active()
     target = None if launches is None else target_of(device)
     if launches is None or target is None:
         return None
-    said = float32_precision()
-    return lambda record, config: launches.has(record.name, problem, config, said, target)
+    precision = float32_precision()
+    return lambda record, config: launches.has(record.name, problem, config, precision, target)
 
 
-def compiled_first(field: Sequence[Candidate], held: Callable[[Variant, Config], bool] | None) -> list[Candidate]:
+def compiled_first(field: Sequence[Candidate], was_compiled: WasCompiled | None) -> list[Candidate]:
     """The candidates in their order, those behind the others that have to be compiled."""
-    if held is None:
+    if was_compiled is None:
         return list(field)
 
     def to_compile(each: Candidate) -> bool:
         record = each.selection.variant
-        return record.backend == "triton" and not held(record, each.selection.config)
+        return record.backend == "triton" and not was_compiled(record, each.selection.config)
 
     return sorted(field, key=to_compile)
