@@ -251,7 +251,10 @@ def test_tune_tells_of_a_layer_without_memory_and_tunes_the_others(tmp_path, mon
     assert tune(tmp_path / "alone", "--layout", "ndhwc") == 1
     assert "0 choices" in capsys.readouterr().out
     assert read(next((tmp_path / "alone").glob("tune-*.jsonl"))).end["reason"] == "error"
+    capsys.readouterr()
     assert tune(tmp_path / "well", "--layout", "ncdhw") == 0
+    out = capsys.readouterr().out
+    assert out.count("ncdhw") == out.count("  problem 1: ") == 3  # the layout once in the line of each choice
     error = TypeError("make_tensors() takes 4")
     with pytest.raises(TypeError, match="takes 4"):
         tune(tmp_path / "alone", "--layout", "ndhwc")

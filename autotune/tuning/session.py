@@ -278,8 +278,13 @@ def head(task: Task, pass_name: str) -> dict[str, object]:
 
 
 def tasks_of(problems: Iterable[Problem]) -> list[Task]:
-    """Tasks of problems that have no names."""
-    return [Task(problem, f"problem {index}: {problem}", "given") for index, problem in enumerate(problems, start=1)]
+    """Tasks of problems that have no names; dtype and layout are no part of a name."""
+
+    def name(index: int, problem: Problem) -> str:
+        dtype = str(problem.dtype).removeprefix("torch.")
+        return f"problem {index}: {problem}".replace(f" {dtype} {problem.layout}", "", 1)
+
+    return [Task(problem, name(index, problem), "given") for index, problem in enumerate(problems, start=1)]
 
 
 def _progress_line(task: Task, report: Report) -> str:

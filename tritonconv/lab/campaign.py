@@ -27,10 +27,10 @@ from tritonconv.autotune.tuning.tasks import Task
 from tritonconv.device import current
 from tritonconv.lab.bench import overhead, results, roofs, spent
 from tritonconv.lab.bench.contestants import served
-from tritonconv.lab.bench.failures import one_line
 from tritonconv.lab.bench.options import Options
 from tritonconv.lab.bench.progress import Progress
-from tritonconv.lab.bench.results import BASELINE, COMPILED, OURS, Run, Writer
+from tritonconv.lab.bench.recording import recording
+from tritonconv.lab.bench.results import BASELINE, COMPILED, OURS, Run
 from tritonconv.lab.bench.roofs import TF32
 from tritonconv.lab.bench.rows import versions_of
 from tritonconv.lab.bench.runner import Outcome, header, measure
@@ -76,17 +76,17 @@ class Campaign:
         What else ends the run, such as a GPU that is lost, is in the file before it is raised.
         """
         self.earlier, self.versions = self._earlier(), versions_of(self.device)
-        reason = "complete"
+        options = self.options
         here, compiling = current(self.device), Precompiler(target_of(self.device), ahead=read_active())
         with (
             store_of(self.folder),
-            Writer(self.folder, results.CAMPAIGN) as writer,
+            recording(
+                self.folder, results.CAMPAIGN, self.device, options.command, options.seed, **header(options)
+            ) as self.writer,
             here,
             compiling as self.compiler,
             spent.Ledger() as self.ledger,
         ):
-            self.writer = writer
-            self.environment = writer.write("environment", header(self.options, writer))
             try:
                 self._step("verify", self._verify)
                 measured = self._step("roofs", self._roofs)
@@ -94,22 +94,17 @@ class Campaign:
                 finished = self._bench(measured) and finished
                 self._step("overhead", self._overhead)
                 finished = self._sizes(measured) and finished
-                reason = "complete" if finished else "budget"
+                self.writer.end["reason"] = "complete" if finished else "budget"
             except KeyboardInterrupt:
-                reason = "interrupted"
-            except Exception as error:
-                self._end("error", message=one_line(error))
-                raise
-            self._end(reason)
-        return Outcome(writer.path, reason, self.errors, tuple(self.steps), self.ledger.rounded())
+                self.writer.end["reason"] = "interrupted"
+            finally:
+                self.writer.end["spent"] = self.ledger.rounded()
+        reason = str(self.writer.end["reason"])
+        return Outcome(self.writer.path, reason, self.errors, tuple(self.steps), self.ledger.rounded())
 
     def _step(self, name: str, run: Callable[[], T]) -> T:
         self.ledger.step(name)
         return run()
-
-    def _end(self, reason: str, **more: str) -> None:
-        facts = {"seconds": round(perf_counter() - self.begin, 3), "spent": self.ledger.rounded()}
-        self.writer.write("end", {"reason": reason, **facts, **more})
 
     def _earlier(self) -> Run | None:
         """What earlier runs of this folder measured, which were all on this device."""
@@ -143,7 +138,7 @@ class Campaign:
             found += measured
         else:
             self.steps.append("roofs: known from an earlier run")
-        ceilings = from_roofs(found, self.environment, self.device)
+        ceilings = from_roofs(found, self.writer.environment, self.device)
         if ceilings is not None:
             calibrate.keep(ceilings, self.device)
             dispatch.forget()

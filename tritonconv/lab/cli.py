@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = parser.parse_args(given)
     except SystemExit as stop:  # argparse printed its message; --help ends with 0
         return stop.code if isinstance(stop.code, int) else USAGE
-    options.given = given
+    options.given, options.command = given, ("tritonconv", *given)
     try:
         return COMMANDS[options.name].run(options)
     except (ArgumentError, ResultsError) as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from time import perf_counter
 
 import torch
 
@@ -15,24 +16,23 @@ from tritonconv.lab.bench.results import SCHEMA, Writer
 
 @contextlib.contextmanager
 def recording(
-    folder: Path, prefix: str, device: torch.device, command: Sequence[str], scale: str, rule: str
+    folder: Path, prefix: str, device: torch.device, command: Sequence[str], seed: int = 0, **facts: object
 ) -> Iterator[Writer]:
-    """Inside the block the file is open. The block may set the writer's ``end``, the last row; an exception does.
+    """Inside the block the file is open; ``facts`` go with the environment.
 
-    Raises ResultsError where the file cannot be written.
+    The block may add to the writer's ``end``, the last row. An exception is written there too and raised again. Raises
+    ResultsError where the file cannot be written.
     """
     with Writer(folder, prefix) as writer:
-        facts = environment(device, ("tritonconv", *command), 0)
-        writer.environment = writer.write(
-            "environment", {"schema": SCHEMA, "run": writer.run, **facts, "scale": scale, "scale_rule": rule}
-        )
+        head = {"schema": SCHEMA, "run": writer.run, **environment(device, command, seed), **facts}
+        writer.environment, begin = writer.write("environment", head), perf_counter()
         try:
             yield writer
         except KeyboardInterrupt:
-            writer.end = {"reason": "interrupted"}
+            writer.end["reason"] = "interrupted"
             raise
         except Exception as error:
-            writer.end = {"reason": "error", "message": one_line(error)}
+            writer.end |= {"reason": "error", "message": one_line(error)}
             raise
         finally:
-            writer.write("end", writer.end)
+            writer.write("end", {**writer.end, "seconds": round(perf_counter() - begin, 3)})

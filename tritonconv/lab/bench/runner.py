@@ -19,11 +19,11 @@ from tritonconv.lab.bench.case import Case
 from tritonconv.lab.bench.cell import Cell, CellTimer
 from tritonconv.lab.bench.clock import method
 from tritonconv.lab.bench.contestants import launched, why_not
-from tritonconv.lab.bench.environment import OtherPrograms, environment
-from tritonconv.lab.bench.failures import one_line
+from tritonconv.lab.bench.environment import OtherPrograms
 from tritonconv.lab.bench.options import Options
 from tritonconv.lab.bench.progress import Progress
-from tritonconv.lab.bench.results import SCHEMA, Writer
+from tritonconv.lab.bench.recording import recording
+from tritonconv.lab.bench.results import PREFIX, Writer
 from tritonconv.lab.bench.workloads import ALL, SCALES, distinct, in_order, left_out
 from tritonconv.lab.inspection.precompile import Precompiler, Request, ensure_compiler
 
@@ -59,24 +59,18 @@ def bench(options: Options, folder: Path, progress: Progress) -> Outcome:
     where the file cannot be written. What else ends the run, such as a GPU that is lost, is in the file before it is
     raised.
     """
-    with Writer(folder) as writer:
-        writer.write("environment", header(options, writer))
-        begin, others = perf_counter(), OtherPrograms()
-
-        def end(reason: str, **more: object) -> None:
-            seconds = round(perf_counter() - begin, 3)
-            facts = {"other_cores": others.since_last(), "spent": ledger.rounded()}
-            writer.write("end", {"reason": reason, "seconds": seconds, **more, **facts})
-
+    others = OtherPrograms()
+    with (
+        recording(folder, PREFIX, options.device, options.command, options.seed, **header(options)) as writer,
+        spent.Ledger() as ledger,
+    ):
+        ledger.step("bench")
         try:
-            with spent.Ledger() as ledger:
-                ledger.step("bench")
-                run = measure(options, writer, progress)
-        except Exception as error:
-            end("error", message=one_line(error))
-            raise
-        end(run.reason, cells=run.done, of_cells=run.cells)
-        return Outcome(writer.path, run.reason, run.errors)
+            run = measure(options, writer, progress)
+            writer.end |= {"reason": run.reason, "cells": run.done, "of_cells": run.cells}
+        finally:
+            writer.end |= {"other_cores": others.since_last(), "spent": ledger.rounded()}
+    return Outcome(writer.path, run.reason, run.errors)
 
 
 def measure(
@@ -98,12 +92,9 @@ def measure(
     return run
 
 
-def header(options: Options, writer: Writer) -> dict[str, object]:
-    """The environment row of a run of the benchmark."""
+def header(options: Options) -> dict[str, object]:
+    """The facts of a run of the benchmark, for its environment row."""
     return {
-        "schema": SCHEMA,
-        "run": writer.run,
-        **environment(options.device, options.command, options.seed),
         "scale": options.scale,
         "scale_rule": SCALES[options.scale],
         "timing": method(options.device),

@@ -137,7 +137,7 @@ def _layers(options: argparse.Namespace, device: torch.device) -> int:
         seconds=options.seconds,
         device=device,
         seed=options.seed or 0,
-        command=("tritonconv", *options.given),
+        command=options.command,
     )
     use_compiled(options, device)
     with progress(options.quiet) as shown:
@@ -169,7 +169,8 @@ def _variants(names: tuple[str, ...], passes: tuple[str, ...]) -> tuple[Variant,
 def _overhead(options: argparse.Namespace, device: torch.device) -> int:
     dtypes, target = dtypes_of(options, "float32"), options.output or RESULTS
     worst, lines = 0.0, [["pass", "dtype", "torch us", "tritonconv us", "difference us"]]
-    with recording(target, "overhead-", device, options.given, "given", f"one tiny layer: {overhead.LAYER}") as writer:
+    rule = f"one tiny layer: {overhead.LAYER}"
+    with recording(target, "overhead-", device, options.command, scale="given", scale_rule=rule) as writer:
         for dtype in dtypes:
             seconds = (options.seconds or DEVICE_SECONDS) / len(dtypes)
             measured = overhead.measure(device, dtype, seconds, options.use or ())
@@ -190,7 +191,7 @@ def _overhead(options: argparse.Namespace, device: torch.device) -> int:
 def _roofs(options: argparse.Namespace, device: torch.device) -> int:
     dtypes, target = dtypes_of(options, *ROOF_DTYPES), options.output or RESULTS
     each = (options.seconds or DEVICE_SECONDS) / (2 + 2 * len(dtypes))
-    with recording(target, "roofs-", device, options.given, "given", "no layers") as writer:
+    with recording(target, "roofs-", device, options.command, scale="given", scale_rule="no layers") as writer:
         rows: list[dict[str, Any]] = [
             writer.write("roof", {**row, "when": "start"}) for row in roofs.measure(device, dtypes, each)
         ]

@@ -95,7 +95,7 @@ def run(options: argparse.Namespace) -> int:
         scale=scale_for(options.scale, device),
         seconds=options.seconds,
         device=device,
-        command=("tritonconv", *options.given),
+        command=options.command,
         compiled=gpu if options.compile is None else options.compile,
     )
     use_compiled(options, device)

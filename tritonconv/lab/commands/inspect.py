@@ -115,7 +115,7 @@ def run(options: argparse.Namespace) -> int:
         return _accesses(options, chosen)
     wanted = _plan(options, chosen, flags.once(options.target, DEFAULT_TARGETS), DEFAULT_PRECISIONS)
     found = _compiled(wanted, options)
-    command = shlex.join(("tritonconv", *options.given))
+    command = shlex.join(options.command)
     inspection = Inspection(version("triton") or "none", torch.__version__, command, tuple(found))
     tables.show(inspection)
     print(f"\n{tables.verdict(inspection)}")

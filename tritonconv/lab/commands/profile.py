@@ -82,11 +82,12 @@ def run(options: argparse.Namespace) -> int:
     cells, folder = _cells(options), options.results or RESULTS
     folder = folder if folder.suffix != ".jsonl" else folder.parent
     own = store_of(folder) if options.results and (folder / STORE).is_dir() else contextlib.nullcontext()
-    scale = cells[0].scale
+    facts = {"scale": cells[0].scale, "scale_rule": SCALES[cells[0].scale]}
+    target = options.output or folder
     with (
         progress(options.quiet, unit="cells", first="starting ncu") as shown,
         own,
-        recording(options.output or folder, results.PROFILE, device, options.given, scale, SCALES[scale]) as writer,
+        recording(target, results.PROFILE, device, options.command, 0, **facts) as writer,
     ):
         failed, reason = _all(cells, options, writer, versions_of(device), shown)
         writer.end = {"reason": reason}

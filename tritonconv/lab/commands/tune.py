@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
     rule = SCALES.get(scale, "the sizes that were given")
     with (
         progress(options.quiet, unit="problems", first="looking at what is stored") as shown,
-        recording(options.output or RESULTS, "tune-", device, options.given, scale, rule) as writer,
+        recording(options.output or RESULTS, "tune-", device, options.command, scale=scale, scale_rule=rule) as writer,
     ):
 
         def write(kind: str, row: dict[str, object]) -> None:
