@@ -19,8 +19,8 @@ from tritonconv.errors import StoreError, StoreWarning
 from tritonconv.kernels.registry import renamed
 
 OK, WRONG, FAILED = "ok", "wrong", "failed"
-STATUSES = (OK, WRONG, FAILED)
 SCREEN, FINAL = "screen", "final"  # stages
+MEASURED = ("median_ms", "p20_ms", "p80_ms", "n_runs", "speedup", "sm_mhz", "late_samples")  # in a results file
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,14 @@ class Timing:
     def identity(self) -> str:
         parts = (self.problem, self.pass_name, self.variant, self.config, self.source, self.stage, self.versions)
         return json.dumps(parts, sort_keys=True)
+
+    @property
+    def row(self) -> dict[str, object]:
+        """The fields of its row in a results file, besides those of the problem: of kind ``timing`` where it is OK, else
+        of kind ``error``."""
+        found: dict[str, object] = {"variant": self.variant, "config": dict(self.config), "stage": self.stage}
+        names = MEASURED if self.status == OK else ("status", "message")
+        return found | {name: getattr(self, name) for name in names}
 
 
 @dataclass
@@ -137,7 +145,7 @@ def _timing(line: str) -> Timing | None:
         timing = Timing(**{**data, "variant": name, "config": config})
         texts = (timing.problem, timing.pass_name, timing.variant, timing.source, timing.stage)
         times = (timing.median_ms, timing.p20_ms, timing.p80_ms)
-        sound = timing.status in STATUSES and all(type(text) is str for text in texts)
+        sound = timing.status in (OK, WRONG, FAILED) and all(type(text) is str for text in texts)
         timed = timing.status != OK or all(isinstance(each, (int, float)) and each > 0 for each in times)
     except (ValueError, RecursionError, KeyError, TypeError):
         return None

@@ -18,7 +18,7 @@ from tritonconv.autotune.store import Entry, Table
 from tritonconv.autotune.tuning import calibrate
 from tritonconv.autotune.tuning.compiled_ahead import compiled_first, was_compiled
 from tritonconv.autotune.tuning.contest import Candidate, Contest, Effort, OutOfTime, candidates
-from tritonconv.autotune.tuning.journal import SCREEN, Journal, Timing
+from tritonconv.autotune.tuning.journal import OK, SCREEN, Journal, Timing
 from tritonconv.autotune.tuning.tasks import BUDGET, Report, Task
 from tritonconv.autotune.tuning.tuner import ProblemTuner, Winner
 from tritonconv.device import current
@@ -252,13 +252,8 @@ class Session:
         self.report.timings += len(contest.measured)
         self.report.reused += contest.reused
         for timing, predicted in contest.measured:
-            fields = {"variant": timing.variant, "config": dict(timing.config), "stage": timing.stage}
-            row = {**head(task, timing.pass_name), **fields, "predicted_ms": predicted if predicted > 0 else None}
-            if timing.status == "ok":
-                names = ("median_ms", "p20_ms", "p80_ms", "n_runs", "speedup", "sm_mhz", "late_samples")
-                self.write("timing", {**row, **{name: getattr(timing, name) for name in names}})
-            else:
-                self.write("error", {**row, "status": timing.status, "message": timing.message})
+            row = {**head(task, timing.pass_name), **timing.row, "predicted_ms": predicted if predicted > 0 else None}
+            self.write("timing" if timing.status == OK else "error", row)
 
     def _distinct(self, tasks: Iterable[Task]) -> list[Task]:
         """One task per problem; an empty output has nothing to time."""
