@@ -53,8 +53,8 @@ class Timing:
 
     @property
     def row(self) -> dict[str, object]:
-        """The fields of its row in a results file, besides those of the problem: of kind ``timing`` where it is OK, else
-        of kind ``error``."""
+        """The fields of its row in a results file besides the problem's; the kind is ``timing`` where it is OK, else
+        ``error``."""
         found: dict[str, object] = {"variant": self.variant, "config": dict(self.config), "stage": self.stage}
         names = MEASURED if self.status == OK else ("status", "message")
         return found | {name: getattr(self, name) for name in names}
@@ -62,8 +62,8 @@ class Timing:
 
 @dataclass
 class Journal:
-    """The timings of one device, by what they are of. ``folder`` None is the user's. One that need not be ``lasting``
-    holds its timings for this process alone where its file cannot be read or written."""
+    """The timings of one device by identity. ``folder`` None is the user's. Where the file cannot be read or written, a
+    journal that need not be ``lasting`` holds its timings for this process alone."""
 
     device: str
     folder: Path | None = None
@@ -110,7 +110,7 @@ class Journal:
         return self.timings.get(like.identity)
 
     def refuses(self, like: Timing) -> bool:
-        """What ``like`` names was found to be wrong, or failed: it is not to be tried again."""
+        """The candidate that ``like`` names was wrong or failed, and is not tried again."""
         known = self.find(like)
         return known is not None and known.status != OK
 

@@ -33,7 +33,7 @@ from tritonconv.problem import Problem
 
 @dataclass(frozen=True)
 class Cell:
-    """What is measured; ``key`` is (layer, dtype, layout, pass)."""
+    """A pass of a layer in one dtype and layout; ``key`` is (layer, dtype, layout, pass)."""
 
     layer: Workload
     duplicates: tuple[str, ...]
@@ -76,7 +76,7 @@ class CellTimer:
         return gpu_clock(self.options.device)
 
     def measure(self, cell: Cell, seconds: float) -> None:
-        """Gates and times a cell in about ``seconds``. Raises where the GPU is lost, behind the row that says so."""
+        """Gates and times a cell in about ``seconds``. A lost GPU is written as a row, then raised."""
         begin = perf_counter()
         self.others.since_last()
         passed = self._gated(cell)
@@ -149,14 +149,14 @@ class CellTimer:
         self.writer.write("error", {**cell.head, "variant": name, "status": "wrong", "message": message})
 
     def _timed(self, cell: Cell, passed: Mapping[str, Contestant], seconds: float) -> list[tuple[str, dict]]:
-        """The rows of a cell with their kinds, all of them or an exception: half a cell would count as known."""
+        """All rows of a cell with their kinds, or an exception: half a cell would count as known."""
         device, problem = cell.case.device, cell.problem
         beside: dict[str, TensorCall] = {}
         if cell.key in self.with_nulls and BASELINE in passed and not self.options.only_compiled:
             with spent.on(spent.TRIALS):
                 beside = nulls.calls(cell.case, cell.pass_name)
         calls = {name: one.call for name, one in passed.items()} | beside
-        # The gate has run every call at size, so all are warm. What a slow cell takes too much, later cells lack.
+        # The gate has run every call at size, so all are warm. A slow cell takes its extra time from later cells.
         measured = measure(calls, BASELINE, device, self.clock, seconds)
         rows: list[tuple[str, dict]] = []
         for one in passed.values():
@@ -174,8 +174,8 @@ class CellTimer:
         return rows
 
     def _failed(self, cell: Cell, name: str, record: Variant | None, error: Exception) -> None:
-        """The row of a contestant, or of a cell, that raised. Where the GPU is lost it says what lost it, so that a
-        campaign does not begin with the same again."""
+        """Writes the row of a contestant, or of a cell, that raised. If the GPU is lost, the row says what lost it, so
+        that a campaign does not start with the same again."""
         self.errors += 1
         message = f"{type(error).__name__}: {error}"
         row: dict[str, object] = {**cell.head, "variant": name, "status": "error", "message": message}
