@@ -61,8 +61,8 @@ class Effort(NamedTuple):
     A Triton kernel must be compiled, so a variant takes part if the model expects at most ``far`` times the time of the
     best kernel, and a further config of it if the model expects at most ``near`` times that. The same holds for
     formulations in torch's operations on a GPU, where cuDNN tries its algorithms for each of their convolutions; if
-    ``formulations`` is false, none takes part. With ``ahead``, in a pass that has kernels compiled ahead, only those take
-    part.
+    ``formulations`` is false, none takes part. With ``ahead``, in a pass that has kernels compiled ahead, only those
+    take part.
     """
 
     configs: int

@@ -167,13 +167,9 @@ class ProblemTuner:
         """By label the calls whose answers are right."""
         found = {label: self._right_call(pass_name, each, **more) for label, each in members.items()}
         calls = {label: call for label, call in found.items() if call is not None}
-        judge = self.case.judge(pass_name)
-        if judge.torch_faults:  # some passed because they were held against a wrong answer of torch
-            for label, call in list(calls.items()):
-                verdict = judge.at_size(call)
-                if not verdict.ok:
-                    self.contest.keep_wrong(pass_name, members[label][-1][1], str(verdict))
-                    del calls[label]
+        for label, verdict in self.case.judge(pass_name).recheck(calls).items():
+            self.contest.keep_wrong(pass_name, members[label][-1][1], str(verdict))
+            del calls[label]
         return calls
 
     def _right_call(self, pass_name: str, members: Members, **more: Selection) -> TensorCall | None:

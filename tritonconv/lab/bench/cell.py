@@ -8,6 +8,7 @@ variants asked for; they are gated (``gate.py``), then timed in turns by every c
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -102,13 +103,10 @@ class CellTimer:
         options, problem = self.options, cell.problem
         single = [record for record in options.variants if record.pass_name == cell.pass_name]
         passed: dict[str, Contestant] = {}
-        torch_faults, runs_torch = cell.case.judge(cell.pass_name).torch_faults, False
-        plain: list[tuple[str, Variant | None]] = [(BASELINE, None)]
-        if not options.only_compiled:
-            plain.append((OURS, None))
-        if options.compiled or options.only_compiled:
-            plain.append((COMPILED, None))
-        for name, record in [*plain, *((record.name, record) for record in single)]:
+        judge, runs_torch = cell.case.judge(cell.pass_name), False
+        names = [BASELINE, *([] if options.only_compiled else [OURS])]
+        names += [COMPILED] if options.compiled or options.only_compiled else []
+        for name, record in [*zip(names, itertools.repeat(None)), *((each.name, each) for each in single)]:
             refused = why_not(record, problem, options.device) if record else None
             if refused is not None:
                 self.writer.write("skip", {**cell.head, "variant": name, "message": refused})
@@ -125,23 +123,14 @@ class CellTimer:
                 passed[name] = one
             else:
                 self._wrong(cell, name, str(one.verdict))
-        return self._without_torch(cell, passed) if torch_faults else passed
-
-    def _without_torch(self, cell: Cell, passed: Mapping[str, Contestant]) -> dict[str, Contestant]:
-        """The contestants that are right where torch, which some of them were held against, is not."""
-        right: dict[str, Contestant] = {}
-        judge = cell.case.judge(cell.pass_name)
-        for name, one in passed.items():
-            if name == BASELINE:
-                self._wrong(cell, name, "; ".join(judge.torch_faults.values()))
-                continue
-            with spent.on(spent.GATE):
-                verdict = judge.at_size(one.call)
-            if verdict.ok:
-                right[name] = one
-            else:
-                self._wrong(cell, name, str(verdict))
-        return right
+        calls = {name: one.call for name, one in passed.items() if name != BASELINE}
+        wrong = {name: str(verdict) for name, verdict in judge.recheck(calls).items()}
+        if judge.torch_faults and BASELINE in passed:
+            wrong[BASELINE] = "; ".join(judge.torch_faults.values())
+        for name, message in wrong.items():
+            self._wrong(cell, name, message)
+            del passed[name]
+        return passed
 
     def _wrong(self, cell: Cell, name: str, message: str) -> None:
         """The row of a contestant whose answer is wrong."""
