@@ -71,7 +71,7 @@ def of_capability(capability: tuple[int, int]) -> Ceilings:
     return Ceilings(part, matrix, vector, memory, 2 * memory, count, target.shared, target.registers, GPU_LAUNCH_US)
 
 
-def adapted(base: Ceilings, gpu: Part) -> Ceilings:
+def scale_to(base: Ceilings, gpu: Part) -> Ceilings:
     """The rates of one GPU by those of another of its compute capability, ``base``, which keeps its factors.
 
     The multiprocessors, and L2 with them, go by their number; memory by its bandwidth where torch says it, else by the

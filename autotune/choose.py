@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 from tritonconv.autotune import fit, model, pins, rules, serving, store
-from tritonconv.autotune.ceilings import Ceilings, adapted, from_json, nominal
+from tritonconv.autotune.ceilings import Ceilings, from_json, nominal, scale_to
 from tritonconv.autotune.first import first
 from tritonconv.autotune.key import Key, device_name
 from tritonconv.autotune.sources import revision
@@ -94,7 +94,7 @@ def _wants_kernels(device: torch.device) -> bool:
     if device.type != "cuda":
         return False
     gpu = serving.part(device)
-    return (gpu is not None and serving.modelled(gpu)) or any(source.table.entries for source in sources_of(device))
+    return (gpu is not None and serving.has_model(gpu)) or any(source.table.entries for source in sources_of(device))
 
 
 def _pinned(name: str, config: Config, problem: Problem, device: torch.device) -> Selection:
@@ -134,8 +134,8 @@ def untuned(problem: Problem, device: torch.device, pass_name: str) -> Selection
     gpu = serving.part(device)
     if gpu is None or problem.n == 0 or problem.c_out == 0:
         return torchs
-    if not serving.modelled(gpu) or problem.dtype not in MODELLED:
-        what = problem.dtype if serving.modelled(gpu) else gpu.name
+    if not serving.has_model(gpu) or problem.dtype not in MODELLED:
+        what = problem.dtype if serving.has_model(gpu) else gpu.name
         return torchs._replace(
             reason=f"{because}; nothing was measured near this size for {what}: `tritonconv tune` measures it here"
         )
@@ -160,10 +160,10 @@ def ceilings_of(device: torch.device) -> Ceilings:
     """The device's measured ceilings, else those of a GPU of its kind that was measured, else nominal ones."""
     data, gpu = table_of(device).ceilings, serving.part(device)
     stored = from_json(data) if data else None
-    fitted = fit.shipped(gpu.capability) if gpu is not None and serving.modelled(gpu) else None
+    fitted = fit.shipped_fit(gpu.capability) if gpu is not None and serving.has_model(gpu) else None
     if gpu is None or fitted is None or (stored is not None and stored.device == gpu.name):
         return stored or nominal(device)
-    return adapted(fitted.ceilings, gpu)
+    return scale_to(fitted.ceilings, gpu)
 
 
 def _plausible(record: Variant, entry: Entry, problem: Problem, device: torch.device) -> bool:
@@ -258,12 +258,12 @@ def _sources(kind: str, index: int | None, threads: int) -> tuple[Source, ...]:
         return (Source(Table(kind)),)
     found = [
         Source(Table(name, _adopted.get(name, {})).over(store.own(name))),
-        Source(store.shipped(name), " (shipped)"),
+        Source(store.shipped_table(name), " (shipped)"),
     ]
     gpu = serving.part(device)
     other = serving.table_for(gpu) if gpu else None
     if other is not None and other != name:
-        found.append(Source(store.shipped(other), f" on an {other} (shipped)"))
+        found.append(Source(store.shipped_table(other), f" on an {other} (shipped)"))
     return tuple(found)
 
 

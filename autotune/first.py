@@ -48,7 +48,7 @@ def first(
     ``refused`` says why a config is not to run, None where it may. torch's own where nothing was fitted.
     """
     native = variant(FALLBACK[pass_name])
-    fitted = fitted or fits.shipped(HOPPER)
+    fitted = fitted or fits.shipped_fit(HOPPER)
     if fitted is None or pass_name not in fitted.passes:
         return First(native, NO_CONFIG, "nothing was fitted for such a GPU: torch's own")
     ceilings = replace(ceilings, factors={**ceilings.factors, **fitted.ceilings.factors})

@@ -213,7 +213,7 @@ def _smoother(data: Mapping[str, list], places: np.ndarray, likeness: Likeness) 
 
 
 @cache
-def shipped(capability: tuple[int, int]) -> Fit | None:
+def shipped_fit(capability: tuple[int, int]) -> Fit | None:
     """The fit that comes with the package for GPUs of this compute capability; None where there is none."""
     path = Path(__file__).with_name(f"fit_sm_{capability[0]}{capability[1]}.json")
     return Fit.from_json(json.loads(path.read_text())) if path.is_file() else None

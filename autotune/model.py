@@ -135,7 +135,7 @@ def candidates(
     return _ranked([pair for space in spaces for pair in _best(record, problem, space, ceilings, most)])
 
 
-def pruned(record: Variant, problem: Problem, device: torch.device) -> tuple[Config, ...]:
+def pruned_space(record: Variant, problem: Problem, device: torch.device) -> tuple[Config, ...]:
     """Of each :func:`form` at most :data:`MOST_CONFIGS`, the default first: what dispatch and tuner can choose from.
 
     So few that the machine code of all can be checked. Ranked by the data sheet of an H100 and without measured factors

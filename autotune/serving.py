@@ -59,6 +59,6 @@ def table_for(gpu: Part) -> str | None:
     return MEASURED if wide and not gpu.sliced else None
 
 
-def modelled(gpu: Part) -> bool:
+def has_model(gpu: Part) -> bool:
     """The cost model, whose factors were measured on such parts, decides where nothing was measured."""
     return gpu.capability == HOPPER and not gpu.sliced

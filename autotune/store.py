@@ -131,7 +131,7 @@ def path_of(device: str, folder: Path | None = None) -> Path:
 
 def read(device: str, folder: Path | None = None) -> Table:
     """The table of a device, the user's entries before the shipped ones. Never raises for what a file holds."""
-    return own(device, folder).over(shipped(device))
+    return own(device, folder).over(shipped_table(device))
 
 
 def own(device: str, folder: Path | None = None) -> Table:
@@ -144,7 +144,7 @@ def own(device: str, folder: Path | None = None) -> Table:
     return _load(path, device)[0]
 
 
-def shipped(device: str) -> Table:
+def shipped_table(device: str) -> Table:
     """The table of a device that comes with the package."""
     return _load(path_of(device, SHIPPED), device)[0]
 
@@ -161,7 +161,7 @@ def merge(table: Table, folder: Path | None = None, ceilings: Callable[[Known], 
         there, fault = _load(path, table.device)
         whole = table.over(there)
         if ceilings is not None:
-            whole.ceilings = ceilings(whole.over(shipped(table.device)).ceilings)
+            whole.ceilings = ceilings(whole.over(shipped_table(table.device)).ceilings)
         new = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         try:
             with new.open("w", encoding="utf-8") as file:

@@ -24,7 +24,7 @@ from types import ModuleType
 from typing import Any
 
 from tritonconv.errors import ArgumentError, KernelWarning
-from tritonconv.kernels.safety import guarded
+from tritonconv.kernels.safety import without_hazards
 from tritonconv.kernels.variant import COPY, Variant
 from tritonconv.problem import PASSES, Problem
 
@@ -164,7 +164,7 @@ def _record(name: str) -> Variant | None:
     if found is None and module is not None and (torchs or have_triton()):
         by_name = {each.name: each for each in _held(_imported(module))}
         if name in by_name:
-            found = _records().setdefault(name, guarded(_without_overlap(by_name[name])))
+            found = _records().setdefault(name, without_hazards(_without_overlap(by_name[name])))
         elif not torchs:
             raise ArgumentError(f"{module}.py: expected a variant {name!r}, found {', '.join(by_name) or 'none'}")
     return found
@@ -260,7 +260,7 @@ def load(path: Path) -> tuple[Variant, ...]:
             raise ArgumentError(f"variant file {path}: the name {each.name!r} is taken (tritonconv list shows all)")
         taken.add(each.name)
     _files.update({each.name: path.resolve() for each in records})
-    _records().update({each.name: guarded(_without_overlap(each)) for each in records})
+    _records().update({each.name: without_hazards(_without_overlap(each)) for each in records})
     return tuple(_records()[each.name] for each in records)
 
 

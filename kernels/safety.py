@@ -15,7 +15,7 @@ from tritonconv.kernels.variant import COPY, Config, Toolchain, Variant
 from tritonconv.problem import Problem
 
 
-def present(device: torch.device) -> Toolchain:
+def toolchain_of(device: torch.device) -> Toolchain:
     """What a launch on the device would be compiled for now."""
     from tritonconv.kernels.triton_target import compute_capability, triton_version
 
@@ -24,10 +24,10 @@ def present(device: torch.device) -> Toolchain:
 
 def unsafe(record: Variant, problem: Problem, config: Config, device: torch.device) -> str | None:
     """Why the config must not run on the device with the Triton that is here; None where it may."""
-    return None if record.hazard is None else record.hazard(problem, config, present(device))
+    return None if record.hazard is None else record.hazard(problem, config, toolchain_of(device))
 
 
-def guarded(record: Variant) -> Variant:
+def without_hazards(record: Variant) -> Variant:
     """The variant without unsafe configs: another one is its default, and ``supports`` says where all are unsafe."""
     if record.hazard is None:
         return record

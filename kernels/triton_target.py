@@ -20,7 +20,7 @@ _assumed: ContextVar[int | None] = ContextVar("tritonconv_assumed_capability", d
 
 
 @contextlib.contextmanager
-def assumed(capability: int) -> Iterator[None]:
+def assume_capability(capability: int) -> Iterator[None]:
     """Inside the block configs and their costs are those of a GPU of this compute capability, as 90 for 9.0."""
     token = _assumed.set(capability)
     try:

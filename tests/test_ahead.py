@@ -222,7 +222,7 @@ def test_a_folder_of_another_triton_says_what_differs(copied, fields, said):
     launch = Launch.of((copied / triton_compiled.LAUNCHES).read_text().splitlines()[0])
     assert not Launches(folder).has(launch.variant, launch.problem, launch.config, launch.precision, launch.target)
     with pytest.raises(ArgumentError, match="choose another folder"):
-        ahead.opened(copied, "sm_90")
+        ahead.open_folder(copied, "sm_90")
 
 
 def test_a_folder_for_another_gpu_says_so_and_only_once(copied, monkeypatch):

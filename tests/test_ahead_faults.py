@@ -65,7 +65,7 @@ def _as_before(monkeypatch):
 
 @pytest.fixture
 def made(tmp_path) -> CompiledFolder:
-    folder = ahead.opened(tmp_path / "made", "sm_90")
+    folder = ahead.open_folder(tmp_path / "made", "sm_90")
     assert fill(folder).compiled == 3
     return folder
 
@@ -243,7 +243,7 @@ class After(Silent):
 
 @pytest.mark.parametrize("gone", ["", KERNELS])
 def test_a_folder_that_is_removed_while_it_is_filled_is_an_error_that_says_what_is_kept(tmp_path, gone):
-    folder = ahead.opened(tmp_path / "out", "sm_90")
+    folder = ahead.open_folder(tmp_path / "out", "sm_90")
     with pytest.raises(ArgumentError) as caught:
         fill(folder, After(lambda: shutil.rmtree(folder.path / gone)))
     kept = f"0 launches are in {folder.path}" if gone else "the folder is gone"
@@ -276,9 +276,9 @@ def test_a_run_that_is_cut_off_before_the_manifest_leaves_a_folder_that_can_be_f
     with monkeypatch.context() as disk:
         disk.setattr(Path, "write_text", full)
         with pytest.raises(OSError, match="No space"):
-            ahead.opened(tmp_path, "sm_90")
+            ahead.open_folder(tmp_path, "sm_90")
     (tmp_path / f".{MANIFEST}.7").touch()  # of a process that was killed
-    assert fill(ahead.opened(tmp_path, "sm_90")).compiled == 3
+    assert fill(ahead.open_folder(tmp_path, "sm_90")).compiled == 3
 
 
 def test_the_reader_of_the_progress_may_be_gone(tmp_path):
@@ -286,7 +286,7 @@ def test_the_reader_of_the_progress_may_be_gone(tmp_path):
         raise BrokenPipeError
 
     with pytest.raises(BrokenPipeError):
-        fill(ahead.opened(tmp_path / "out", "sm_90"), After(gone))
+        fill(ahead.open_folder(tmp_path / "out", "sm_90"), After(gone))
 
 
 # ---------------------------------------------------------------- which folder is taken

@@ -93,7 +93,7 @@ def test_the_compile_command_says_what_it_needs(tmp_path, capsys):
 def test_a_folder_that_holds_something_else_is_not_filled(tmp_path):
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(ArgumentError, match="is not empty"):
-        ahead.opened(tmp_path, "sm_90")
+        ahead.open_folder(tmp_path, "sm_90")
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
@@ -124,7 +124,7 @@ JOBS = [("forward_gather", UP, {"BLOCK_M": 16}), ("forward_phases", UP, {}), ("f
 
 def test_a_run_that_is_cut_off_leaves_what_is_done_in_a_valid_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "WORKER", ANSWERS_ONCE)
-    folder = ahead.opened(tmp_path / "out", "sm_90")
+    folder = ahead.open_folder(tmp_path / "out", "sm_90")
 
     class Interrupted(Silent):
         def step(self, text: str) -> None:
@@ -142,12 +142,12 @@ def test_a_run_that_is_cut_off_leaves_what_is_done_in_a_valid_folder(tmp_path, m
 
 def test_a_run_ends_when_its_time_is_up(tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "WORKER", "import time; time.sleep(60)")
-    filled = ahead.compile_into(ahead.opened(tmp_path / "out", "sm_90"), JOBS, "sm_90", 2, 0.1, Silent())
+    filled = ahead.compile_into(ahead.open_folder(tmp_path / "out", "sm_90"), JOBS, "sm_90", 2, 0.1, Silent())
     assert (filled.compiled, filled.known, filled.left, filled.failed) == (0, 0, 3, [])
 
 
 def test_a_line_that_was_cut_off_is_passed_over_and_written_behind(tmp_path):
-    folder = ahead.opened(tmp_path / "out", "sm_90")
+    folder = ahead.open_folder(tmp_path / "out", "sm_90")
     launch = Launch("forward_gather", UP, {"BLOCK_M": 16}, "tf32", "sm_90", (Kernel("k", "KEY", "m:k", "0"),))
     (folder.path / triton_compiled.LAUNCHES).write_text('{"variant": "forw')
     with ahead._line_by_line(folder) as write:
@@ -157,14 +157,18 @@ def test_a_line_that_was_cut_off_is_passed_over_and_written_behind(tmp_path):
 
 def test_what_cannot_be_compiled_is_told_and_the_rest_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "WORKER", "import sys; sys.stdin.buffer.read(1)")
-    filled = ahead.compile_into(ahead.opened(tmp_path / "out", "sm_90"), JOBS[:1], "sm_90", 1, None, Silent())
+    filled = ahead.compile_into(ahead.open_folder(tmp_path / "out", "sm_90"), JOBS[:1], "sm_90", 1, None, Silent())
     assert filled.failed == [(JOBS[0], "the compiler ended its process")] and filled.faults == 1
     assert list(Launches(CompiledFolder.read(tmp_path / "out"))) == []
 
 
 def test_several_targets_share_a_folder(tmp_path):
-    ahead.opened(tmp_path, "sm_90")
-    assert ahead.opened(tmp_path, "sm_80").targets == ahead.opened(tmp_path, "sm_90").targets == ("sm_90", "sm_80")
+    ahead.open_folder(tmp_path, "sm_90")
+    assert (
+        ahead.open_folder(tmp_path, "sm_80").targets
+        == ahead.open_folder(tmp_path, "sm_90").targets
+        == ("sm_90", "sm_80")
+    )
     assert CompiledFolder.read(tmp_path).maker == Maker.here()
 
 

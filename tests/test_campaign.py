@@ -99,7 +99,9 @@ def test_one_set_of_compiling_processes_serves_all_steps(tmp_path, monkeypatch):
     given = []
     for module in (session, runner):
         monkeypatch.setattr(
-            module, "shared", lambda compiler, device: given.append(compiler) or precompile.shared(compiler, device)
+            module,
+            "ensure_compiler",
+            lambda compiler, device: given.append(compiler) or precompile.ensure_compiler(compiler, device),
         )
     assert run(tmp_path, 30) == 0
     assert len(given) == 2 and given[0] is given[1] is not None

@@ -50,9 +50,9 @@ def fits(measured):
 
 @pytest.fixture
 def hopper():
-    from tritonconv.kernels.triton_target import assumed
+    from tritonconv.kernels.triton_target import assume_capability
 
-    with assumed(90):
+    with assume_capability(90):
         yield
 
 
@@ -128,7 +128,7 @@ def test_layers_that_differ_in_size_alone_are_near():
 
 
 def choice(each, pass_name="forward", **more) -> first.First:
-    fitted = fit.shipped(serving.HOPPER)
+    fitted = fit.shipped_fit(serving.HOPPER)
     return first.first(each, CUDA, pass_name, fitted.ceilings, **more)
 
 
@@ -171,7 +171,7 @@ def test_a_choice_does_not_stall(hopper):
 
 
 def test_variants_that_were_not_timed_do_not_take_part():
-    fitted = fit.shipped(serving.HOPPER)
+    fitted = fit.shipped_fit(serving.HOPPER)
     names = {record.name for record in registry.variants() if first.takes_part(record, fitted)}
     assert {"forward_shuffle_given", "forward_torch_shuffle", "backward_weight_splitk"} <= names
     assert not names & {"forward_torch_native", "forward_torch_linear", "forward_torch_phases"}
@@ -184,15 +184,15 @@ PCIE = Part("NVIDIA H100 PCIe", (9, 0), 114)
 
 
 def test_a_narrower_gpu_has_its_own_rates():
-    base = fit.shipped(serving.HOPPER).ceilings
-    found = ceilings.adapted(base, PCIE._replace(bandwidth=2.04e12))
+    base = fit.shipped_fit(serving.HOPPER).ceilings
+    found = ceilings.scale_to(base, PCIE._replace(bandwidth=2.04e12))
     assert found.multiprocessors == 114 and not found.measured and found.factors == base.factors
     assert found.matrix["bfloat16"] == pytest.approx(base.matrix["bfloat16"] * 114 / 132)
     assert found.memory == pytest.approx(ceilings.COPIED * 2.04e12) and found.cache >= found.memory
-    unsaid = ceilings.adapted(base, PCIE)
+    unsaid = ceilings.scale_to(base, PCIE)
     assert unsaid.memory == pytest.approx(ceilings.COPIED * 3350e9 * 114 / 132)
     assert (unsaid.shared_bytes, unsaid.registers) == (base.shared_bytes, base.registers)
-    assert ceilings.adapted(base, Part(base.device, (9, 0), 132)) is base
+    assert ceilings.scale_to(base, Part(base.device, (9, 0), 132)) is base
 
 
 def test_a_part_says_what_torch_says_of_it(monkeypatch):
@@ -206,10 +206,10 @@ def test_a_part_says_what_torch_says_of_it(monkeypatch):
 
 
 def test_rates_are_the_measured_ones_of_the_gpu_else_those_adapted_to_it(monkeypatch):
-    base, tables = fit.shipped(serving.HOPPER).ceilings, {"there": Table("gpu")}
+    base, tables = fit.shipped_fit(serving.HOPPER).ceilings, {"there": Table("gpu")}
     monkeypatch.setattr(choose, "table_of", lambda device: tables["there"])
     monkeypatch.setattr(serving, "part", lambda device: PCIE)
-    assert choose.ceilings_of(CUDA) == ceilings.adapted(base, PCIE)
+    assert choose.ceilings_of(CUDA) == ceilings.scale_to(base, PCIE)
     tables["there"] = Table("gpu", {}, base.to_json())  # of the GPU whose table serves it
     assert choose.ceilings_of(CUDA).multiprocessors == 114
     tables["there"] = Table("gpu", {}, dataclasses.replace(base, device=PCIE.name, memory=1e12).to_json())
@@ -217,7 +217,7 @@ def test_rates_are_the_measured_ones_of_the_gpu_else_those_adapted_to_it(monkeyp
 
 
 def test_a_slower_memory_makes_both_sides_slower(hopper):
-    fitted, each = fit.shipped(serving.HOPPER), problem("segresnet_deconv_up2")
+    fitted, each = fit.shipped_fit(serving.HOPPER), problem("segresnet_deconv_up2")
     slow = dataclasses.replace(fitted.ceilings, memory=fitted.ceilings.memory / 2)
     assert fitted.torch_ms(each, "forward", slow) > 1.5 * fitted.torch_ms(each, "forward", fitted.ceilings)
     assert math.isfinite(fitted.torch_ms(each, "forward", slow))

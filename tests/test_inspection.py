@@ -287,7 +287,7 @@ def test_the_plan_takes_the_first_layers_that_a_variant_serves():
     assert all(job.config is None for job in made.jobs)
     assert {job.variant for job in made.jobs} | {name for name, _ in made.left_out} == {each.name for each in triton}
     whole = jobs.job_list([phases], ["sm_80"], ["bfloat16"], ["ndhwc"], classes=["k2s2"], candidates=True).jobs
-    assert len(whole) == len(model.pruned(phases, whole[0].problem, compiling.GPU)) == model.MOST_CONFIGS
+    assert len(whole) == len(model.pruned_space(phases, whole[0].problem, compiling.GPU)) == model.MOST_CONFIGS
     assert [job.config is None for job in whole] == [True] + [False] * (len(whole) - 1)
 
 

@@ -15,7 +15,7 @@ from tritonconv import Problem, VariantNotApplicable, dispatch
 from tritonconv.autotune import ceilings, model
 from tritonconv.autotune.choose import config_fault
 from tritonconv.kernels import registry, safety
-from tritonconv.kernels.safety import guarded, unsafe
+from tritonconv.kernels.safety import unsafe, without_hazards
 from tritonconv.kernels.variant import Toolchain
 from tritonconv.lab.bench.workloads import workload
 
@@ -53,9 +53,9 @@ def given(monkeypatch):
             launched.append(config["num_stages"])
             return own.launch(problem, config, *operands)
 
-        record = guarded(dataclasses.replace(own, launch=launch, hazard=hazard))
+        record = without_hazards(dataclasses.replace(own, launch=launch, hazard=hazard))
         monkeypatch.setitem(registry._records(), KERNEL, record)
-        monkeypatch.setattr(safety, "present", lambda device: target)
+        monkeypatch.setattr(safety, "toolchain_of", lambda device: target)
         dispatch.forget()
         return record
 
@@ -66,7 +66,7 @@ def given(monkeypatch):
 def test_the_target_is_that_of_the_device():
     from tritonconv.kernels import triton_target
 
-    assert safety.present(torch.device("cpu")) == Toolchain(0, triton_target.triton_version())
+    assert safety.toolchain_of(torch.device("cpu")) == Toolchain(0, triton_target.triton_version())
     assert triton_target.triton_version() >= (3, 6)
 
 
@@ -87,7 +87,7 @@ def test_no_candidate_is_unsafe(given):
         problem = workload(name).problem(torch.float16, layout)
         found = model.candidates(record, problem, DEVICE, RATES)
         assert found and all(unsafe(record, problem, config, DEVICE) is None for config, _ in found)
-        assert all(config["num_stages"] != 3 for config in model.pruned(record, problem, DEVICE))
+        assert all(config["num_stages"] != 3 for config in model.pruned_space(record, problem, DEVICE))
 
 
 def test_a_stored_config_is_asked_about(given):

@@ -38,7 +38,7 @@ def chosen(problem: Problem, pass_name: str = "forward") -> choose.Selection:
 
 
 def test_the_shipped_table_is_sound():
-    table = store.shipped(serving.MEASURED)
+    table = store.shipped_table(serving.MEASURED)
     assert len(table.entries) > 200 and table.ceilings is not None
     assert set(table.entries) >= {str(Key.of(KNOWN, name)) for name in PASSES}
     for entry in table.entries.values():

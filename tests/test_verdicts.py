@@ -62,7 +62,7 @@ from tritonconv.kernels.registry import variant
 triton_launch.registers_in_flight = lambda: False
 jobs = verdicts.jobs_of(variant("backward_data_shuffle_given"), ["bfloat16"])
 deep = [job for job in jobs if job.config["BLOCK_M"] == 256 and job.config["num_stages"] == 4][:1]
-print([each.early_write for job in deep for each in verdicts.judged(job)])
+print([each.early_write for job in deep for each in verdicts.check(job)])
 """
 
 
@@ -80,7 +80,7 @@ SPACES = """
 import json, sys
 from collections import Counter
 import torch
-from tritonconv.autotune.model import MOST_CONFIGS, form, pruned
+from tritonconv.autotune.model import MOST_CONFIGS, form, pruned_space
 from tritonconv.lab.bench.workloads import workload, workloads
 from tritonconv.lab.inspection.compiling import GPU, compiling_for
 from tritonconv.kernels.targets import TARGETS
@@ -101,7 +101,7 @@ with compiling_for(TARGETS["sm_90"]):
         for dtype, layout in every if "--all" in sys.argv else [every[place % len(every)]]:
             problem = layer.problem(dtype, layout)
             served = [each for each in variants() if each.backend == "triton" and each.supports(problem, GPU) is None]
-            forms = [Counter(form(each, config) for config in pruned(each, problem, GPU)) for each in served]
+            forms = [Counter(form(each, config) for config in pruned_space(each, problem, GPU)) for each in served]
             sizes += [size for each in forms for size in each.values()]
     lost = []
     for line in open(sys.argv[1]):
@@ -109,7 +109,7 @@ with compiling_for(TARGETS["sm_90"]):
         if row["kind"] == "tuned" and row["config"]:
             name, config = renamed(row["variant"], row["config"])
             record, problem = variant(name), problem_of(row)
-            if config not in [dict(each) for each in pruned(record, problem, GPU)]:
+            if config not in [dict(each) for each in pruned_space(record, problem, GPU)]:
                 lost.append((row["variant"], row["text"], row["config"]))
 print(json.dumps({"largest": max(sizes), "spaces": len(sizes), "most": MOST_CONFIGS, "lost": lost}))
 """

@@ -17,12 +17,12 @@ from tritonconv.fallback import DEVICES
 any_autocast = torch._C._is_any_autocast_enabled
 
 
-def lowered(input, weight, bias):
+def cast_arguments(input, weight, bias):
     """The operands as torch's autocast hands them to a convolution: all real floats but float64 in its dtype."""
     return _lowered((input, weight, bias), _cast)
 
 
-def lowered_once(input, weight, bias):
+def cast_arguments_once(input, weight, bias):
     """The same for plain tensors outside every tracer: what torch would keep of it is kept and taken again."""
     return _lowered((input, weight, bias), _cast_once)
 

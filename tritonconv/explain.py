@@ -9,7 +9,7 @@ import torch
 
 from tritonconv import fallback
 from tritonconv.arguments import geometry
-from tritonconv.autocast import lowered
+from tritonconv.autocast import cast_arguments
 from tritonconv.device import current
 from tritonconv.dispatch import Plan, plan
 from tritonconv.functional import plan_of_call
@@ -41,7 +41,7 @@ def explain(input, weight=None, bias=None, stride=1, padding=0, output_padding=0
     if weight is None:
         raise TypeError("explain: weight is missing; give the arguments of conv_transpose3d, or a Problem alone")
     if all(isinstance(tensor, torch.Tensor) for tensor in (input, weight)):
-        input, weight, bias = lowered(input, weight, bias)
+        input, weight, bias = cast_arguments(input, weight, bias)
     args = (stride, padding, output_padding, groups, dilation)
     batched = input.unsqueeze(0) if input.dim() == 4 else input
     reason = fallback.reason(input, weight, bias)

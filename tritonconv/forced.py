@@ -68,7 +68,7 @@ def pinned(*selections: Selection) -> contextlib.AbstractContextManager[None]:
 _trained: dict[int, tuple[weakref.ref[torch.Tensor], Forced]] = {}
 
 
-def recalled(weight: torch.Tensor) -> contextlib.AbstractContextManager[None] | None:
+def restore_forced(weight: torch.Tensor) -> contextlib.AbstractContextManager[None] | None:
     """In a backward pass, where a checkpoint computes a call anew: a block with what was in force when the call was
     made. None elsewhere. Asked in each eager call."""
     named, key = forced.get(), id(weight)

@@ -14,7 +14,7 @@ from tritonconv import autocast, autograd, fallback, guards, operators
 from tritonconv.arguments import check_types, geometry, plain
 from tritonconv.dispatch import Plan, plan_for
 from tritonconv.errors import ArgumentError, ArgumentTypeError, VariantNotApplicable
-from tritonconv.forced import forced_variants, recalled
+from tritonconv.forced import forced_variants, restore_forced
 
 
 def conv_transpose3d(input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1):
@@ -43,7 +43,7 @@ def conv_transpose3d(input, weight, bias=None, stride=1, padding=0, output_paddi
         return _traced(input, weight, bias, stride, padding, output_padding, groups, dilation)
     if not fallback.plain(input, weight, bias):
         return _by_torch(input, weight, bias, stride, padding, output_padding, groups, dilation)
-    again = recalled(weight)
+    again = restore_forced(weight)
     if again is not None:
         with again:
             return _eager(input, weight, bias, stride, padding, output_padding, groups, dilation)
@@ -52,7 +52,7 @@ def conv_transpose3d(input, weight, bias=None, stride=1, padding=0, output_paddi
 
 def _eager(input, weight, bias, stride, padding, output_padding, groups, dilation):
     if autocast.any_autocast():
-        input, weight, bias = autocast.lowered_once(input, weight, bias)
+        input, weight, bias = autocast.cast_arguments_once(input, weight, bias)
     if input.dim() == 4:
         args = (stride, padding, output_padding, groups, dilation)
         return _planned(input.unsqueeze(0), weight, bias, *args).squeeze(0)
@@ -96,7 +96,7 @@ def _by_torch(input, weight, bias, stride, padding, output_padding, groups, dila
     ):
         return _not_tensors(operands, geo)
     if not fallback.is_dtensor(input):
-        input, weight, bias = autocast.lowered(input, weight, bias)
+        input, weight, bias = autocast.cast_arguments(input, weight, bias)
         check_types(input, weight, bias)
     forced, why_not = forced_variants(), fallback.unserved(input, weight, bias)
     if forced and why_not is not None and not input.is_meta:
@@ -141,7 +141,7 @@ def _traced(input, weight, bias, stride, padding, output_padding, groups, dilati
         y = _in_layout(torch.conv_transpose3d(batched, weight, bias, *rest), layout)
         return y.squeeze(0) if input.dim() == 4 else y
     geo = geometry(*arguments)
-    input, weight, bias = autocast.lowered(input, weight, bias)
+    input, weight, bias = autocast.cast_arguments(input, weight, bias)
     served = input.dtype in fallback.DTYPES and input.device.type in fallback.DEVICES
     if fallback.exporting() or fallback.transformed() or not served:
         return _composed(input, weight, bias, geo)
@@ -156,7 +156,7 @@ def _traced(input, weight, bias, stride, padding, output_padding, groups, dilati
 
 
 def _torchs_own(input, weight, bias, arguments) -> tuple | None:
-    """What :func:`tritonconv.guards.standing` returns for a traced call whose passes are all torch's own, else None.
+    """As :func:`tritonconv.guards.guard_of_call` for a traced call whose passes are all torch's own, else None.
 
     It reads few globals: each is a guard more than torch's layer has.
     """
@@ -164,7 +164,7 @@ def _torchs_own(input, weight, bias, arguments) -> tuple | None:
     if not _fixed((*[t.shape for t in tensors], *[t.stride() for t in tensors], *arguments)):
         return None
     facts = [(type(t), t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for t in tensors]
-    found = guards.standing(torch.is_grad_enabled(), arguments, *facts)
+    found = guards.guard_of_call(torch.is_grad_enabled(), arguments, *facts)
     return found if found is not None and getattr(guards, found[0]) == "torch" else None
 
 

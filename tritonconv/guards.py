@@ -25,7 +25,7 @@ _names: dict[tuple[Problem, torch.device, bool], str] = {}
 _calls: dict[str, tuple[Problem, torch.device, bool]] = {}
 
 
-def standing(recorded: bool, arguments: tuple, *facts: tuple) -> tuple | None:
+def guard_of_call(recorded: bool, arguments: tuple, *facts: tuple) -> tuple | None:
     """What torch's operation would need to serve a traced call, and the attribute here that says whether it shall.
 
     ``facts`` holds (type, shape, stride, dtype, device, requires_grad) of input, weight and a bias where there is one,
@@ -49,16 +49,15 @@ def standing(recorded: bool, arguments: tuple, *facts: tuple) -> tuple | None:
         problem = problem_of(x, weight, bias[0] if bias else None, geometry(*arguments))
     except (ArgumentError, ArgumentTypeError):
         return None
-    crop = problem.torch_crop
-    if not crop.exact or problem.dtype not in fallback.DTYPES:
+    if not problem.torch_crop.exact or problem.dtype not in fallback.DTYPES:
         return None
     call = problem, device, recorded and any(needs)
     name = _names.setdefault(call, f"call_{len(_names)}")
     _calls[name] = call
-    return name, problem.layout, problem.stride, crop.padding, crop.output_padding, problem.groups, problem.dilation
+    return name, problem.layout, *problem.torch_arguments
 
 
-standing._dynamo_marked_constant = True  # type: ignore[attr-defined]  # run while torch.compile traces, as it is
+guard_of_call._dynamo_marked_constant = True  # type: ignore[attr-defined]  # run while torch.compile traces, as it is
 
 
 def __getattr__(name: str) -> str:

@@ -28,7 +28,7 @@ _deterministic = torch._C._get_deterministic_algorithms
 # torch's caches of compiled graphs on the disk find a backward graph by the name and the arguments of the forward
 # operator: where the derivatives below are put together otherwise, the operators need other names.
 _FORWARD, _BACKWARD = "tritonconv::conv_transpose3d", "tritonconv::conv_transpose3d_backward"
-_settled: dict[str, WeakSet[Plan]] = {_FORWARD: WeakSet(), _BACKWARD: WeakSet()}
+_compiled_plans: dict[str, WeakSet[Plan]] = {_FORWARD: WeakSet(), _BACKWARD: WeakSet()}
 
 _library = torch.library.Library("tritonconv", "DEF")
 _GEOMETRY = (
@@ -76,8 +76,8 @@ def _run(plan: Plan, name: str, call: Callable[[], Any]) -> Any:
     A CUDA graph of the compiled function is recorded at the second call, and would hold for good what stands by.
     """
     result = call()
-    if plan.standby and plan not in _settled[name] and not torch.cuda.is_current_stream_capturing():
-        _settled[name].add(plan)
+    if plan.standby and plan not in _compiled_plans[name] and not torch.cuda.is_current_stream_capturing():
+        _compiled_plans[name].add(plan)
         dispatch.wait_until_compiled()
         result = call()
     return result

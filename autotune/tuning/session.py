@@ -31,7 +31,7 @@ from tritonconv.lab.bench.progress import Progress
 from tritonconv.lab.bench.results import BASELINE
 from tritonconv.lab.bench.rows import sizes_of, versions_of
 from tritonconv.lab.bench.workloads import ALL
-from tritonconv.lab.inspection.precompile import Precompiler, Request, shared, target_of
+from tritonconv.lab.inspection.precompile import Precompiler, Request, ensure_compiler, target_of
 from tritonconv.problem import PASSES, Problem
 
 PROBLEM_SECONDS = 4.0  # for a problem without a budget
@@ -88,7 +88,7 @@ class Session:
         efforts = self._efforts()
         progress.begin(len(waiting) * len(efforts))
         try:
-            with gpu.cudnn_benchmark(self.device), shared(self.compiler, self.device) as compiler:
+            with gpu.cudnn_benchmark(self.device), ensure_compiler(self.compiler, self.device) as compiler:
                 for self.effort in efforts:
                     self.report.known, self.ranked = [], {}
                     self._calibrate(waiting)

@@ -25,7 +25,7 @@ from tritonconv.lab.bench.options import Options
 from tritonconv.lab.bench.progress import Progress
 from tritonconv.lab.bench.results import SCHEMA, Writer
 from tritonconv.lab.bench.workloads import ALL, SCALES, distinct, in_order, left_out
-from tritonconv.lab.inspection.precompile import Precompiler, Request, shared
+from tritonconv.lab.inspection.precompile import Precompiler, Request, ensure_compiler
 
 # Time for one cell (s): what it gets without a budget, and the most it gets with one.
 CELL_SECONDS = 0.5
@@ -91,7 +91,7 @@ def measure(
     ``compiler`` is one that runs already. Returns the run with ``reason``, ``errors``, ``done`` and ``cells``.
     """
     here = current(options.device), gpu.cudnn_benchmark(options.device)
-    with here[0], here[1], shared(compiler, options.device) as compiling:
+    with here[0], here[1], ensure_compiler(compiler, options.device) as compiling:
         run = _Bench(options, writer, progress, known_roofs)
         run.compile_ahead(compiling)
         run.run()

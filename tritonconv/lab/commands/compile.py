@@ -20,9 +20,9 @@ from tritonconv.lab import flags
 from tritonconv.lab.bench.progress import progress
 from tritonconv.lab.commands.common import OK, WRONG, add_variant_files, load_variant_files
 from tritonconv.lab.commands.problems import add_problems, dtypes_of, tasks_asked_for
-from tritonconv.lab.inspection.ahead import Filled, compile_into, opened, refused
+from tritonconv.lab.inspection.ahead import Filled, compile_into, open_folder, refused
 from tritonconv.lab.inspection.compiling import GPU, check_compiler, compiling_for
-from tritonconv.lab.inspection.launches import Launches, missing
+from tritonconv.lab.inspection.launches import Launches, missing_launches
 from tritonconv.lab.inspection.precompile import Request
 from tritonconv.lab.inspection.workers import GIVEN_UP
 from tritonconv.lab.verification import checks_of
@@ -87,7 +87,7 @@ def run(options: argparse.Namespace) -> int:
     begin, filled = perf_counter(), []
     for target in flags.once(options.target, ()):
         with _about_out(options.out):
-            folder = opened(options.out, target)
+            folder = open_folder(options.out, target)
         jobs = jobs_of(problems, target, options.candidates) + (_verified(options, target) if options.verify else [])
         if not jobs:
             raise ArgumentError(f"no Triton variant serves any of the problems on {target}")
@@ -167,7 +167,7 @@ def _check(path: Path, quiet: bool) -> int:
     shown = progress(quiet, unit="launches", first="working out the keys")
     try:
         shown.begin(len(launches))
-        lacking = list(missing(launches, launches, shown.step))
+        lacking = list(missing_launches(launches, launches, shown.step))
     finally:
         shown.close()
     if folder.difference is not None:

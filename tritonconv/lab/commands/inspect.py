@@ -149,7 +149,7 @@ def _verdicts(options: argparse.Namespace, chosen: Sequence[Variant]) -> int:
     else:
         wanted = verdicts.sample(chosen, known, options.sample)
     revisions = {record.name: revision(record) for record in chosen}
-    found = verdicts.verdicts(_compiled(wanted, options, verdicts.judged), revisions)
+    found = verdicts.verdicts(_compiled(wanted, options, verdicts.check), revisions)
     unsafe, broken = (verdicts.configs_of(found, said) for said in (verdicts.UNSAFE, verdicts.BROKEN))
     for said, configs in ((verdicts.UNSAFE, unsafe), (verdicts.BROKEN, broken)):
         for name, kind, config in configs:

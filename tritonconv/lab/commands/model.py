@@ -127,9 +127,9 @@ def as_on(run: Run) -> Iterator[None]:
     if not capability or not have_triton():
         yield
         return
-    from tritonconv.kernels.triton_target import assumed  # needs Triton
+    from tritonconv.kernels.triton_target import assume_capability  # needs Triton
 
-    with assumed(int(capability.replace(".", ""))):
+    with assume_capability(int(capability.replace(".", ""))):
         yield
 
 

@@ -62,7 +62,7 @@ class Filled:
     faults: int = 0
 
 
-def opened(path: Path, target: str) -> CompiledFolder:
+def open_folder(path: Path, target: str) -> CompiledFolder:
     """The folder for the kernels of this Triton and of one more target, made where there is none.
 
     Raises ArgumentError where the folder is another Triton's or holds something else, and OSError where it cannot be

@@ -8,7 +8,7 @@ from concurrent.futures import as_completed
 from dataclasses import dataclass, replace
 from functools import partial
 
-from tritonconv.autotune.model import pruned
+from tritonconv.autotune.model import pruned_space
 from tritonconv.kernels.targets import TARGETS
 from tritonconv.kernels.variant import Variant
 from tritonconv.lab.bench.workloads import Workload, workload
@@ -97,7 +97,7 @@ def _of_layer(
 def _with_more(job: Job, record: Variant, candidates: bool) -> list[Job]:
     """With the default config, the one that copies operands first, or all of the pruned space."""
     default, *copies = record.starts(job.problem, GPU)
-    others = [each for each in pruned(record, job.problem, GPU) if each != default] if candidates else copies
+    others = [each for each in pruned_space(record, job.problem, GPU) if each != default] if candidates else copies
     return [job] + [replace(job, config=dict(each)) for each in others]
 
 

@@ -185,7 +185,7 @@ def read_active() -> Launches | None:
     return _read[0][1]
 
 
-def missing(
+def missing_launches(
     launches: Launches, of: Iterable[Launch], step: Callable[[str], object] = lambda text: None
 ) -> Iterator[tuple[Launch, str]]:
     """Those of the launches that this machine's Triton would not find in the folder, each with what differs.

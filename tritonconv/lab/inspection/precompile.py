@@ -49,7 +49,9 @@ class Answer:
         return not self.error
 
 
-def shared(compiler: Precompiler | None, device: torch.device) -> contextlib.AbstractContextManager[Precompiler]:
+def ensure_compiler(
+    compiler: Precompiler | None, device: torch.device
+) -> contextlib.AbstractContextManager[Precompiler]:
     """The compiler of an outer block, which ends it; None: one for the device, for this block."""
     return Precompiler(target_of(device), ahead=read_active()) if compiler is None else contextlib.nullcontext(compiler)
 

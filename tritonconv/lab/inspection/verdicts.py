@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tritonconv.autotune.model import pruned, work_of
+from tritonconv.autotune.model import pruned_space, work_of
 from tritonconv.autotune.sources import revision
 from tritonconv.errors import ResultsError
 from tritonconv.kernels.targets import TARGETS, Target
@@ -53,7 +53,7 @@ def jobs_of(record: Variant, precisions: Iterable[str] = PRODUCTS) -> list[Job]:
 def _configs(record: Variant, job: Job) -> tuple[Config, ...]:
     """One of each class of the pruned space, for kernels that multiply matrices; none for the others."""
     with products_in(job.precision):
-        configs = pruned(record, job.problem, GPU)
+        configs = pruned_space(record, job.problem, GPU)
     if not work_of(record, job.problem, configs[0]).matrix:
         return ()
     return tuple({class_of(each): each for each in reversed(configs)}.values())
@@ -72,13 +72,13 @@ def sample(records: Sequence[Variant], known: Verdicts, count: int) -> list[Job]
     return [job for jobs in (others, *map(jobs_of, new)) for job in draw.sample(jobs, min(count, len(jobs)))]
 
 
-def judged(job: Job) -> list[Record]:
+def check(job: Job) -> list[Record]:
     """The records of a job, as far as a verdict asks."""
     with shallow():
-        return compile_job(job, measure=_judged)
+        return compile_job(job, measure=_early_write)
 
 
-def _judged(name: str, kernel: Any, target: Target, seconds: dict[str, float]) -> dict[str, Any]:
+def _early_write(name: str, kernel: Any, target: Target, seconds: dict[str, float]) -> dict[str, Any]:
     return {"kernel": name, "early_write": early_write(kernel)}
 
 
