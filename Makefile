@@ -24,7 +24,6 @@ KERNEL_TESTS = tests/test_triton_kernels.py tests/test_triton_layers.py tests/te
 
 bench: $(VENV)/.bench-ready
 	$(VENV)/bin/tritonconv bench --suite all --seconds $(BUDGET) --output results
-	$(VENV)/bin/tritonconv plot --output results
 	$(VENV)/bin/tritonconv report results
 
 test: $(VENV)/.test-ready

@@ -46,7 +46,7 @@ class Ceilings:
 
 
 UNKNOWN = (9, 0)
-GPU_LAUNCH_US = 4.0  # the order of magnitude of a launch; measured by ``tritonconv roofs``
+GPU_LAUNCH_US = 4.0  # the order of magnitude of a launch; measured by ``tritonconv bench --roofs``
 # Of the bandwidth of memory what a copy reaches: 4.25 of 4.8 TB/s on an H200, 2026-11-28.
 COPIED = 0.88
 # A core of any recent server: these rates only rank formulations against each other until roofs are measured.

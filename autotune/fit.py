@@ -1,5 +1,5 @@
 """What measurements of single variants say of problems that were not measured: the fit of one GPU, made by
-``tritonconv model --fit`` and shipped as ``fit_sm_90.json``.
+``tritonconv report --fit`` and shipped as ``fit_sm_90.json``.
 
 Two times, each a sum that was counted, times a correction by what was measured on similar layers:
 

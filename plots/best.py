@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import geometric_mean
 
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from tritonconv.errors import ResultsError
 from tritonconv.lab.bench.results import BASELINE, COMPILED, OURS, Run
-from tritonconv.lab.bench.standings import by_pass, standings
+from tritonconv.lab.bench.standings import by_pass, mean, standings
 from tritonconv.plots import figures, style
 
 MADE_BY = "tritonconv bench"
@@ -21,15 +20,13 @@ ROW, PANEL = 0.125, 2.2
 Ratios = dict[str, float]
 
 
-def draw(
-    run: Run, folder: Path, pass_name: str | None = None, layout: str | None = None, dtype: str | None = None
-) -> list[Path]:
+def draw(run: Run, folder: Path) -> list[Path]:
     """Returns the paths of the PNG and the SVG. Raises ResultsError where nothing was timed beside torch."""
-    panels = ratios(run.of_models(pass_name=pass_name, layout=layout, dtype=dtype))
+    panels = ratios(run.of_models())
     if not panels:
         raise ResultsError(f"{run.path}: no layer was timed beside torch")
     with style.style():
-        return style.save(_figure(run, panels), folder, f"{run.run}-best{style.suffix(p=pass_name, l=layout, d=dtype)}")
+        return style.save(_figure(run, panels), run, folder, "best")
 
 
 def ratios(rows: Sequence[Mapping]) -> dict[tuple[str, str], Ratios]:
@@ -58,11 +55,11 @@ def _figure(run: Run, panels: Mapping[tuple[str, str], Ratios]):
             colour = style.BLUE if value >= 1 else style.VERMILLION
             axes.plot([1, value], [index, index], color=colour, linewidth=1.0, solid_capstyle="butt", zorder=2)
             axes.plot(value, index, "o" if value >= 1 else "v", color=colour, markersize=3.2, zorder=3)
-        mean = geometric_mean(each.values())
+        average = mean(each.values())
         axes.axvline(1, color="black", linewidth=0.9)
-        axes.axvline(mean, color=style.BLUE, linewidth=0.9, linestyle=(0, (4, 2)))
+        axes.axvline(average, color=style.BLUE, linewidth=0.9, linestyle=(0, (4, 2)))
         axes.annotate(
-            f"mean {mean:.2f}", (mean, 1), xytext=(2, 3), xycoords=("data", "axes fraction"),
+            f"mean {average:.2f}", (average, 1), xytext=(2, 3), xycoords=("data", "axes fraction"),
             textcoords="offset points", fontsize=7, color=style.BLUE, va="bottom", annotation_clip=False,
         )  # fmt: skip
         axes.set_title(axes.get_title(loc="left"), loc="left", fontweight="bold", pad=13)

@@ -1,7 +1,7 @@
 """The charts there are: every module beside this one that says with ``MADE_BY`` which command writes the rows it draws.
 
-A chart has ``draw(run, folder, pass_name=None, layout=None, dtype=None) -> paths``, which raises ResultsError where the
-results hold nothing for it.
+A chart has ``draw(run, folder) -> paths of a PNG and an SVG``, which raises ResultsError where the results hold nothing
+for it.
 """
 
 from __future__ import annotations
@@ -39,22 +39,18 @@ def chart(name: str) -> ModuleType:
     return importlib.import_module(f"{PACKAGE}.{name}")
 
 
-def draw(run: Run, folder: Path, wanted: tuple[str, ...] = (), **chosen: str | None) -> dict[str, list[Path]]:
+def draw(run: Run, folder: Path, wanted: tuple[str, ...] = ()) -> dict[str, list[Path]]:
     """Draws the wanted charts, else all that the results have rows for; the paths by chart.
 
-    Raises ResultsError, naming the command that writes what is missing, for a wanted chart without rows or where none
-    can be drawn.
+    Raises ResultsError for a wanted chart without rows, and names the command that writes these. Raises OSError where
+    the folder cannot be written.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     drawn: dict[str, list[Path]] = {}
-    missing = []
     for name in wanted or names():
-        made = chart(name)
         try:
-            drawn[name] = made.draw(run, folder, **chosen)
+            drawn[name] = chart(name).draw(run, folder)
         except ResultsError as error:
-            missing.append(f"{error} (written by {made.MADE_BY})")
             if wanted:
-                raise ResultsError(missing[-1]) from None
-    if not drawn:
-        raise ResultsError("; ".join(missing))
+                raise ResultsError(f"{error} (written by {chart(name).MADE_BY})") from None
     return drawn

@@ -25,21 +25,17 @@ ROW = 0.16
 Group = list[Mapping]
 
 
-def draw(
-    run: Run, folder: Path, pass_name: str | None = None, layout: str | None = None, dtype: str | None = None
-) -> list[Path]:
+def draw(run: Run, folder: Path) -> list[Path]:
     """Returns the paths of the PNG and the SVG. Raises ResultsError where nothing was tuned."""
-    wanted = {"pass": pass_name, "layout": layout, "dtype": dtype}
     groups: dict[tuple, Group] = {}
     for row in run.timings:
-        if row["stage"] == "screen" and all(value is None or row[key] == value for key, value in wanted.items()):
+        if row["stage"] == "screen":
             groups.setdefault((row["layer"], row["pass"], row["dtype"], row["layout"]), []).append(row)
     found = sorted((rows for rows in groups.values() if len(rows) >= LEAST), key=_interest, reverse=True)
     if not found:
         raise ResultsError(f"{run.path}: nowhere {LEAST} candidates of one layer and pass were timed")
     with style.style():
-        stem = f"{run.run}-landscape{style.suffix(p=pass_name, l=layout, d=dtype)}"
-        return style.save(_figure(run, found[:SHOWN]), folder, stem)
+        return style.save(_figure(run, found[:SHOWN]), run, folder, "landscape")
 
 
 def _interest(rows: Group) -> tuple[int, int]:

@@ -10,23 +10,17 @@ from tritonconv.errors import ResultsError
 from tritonconv.lab.bench.results import BASELINE, OURS, Run
 from tritonconv.plots import figures, style
 
-MADE_BY = "tritonconv overhead"
+MADE_BY = "tritonconv bench --overhead"
 PANEL = (2.3, 0.33)
 NAMES = {**style.PASS_NAMES, "forward": "forward, no gradients", "forward_recorded": "forward, recorded"}
 
 
-def draw(
-    run: Run, folder: Path, pass_name: str | None = None, layout: str | None = None, dtype: str | None = None
-) -> list[Path]:
+def draw(run: Run, folder: Path) -> list[Path]:
     """Returns the paths of the PNG and the SVG. Raises ResultsError where no overhead was measured."""
-    wanted = {"pass": pass_name, "layout": layout, "dtype": dtype}
-    rows = [
-        row for row in run.overheads if all(value is None or row[key] == value for key, value in wanted.items())
-    ]  # fmt: skip
-    if not rows:
+    if not run.overheads:
         raise ResultsError(f"{run.path}: no overhead was measured")
     with style.style():
-        return style.save(_figure(run, rows), folder, f"{run.run}-overhead{style.suffix(p=pass_name, d=dtype)}")
+        return style.save(_figure(run, run.overheads), run, folder, "overhead")
 
 
 def _figure(run: Run, rows):

@@ -19,12 +19,10 @@ ROW, PANEL = 0.125, 2.0
 Pairs = dict[str, dict[str, float]]
 
 
-def draw(
-    run: Run, folder: Path, pass_name: str | None = None, layout: str | None = None, dtype: str | None = None
-) -> list[Path]:
+def draw(run: Run, folder: Path) -> list[Path]:
     """Returns the paths of the PNG and the SVG. Raises ResultsError where no row has its share of a roof."""
     panels: dict[tuple[str, str, str], Pairs] = {}
-    for row in run.of_models(pass_name=pass_name, layout=layout, dtype=dtype):
+    for row in run.of_models():
         share = row.get("percent_of_roof")
         if share is not None and row["variant"] in (BASELINE, OURS):
             panel = panels.setdefault((row["pass"], row["dtype"], row["layout"]), {})
@@ -32,8 +30,7 @@ def draw(
     if not panels:
         raise ResultsError(f"{run.path}: no result has its share of a measured roof")
     with style.style():
-        stem = f"{run.run}-percent{style.suffix(p=pass_name, l=layout, d=dtype)}"
-        return style.save(_figure(run, panels), folder, stem)
+        return style.save(_figure(run, panels), run, folder, "percent")
 
 
 def _figure(run: Run, panels: Mapping[tuple[str, str, str], Pairs]):

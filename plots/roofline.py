@@ -26,14 +26,12 @@ FEW = 12  # layers that are named in the chart itself
 TABLE_LINE = 0.118  # inches
 
 
-def draw(
-    run: Run, folder: Path, pass_name: str | None = None, layout: str | None = None, dtype: str | None = None
-) -> list[Path]:
+def draw(run: Run, folder: Path) -> list[Path]:
     """Draws one panel per pass, dtype and layout and returns the paths of the PNG and the SVG.
 
     Raises ResultsError where no result is left.
     """
-    rows = run.of_models(pass_name=pass_name, layout=layout, dtype=dtype)
+    rows = run.of_models()
     if not rows:
         raise ResultsError(f"{run.path}: no results to draw")
     numbers = _numbers(rows)
@@ -41,7 +39,7 @@ def draw(
         rows = [row for row in rows if row["variant"] in (BASELINE, OURS)] or rows
     with style.style():
         figure = _figure(run, rows, numbers)
-        return style.save(figure, folder, f"{run.run}-roofline{style.suffix(p=pass_name, l=layout, d=dtype)}")
+        return style.save(figure, run, folder, "roofline")
 
 
 def _numbers(rows: Sequence[Mapping]) -> dict[str, tuple[int, str]]:

@@ -18,20 +18,17 @@ PANEL = (2.55, 1.9)
 LINES = {"ncdhw": ("o", "-"), "ndhwc": ("D", (0, (3, 1.5)))}
 
 
-def draw(
-    run: Run, folder: Path, pass_name: str | None = None, layout: str | None = None, dtype: str | None = None
-) -> list[Path]:
+def draw(run: Run, folder: Path) -> list[Path]:
     """Returns the paths of the PNG and the SVG. Raises ResultsError where no layer was measured at three sizes."""
     panels: dict[tuple[str, str, str], list[Mapping]] = {}
-    for row in run.select(pass_name=pass_name, layout=layout, dtype=dtype):
+    for row in run.results:
         if row.get("family") and row["variant"] in (BASELINE, OURS):
             panels.setdefault((row["family"], row["pass"], row["dtype"]), []).append(row)
     panels = {key: rows for key, rows in panels.items() if len({row["layer"] for row in rows}) >= LEAST}
     if not panels:
         raise ResultsError(f"{run.path}: no layer was measured at {LEAST} sizes")
     with style.style():
-        stem = f"{run.run}-scaling{style.suffix(p=pass_name, l=layout, d=dtype)}"
-        return style.save(_figure(run, panels), folder, stem)
+        return style.save(_figure(run, panels), run, folder, "scaling")
 
 
 def _figure(run: Run, panels: Mapping[tuple[str, str, str], list[Mapping]]):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import geometric_mean
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from tritonconv.errors import ResultsError
 from tritonconv.lab.bench.results import BASELINE, OURS, Run
+from tritonconv.lab.bench.standings import mean
 from tritonconv.plots import style
 
 MADE_BY = "tritonconv bench"
@@ -20,15 +20,12 @@ MARGIN_RIGHT, AXIS = 0.25, 0.5
 TITLE, HEAD_LINE = 0.42, 0.15  # inches: the title of the figure, a line above a panel
 
 
-def draw(
-    run: Run, folder: Path, pass_name: str | None = None, layout: str | None = None, dtype: str | None = None
-) -> list[Path]:
+def draw(run: Run, folder: Path) -> list[Path]:
     """Draws the speed-ups of tritonconv over torch and returns the paths of the PNG and the SVG.
 
     One panel per pass (and dtype, where there are several). Raises ResultsError where nothing was timed beside torch.
     """
-    rows = run.of_models(pass_name=pass_name, layout=layout, dtype=dtype, variant=OURS)
-    rows = [row for row in rows if row["speedup"] is not None]
+    rows = [row for row in run.of_models() if row["variant"] == OURS and row["speedup"] is not None]
     if not rows:
         raise ResultsError(f"{run.path}: no layer was timed beside {BASELINE}, so there is no speed-up to draw")
     panels: dict[tuple[str, str], list[Mapping]] = {}
@@ -37,7 +34,7 @@ def draw(
     lines = _lines(rows)
     with style.style():
         figure = _figure(run, panels, lines)
-        return style.save(figure, folder, f"{run.run}-speedup{style.suffix(p=pass_name, l=layout, d=dtype)}")
+        return style.save(figure, run, folder, "speedup")
 
 
 def _lines(rows: Sequence[Mapping]) -> list[str | None]:
@@ -47,7 +44,7 @@ def _lines(rows: Sequence[Mapping]) -> list[str | None]:
         suites.setdefault(row["suite"], {}).setdefault(row["layer"], []).append(row["speedup"])
     lines: list[str | None] = []
     for layers in suites.values():
-        lines += [None, *sorted(layers, key=lambda name: -geometric_mean(layers[name]))]
+        lines += [None, *sorted(layers, key=lambda name: -mean(layers[name]))]
     return lines
 
 
@@ -120,9 +117,9 @@ def _panel(axes: Axes, rows: Sequence[Mapping], lines: Sequence[str | None], lim
                 row["speedup"], y, marker, markersize=3.4 if marker == "o" else 3.0, markeredgewidth=0.7,
                 color=colour, markerfacecolor="white" if reaches_one else colour, zorder=3,
             )  # fmt: skip
-        mean = geometric_mean(row["speedup"] for row in mine)
-        axes.axvline(mean, color=colour, linewidth=0.9, linestyle=(0, (4, 2)), zorder=1)
-        text = f"{style.LAYOUT_NAMES[layout].split(' ')[0]}: geometric mean {mean:.2f} ({len(mine)} layers)"
+        average = mean(row["speedup"] for row in mine)
+        axes.axvline(average, color=colour, linewidth=0.9, linestyle=(0, (4, 2)), zorder=1)
+        text = f"{style.LAYOUT_NAMES[layout].split(' ')[0]}: geometric mean {average:.2f} ({len(mine)} layers)"
         height = 1 + (0.06 + (len(layouts) - 1 - step) * HEAD_LINE) / (len(lines) * ROW)
         axes.plot(0.012, height + 0.045 / (len(lines) * ROW), marker, color=colour, markersize=4, clip_on=False,
                   transform=axes.transAxes)  # fmt: skip

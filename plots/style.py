@@ -102,14 +102,10 @@ def draw_footer(figure: Figure, lines: Sequence[str]) -> None:
         figure.text(0.12 / width, (0.08 + index * FOOTER_LINE) / height, line, fontsize=6.2, color=GREY, va="bottom")
 
 
-def save(figure: Figure, folder: Path, stem: str) -> list[Path]:
-    """Writes ``stem.png`` and ``stem.svg``; raises OSError where that fails."""
+def save(figure: Figure, run: Run, folder: Path, chart: str) -> list[Path]:
+    """Writes PNG and SVG, named by the run, the chart and the run's selection; raises OSError where that fails."""
+    stem = "-".join([run.run, chart, *run.selection])
     paths = [folder / f"{stem}.png", folder / f"{stem}.svg"]
     figure.savefig(paths[0], dpi=DPI, metadata={"Software": None})
     figure.savefig(paths[1], metadata={"Date": None, "Creator": None})
     return paths
-
-
-def suffix(**chosen: str | None) -> str:
-    """The part of a file name that says which results were left out."""
-    return "".join(f"-{value}" for value in chosen.values() if value is not None)

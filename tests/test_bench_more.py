@@ -56,9 +56,9 @@ def bench(folder: Path, *more: str) -> results.Run:
 def test_a_variant_file_is_in_the_table_the_plots_and_explain(mine, tmp_path, capsys):
     run = bench(tmp_path / "out", "--variant-file", str(mine))
     assert "forward_mine" in capsys.readouterr().out
-    (row,) = run.select(variant="forward_mine")
+    (row,) = run.only(variant="forward_mine").results
     assert row["chosen"] == {"forward": "forward_mine"} and row["max_error"] <= row["tolerance"]
-    assert cli.main(["plot", "--output", str(tmp_path / "out")]) == 0
+    assert cli.main(["report", str(tmp_path / "out")]) == 0
     assert any("roofline" in path.name for path in (tmp_path / "out").glob("*.svg"))
     del registry._records()["forward_mine"]  # as in a new process
     assert cli.main(["explain", TINY, "--variant-file", str(mine)]) == 0
@@ -179,7 +179,7 @@ def test_the_best_torch_is_the_fastest_of_all_layouts_and_of_compile():
         ("c", "ncdhw", 0.5),
     ]
     assert [each.torch_chosen for each in found] == [False, True]
-    assert standings.mean(found) == pytest.approx(1.0)
+    assert standings.mean(one.ratio for one in found) == pytest.approx(1.0)
     assert list(standings.by_pass(found)) == [("forward", "float32")]
     assert list(standings.by_column(ours)) == ["wall"]
     graphs = [{**each, "timing": "graph", "wall_ms": 3 * each["median_ms"] + 1} for each in (*rows, *ours)]
@@ -221,7 +221,7 @@ def test_roofs_are_printed_written_and_kept_for_the_model(tmp_path, capsys, monk
     monkeypatch.setenv("TRITONCONV_CACHE", str(tmp_path / "store"))
     choose.forget()
     assert not choose.ceilings_of(torch.device("cpu")).measured
-    command = ["roofs", "--seconds", "0.1", "--dtype", "float32", "--output", str(tmp_path)]
+    command = ["bench", "--roofs", "--seconds", "0.1", "--dtype", "float32", "--output", str(tmp_path)]
     assert cli.main(command) == 0
     assert "GFLOP/s" in capsys.readouterr().out
     run = results.read(results.latest(tmp_path))

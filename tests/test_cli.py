@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from tritonconv.autotune.tuning import session
 from tritonconv.kernels import registry
 from tritonconv.lab import cli
-from tritonconv.lab.bench import case, contestants, measure, progress
+from tritonconv.lab.bench import case, contestants, measure, overhead, progress
 from tritonconv.lab.bench.results import latest, read
 from tritonconv.lab.commands import common
 
@@ -27,7 +27,7 @@ def bench(tmp_path, *flags) -> list[str]:
     return ["bench", "--only", TINY, "--device", "cpu", "--quiet", "--output", str(tmp_path), *flags]
 
 
-def test_bench_then_plot(tmp_path, capsys):
+def test_bench_then_report(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     assert cli.main(bench(tmp_path, "--seconds", "30")) == 0
     out, err = capsys.readouterr()
@@ -45,8 +45,9 @@ def test_bench_then_plot(tmp_path, capsys):
     assert "batch at most 2" in out
     assert run.environment["command"].startswith(f"tritonconv bench --only {TINY}")
 
-    assert cli.main(["plot", "--output", str(tmp_path)]) == 0
-    pictures = capsys.readouterr().out.split()
+    assert cli.main(["report", str(tmp_path)]) == 0
+    *pictures, page = capsys.readouterr().out.split()
+    assert page == str(tmp_path / "report.html")
     assert [name.rsplit("-", 1)[1] for name in pictures] == [
         "roofline.png",
         "roofline.svg",
@@ -58,8 +59,9 @@ def test_bench_then_plot(tmp_path, capsys):
         "percent.svg",
     ]
     assert all(name.startswith(str(tmp_path / run.run)) for name in pictures)
-    assert cli.main(["plot", path, "--pass", "forward", "--layout", "ncdhw", "--output", str(tmp_path / "new")]) == 0
-    assert len(list((tmp_path / "new").iterdir())) == 8
+    assert cli.main(["report", path, "--pass", "forward", "--layout", "ncdhw", "--output", str(tmp_path / "new")]) == 0
+    made = sorted(each.name.removeprefix(run.run) for each in (tmp_path / "new").iterdir())
+    assert len(made) == 9 and made[0].startswith("-best-forward-ncdhw") and made[-1] == "report-forward-ncdhw.html"
 
 
 def test_a_wrong_result_makes_the_exit_code_1(tmp_path, monkeypatch, capsys):
@@ -94,12 +96,17 @@ def test_an_interrupt_is_130_and_keeps_the_file(tmp_path, monkeypatch, capsys):
         (["bench", "--seconds", "inf"], ["--seconds", "'inf'"]),
         (["bench", "--seed", "1.5"], ["--seed", "'1.5'", "integer"]),
         (["bench", "--only", "alexnet"], ["'alexnet'", "86 layers"]),
+        (["bench", "--overhead", "--suite", "unet"], ["--suite", "the layers", "--overhead"]),
+        (["bench", "--roofs", "--limit", "3"], ["--limit", "--overhead", "--roofs"]),
+        (["bench", "--store", "x"], ["--store", "--roofs", "the layers"]),
+        (["bench", "--roofs", "--overhead"], ["--overhead", "--roofs", "not allowed"]),
+        (["report", "a", "b"], ["RESULTS", "--model"]),
         (["bench", "--variants", "forward_fast"], ["--variants", "'forward_fast'", "forward_torch_native"]),
         (
             ["bench", "--variants", "backward_data_torch_conv"],
             ["--variants", "backward_data", "forward,forward_backward"],
         ),
-        (["plot", "--pass", "upward"], ["--pass", "'upward'", "forward"]),
+        (["report", "--pass", "upward"], ["--pass", "'upward'", "forward"]),
         (["explain", "psmnet"], ["'psmnet'", "psmnet_train_64_64"]),
         (["explain", TINY, "--layout", "x"], ["--layout", "'x'", "ndhwc"]),
         (["list", "--suite", "x"], ["--suite", "'x'", "gan"]),
@@ -128,8 +135,8 @@ def test_one_of_several_gpus_is_current_from_then_on(monkeypatch, capsys):
     for name, answer in (("is_available", True), ("device_count", 2)):
         monkeypatch.setattr(torch.cuda, name, lambda answer=answer: answer)
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
-    assert common.device("cuda:1") == torch.device("cuda", 1) and current == [torch.device("cuda", 1)]
-    assert common.device("cuda") == torch.device("cuda") and len(current) == 1
+    assert common.device_of("cuda:1") == torch.device("cuda", 1) and current == [torch.device("cuda", 1)]
+    assert common.device_of("cuda") == torch.device("cuda") and len(current) == 1
     assert cli.main(["explain", TINY, "--device", "cuda:2"]) == 2
     assert "got 'cuda:2', and there are 2 GPUs" in capsys.readouterr().err
     for name in ("cuda:", "cuda1", "gpu", "cuda:-1"):
@@ -144,10 +151,10 @@ def test_bad_files_are_2_and_named(tmp_path, capsys):
     blocked = tmp_path / "blocked"
     blocked.write_text("")
     for arguments, words in (
-        (["plot", str(bad)], [f"{bad}:1", "schema", "'one'"]),
-        (["plot", str(tmp_path / "none.jsonl")], ["none.jsonl"]),
-        (["plot", str(tmp_path / "none")], ["none"]),
-        (["plot", "--output", str(tmp_path / "empty")], ["empty", "tritonconv bench"]),
+        (["report", str(bad)], [f"{bad}:1", "schema", "'one'"]),
+        (["report", str(tmp_path / "none.jsonl")], ["none.jsonl"]),
+        (["report", str(tmp_path / "none")], ["none"]),
+        (["report", str(tmp_path / "empty")], ["empty", "tritonconv bench"]),
         (bench(blocked), ["output", str(blocked)]),
     ):
         assert cli.main(arguments) == 2
@@ -155,15 +162,53 @@ def test_bad_files_are_2_and_named(tmp_path, capsys):
         assert all(word in err for word in words), err
 
 
-def test_plot_says_what_the_file_has(tmp_path, capsys):
+def test_report_says_what_the_file_has(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     assert cli.main(bench(tmp_path, "--passes", "forward", "--layout", "ncdhw")) == 0
     capsys.readouterr()
     for flag, value in (("--pass", "backward_data"), ("--layout", "ndhwc"), ("--dtype", "float16")):
-        assert cli.main(["plot", "--output", str(tmp_path), flag, value]) == 2
+        assert cli.main(["report", str(tmp_path), flag, value]) == 2
         err = capsys.readouterr().err
         assert f"{flag} '{value}'" in err
         assert "only" in err
+
+
+def test_the_overhead_of_a_call_is_measured_per_dtype_and_has_a_limit(tmp_path, capsys, monkeypatch):
+    command = ["bench", "--overhead", "--device", "cpu", "--seconds", "0.2", "--output", str(tmp_path), "--limit"]
+    assert cli.main([*command, "1e6", "--dtype", "float32,float64", "--use", "forward_torch_phases"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines[1:7]] == [
+        [name, dtype] for dtype in ("float32", "float64") for name in overhead.PASSES
+    ]
+    rows = read(latest(tmp_path)).overheads
+    assert len(rows) == 12
+    assert {(row["variant"], *row["forced"]) for row in rows} == {("torch",), ("tritonconv", "forward_torch_phases")}
+    with monkeypatch.context() as context:
+        context.setattr(overhead, "excess", lambda rows: {"forward": 5.0})
+        assert [cli.main([*command, limit]) for limit in ("4", "6")] == [1, 0]
+    capsys.readouterr()
+    for name, why in (("forward_torch_conv", "needs stride 1"), ("forward_nowhere", "'forward_nowhere'")):
+        assert cli.main([*command, "1e6", "--use", name]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("tritonconv bench: argument --use: ") and why in err
+
+
+@pytest.mark.parametrize("name", cli.GONE)
+def test_a_command_that_went_says_which_took_its_place(capsys, name):
+    assert cli.main([name, "--anything", "else"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err == f"tritonconv {name}: `tritonconv {cli.GONE[name]}` took its place\n"
+    command, *flags = (word for word in cli.GONE[name].split() if word != "DIR")
+    assert command in cli.COMMANDS and name not in cli.COMMANDS
+    assert cli.main([command, "--help"]) == 0
+    assert all(flag in capsys.readouterr().out for flag in flags)
+
+
+def test_the_commands_are_at_most_ten(capsys):
+    assert len(cli.COMMANDS) <= 10
+    assert cli.main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in cli.COMMANDS) and not any(f"\n    {name} " in out for name in cli.GONE)
 
 
 def test_flags_may_be_repeated_or_lists(tmp_path, capsys):
@@ -230,11 +275,11 @@ def test_explain(capsys):
 
 
 def test_help_states_the_scale_rule_and_module_entry():
-    done = subprocess.run(
-        [sys.executable, "-m", "tritonconv", "bench", "--help"], capture_output=True, text=True, check=True
-    )
-    assert "largest spatial axis is halved" in done.stdout
-    assert done.stderr == ""
+    for module in ("tritonconv", "tritonconv.lab.cli"):
+        command = [sys.executable, "-m", module, "bench", "--help"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert "largest spatial axis is halved" in done.stdout
+        assert done.stderr == ""
 
 
 def test_progress_outside_a_terminal_is_a_line_now_and_then(capsys):

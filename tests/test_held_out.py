@@ -21,10 +21,9 @@ from tritonconv.autotune.serving import Part
 from tritonconv.autotune.store import Table
 from tritonconv.autotune.tuning import held_out
 from tritonconv.kernels import registry
-from tritonconv.lab import cli
+from tritonconv.lab import cli, predictions
 from tritonconv.lab.bench import results
 from tritonconv.lab.bench.workloads import resized
-from tritonconv.lab.commands import model as command
 from tritonconv.problem import PASSES
 
 ROWS = Path(__file__).resolve().parent.parent / "plots" / "examples" / "nvidia_h200"
@@ -38,9 +37,9 @@ LEAST_OF_ORACLE, MOST_SLOW = 0.9, 0.08
 def measured():
     """The groups of the committed rows, and the ceilings."""
     run = results.load(ROWS)
-    with command.as_on(run):
-        limits = command.ceilings_of(run)
-        return held_out.trials_of(command.timed(run), limits), limits
+    with predictions.as_on(run):
+        limits = predictions.ceilings_of(run)
+        return held_out.trials_of(predictions.timed(run), limits), limits
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +95,7 @@ def test_what_ships_is_what_the_committed_rows_give(measured):
 def test_the_command_prints_the_figures_and_writes_the_fit(tmp_path, capsys, monkeypatch, measured):
     groups = measured[0]
     monkeypatch.setattr(held_out, "folds", lambda _: [(groups[:1], groups)])
-    assert cli.main(["model", str(ROWS), "--held-out", "--fit", str(tmp_path / "fit.json")]) == 0
+    assert cli.main(["report", str(ROWS), "--held-out", "--fit", str(tmp_path / "fit.json")]) == 0
     said = capsys.readouterr().out
     assert "NVIDIA H200: 235 problems" in said and "siblings" in said and said.count("of the oracle") == 2
     written, kept = (Fit.from_json(json.loads(path.read_text())) for path in (tmp_path / "fit.json", SHIPPED))

@@ -39,7 +39,7 @@ LAYERS = (
     ("lab.flags", "lab.markdown"),
     ("lab.bench", "lab.inspection"),
     ("autotune.tuning", "lab.profiling"),
-    ("lab.verification", "lab.campaign"),
+    ("lab.verification", "lab.campaign", "lab.predictions"),
     ("lab.commands", "lab.cli"),
     ("", "__main__"),  # the package itself
 )

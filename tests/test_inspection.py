@@ -19,11 +19,11 @@ from tritonconv.kernels.registry import have_triton, variants
 from tritonconv.kernels.targets import TARGETS
 from tritonconv.lab import cli, markdown
 from tritonconv.lab.bench.workloads import workload
-from tritonconv.lab.inspection import compiling, jobs, readme, records, report
+from tritonconv.lab.inspection import compiling, jobs, records, tables
 from tritonconv.lab.inspection.records import Inspection, Record, faults, remarks
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = ("--layers", "k3s2", "--dtypes", "bfloat16", "--layouts", "ndhwc")
+SMALL = ("--layers", "k3s2", "--dtype", "bfloat16", "--layout", "ndhwc")
 needs_triton = pytest.mark.skipif(not have_triton(), reason="Triton is not installed")
 
 GOOD = Record(
@@ -78,7 +78,7 @@ def small_run(tmp_path_factory) -> tuple[subprocess.CompletedProcess[str], Inspe
     """forward_phases on one layer for four targets: the process, its JSON and its Markdown."""
     folder, (begin, end) = tmp_path_factory.mktemp("inspect"), markdown.markers("inspect")
     (folder / "R.md").write_text(f"before\n{begin}\n{end}\nafter\n")
-    command = ["-m", "tritonconv", "inspect", "forward_phases", "--targets", "sm_80,sm_90,sm_100,gfx942", *SMALL]
+    command = ["-m", "tritonconv", "inspect", "forward_phases", "--target", "sm_80,sm_90,sm_100,gfx942", *SMALL]
     files = ["--json", "run.json", "--markdown", "R.md"]
     done = compiling_process(folder, *command, *files, "--jobs", "1", "--quiet")
     assert done.returncode in (0, 1), done.stderr
@@ -131,7 +131,7 @@ records = registry._records()
 good = registry.variant("forward_phases")
 bad = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128, "num_warps": 8, "num_stages": 4}
 records["forward_phases"] = dataclasses.replace(good, default=lambda *args: {**good.default(*args), **bad})
-sys.exit(cli.main(["inspect", "forward_phases", "--targets", "sm_86", "--jobs", "1", "--quiet", *sys.argv[1:]]))
+sys.exit(cli.main(["inspect", "forward_phases", "--target", "sm_86", "--jobs", "1", "--quiet", *sys.argv[1:]]))
 """
 
 
@@ -162,7 +162,7 @@ def test_what_is_a_fault(fields, words):
     assert words in fault
     run = inspection(changed(**fields), changed(**fields, default=False))
     assert len(run.failures()) == len(run.warnings()) == 1  # a candidate only warns
-    text = report.verdict(run)
+    text = tables.verdict(run)
     assert f"fault: forward_phases_kernel for sm_90: {fault} [k3s2 bfloat16 ndhwc]" in text
     assert f"warning: forward_phases_kernel for sm_90: {fault} [k3s2 bfloat16 ndhwc (M128 warps=4)]" in text
 
@@ -206,9 +206,9 @@ def test_the_json_file_round_trips(tmp_path):
 def test_each_triton_version_has_its_own_section(tmp_path):
     path, (begin, end) = tmp_path / "R.md", markdown.markers("inspect")
     path.write_text(f"head\n\n{begin}\nold text\n{end}\n\n### Triton stays\n")
-    readme.update(inspection(triton="3.9.0"), path)
-    readme.update(inspection(triton="3.10.0"), path)
-    readme.update(inspection(triton="3.6.0"), path)
+    tables.update(inspection(triton="3.9.0"), path)
+    tables.update(inspection(triton="3.10.0"), path)
+    tables.update(inspection(triton="3.6.0"), path)
     text = path.read_text()
     assert text.startswith("head\n") and text.endswith("\n### Triton stays\n")
     assert "old text" not in text
@@ -218,7 +218,7 @@ def test_each_triton_version_has_its_own_section(tmp_path):
         "### Triton 3.6.0",
         "### Triton stays",
     ]
-    readme.update(inspection(changed(registers=77), triton="3.9.0"), path)
+    tables.update(inspection(changed(registers=77), triton="3.9.0"), path)
     again = path.read_text()
     assert again.count("| 77 |") == 2  # the row's own, and the most of all
     assert again.replace("| 77 |", "| 125 |") == text
@@ -227,16 +227,16 @@ def test_each_triton_version_has_its_own_section(tmp_path):
 def test_a_row_stands_for_the_first_layer_and_counts_all():
     reduction = changed(kernel="sum_kernel", dot="", matrix={}, instructions=9000)
     other = changed(layout="ncdhw", registers=200, local_accesses=1)
-    row = readme.section(inspection(other, reduction, GOOD)).splitlines()[-1]
+    row = tables.section(inspection(other, reduction, GOOD)).splitlines()[-1]
     assert "| HGMMA 8 | 125 | 0 | 60 | 3 | 19% | 0 | 30 | 0 | 191 | 0 | 3 | 200 | 60 | 1 |" in row
 
 
 def test_the_readme_of_the_kernels_has_the_markers():
-    readme.check(ROOT / "kernels" / "README.md")
+    tables.check(ROOT / "kernels" / "README.md")
 
 
 def test_the_table_shows_every_record(capsys):
-    report.show(inspection(GOOD, changed(target="sm_80", matrix={"HMMA": 4}), changed(target="gfx942", error="no")))
+    tables.show(inspection(GOOD, changed(target="sm_80", matrix={"HMMA": 4}), changed(target="gfx942", error="no")))
     out = capsys.readouterr().out
     assert "HGMMA 8" in out and "HMMA 4" in out and "does not compile" in out
     assert "k3s2  psmnet_train_64_32  n3 64->32 24x32x64 k3 s2 crop 1/0" in out
@@ -248,10 +248,12 @@ def test_the_table_shows_every_record(capsys):
     [
         (["forward_fast"], ["VARIANT", "'forward_fast' is unknown", "forward_phases"]),
         (["forward_torch_conv"], ["'forward_torch_conv' is computed by torch", "forward_phases"]),
-        (["--targets", "sm_91"], ["--targets", "'sm_91'", "sm_90, sm_100"]),
-        (["--dtypes", "float32"], ["--dtypes", "'float32'", "tf32, ieee"]),
+        (["--target", "sm_91"], ["--target", "'sm_91'", "sm_90, sm_100"]),
+        (["--dtype", "float32"], ["--dtype", "'float32'", "tf32, ieee"]),
         (["--layers", "k9"], ["--layers", "'k9'", "depthwise_k3"]),
         (["--jobs", "0"], ["--jobs", "'0'", "1 to 1024"]),
+        (["--all"], ["--all", "--accesses"]),
+        (["--accesses", "--verdicts", "here"], ["--accesses", "--verdicts", "not allowed"]),
         (["--configs", "some"], ["--configs", "'some'", "default", "all"]),
         (["--markdown", "none.md"], ["--markdown", "none.md"]),
         (["--markdown", "LICENSE"], ["--markdown", "LICENSE", markdown.markers("inspect")[0]]),

@@ -281,11 +281,11 @@ def test_the_command_reports_the_correlation_of_a_file(tmp_path, capsys):
         rows.append({**head, "variant": name, "median_ms": index, "p20_ms": index, "p80_ms": index})
     path = tmp_path / "run.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert cli.main(["model", str(path)]) == 0
+    assert cli.main(["report", str(path), "--model"]) == 0
     line = capsys.readouterr().out.splitlines()[1].split()
     assert line[2:4] == ["forward", "1"] and float(line[4]) > 0.9
     path.write_text(json.dumps(environment) + "\n")
-    assert cli.main(["model", str(path)]) == 2
+    assert cli.main(["report", str(path), "--model"]) == 2
     assert "tritonconv tune" in capsys.readouterr().err
 
 

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from tests.test_results import ENVIRONMENT, ROOF, result
 from tritonconv.errors import ResultsError
 from tritonconv.lab import cli
-from tritonconv.lab.bench.results import Writer, read
+from tritonconv.lab.bench.results import Run, Writer, read
 from tritonconv.plots import labels, roofline, speedup, style
 
 COPY = {"name": "copy_memory", "what": "copy in memory", "dtype": None, "value": 2e10, "unit": "byte/s"}
@@ -38,16 +38,16 @@ def write(folder: Path, layers: int, roofs=(COPY, PEAK), reason="complete", layo
     return read(writer.path)
 
 
-def texts(monkeypatch, chart, run, folder, **chosen) -> str:
+def texts(monkeypatch, chart, run, folder) -> str:
     """Every text of the figure, with its line breaks taken out."""
     found = []
 
-    def keep(figure, folder, stem):
+    def keep(figure, run, folder, name):
         found.extend(item.get_text() for item in figure.findobj(match=lambda artist: hasattr(artist, "get_text")))
         return []
 
     monkeypatch.setattr(style, "save", keep)
-    chart.draw(run, folder, **chosen)
+    chart.draw(run, folder)
     return " ".join(reversed(found))
 
 
@@ -65,9 +65,9 @@ def test_png_and_svg_are_written_and_repeat(tmp_path, chart, layers):
 @pytest.mark.parametrize("chart", [roofline, speedup])
 def test_filters_reach_the_chart_and_the_file_name(tmp_path, monkeypatch, chart):
     run = write(tmp_path, 2)
-    png, _ = chart.draw(run, tmp_path, pass_name="forward", layout="ndhwc", dtype="float32")
+    png, _ = chart.draw(run.only(**{"pass": "forward", "layout": "ndhwc", "dtype": "float32"}), tmp_path)
     assert png.name.endswith("-forward-ndhwc-float32.png")
-    shown = texts(monkeypatch, chart, run, tmp_path, layout="ndhwc")
+    shown = texts(monkeypatch, chart, run.only(layout="ndhwc"), tmp_path)
     assert "NDHWC" in shown
     assert "NCDHW" not in shown
 
@@ -123,7 +123,7 @@ def test_an_early_end_is_said(tmp_path, monkeypatch):
 def test_nothing_to_draw_is_an_error(tmp_path):
     run = write(tmp_path, 1)
     with pytest.raises(ResultsError, match="no results to draw"):
-        roofline.draw(run, tmp_path, layout="other")
+        roofline.draw(Run(run.path, run.environment), tmp_path)
     run.results = [row | {"speedup": None} for row in run.results]
     with pytest.raises(ResultsError, match="no layer was timed beside torch"):
         speedup.draw(run, tmp_path)
@@ -143,23 +143,27 @@ def test_the_command_draws_what_there_is_without_results(tmp_path, capsys, kind,
         for row in rows:
             writer.write({"landscape": "timing"}.get(kind, kind), row)
     for flags, suffix in (((), ""), (("--pass", "forward"), "-forward")):
-        assert cli.main(["plot", "--output", str(tmp_path), *flags]) == 0
-        assert [name.rsplit("bench-x", 1)[1] for name in capsys.readouterr().out.split()] == [
+        assert cli.main(["report", str(tmp_path), *flags]) == 0
+        *pictures, page = capsys.readouterr().out.split()
+        assert page.endswith(f"report{suffix}.html")
+        assert [name.rsplit("bench-x", 1)[1] for name in pictures] == [
             f"-{kind}{suffix}.png",
             f"-{kind}{suffix}.svg",
         ]
-    assert cli.main(["plot", str(writer.path), "--pass", "backward_data"]) == 2
+    assert cli.main(["report", str(writer.path), "--pass", "backward_data"]) == 2
     assert "--pass 'backward_data'" in (err := capsys.readouterr().err) and "has rows for forward only" in err
 
 
-def test_the_command_says_what_a_file_holds_that_nothing_can_be_drawn_of(tmp_path, capsys):
+def test_a_file_without_a_chart_has_a_page_of_tables_and_a_wanted_chart_says_who_writes_it(tmp_path, capsys):
     with Writer(tmp_path, "roofs-") as writer:
         writer.write("environment", ENVIRONMENT)
         for roof in (COPY, PEAK):
             writer.write("roof", roof)
-    assert cli.main(["plot", str(writer.path)]) == 2
-    err = capsys.readouterr().err
-    assert all(words in err for words in (str(writer.path), "2 roofs", "tritonconv bench", "tritonconv overhead"))
+    assert cli.main(["report", str(writer.path), "--charts", "overhead"]) == 2
+    assert "written by tritonconv bench --overhead" in capsys.readouterr().err
+    assert cli.main(["report", str(writer.path)]) == 0
+    (page,) = capsys.readouterr().out.split()
+    assert "<h2>Roofs</h2>" in Path(page).read_text() and "<svg" not in Path(page).read_text()
 
 
 @pytest.fixture

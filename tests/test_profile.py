@@ -235,8 +235,8 @@ def test_a_folder_has_the_profiles_of_its_device_and_the_newest_run_stays_the_ne
 
 def test_the_report_has_the_counters(tmp_path):
     pytest.importorskip("matplotlib")
-    from tritonconv.plots import report
+    from tritonconv.plots import html
 
-    page = report.page(results.load(profile_of(tmp_path)))
+    page = html.page(results.load(profile_of(tmp_path)), {})
     assert "<h2>Counters</h2>" in page and "f&lt;int, 3&gt;(T1, T2)" in page
     assert '<td class="n" data-v="6000.0">6,000</td>' in page

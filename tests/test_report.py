@@ -15,10 +15,10 @@ from tests.test_results import ENVIRONMENT, result
 from tritonconv.errors import ResultsError
 from tritonconv.lab import cli, markdown
 from tritonconv.lab.bench.results import Run, Writer, read
-from tritonconv.plots import best, charts, landscape, percent, report, scaling
+from tritonconv.plots import best, charts, html, landscape, percent, scaling
 
 HEAD = {"suite": "unet", "pass": "forward", "dtype": "float32", "layout": "ncdhw"}
-COMMANDS = {"landscape": "tritonconv tune", "overhead": "tritonconv overhead", "scaling": "--sizes"}
+COMMANDS = {"landscape": "tritonconv tune", "overhead": "tritonconv bench --overhead", "scaling": "--sizes"}
 
 
 def timing(variant: str, ms: float, predicted: float | None, config: dict | None = None, layer="a") -> dict:
@@ -76,7 +76,7 @@ def test_the_charts_are_the_files_that_say_who_writes_their_rows():
     assert set(charts.names()) == {"roofline", "speedup", "best", "percent", "scaling", "landscape", "overhead"}
     assert charts.names()[:2] == ("roofline", "speedup")
     assert all(charts.chart(name).MADE_BY.startswith("tritonconv ") for name in charts.names())
-    assert set(report.CAPTIONS) == set(charts.names())
+    assert set(html.CAPTIONS) == set(charts.names())
 
 
 @pytest.mark.parametrize("name", ["best", "percent", "scaling", "landscape", "overhead"])
@@ -88,7 +88,7 @@ def test_a_chart_is_a_png_and_an_svg_and_repeats(tmp_path, name):
     charts.chart(name).draw(run, tmp_path)
     assert svg.read_bytes() == first and b"</svg>" in first
     with pytest.raises(ResultsError):
-        charts.chart(name).draw(run, tmp_path, dtype="float16")
+        charts.chart(name).draw(Run(run.path, run.environment), tmp_path)
 
 
 @pytest.mark.parametrize("name", charts.names())
@@ -124,13 +124,13 @@ def test_a_map_of_tiles_is_drawn(tmp_path):
     assert len(landscape.draw(read(writer.path), tmp_path)) == 2
 
 
-def test_plot_draws_what_there_is_and_what_is_asked(tmp_path, capsys):
+def test_report_draws_every_chart_or_those_asked_for(tmp_path, capsys):
     run = write(tmp_path)
-    assert cli.main(["plot", str(run.path), "--output", str(tmp_path / "all")]) == 0
-    assert len(capsys.readouterr().out.split()) == 2 * len(charts.names())
-    assert cli.main(["plot", str(run.path), "--chart", "overhead,percent", "--output", str(tmp_path / "two")]) == 0
-    assert len(list((tmp_path / "two").iterdir())) == 4
-    assert cli.main(["plot", str(run.path), "--chart", "pie"]) == 2
+    assert cli.main(["report", str(run.path), "--output", str(tmp_path / "all")]) == 0
+    assert len(capsys.readouterr().out.split()) == 2 * len(charts.names()) + 1
+    assert cli.main(["report", str(run.path), "--charts", "overhead,percent", "--output", str(tmp_path / "two")]) == 0
+    assert len(list((tmp_path / "two").iterdir())) == 5
+    assert cli.main(["report", str(run.path), "--charts", "pie"]) == 2
     assert "'pie'" in capsys.readouterr().err
     assert percent.MADE_BY == "tritonconv bench"
 
@@ -171,7 +171,7 @@ class Page(HTMLParser):
 def test_the_report_holds_the_files_numbers_and_loads_nothing(tmp_path, capsys):
     run = write(tmp_path)
     assert cli.main(["report", str(run.path)]) == 0
-    path = Path(capsys.readouterr().out.strip())
+    path = Path(capsys.readouterr().out.split()[-1])
     assert path == tmp_path.resolve() / "report.html"
     page = Page(path.read_text(encoding="utf-8"))
     assert all(address.startswith("#") for address in page.addresses)
@@ -187,18 +187,20 @@ def test_the_report_holds_the_files_numbers_and_loads_nothing(tmp_path, capsys):
     assert page.tables["Left out"][1][3] == "its weight alone"
     assert ["device_name", "a box"] in page.tables["Environment"]
     titles = re.findall(r"<h2>(.*?)</h2>", path.read_text(encoding="utf-8"))
-    assert [title for title in titles if title in report.CAPTIONS.values()] == [
-        report.CAPTIONS[name] for name in charts.names()
+    assert [title for title in titles if title in html.CAPTIONS.values()] == [
+        html.CAPTIONS[name] for name in charts.names()
     ]
 
 
 def test_ids_of_the_pictures_do_not_collide(tmp_path):
-    ids = re.findall(r'\bid="([^"]+)"', report.page(write(tmp_path)))
+    run = write(tmp_path)
+    ids = re.findall(r'\bid="([^"]+)"', html.page(run, charts.draw(run, tmp_path)))
     assert len(ids) > 20 and len(set(ids)) == len(ids)
 
 
 def test_names_from_the_file_are_escaped(tmp_path):
-    text = report.page(write(tmp_path, "<script>alert(1)</script>"))
+    run = write(tmp_path, "<script>alert(1)</script>")
+    text = html.page(run, charts.draw(run, tmp_path))
     assert "<script>alert" not in text and "&lt;script&gt;alert(1)" in text
 
 
@@ -206,7 +208,7 @@ def test_an_unfinished_run_says_so_and_an_empty_one_is_refused(tmp_path, capsys)
     with Writer(tmp_path) as writer:
         writer.write("environment", ENVIRONMENT)
         writer.write("roof", COPY)
-    assert "cut off" in report.page(read(writer.path))
+    assert "cut off" in html.page(read(writer.path), {})
     with Writer(tmp_path / "empty") as writer:
         writer.write("environment", ENVIRONMENT)
     assert cli.main(["report", str(writer.path)]) == 2

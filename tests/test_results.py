@@ -188,8 +188,9 @@ def test_missing_files_and_folders(tmp_path):
 def test_select_and_values(path):
     run = read(path)
     run.results = [result("a"), result("b", "torch", layout="ndhwc")]
-    assert [row["layer"] for row in run.select(pass_name="forward", layout="ndhwc")] == ["b"]
-    assert run.select(variant="none") == []
+    assert [row["layer"] for row in run.only(**{"pass": "forward", "layout": "ndhwc"}).results] == ["b"]
+    with pytest.raises(ResultsError, match=r"--variant 'none': .* has rows for"):
+        run.only(variant="none")
     assert run.values("layout") == ["ncdhw", "ndhwc"]
 
 

@@ -12,21 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from tritonconv.errors import ArgumentError, ResultsError
-from tritonconv.lab.commands import (
-    accesses,
-    bench,
-    campaign,
-    compare,
-    explain,
-    inspect,
-    model,
-    overhead,
-    plot,
-    profile,
-    report,
-    roofs,
-    tune,
-)
+from tritonconv.lab.commands import bench, campaign, compare, explain, inspect, profile, report, tune
 from tritonconv.lab.commands import compile as compile_
 from tritonconv.lab.commands import list as list_
 from tritonconv.lab.commands.common import INTERRUPTED, USAGE
@@ -34,25 +20,31 @@ from tritonconv.lab.commands.common import INTERRUPTED, USAGE
 COMMANDS = {
     "bench": bench,
     "tune": tune,
-    "compile": compile_,
     "campaign": campaign,
-    "roofs": roofs,
     "compare": compare,
-    "model": model,
-    "overhead": overhead,
-    "profile": profile,
-    "plot": plot,
     "report": report,
     "explain": explain,
     "inspect": inspect,
-    "accesses": accesses,
+    "profile": profile,
     "list": list_,
+    "compile": compile_,
+}
+# Commands of the release before, and what does their work now.
+GONE = {
+    "plot": "report DIR",
+    "model": "report DIR --model",
+    "overhead": "bench --overhead",
+    "roofs": "bench --roofs",
+    "accesses": "inspect --accesses",
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if given and given[0] in GONE:
+        print(f"tritonconv {given[0]}: `tritonconv {GONE[given[0]]}` took its place", file=sys.stderr)
+        return USAGE
     parser = _parser()
     try:
         options = parser.parse_args(given)
@@ -75,10 +67,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tritonconv",
-        description="Measures 3-D transposed convolution on the layers of real models.",
+        description="Measures and tunes 3-D transposed convolution on the layers of real models.",
         epilog="exit codes: 0 done; 1 a result was wrong or could not be had; 2 bad usage or input; 130 interrupted",
     )
     commands = parser.add_subparsers(dest="name", required=True, metavar="{" + ",".join(COMMANDS) + "}")
     for name, command in COMMANDS.items():
         command.add(commands.add_parser(name, help=command.HELP))
     return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -12,11 +12,11 @@ def names(allowed: Iterable[str]) -> Callable[[str], tuple[str, ...]]:
     known = tuple(allowed)
 
     def parse(text: str) -> tuple[str, ...]:
-        found = any_names(text)
-        for name in found:
+        given = any_names(text)
+        for name in given:
             if name not in known:
                 raise argparse.ArgumentTypeError(f"got {name!r}, expected a comma list of {', '.join(known)}")
-        return found
+        return given
 
     return parse
 
@@ -26,13 +26,8 @@ def any_names(text: str) -> tuple[str, ...]:
 
 
 def once(given: list[str] | None, default: tuple[str, ...]) -> tuple[str, ...]:
-    """What a flag that may be repeated collected, each name once."""
+    """The names that a repeated flag collected, each once."""
     return default if given is None else tuple(dict.fromkeys(given))
-
-
-def add_choice(parser: argparse.ArgumentParser, flag: str, allowed: Iterable[str], text: str) -> None:
-    """A flag that takes comma lists of the allowed names and may be repeated."""
-    parser.add_argument(flag, type=names(allowed), action="extend", metavar="NAME[,NAME]", help=text)
 
 
 def seconds(text: str) -> float:
@@ -43,14 +38,25 @@ def microseconds(text: str) -> float:
     return _above_zero(text, "microseconds")
 
 
+def share(text: str) -> float:
+    value = _number(text)
+    if not 0 <= value < 10:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a share such as 0.05")
+    return value
+
+
 def _above_zero(text: str, unit: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
+    value = _number(text)
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected a number of {unit} above 0")
     return value
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def shape(text: str) -> tuple[int, ...]:
@@ -80,11 +86,11 @@ def processes(text: str) -> int:
     return _integer(text, 1, 1024, "1 to 1024")
 
 
-def _integer(text: str, low: int, high: int, said: str) -> int:
+def _integer(text: str, low: int, high: int, allowed: str) -> int:
     try:
         value = int(text)
     except ValueError:
         value = low - 1
     if not low <= value <= high:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer from {said}")
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer from {allowed}")
     return value

@@ -19,7 +19,7 @@ class Progress(Protocol):
 
 
 class Silent:
-    """Shows nothing; also the frame of the others."""
+    """Shows nothing; also the frame of the others. A context manager that ends the display."""
 
     def begin(self, cells: int) -> None:
         pass
@@ -29,6 +29,12 @@ class Silent:
 
     def close(self) -> None:
         pass
+
+    def __enter__(self) -> Silent:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 class Lines(Silent):

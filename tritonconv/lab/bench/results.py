@@ -12,10 +12,11 @@ import os
 import re
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from tritonconv.errors import ResultsError
 from tritonconv.kernels.registry import renamed
@@ -28,6 +29,8 @@ PREFIX, CAMPAIGN, PROFILE = "bench-", "campaign-", "profile-"
 NAME = re.compile(r"[a-z]+-\d{8}T\d{6}Z-[0-9a-f]+\.jsonl$")
 # Rows that agree in these are about the same thing.
 SAME = ("layer", "pass", "dtype", "layout", "variant", "config", "stage", "launch")
+# The lists of a run whose rows are about a layer, a pass, a dtype and a layout.
+OF_LAYERS = ("results", "nulls", "timings", "tuned", "overheads", "profiles", "checks")
 BASELINE, OURS, COMPILED = "torch", "tritonconv", "torch_compile"
 
 _NUMBER = (int, float)
@@ -89,6 +92,8 @@ class Writer:
         except OSError as error:
             raise ResultsError(f"output: cannot write results into {folder}: {error}") from None
         self._rows = 0
+        self.environment: dict[str, object] = {}
+        self.end: dict[str, object] = {"reason": "complete"}
 
     def _point_latest(self) -> None:
         folder = self.path.parent
@@ -137,6 +142,7 @@ class Run:
     errors: list[dict] = field(default_factory=list)
     end: dict | None = None
     warnings: list[str] = field(default_factory=list)
+    selection: tuple[str, ...] = ()  # the values that :meth:`only` was asked for
 
     @property
     def run(self) -> str:
@@ -152,14 +158,26 @@ class Run:
         busy = f"{sum(seen) / len(seen):.2g} of {cores} cores"
         return f"Other programs kept {busy} busy during the measurements, which disturbs them."
 
-    def select(self, **wanted: str | None) -> list[dict]:
-        """The results whose fields have these values (``pass_name`` stands for the field ``pass``); None is any."""
-        keys = {("pass" if key == "pass_name" else key): value for key, value in wanted.items() if value is not None}
-        return [row for row in self.results if all(row[key] == value for key, value in keys.items())]
+    def only(self, **values: str | None) -> Run:
+        """The run with only those rows of layers whose fields have these values, as ``layout="ncdhw"``; None is any.
 
-    def of_models(self, **wanted: str | None) -> list[dict]:
-        """:meth:`select` without layers at sizes that no model has (``--sizes``)."""
-        return [row for row in self.select(**wanted) if not row.get("family")]
+        Raises ResultsError for a value that no row has.
+        """
+        wanted = {key: value for key, value in values.items() if value is not None}
+        rows = [*self.results, *self.timings, *self.overheads]
+        for key, value in wanted.items():
+            known = dict.fromkeys(row[key] for row in rows)
+            if value not in known:
+                raise ResultsError(f"--{key} {value!r}: {self.path} has rows for {', '.join(known) or 'no layer'} only")
+        kinds: dict[str, Any] = {
+            kind: [row for row in getattr(self, kind) if all(row[key] == value for key, value in wanted.items())]
+            for kind in OF_LAYERS
+        }
+        return replace(self, selection=tuple(wanted.values()), **kinds)
+
+    def of_models(self) -> list[dict]:
+        """The results without layers at sizes that no model has (``--sizes``)."""
+        return [row for row in self.results if not row.get("family")]
 
     def values(self, key: str) -> list[str]:
         """The distinct values of a field of the results, in the order of the file."""
@@ -214,7 +232,7 @@ def merged(runs: Sequence[Run]) -> Run:
     if len(devices) != 1:
         raise ResultsError(f"results: one device at a time, got {', '.join(devices) or 'no run'}")
     whole = Run(runs[-1].path, runs[-1].environment, end=runs[-1].end)
-    for kind in ("results", "nulls", "timings", "tuned", "overheads", "profiles", "checks"):
+    for kind in OF_LAYERS:
         rows = {json.dumps([row.get(key) for key in SAME]): row for run in runs for row in getattr(run, kind)}
         getattr(whole, kind).extend(rows.values())
     for kind in ("roofs", "skips", "errors", "warnings"):
@@ -326,9 +344,4 @@ def _add(path: Path, number: int, run: Run, row: dict) -> None:
     if kind == "end":
         run.end = row
     else:
-        rows = {
-            "roof": run.roofs, "result": run.results, "null": run.nulls, "timing": run.timings,
-            "tuned": run.tuned, "overhead": run.overheads, "profile": run.profiles, "check": run.checks,
-            "skip": run.skips, "error": run.errors,
-        }  # fmt: skip
-        rows[kind].append(row)
+        getattr(run, kind if kind == "tuned" else f"{kind}s").append(row)

@@ -35,7 +35,7 @@ LAUNCHES, MOST_LAUNCH_SECONDS = 100, 0.2
 L2_COPIES = 100  # in one timed graph: the flush before it is then of no account
 
 
-def measure(device: torch.device, dtypes: Iterable[torch.dtype], seconds: float = 0.3) -> Iterator[dict[str, object]]:
+def measure(device: torch.device, dtypes: Iterable[torch.dtype], seconds: float = 0.3) -> Iterator[dict[str, Any]]:
     """One row per roof, each measured for about ``seconds``: copies in bytes/s, matrix products in FLOP/s."""
     watch = stopwatch_for(device)
     if device.type == "cpu":

@@ -6,7 +6,7 @@ two medians come from different rounds of one run.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from statistics import geometric_mean
 
@@ -70,6 +70,6 @@ def by_pass(found: Iterable[Standing]) -> dict[tuple[str, str], list[Standing]]:
     return groups
 
 
-def mean(found: Sequence[Standing]) -> float:
-    """The geometric mean of the ratios."""
-    return geometric_mean(each.ratio for each in found)
+def mean(ratios: Iterable[float]) -> float:
+    """The geometric mean."""
+    return geometric_mean(ratios)

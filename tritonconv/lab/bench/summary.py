@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import geometric_mean
 
 from tritonconv.lab.bench import noise
 from tritonconv.lab.bench.classes import CLASSES
@@ -34,7 +33,7 @@ class Group:
 
     @property
     def geomean(self) -> float:
-        return geometric_mean(row["speedup"] for row in self.rows)
+        return mean(row["speedup"] for row in self.rows)
 
     @property
     def layers(self) -> int:
@@ -118,7 +117,7 @@ def _in_columns(run: Run) -> list[str]:
         for key, each in by_pass(standing).items():
             below = sum(one.ratio < (band.low if band else 1) for one in each)
             shown = str(band) if band else "none"
-            rows.append([column, *key, str(len(each)), f"{mean(each):.2f}", str(below), shown])
+            rows.append([column, *key, str(len(each)), f"{mean(one.ratio for one in each):.2f}", str(below), shown])
     said = "; ".join(f"{column}: {SAID[column]}" for column in found) + "; slower: below what the null rows show"
     return ["", "our best layout against the best torch, by column:", "", *columns(rows, numbers=4), "", said]
 
@@ -126,7 +125,7 @@ def _in_columns(run: Run) -> list[str]:
 def _fast(pass_name: str, ratios: Mapping[tuple[str, str], float], wrong: int) -> list[str]:
     values = [*ratios.values(), *[0.0] * wrong]  # a wrong answer is not fast
     shares = [f"{fast_p(values, p):.0%}" for p in FAST_P]
-    return [pass_name, str(len(ratios)), f"{geometric_mean(ratios.values()):.2f}", *shares]
+    return [pass_name, str(len(ratios)), f"{mean(ratios.values()):.2f}", *shares]
 
 
 def summary(run: Run) -> str:

@@ -1,49 +1,64 @@
-"""``tritonconv bench``: times the layers beside torch."""
+"""``tritonconv bench``: times layers beside torch, the overhead of a call, or what the device can do at most."""
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+import textwrap
+from typing import Any
 
 import torch
 
-from tritonconv.errors import ArgumentError
+from tritonconv import dispatch
+from tritonconv.autotune.ceilings import from_roofs
+from tritonconv.autotune.tuning import calibrate
+from tritonconv.errors import ArgumentError, VariantNotApplicable
 from tritonconv.kernels.registry import variant, variants
 from tritonconv.kernels.variant import Variant
 from tritonconv.lab import flags
-from tritonconv.lab.bench import results
-from tritonconv.lab.bench.calls import ALL_PASSES, FORWARD_BACKWARD
+from tritonconv.lab.bench import overhead, results, roofs
+from tritonconv.lab.bench.calls import FORWARD_BACKWARD
 from tritonconv.lab.bench.options import Options
 from tritonconv.lab.bench.progress import progress
+from tritonconv.lab.bench.recording import recording
 from tritonconv.lab.bench.runner import bench
-from tritonconv.lab.bench.summary import summary
+from tritonconv.lab.bench.summary import columns, summary
 from tritonconv.lab.bench.workloads import ALL, SCALES, at_sizes, suites, workloads
 from tritonconv.lab.commands.common import (
-    DTYPES,
     INTERRUPTED,
     OK,
     RESULTS,
     WRONG,
-    add_compiled,
-    add_device,
-    add_variant_files,
+    add_flags,
+    device_of,
+    dtypes_of,
+    folder,
     layer_lines,
+    layouts_of,
     load_variant_files,
     scale_for,
     use_compiled,
 )
-from tritonconv.lab.commands.common import device as device_of
-from tritonconv.problem import LAYOUTS
 
-HELP = "time the layers beside torch"
+HELP = "time layers beside torch; or the overhead of a call; or the device's roofs"
+ROOF_DTYPES = ("float32", "bfloat16", "float16")
+DEVICE_SECONDS = 6.0  # of --overhead and --roofs
 DESCRIPTION = (
-    "Times tritonconv beside torch.nn.functional.conv_transpose3d, interleaved, each output checked\n"
-    "against float64 first. One new results file (JSON Lines) per run; every finished row is kept\n"
-    "whatever ends the run.\n\n"
-    + "\n".join(f"scale {name}: {rule}" for name, rule in SCALES.items())
+    "Times tritonconv beside torch.nn.functional.conv_transpose3d, call by call in turns. Each output is\n"
+    "first checked against float64. Each run writes a new results file (JSON Lines). Finished rows are\n"
+    "kept, whatever ends the run.\n\n"
+    "--overhead times the layer of tritonconv and torch's on a tiny layer instead: what a call costs\n"
+    "besides the work. The exit code is 1 where ours takes more than --limit microseconds longer.\n\n"
+    "--roofs measures the device instead: copies (read and written bytes count), matrix products of each\n"
+    "dtype (on a GPU float32 with and without TF32) and one launch, each with torch's own routines. The\n"
+    "best of many runs counts. The store keeps them, and the cost model uses them from then on.\n\n"
+    + "\n".join(textwrap.fill(f"scale {name}: {rule}", 100, subsequent_indent="  ") for name, rule in SCALES.items())
     + "\n\nsuites:\n"
-    + "\n".join(f"  {name:12} {what}" for name, what in suites().items())
+    + "\n".join(f"  {name:12} {text}" for name, text in suites().items())
 )
+# The flags that go with --overhead alone, with --roofs alone, and with neither.
+OF_OVERHEAD, OF_ROOFS = ("use", "limit"), ("store",)
+OF_LAYERS = ("suite", "only", "passes", "layout", "scale", "variants", "variant_files", "compiled", "compile", "sizes",
+             "seed", "list")  # fmt: skip
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -51,46 +66,57 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description = DESCRIPTION
     parser.epilog = "example: tritonconv bench --suite unet --only monai --passes forward --layout ndhwc --seconds 20"
-    flags.add_choice(parser, "--suite", suites(), "suites to run (default: all)")
-    parser.add_argument("--only", default="", metavar="TEXT", help="only layers whose name contains TEXT")
-    flags.add_choice(parser, "--passes", ALL_PASSES, f"{', '.join(ALL_PASSES)} (default: forward,{FORWARD_BACKWARD})")
-    flags.add_choice(parser, "--dtype", DTYPES, f"{', '.join(DTYPES)} (default: float32)")
-    flags.add_choice(parser, "--layout", LAYOUTS, f"{', '.join(LAYOUTS)} (default: both)")
+    add_flags(
+        parser, "only", suite="all", passes=f"forward,{FORWARD_BACKWARD}", layout="both",
+        scale="cpu on a CPU, else full", dtype="float32; with --roofs all but float64",
+        seconds="0.5 s a cell; 6 s with --overhead or --roofs",
+    )  # fmt: skip
     parser.add_argument(
         "--variants", type=flags.any_names, action="extend", metavar="NAME[,NAME]",
-        help="time these variants by themselves too, or 'all'; each in the cells of its own pass",
+        help="also time each of these variants by itself, in the cells of its own pass; or 'all'",
     )  # fmt: skip
     parser.add_argument(
-        "--seconds", type=flags.seconds, metavar="S",
-        help="budget for the run: layers share it, and it ends early with everything kept (default: 0.5 s a cell)",
+        "--sizes", type=flags.counts, metavar="N[,N]",
+        help="also time each layer at these cubic input sizes, batch 1: how time grows with work",
     )  # fmt: skip
-    parser.add_argument(
-        "--scale", choices=tuple(SCALES), help="cpu shrinks the layers as said above (default: cpu on a CPU, else full)"
-    )
-    add_device(parser)
-    parser.add_argument(
-        "--output", type=Path, default=RESULTS, metavar="DIR", help="folder of the results (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--seed", type=flags.seed, default=0, metavar="N", help="seed of the random inputs (default: 0)"
-    )
-    add_variant_files(parser)
-    add_compiled(parser)
-    parser.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction, help="time torch.compile too (default: on a GPU only)"
-    )
-    parser.add_argument(
-        "--sizes",
-        type=flags.counts,
-        metavar="N[,N]",
-        help="also measure each layer at these cubic input sizes, batch 1: how time grows with work",
-    )
-    parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    parser.add_argument("--seed", type=flags.seed, metavar="N", help="seed of the random inputs (default: 0)")
+    add_flags(parser, "device", "variant-file", "compiled", "quiet", compile="on a GPU only", output=str(RESULTS))
     parser.add_argument("--list", action="store_true", help="list the layers that would run, and stop")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--overhead", action="store_true", help="time the overhead of a call instead of the layers")
+    instead.add_argument("--roofs", action="store_true", help="measure the device's roofs instead of the layers")
+    parser.add_argument(
+        "--use", type=flags.any_names, metavar="NAME[,NAME]", help="with --overhead: force these variants in our layer"
+    )
+    parser.add_argument(
+        "--limit", type=flags.microseconds, metavar="US",
+        help=f"with --overhead: the microseconds allowed over torch's layer (default: {overhead.LIMIT_US:g})",
+    )  # fmt: skip
+    parser.add_argument("--store", **folder("with --roofs: folder of the store that keeps them (default: the user's)"))
 
 
 def run(options: argparse.Namespace) -> int:
+    _check(options)
     device = device_of(options.device)
+    if options.overhead:
+        return _overhead(options, device)
+    if options.roofs:
+        return _roofs(options, device)
+    return _layers(options, device)
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Raises ArgumentError for a flag of another measurement than the one that is asked for."""
+    asked = "--overhead" if options.overhead else "--roofs" if options.roofs else "the layers"
+    goes = {"--overhead": OF_OVERHEAD, "--roofs": OF_ROOFS, "the layers": OF_LAYERS}
+    for about, names in goes.items():
+        for name in names:
+            if about != asked and getattr(options, name) not in (None, "", False, []):
+                flag = name.replace("_files", "-file")
+                raise ArgumentError(f"argument --{flag}: goes with {about}, not with {asked}")
+
+
+def _layers(options: argparse.Namespace, device: torch.device) -> int:
     scale = scale_for(options.scale, device)
     added = load_variant_files(options)
     layers = workloads(options.suite or ALL, options.only)
@@ -103,22 +129,19 @@ def run(options: argparse.Namespace) -> int:
     wanted = Options(
         layers=layers,
         passes=passes,
-        dtypes=tuple(getattr(torch, name) for name in flags.once(options.dtype, ("float32",))),
-        layouts=flags.once(options.layout, tuple(LAYOUTS)),
+        dtypes=dtypes_of(options, "float32"),
+        layouts=layouts_of(options),
         variants=(*_variants(flags.once(options.variants, ()), passes), *added),
         compiled=device.type == "cuda" if options.compile is None else options.compile,
         scale=scale,
         seconds=options.seconds,
         device=device,
-        seed=options.seed,
+        seed=options.seed or 0,
         command=("tritonconv", *options.given),
     )
     use_compiled(options, device)
-    shown = progress(options.quiet)
-    try:
-        outcome = bench(wanted, options.output, shown)
-    finally:
-        shown.close()
+    with progress(options.quiet) as shown:
+        outcome = bench(wanted, options.output or RESULTS, shown)
     print(summary(results.read(outcome.path)))
     print(f"\nresults: {outcome.path}")
     if outcome.reason == "interrupted":
@@ -129,7 +152,7 @@ def run(options: argparse.Namespace) -> int:
 def _variants(names: tuple[str, ...], passes: tuple[str, ...]) -> tuple[Variant, ...]:
     if names == (ALL,):
         return tuple(record for record in variants() if record.pass_name in passes)
-    found = []
+    records = []
     for name in names:
         try:
             record = variant(name)
@@ -139,5 +162,46 @@ def _variants(names: tuple[str, ...], passes: tuple[str, ...]) -> tuple[Variant,
             raise ArgumentError(
                 f"argument --variants: {name} computes {record.pass_name}, --passes has {','.join(passes)}"
             )
-        found.append(record)
-    return tuple(found)
+        records.append(record)
+    return tuple(records)
+
+
+def _overhead(options: argparse.Namespace, device: torch.device) -> int:
+    dtypes, target = dtypes_of(options, "float32"), options.output or RESULTS
+    worst, lines = 0.0, [["pass", "dtype", "torch us", "tritonconv us", "difference us"]]
+    with recording(target, "overhead-", device, options.given, "given", f"one tiny layer: {overhead.LAYER}") as writer:
+        for dtype in dtypes:
+            seconds = (options.seconds or DEVICE_SECONDS) / len(dtypes)
+            measured = overhead.measure(device, dtype, seconds, options.use or ())
+            try:
+                rows = [writer.write("overhead", row) for row in measured]
+            except (ArgumentError, VariantNotApplicable) as error:
+                raise ArgumentError(f"argument --use: {error}") from None
+            for name, difference in overhead.excess(rows).items():
+                cells = [f"{row['median_us']:.1f} ({row['p20_us']:.1f} to {row['p80_us']:.1f})"
+                         for row in rows if row["pass"] == name]  # fmt: skip
+                lines.append([name, str(rows[0]["dtype"]), *cells, f"{difference:+.1f}"])
+                worst = max(worst, difference)
+    print("\n".join(columns(lines, numbers=3)))
+    print(f"\nresults: {writer.path}")
+    return WRONG if worst > (options.limit or overhead.LIMIT_US) else OK
+
+
+def _roofs(options: argparse.Namespace, device: torch.device) -> int:
+    dtypes, target = dtypes_of(options, *ROOF_DTYPES), options.output or RESULTS
+    each = (options.seconds or DEVICE_SECONDS) / (2 + 2 * len(dtypes))
+    with recording(target, "roofs-", device, options.given, "given", "no layers") as writer:
+        rows: list[dict[str, Any]] = [
+            writer.write("roof", {**row, "when": "start"}) for row in roofs.measure(device, dtypes, each)
+        ]
+    lines = [["roof", "best", "median", "unit"]]
+    for row in rows:
+        factor, unit = (1e-9, f"G{row['unit']}") if row["unit"] != "us" else (1, "us per launch")
+        lines.append([row["what"], f"{row['value'] * factor:.4g}", f"{row['median'] * factor:.4g}", unit])
+    print("\n".join(columns(lines, numbers=3)))
+    ceilings = from_roofs(rows, writer.environment, device)
+    if ceilings is not None:
+        calibrate.keep(ceilings, device, options.store)
+        dispatch.forget()
+    print(f"\nresults: {writer.path}")
+    return OK

@@ -17,30 +17,28 @@ from tritonconv.autotune import store
 from tritonconv.autotune.key import device_name
 from tritonconv.lab import flags
 from tritonconv.lab.bench import results, spent
-from tritonconv.lab.bench.calls import ALL_PASSES, FORWARD_BACKWARD
+from tritonconv.lab.bench.calls import FORWARD_BACKWARD
 from tritonconv.lab.bench.failures import context_is_lost, one_line
 from tritonconv.lab.bench.options import Options
 from tritonconv.lab.bench.progress import progress
 from tritonconv.lab.bench.summary import columns, summary
-from tritonconv.lab.bench.workloads import SCALES, at_sizes, suites, workloads
+from tritonconv.lab.bench.workloads import at_sizes, workloads
 from tritonconv.lab.campaign import STORE, Campaign, install
 from tritonconv.lab.commands.common import (
-    DTYPES,
     INTERRUPTED,
     OK,
     WRONG,
-    add_compiled,
-    add_device,
-    add_variant_files,
+    add_flags,
+    device_of,
+    dtypes_of,
+    layouts_of,
     load_variant_files,
     model_suites,
     scale_for,
     use_compiled,
 )
-from tritonconv.lab.commands.common import device as device_of
-from tritonconv.problem import LAYOUTS
 
-HELP = "verify, roofs, tune and bench in one budget; run again, it goes on"
+HELP = "verify, tune and time everything within one budget; the same command goes on"
 # Layers of different classes that are also measured at several sizes: how time grows with work.
 FAMILIES = ("segresnet_deconv_up0", "psmnet_train_64_32", "mednext_k3_dw_128", "monai_unet_spleen_32_2")
 LEAST_SECONDS = 30.0  # for which a new process is worth starting
@@ -50,40 +48,36 @@ SIZES = {"cpu": (4, 6, 8, 12, 16, 24), "gpu": (8, 16, 32, 64, 128)}
 def add(parser: argparse.ArgumentParser) -> None:
     """Gives the parser the flags of the command."""
     parser.description = (
-        "In the order of value: variants are held against float64 on one layer per class; the device's roofs are "
-        "measured; the layers are tuned, a dozen that a reader knows first; then benchmarked with what was found, and "
-        "on a GPU those few beside torch.compile; the overhead of a call is measured; layers of some classes are "
-        "benchmarked at several sizes. Everything is kept when the budget ends, and the same command goes on from "
-        "there. Where a kernel loses the GPU, a new process does so, behind that kernel. At the end it says where the "
-        "seconds went. tritonconv report DIR renders it."
+        "Takes these steps, the most valuable first. It holds every variant against float64, on one layer of each "
+        "class. It measures the device's roofs. It tunes the layers; a dozen well-known ones come first. It times the "
+        "layers with the choices that it found, on a GPU the dozen beside torch.compile too. It measures the overhead "
+        "of a call. It times layers of some classes at several sizes. The results stay when the budget ends, and the "
+        "same command goes on from there. Where a kernel makes the GPU unusable, a new process goes on without that "
+        "kernel. The end of the output says where the seconds went; tritonconv report DIR draws the results."
     )
     parser.add_argument(
         "--seconds",
         type=flags.seconds,
         required=True,
         metavar="S",
-        help="budget for all of it, from when torch is imported and the device is there",
+        help="budget for all steps; it begins when torch is imported and the device is found",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the results and of the store")
-    flags.add_choice(parser, "--suite", suites(), "suites (default: those of models)")
-    parser.add_argument("--only", default="", metavar="TEXT", help="only layers whose name contains TEXT")
-    flags.add_choice(parser, "--dtype", DTYPES, "dtypes (default: float32 on a CPU, bfloat16 on a GPU)")
-    flags.add_choice(parser, "--layout", LAYOUTS, f"{', '.join(LAYOUTS)} (default: both)")
-    flags.add_choice(parser, "--passes", ALL_PASSES, f"passes of the bench (default: forward,{FORWARD_BACKWARD})")
-    parser.add_argument("--scale", choices=tuple(SCALES), help="(default: cpu on a CPU, else full)")
-    add_device(parser)
-    add_variant_files(parser)
-    add_compiled(parser)
+    add_flags(
+        parser, "only", suite="those of models", dtype="float32 on a CPU, bfloat16 on a GPU", layout="both",
+        passes=f"forward,{FORWARD_BACKWARD}", scale="cpu on a CPU, else full",
+    )  # fmt: skip
+    add_flags(parser, "device", "variant-file", "compiled", "quiet")
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction,
-        help="time torch.compile too, of the dozen layers that come first, or of those asked for where none of them is "
-        "among these (default: on a GPU only)",
+        help="time torch.compile too: on the dozen well-known layers, or on all where none of these is asked for "
+        "(default: on a GPU only)",
     )  # fmt: skip
     parser.add_argument(
         "--install", action=argparse.BooleanOptionalAction, default=True,
-        help="at the end put the choices into your store, where calls look (default); --no-install keeps them in DIR",
+        help="at the end put the choices into your store, from which calls take them (default); --no-install keeps "
+        "them in DIR alone",
     )  # fmt: skip
-    parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -95,10 +89,8 @@ def run(options: argparse.Namespace) -> int:
     wanted = Options(
         layers=(*layers, *(each for family in families for each in at_sizes(family, SIZES["gpu" if gpu else "cpu"]))),
         passes=flags.once(options.passes, ("forward", FORWARD_BACKWARD)),
-        dtypes=tuple(
-            getattr(torch, name) for name in flags.once(options.dtype, ("bfloat16",) if gpu else ("float32",))
-        ),
-        layouts=flags.once(options.layout, tuple(LAYOUTS)),
+        dtypes=dtypes_of(options, "bfloat16" if gpu else "float32"),
+        layouts=layouts_of(options),
         variants=added,
         scale=scale_for(options.scale, device),
         seconds=options.seconds,

@@ -1,4 +1,4 @@
-"""What several commands share: exit codes, the flags for layers, and the device they name."""
+"""The flags, exit codes and tables that several commands share."""
 
 from __future__ import annotations
 
@@ -8,30 +8,40 @@ import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from tritonconv.errors import ArgumentError
 from tritonconv.kernels import registry, triton_compiled
 from tritonconv.kernels.registry import triton_fault
+from tritonconv.kernels.targets import TARGETS
 from tritonconv.kernels.triton_compiled import VARIABLE, CompiledFolder
 from tritonconv.kernels.variant import Variant
+from tritonconv.lab import flags
+from tritonconv.lab.bench.calls import ALL_PASSES
 from tritonconv.lab.bench.summary import columns
-from tritonconv.lab.bench.workloads import ALL, Workload, suites
+from tritonconv.lab.bench.workloads import ALL, SCALES, Workload, suites
 from tritonconv.lab.inspection.launches import Launches, install
+from tritonconv.problem import LAYOUTS
 
 OK, WRONG, USAGE, INTERRUPTED = 0, 1, 2, 130
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 AUTO, DEVICE = "auto", re.compile(r"cpu|cuda(:\d+)?")
 RESULTS = Path("results")
 OTHER_SUITES = ("kernelbench",)  # not layers of models: asked for by name
+MOST_PROCESSES = 8  # each holds torch and a compiler: about 0.7 GB
 
 
-def add_device(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--device", type=_device_name, default=AUTO, metavar="NAME",
-        help="cpu, cuda (the current GPU) or cuda:N (default: cuda if any)",
-    )  # fmt: skip
+def listed(allowed: Iterable[str], noun: str = "") -> dict[str, Any]:
+    """The arguments of a flag that takes comma lists of the allowed names and may be repeated."""
+    known = tuple(allowed)
+    return {"type": flags.names(known), "action": "extend", "metavar": "NAME[,NAME]", "help": noun or ", ".join(known)}
+
+
+def folder(text: str) -> dict[str, Any]:
+    """The arguments of a flag that names a folder."""
+    return {"type": Path, "metavar": "DIR", "help": text}
 
 
 def _device_name(text: str) -> str:
@@ -40,7 +50,52 @@ def _device_name(text: str) -> str:
     return text
 
 
-def device(name: str) -> torch.device:
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+# Each flag that several commands have. Its default stands where it is used, and in the command's help.
+FLAGS: dict[str, dict[str, Any]] = {
+    "suite": listed(suites(), "suites of layers"),
+    "only": {"default": "", "metavar": "TEXT", "help": "only layers whose name contains TEXT"},
+    "passes": listed(ALL_PASSES),
+    "dtype": listed(DTYPES),
+    "layout": listed(LAYOUTS),
+    "scale": {"choices": tuple(SCALES), "help": "sizes of the layers"},
+    "target": listed(TARGETS, f"GPUs to compile for: {', '.join(TARGETS)}"),
+    "device": {"type": _device_name, "default": AUTO, "metavar": "NAME",
+               "help": "cpu, cuda (the current GPU) or cuda:N (default: cuda if there is a GPU)"},
+    "seconds": {"type": flags.seconds, "metavar": "S", "help": "budget: the run ends there and keeps what is finished"},
+    "output": folder("folder of the results file"),
+    "store": folder("folder of the store of choices"),
+    "quiet": {"action": "store_true", "help": "no progress on stderr"},
+    "variant-file": {"type": Path, "action": "append", "default": [], "dest": "variant_files", "metavar": "FILE",
+                     "help": "a Python file with a VARIANT record, which joins the project's variants for this run; "
+                     "may be repeated"},
+    "compiled": folder(f"take kernels from this folder, which tritonconv compile filled, and compile only those that "
+                       f"it lacks (default: ${VARIABLE})"),
+    "compile": {"action": argparse.BooleanOptionalAction, "help": "time torch.compile too"},
+    "jobs": {"type": flags.processes, "default": min(CORES, MOST_PROCESSES), "metavar": "N",
+             "help": "processes that compile (default: %(default)s)"},
+}  # fmt: skip
+
+
+def add_flags(parser: argparse.ArgumentParser, *names: str, **defaults: str) -> None:
+    """Adds shared flags: those of ``names``, and those of ``defaults``, whose default --help then says so."""
+    for name in (*names, *defaults):
+        flag = FLAGS[name]
+        text = flag["help"] + (f" (default: {defaults[name]})" if name in defaults else "")
+        parser.add_argument(f"--{name}", **{**flag, "help": text})
+
+
+def dtypes_of(options: argparse.Namespace, *default: str) -> tuple[torch.dtype, ...]:
+    """Those of --dtype."""
+    return tuple(getattr(torch, name) for name in flags.once(options.dtype, default))
+
+
+def layouts_of(options: argparse.Namespace) -> tuple[str, ...]:
+    """Those of --layout; without it both."""
+    return flags.once(options.layout, tuple(LAYOUTS))
+
+
+def device_of(name: str) -> torch.device:
     """The device; one of several GPUs is the current one of the process from here on."""
     if name == AUTO:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -72,24 +127,9 @@ def layer_lines(layers: Iterable[Workload], scale: str) -> list[str]:
     return columns(rows, numbers=0)
 
 
-def add_variant_files(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--variant-file", type=Path, action="append", default=[], dest="variant_files", metavar="FILE",
-        help="a Python file with a VARIANT record, which joins the project's variants for this run; may be repeated",
-    )  # fmt: skip
-
-
 def load_variant_files(options: argparse.Namespace) -> tuple[Variant, ...]:
     """The records of --variant-file, registered. Raises ArgumentError that names the file."""
     return tuple(record for path in options.variant_files for record in registry.load(path))
-
-
-def add_compiled(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--compiled", type=Path, metavar="DIR",
-        help="take kernels from the folder that tritonconv compile filled, and compile those alone that it lacks "
-        f"(default: ${VARIABLE})",
-    )  # fmt: skip
 
 
 def use_compiled(options: argparse.Namespace, device: torch.device) -> None:

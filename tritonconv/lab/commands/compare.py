@@ -1,21 +1,22 @@
-"""``tritonconv compare A B``: what has become faster or slower between two results files."""
+"""``tritonconv compare A B``: the rows that became faster or slower between two results files."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
 from pathlib import Path
-from statistics import geometric_mean
 from typing import NamedTuple
 
 from tritonconv.errors import ArgumentError, ResultsError
+from tritonconv.lab import flags
 from tritonconv.lab.bench import results
 from tritonconv.lab.bench.columns import COLUMNS, SAID, WALL, ratio, spread
 from tritonconv.lab.bench.results import BASELINE, Run
+from tritonconv.lab.bench.standings import mean
 from tritonconv.lab.bench.summary import columns
 from tritonconv.lab.commands.common import OK, WRONG
 
-HELP = "compare two results files; exit code 1 where something became slower beyond noise"
+HELP = "compare two results files; the exit code is 1 where B is slower beyond noise"
 THRESHOLD = 0.05
 SHOWN = 10
 KEY = ("layer", "pass", "dtype", "layout", "variant")
@@ -33,16 +34,17 @@ class Change(NamedTuple):
 def add(parser: argparse.ArgumentParser) -> None:
     """Gives the parser the flags of the command."""
     parser.description = (
-        "Joins two results files on layer, pass, dtype, layout and variant. On a GPU times are compared, of the first "
-        "column (gpu, graph, wall) that both files have. On a CPU, whose speed changes with what else runs, the "
-        "speed-up over torch in the same run is compared, so torch's own rows drop out. A row is a regression where "
-        "B is slower by more than the threshold and the intervals from the 20th to the 80th percentile do not touch."
+        "Compares the rows of two results files that have the same layer, pass, dtype, layout and variant. On a GPU it "
+        "compares times, in the first column (gpu, graph, wall) that both files have. On a CPU other programs change "
+        "the speed, so it compares speed-ups over torch in the same run. B is slower in a row where it is so by more "
+        "than the threshold, and the intervals from the 20th to the 80th percentile do not touch."
     )
     parser.add_argument("before", type=Path, metavar="A", help="a results file, or a folder (its newest)")
     parser.add_argument("after", type=Path, metavar="B", help="a results file, or a folder (its newest)")
     parser.add_argument(
-        "--threshold", type=_share, default=THRESHOLD, metavar="X", help="slower by this share (default: %(default)s)"
-    )
+        "--threshold", type=flags.share, default=THRESHOLD, metavar="X",
+        help="count a row as slower beyond this share (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--any-device", action="store_true", help="compare runs of different devices too")
 
 
@@ -57,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
         raise ResultsError("compare: A and B have no row in common, or none that was timed alike")
     regressions = [each for each in changes if each.beyond and each.ratio < 1 / (1 + options.threshold)]
     column = column_of(before, after, by_speedup)
-    print(f"A {before.run}\nB {after.run}\n{_what(by_speedup)}, by {SAID[column or WALL]}; above 1: B is faster\n")
+    print(f"A {before.run}\nB {after.run}\n{_measure(by_speedup)}, by {SAID[column or WALL]}; above 1: B is faster\n")
     print("\n".join(_means(changes)))
     for title, rows in (("slower beyond noise", regressions), ("faster beyond noise", _faster(changes, options))):
         print(f"\n{title}: {len(rows)} of {len(changes)}")
@@ -98,7 +100,7 @@ def _faster(changes: list[Change], options: argparse.Namespace) -> list[Change]:
     return [each for each in reversed(changes) if each.beyond and each.ratio > 1 + options.threshold]
 
 
-def _what(by_speedup: bool) -> str:
+def _measure(by_speedup: bool) -> str:
     return "speed-up over torch in B over that in A" if by_speedup else "time in A over time in B"
 
 
@@ -107,7 +109,7 @@ def _means(changes: list[Change]) -> list[str]:
     lines = [["pass", "dtype", "variant", "rows", "geomean", "least", "most"]]
     for kind in sorted(kinds):
         mine = [each.ratio for each in changes if (each.row["pass"], each.row["dtype"], each.row["variant"]) == kind]
-        lines.append([*kind, str(len(mine)), *(f"{each:.3f}" for each in (geometric_mean(mine), min(mine), max(mine)))])
+        lines.append([*kind, str(len(mine)), *(f"{each:.3f}" for each in (mean(mine), min(mine), max(mine)))])
     return columns(lines, numbers=4)
 
 
@@ -118,13 +120,3 @@ def _lines(changes: list[Change]) -> list[str]:
 
 def _read(path: Path) -> Run:
     return results.read(results.latest(path) if path.is_dir() else path)
-
-
-def _share(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < 10:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a share such as 0.05")
-    return value

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,30 +17,30 @@ from tritonconv.kernels.targets import TARGETS
 from tritonconv.kernels.triton_compiled import VARIABLE, CompiledFolder
 from tritonconv.lab import flags
 from tritonconv.lab.bench.progress import progress
-from tritonconv.lab.commands.common import OK, WRONG, add_variant_files, load_variant_files
-from tritonconv.lab.commands.problems import add_problems, dtypes_of, tasks_asked_for
+from tritonconv.lab.commands.common import OK, WRONG, add_flags, dtypes_of, layouts_of, load_variant_files
+from tritonconv.lab.commands.problems import add_problems, tasks_asked_for
 from tritonconv.lab.inspection.ahead import Filled, compile_into, open_folder, refused
 from tritonconv.lab.inspection.compiling import GPU, check_compiler, compiling_for
 from tritonconv.lab.inspection.launches import Launches, missing_launches
 from tritonconv.lab.inspection.precompile import Request
 from tritonconv.lab.inspection.workers import GIVEN_UP
 from tritonconv.lab.verification import checks_of
-from tritonconv.problem import LAYOUTS
 
 HELP = "compile the tuner's candidates ahead, for a GPU that is not here"
 DESCRIPTION = f"""\
-Fills a folder with the compiled kernels of the candidates that the tuner has for layers, for a model or for one
-problem. It needs no GPU. Without flags it is about what a campaign on a GPU is about without flags: bfloat16, and the
-suites of models. tune, bench and campaign on the GPU's machine take the folder with --compiled DIR, and every
-call takes the one that {VARIABLE} names: what it holds is not compiled there. The machines must have the same
-Triton for the same version of Python, and the same sources of the kernels; tritonconv compile --check DIR, on the
-GPU's machine or any other, says for how many launches that is so, and what differs.
+Compiles the kernels that the tuner would try for layers, for a model or for one problem, and keeps them in a folder.
+This needs no GPU. Without flags it compiles for the problems of a campaign on a GPU: bfloat16, the suites of models. On
+the machine with the GPU, tune, bench and campaign take kernels from the folder with --compiled DIR, and each call takes
+them from the folder that {VARIABLE} names. Kernels of the folder are not compiled there again.
 
-A run that was cut off leaves a folder that can be used, and the same command goes on. The folder can be moved, and
-need not be writable where it is used. It holds code that runs: take only one whose origin you trust.
+Both machines must have the same Triton, the same version of Python and the same sources of the kernels. On either
+machine, tritonconv compile --check DIR prints how many launches of the folder that machine can use, and why it cannot
+use the others.
+
+A run that was cut off leaves a usable folder, and the same command goes on. The folder can be moved, and its users only
+read it. It holds code that runs: take only a folder whose origin you trust.
 """
 DTYPE = "bfloat16"  # as a campaign on a GPU
-MOST_PROCESSES = 8  # each holds torch and a compiler: about 0.7 GB
 MOST_SHOWN = 10  # failures and launches that are not found, each with its reason
 
 
@@ -50,34 +49,32 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description = DESCRIPTION
     parser.epilog = "example: tritonconv compile --target sm_90 --suite unet --out compiled"
-    flags.add_choice(parser, "--target", TARGETS, f"GPUs to compile for: {', '.join(TARGETS)}")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="the folder; one of the same Triton is filled further")
-    parser.add_argument("--check", type=Path, metavar="DIR", help="say which launches in DIR this machine would find")
+    add_flags(parser, "target")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="the folder to fill; one that the same Triton filled before may be given again",
+    )
+    parser.add_argument("--check", type=Path, metavar="DIR", help="print how many launches of DIR this machine can use")
     add_problems(parser, scale="full", dtype=DTYPE, of_models=True)
     parser.add_argument(
         "--candidates", type=flags.count, default=CONFIGS, metavar="N",
-        help="configs of a variant for each pass of a problem (default: %(default)s)",
+        help="configs of each variant, for each pass of a problem (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--verify", action="store_true", help="also what a campaign verifies first: every variant's default config"
+        "--verify",
+        action="store_true",
+        help="also compile what a campaign verifies first: the default config of every variant",
     )
-    add_variant_files(parser)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    parser.add_argument(
-        "--jobs", type=flags.processes, default=min(cores, MOST_PROCESSES), metavar="N",
-        help="processes that compile (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--seconds", type=flags.seconds, metavar="S", help="budget: it ends there, and the same command goes on"
-    )
-    parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    add_flags(parser, "variant-file", "jobs", "seconds", "quiet")
 
 
 def run(options: argparse.Namespace) -> int:
     if options.check is not None and (options.target or options.out):
         raise ArgumentError("arguments --check and --target or --out: choose one")
     if options.check is None and not (options.target and options.out):
-        raise ArgumentError("arguments --target and --out are needed: what to compile for, and where to put it")
+        raise ArgumentError("arguments --target and --out are needed: the GPU to compile for, and the folder to fill")
     load_variant_files(options)
     check_compiler()
     if options.check is not None:
@@ -92,12 +89,8 @@ def run(options: argparse.Namespace) -> int:
         if not jobs:
             raise ArgumentError(f"no Triton variant serves any of the problems on {target}")
         left = None if options.seconds is None else max(0.0, options.seconds - (perf_counter() - begin))
-        shown = progress(options.quiet, unit="launches", first="starting the compilers")
-        try:
-            with _about_out(options.out):
-                filled.append(compile_into(folder, jobs, target, options.jobs, left, shown))
-        finally:
-            shown.close()
+        with progress(options.quiet, unit="launches", first="starting the compilers") as shown, _about_out(options.out):
+            filled.append(compile_into(folder, jobs, target, options.jobs, left, shown))
         _report(target, filled[-1])
     with _about_out(options.out):
         size = _size(folder, sum(each.compiled for each in filled), perf_counter() - begin)
@@ -108,7 +101,7 @@ def run(options: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def _about_out(path: Path) -> Iterator[None]:
-    """What cannot be read or written inside the block is an error of --out; not so a reader of stderr that is gone."""
+    """A file that cannot be read or written inside the block is an error of --out; a closed stderr is none."""
     try:
         yield
     except ArgumentError as error:
@@ -123,7 +116,7 @@ def _verified(options: argparse.Namespace, target: str) -> list[Request]:
     with compiling_for(TARGETS[target]):
         return with_reduced(
             (chosen.variant.name, task.problem, chosen.config)
-            for task, chosen in checks_of(dtypes_of(options), flags.once(options.layout, tuple(LAYOUTS)), GPU)
+            for task, chosen in checks_of(dtypes_of(options, DTYPE), layouts_of(options), GPU)
             if chosen.variant.backend == "triton"
         )
 
@@ -164,12 +157,9 @@ def _check(path: Path, quiet: bool) -> int:
         launches = Launches(folder)
     except ArgumentError as error:
         raise ArgumentError(f"argument --check: {error}") from None
-    shown = progress(quiet, unit="launches", first="working out the keys")
-    try:
+    with progress(quiet, unit="launches", first="working out the keys") as shown:
         shown.begin(len(launches))
         lacking = list(missing_launches(launches, launches, shown.step))
-    finally:
-        shown.close()
     if folder.difference is not None:
         print(folder.difference)
     else:

@@ -1,9 +1,8 @@
-"""``tritonconv inspect``: compiles the Triton kernels for GPUs that are not here, and looks."""
+"""``tritonconv inspect``: compiles the Triton kernels for GPUs that need not be here, and shows the result."""
 
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -19,27 +18,34 @@ from tritonconv.kernels.variant import Variant
 from tritonconv.lab import flags
 from tritonconv.lab.bench.environment import version
 from tritonconv.lab.bench.progress import progress
-from tritonconv.lab.commands.common import OK, WRONG
-from tritonconv.lab.inspection import jobs, readme, records, report, verdicts
+from tritonconv.lab.bench.summary import columns
+from tritonconv.lab.commands.common import FLAGS, OK, WRONG, add_flags, folder, layouts_of, listed
+from tritonconv.lab.inspection import accesses, jobs, records, tables, verdicts
 from tritonconv.lab.inspection.compiling import Job, check_compiler, compile_job
 from tritonconv.lab.inspection.records import Inspection, Record
 from tritonconv.precision import PRECISIONS
-from tritonconv.problem import LAYOUTS
 
-HELP = "compile the Triton kernels for GPUs that are not here, and look"
+HELP = "compile the Triton kernels for any GPU, and show registers, spills, instructions"
 DEFAULT_TARGETS = ("sm_80", "sm_90", "sm_100")
 DEFAULT_PRECISIONS = ("bfloat16", "tf32")
 CONFIGS = ("default", "all")
 FEW, ALL = "few", "all"
-MOST_PROCESSES = 8  # each holds torch and a compiler: about 0.7 GB
+# Of the loads and stores: the share of the sectors that their bytes need, below which an access is shown.
+POOR = 0.7
+ACCESS_TARGET, ACCESS_PRECISION = "sm_90", "float16"
 
 DESCRIPTION = f"""\
-Compiles the Triton kernels for the named targets, without a GPU, and shows what the compiler made: registers, spills,
-shared memory, occupancy, matrix and copy instructions. Each variant is compiled as it is launched for real layers.
+Compiles the Triton kernels for the target GPUs, which need not be here, and shows the result: registers, spills, shared
+memory, occupancy, matrix and copy instructions. Each variant is compiled as real layers launch it.
 
-A fault of a default config makes the exit code 1: it does not compile, it spills, it needs more shared memory than the
-target has, its tl.dot has no matrix instruction, or it writes a register that a product in flight may read. Candidate
-configs (--configs all) only warn.
+The exit code is 1 where a default config has a fault: it does not compile, it spills, it needs more shared memory than
+the target has, its tl.dot has no matrix instruction, or it writes a register that a product in flight may read. Faults
+of other configs (--configs all) are warnings.
+
+--accesses shows instead how well loads and stores are coalesced: it runs one program of each kernel in Triton's
+interpreter, and counts the 32-byte sectors that the lanes of a warp touch. Efficiency is the share of these that the
+bytes need. A request is one instruction of one warp. Loads that only a cache makes cheap, as of a small weight, are
+shown too.
 
 layers:
 {chr(10).join(f"  {name:13} {layer}" for name, layer in jobs.SAMPLE_LAYERS.items())}
@@ -51,92 +57,112 @@ products: tf32 and ieee are float32 with torch.backends.cudnn.conv.fp32_precisio
 def add(parser: argparse.ArgumentParser) -> None:
     """Gives the parser the flags of the command."""
     parser.description = DESCRIPTION
-    parser.epilog = "example: tritonconv inspect forward_phases --targets sm_90 --layers k3s2,k4s2 --configs all"
+    parser.epilog = "example: tritonconv inspect forward_phases --target sm_90 --layers k3s2,k4s2 --configs all"
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("variants", nargs="*", metavar="VARIANT", help="variants (default: every Triton variant)")
-    flags.add_choice(parser, "--targets", TARGETS, f"{', '.join(TARGETS)} (default: {','.join(DEFAULT_TARGETS)})")
-    flags.add_choice(
-        parser, "--dtypes", PRECISIONS, f"{', '.join(PRECISIONS)} (default: {','.join(DEFAULT_PRECISIONS)})"
-    )
-    flags.add_choice(parser, "--layouts", LAYOUTS, f"{', '.join(LAYOUTS)} (default: both)")
-    flags.add_choice(
-        parser,
-        "--layers",
-        (*jobs.SAMPLE_LAYERS, FEW, ALL),
-        f"layers (default: {FEW}, the first {jobs.FEW} a variant serves)",
-    )
+    parser.add_argument(
+        "--target", **{**FLAGS["target"], "help": f"{', '.join(TARGETS)} (default: {','.join(DEFAULT_TARGETS)}; "
+                       f"with --accesses {ACCESS_TARGET})"},
+    )  # fmt: skip
+    default = f"default: {','.join(DEFAULT_PRECISIONS)}; with --accesses {ACCESS_PRECISION}"
+    parser.add_argument("--dtype", **listed(PRECISIONS, f"{', '.join(PRECISIONS)} ({default})"))
+    add_flags(parser, layout="both")
+    parser.add_argument(
+        "--layers", **listed((*jobs.SAMPLE_LAYERS, FEW, ALL), f"of the layers below; or {ALL} (default: {FEW}, the "
+                             f"first {jobs.FEW} that a variant serves)"),
+    )  # fmt: skip
     parser.add_argument(
         "--configs", choices=CONFIGS, default=CONFIGS[0], help="all: the candidates of the tuner too (default: default)"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every record here")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every record into this file")
     parser.add_argument(
-        "--markdown",
-        type=Path,
-        metavar="FILE",
-        help="replace the table of this Triton version between the markers here",
-    )
-    parser.add_argument(
-        "--verdicts", type=Path, metavar="DIR",
-        help="instead compile the pruned spaces for sm_90, look for registers that are written while a product may "
-        "read them, and keep what was found in DIR",
+        "--markdown", type=Path, metavar="FILE",
+        help="replace the table of this Triton version between the markers of this file",
     )  # fmt: skip
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument(
+        "--accesses", action="store_true",
+        help=f"show the loads and stores that are badly coalesced (efficiency below {POOR}) instead",
+    )  # fmt: skip
+    instead.add_argument(
+        "--verdicts",
+        **folder("instead compile for sm_90 every config that the tuner may try, look for registers that are written "
+                 "while a product may read them, and keep the verdicts in DIR"),
+    )  # fmt: skip
+    parser.add_argument("--all", action="store_true", help="with --accesses: show every load and store")
     parser.add_argument(
         "--sample", type=flags.count, metavar="N",
-        help="with --verdicts: keep nothing, and compile N configs of each variant that changed since, N of the others",
+        help="with --verdicts: compile N configs of each variant that changed and N of all others, and keep nothing",
     )  # fmt: skip
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    parser.add_argument(
-        "--jobs", type=flags.processes, default=min(cores, MOST_PROCESSES), metavar="N",
-        help="processes that compile; with 1 a crash of the compiler ends the run (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    add_flags(parser, "jobs", "quiet")
 
 
 def run(options: argparse.Namespace) -> int:
     """1 where a default config is not in order."""
-    chosen = triton_variants(options.variants)
+    chosen = _triton_variants(options.variants)
     if options.markdown is not None:
-        readme.check(options.markdown)
+        tables.check(options.markdown)
     if options.json is not None and not options.json.parent.is_dir():
         raise ArgumentError(f"argument --json: there is no folder {options.json.parent}")
     if options.sample is not None and options.verdicts is None:
-        raise ArgumentError("argument --sample: it is of --verdicts")
+        raise ArgumentError("argument --sample: goes with --verdicts")
+    if options.all and not options.accesses:
+        raise ArgumentError("argument --all: goes with --accesses")
     check_compiler()
     if options.verdicts is not None:
         return _verdicts(options, chosen)
+    if options.accesses:
+        return _accesses(options, chosen)
+    wanted = _plan(options, chosen, flags.once(options.target, DEFAULT_TARGETS), DEFAULT_PRECISIONS)
+    found = _compiled(wanted, options)
+    command = shlex.join(("tritonconv", *options.given))
+    inspection = Inspection(version("triton") or "none", torch.__version__, command, tuple(found))
+    tables.show(inspection)
+    print(f"\n{tables.verdict(inspection)}")
+    if options.json is not None:
+        records.write(inspection, options.json)
+    if options.markdown is not None:
+        tables.update(inspection, options.markdown)
+    return WRONG if inspection.failures() else OK
+
+
+def _plan(
+    options: argparse.Namespace, chosen: Sequence[Variant], targets: Sequence[str], precisions: tuple[str, ...]
+) -> Sequence[Job]:
+    """The launches to compile. Says on stderr which variants have none; raises ArgumentError where there is none."""
     plan = jobs.job_list(
         chosen,
-        targets=flags.once(options.targets, DEFAULT_TARGETS),
-        precisions=flags.once(options.dtypes, DEFAULT_PRECISIONS),
-        layouts=flags.once(options.layouts, tuple(LAYOUTS)),
-        classes=wanted_classes(options.layers),
+        targets=tuple(targets),
+        precisions=flags.once(options.dtype, precisions),
+        layouts=layouts_of(options),
+        classes=_wanted_classes(options.layers),
         candidates=options.configs == ALL,
     )
     for name, why in plan.left_out:
         print(f"tritonconv inspect: {name} serves none of the layers ({why})", file=sys.stderr)
     if not plan.jobs:
-        raise ArgumentError("no variant serves any of the layers asked for: see --layers, --dtypes and --layouts")
-    found = _compiled(plan.jobs, options)
-    command = shlex.join(("tritonconv", *options.given))
-    inspection = Inspection(version("triton") or "none", torch.__version__, command, tuple(found))
-    report.show(inspection)
-    print(f"\n{report.verdict(inspection)}")
-    if options.json is not None:
-        records.write(inspection, options.json)
-    if options.markdown is not None:
-        readme.update(inspection, options.markdown)
-    return WRONG if inspection.failures() else OK
+        raise ArgumentError("no variant serves any of the layers asked for: see --layers, --dtype and --layout")
+    return plan.jobs
+
+
+def _accesses(options: argparse.Namespace, chosen: Sequence[Variant]) -> int:
+    for target in flags.once(options.target, (ACCESS_TARGET,)):
+        launches = _plan(options, chosen, (target,), (ACCESS_PRECISION,))
+        found = accesses.measure(launches)
+        poor = [each for each in found if each.efficiency < POOR]
+        rows = [each.cells() for each in (found if options.all else poor)]
+        if rows:
+            print("\n".join(columns([accesses.HEAD, *rows], numbers=3)))
+        print(f"\n{len(found)} accesses of {len(launches)} launches for {target}, {len(poor)} below {POOR}")
+    return OK
 
 
 def _compiled(
     wanted: Sequence[Job], options: argparse.Namespace, compiled: Callable[[Job], list[Record]] = compile_job
 ) -> list[Record]:
-    shown = progress(options.quiet, unit="launches", first="starting the compilers")
-    try:
+    with progress(options.quiet, unit="launches", first="starting the compilers") as shown:
         shown.begin(len(wanted))
         return jobs.run(wanted, options.jobs, shown.step, compiled)
-    finally:
-        shown.close()
 
 
 def _verdicts(options: argparse.Namespace, chosen: Sequence[Variant]) -> int:
@@ -163,7 +189,7 @@ def _verdicts(options: argparse.Namespace, chosen: Sequence[Variant]) -> int:
     return WRONG if unsafe or broken else OK
 
 
-def triton_variants(names: list[str]) -> tuple[Variant, ...]:
+def _triton_variants(names: list[str]) -> tuple[Variant, ...]:
     known = tuple(record for record in variants() if record.backend == "triton")
     if not names:
         return known
@@ -180,7 +206,7 @@ def triton_variants(names: list[str]) -> tuple[Variant, ...]:
     return tuple(found)
 
 
-def wanted_classes(given: list[str] | None) -> tuple[str, ...] | None:
+def _wanted_classes(given: list[str] | None) -> tuple[str, ...] | None:
     wanted = flags.once(given, (FEW,))
     if ALL in wanted:
         return tuple(jobs.SAMPLE_LAYERS)

@@ -17,8 +17,8 @@ from tritonconv.autotune.tuning.session import tasks_of
 from tritonconv.autotune.tuning.tasks import Task
 from tritonconv.errors import ArgumentError
 from tritonconv.lab import flags
-from tritonconv.lab.bench.workloads import ALL, SCALES, distinct, in_order, left_out, suites, workloads
-from tritonconv.lab.commands.common import DTYPES, model_suites
+from tritonconv.lab.bench.workloads import ALL, distinct, in_order, left_out, workloads
+from tritonconv.lab.commands.common import add_flags, dtypes_of, layouts_of, model_suites
 from tritonconv.problem import LAYOUTS, Problem
 
 
@@ -28,21 +28,30 @@ def add_problems(parser: argparse.ArgumentParser, scale: str, dtype: str = "floa
     ``dtype`` is the default of --dtype, and ``of_models`` leaves other suites out of that of --suite.
     """
     parser.set_defaults(default_dtype=dtype, default_suites=model_suites() if of_models else (ALL,))
-    flags.add_choice(parser, "--suite", suites(), f"suites (default: {'those of models' if of_models else 'all'})")
-    parser.add_argument("--only", default="", metavar="TEXT", help="only layers whose name contains TEXT")
-    parser.add_argument("--scale", choices=tuple(SCALES), help=f"sizes of the layers (default: {scale})")
-    parser.add_argument("--model", metavar="MODULE:FACTORY", help="a function without arguments that makes your model")
+    add_flags(parser, "only", suite="those of models" if of_models else "all", scale=scale)
     parser.add_argument(
-        "--input", type=flags.shape, action="append", metavar="SIZES", help="an input of the model, as 1x1x96x96x96"
+        "--model", metavar="MODULE:FACTORY", help="your model: a function without arguments that returns it"
     )
-    parser.add_argument("--x", type=flags.shape, metavar="NxCxDxHxW", help="one problem: the shape of its input")
-    parser.add_argument("--weight", type=flags.shape, metavar="CIxCO/GxKxKxK", help="and of its weight")
+    parser.add_argument(
+        "--input",
+        type=flags.shape,
+        action="append",
+        metavar="SIZES",
+        help="the shape of an input of the model, such as 1x1x96x96x96; may be repeated",
+    )
+    parser.add_argument("--x", type=flags.shape, metavar="NxCxDxHxW", help="one problem, by the shape of its input")
+    parser.add_argument("--weight", type=flags.shape, metavar="CIxCO/GxKxKxK", help="with --x: the shape of the weight")
     for name, default in (("stride", (1,)), ("padding", (0,)), ("output-padding", (0,)), ("dilation", (1,))):
-        parser.add_argument(f"--{name}", type=flags.shape, default=default, metavar="A[xBxC]")
-    parser.add_argument("--groups", type=int, default=1, metavar="G")
-    parser.add_argument("--bias", action="store_true", help="the one problem has a bias")
-    flags.add_choice(parser, "--dtype", DTYPES, f"{', '.join(DTYPES)} (default: {dtype}; a model: its own)")
-    flags.add_choice(parser, "--layout", LAYOUTS, f"{', '.join(LAYOUTS)} (default: both; a model: its own)")
+        parser.add_argument(
+            f"--{name}",
+            type=flags.shape,
+            default=default,
+            metavar="A[xBxC]",
+            help="with --x: as of torch (default: " + str(default[0]) + ")",
+        )
+    parser.add_argument("--groups", type=int, default=1, metavar="G", help="with --x: as of torch (default: 1)")
+    parser.add_argument("--bias", action="store_true", help="with --x: the problem has a bias")
+    add_flags(parser, dtype=f"{dtype}; a model: its own", layout="both; a model: its own")
 
 
 def tasks_asked_for(options: argparse.Namespace, device: torch.device, scale: str) -> tuple[list[Task], str]:
@@ -69,27 +78,22 @@ def tasks_asked_for(options: argparse.Namespace, device: torch.device, scale: st
     tasks = [
         Task(layer.problem(dtype, layout, scale), layer.name, layer.suite)
         for layer in in_order(layer for layer, _ in distinct(layers, scale))
-        for dtype in dtypes_of(options)
-        for layout in flags.once(options.layout, tuple(LAYOUTS))
+        for dtype in dtypes_of(options, options.default_dtype)
+        for layout in layouts_of(options)
     ]
     return tasks, scale
 
 
-def dtypes_of(options: argparse.Namespace) -> list[torch.dtype]:
-    """Those of --dtype."""
-    return [getattr(torch, name) for name in flags.once(options.dtype, (options.default_dtype,))]
-
-
 def _given(options: argparse.Namespace) -> Iterator[Problem]:
     geo = geometry(options.stride, options.padding, options.output_padding, options.groups, options.dilation)
-    for dtype in dtypes_of(options):
+    for dtype in dtypes_of(options, options.default_dtype):
         x = torch.empty(options.x, dtype=dtype, device="meta")
         weight = torch.empty(options.weight, dtype=dtype, device="meta")
         bias = (
             weight.new_empty(options.weight[1] * options.groups) if options.bias and len(options.weight) > 1 else None
         )
         problem = problem_of(x, weight, bias, geo)
-        for layout in flags.once(options.layout, tuple(LAYOUTS)):
+        for layout in layouts_of(options):
             yield replace(problem, layout=layout)
 
 
@@ -104,7 +108,7 @@ def _of_model(options: argparse.Namespace, device: torch.device) -> list[Problem
     if not isinstance(model, torch.nn.Module):
         raise ArgumentError(f"argument --model: {options.model} returned {type(model).__name__}, not a torch.nn.Module")
     found: dict[Problem, None] = {}
-    for dtype in dtypes_of(options) if options.dtype else [None]:
+    for dtype in dtypes_of(options, options.default_dtype) if options.dtype else [None]:
         typed = model if dtype is None else model.to(dtype)
         own = next((each.dtype for each in typed.parameters() if each.is_floating_point()), torch.float32)
         for layout in flags.once(options.layout, ("ncdhw",)):

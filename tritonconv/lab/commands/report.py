@@ -1,52 +1,113 @@
-"""``tritonconv report``: tables and pictures of a run as one self-contained HTML page."""
+"""``tritonconv report``: pictures and one HTML page of results, or how well the cost model predicts them."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
+from types import ModuleType
 
-from tritonconv.errors import ResultsError
-from tritonconv.lab import markdown
+from tritonconv.errors import ArgumentError, ResultsError
+from tritonconv.lab import flags, markdown, predictions
 from tritonconv.lab.bench import results
-from tritonconv.lab.commands.common import OK, RESULTS
-from tritonconv.lab.commands.plot import drawing
+from tritonconv.lab.bench.calls import ALL_PASSES
+from tritonconv.lab.commands.common import DTYPES, OK, RESULTS, add_flags, folder, load_variant_files
+from tritonconv.problem import LAYOUTS
 
-HELP = "make one HTML page of a run's tables and pictures"
+HELP = "draw the pictures and write the HTML page of results"
+SELECTION = {"pass": ALL_PASSES, "layout": tuple(LAYOUTS), "dtype": DTYPES}
+DESCRIPTION = """\
+Reads results: a file, or a folder. Of a folder it takes the newest file, or all parts of a campaign. It draws every
+chart that the results have rows for, as PNG and SVG, and writes one HTML page that needs nothing else: means, the
+charts, every layer, roofs, tuned choices, errors, the environment.
+
+With --model it prints instead how well the cost model predicts the times of single variants (of tritonconv tune, or of
+tritonconv bench --variants all). First Spearman's rank correlation, the median over the layers, and how often the
+model's first choice is the fastest or near it; then the measured over the predicted time of each kind of kernel.
+--held-out fits the times of a GPU with one layer after the other left out, and prints how the choice for that layer
+compares with the best measured one (the oracle) and with torch's own. --fit writes the fit to a file, as the one that
+ships (autotune/fit_sm_90.json).
+"""
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Gives the parser the flags of the command."""
-    parser.description = (
-        "Reads a results file (of a folder the newest, or all parts of a campaign) and writes one HTML page that needs "
-        "nothing else: means, charts, every layer, roofs, tuned choices, errors, the environment."
-    )
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description = DESCRIPTION
+    parser.epilog = "example: tritonconv report results --pass forward --charts roofline,speedup"
     parser.add_argument(
-        "results", nargs="?", type=Path, default=RESULTS, help="a results file or a folder (default: %(default)s)"
-    )
+        "results", nargs="*", type=Path, metavar="RESULTS",
+        help=f"a results file, or a folder of them; with --model there may be several (default: {RESULTS})",
+    )  # fmt: skip
+    parser.add_argument("--output", **folder("folder of the page and the pictures (default: beside the results)"))
     parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="the page (default: report.html beside the results)"
+        "--charts", type=flags.any_names, default=(), metavar="NAME[,NAME]", help="draw these charts (default: all)"
     )
+    for name, values in SELECTION.items():
+        parser.add_argument(f"--{name}", choices=values, help=f"show this {name} only")
     parser.add_argument(
         "--markdown", type=Path, metavar="FILE",
         help="also replace the section of this device between the markers of a Markdown file",
     )  # fmt: skip
-    parser.add_argument("--every-layer", action="store_true", help="with a table of every layer in the Markdown file")
+    parser.add_argument("--every-layer", action="store_true", help="with --markdown: add a table of every layer")
+    parser.add_argument("--model", action="store_true", help="print how well the cost model predicts the results")
+    parser.add_argument("--held-out", action="store_true", help="print how well a fit chooses for layers left out")
+    parser.add_argument("--fit", type=Path, metavar="FILE", help="fit the cost model to the results, and write the fit")
+    add_flags(parser, "variant-file")
 
 
 def run(options: argparse.Namespace) -> int:
-    drawing()
-    from tritonconv.plots import readme, report
-
-    if options.markdown is not None:
-        markdown.parts(options.markdown, readme.COMMAND)
-    found = results.load(options.results)
-    folder = options.results if options.results.is_dir() else options.results.resolve().parent
-    path = options.output or folder / "report.html"
-    try:
-        print(report.write(found, path))
-    except OSError as error:
-        raise ResultsError(f"output: cannot write {path}: {error}") from None
-    if options.markdown is not None:
-        readme.update(found, options.markdown, options.every_layer)
-        print(options.markdown)
+    load_variant_files(options)
+    paths = options.results or [RESULTS]
+    if options.model or options.held_out or options.fit:
+        _predictions(options, paths)
+    elif len(paths) > 1:
+        raise ArgumentError("argument RESULTS: only --model, --held-out and --fit take several")
+    else:
+        _write(options, paths[0])
     return OK
+
+
+def _predictions(options: argparse.Namespace, paths: list[Path]) -> None:
+    runs = [results.load(path) for path in paths]
+    if options.model:
+        print(predictions.accuracy(paths, runs))
+    if options.held_out or options.fit:
+        for one in runs:
+            print(predictions.fitted(one, options.held_out, options.fit))
+
+
+def _write(options: argparse.Namespace, path: Path) -> None:
+    charts = _drawing()
+    from tritonconv.plots import html, section
+
+    for name in options.charts:
+        if name not in charts.names():
+            raise ArgumentError(f"argument --charts: {name!r} is none of {', '.join(charts.names())}")
+    if options.markdown is not None:
+        markdown.parts(options.markdown, section.COMMAND)
+    whole = results.load(path)
+    for warning in whole.warnings:
+        print(f"tritonconv report: {warning}", file=sys.stderr)
+    chosen = whole.only(**{name: getattr(options, name) for name in SELECTION})
+    target = options.output or (path if path.is_dir() else path.resolve().parent)
+    try:
+        pictures = charts.draw(chosen, target, options.charts)
+        page = html.write(chosen, target, pictures)
+    except OSError as error:
+        raise ResultsError(f"output: cannot write into {target}: {error}") from None
+    print("\n".join(map(str, [*(each for paths in pictures.values() for each in paths), page])))
+    if options.markdown is not None:
+        section.update(whole, options.markdown, options.every_layer)
+        print(options.markdown)
+
+
+def _drawing() -> ModuleType:
+    """The module of the charts. Raises ArgumentError where matplotlib is not installed."""
+    try:
+        import matplotlib  # noqa: F401
+
+        from tritonconv.plots import charts
+    except ImportError as error:
+        raise ArgumentError(f"drawing needs matplotlib ({error}): pip install 'tritonconv[bench]'") from None
+    return charts

@@ -25,6 +25,7 @@ from tritonconv.kernels.registry import variant
 from tritonconv.kernels.targets import TARGETS
 from tritonconv.lab.inspection.compiling import GPU, Job, compile_launch, compiling_for, products_in
 
+HEAD = ("variant", "layer", "layout", "access", "tile", "bytes/lane", "sectors/request", "efficiency")
 SECTOR = 32  # bytes
 MOST_LANE_BYTES = 16  # of one access of one lane
 FEWEST = 64  # elements of a tile worth looking at
@@ -74,6 +75,12 @@ class Access:
     @property
     def efficiency(self) -> float:
         return self.fewest / self.sectors
+
+    def cells(self) -> list[str]:
+        """Its row under HEAD."""
+        kind = f"{self.kind}{' (async)' if self.asynchronous else ''}"
+        figures = (str(self.lane_bytes), f"{self.sectors / self.requests:.1f}", f"{self.efficiency:.2f}")
+        return [self.variant, self.layer, self.layout, kind, "x".join(map(str, self.tile)), *figures]
 
 
 def layouts_of(ttgir: str) -> dict[tuple[str, tuple[int, ...]], list[tuple[Layout, bool]]]:

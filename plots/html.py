@@ -6,18 +6,17 @@ Everything comes from the results file; pictures are inlined as SVG, nothing is 
 from __future__ import annotations
 
 import re
-import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
-from statistics import geometric_mean
+from typing import TypeVar
 
 from tritonconv.errors import ResultsError
 from tritonconv.lab.bench import counters, noise
 from tritonconv.lab.bench.columns import SAID, columns_of, median
 from tritonconv.lab.bench.results import BASELINE, OURS, Run
-from tritonconv.lab.bench.standings import by_column, by_pass, mean, standings
-from tritonconv.plots import charts, style
+from tritonconv.lab.bench.standings import Standing, by_column, by_pass, mean, standings
+from tritonconv.plots import style
 from tritonconv.plots.page import PAGE
 
 CAPTIONS = {
@@ -31,24 +30,28 @@ ENVIRONMENT = (
     "timing", "command", "seed", "budget_s",
 )  # fmt: skip
 
+MEANS = ("pass", "dtype", "class", "layers", "geometric mean", "slowest", "below 1", "torch's own runs")
+STANDING = ("layer", "class", "best torch", "ours", "torch ms", "ms", "speed-up", "% of roof")
 LONG = 48  # characters of a cell that may be broken into lines
 Cell = str | float | int | None
+Pictures = Mapping[str, Sequence[Path]]
+T = TypeVar("T")
 
 
-def write(run: Run, path: Path) -> Path:
-    """Writes the page. Raises ResultsError where there is nothing to show, OSError where it cannot be written."""
+def write(run: Run, folder: Path, pictures: Pictures) -> Path:
+    """Writes the page into the folder. Raises ResultsError where there is nothing to show, OSError where it cannot."""
     if not any((run.results, run.roofs, run.timings, run.overheads, run.profiles, run.checks)):
         raise ResultsError(f"{run.path}: nothing was measured, so there is nothing to report")
-    text = page(run)
-    path.write_text(text, encoding="utf-8")
+    path = folder / f"{'-'.join(['report', *run.selection])}.html"
+    path.write_text(page(run, pictures), encoding="utf-8")
     return path
 
 
-def page(run: Run) -> str:
-    """The page's HTML."""
+def page(run: Run, pictures: Pictures) -> str:
+    """The page's HTML; ``pictures`` are the files of each chart."""
     sections = [
         ("Means", _means(run)),
-        *_pictures(run),
+        *((CAPTIONS[name], _picture(name, paths)) for name, paths in pictures.items()),
         ("Against the best torch", _against_the_best(run)),
         ("Layers", _layers(run)),
         ("Null rows", _nulls(run)),
@@ -68,14 +71,16 @@ def page(run: Run) -> str:
 
 
 def _lead(run: Run) -> str:
-    told = [style.machine(run)]
+    lines = [style.machine(run)]
+    if run.selection:
+        lines.append(f"Only {', '.join(run.selection)}.")
     if run.end is None:
-        told.append("The run was cut off: its finished rows are shown.")
+        lines.append("The run was cut off: its finished rows are shown.")
     elif run.end["reason"] != "complete":
-        told.append(f"The run ended early ({run.end['reason']}): its finished rows are shown.")
+        lines.append(f"The run ended early ({run.end['reason']}): its finished rows are shown.")
     if run.disturbance:
-        told.append(run.disturbance)
-    return "\n".join(f"<p>{escape(text)}</p>" for text in (*told, *run.warnings))
+        lines.append(run.disturbance)
+    return "\n".join(f"<p>{escape(text)}</p>" for text in (*lines, *run.warnings))
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[Cell]], numbers: int) -> str:
@@ -112,58 +117,63 @@ def shown(value: Cell) -> str:
 
 def _means(run: Run) -> str:
     rows: list[list[Cell]] = []
-    ours = [row for row in run.of_models(variant=OURS) if row["speedup"] is not None]
+    ours = [row for row in run.of_models() if row["variant"] == OURS and row["speedup"] is not None]
     for key in dict.fromkeys((row["pass"], row["dtype"], row["layout"]) for row in ours):
         mine = [row for row in ours if (row["pass"], row["dtype"], row["layout"]) == key]
-        rows.append([*key, "all", len(mine), geometric_mean(row["speedup"] for row in mine)])
-        for kind in sorted({row["class"] for row in mine if "class" in row}):
-            same = [row["speedup"] for row in mine if row.get("class") == kind]
-            rows.append([*key, kind, len(same), geometric_mean(same)])
-    paired = table(["pass", "dtype", "layout", "class", "layers", "geometric mean"], rows, 2)
-    said = f"<p>Speed-up over {BASELINE} in the same memory format, from calls made next to each other:</p>\n"
-    text = said + paired if paired else ""
+        for kind, same in _classes(mine, mine):
+            rows.append([*key, kind, len(same), mean(row["speedup"] for row in same)])
+    text = _after(
+        f"Speed-up over {BASELINE} in the same memory format, from calls made next to each other:",
+        table(["pass", "dtype", "layout", "class", "layers", "geometric mean"], rows, 2),
+    )
     for column, found in by_column(run.of_models()).items():
-        over: list[list[Cell]] = [
-            [*key, len(each), mean(each), sum(one.ratio < 1 for one in each), sum(one.torch_chosen for one in each)]
-            for key, each in by_pass(found).items()
-        ]
-        free = table(["pass", "dtype", "layers", "geometric mean", "below 1", "torch's own runs"], over, 4)
-        said = f"By {SAID[column]}, over the best torch, our best memory format (a ratio of medians):"
-        text += f"<p>{said}</p>\n{free}" if free else ""
+        caption = f"By {SAID[column]}, over the best torch, our best memory format (a ratio of medians):"
+        text += _after(caption, table(MEANS, means_of(found), 5))
     return text
 
 
-def _pictures(run: Run) -> list[tuple[str, str]]:
-    found = []
-    with tempfile.TemporaryDirectory() as folder:
-        for name in charts.names():
-            try:
-                paths = charts.draw(run, Path(folder), (name,))[name]
-            except ResultsError:
-                continue
-            svg = next(path for path in paths if path.suffix == ".svg").read_text(encoding="utf-8")
-            found.append((CAPTIONS.get(name, name), f'<div class="scroll picture">{_inline(svg, name)}</div>'))
-    return found
+def means_of(found: Sequence[Standing]) -> list[list[Cell]]:
+    """Rows under MEANS: by pass and dtype, of all layers and then of each class."""
+    rows: list[list[Cell]] = []
+    for key, each in by_pass(found).items():
+        for kind, same in _classes(each, [one.ours for one in each]):
+            ratios = [one.ratio for one in same]
+            below, torchs = sum(ratio < 1 for ratio in ratios), sum(one.torch_chosen for one in same)
+            rows.append([*key, kind, len(same), mean(ratios), min(ratios), below, torchs])
+    return rows
 
 
-def _inline(svg: str, prefix: str) -> str:
-    """The svg element alone, its ids made its own: several share the page."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r'\bid="', f'id="{prefix}-', svg)
-    return re.sub(r'(url\(#|xlink:href="#)', rf"\g<1>{prefix}-", svg)
+def _classes(all_of_them: Sequence[T], rows: Sequence[Mapping]) -> Iterator[tuple[str, Sequence[T]]]:
+    """``all`` of them, then those of each class of layers, which their rows say."""
+    yield "all", all_of_them
+    for kind in sorted({row.get("class") or "" for row in rows} - {""}):
+        yield kind, [each for each, row in zip(all_of_them, rows, strict=True) if row.get("class") == kind]
+
+
+def _after(caption: str, text: str) -> str:
+    """A table after its caption; nothing without a table."""
+    return f"<p>{caption}</p>\n{text}" if text else ""
+
+
+def _picture(name: str, paths: Sequence[Path]) -> str:
+    """The SVG of a chart, inlined; its ids are made its own, for several pictures share the page."""
+    text = next(path for path in paths if path.suffix == ".svg").read_text(encoding="utf-8")
+    svg = re.sub(r'\bid="', f'id="{name}-', text[text.index("<svg") :])
+    svg = re.sub(r'(url\(#|xlink:href="#)', rf"\g<1>{name}-", svg)
+    return f'<div class="scroll picture">{svg}</div>'
 
 
 def _against_the_best(run: Run) -> str:
-    head = ["layer", "class", "pass", "dtype", "best torch", "ours", "torch ms", "ms", "speed-up", "% of roof"]
-    rows: list[list[Cell]] = [
-        [each.ours["layer"], each.ours.get("class"), each.ours["pass"], each.ours["dtype"],
-         f"{each.torch['variant']} {each.torch['layout']}", f"{chosen(each.ours)} {each.ours['layout']}",
-         each.torch_ms, each.ms, each.ratio, each.ours.get("percent_of_roof")]
-        for each in standings(run.of_models())
-    ]  # fmt: skip
-    said = "<p>The fastest torch in any memory format, and our fastest: a ratio of medians.</p>\n"
-    found = table(head, rows, 4)
-    return said + found if found else ""
+    rows = [[each.ours["pass"], each.ours["dtype"], *standing_cells(each)] for each in standings(run.of_models())]
+    caption = "The fastest torch in any memory format, and our fastest: a ratio of medians."
+    return _after(caption, table(("pass", "dtype", *STANDING), rows, 4))
+
+
+def standing_cells(one: Standing) -> list[Cell]:
+    """A layer's row under STANDING."""
+    ours, theirs = one.ours, one.torch
+    names = f"{theirs['variant']} {theirs['layout']}", f"{chosen(ours)} {ours['layout']}"
+    return [ours["layer"], ours.get("class"), *names, one.torch_ms, one.ms, one.ratio, ours.get("percent_of_roof")]
 
 
 def chosen(row: Mapping) -> str:
@@ -196,13 +206,14 @@ def _layers(run: Run) -> str:
 def _nulls(run: Run) -> str:
     rows: list[list[Cell]] = []
     for column in columns_of(run.nulls):
-        for name, said in noise.SAID.items():
+        for name, call in noise.SAID.items():
             band = noise.band(run.nulls, column, name)
             if band is not None:
-                rows.append([said, column, band.rows, band.low, band.high])
-    told = "<p>What differs from torch in nothing, timed beside it: a difference counts beyond this.</p>"
-    found = table(["what", "column", "rows", "least ratio", "largest"], rows, 3)
-    return told + found if found else ""
+                rows.append([call, column, band.rows, band.low, band.high])
+    return _after(
+        "Calls that are torch's own, timed beside torch: a difference counts only beyond theirs.",
+        table(["call", "column", "rows", "least ratio", "largest"], rows, 3),
+    )
 
 
 def _spent(run: Run) -> str:
@@ -249,9 +260,8 @@ def _counters(run: Run) -> str:
         for row in run.profiles
     ]
     head = ["layer", "pass", "dtype", "layout", "contestant", *counters.HEAD]
-    said = "<p>What ncu counted of each kernel of a call, with cold caches; MB are those of device memory.</p>"
-    found = table(head, rows, len(counters.HEAD) - 1)
-    return said + found if found else ""
+    caption = "The counts of ncu for each kernel of a call, with cold caches; MB are those of device memory."
+    return _after(caption, table(head, rows, len(counters.HEAD) - 1))
 
 
 def _checks(run: Run) -> str:
@@ -263,14 +273,13 @@ def _checks(run: Run) -> str:
         for key, each in by.items()
         if any(row["tolerance"] > 0 for row in each)
     ]
-    said = "<p>Variants held against float64 on one layer per class; the worst error as a share of what is allowed.</p>"
-    found = table(["variant", "dtype", "answers", "worst error / allowed"], rows, 2)
-    return said + found if found else ""
+    caption = "Variants held against float64 on one layer per class; the worst error as a share of the allowed one."
+    return _after(caption, table(["variant", "dtype", "answers", "worst error / allowed"], rows, 2))
 
 
 def _errors(run: Run) -> str:
     rows = [[row["status"], row["variant"], row["layer"], row["pass"], row["message"]] for row in run.errors]
-    return table(["what", "variant", "layer", "pass", "message"], rows, 0)
+    return table(["status", "variant", "layer", "pass", "message"], rows, 0)
 
 
 def _skips(run: Run) -> str:
@@ -281,4 +290,4 @@ def _skips(run: Run) -> str:
 def _environment(run: Run) -> str:
     env = run.environment
     rows = [[name, str(env[name])] for name in ENVIRONMENT if env.get(name) is not None]
-    return table(["what", "value"], rows, 0)
+    return table(["fact", "value"], rows, 0)

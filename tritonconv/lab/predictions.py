@@ -1,11 +1,10 @@
-"""``tritonconv model``: how well the cost model ranks what was measured, and the fit of it that ships."""
+"""The cost model's predictions beside measured times: how well it ranks them, and the fit of it that ships."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -18,17 +17,14 @@ from tritonconv.autotune.ceilings import Ceilings, from_roofs, nominal
 from tritonconv.autotune.tuning import calibrate, held_out
 from tritonconv.errors import ArgumentError, ResultsError
 from tritonconv.kernels.registry import have_triton, variant, variants
-from tritonconv.lab.bench import results
 from tritonconv.lab.bench.results import Run
 from tritonconv.lab.bench.summary import columns
-from tritonconv.lab.commands.common import OK, add_variant_files, load_variant_files
 from tritonconv.problem import Problem
 
-HELP = "say how well the cost model ranks what was measured"
 LEAST = 3  # candidates: two are ranked right by chance half of the time
 
 
-class Group(NamedTuple):
+class Ranking(NamedTuple):
     """The candidates of one layer, pass, dtype and layout: predicted and measured ms."""
 
     device: str
@@ -47,61 +43,51 @@ class Group(NamedTuple):
         return self.measured[first] / min(self.measured)
 
 
-def add(parser: argparse.ArgumentParser) -> None:
-    """Gives the parser the flags of the command."""
-    parser.description = (
-        "Reads results files that hold times of single variants (tritonconv tune; tritonconv bench --variants all), "
-        "predicts each with the cost model, and prints Spearman's rank correlation: the median over the layers, and "
-        "how often the model's first choice is the fastest or near it. Then, of each kind of kernel, the measured time "
-        "over the predicted one. --held-out fits the screenings and finals of a GPU with one layer after the other "
-        "left out, and prints how the choice for it compares with the best measured (the oracle) and with torch's own; "
-        "--fit writes the fit that ships (autotune/fit_sm_90.json)."
-    )
-    parser.add_argument("results", nargs="+", type=Path, metavar="FILE", help="results files, or a campaign's folder")
-    parser.add_argument("--held-out", action="store_true", help="the figures of layers that the fit has not seen")
-    parser.add_argument("--fit", type=Path, metavar="JSON", help="fit factors, corrections and torch's own; write them")
-    add_variant_files(parser)
+def accuracy(paths: Sequence[Path], runs: Sequence[Run]) -> str:
+    """How well the model ranks what the runs timed, and by how much it errs for each kind of kernel of a run.
 
-
-def run(options: argparse.Namespace) -> int:
-    load_variant_files(options)
-    runs = [results.load(path) for path in options.results]
-    if options.held_out or options.fit:
-        for one in runs:
-            with as_on(one):
-                _fitted(one, options.held_out, options.fit)
-        return OK
-    groups = [group for one in runs for group in groups_of(one)]
-    if not groups:
+    Raises ResultsError where nothing can be ranked.
+    """
+    rankings = [ranking for run in runs for ranking in rankings_of(run)]
+    if not rankings:
         raise ResultsError(
             f"results: nowhere {LEAST} candidates of one layer and pass; run tritonconv tune, or "
             "tritonconv bench --variants all --passes forward,backward_data,backward_weight"
         )
-    print("\n".join(table(groups)))
-    for path, one in zip(options.results, runs, strict=True):
-        print("\n".join(["", f"measured over predicted time, {path}:", *factors_of(one)]))
-    return OK
+    lines = table(rankings)
+    for path, run in zip(paths, runs, strict=True):
+        lines += ["", f"measured over predicted time, {path}:", *factors_of(run)]
+    return "\n".join(lines)
 
 
-def _fitted(run: Run, figures: bool, path: Path | None) -> None:
-    """Prints the figures of layers left out, and writes the fit."""
-    ceilings = ceilings_of(run)
-    groups = held_out.trials_of(timed(run), ceilings)
-    if not groups:
-        raise ResultsError(
-            f"{run.path}: no timing of a single variant beside torch's own; run tritonconv tune on a GPU"
-        )
-    if figures:
-        print(f"{run.environment['device_name']}: {len(groups)} problems of a pass. " + held_out.RULE)
-        fits = held_out.fits(groups, ceilings)
-        for what, served in (("all that was measured", lambda sample: True), (held_out.SAFE, held_out.safe)):
-            lines = held_out.table(held_out.scores(fits, served))
-            print("\n".join(["", f"Chosen among {what}:", *columns(lines, numbers=6)]))
-    if path:
-        versions = {name: run.environment.get(name) for name in ("torch", "triton", "cuda")}
-        found = held_out.fit(groups, ceilings, versions | {"run": run.run})
-        path.write_text(compact(found.to_json()))
-        print(f"written: {path}")
+def fitted(run: Run, figures: bool, path: Path | None) -> str:
+    """Fits the run; says how well the fit chooses for layers left out (``figures``), and writes it to ``path``.
+
+    Raises ResultsError where no variant was timed beside torch's own, or the file cannot be written.
+    """
+    with as_on(run):
+        ceilings = ceilings_of(run)
+        trials = held_out.trials_of(timed(run), ceilings)
+        if not trials:
+            raise ResultsError(
+                f"{run.path}: no timing of a single variant beside torch's own; run tritonconv tune on a GPU"
+            )
+        lines = []
+        if figures:
+            lines.append(f"{run.environment['device_name']}: {len(trials)} problems of a pass. {held_out.RULE}")
+            fits = held_out.fits(trials, ceilings)
+            for candidates, served in (("all that was measured", lambda _: True), (held_out.SAFE, held_out.safe)):
+                scores = held_out.table(held_out.scores(fits, served))
+                lines += ["", f"Chosen among {candidates}:", *columns(scores, numbers=6)]
+        if path:
+            versions = {name: run.environment.get(name) for name in ("torch", "triton", "cuda")}
+            fit = held_out.fit(trials, ceilings, versions | {"run": run.run})
+            try:
+                path.write_text(compact(fit.to_json()))
+            except OSError as error:
+                raise ResultsError(f"argument --fit: cannot write {path}: {error.strerror}") from None
+            lines.append(f"written: {path}")
+        return "\n".join(lines)
 
 
 def compact(data: Mapping) -> str:
@@ -168,8 +154,8 @@ def factors_of(run: Run) -> list[str]:
     return columns(lines, numbers=4)
 
 
-def groups_of(run: Run) -> Iterator[Group]:
-    """The groups of a run that have at least LEAST candidates whose variants are known here."""
+def rankings_of(run: Run) -> Iterator[Ranking]:
+    """The rankings of a run that have at least LEAST candidates whose variants are known here."""
     ceilings = ceilings_of(run)
     found: dict[tuple, dict[tuple, tuple[float, float]]] = {}
     for row in _single(run):
@@ -181,7 +167,7 @@ def groups_of(run: Run) -> Iterator[Group]:
     for (_, pass_name, _, _), candidates in found.items():
         if len(candidates) >= LEAST:
             predicted, measured = zip(*candidates.values(), strict=True)
-            yield Group(run.environment["device_name"], pass_name, predicted, measured)
+            yield Ranking(run.environment["device_name"], pass_name, predicted, measured)
 
 
 def predict(row: Mapping, ceilings: Ceilings) -> float | None:
@@ -216,15 +202,15 @@ def _config(row: Mapping) -> dict[str, int]:
     return config.get(row["pass"], {}) if "chosen" in row else config
 
 
-def table(groups: Iterable[Group]) -> list[str]:
+def table(rankings: Iterable[Ranking]) -> list[str]:
     """A line per device and pass."""
     head = ["device", "pass", "layers", "rank correlation", "first is fastest", "within 1.1", "within 1.5"]
     lines = [head]
-    by: dict[tuple[str, str], list[Group]] = {}
-    for group in groups:
-        by.setdefault((group.device, group.pass_name), []).append(group)
+    by: dict[tuple[str, str], list[Ranking]] = {}
+    for ranking in rankings:
+        by.setdefault((ranking.device, ranking.pass_name), []).append(ranking)
     for (device, pass_name), same in by.items():
-        near = [sum(group.loss <= limit for group in same) / len(same) for limit in (1.0, 1.1, 1.5)]
-        middle = median(group.correlation for group in same)
+        near = [sum(ranking.loss <= limit for ranking in same) / len(same) for limit in (1.0, 1.1, 1.5)]
+        middle = median(ranking.correlation for ranking in same)
         lines.append([device, pass_name, str(len(same)), f"{middle:.2f}", *(f"{share:.0%}" for share in near)])
     return columns(lines, numbers=5)

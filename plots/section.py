@@ -1,0 +1,56 @@
+"""The section of a device in a Markdown file: means against the best torch, and every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from tritonconv.errors import ResultsError
+from tritonconv.lab import markdown
+from tritonconv.lab.bench.columns import SAID
+from tritonconv.lab.bench.results import Run
+from tritonconv.lab.bench.standings import Standing, by_column, by_pass, standings
+from tritonconv.plots import style
+from tritonconv.plots.html import MEANS, STANDING, Cell, means_of, shown, standing_cells
+
+COMMAND = "report"
+RATIOS = ("geometric mean", "slowest", "speed-up")  # columns with two decimals
+
+
+def update(run: Run, path: Path, every_layer: bool) -> None:
+    """Replaces the section of the run's device. Raises ResultsError where nothing was timed beside torch."""
+    found = standings(run.of_models())
+    if not found:
+        raise ResultsError(f"{run.path}: no layer was timed beside torch")
+    body = section(run, found, every_layer)
+    markdown.update(path, COMMAND, run.environment["device_name"], body, str, newest_first=False)
+
+
+def section(run: Run, found: Sequence[Standing], every_layer: bool) -> str:
+    """The Markdown of a run: means, of all layers and by class, and with ``every_layer`` a table of each."""
+    means = means_of(found)
+    for column, others in list(by_column(run.of_models()).items())[1:]:
+        means += [[f"{name} ({column})", *rest] for name, *rest in means_of(others)]
+    text = [_caption(run), _table(MEANS, means, 3)]
+    for (pass_name, dtype), each in by_pass(found).items() if every_layer else ():
+        rows = _table(STANDING, [standing_cells(one) for one in sorted(each, key=lambda one: one.ratio)], 4)
+        text.append(f"#### {style.PASS_NAMES.get(pass_name, pass_name)}, {dtype}: the slowest first\n\n{rows}")
+    return "\n\n".join(text) + "\n"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[Cell]], texts: int) -> str:
+    def cell(name: str, value: Cell) -> str:
+        return f"{value:.2f}" if name in RATIOS else shown(value)
+
+    return markdown.table(head, [[cell(*pair) for pair in zip(head, row, strict=True)] for row in rows], texts)
+
+
+def _caption(run: Run) -> str:
+    first, *others = by_column(run.of_models())
+    by = "; by " + SAID[first] + "".join(f", ({name}) by {SAID[name]}" for name in others) if others else ""
+    lines = [
+        f"{style.machine(run)}. Layers: {run.environment['scale_rule']}.",
+        f"Speed-up of our fastest memory format over the fastest of torch and torch.compile in any: a ratio of "
+        f"medians{by}.",
+    ]
+    return "\n".join(lines + ([run.disturbance] if run.disturbance else []))
