@@ -1,4 +1,4 @@
-"""What a device can do at most: the rates the cost model divides by.
+"""The highest rates of a device, by which the cost model divides.
 
 Measured ones come from the roof rows of a results file. Where nothing was measured, and for what no roof measures
 (sizes of caches and register files), the data sheet's figure stands in, and ``measured`` says False.
@@ -49,7 +49,7 @@ UNKNOWN = (9, 0)
 GPU_LAUNCH_US = 4.0  # the order of magnitude of a launch; measured by ``tritonconv bench --roofs``
 # Of the bandwidth of memory what a copy reaches: 4.25 of 4.8 TB/s on an H200, 2026-11-28.
 COPIED = 0.88
-# A core of any recent server: what only ranks formulations against each other until roofs are measured.
+# A core of any recent server: these rates only rank formulations against each other until roofs are measured.
 _CPU = Ceilings("a CPU", {"float32": 100 * G}, 25 * G, 10 * G, 30 * G, 1, 1 << 20, 1 << 16, 5.0)
 
 
@@ -72,7 +72,7 @@ def of_capability(capability: tuple[int, int]) -> Ceilings:
 
 
 def scale_to(base: Ceilings, gpu: Part) -> Ceilings:
-    """The rates of one GPU by those of another of its compute capability, ``base``, which keeps its factors.
+    """The rates of a GPU, scaled from those of another of its compute capability, ``base``, whose factors are kept.
 
     The multiprocessors, and L2 with them, go by their number; memory by its bandwidth where torch says it, else by the
     data sheet's per multiprocessor. ``base`` itself for the GPU that it is of.
@@ -138,7 +138,7 @@ def _renamed(kind: str) -> str:
 
 
 def from_json(data: Mapping[str, Any]) -> Ceilings | None:
-    """What :meth:`Ceilings.to_json` made; None for anything else."""
+    """The inverse of :meth:`Ceilings.to_json`; None for anything else."""
     try:
         found = Ceilings(**data)
         found = replace(found, factors={_renamed(kind): factor for kind, factor in found.factors.items()})

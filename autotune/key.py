@@ -81,7 +81,7 @@ def _crop_class(axis: Axis) -> str:
 
 
 def device_name(device: torch.device) -> str:
-    """What a table belongs to: the GPU's name, or the CPU's with the number of threads, which decides as much."""
+    """The device that a table belongs to: the GPU's name, or the CPU's with the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{cpu_name()}, {torch.get_num_threads()} threads"

@@ -61,7 +61,7 @@ class Estimate:
 
 
 def work_of(record: Variant, problem: Problem, config: Config) -> Work:
-    """What a launch executes; useful FLOPs and compulsory bytes for a variant that does not say."""
+    """The work of a launch; useful FLOPs and compulsory bytes for a variant that does not say."""
     if record.work is None:
         return by_torch(problem, record.pass_name)
     return record.work(problem, config)
@@ -98,7 +98,7 @@ def estimate(record: Variant, problem: Problem, config: Config, ceilings: Ceilin
 
 
 def launches_ms(launches: int, ceilings: Ceilings) -> float:
-    """What so many launches of one call take by themselves."""
+    """The time of so many launches of one call, without their kernels."""
     factors = ceilings.factors
     times = factors.get(FIRST_LAUNCH, 1.0) + (launches - 1) * factors.get(FURTHER_LAUNCH, 1.0)
     return times * ceilings.launch_us * 1e-3
@@ -110,9 +110,9 @@ def form(record: Variant, config: Config) -> str:
 
 
 def kind(record: Variant, config: Config, work: Work) -> str:
-    """What has one factor of measured over predicted time: a :func:`form`, apart for its configs without a pipeline.
+    """The key of a measured factor (measured over predicted time): the :func:`form`, and whether it is pipelined.
 
-    An edit keeps the factor: what was measured before it is nearer than nothing.
+    An edit of the kernel keeps the factor: an old measurement is better than none.
     """
     return form(record, config) if work.pipelined else form(record, config) + UNPIPELINED
 

@@ -60,5 +60,5 @@ def table_for(gpu: Part) -> str | None:
 
 
 def has_model(gpu: Part) -> bool:
-    """The cost model, whose factors were measured on such parts, decides where nothing was measured."""
+    """Whether the cost model decides where nothing was tuned: its factors were measured on such parts."""
     return gpu.capability == HOPPER and not gpu.sliced

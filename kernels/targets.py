@@ -68,13 +68,9 @@ class Target:
             return 0
         units = -(-max(registers, 1) // REGISTER_UNIT) * REGISTER_UNIT * self.warp_size
         by_registers = self.registers // PARTITIONS // units * PARTITIONS
-        limits = [
-            self.blocks,
-            min(by_registers, self.warps) // warps,
-            self.shared // (shared_bytes + self.shared_reserved)
-            if shared_bytes + self.shared_reserved
-            else self.blocks,
-        ]
+        limits = [self.blocks, min(by_registers, self.warps) // warps]
+        if shared_bytes + self.shared_reserved:
+            limits.append(self.shared // (shared_bytes + self.shared_reserved))
         if tensor_memory:
             limits.append(TENSOR_MEMORY_COLUMNS // tensor_memory)
         return min(limits)

@@ -23,12 +23,12 @@ from tritonconv.precision import IEEE, TF32, float32_precision
 from tritonconv.problem import Problem, Triple, largest_offset
 
 INTERPRETED_PROGRAMS = 3  # few, so that each takes several tiles there as well
-WIDE_FROM = 2**30  # half of what 32 bits hold, for a tensor and as much again for what is masked beyond it
+WIDE_FROM = 2**30  # half of the int32 range: the rest is head-room for masked addresses outside the tensor
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
-# A kernel is compiled once for all image sizes: these are run-time numbers, whatever their divisors, and therefore no
-# tuples, whose elements Triton always specialises. Strides stay specialised: divisibility by 16 permits 16-byte loads.
+# Sizes are unspecialised run-time scalars, so a new image size does not recompile. They are not passed as a tuple,
+# whose elements Triton specialises. Strides stay specialised: divisibility by 16 permits 16-byte loads.
 CROPS = ("d_crop", "h_crop", "w_crop")
 RUN_TIME = ("n", "d_in", "h_in", "w_in", "d_out", "h_out", "w_out", *CROPS)
 
@@ -94,7 +94,7 @@ def empty(problem: Problem, shape: tuple[int, ...], like: torch.Tensor) -> torch
 
 
 def multiprocessors(device: torch.device) -> int:
-    """How many a persistent grid has to fill; few in the interpreter, an H100's where the device is not there."""
+    """The number that a persistent grid has to fill; few in the interpreter, an H100's where the device is absent."""
     if device.type == "cuda" and torch.cuda.is_available():
         return torch.cuda.get_device_properties(device).multi_processor_count
     return INTERPRETED_PROGRAMS if device.type == "cpu" else MULTIPROCESSORS
@@ -109,9 +109,9 @@ def _multiplies_tf32(backend: str, arch) -> bool:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """``tl.dot``'s input_precision for a dtype: what torch's own switches say of convolutions, asked at each launch.
+    """``tl.dot``'s input_precision for a dtype: torch's switch for convolutions, read at each launch.
 
-    A GPU without TF32 (AMD's gfx90a) multiplies float32 in IEEE precision, whatever they say.
+    A GPU without TF32 (AMD's gfx90a) multiplies float32 in IEEE precision, whatever the switch says.
     """
     if dtype is not torch.float32 or float32_precision() == IEEE:
         return IEEE
@@ -135,11 +135,11 @@ def _is_wide(tensor: torch.Tensor, reach: tuple[int, ...]) -> bool:
 
 
 def units(strides: tuple[int, ...]) -> tuple[int, ...]:
-    """What the compiler is told to divide each stride: 2, 4 or 8, or 1 for nothing; 0 for a stride of 1.
+    """A known divisor of each stride, as a hint for the compiler: 2, 4 or 8, or 1 for nothing; 0 for a stride of 1.
 
-    It finds out by itself where 16 divides, and only there: 24 or 56 contiguous channels would be loaded one by one. Of
-    strides without a 1 in their midst, or with it at w as in NCDHW, nothing is told: there the others are products of
-    the image's sizes, and each image would be compiled for.
+    The compiler finds out by itself where 16 divides, and only there: it would load 24 or 56 contiguous channels one by
+    one. No hint is given for NCDHW, or without a unit stride: there the divisors depend on the image size, and each
+    size would compile again.
     """
     unit = math.gcd(16, *(stride for stride in strides if stride != 1))
     if 1 not in strides[:3] or unit == 16:

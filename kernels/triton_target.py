@@ -1,4 +1,4 @@
-"""The GPU that launches go to, as far as a kernel's host side asks; with no GPU the one that is compiled for."""
+"""The GPU that launches go to; without a GPU the one that kernels are compiled for."""
 
 from __future__ import annotations
 
@@ -71,10 +71,10 @@ def compute_capability() -> int:
 
 
 def registers_in_flight() -> bool:
-    """Whether the compiler has a loop write registers that products of its last turn still read (triton #9433).
+    """Whether the compiler lets a loop overwrite registers that products of its last turn still read (triton #9433).
 
-    On sm_90, where an operand A that went through registers, to be reshaped after its load, is multiplied
-    asynchronously. Seen in the machine code of 3.6.0 to 3.8.0, and in none of 3.9.0's.
+    It happens on sm_90 where operand A goes through registers, to be reshaped after its load, and is multiplied
+    asynchronously. Seen in the machine code of Triton 3.6.0 to 3.8.0, never in that of 3.9.0.
     """
     return compute_capability() == 90 and triton_version() < (3, 9)
 

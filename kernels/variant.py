@@ -41,7 +41,7 @@ def _no_workspace(problem: Problem) -> int:
 
 
 class Toolchain(NamedTuple):
-    """What a kernel is compiled for and by: the compute capability (90 for 9.0, 0 for none) and Triton's version."""
+    """The target and the compiler of a kernel: the compute capability (90 for 9.0, 0 for none) and Triton's version."""
 
     capability: int
     triton: tuple[int, int]

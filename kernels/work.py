@@ -1,4 +1,4 @@
-"""What a launch executes, counted from the problem and the config: the input of the cost model."""
+"""The work of a launch, counted from the problem and the config: the input of the cost model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tritonconv.problem import Problem
 BASE_REGISTERS = 40  # addresses, masks and counters of a thread, besides tiles
 WARP = 32
 L1_BYTES = 128 * 1024  # of a multiprocessor, besides what its programs have as shared memory
-L1_SHARERS = 2  # programs whose voxels an L1 keeps at least, or no load is hidden behind another's products
+L1_SHARERS = 2  # resident programs per multiprocessor assumed when checking whether tiles stay in L1
 HALO = 1.5  # voxels of a tile with its neighbours, by its voxels
 SECTOR = 32  # bytes: what L2 hands out
 LEAST_ASYNC = 4  # bytes: smaller loads are not asynchronous (PTX ISA, cp.async)

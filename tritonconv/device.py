@@ -1,4 +1,4 @@
-"""What a call asks of the machine itself: the GPU that is current, and the CPU's name."""
+"""The machine that a call runs on: the current GPU, and the CPU's name."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 def current(device: torch.device) -> Iterator[None]:
     """Inside the block a GPU that is named by its index is the current one.
 
-    Of the current one Triton and the configs ask the limits, and on its streams events are recorded.
+    Triton and the configs read the limits of the current GPU, and events are recorded on its streams.
     """
     if device.type != "cuda" or device.index is None or not torch.cuda.is_available():
         yield

@@ -20,7 +20,7 @@ from tritonconv.switches import torch_only
 
 @dataclass(frozen=True)
 class Explanation:
-    """What a call runs. ``plan`` is None where the call goes to torch itself, and ``reason`` then says why."""
+    """The way of a call. ``plan`` is None where the call goes to torch itself, and ``reason`` then says why."""
 
     plan: Plan | None
     reason: str | None

@@ -1,4 +1,4 @@
-"""What our variants do not serve goes to torch itself, with a reason, under every torch transform.
+"""torch itself for every call that our variants do not serve, with the reason, under every torch transform.
 
 The three passes here are compositions of differentiable torch operations. They keep forward-mode, vmap, complex
 numbers, tracing, fake tensors and tensor subclasses exactly as torch has them.

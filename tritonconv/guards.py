@@ -26,7 +26,7 @@ _calls: dict[str, tuple[Problem, torch.device, bool]] = {}
 
 
 def guard_of_call(recorded: bool, arguments: tuple, *facts: tuple) -> tuple | None:
-    """What torch's operation would need to serve a traced call, and the attribute here that says whether it shall.
+    """The arguments of torch's operation for a traced call, and the attribute here that says whether it shall serve it.
 
     ``facts`` holds (type, shape, stride, dtype, device, requires_grad) of input, weight and a bias where there is one,
     ``recorded`` says whether autograd records. Returns (attribute, layout of the answer, stride, padding,

@@ -195,7 +195,7 @@ class Plan:
 
 
 def _given(prepared: torch.Tensor | None, grad_y: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """What was prepared, as a further operand; nothing where there was nothing to do."""
+    """The prepared tensor as a further operand; nothing where there was nothing to do."""
     return () if prepared is None or prepared is grad_y else (prepared,)
 
 

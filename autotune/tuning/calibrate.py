@@ -1,8 +1,8 @@
 """The cost model's errors by kind of kernel, from what was measured: they correct the predictions that come after.
 
-The model counts, and knows nothing of a kernel's instructions, bank conflicts or what its compiler made of a pipeline.
-These are much the same at every size, so the median of measured over predicted time is a factor for each kind: a
-variant, apart for its configs without a pipeline. An edit of a kernel keeps its factor until it is measured anew.
+The model counts work. It knows nothing of a kernel's instructions, bank conflicts or pipeline, whose effect is much the
+same at every size. So the median of measured over predicted time is a factor for each kind of kernel: a variant, its
+configs without a pipeline being a kind of their own. An edited kernel keeps its factor until it is measured anew.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class Count(NamedTuple):
 
 
 def samples(timings: Iterable[Timing], problems: Iterable[Problem], versions: Mapping) -> list[Sample]:
-    """The screenings that are of these problems and versions; of a variant's earlier revisions where it was not timed
-    as it is now."""
+    """The screenings of these problems with these versions. A variant that was not timed in its present revision has
+    those of its earlier ones."""
     by_text = {str(problem): problem for problem in problems}
     found: dict[Variant, dict[bool, list[Sample]]] = {}
     for timing in timings:
@@ -68,7 +68,7 @@ def samples(timings: Iterable[Timing], problems: Iterable[Problem], versions: Ma
 
 
 def count(sample: Sample, ceilings: Ceilings) -> Count | None:
-    """None where the model expects no time, and where the config is of another version of the variant."""
+    """None where the model gives no time, or the config belongs to another revision of the variant."""
     plain = replace(ceilings, factors={})
     try:
         guess = model.estimate(sample.record, sample.problem, sample.config, plain)
@@ -84,13 +84,13 @@ def count(sample: Sample, ceilings: Ceilings) -> Count | None:
 def factors(found: Iterable[Sample], ceilings: Ceilings) -> dict[str, float]:
     """Measured over predicted time by :func:`~tritonconv.autotune.model.kind`, for :attr:`Ceilings.factors`.
 
-    And of all kinds of a backend, by its name, for those that were hardly timed.
+    A backend's name has the factor of all its kinds, for a kind with few timings.
     """
     return factors_of(_counts(found, ceilings), ceilings)
 
 
 def factors_of(counts: Iterable[Count], ceilings: Ceilings) -> dict[str, float]:
-    """The same of samples that are counted. Their launches take what the ceilings' factors of launches say."""
+    """The same from counts. The ceilings' factors of launches give the time of their launches."""
     by: dict[str, list[float]] = {}
     for each in counts:
         ratio = _ratio(each, ceilings)
@@ -103,7 +103,7 @@ def factors_of(counts: Iterable[Count], ceilings: Ceilings) -> dict[str, float]:
 def ratios(found: Iterable[Sample], ceilings: Ceilings) -> dict[str, list[float]]:
     """Measured over predicted time of each sample, by kind.
 
-    Of calls that are more than their launches; the launches are taken out of both times.
+    The launches are taken out of both times; a call that is hardly more than its launches is left out.
     """
     by_kind: dict[str, list[float]] = {}
     for each in _counts(found, ceilings):

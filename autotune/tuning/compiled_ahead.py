@@ -1,4 +1,4 @@
-"""The launches of a tuning run on a GPU that is not here, and what a run makes of those that were compiled ahead."""
+"""The launches of a tuning run, to compile them without its GPU, and how a run uses those that were compiled ahead."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CONFIGS, NEAR, FAR = 3, 2.0, 4.0
 
 
 def jobs_of(problems: Iterable[Problem], target: str, configs: int = CONFIGS) -> list[Request]:
-    """What a tuning run launches for the problems on a target: at most so many configs of a variant for each pass.
+    """The launches of a tuning run for the problems on a target: at most so many configs of a variant for each pass.
 
     The likeliest candidates of all problems come first.
     """
@@ -41,7 +41,7 @@ def jobs_of(problems: Iterable[Problem], target: str, configs: int = CONFIGS) ->
 
 
 def with_reduced(jobs: Iterable[Request]) -> list[Request]:
-    """The launches, and each on the small problem on which the gate judges it, which mostly is of the same kernels."""
+    """The launches, each also on the reduced problem of the gate, which mostly takes the same kernels."""
     found: dict[tuple, Request] = {}
     for name, problem, config in jobs:
         for each in (problem, gate.reduced(problem, GPU)):
@@ -60,7 +60,7 @@ def was_compiled(problem: Problem, device: torch.device) -> WasCompiled | None:
 
 
 def compiled_first(field: Sequence[Candidate], was_compiled: WasCompiled | None) -> list[Candidate]:
-    """The candidates in their order, those behind the others that have to be compiled."""
+    """The candidates in their order, but last those that still have to be compiled."""
     if was_compiled is None:
         return list(field)
 

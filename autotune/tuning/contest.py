@@ -30,7 +30,7 @@ from tritonconv.problem import Problem
 
 # A first call so many times slower than torch's second is not timed again.
 HOPELESS = 8.0
-OVERTIME = 2.0  # times its seconds that a screening may take before it leaves configs out
+OVERTIME = 2.0  # overrun factor after which a screening leaves out the remaining configs
 
 
 class OutOfTime(Exception):
@@ -58,10 +58,11 @@ Members = Sequence[tuple[str, Candidate]]  # the candidates of one call, each wi
 class Effort(NamedTuple):
     """How many candidates a problem has: at most ``configs`` of a variant's form, in about ``seconds`` in all.
 
-    Of the Triton kernels, which must be compiled, a variant takes part if the model expects at most ``far`` times the
-    time of the best one, with those configs that it expects within ``near`` times that. So do formulations in torch's
-    operations on a GPU, unless ``formulations`` is false: for each of their convolutions cuDNN tries its algorithms.
-    With ``ahead``, where kernels of a pass were compiled ahead, only such take part.
+    A Triton kernel must be compiled, so a variant takes part if the model expects at most ``far`` times the time of the
+    best kernel, and a further config of it if the model expects at most ``near`` times that. The same holds for
+    formulations in torch's operations on a GPU, where cuDNN tries its algorithms for each of their convolutions; if
+    ``formulations`` is false, none takes part. With ``ahead``, in a pass that has kernels compiled ahead, only those
+    take part.
     """
 
     configs: int
@@ -82,7 +83,7 @@ def candidates(
 ) -> list[Candidate]:
     """The candidates from every variant that serves the problem: first each one's best by the model.
 
-    ``was_compiled`` says of a kernel's config that it was compiled ahead; None where nothing was.
+    ``was_compiled`` tells which configs were compiled ahead; None where nothing was.
     """
     records = [record for record in variants(pass_name) if why_not(record, problem, device) is None]
     best = (
@@ -106,9 +107,10 @@ def candidates(
 def _compiled_ahead(
     records: Sequence[Variant], problem: Problem, device: torch.device, ceilings: Ceilings, effort: Effort, was_compiled
 ) -> dict[Variant, Ranked]:
-    """The best configs of kernels that were compiled ahead; nothing where none was.
+    """The best configs of kernels that were compiled ahead; empty where none was.
 
-    The rates of this device may rank the configs otherwise than those that chose what to compile, so all are looked at.
+    The rates of this device may rank the configs in another order than the rates that chose what to compile, so this
+    looks at all configs.
     """
     found = {}
     for record in records:
@@ -145,7 +147,7 @@ def _compiled(candidate: Candidate) -> bool:
 
 @dataclass
 class Contest:
-    """Times candidates of one case. ``versions`` are those of what a time depends on; ``deadline`` by perf_counter."""
+    """Times candidates of one case. A time depends on ``versions``; ``deadline`` is of perf_counter."""
 
     case: Case
     journal: Journal
@@ -163,9 +165,10 @@ class Contest:
         self._readings: Mapping[str, Any] = {}  # the clock's, of the last rounds
 
     def screen(self, pass_name: str, candidates: Sequence[Candidate], seconds: float) -> list[tuple[Candidate, Timing]]:
-        """The candidates that ran, fastest against torch first: in about ``seconds``, which may end before the last.
+        """The candidates that ran, in about ``seconds``, fastest against torch first.
 
-        The best of each variant's form by the model has been tried by then. Raises OutOfTime at the deadline.
+        When the time is over, only the best config by the model of each variant's form is still tried. Raises OutOfTime
+        at the deadline.
         """
         begin, timed = perf_counter(), []
         tried = set()
@@ -223,7 +226,7 @@ class Contest:
         return times
 
     def null_rows(self, seconds: float) -> list[dict[str, object]]:
-        """What differs from torch in nothing, timed beside it in the forward; the rows' fields (``nulls.py``)."""
+        """The fields of the null rows (``nulls.py``), timed beside torch in the forward."""
         calls = {BASELINE: self.case.baseline("forward")}
         with spent.on(spent.TRIALS):
             calls |= nulls.calls(self.case, "forward")
@@ -260,13 +263,13 @@ class Contest:
         return timing
 
     def refuses(self, pass_name: str, candidate: Candidate) -> bool:
-        """It is known to be wrong, to be refused or to lose the GPU on this problem."""
+        """The candidate is known to be wrong, to be refused or to lose the GPU on this problem."""
         return not self.again and self.journal.refuses(self._timing(pass_name, candidate, SCREEN))
 
     def keep_loss(self, members: Members, error: Exception) -> None:
-        """Stores that the GPU was lost in a call of these, so that the next run passes them over.
+        """Stores that a call of these candidates lost the GPU, so that the next run passes them over.
 
-        Which of several did it cannot be known: torch's own operations are under suspicion only where they are alone.
+        It cannot be known which of several did it; torch's own operations are suspected only where they are alone.
         """
         kernels = [each for each in members if _compiled(each[1])]
         for pass_name, candidate in kernels or members:

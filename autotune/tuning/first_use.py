@@ -3,7 +3,7 @@
 torch's own convolutions are tuned by that switch in the same way. When a layer of a new kind is first planned, its
 likely candidates are compiled in the background, while calls run what is chosen without a measurement. Then its plans
 are dropped, and the next call times the candidates for at most SECONDS and stores the winners, as ``tritonconv tune``
-does. It gives up without a word where memory or time runs out, and times nothing whose choices are pinned.
+does. It gives up silently where memory or time runs out, and does not time a kind whose choices are pinned.
 ``TRITONCONV_TUNE=never`` in the environment switches it off.
 
 Under ``torch.distributed`` rank 0 tunes and writes the store; the others read it when they meet their next new kind.
@@ -42,7 +42,7 @@ TIMING = 0.5  # of these seconds; the gate and cuDNN's trials take the others
 FREE_SHARE = 0.25  # of a GPU's free memory that the tensors of a kind may take
 COPIES = 4  # of a problem's tensors that are there at once: operands, torch's answers, the candidate's, float64
 EFFORT = Effort(2, 1.5, 2.5, SECONDS, formulations=False)
-NOISE = 1.03  # a challenger must be faster by more, for null rows would take the time
+NOISE = 1.03  # a challenger must be faster by more; null rows would take too long here
 
 log = logging.getLogger("tritonconv")
 
@@ -58,7 +58,7 @@ class Kind:
     done: bool = False
 
     def compile(self) -> None:
-        """In the background; what cannot be compiled is left out, and all of it where the ranking fails."""
+        """Runs in the background; leaves out candidates that do not compile, and all of them if the ranking fails."""
         try:
             with current(self.device):  # a thread begins with the first GPU
                 ceilings = choose.ceilings_of(self.device)
@@ -166,13 +166,13 @@ def _tune(kind: Kind) -> None:
     except Exception as error:  # the user asked for a layer, not for a measurement
         log.debug("tritonconv: %s was not tuned: %s: %s", kind.problem, type(error).__name__, error)
         return
-    _drop_plans(kind)  # those that were made in the meantime, such as a compiled graph's
-    said = ", ".join(f"{each.selection.variant.name} {each.torch_ms / each.ms:.2f} x torch" for each in winners)
-    log.info("tritonconv tuned %s in %.1f s: %s", kind.problem, perf_counter() - begin, said or "no time")
+    _drop_plans(kind)  # also plans made in the meantime, for example by a compiled graph
+    speeds = ", ".join(f"{each.selection.variant.name} {each.torch_ms / each.ms:.2f} x torch" for each in winners)
+    log.info("tritonconv tuned %s in %.1f s: %s", kind.problem, perf_counter() - begin, speeds or "no time")
 
 
 def _winners(kind: Kind, deadline: float) -> list[Winner]:
-    """Those that the time was enough for; no pass has one where no answer is right, torch's neither."""
+    """The winners that were found in time; a pass has none where no answer is right, not even torch's."""
     journal = Journal.open(device_name(kind.device), lasting=False)
     case = Case(kind.problem, kind.device)
     contest = Contest(case, journal, choose.ceilings_of(kind.device), versions_of(kind.device), deadline)

@@ -27,15 +27,15 @@ RULE = (
     "Left out with a layer are its other format and its siblings: same channels, kernel, stride, dilation and groups, "
     "whatever crop, bias, batch and size. Geometric means over torch's own in the same format."
 )
-# Their code of the first campaign wrote registers that products still read, on sm_90 (registers_in_flight).
+# In the first campaign, on sm_90, these wrote registers that products still read (registers_in_flight).
 IN_FLIGHT = ("forward_boxes", "backward_data_boxes", "backward_data_shuffle", "backward_data_shuffle_given")
 SAFE = "what was measured, without the kernels that were unsafe when they were"
 
 SLOW = 0.9  # of torch's speed: a choice below it has made somebody's model slower
-# Of the time of a launch: what the first one of a call, and each further one, may take.
+# The first launch of a call, and each further one, may take these parts of the time of a launch.
 FIRST, FURTHER = np.linspace(0.6, 1.1, 6), np.linspace(0.1, 0.7, 4)
 
-SHORT = 3.0  # launches: of calls that take less the launches are a large part
+SHORT = 3.0  # launches: a call that takes less consists of launches in large part
 
 
 class Timed(NamedTuple):
@@ -58,7 +58,7 @@ class Timed(NamedTuple):
 
 
 class Trial(NamedTuple):
-    """What was measured of one problem in one pass, as the model counts it; ``torch_ms`` is torch's own."""
+    """The measured candidates of one problem in one pass, as the model counts them; ``torch_ms`` is torch's own."""
 
     layer: str
     problem: Problem
@@ -78,7 +78,7 @@ class Score(NamedTuple):
 
 
 def trials_of(timed: Iterable[Timed], ceilings: Ceilings) -> list[Trial]:
-    """By problem and pass; of a candidate that was timed twice the final counts."""
+    """By problem and pass; if a candidate was timed twice, the final counts."""
     found: dict[tuple, dict[tuple, Timed]] = {}
     for each in sorted(timed, key=lambda one: one.last):
         sample = each.sample
@@ -184,7 +184,7 @@ def _siblings(problem: Problem) -> tuple:
 
 
 def fits(trials: Sequence[Trial], ceilings: Ceilings) -> list[tuple[list[Trial], Fit]]:
-    """What is left out, with the fit to the rest, until everything was left out once."""
+    """The trials left out, with the fit to the rest, until each was left out once."""
     return [(mine, fit(rest, ceilings, {})) for mine, rest in folds(trials)]
 
 
@@ -199,7 +199,7 @@ def scores(
 
 
 def _score(trial: Trial, fitted: Fit, served: Callable[[Sample], bool], margin: float) -> Score:
-    """torch's own stands for a kernel that is not expected to beat it by the margin."""
+    """A kernel is chosen only if the fit expects it to beat torch's own by the margin."""
     of, where = fitted.passes[trial.pass_name], place(trial.problem)
     chosen, best = (1.0, FALLBACK[trial.pass_name]), 1.0
     least = margin * fitted.torch_ms(trial.problem, trial.pass_name, fitted.ceilings)
@@ -214,7 +214,7 @@ def _score(trial: Trial, fitted: Fit, served: Callable[[Sample], bool], margin: 
 
 
 def safe(sample: Sample) -> bool:
-    """What was timed did not read registers in flight, in any config."""
+    """The variant did not read registers in flight when it was timed, in any config."""
     return sample.record.name not in IN_FLIGHT
 
 

@@ -19,8 +19,8 @@ from tritonconv.errors import StoreError, StoreWarning
 from tritonconv.kernels.registry import renamed
 
 OK, WRONG, FAILED = "ok", "wrong", "failed"
-STATUSES = (OK, WRONG, FAILED)
 SCREEN, FINAL = "screen", "final"  # stages
+MEASURED = ("median_ms", "p20_ms", "p80_ms", "n_runs", "speedup", "sm_mhz", "late_samples")  # in a results file
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,19 @@ class Timing:
         parts = (self.problem, self.pass_name, self.variant, self.config, self.source, self.stage, self.versions)
         return json.dumps(parts, sort_keys=True)
 
+    @property
+    def row(self) -> dict[str, object]:
+        """The fields of its row in a results file besides the problem's; the kind is ``timing`` where it is OK, else
+        ``error``."""
+        found: dict[str, object] = {"variant": self.variant, "config": dict(self.config), "stage": self.stage}
+        names = MEASURED if self.status == OK else ("status", "message")
+        return found | {name: getattr(self, name) for name in names}
+
 
 @dataclass
 class Journal:
-    """The timings of one device, by what they are of. ``folder`` None is the user's. One that need not be ``lasting``
-    holds its timings for this process alone where its file cannot be read or written."""
+    """The timings of one device by identity. ``folder`` None is the user's. Where the file cannot be read or written, a
+    journal that need not be ``lasting`` holds its timings for this process alone."""
 
     device: str
     folder: Path | None = None
@@ -102,7 +110,7 @@ class Journal:
         return self.timings.get(like.identity)
 
     def refuses(self, like: Timing) -> bool:
-        """What ``like`` names was found to be wrong, or failed: it is not to be tried again."""
+        """The candidate that ``like`` names was wrong or failed, and is not tried again."""
         known = self.find(like)
         return known is not None and known.status != OK
 
@@ -137,7 +145,7 @@ def _timing(line: str) -> Timing | None:
         timing = Timing(**{**data, "variant": name, "config": config})
         texts = (timing.problem, timing.pass_name, timing.variant, timing.source, timing.stage)
         times = (timing.median_ms, timing.p20_ms, timing.p80_ms)
-        sound = timing.status in STATUSES and all(type(text) is str for text in texts)
+        sound = timing.status in (OK, WRONG, FAILED) and all(type(text) is str for text in texts)
         timed = timing.status != OK or all(isinstance(each, (int, float)) and each > 0 for each in times)
     except (ValueError, RecursionError, KeyError, TypeError):
         return None

@@ -1,4 +1,4 @@
-"""Many problems within one budget: what is stored already is passed over, each decision is stored at once."""
+"""Tunes many problems within one budget: passes over the stored ones and stores each decision at once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tritonconv.autotune.store import Entry, Table
 from tritonconv.autotune.tuning import calibrate
 from tritonconv.autotune.tuning.compiled_ahead import compiled_first, was_compiled
 from tritonconv.autotune.tuning.contest import Candidate, Contest, Effort, OutOfTime, candidates
-from tritonconv.autotune.tuning.journal import SCREEN, Journal, Timing
+from tritonconv.autotune.tuning.journal import OK, SCREEN, Journal, Timing
 from tritonconv.autotune.tuning.tasks import BUDGET, Report, Task
 from tritonconv.autotune.tuning.tuner import ProblemTuner, Winner
 from tritonconv.device import current
@@ -35,19 +35,20 @@ from tritonconv.lab.inspection.precompile import Precompiler, Request, ensure_co
 from tritonconv.problem import PASSES, Problem
 
 PROBLEM_SECONDS = 4.0  # for a problem without a budget
-# Within a budget a GPU's problems are gone through several times, each time deeper: kernels must be compiled, and every
-# problem should have its likely candidates tried before any has all of them. What was timed is not timed again.
+# Within a budget a run goes through a GPU's problems several times, each time deeper: kernels must be compiled, and
+# every problem should have its likely candidates tried before any has all of them. Nothing is timed twice.
 EFFORTS = (Effort(2, 1.5, 4.0, 0.9, formulations=False, ahead=True), Effort(4, 1.5, 4.0, 2.0))
 WHOLE = Effort(model.MOST_CANDIDATES, 3.0, 12.0, 20.0)
 # Problems whose kernels are being compiled while one is timed, and how long one waits for its own.
 AHEAD, COMPILING_SECONDS = 3, 120.0
 
-# The model chooses the candidates, and what is timed corrects it: so many times more of them are a deeper search.
+# The model chooses the candidates, and timings correct it. A problem is tuned again if the number of its candidates has
+# grown by this factor.
 MORE = 1.25
 
-# The first problems, and one of so many later ones, have null rows, in so many seconds.
+# Null rows: of the first problems, then of every NULLS_EVERY-th one, in so many seconds.
 FIRST_NULLS, NULLS_EVERY, NULL_SECONDS = 3, 12, 0.15
-LEAST_SHARE = 0.1  # seconds to time a problem in, where the rest takes more than there is
+LEAST_SHARE = 0.1  # seconds: the least time for the timings of a problem
 
 Write = Callable[[str, dict[str, object]], object]
 
@@ -56,8 +57,8 @@ Write = Callable[[str, dict[str, object]], object]
 class Session:
     """One tuning run on one device. ``folder`` None is the user's store; ``write`` takes (kind, row) of a results file.
 
-    ``again`` measures what is stored once more. With ``goes_on`` a problem that raises is an error row, and the next
-    one follows, as long as the GPU answers. ``compiler`` is one that runs already.
+    ``again`` also measures problems that are stored. With ``goes_on`` a problem that raises becomes an error row, and
+    the run goes on as long as the GPU answers. ``compiler`` is one that runs already.
     """
 
     device: torch.device
@@ -101,7 +102,7 @@ class Session:
         return self.report
 
     def _calibrate(self, tasks: list[Task]) -> None:
-        """Corrects the model by what was timed so far: the next candidates are chosen the better for it."""
+        """Corrects the model by the timings so far, so that it chooses the next candidates better."""
         if self.device.type == "cuda":  # on a CPU each variant has one config, and all of them are timed
             timed = calibrate.samples(self.journal.timings.values(), [task.problem for task in tasks], self.versions)
             self.factors |= calibrate.factors(timed, self.ceilings)
@@ -147,8 +148,8 @@ class Session:
         return True
 
     def _share(self, left: int) -> float:
-        """Seconds to time the next problem in: an even part of what is left, less what problems took beside it so far,
-        for the gate, cuDNN's trials and the ranking. 0 or less at the end of the budget."""
+        """Seconds for the timings of the next problem: an even part of the time left, less the mean time that a problem
+        took for the gate, cuDNN's trials and the ranking. 0 or less at the end of the budget."""
         if self.seconds is None:
             return PROBLEM_SECONDS
         even = (self.deadline - perf_counter()) / left
@@ -156,7 +157,7 @@ class Session:
         return min(even, max(even - beside, LEAST_SHARE), self.effort.seconds)
 
     def _jobs(self, task: Task) -> list[Request]:
-        """What has to be compiled for a problem; nothing for one that is known."""
+        """The launches to compile for a problem; none for one that is known."""
         if target_of(self.device) is None:
             return []
         table = store.read(self.report.device, self.folder)
@@ -217,7 +218,7 @@ class Session:
             self.served += 1
 
     def _stored(self, table: Table, problem: Problem, pass_name: str, rivals: int) -> Entry | None:
-        """An entry that this run would only make again: about as many candidates were there."""
+        """The stored entry, if this run would only make it again: it had about as many candidates."""
         entry = None if self.again else table.find(Key.of(problem, pass_name))
         if entry is None or dict(entry.versions) != self.versions or MORE * entry.rivals < rivals:
             return None
@@ -228,7 +229,7 @@ class Session:
         return entry if known and not self._failed_since(entry, pass_name, problem) else None
 
     def _failed_since(self, entry: Entry, pass_name: str, problem: Problem) -> bool:
-        """The choice was stored, and a later final lost the GPU to it: here, or where it was made."""
+        """A later final lost the GPU to the stored choice, on this problem or on that of the entry."""
         return any(
             self.journal.refuses(
                 Timing(text, pass_name, entry.variant, entry.config, entry.source, SCREEN, entry.versions)
@@ -252,13 +253,8 @@ class Session:
         self.report.timings += len(contest.measured)
         self.report.reused += contest.reused
         for timing, predicted in contest.measured:
-            fields = {"variant": timing.variant, "config": dict(timing.config), "stage": timing.stage}
-            row = {**head(task, timing.pass_name), **fields, "predicted_ms": predicted if predicted > 0 else None}
-            if timing.status == "ok":
-                names = ("median_ms", "p20_ms", "p80_ms", "n_runs", "speedup", "sm_mhz", "late_samples")
-                self.write("timing", {**row, **{name: getattr(timing, name) for name in names}})
-            else:
-                self.write("error", {**row, "status": timing.status, "message": timing.message})
+            row = {**head(task, timing.pass_name), **timing.row, "predicted_ms": predicted if predicted > 0 else None}
+            self.write("timing" if timing.status == OK else "error", row)
 
     def _distinct(self, tasks: Iterable[Task]) -> list[Task]:
         """One task per problem; an empty output has nothing to time."""

@@ -1,4 +1,4 @@
-"""What is tuned, and what a tuning run did."""
+"""The tasks of a tuning run, and the report on it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Task:
 
 @dataclass
 class Report:
-    """What a run did. ``winners`` by problem; ``known`` are the problems whose key was stored before.
+    """The report on a tuning run. ``winners`` by problem; ``known`` are the problems whose key was stored before.
 
     ``reason`` is ``complete`` or ``budget``; the table has every winner either way. ``left`` problems were left in
     ``round`` (number, of how many).
@@ -48,12 +48,12 @@ class Report:
 
     @property
     def noise(self) -> Band | None:
-        """What the null rows show; None without any."""
+        """The band of the null rows; None without any."""
         return band(self.null_rows, str(self.null_rows[0]["timing"])) if self.null_rows else None
 
     @property
     def unfinished(self) -> str:
-        """What was left, in words."""
+        """How many problems were left, in words."""
         number, rounds = self.round
         return f"{self.left} problems left" + (f" in round {number} of {rounds}" if rounds > 1 else "")
 

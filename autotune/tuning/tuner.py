@@ -36,9 +36,9 @@ FORWARD, GRADIENTS = PASSES[:1], PASSES[1:]
 
 @dataclass(frozen=True)
 class Winner:
-    """What is to be stored for one pass: ``timed`` is the pass that the times are of.
+    """The choice to store for one pass; ``timed`` is the pass that was timed.
 
-    ``candidates`` is how many ran, ``rivals`` how many there were.
+    ``rivals`` is the number of candidates, ``candidates`` of those that ran.
     """
 
     pass_name: str
@@ -69,7 +69,7 @@ class Winner:
 
 
 class ProblemTuner:
-    """Tunes the problem of a contest in about ``seconds``; what is in the journal is not timed again.
+    """Tunes the problem of a contest in about ``seconds``; timings in the journal are used again.
 
     ``noise`` is the ratio beyond which null rows do not go (:class:`tritonconv.lab.bench.noise.Band`).
     """
@@ -83,7 +83,7 @@ class ProblemTuner:
         self.screening = {name: SCREENING * seconds * len(found) / whole for name, found in fields.items()}
 
     def forward(self) -> Winner | None:
-        """None where no answer is right, torch's neither. Raises OutOfTime, as :meth:`gradients` does."""
+        """None where no answer is right, not even torch's. Raises OutOfTime, as :meth:`gradients` does."""
         (name,) = FORWARD
         ran = self.contest.screen(name, self.fields[name], self.screening[name])
         holder = self._untuned(name)
@@ -104,7 +104,7 @@ class ProblemTuner:
     def gradients(self, forward: Selection) -> tuple[Winner, ...]:
         """The winners of the two gradients, after those of all three passes where torch alone wins the whole step.
 
-        Empty where no answer is right, torch's neither.
+        Empty where no answer is right, not even torch's.
         """
         data, weight = GRADIENTS
         ran = {name: self.contest.screen(name, self.fields[name], self.screening[name]) for name in GRADIENTS}
@@ -167,19 +167,15 @@ class ProblemTuner:
         """By label the calls whose answers are right."""
         found = {label: self._right_call(pass_name, each, **more) for label, each in members.items()}
         calls = {label: call for label, call in found.items() if call is not None}
-        judge = self.case.judge(pass_name)
-        if judge.torch_faults:  # some passed because they were held against a wrong answer of torch
-            for label, call in list(calls.items()):
-                verdict = judge.at_size(call)
-                if not verdict.ok:
-                    self.contest.keep_wrong(pass_name, members[label][-1][1], str(verdict))
-                    del calls[label]
+        for label, verdict in self.case.judge(pass_name).recheck(calls).items():
+            self.contest.keep_wrong(pass_name, members[label][-1][1], str(verdict))
+            del calls[label]
         return calls
 
     def _right_call(self, pass_name: str, members: Members, **more: Selection) -> TensorCall | None:
         """The call of a plan of the members, and of ``more`` in other passes, whose answers are right.
 
-        None for what is wrong or cannot run, which is told and stored, and for what is known to be so.
+        None where they are wrong or cannot run, which the journal then stores, or already knows.
         """
         if any(self.contest.refuses(*each) for each in members):
             return None

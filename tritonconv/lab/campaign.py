@@ -1,8 +1,8 @@
-"""Everything that a device should be asked, in the order of value, within one budget: verify, roofs, tune, bench.
+"""All measurements of a device within one budget, the most valuable first: verify, roofs, tune, bench.
 
 A folder holds the campaign: its store of tuned choices and one results file per run. A later run goes on where the
-budget ended: what was verified, tuned or benchmarked by the same sources is not done again, and a cell is benchmarked
-anew where tuning has changed what it runs.
+budget ended: it does not verify, tune or benchmark the same sources again, and benchmarks a cell anew if tuning has
+changed its choices.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from tritonconv.lab.verification import Verification
 
 
 class Shares(NamedTuple):
-    """Of the budget, as far as a step has something to do; the benchmark has what the others leave."""
+    """Shares of the budget for steps that have something to do; the benchmark has the rest."""
 
     verify: float
     roofs: float
@@ -53,7 +53,7 @@ class Shares(NamedTuple):
 # Of 540 s, with 60 layers in both formats, the tuner has 2.4 s a problem and what the steps before it left, and the
 # benchmark 0.7 s a cell. On an H200 a problem took 2.5 s with kernels compiled ahead (2026-11-28).
 SHARES = {"cuda": Shares(0.04, 0.02, 0.53, 0.07, 0.01), "cpu": Shares(0.12, 0.06, 0.42, 0.05, 0.03)}
-END = 0.02  # for what is running when a step's time is over
+END = 0.02  # reserved for a measurement that still runs when its step's time is over
 STORE = "store"  # the folder of a campaign's choices, in its own
 T = TypeVar("T")
 
@@ -73,7 +73,7 @@ class Campaign:
     def run(self) -> Outcome:
         """Raises ResultsError or StoreError where the folder cannot be written or holds another device's results.
 
-        What else ends the run, such as a GPU that is lost, is in the file before it is raised.
+        Any other error, for example a lost GPU, is written to the file, then raised.
         """
         self.earlier, self.versions = self._earlier(), versions_of(self.device)
         options = self.options
@@ -107,7 +107,7 @@ class Campaign:
         return run()
 
     def _earlier(self) -> Run | None:
-        """What earlier runs of this folder measured, which were all on this device."""
+        """The rows of earlier runs of this folder, which were all on this device."""
         runs = [results.read(path) for path in results.written(self.folder, results.CAMPAIGN)]
         return results.merged(runs) if runs else None
 
@@ -126,7 +126,7 @@ class Campaign:
             self.errors = verification.errors
 
     def _roofs(self) -> list[dict]:
-        """Of earlier runs and of this one, which measures the products that they lack; they are put into the store."""
+        """The roofs of earlier runs, and those that they lack, which are measured; puts them into the store."""
         found = list(self.earlier.roofs) if self.earlier else []
         names = {(row["name"], row["dtype"]) for row in found}
         lacking = [dtype for dtype in self.options.dtypes if not self._products(dtype) <= names]
@@ -212,7 +212,7 @@ class Campaign:
         return run.reason == "complete"
 
     def _done(self, timed: str) -> frozenset[tuple[str, str, str, str]]:
-        """Cells in which earlier runs timed ``timed`` as it is now, or lost the GPU with what would run now."""
+        """Cells in which earlier runs timed ``timed`` as it is now, or lost the GPU with the present choices."""
         if self.earlier is None:
             return frozenset()
         lost = [row for row in self.earlier.errors if row.get("context_lost")]
@@ -235,7 +235,7 @@ class Campaign:
         )
 
     def _same(self, row: dict) -> bool:
-        """The row's cell would run the same now: the choices of dispatch, their sources, the versions below them."""
+        """The row's cell would run the same now: the same choices of dispatch, sources and versions."""
         if row.get("versions") != self.versions:
             return False
         if row["variant"] in (BASELINE, COMPILED):

@@ -29,7 +29,7 @@ from tritonconv.lab.inspection.precompile import Precompiler
 from tritonconv.problem import Problem
 
 CHECKED_AXES = 12  # a problem is verified at no more voxels per axis
-# Of an answer that was held against float64, beside the versions.
+# The fields that identify a checked answer, besides the versions.
 IDENTITY = ("layer", "pass", "dtype", "layout", "variant", "source", "config")
 
 
@@ -53,8 +53,8 @@ class Verification:
     def run(self, earlier: Run | None, seconds: float) -> str:
         """Checks what ``earlier`` runs did not, for so many seconds; says in a line what was done.
 
-        What was wrong, or lost the GPU, is not tried again before its source or a version changes, for it may end the
-        run; it is counted again. Other errors may pass. Raises where the GPU is lost, behind the row that says so.
+        A variant that was wrong, or lost the GPU, may end the run: it is counted again, but not tried again before its
+        source or a version changes. Other errors are tried again. A lost GPU is written as a row, then raised.
         """
         before = (*earlier.errors, *earlier.checks) if earlier else ()
         lasting = [
@@ -125,8 +125,8 @@ def _identity(row: Mapping) -> str:
 def checks_of(
     dtypes: Iterable[torch.dtype], layouts: Sequence[str], device: torch.device
 ) -> Iterator[tuple[Task, Selection]]:
-    """What is verified: the variants that serve a layer of each class, each with its default config and the one that
-    copies operands first."""
+    """The checks: the variants that serve a layer of each class, each with its default config and the one that copies
+    operands first."""
     for dtype in dtypes:
         for layer in (workload(name) for name in dict.fromkeys(SAMPLE_LAYERS.values())):
             for layout in layouts:

@@ -64,6 +64,11 @@ def operation_call(operation: Callable[..., Any], problem: Problem, tensors: Ten
     if pass_name == "forward":
         x, weight, bias = tensors.x, tensors.weight, tensors.bias
         return lambda: (operation(x, weight, bias, *arguments),)
+    return training_step(operation, tensors, *arguments)
+
+
+def training_step(operation: Callable[..., Any], tensors: Tensors, *arguments: object) -> TensorCall:
+    """``operation(x, weight, bias, *arguments)`` and its gradients by autograd."""
     leaves = [t.detach().requires_grad_() for t in (tensors.x, tensors.weight, tensors.bias) if t is not None]
     bias, grad_y = (leaves[2] if tensors.bias is not None else None), tensors.grad_y
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -15,7 +15,7 @@ from tritonconv.dispatch import Plan, plan_of
 from tritonconv.kernels.registry import variant
 from tritonconv.kernels.variant import Variant
 from tritonconv.lab.bench import float64, gate, gpu, spent
-from tritonconv.lab.bench.calls import FORWARD_BACKWARD, TensorCall, Tensors, make_tensors, torch_call
+from tritonconv.lab.bench.calls import FORWARD_BACKWARD, TensorCall, Tensors, make_tensors, torch_call, training_step
 from tritonconv.problem import LAYOUTS, PASSES, Problem
 
 WRONG = "{}: torch's own is wrong at this size: max error {:.3g} against float64"
@@ -102,14 +102,7 @@ class Case:
             return lambda: plan.backward_weight(t.x, t.grad_y, self.problem.bias)
         if plan.torch_alone is not None and self.torch_is_safe:  # such a plan never reaches our autograd
             return self.torch(FORWARD_BACKWARD)
-        leaves = [tensor.detach().requires_grad_() for tensor in (t.x, t.weight, t.bias) if tensor is not None]
-        bias = leaves[2] if t.bias is not None else None
-
-        def step() -> tuple:
-            y = differentiable_forward(leaves[0], leaves[1], bias, plan)
-            return (y.detach(), *torch.autograd.grad(y, leaves, t.grad_y))
-
-        return step
+        return training_step(differentiable_forward, t, plan)
 
     def judge(self, pass_name: str) -> Judge:
         """The judge of all that is proposed for a pass."""
@@ -141,7 +134,7 @@ class Judge:
     """The gate's procedure for a pass of a case; float64 decides where torch is in doubt.
 
     ``torch_faults`` says by output where torch's own answer at full size was found wrong. It grows while contestants
-    are judged; those that passed before were held against the wrong answer, so they go through :meth:`at_size` again.
+    are judged; those that passed before were held against the wrong answer, so they go through :meth:`recheck`.
     """
 
     def __init__(self, case: Case, pass_name: str) -> None:
@@ -169,6 +162,12 @@ class Judge:
             return verdict
         second = self.at_size(call_of(case))
         return verdict if second.ok else second
+
+    def recheck(self, calls: Mapping[str, TensorCall]) -> dict[str, gate.Verdict]:
+        """The red verdicts, by name, of contestants that passed: they may agree with a wrong answer of torch."""
+        with spent.on(spent.GATE):
+            verdicts = {name: self.at_size(call) for name, call in calls.items()} if self.torch_faults else {}
+        return {name: verdict for name, verdict in verdicts.items() if not verdict.ok}
 
     def at_size(self, call: TensorCall) -> gate.Verdict:
         """Step 2 alone, for a call at full size."""

@@ -8,6 +8,7 @@ variants asked for; they are gated (``gate.py``), then timed in turns by every c
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,7 +34,7 @@ from tritonconv.problem import Problem
 
 @dataclass(frozen=True)
 class Cell:
-    """What is measured; ``key`` is (layer, dtype, layout, pass)."""
+    """A pass of a layer in one dtype and layout; ``key`` is (layer, dtype, layout, pass)."""
 
     layer: Workload
     duplicates: tuple[str, ...]
@@ -76,7 +77,7 @@ class CellTimer:
         return gpu_clock(self.options.device)
 
     def measure(self, cell: Cell, seconds: float) -> None:
-        """Gates and times a cell in about ``seconds``. Raises where the GPU is lost, behind the row that says so."""
+        """Gates and times a cell in about ``seconds``. A lost GPU is written as a row, then raised."""
         begin = perf_counter()
         self.others.since_last()
         passed = self._gated(cell)
@@ -102,13 +103,10 @@ class CellTimer:
         options, problem = self.options, cell.problem
         single = [record for record in options.variants if record.pass_name == cell.pass_name]
         passed: dict[str, Contestant] = {}
-        torch_faults, runs_torch = cell.case.judge(cell.pass_name).torch_faults, False
-        plain: list[tuple[str, Variant | None]] = [(BASELINE, None)]
-        if not options.only_compiled:
-            plain.append((OURS, None))
-        if options.compiled or options.only_compiled:
-            plain.append((COMPILED, None))
-        for name, record in [*plain, *((record.name, record) for record in single)]:
+        judge, runs_torch = cell.case.judge(cell.pass_name), False
+        names = [BASELINE, *([] if options.only_compiled else [OURS])]
+        names += [COMPILED] if options.compiled or options.only_compiled else []
+        for name, record in [*zip(names, itertools.repeat(None)), *((each.name, each) for each in single)]:
             refused = why_not(record, problem, options.device) if record else None
             if refused is not None:
                 self.writer.write("skip", {**cell.head, "variant": name, "message": refused})
@@ -125,23 +123,14 @@ class CellTimer:
                 passed[name] = one
             else:
                 self._wrong(cell, name, str(one.verdict))
-        return self._without_torch(cell, passed) if torch_faults else passed
-
-    def _without_torch(self, cell: Cell, passed: Mapping[str, Contestant]) -> dict[str, Contestant]:
-        """The contestants that are right where torch, which some of them were held against, is not."""
-        right: dict[str, Contestant] = {}
-        judge = cell.case.judge(cell.pass_name)
-        for name, one in passed.items():
-            if name == BASELINE:
-                self._wrong(cell, name, "; ".join(judge.torch_faults.values()))
-                continue
-            with spent.on(spent.GATE):
-                verdict = judge.at_size(one.call)
-            if verdict.ok:
-                right[name] = one
-            else:
-                self._wrong(cell, name, str(verdict))
-        return right
+        calls = {name: one.call for name, one in passed.items() if name != BASELINE}
+        wrong = {name: str(verdict) for name, verdict in judge.recheck(calls).items()}
+        if judge.torch_faults and BASELINE in passed:
+            wrong[BASELINE] = "; ".join(judge.torch_faults.values())
+        for name, message in wrong.items():
+            self._wrong(cell, name, message)
+            del passed[name]
+        return passed
 
     def _wrong(self, cell: Cell, name: str, message: str) -> None:
         """The row of a contestant whose answer is wrong."""
@@ -149,14 +138,14 @@ class CellTimer:
         self.writer.write("error", {**cell.head, "variant": name, "status": "wrong", "message": message})
 
     def _timed(self, cell: Cell, passed: Mapping[str, Contestant], seconds: float) -> list[tuple[str, dict]]:
-        """The rows of a cell with their kinds, all of them or an exception: half a cell would count as known."""
+        """All rows of a cell with their kinds, or an exception: half a cell would count as known."""
         device, problem = cell.case.device, cell.problem
         beside: dict[str, TensorCall] = {}
         if cell.key in self.with_nulls and BASELINE in passed and not self.options.only_compiled:
             with spent.on(spent.TRIALS):
                 beside = nulls.calls(cell.case, cell.pass_name)
         calls = {name: one.call for name, one in passed.items()} | beside
-        # The gate has run every call at size, so all are warm. What a slow cell takes too much, later cells lack.
+        # The gate has run every call at size, so all are warm. A slow cell takes its extra time from later cells.
         measured = measure(calls, BASELINE, device, self.clock, seconds)
         rows: list[tuple[str, dict]] = []
         for one in passed.values():
@@ -174,8 +163,8 @@ class CellTimer:
         return rows
 
     def _failed(self, cell: Cell, name: str, record: Variant | None, error: Exception) -> None:
-        """The row of a contestant, or of a cell, that raised. Where the GPU is lost it says what lost it, so that a
-        campaign does not begin with the same again."""
+        """Writes the row of a contestant, or of a cell, that raised. If the GPU is lost, the row says what lost it, so
+        that a campaign does not start with the same again."""
         self.errors += 1
         message = f"{type(error).__name__}: {error}"
         row: dict[str, object] = {**cell.head, "variant": name, "status": "error", "message": message}

@@ -20,12 +20,12 @@ FLUSH_BYTES = 256 << 20
 # Seconds for which a sleep kernel holds the GPU back, as a multiple of the host's time for the last calls.
 HOLD, LEAST_HOLD_S, MOST_HOLD_S = 1.5, 50e-6, 10e-3
 LEAD_S = 20e-6  # of a sleep before the one whose time is taken
-# One sample of so many is held back long enough to tell the frequency: the start and the end of a sleep kernel take
-# some microseconds of its time.
+# Every METER_EVERY-th sample is held back long enough to measure the frequency: the start and the end of a sleep kernel
+# take some microseconds.
 METER_EVERY, METER_S = 8, 400e-6
 DECAY = 0.8  # of the hold from sample to sample: a slow call is followed by quick ones
 TRIES = 3
-CYCLES_PER_S = 1.7e9  # until the first sleep has told the clock: about an H100's
+CYCLES_PER_S = 1.7e9  # until the first sleep gives the frequency: about an H100's
 # Wall time is that of so many calls, back to back, that the wait at their end is of no account.
 WALL_BATCH_MS, MOST_WALL_CALLS = 2.0, 50
 
@@ -82,8 +82,8 @@ class GpuClock:
         return start.elapsed_time(end), host_s, in_time
 
     def readings(self) -> dict[str, object]:
-        """Fields of a row, of the samples since the last time, of which the first tells the frequency: ``sm_mhz``, the
-        median, ``sm_mhz_p20``, and ``late_samples``."""
+        """Fields of a row, from the samples since the last readings: ``sm_mhz`` (the median), ``sm_mhz_p20``, and
+        ``late_samples``."""
         seen, late = self.mhz, self.late
         self.mhz, self.samples, self.late = [], 0, 0
         spread = Spread.of(seen) if seen else None

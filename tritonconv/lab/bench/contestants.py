@@ -24,8 +24,8 @@ from tritonconv.problem import PASSES, Problem
 
 @dataclass(frozen=True)
 class Contestant:
-    """A contestant of a cell: what it runs by pass (nothing for torch), the call at size, the gate's verdict, and the
-    seconds of its first call, compilation included."""
+    """A contestant of a cell: the choices that it runs by pass (none for torch), its call at size, the gate's verdict,
+    and the seconds of its first call, compilation included."""
 
     name: str
     chosen: Mapping[str, Selection]
@@ -42,7 +42,7 @@ def why_not(record: Variant, problem: Problem, device: torch.device) -> str | No
 
 
 def launched(record: Variant | None, problem: Problem, device: torch.device, pass_name: str) -> dict[str, Selection]:
-    """What a variant by itself, or the public operation, runs now, by pass."""
+    """The choices that a variant by itself, or the public operation, runs now, by pass."""
     if record is not None:
         return {pass_name: Selection(record, record.default(problem, device), "by itself")}
     made = plan(problem, device)
@@ -50,14 +50,14 @@ def launched(record: Variant | None, problem: Problem, device: torch.device, pas
 
 
 def served(record: Variant | None, problem: Problem, device: torch.device, pass_name: str) -> dict[str, object]:
-    """The same in the words of :func:`chosen_fields`; of a variant by itself its source alone."""
+    """The same as fields of a row (:func:`chosen_fields`); for a variant by itself only its source."""
     if record is not None:
         return {"sources": {pass_name: revision(record)}}
     return chosen_fields(launched(None, problem, device, pass_name))
 
 
 def chosen_fields(chosen: Mapping[str, Selection]) -> dict[str, object]:
-    """What a contestant runs by pass; while it is the same, a later run would only measure the same again."""
+    """A contestant's choices as fields of a row; while they are the same, a later run would measure the same again."""
     return {
         "chosen": {name: each.variant.name for name, each in chosen.items()},
         "config": {name: dict(each.config) for name, each in chosen.items()},

@@ -19,7 +19,7 @@ import torch
 from tritonconv.device import cpu_name
 from tritonconv.precision import switches
 
-SECONDS_FOR_GIT = 5.0
+SECONDS_FOR_TOOL = 5.0
 
 
 def environment(device: torch.device, command: Sequence[str], seed: int) -> dict[str, object]:
@@ -101,9 +101,12 @@ def git_state(folder: Path) -> tuple[str | None, bool | None]:
 
 
 def _git(folder: Path, *args: str) -> str | None:
-    command = ["git", "-C", str(folder), *args]
+    return _output("git", "-C", str(folder), *args)
+
+
+def _output(*command: str) -> str | None:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS_FOR_GIT, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS_FOR_TOOL, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
@@ -124,9 +127,5 @@ def _gpu(device: torch.device) -> dict[str, object]:
 
 
 def _driver() -> str | None:
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=SECONDS_FOR_GIT, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.split("\n")[0].strip() or None
+    found = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return found.split("\n")[0].strip() or None if found else None

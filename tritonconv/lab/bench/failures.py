@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-# Of triton.runtime.errors and triton.compiler.errors; by name, for Triton may be absent.
+# Classes of triton.runtime.errors and triton.compiler.errors, by name because Triton may be absent.
 TOO_LARGE = ("OutOfResources", "PTXASError", "MLIRCompilationError")
 # LLVM's and MLIR's passes give up on some tiles.
 COMPILER = ("PassManager::run failed", "failed to translate module to LLVM IR", "LLVM ERROR")
@@ -41,5 +41,5 @@ def disqualifies(error: BaseException) -> bool:
 
 
 def one_line(error: BaseException) -> str:
-    """One line for the record."""
+    """The error in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -32,7 +32,7 @@ def reference(problem: Problem, x, weight, bias, grad_y, outputs: Iterable[str])
     found: dict[str, torch.Tensor] = {}
     with _one_thread(problem):
         # Voxels last but for the channels of a group: (n, d, h, w, groups, c), so that a tap is a batched GEMM.
-        # What no output needs is not made: at full size a tensor in float64 is large.
+        # Nothing is made that no output needs: at full size a tensor in float64 is large.
         if wanted & {"y", "grad_weight"}:
             x = _voxels_last(x, of_x)
         if wanted & {"grad_x", "grad_weight"}:
@@ -148,7 +148,7 @@ def _piece(problem: Problem, t: Tensors, output: str, image: slice, block: _Bloc
 
 
 def _sum(pieces: Iterable[torch.Tensor]) -> torch.Tensor:
-    """One at a time."""
+    """The sum, with one piece in memory at a time."""
     return reduce(torch.Tensor.add_, pieces)
 
 

@@ -41,7 +41,7 @@ OUTPUTS = {
 }
 
 DIVISOR = 16  # of strides: what Triton specialises its kernels on
-# Of torch's own error: times eps * sqrt(K) of the dtype itself, and of the scale, beyond which it is no rounding.
+# An error of torch's own beyond so many times eps * sqrt(K) of the dtype, or this share of the scale, is no rounding.
 CREDIBLE, CREDIBLE_SHARE = 16, 0.25
 
 Outputs = Mapping[str, torch.Tensor]
@@ -110,7 +110,7 @@ def _served_alike(problem: Problem) -> Problem:
 
 
 def _compiled_in(problem: Problem, axis: int) -> tuple:
-    """What of an axis and of those behind it reaches the compiler: Triton's specialisation, and whole cells of y."""
+    """The facts of an axis and of those behind it that the compiler sees: Triton's specialisation, whole cells of y."""
     volumes = math.prod(problem.size[axis:]), math.prod(problem.out_size[axis:])
     strides = tuple((math.gcd(DIVISOR, volume), volume == 1) for volume in volumes)
     return strides, problem.out_size[axis] % problem.stride[axis] == 0

@@ -1,4 +1,4 @@
-"""What only a GPU has: of cuDNN the switch, of a call its CUDA graph and its memory."""
+"""For a GPU alone: cuDNN's switch, and the CUDA graph and the memory of a call."""
 
 from __future__ import annotations
 

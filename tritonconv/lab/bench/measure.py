@@ -1,4 +1,4 @@
-"""All columns of a cell: its contestants timed by each clock of the device in turn, and the fields that this makes."""
+"""Times the contestants of a cell by each clock of the device in turn, and makes the fields of all columns."""
 
 from __future__ import annotations
 

@@ -37,5 +37,5 @@ def calls(case: Case, pass_name: str) -> dict[str, TensorCall]:
 
 
 def fields(name: str, measured: Measured) -> dict[str, object]:
-    """Of the row of a null contestant."""
+    """The fields of a null contestant's row."""
     return {"variant": name, "timing": measured.first, "baseline": BASELINE, **measured.fields(name, BASELINE)}

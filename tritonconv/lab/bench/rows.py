@@ -48,7 +48,7 @@ def layer_fields(layer: Workload, duplicates: Iterable[str], problem: Problem) -
 
 
 def versions_of(device: torch.device) -> dict[str, str | None]:
-    """What a time depends on besides the device and our own sources; on a GPU also how it is taken."""
+    """The versions that a time depends on besides the device and our own sources; on a GPU also the clock's."""
     found: dict[str, str | None] = {"torch": torch.__version__, "triton": version("triton")}
     if device.type == "cuda":
         found |= {"cuda": torch.version.cuda, "clock": CLOCK}
@@ -64,7 +64,7 @@ def measured_fields(
 ) -> dict[str, object]:
     """Times (ms), rates, share of the roof, errors, speed-up of a contestant; ``head`` holds the pass and the dtype.
 
-    What has no column in its name is of the device's first column, which ``timing`` names.
+    A field without a column in its name belongs to the device's first column, which ``timing`` names.
     """
     flops, moved = work(problem, head["pass"])
     allowed = roofs.attainable(
@@ -104,7 +104,7 @@ def measured_fields(
 
 
 def executed_flops(one: Contestant, problem: Problem) -> float | None:
-    """What the variants execute, padding and masked taps included; None where one of them does not say."""
+    """The FLOPs that the variants execute, padding and masked taps included; None where one of them does not say."""
     counts = [each.variant.work(problem, each.config) for each in one.chosen.values() if each.variant.work]
     if not counts or len(counts) < len(one.chosen):
         return None

@@ -33,10 +33,10 @@ MOST_CELL_SECONDS = 2.0
 ROOF_SECONDS = 0.3
 # The share of a budget, and the most seconds, that cells wait for kernels to be compiled.
 COMPILING, MOST_COMPILING_SECONDS = 0.1, 60.0
-# Cells of each pass, spread over the run, in which null rows are taken too; none of the largest, whose graphs would not
-# fit beside each other.
+# Cells of each pass, spread over the run, that have null rows too; not the largest, whose graphs would not fit beside
+# each other.
 NULL_CELLS, MOST_NULL_BYTES = 5, 1 << 30
-# Roofs are taken at the start and so many times more, shorter: on a machine that others use, one may find it quiet.
+# Roofs are measured at the start and so many times more, shorter: on a shared machine one of them may find it quiet.
 ROOFS_AGAIN, SHORT_ROOF_SECONDS = 3, 0.06
 
 
@@ -56,8 +56,7 @@ def bench(options: Options, folder: Path, progress: Progress) -> Outcome:
     """Runs everything that ``options`` asks for and writes one results file into ``folder``.
 
     Ends early, with every finished row kept, when the budget is used up or on KeyboardInterrupt. Raises ResultsError
-    where the file cannot be written. What else ends the run, such as a GPU that is lost, is in the file before it is
-    raised.
+    where the file cannot be written. Any other error, for example a lost GPU, is written to the file, then raised.
     """
     others = OtherPrograms()
     with (
@@ -80,7 +79,7 @@ def measure(
     known_roofs: Iterable[dict] = (),
     compiler: Precompiler | None = None,
 ) -> _Bench:
-    """The cells, and the roofs where none are known, into a file that is open; its header and its end are others' work.
+    """Measures the cells, and the roofs if none are known. The caller writes the header and the end row of the file.
 
     ``compiler`` is one that runs already. Returns the run with ``reason``, ``errors``, ``done`` and ``cells``.
     """
@@ -112,7 +111,7 @@ class _Bench:
         self.begin = perf_counter()
         self.roofs: list[dict] = list(known_roofs)
         self.measures_roofs = not self.roofs
-        self.reserved = 0.0  # seconds that the roofs took last time: they are taken once more at the end
+        self.reserved = 0.0  # seconds that the roofs took last time, for those at the end
         self.reason, self.done = "complete", 0
         self.layers = dict(distinct(options.layers, options.scale))
         self.left_out = {
@@ -124,7 +123,7 @@ class _Bench:
         self.timer = CellTimer(options, writer, self.roofs, frozenset(_spread(cells)))
 
     def compile_ahead(self, compiler: Precompiler) -> None:
-        """The kernels of all cells, in the cells' order; those that are late are compiled beside the first cells."""
+        """Compiles the kernels of all cells, in the cells' order; late ones are compiled while the first cells run."""
         seconds = self.options.seconds
         most = MOST_COMPILING_SECONDS if seconds is None else COMPILING * seconds
         with spent.on(spent.COMPILING):
@@ -132,7 +131,7 @@ class _Bench:
             compiler.finish(started, min(most, MOST_COMPILING_SECONDS))
 
     def _kernels(self) -> Iterator[Request]:
-        """What the candidates of the cells launch, each once."""
+        """The launches of the cells' contestants, each once."""
         options, found = self.options, set()
         for cell in self._order():
             problem, pass_name = cell.problem, cell.pass_name
@@ -200,7 +199,7 @@ class _Bench:
 
 
 def _spread(cells: Sequence[Cell]) -> Iterator[tuple[str, str, str, str]]:
-    """The keys of NULL_CELLS cells of each pass, the first of them among these."""
+    """The keys of NULL_CELLS cells of each pass, the first one included."""
     for pass_name in dict.fromkeys(cell.pass_name for cell in cells):
         fits = [cell for cell in cells if cell.pass_name == pass_name and cell.problem.bytes() <= MOST_NULL_BYTES]
         yield from (fits[len(fits) * part // NULL_CELLS].key for part in range(NULL_CELLS) if fits)

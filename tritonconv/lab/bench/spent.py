@@ -1,4 +1,4 @@
-"""Where the seconds of a run went: by step and kind of work, so that the next run can be cut where it pays."""
+"""The seconds of a run by step and kind of work, so that one sees where the next run can save time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Spent = dict[str, dict[str, float]]  # seconds by step, by kind
 
 
 class Ledger:
-    """Counts each second once: to the innermost kind of work that is going on. A context manager: the one in force."""
+    """Counts each second once, to the innermost kind of work going on. Inside its block it is the ledger in force."""
 
     def __init__(self, clock: Callable[[], float] = perf_counter) -> None:
         self.seconds: Spent = {}
@@ -25,7 +25,7 @@ class Ledger:
         self._step, self._since = "start", clock()
 
     def step(self, name: str) -> None:
-        """What follows belongs to this step."""
+        """The seconds from now on belong to this step."""
         self._count()
         self._step = name
 

@@ -50,7 +50,7 @@ class Progress(Protocol):
 
 @dataclass
 class Filled:
-    """What one call put into the folder: launches ``compiled`` now, ``known`` before, ``left`` when time was up,
+    """The result of one call: launches ``compiled`` now, ``known`` before, ``left`` when time was up,
     ``given_up`` because one compiler after the other crashed, and those that cannot be compiled, each with the reason;
     ``faults`` of them are no refusals of the compiler."""
 
@@ -149,7 +149,7 @@ def _saying_what_is_kept(folder: CompiledFolder) -> Iterator[None]:
 
 
 def refused(error: OSError, path: Path) -> str:
-    """What the system refuses, with its file; that of a full disk names none, and ``path`` stands there."""
+    """The error in words, with its file; that of a full disk names none, and ``path`` stands there."""
     return f"{error.filename or path}: {error.strerror or error}"
 
 

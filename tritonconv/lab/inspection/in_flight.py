@@ -68,7 +68,7 @@ def _after(state: State, place: int, each: _Instruction, product: bool) -> State
 
 
 def _joined(one: State, other: State) -> State:
-    """What may be in flight on either way; ages only fall, so that the search ends."""
+    """All that may be in flight on either way; ages only fall, so that the search ends."""
     return {place: min(state[place] for state in (one, other) if place in state) for place in {*one, *other}}
 
 

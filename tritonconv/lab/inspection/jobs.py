@@ -1,4 +1,4 @@
-"""What is compiled, one job per launch and target, and the processes that do it."""
+"""The jobs of an inspection, one per launch and target, and their run."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, astuple, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,9 @@ class Kernel:
     def of(cls, compiled: Any) -> Kernel:
         """Of what Triton compiled, which knows its files in Triton's cache."""
         function = compiled.src.fn
-        key = Path(next(iter(compiled.metadata_group.values()))).parent.name
-        return cls(compiled.name, key, f"{function.__module__}:{function.__name__}", function.cache_key)
+        return cls(
+            compiled.name, folder_of(compiled).name, f"{function.__module__}:{function.__name__}", function.cache_key
+        )
 
     def edited(self) -> bool:
         """Whether this process has another source of the function, or none."""
@@ -47,6 +49,11 @@ class Kernel:
             with contextlib.suppress(ImportError):
                 importlib.import_module(module)
         return getattr(getattr(sys.modules.get(module), name, None), "cache_key", None) != self.source
+
+
+def folder_of(compiled: Any) -> Path:
+    """Where Triton's cache keeps it, under its key."""
+    return Path(next(iter(compiled.metadata_group.values()))).parent
 
 
 @dataclass(frozen=True)
@@ -98,15 +105,16 @@ class Launches:
     def __init__(self, folder: CompiledFolder) -> None:
         self.folder = folder
         self._by_identity: dict[tuple, Launch] = {}
-        self._edited: dict[Kernel, bool] = {}
-        self._there: dict[tuple[str, str], bool] = {}
+        self.edited = cache(Kernel.edited)
+        self._has_files = cache(lambda key, name: folder.group(key, name) is not None)
         for line in _lines(folder.path / LAUNCHES):
             with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 self.add(Launch.of(line.decode()))
 
     def add(self, launch: Launch) -> None:
         """Also one of the same name that was compiled from other sources, which it replaces."""
-        self._by_identity[self._identity(*_asked(launch))] = launch
+        each = launch.variant, launch.problem, launch.config, launch.precision, launch.target
+        self._by_identity[self._identity(*each)] = launch
 
     def __iter__(self) -> Iterator[Launch]:
         return iter(self._by_identity.values())
@@ -129,16 +137,6 @@ class Launches:
         files = [(kernel.key, f"{kernel.name}.json") for kernel in launch.kernels]
         return all(self._has_files(*each) for each in (*files, *launch.modules))
 
-    def _has_files(self, key: str, name: str) -> bool:
-        if (key, name) not in self._there:
-            self._there[key, name] = self.folder.group(key, name) is not None
-        return self._there[key, name]
-
-    def edited(self, kernel: Kernel) -> bool:
-        if kernel not in self._edited:
-            self._edited[kernel] = kernel.edited()
-        return self._edited[kernel]
-
     @staticmethod
     def _identity(name: str, problem: Problem, config: Config, precision: str, target: str) -> tuple:
         only_of_float32 = precision if problem.dtype is torch.float32 else ""
@@ -153,10 +151,6 @@ def _lines(path: Path) -> list[bytes]:
         return []
     except OSError as error:
         raise ArgumentError(f"{path}: cannot be read: {error.strerror}") from None
-
-
-def _asked(launch: Launch) -> tuple[str, Problem, Config, str, str]:
-    return launch.variant, launch.problem, launch.config, launch.precision, launch.target
 
 
 _read: list[tuple[CompiledFolder, Launches | None]] = []  # of the folder that is installed

@@ -49,7 +49,7 @@ def early_write(compiled: Any) -> str:
 
 
 def dot_kind(ttir: str, backend: str) -> str:
-    """What the dots of Triton's own code ask for; see ``Record.dot``. ``ieee`` is the precision it does not print."""
+    """The kind of the dots in Triton's own code; see ``Record.dot``. ``ieee`` is the precision it does not print."""
     dots = [line for line in ttir.splitlines() if "= tt.dot" in line]
     if not dots:
         return ""

@@ -22,7 +22,7 @@ from tritonconv.kernels.variant import Config
 from tritonconv.lab.bench.failures import disqualifies, one_line
 from tritonconv.lab.inspection.compiling import compile_launch, compiling_for, products_in
 from tritonconv.lab.inspection.launchers import compile_launchers
-from tritonconv.lab.inspection.launches import Kernel, Launches, read_active
+from tritonconv.lab.inspection.launches import Kernel, Launches, folder_of, read_active
 from tritonconv.lab.inspection.workers import Workers
 from tritonconv.precision import float32_precision
 from tritonconv.problem import Problem
@@ -33,7 +33,7 @@ Request = tuple[str, Problem, Config]  # a launch: the variant, the problem and 
 
 @dataclass(frozen=True)
 class Answer:
-    """What became of a job: its kernels, each with the folder that Triton's cache keeps it in, or why there are none.
+    """The result of a request: its kernels, each with its folder in Triton's cache, or why there are none.
 
     ``files`` are compiled host sides of launches (see :mod:`tritonconv.lab.inspection.launchers`). ``expected``: the
     compiler refuses such a launch, and nothing is wrong with the program.
@@ -110,7 +110,7 @@ def compile_one(name: str, problem: Problem, config: Config, precision: str, tar
         with compiling_for(TARGETS[target]), products_in(precision):
             kernels = [kernel for _, kernel in compile_launch(variant(name), problem, config)]
         return Answer(
-            tuple((Kernel.of(kernel), Path(next(iter(kernel.metadata_group.values()))).parent) for kernel in kernels),
+            tuple((Kernel.of(kernel), folder_of(kernel)) for kernel in kernels),
             compile_launchers(kernels),
         )
     except Exception as error:  # the launch itself will say so

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from functools import wraps
 
 _READS_REGISTERS = re.compile(r"warp_group_dot %.*isAsync = true.* : tensor<")
-# What the stages left out would have said of a kernel; nothing of it is asked for.
+# Metadata of the stages that are left out; nothing reads it.
 _UNSAID = (
     "shared", "tmem_size", "global_scratch_size", "global_scratch_align", "profile_scratch_size",
     "profile_scratch_align",

@@ -1,4 +1,4 @@
-"""What was found in the machine code of all that dispatch and tuner can choose, kept in files of the project.
+"""Verdicts on the machine code of all that dispatch and tuner can choose, kept in files of the project.
 
 A file is of one Triton version and :data:`TARGET`; in it each variant has the revision of its device code, and for each
 class of problems that its code is specialised by (layout, kernel = stride or not, products) the configs of one layer's
@@ -83,7 +83,7 @@ def _early_write(name: str, kernel: Any, target: Target, seconds: dict[str, floa
 
 
 def verdicts(records: Iterable[Record], revisions: Mapping[str, str]) -> Verdicts:
-    """What the records of compiled jobs say; of a launch of several kernels the worst."""
+    """The verdicts of compiled jobs; a launch of several kernels has the worst of theirs."""
     launches: dict[tuple, list[Record]] = {}
     for each in records:
         launches.setdefault((each.variant, class_name(each), tuple(each.config.items())), []).append(each)

@@ -63,7 +63,7 @@ class Workers:
         return self
 
     def submit(self, function: Callable[..., Result], *arguments: Any, lost: Callable[[str], Result]) -> Future[Result]:
-        """What ``function``, of a module, returns in a process; without an answer ``lost`` of the reason."""
+        """The result of ``function`` (of a module) in a process; where none comes, that of ``lost`` of the reason."""
         return self._threads.submit(self._answer, pickle.dumps((function, arguments)), lost)
 
     def __exit__(self, *error: object) -> None:

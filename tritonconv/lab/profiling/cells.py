@@ -1,4 +1,4 @@
-"""Which cells are looked into, and the process that runs one of them while ncu counts."""
+"""The cells to profile, and the process that runs one of them while ncu counts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tritonconv.lab.bench.standings import Standing, standings
 from tritonconv.lab.bench.workloads import Workload, workload
 from tritonconv.problem import PASSES, Problem
 
-# Under the tool, in a process that finds the modules where this one does. It does not read the caller's script.
+# Runs under the tool, in a process with the module paths of this one. It does not read the caller's script.
 WORKER = (
     "import sys; job, sys.path[:] = sys.argv[1], sys.argv[2:]; "
     "from tritonconv.lab.profiling.cells import run_once; run_once(job)"
@@ -61,11 +61,11 @@ class ProfiledCell:
 
 
 def worst_of(run: Run, count: int, passes: Sequence[str] = (), only: str = "") -> list[ProfiledCell]:
-    """Of each class of layers the ``count`` cells to look into first, in each pass and dtype; ``only``: a part of the
-    layers' names.
+    """The ``count`` cells to look into first, in each class of layers, pass and dtype; ``only`` is a part of a layer's
+    name.
 
-    Those where torch is faster come first, then those furthest from their roof. Where torch is faster its own call
-    follows, in its memory format; where it had to be chosen, the variant that came nearest to it stands for ours.
+    Cells where torch is faster come first, then those furthest from their roof. Where torch is faster, its own call
+    follows, in its memory format. Where dispatch chose torch's own call, our fastest Triton variant stands for ours.
     """
     groups: dict[tuple[str, str, str], list[Standing]] = {}
     for each in standings(run.of_models()):

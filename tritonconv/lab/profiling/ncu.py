@@ -1,4 +1,4 @@
-"""NVIDIA's Nsight Compute, asked for the counters of the kernels that one process launches while it is told to look.
+"""Runs NVIDIA's Nsight Compute for the counters of the kernels that a process launches while profiling is on.
 
 Source: https://docs.nvidia.com/nsight-compute/NsightComputeCli. ``--profile-from-start off`` counts between
 ``cudaProfilerStart`` and ``cudaProfilerStop``, ``--page details --csv`` prints a line per counter of a section.
@@ -48,7 +48,7 @@ class KernelCounters:
 
 
 def count(ncu: str, command: Sequence[str], seconds: float) -> list[KernelCounters]:
-    """The launches that a command makes while it is told to look, in their order.
+    """The launches that a command makes while profiling is on, in their order.
 
     Raises ResultsError with what ncu or the command said where there are none, or after so many seconds.
     """
