@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
-
 from tritonconv.errors import ResultsError
 from tritonconv.lab.bench.results import BASELINE, COMPILED, OURS, Run
 from tritonconv.lab.bench.standings import by_pass, mean, standings
@@ -32,7 +30,7 @@ def draw(run: Run, folder: Path) -> list[Path]:
 def ratios(rows: Sequence[Mapping]) -> dict[tuple[str, str], Ratios]:
     """Speed-ups by layer, by (pass, dtype)."""
     groups = by_pass(standings(rows))
-    return {key: {each.ours["layer"]: each.ratio for each in found} for key, found in groups.items()}
+    return {key: {each.ours["layer"]: each.ratio for each in layers} for key, layers in groups.items()}
 
 
 def _figure(run: Run, panels: Mapping[tuple[str, str], Ratios]):
@@ -63,12 +61,6 @@ def _figure(run: Run, panels: Mapping[tuple[str, str], Ratios]):
             textcoords="offset points", fontsize=7, color=style.BLUE, va="bottom", annotation_clip=False,
         )  # fmt: skip
         axes.set_title(axes.get_title(loc="left"), loc="left", fontweight="bold", pad=13)
-        axes.set_xscale("log", base=2)
-        axes.set_xlim(low, high)
-        ticks = [2.0**power for power in range(-6, 9)]
-        axes.xaxis.set_major_locator(FixedLocator([tick for tick in ticks if low <= tick <= high]))
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.grid(axis="x", color="#DDDDDD", linewidth=0.5)
+        figures.ratio_axis(axes, low, high)
         axes.set_xlabel("speed-up over the best torch")
     return frame.done()

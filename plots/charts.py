@@ -24,8 +24,8 @@ FIRST = ("roofline", "speedup")
 @cache
 def names() -> tuple[str, ...]:
     """The charts' names, the common ones first; nothing is imported."""
-    found = sorted(name for _, name, _ in pkgutil.iter_modules(sys.modules[PACKAGE].__path__) if _is_chart(name))
-    return (*FIRST, *(name for name in found if name not in FIRST))
+    charts = sorted(name for _, name, _ in pkgutil.iter_modules(sys.modules[PACKAGE].__path__) if _is_chart(name))
+    return (*FIRST, *(name for name in charts if name not in FIRST))
 
 
 def _is_chart(name: str) -> bool:

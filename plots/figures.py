@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
 from tritonconv.lab.bench.results import Run
 from tritonconv.plots import style
@@ -71,10 +71,25 @@ class Frame:
         return self.figure
 
 
-def log_axis(axis) -> None:
-    """Plain numbers at the decades, none between."""
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(NullFormatter())
+def log_axes(axes: Axes) -> None:
+    """Both axes logarithmic: plain numbers at the decades, none between."""
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_formatter(NullFormatter())
+    axes.grid(which="major", color="#E4E4E4", linewidth=0.5)
+
+
+def ratio_axis(axes: Axes, low: float, high: float) -> None:
+    """A logarithmic x axis of ratios, with a tick at each power of 2."""
+    axes.set_xscale("log", base=2)
+    axes.set_xlim(low, high)
+    ticks = [2.0**power for power in range(-6, 9)]
+    axes.xaxis.set_major_locator(FixedLocator([tick for tick in ticks if low <= tick <= high]))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.grid(axis="x", color="#DDDDDD", linewidth=0.5)
 
 
 def names_down(axes: Axes, labels: Sequence[str], fontsize: float = 6.6) -> None:

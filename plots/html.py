@@ -126,16 +126,16 @@ def _means(run: Run) -> str:
         f"Speed-up over {BASELINE} in the same memory format, from calls made next to each other:",
         table(["pass", "dtype", "layout", "class", "layers", "geometric mean"], rows, 2),
     )
-    for column, found in by_column(run.of_models()).items():
+    for column, ranked in by_column(run.of_models()).items():
         caption = f"By {SAID[column]}, over the best torch, our best memory format (a ratio of medians):"
-        text += _after(caption, table(MEANS, means_of(found), 5))
+        text += _after(caption, table(MEANS, means_of(ranked), 5))
     return text
 
 
-def means_of(found: Sequence[Standing]) -> list[list[Cell]]:
+def means_of(ranked: Sequence[Standing]) -> list[list[Cell]]:
     """Rows under MEANS: by pass and dtype, of all layers and then of each class."""
     rows: list[list[Cell]] = []
-    for key, each in by_pass(found).items():
+    for key, each in by_pass(ranked).items():
         for kind, same in _classes(each, [one.ours for one in each]):
             ratios = [one.ratio for one in same]
             below, torchs = sum(ratio < 1 for ratio in ratios), sum(one.torch_chosen for one in same)

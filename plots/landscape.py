@@ -31,11 +31,11 @@ def draw(run: Run, folder: Path) -> list[Path]:
     for row in run.timings:
         if row["stage"] == "screen":
             groups.setdefault((row["layer"], row["pass"], row["dtype"], row["layout"]), []).append(row)
-    found = sorted((rows for rows in groups.values() if len(rows) >= LEAST), key=_interest, reverse=True)
-    if not found:
+    largest = sorted((rows for rows in groups.values() if len(rows) >= LEAST), key=_interest, reverse=True)
+    if not largest:
         raise ResultsError(f"{run.path}: nowhere {LEAST} candidates of one layer and pass were timed")
     with style.style():
-        return style.save(_figure(run, found[:SHOWN]), run, folder, "landscape")
+        return style.save(_figure(run, largest[:SHOWN]), run, folder, "landscape")
 
 
 def _interest(rows: Group) -> tuple[int, int]:
@@ -44,10 +44,10 @@ def _interest(rows: Group) -> tuple[int, int]:
 
 
 def _by_variant(rows: Group) -> dict[str, Group]:
-    found: dict[str, Group] = {}
+    variants: dict[str, Group] = {}
     for row in rows:
-        found.setdefault(row["variant"], []).append(row)
-    return found
+        variants.setdefault(row["variant"], []).append(row)
+    return variants
 
 
 def _figure(run: Run, groups: Sequence[Group]):

@@ -41,7 +41,7 @@ def _figure(run: Run, rows):
             row = mine.get(name)
             if row is None:
                 continue
-            colour = style.variant_colour(name, ())
+            colour = style.variant_colour(name)
             axes.barh(index + shift, row["median_us"], height=0.32, color=colour)
             axes.plot([row["p20_us"], row["p80_us"]], [index + shift] * 2, color="black", linewidth=0.8)
         if len(mine) >= 2:
@@ -51,5 +51,5 @@ def _figure(run: Run, rows):
     axes.set_xlim(0, most * 1.3)
     axes.grid(axis="x", color="#DDDDDD", linewidth=0.5)
     axes.set_xlabel("µs per call")
-    frame.legend([Patch(color=style.variant_colour(name, ()), label=name) for name in (BASELINE, OURS)])
+    frame.legend([Patch(color=style.variant_colour(name), label=name) for name in (BASELINE, OURS)])
     return frame.done()

@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from matplotlib.lines import Line2D
-
 from tritonconv.errors import ResultsError
 from tritonconv.lab.bench.results import BASELINE, OURS, Run
 from tritonconv.plots import figures, style
@@ -54,17 +52,10 @@ def _figure(run: Run, panels: Mapping[tuple[str, str, str], Pairs]):
         for line, (_, pair) in enumerate(ordered):
             axes.plot(list(pair.values()), [line] * len(pair), color="#B5B5B5", linewidth=0.8, zorder=2)
             for name, value in pair.items():
-                colour = style.variant_colour(name, ())
-                face = "white" if name == BASELINE else colour
-                axes.plot(value, line, "o", color=colour, markerfacecolor=face, markersize=3.2, zorder=3)
+                axes.plot(value, line, "o", markersize=3.2, zorder=3, **style.mark(name))
         axes.axvline(100, color="black", linewidth=0.9)
         axes.set_xlim(0, most * 1.05)
         axes.grid(axis="x", color="#DDDDDD", linewidth=0.5)
         axes.set_xlabel("% of the attainable roof")
-    handles = [
-        Line2D([], [], linestyle="none", marker="o", markersize=4.5, color=style.variant_colour(name, ()), label=name,
-               markerfacecolor="white" if name == BASELINE else style.variant_colour(name, ()))
-        for name in (BASELINE, OURS)
-    ]  # fmt: skip
-    frame.legend(handles)
+    frame.legend([style.handle(name, 4.5) for name in (BASELINE, OURS)])
     return frame.done()

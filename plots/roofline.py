@@ -12,12 +12,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from tritonconv.errors import ResultsError
 from tritonconv.lab.bench.results import BASELINE, OURS, Run
-from tritonconv.plots import style
+from tritonconv.plots import figures, style
 from tritonconv.plots.labels import Placer
 
 MADE_BY = "tritonconv bench"
@@ -98,17 +96,12 @@ def _figure(run: Run, rows: Sequence[Mapping], numbers: Mapping[str, tuple[int, 
 
 def _panel(axes: Axes, canvas, run: Run, rows, numbers, limits, dtype: str, many: bool, title: str) -> None:
     (low_x, high_x), (low_y, high_y) = limits
-    axes.set_xscale("log")
-    axes.set_yscale("log")
+    figures.log_axes(axes)
     axes.set_xlim(low_x, high_x)
     axes.set_ylim(low_y, high_y)
     axes.set_title(title, loc="left", fontweight="bold")
     axes.set_xlabel("arithmetic intensity (useful FLOP / compulsory byte)")
     axes.set_ylabel("useful GFLOP/s")
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axis.set_minor_formatter(NullFormatter())
-    axes.grid(which="major", color="#E4E4E4", linewidth=0.5)
     axes.set_axisbelow(True)
     placer = Placer(axes, canvas)
     _roofs(axes, run, dtype, limits, placer)
@@ -126,8 +119,7 @@ def _panel(axes: Axes, canvas, run: Run, rows, numbers, limits, dtype: str, many
         colour = style.variant_colour(row["variant"], others)
         spread = [row["flops"] / row[key] / 1e6 for key in ("p80_ms", "p20_ms")]
         axes.plot([x, x], spread, color=colour, linewidth=1.0, alpha=0.55, zorder=3, solid_capstyle="butt")
-        face = "white" if row["variant"] == BASELINE else colour
-        axes.plot(x, y, "o", markersize=3.6, color=colour, markerfacecolor=face, markeredgewidth=0.8, zorder=4)
+        axes.plot(x, y, "o", markersize=3.6, markeredgewidth=0.8, zorder=4, **style.mark(row["variant"], others))
         if _above(run, row):
             axes.plot(x, y, "o", markersize=8, color=style.VERMILLION, markerfacecolor="none", zorder=5)
         placer.block_point(x, y, 3.0)
@@ -165,12 +157,12 @@ def _roofs(axes: Axes, run: Run, dtype: str, limits, placer: Placer) -> None:
 
 def _copies(run: Run) -> dict[str, tuple[float, str]]:
     """{name: (GB/s, what)}; the better of several measurements."""
-    found: dict[str, tuple[float, str]] = {}
+    rates: dict[str, tuple[float, str]] = {}
     for row in run.roofs:
         if row["unit"] == "byte/s":
-            best = found.get(row["name"], (0.0, ""))
-            found[row["name"]] = max(best, (row["value"] / 1e9, row["what"]))
-    return found
+            best = rates.get(row["name"], (0.0, ""))
+            rates[row["name"]] = max(best, (row["value"] / 1e9, row["what"]))
+    return rates
 
 
 def _peak(run: Run, dtype: str) -> float | None:
@@ -222,12 +214,7 @@ def _limits(run: Run, rows: Sequence[Mapping]) -> tuple[tuple[float, float], tup
 def _legend(figure, rows: Sequence[Mapping], width: float, height: float) -> None:
     names = [name for name in (BASELINE, OURS) if any(row["variant"] == name for row in rows)]
     others = sorted({row["variant"] for row in rows} - {BASELINE, OURS})
-    handles = []
-    for name in [*names, *others]:
-        colour = style.variant_colour(name, others)
-        handle = Line2D([], [], linestyle="none", marker="o", markersize=5, color=colour, label=name)
-        handle.set_markerfacecolor("white" if name == BASELINE else colour)
-        handles.append(handle)
+    handles = [style.handle(name, 5, others) for name in (*names, *others)]
     figure.legend(
         handles=handles, loc="upper left", bbox_to_anchor=(0.1 / width, 1 - 0.26 / height), ncols=6, borderaxespad=0,
         handletextpad=0.2, columnspacing=1.4,

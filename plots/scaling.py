@@ -44,7 +44,7 @@ def _figure(run: Run, panels: Mapping[tuple[str, str, str], list[Mapping]]):
         _lines(axes, rows)
         axes.set_xlabel("useful GFLOP")
         axes.set_ylabel("ms")
-    handles = [Line2D([], [], color=style.variant_colour(name, ()), label=name) for name in (BASELINE, OURS)]
+    handles = [Line2D([], [], color=style.variant_colour(name), label=name) for name in (BASELINE, OURS)]
     frame.legend(handles)
     return frame.done()
 
@@ -58,19 +58,15 @@ def _lines(axes: Axes, rows: list[Mapping]) -> None:
             )
             if not mine:
                 continue
-            colour = style.variant_colour(name, ())
+            colour = style.variant_colour(name)
             work = [row["flops"] / 1e9 for row in mine]
             low, high = ([row[key] for row in mine] for key in ("p20_ms", "p80_ms"))
             axes.fill_between(work, low, high, color=colour, alpha=0.15, linewidth=0)
-            axes.plot(work, [row["median_ms"] for row in mine], marker=marker, linestyle=dash, color=colour,
-                      markersize=3, linewidth=1.1, markerfacecolor="white" if name == BASELINE else colour)  # fmt: skip
+            axes.plot(work, [row["median_ms"] for row in mine], marker=marker, linestyle=dash, **style.mark(name),
+                      markersize=3, linewidth=1.1)  # fmt: skip
     floors = {row["flops"]: row["median_ms"] * row["percent_of_roof"] / 100
               for row in rows if row.get("percent_of_roof")}  # fmt: skip
     if floors:
         axes.plot([flops / 1e9 for flops in sorted(floors)], [floors[flops] for flops in sorted(floors)],
                   color="#9A9A9A", linewidth=0.9, zorder=1)  # fmt: skip
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    for axis in (axes.xaxis, axes.yaxis):
-        figures.log_axis(axis)
-    axes.grid(which="major", color="#E4E4E4", linewidth=0.5)
+    figures.log_axes(axes)

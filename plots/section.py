@@ -19,20 +19,20 @@ RATIOS = ("geometric mean", "slowest", "speed-up")  # columns with two decimals
 
 def update(run: Run, path: Path, every_layer: bool) -> None:
     """Replaces the section of the run's device. Raises ResultsError where nothing was timed beside torch."""
-    found = standings(run.of_models())
-    if not found:
+    ranked = standings(run.of_models())
+    if not ranked:
         raise ResultsError(f"{run.path}: no layer was timed beside torch")
-    body = section(run, found, every_layer)
+    body = section(run, ranked, every_layer)
     markdown.update(path, COMMAND, run.environment["device_name"], body, str, newest_first=False)
 
 
-def section(run: Run, found: Sequence[Standing], every_layer: bool) -> str:
+def section(run: Run, ranked: Sequence[Standing], every_layer: bool) -> str:
     """The Markdown of a run: means, of all layers and by class, and with ``every_layer`` a table of each."""
-    means = means_of(found)
+    means = means_of(ranked)
     for column, others in list(by_column(run.of_models()).items())[1:]:
         means += [[f"{name} ({column})", *rest] for name, *rest in means_of(others)]
     text = [_caption(run), _table(MEANS, means, 3)]
-    for (pass_name, dtype), each in by_pass(found).items() if every_layer else ():
+    for (pass_name, dtype), each in by_pass(ranked).items() if every_layer else ():
         rows = _table(STANDING, [standing_cells(one) for one in sorted(each, key=lambda one: one.ratio)], 4)
         text.append(f"#### {style.PASS_NAMES.get(pass_name, pass_name)}, {dtype}: the slowest first\n\n{rows}")
     return "\n\n".join(text) + "\n"

@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from tritonconv.errors import ResultsError
 from tritonconv.lab.bench.results import BASELINE, OURS, Run
 from tritonconv.lab.bench.standings import mean
-from tritonconv.plots import style
+from tritonconv.plots import figures, style
 
 MADE_BY = "tritonconv bench"
 ROW = 0.148  # inches per layer
@@ -124,14 +123,8 @@ def _panel(axes: Axes, rows: Sequence[Mapping], lines: Sequence[str | None], lim
         axes.plot(0.012, height + 0.045 / (len(lines) * ROW), marker, color=colour, markersize=4, clip_on=False,
                   transform=axes.transAxes)  # fmt: skip
         axes.text(0.035, height, text, transform=axes.transAxes, color=colour, fontsize=7.5)
-    axes.set_xscale("log", base=2)
-    axes.set_xlim(*limits)
+    figures.ratio_axis(axes, *limits)
     axes.set_ylim(len(lines) - 0.5, -0.5)
-    ticks = [2.0**power for power in range(-6, 9)]
-    axes.xaxis.set_major_locator(FixedLocator([tick for tick in ticks if limits[0] <= tick <= limits[1]]))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.grid(axis="x", color="#DDDDDD", linewidth=0.5)
     axes.set_axisbelow(True)
     axes.set_xlabel("speed-up over torch (1 = torch; to the right is faster)")
     axes.tick_params(axis="y", length=0, labelleft=False)

@@ -1,4 +1,4 @@
-"""What the charts share: colours, type, the footer with the environment, saving as PNG and SVG.
+"""The style of the charts: colours, type, the footer with the environment, saving as PNG and SVG.
 
 Nothing here opens a window or keeps state in pyplot; the same results give the same SVG, byte for byte.
 """
@@ -13,6 +13,7 @@ from typing import Any
 import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from tritonconv.lab.bench.results import BASELINE, OURS, Run
 
@@ -64,9 +65,20 @@ def style():
     return matplotlib.rc_context(RC)
 
 
-def variant_colour(name: str, others: Sequence[str]) -> str:
+def variant_colour(name: str, others: Sequence[str] = ()) -> str:
     """The colour of a variant; ``others`` lists the variants beside torch and tritonconv."""
     return VARIANT_COLOURS.get(name) or OTHER_COLOURS[list(others).index(name) % len(OTHER_COLOURS)]
+
+
+def mark(name: str, others: Sequence[str] = ()) -> dict[str, Any]:
+    """The colours of a variant's mark, which is hollow for torch."""
+    colour = variant_colour(name, others)
+    return {"color": colour, "markerfacecolor": "white" if name == BASELINE else colour}
+
+
+def handle(name: str, size: float, others: Sequence[str] = ()) -> Line2D:
+    """A variant's mark in a legend, of ``size`` points."""
+    return Line2D([], [], linestyle="none", marker="o", markersize=size, label=name, **mark(name, others))
 
 
 def machine(run: Run) -> str:

@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterable
 
 def names(allowed: Iterable[str]) -> Callable[[str], tuple[str, ...]]:
     """An argparse type: a comma list of names, each once, all of them allowed."""
-    known = tuple(allowed)
+    every = tuple(allowed)
 
     def parse(text: str) -> tuple[str, ...]:
         given = any_names(text)
         for name in given:
-            if name not in known:
-                raise argparse.ArgumentTypeError(f"got {name!r}, expected a comma list of {', '.join(known)}")
+            if name not in every:
+                raise argparse.ArgumentTypeError(f"got {name!r}, expected a comma list of {', '.join(every)}")
         return given
 
     return parse

@@ -44,7 +44,7 @@ def update(path: Path, command: str, title: str, body: str, order: Callable[[str
     ``order`` gives a title's place among them.
     """
     before, middle, after = parts(path, command)
-    found = {part.split("\n", 1)[0].strip(): f"{HEADING}{part}" for part in f"\n{middle}".split(f"\n{HEADING}")[1:]}
-    found[title] = f"{HEADING}{title}\n\n{body}"
-    text = "\n\n".join(found[name].strip() for name in sorted(found, key=order, reverse=newest_first))
+    sections = {part.split("\n", 1)[0].strip(): f"{HEADING}{part}" for part in f"\n{middle}".split(f"\n{HEADING}")[1:]}
+    sections[title] = f"{HEADING}{title}\n\n{body}"
+    text = "\n\n".join(sections[name].strip() for name in sorted(sections, key=order, reverse=newest_first))
     path.write_text(f"{before}\n\n{text}\n\n{after}", encoding="utf-8")

@@ -93,11 +93,11 @@ def fitted(run: Run, figures: bool, path: Path | None) -> str:
 def compact(data: Mapping) -> str:
     """JSON with a line for each kind, place and rate, and no longer: what a change of a fit touches can be read."""
     lines = json.dumps(data, indent=1).splitlines()
-    depth, found = 5, []  # type: int, list[str]
+    depth, joined = 5, []  # type: int, list[str]
     for line in lines:
         inner = len(line) - len(line.lstrip()) >= depth
-        found.append(line.strip() if inner and found else f"\n{line}")
-    return "".join(found).lstrip() + "\n"
+        joined.append(line.strip() if inner and joined else f"\n{line}")
+    return "".join(joined).lstrip() + "\n"
 
 
 def ceilings_of(run: Run) -> Ceilings:
@@ -122,17 +122,17 @@ def as_on(run: Run) -> Iterator[None]:
 def timed(run: Run) -> list[held_out.Timed]:
     """The tuner's timings of variants that are known here."""
     wrong = {_name(row) for row in run.errors if row["status"] == "wrong" and isinstance(row.get("config"), dict)}
-    known = {record.name: record for record in variants()}
+    records = {record.name: record for record in variants()}
     return [
         held_out.Timed(
             row["layer"],
-            calibrate.Sample(known[row["variant"]], problem_of_row(row), row["config"], row["median_ms"]),
+            calibrate.Sample(records[row["variant"]], problem_of_row(row), row["config"], row["median_ms"]),
             row["speedup"],
             row["stage"] == "final",
             _name(row) not in wrong,
         )
         for row in run.timings
-        if row["variant"] in known and row["speedup"] is not None and isinstance(row.get("problem"), dict)
+        if row["variant"] in records and row["speedup"] is not None and isinstance(row.get("problem"), dict)
     ]
 
 
@@ -142,13 +142,13 @@ def _name(row: Mapping) -> tuple:
 
 def factors_of(run: Run) -> list[str]:
     """A line per kind of kernel: the median of measured over predicted time, what ``tritonconv tune`` corrects by."""
-    ceilings, found = ceilings_of(run), []
+    ceilings, samples = ceilings_of(run), []
     for row in _single(run):
         if predict(row, ceilings) is not None:
             record = variant(row["variant"])
-            found.append(calibrate.Sample(record, problem_of_row(row), _config(row), row["median_ms"]))
+            samples.append(calibrate.Sample(record, problem_of_row(row), _config(row), row["median_ms"]))
     lines = [["kind", "timings", "p20", "median", "p80"]]
-    for kind, ratios in sorted(calibrate.ratios(found, ceilings).items()):
+    for kind, ratios in sorted(calibrate.ratios(samples, ceilings).items()):
         spread = [f"{value:.2f}" for value in np.percentile(ratios, (20, 50, 80))]
         lines.append([kind, str(len(ratios)), *spread])
     return columns(lines, numbers=4)
@@ -157,14 +157,14 @@ def factors_of(run: Run) -> list[str]:
 def rankings_of(run: Run) -> Iterator[Ranking]:
     """The rankings of a run that have at least LEAST candidates whose variants are known here."""
     ceilings = ceilings_of(run)
-    found: dict[tuple, dict[tuple, tuple[float, float]]] = {}
+    groups: dict[tuple, dict[tuple, tuple[float, float]]] = {}
     for row in _single(run):
         where = (row["layer"], row["pass"], row["dtype"], row["layout"])
         predicted = predict(row, ceilings)
         if predicted is not None:
             config = tuple(sorted(_config(row).items()))
-            found.setdefault(where, {})[row["variant"], config] = (predicted, row["median_ms"])
-    for (_, pass_name, _, _), candidates in found.items():
+            groups.setdefault(where, {})[row["variant"], config] = (predicted, row["median_ms"])
+    for (_, pass_name, _, _), candidates in groups.items():
         if len(candidates) >= LEAST:
             predicted, measured = zip(*candidates.values(), strict=True)
             yield Ranking(run.environment["device_name"], pass_name, predicted, measured)
@@ -190,10 +190,10 @@ def problem_of_row(row: Mapping) -> Problem:
 
 def _single(run: Run) -> Iterator[Mapping]:
     """Rows that time one variant by itself."""
-    known = {record.name: record.pass_name for record in variants()}
+    passes = {record.name: record.pass_name for record in variants()}
     timings = (row for row in run.timings if row["stage"] == "screen")
     for row in (*run.results, *timings):
-        if known.get(row["variant"]) == row["pass"] and isinstance(row.get("problem"), dict):
+        if passes.get(row["variant"]) == row["pass"] and isinstance(row.get("problem"), dict):
             yield row
 
 

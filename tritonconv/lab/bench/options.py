@@ -1,4 +1,4 @@
-"""What a run of the benchmark is asked for."""
+"""The options of a run of the benchmark."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Options:
-    """What to measure. ``seconds`` is a budget for the whole run or None; ``scale`` is ``"cpu"`` or ``"full"``.
+    """The measurements of a run. ``seconds`` is the budget of the run or None; ``scale`` is ``"cpu"`` or ``"full"``.
 
     A variant in ``variants`` is timed by itself in the cells of its own pass. ``compiled`` adds torch.compile, which
     takes a second or more per cell; with ``only_compiled`` its are the only rows, timed beside torch. ``done`` are

@@ -1,4 +1,4 @@
-"""What a call costs besides the work: torch's layer and ours on an input so small that nothing else is left.
+"""The cost of a call besides its work: torch's layer and ours on an input so small that nothing else is left.
 
 On a GPU the calls are queued without waiting, so the time is that of Python and of the launches; on a CPU the tiny
 convolution itself is in it, the same on both sides.

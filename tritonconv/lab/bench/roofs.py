@@ -3,7 +3,7 @@
 The best of many runs counts: a roof is what the machine can do, and other programs only ever make it look lower.
 Copy rates count each byte read and each byte written. On a CPU a copy that stays in the caches is a roof of its own,
 because the layers of the CPU scale fit there; on a GPU each timed call starts with L2 flushed, so one roof is enough.
-What a GPU's L2 hands out is measured for the cost model alone.
+The rate of a GPU's L2 is measured for the cost model alone.
 """
 
 from __future__ import annotations

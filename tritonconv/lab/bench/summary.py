@@ -1,4 +1,4 @@
-"""What a run comes down to: geometric means of the speed-ups over torch, and the layers that are slowest."""
+"""The summary of a run: geometric means of the speed-ups over torch, and the layers that are slowest."""
 
 from __future__ import annotations
 
@@ -67,16 +67,16 @@ def overlaps_one(row: Mapping) -> bool:
 def groups(rows: Iterable[Mapping], variant: str = OURS, noise: float = 1.0) -> list[Group]:
     """One group per pass, dtype and layout, and one of all layouts where there are several; in the rows' order."""
     rows = [row for row in rows if row["variant"] == variant and row["speedup"] is not None and not row.get("family")]
-    found = []
+    parts = []
     for pass_name, dtype in dict.fromkeys((row["pass"], row["dtype"]) for row in rows):
         same = [row for row in rows if row["pass"] == pass_name and row["dtype"] == dtype]
         layouts = list(dict.fromkeys(row["layout"] for row in same))
         for layout in layouts:
             mine = tuple(row for row in same if row["layout"] == layout)
-            found.append(Group(variant, pass_name, dtype, layout, mine, noise))
+            parts.append(Group(variant, pass_name, dtype, layout, mine, noise))
         if len(layouts) > 1:
-            found.append(Group(variant, pass_name, dtype, "all", tuple(same), noise))
-    return found
+            parts.append(Group(variant, pass_name, dtype, "all", tuple(same), noise))
+    return parts
 
 
 def fast_p(ratios: Sequence[float], p: float) -> float:
@@ -108,18 +108,18 @@ def _in_classes(run: Run) -> list[str]:
 
 def _in_columns(run: Run) -> list[str]:
     """Against the best torch in every column of a GPU, and what null rows show there."""
-    found = by_column(run.of_models())
-    if len(found) < 2:
+    by = by_column(run.of_models())
+    if len(by) < 2:
         return []
     rows = [["column", "pass", "dtype", "layers", "geomean", "slower", "null rows"]]
-    for column, standing in found.items():
+    for column, standing in by.items():
         band = noise.band(run.nulls, column)
         for key, each in by_pass(standing).items():
             below = sum(one.ratio < (band.low if band else 1) for one in each)
             shown = str(band) if band else "none"
             rows.append([column, *key, str(len(each)), f"{mean(one.ratio for one in each):.2f}", str(below), shown])
-    said = "; ".join(f"{column}: {SAID[column]}" for column in found) + "; slower: below what the null rows show"
-    return ["", "our best layout against the best torch, by column:", "", *columns(rows, numbers=4), "", said]
+    legend = "; ".join(f"{column}: {SAID[column]}" for column in by) + "; slower: below what the null rows show"
+    return ["", "our best layout against the best torch, by column:", "", *columns(rows, numbers=4), "", legend]
 
 
 def _fast(pass_name: str, ratios: Mapping[tuple[str, str], float], wrong: int) -> list[str]:

@@ -107,13 +107,13 @@ def run(options: argparse.Namespace) -> int:
 
 def _check(options: argparse.Namespace) -> None:
     """Raises ArgumentError for a flag of another measurement than the one that is asked for."""
-    asked = "--overhead" if options.overhead else "--roofs" if options.roofs else "the layers"
+    chosen = "--overhead" if options.overhead else "--roofs" if options.roofs else "the layers"
     goes = {"--overhead": OF_OVERHEAD, "--roofs": OF_ROOFS, "the layers": OF_LAYERS}
     for about, names in goes.items():
         for name in names:
-            if about != asked and getattr(options, name) not in (None, "", False, []):
+            if about != chosen and getattr(options, name) not in (None, "", False, []):
                 flag = name.replace("_files", "-file")
-                raise ArgumentError(f"argument --{flag}: goes with {about}, not with {asked}")
+                raise ArgumentError(f"argument --{flag}: goes with {about}, not with {chosen}")
 
 
 def _layers(options: argparse.Namespace, device: torch.device) -> int:

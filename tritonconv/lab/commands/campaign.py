@@ -124,7 +124,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _installed(options: argparse.Namespace, device: torch.device) -> str:
-    """What became of the choices, in words. Raises StoreError where the user's store cannot be written."""
+    """A line that says where the choices are now. Raises StoreError where the user's store cannot be written."""
     if not options.install:
         return f"choices: in {options.out / STORE} alone; TRITONCONV_CACHE={options.out / STORE} takes them into use"
     return f"choices: {install(options.out, device)} in your store, {store.path_of(device_name(device))}"

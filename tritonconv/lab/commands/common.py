@@ -35,8 +35,8 @@ MOST_PROCESSES = 8  # each holds torch and a compiler: about 0.7 GB
 
 def listed(allowed: Iterable[str], noun: str = "") -> dict[str, Any]:
     """The arguments of a flag that takes comma lists of the allowed names and may be repeated."""
-    known = tuple(allowed)
-    return {"type": flags.names(known), "action": "extend", "metavar": "NAME[,NAME]", "help": noun or ", ".join(known)}
+    names = tuple(allowed)
+    return {"type": flags.names(names), "action": "extend", "metavar": "NAME[,NAME]", "help": noun or ", ".join(names)}
 
 
 def folder(text: str) -> dict[str, Any]:
@@ -99,14 +99,14 @@ def device_of(name: str) -> torch.device:
     """The device; one of several GPUs is the current one of the process from here on."""
     if name == AUTO:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found = torch.device(name)
-    if found.type == "cuda" and not torch.cuda.is_available():
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
         raise ArgumentError(f"argument --device: got {name!r}, and torch {torch.__version__} sees only the CPU")
-    if found.index is not None:
-        if found.index >= torch.cuda.device_count():
+    if device.index is not None:
+        if device.index >= torch.cuda.device_count():
             raise ArgumentError(f"argument --device: got {name!r}, and there are {torch.cuda.device_count()} GPUs")
-        torch.cuda.set_device(found)
-    return found
+        torch.cuda.set_device(device)
+    return device
 
 
 def model_suites() -> tuple[str, ...]:
@@ -143,10 +143,10 @@ def use_compiled(options: argparse.Namespace, device: torch.device) -> None:
     triton_compiled.remove()
     try:
         folder = CompiledFolder.read(options.compiled)
-        said = _taken(folder, device)
+        content = _taken(folder, device)
     except ArgumentError as error:
         raise ArgumentError(f"argument --compiled: {error}") from None
-    print(f"tritonconv {options.name}: {folder.path}: {said}", file=sys.stderr)
+    print(f"tritonconv {options.name}: {folder.path}: {content}", file=sys.stderr)
 
 
 def _taken(folder: CompiledFolder, device: torch.device) -> str:
@@ -168,9 +168,9 @@ def _taken(folder: CompiledFolder, device: torch.device) -> str:
     mine = [launch for launch in launches if launch.target == target_name()]
     fresh = [launch for launch in mine if not any(map(launches.edited, launch.kernels))]
     whole, edited = sum(map(launches.whole, fresh)), len(mine) - len(fresh)
-    said = f"{whole} launches for {target_name()}"
+    content = f"{whole} launches for {target_name()}"
     if edited:
-        said += f"; {edited} more are of other sources of the kernels, and not used"
+        content += f"; {edited} more are of other sources of the kernels, and not used"
     if whole < len(fresh):
-        said += f"; of {len(fresh) - whole} more the folder lacks files"
-    return said
+        content += f"; of {len(fresh) - whole} more the folder lacks files"
+    return content

@@ -79,7 +79,7 @@ def compare(before: Run, after: Run, by_speedup: bool) -> list[Change]:
     if column is None:
         return []
     left, right = ({tuple(row[key] for key in KEY): row for row in each.results} for each in (before, after))
-    found = []
+    changes = []
     for key in left.keys() & right.keys():
         old, new = left[key], right[key]
         if by_speedup:
@@ -92,8 +92,8 @@ def compare(before: Run, after: Run, by_speedup: bool) -> list[Change]:
             if x is None or y is None:
                 continue
             change, apart = x.median / y.median, y.p20 > x.p80 or y.p80 < x.p20
-        found.append(Change(new, change, apart))
-    return sorted(found, key=lambda each: (each.ratio, str(each.row["layer"])))
+        changes.append(Change(new, change, apart))
+    return sorted(changes, key=lambda each: (each.ratio, str(each.row["layer"])))
 
 
 def _faster(changes: list[Change], options: argparse.Namespace) -> list[Change]:

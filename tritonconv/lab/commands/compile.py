@@ -146,9 +146,9 @@ def _size(folder: CompiledFolder, compiled: int, seconds: float) -> str:
     kernels = {kernel.key for launch in whole for kernel in launch.kernels}
     size = sum(path.stat().st_size for path in folder.path.rglob("*") if path.is_file())
     each = f", {seconds / compiled:.2f} s a launch" if compiled else ""
-    said = f"{len(whole)} launches of {len(kernels)} kernels, {size / 1e6:.1f} MB; {seconds:.1f} s{each}"
+    content = f"{len(whole)} launches of {len(kernels)} kernels, {size / 1e6:.1f} MB; {seconds:.1f} s{each}"
     lacking = len(launches) - len(whole)
-    return f"{folder.path}: {said}" + (f"; of {lacking} more the folder lacks files" if lacking else "")
+    return f"{folder.path}: {content}" + (f"; of {lacking} more the folder lacks files" if lacking else "")
 
 
 def _check(path: Path, quiet: bool) -> int:

@@ -114,9 +114,9 @@ def run(options: argparse.Namespace) -> int:
     if options.accesses:
         return _accesses(options, chosen)
     wanted = _plan(options, chosen, flags.once(options.target, DEFAULT_TARGETS), DEFAULT_PRECISIONS)
-    found = _compiled(wanted, options)
+    rows = _compiled(wanted, options)
     command = shlex.join(options.command)
-    inspection = Inspection(version("triton") or "none", torch.__version__, command, tuple(found))
+    inspection = Inspection(version("triton") or "none", torch.__version__, command, tuple(rows))
     tables.show(inspection)
     print(f"\n{tables.verdict(inspection)}")
     if options.json is not None:
@@ -148,12 +148,12 @@ def _plan(
 def _accesses(options: argparse.Namespace, chosen: Sequence[Variant]) -> int:
     for target in flags.once(options.target, (ACCESS_TARGET,)):
         launches = _plan(options, chosen, (target,), (ACCESS_PRECISION,))
-        found = accesses.measure(launches)
-        poor = [each for each in found if each.efficiency < POOR]
-        rows = [each.cells() for each in (found if options.all else poor)]
+        measured = accesses.measure(launches)
+        poor = [each for each in measured if each.efficiency < POOR]
+        rows = [each.cells() for each in (measured if options.all else poor)]
         if rows:
             print("\n".join(columns([accesses.HEAD, *rows], numbers=3)))
-        print(f"\n{len(found)} accesses of {len(launches)} launches for {target}, {len(poor)} below {POOR}")
+        print(f"\n{len(measured)} accesses of {len(launches)} launches for {target}, {len(poor)} below {POOR}")
     return OK
 
 
@@ -169,41 +169,41 @@ def _verdicts(options: argparse.Namespace, chosen: Sequence[Variant]) -> int:
     """1 where a config that may be chosen is unsafe or does not compile."""
     triton = version("triton") or "none"
     path = verdicts.path_of(options.verdicts, triton)
-    known = verdicts.read(path)
+    stored = verdicts.read(path)
     if options.sample is None:
         wanted = [job for record in chosen for job in verdicts.jobs_of(record)]
     else:
-        wanted = verdicts.sample(chosen, known, options.sample)
+        wanted = verdicts.sample(chosen, stored, options.sample)
     revisions = {record.name: revision(record) for record in chosen}
-    found = verdicts.verdicts(_compiled(wanted, options, verdicts.check), revisions)
-    unsafe, broken = (verdicts.configs_of(found, said) for said in (verdicts.UNSAFE, verdicts.BROKEN))
-    for said, configs in ((verdicts.UNSAFE, unsafe), (verdicts.BROKEN, broken)):
+    fresh = verdicts.verdicts(_compiled(wanted, options, verdicts.check), revisions)
+    unsafe, broken = (verdicts.configs_of(fresh, verdict) for verdict in (verdicts.UNSAFE, verdicts.BROKEN))
+    for verdict, configs in ((verdicts.UNSAFE, unsafe), (verdicts.BROKEN, broken)):
         for name, kind, config in configs:
-            print(f"{said}: {name} on {kind}: {dict(config)}")
+            print(f"{verdict}: {name} on {kind}: {dict(config)}")
     print(
         f"{len(wanted)} launches with Triton {triton} for {verdicts.TARGET}: {len(unsafe)} are unsafe, "
         f"{len(broken)} do not compile"
     )
     if options.sample is None:
-        verdicts.write(path, triton, {**known, **found})
+        verdicts.write(path, triton, {**stored, **fresh})
     return WRONG if unsafe or broken else OK
 
 
 def _triton_variants(names: list[str]) -> tuple[Variant, ...]:
-    known = tuple(record for record in variants() if record.backend == "triton")
+    kernels = tuple(record for record in variants() if record.backend == "triton")
     if not names:
-        return known
-    found = []
+        return kernels
+    chosen = []
     for name in dict.fromkeys(names):
-        record = next((each for each in known if each.name == name), None)
+        record = next((each for each in kernels if each.name == name), None)
         if record is None:
             if triton_fault() is not None:
                 raise ArgumentError(f"argument VARIANT: {triton_fault()}")
             what = "computed by torch" if any(name == each.name for each in variants()) else "unknown"
-            there_are = ", ".join(each.name for each in known)
+            there_are = ", ".join(each.name for each in kernels)
             raise ArgumentError(f"argument VARIANT: {name!r} is {what}; the Triton variants are: {there_are}")
-        found.append(record)
-    return tuple(found)
+        chosen.append(record)
+    return tuple(chosen)
 
 
 def _wanted_classes(given: list[str] | None) -> tuple[str, ...] | None:

@@ -60,9 +60,9 @@ def tasks_asked_for(options: argparse.Namespace, device: torch.device, scale: st
     A model runs on the device. Raises ArgumentError for flags that do not go together and for a model that does not
     run.
     """
-    asked = [name for name in ("suite", "model", "x") if getattr(options, name) is not None]
-    if len(asked) > 1:
-        raise ArgumentError(f"arguments {' and '.join('--' + name for name in asked)}: choose one")
+    sources = [name for name in ("suite", "model", "x") if getattr(options, name) is not None]
+    if len(sources) > 1:
+        raise ArgumentError(f"arguments {' and '.join('--' + name for name in sources)}: choose one")
     for name, needs in (("input", "model"), ("weight", "x")):
         if (getattr(options, name) is None) != (getattr(options, needs) is None):
             raise ArgumentError(f"arguments --{needs} and --{name} go together")
@@ -107,19 +107,19 @@ def _of_model(options: argparse.Namespace, device: torch.device) -> list[Problem
     model = make().to(device)
     if not isinstance(model, torch.nn.Module):
         raise ArgumentError(f"argument --model: {options.model} returned {type(model).__name__}, not a torch.nn.Module")
-    found: dict[Problem, None] = {}
+    problems: dict[Problem, None] = {}
     for dtype in dtypes_of(options, options.default_dtype) if options.dtype else [None]:
         typed = model if dtype is None else model.to(dtype)
         own = next((each.dtype for each in typed.parameters() if each.is_floating_point()), torch.float32)
         for layout in flags.once(options.layout, ("ncdhw",)):
             inputs = [torch.randn(shape, device=device).to(own) for shape in options.input]
             laid = [each.to(memory_format=LAYOUTS[layout]) if each.dim() == 5 else each for each in inputs]
-            found |= dict.fromkeys(problem for problem, _ in problems_of(typed, *laid))
-    if not found:
+            problems |= dict.fromkeys(problem for problem, _ in problems_of(typed, *laid))
+    if not problems:
         raise ArgumentError(
             f"argument --model: {options.model} ran no 3-D transposed convolution that tritonconv serves"
         )
-    return list(found)
+    return list(problems)
 
 
 @contextlib.contextmanager

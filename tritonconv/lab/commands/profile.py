@@ -113,10 +113,10 @@ def _cells(options: argparse.Namespace) -> list[ProfiledCell]:
         if getattr(options, name) is not None:
             raise ArgumentError(f"argument --{name}: the rows of RESULTS say it; --only and --passes select among them")
     run = results.load(options.results)
-    found = worst_of(run, options.worst, flags.once(options.passes, ()), options.only)
-    if not found:
+    cells = worst_of(run, options.worst, flags.once(options.passes, ()), options.only)
+    if not cells:
         raise ResultsError(f"{options.results}: no such layer was timed beside torch in the passes that were asked for")
-    return found
+    return cells
 
 
 def _all(cells, options, writer, versions, shown) -> tuple[int, str]:
@@ -154,5 +154,5 @@ def _show(cell: ProfiledCell, rows: list[dict]) -> None:
 
 def _title(cell: ProfiledCell) -> str:
     config = " ".join(f"{key}={value}" for key, value in cell.config or ())
-    said = f"{cell.layer}, {cell.pass_name}, {cell.dtype}, {cell.layout}: {cell.contestant} {config}".rstrip()
-    return f"{said} ({cell.about})" if cell.about else said
+    title = f"{cell.layer}, {cell.pass_name}, {cell.dtype}, {cell.layout}: {cell.contestant} {config}".rstrip()
+    return f"{title} ({cell.about})" if cell.about else title

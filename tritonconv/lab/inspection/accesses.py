@@ -50,9 +50,9 @@ class Layout:
         """From the text between the braces of ``#ttg.blocked<{...}>``."""
 
         def numbers(name: str) -> tuple[int, ...]:
-            found = re.search(rf"{name} = \[([\d, ]+)\]", text)
-            assert found is not None, text
-            return tuple(int(each) for each in found[1].split(","))
+            match = re.search(rf"{name} = \[([\d, ]+)\]", text)
+            assert match is not None, text
+            return tuple(int(each) for each in match[1].split(","))
 
         return cls(numbers("sizePerThread"), numbers("threadsPerWarp"), numbers("order"))
 
@@ -85,16 +85,16 @@ class Access:
 
 def layouts_of(ttgir: str) -> dict[tuple[str, tuple[int, ...]], list[tuple[Layout, bool]]]:
     """By (kind, tile): the distinct layouts of its accesses, and whether they are asynchronous copies."""
-    known = dict(_LAYOUT.findall(ttgir))
-    found: dict[tuple[str, tuple[int, ...]], list[tuple[Layout, bool]]] = {}
+    texts = dict(_LAYOUT.findall(ttgir))
+    layouts: dict[tuple[str, tuple[int, ...]], list[tuple[Layout, bool]]] = {}
     for operation, tile, name in _OPERATION.findall(ttgir):
-        if name in known:
+        if name in texts:
             kind = "store" if operation == "tt.store" else "load"
-            each = Layout.of(known[name]), operation.startswith("ttg.async")
-            same = found.setdefault((kind, tuple(int(size) for size in tile.split("x"))), [])
+            each = Layout.of(texts[name]), operation.startswith("ttg.async")
+            same = layouts.setdefault((kind, tuple(int(size) for size in tile.split("x"))), [])
             if each not in same:
                 same.append(each)
-    return found
+    return layouts
 
 
 def sectors(addresses: np.ndarray, mask: np.ndarray, itemsize: int, layout: Layout) -> tuple[int, int, int, int]:
@@ -151,7 +151,7 @@ def measure(jobs: Sequence[Job]) -> list[Access]:
 
     Raises ResultsError with what the interpreter said where it fails.
     """
-    asked = []
+    launches = []
     for job in jobs:
         record = variant(job.variant)
         with compiling_for(TARGETS[job.target]), products_in(job.precision):
@@ -159,18 +159,18 @@ def measure(jobs: Sequence[Job]) -> list[Access]:
             kernels = [kernel for name, kernel in compile_launch(record, job.problem, config) if "joint" not in name]
         layouts: dict[str, list] = {}
         for kernel in kernels:
-            for (kind, tile), found in layouts_of(kernel.asm["ttgir"]).items():
+            for (kind, tile), distinct in layouts_of(kernel.asm["ttgir"]).items():
                 key = json.dumps([kind, tile])
-                layouts.setdefault(key, []).extend([asdict(layout), copied] for layout, copied in found)
+                layouts.setdefault(key, []).extend([asdict(layout), copied] for layout, copied in distinct)
         where = {"variant": job.variant, "layer": job.layer.name, "layout": job.layout, "precision": job.precision}
-        asked.append({**where, "config": dict(config), "layouts": layouts})
-    return [Access(**{**row, "tile": tuple(row["tile"])}) for row in _interpreted(asked)]
+        launches.append({**where, "config": dict(config), "layouts": layouts})
+    return [Access(**{**row, "tile": tuple(row["tile"])}) for row in _interpreted(launches)]
 
 
-def _interpreted(asked: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _interpreted(launches: list[dict[str, Any]]) -> list[dict[str, Any]]:
     done = subprocess.run(
         [sys.executable, "-m", "tritonconv.lab.inspection.interpreted"],
-        input=json.dumps(asked), capture_output=True, text=True, check=False,
+        input=json.dumps(launches), capture_output=True, text=True, check=False,
         env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
     )  # fmt: skip
     if done.returncode != 0:

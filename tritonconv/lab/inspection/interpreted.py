@@ -94,24 +94,24 @@ def watching() -> Iterator[list[Seen]]:
         executor.__call__ = call
 
 
-def accesses_of(asked: dict[str, Any]) -> list[dict[str, Any]]:
+def accesses_of(launch: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows of one launch."""
-    record, dtype = variant(asked["variant"]), PRECISIONS[asked["precision"]]
-    problem = workload(asked["layer"]).problem(dtype, asked["layout"])
+    record, dtype = variant(launch["variant"]), PRECISIONS[launch["precision"]]
+    problem = workload(launch["layer"]).problem(dtype, launch["layout"])
     with watching() as seen:
-        _launch(record, problem, asked["config"])
+        _launch(record, problem, launch["config"])
     rows: dict[tuple, dict[str, Any]] = {}
     for kind, itemsize, addresses, mask in seen:
         # Two tiles of one shape may have two layouts: the compiler gave each the one that suits its addresses.
         best = None
-        for layout, copied in asked["layouts"].get(json.dumps([kind, addresses.shape]), ()):
-            found = *sectors(addresses, mask, itemsize, _layout(layout)), copied
-            if found[1] and (best is None or found[0] / found[1] > best[0] / best[1]):
-                best = found
+        for layout, copied in launch["layouts"].get(json.dumps([kind, addresses.shape]), ()):
+            count = *sectors(addresses, mask, itemsize, _layout(layout)), copied
+            if count[1] and (best is None or count[0] / count[1] > best[0] / best[1]):
+                best = count
         if best is None:
             continue
         fewest, touched, requests, lane_bytes, copied = best
-        head = {name: asked[name] for name in ("variant", "layer", "layout")}
+        head = {name: launch[name] for name in ("variant", "layer", "layout")}
         row = rows.setdefault(
             (kind, addresses.shape, lane_bytes, copied),
             {**head, "kind": kind, "tile": addresses.shape, "asynchronous": copied, "lane_bytes": lane_bytes,

@@ -1,4 +1,4 @@
-"""What is known of one compiled kernel, what is wrong with it, and the JSON file of a whole run."""
+"""A record of one compiled kernel, its faults, and the JSON file of a whole run."""
 
 from __future__ import annotations
 
@@ -56,39 +56,39 @@ class Record:
 
 
 def faults(record: Record) -> tuple[str, ...]:
-    """What a default config must not have: an error, a spill, more memory than there is, a dot without its unit,
-    a register written too early.
+    """The faults that a default config must not have: an error, a spill, more memory than there is, a dot without its
+    unit, a register written too early.
     """
     if record.error is not None:
         return (f"does not compile: {record.error.splitlines()[0]}",)
     target = TARGETS[record.target]
-    found = []
+    reasons = []
     if record.spill_store_bytes or record.spill_load_bytes or record.local_accesses:
-        found.append(
+        reasons.append(
             f"spills: {record.spill_store_bytes} bytes stored, {record.spill_load_bytes} loaded by "
             f"{record.local_accesses} local-memory instructions"
         )
     if record.stack_bytes:
-        found.append(f"uses a stack of {record.stack_bytes} bytes")
+        reasons.append(f"uses a stack of {record.stack_bytes} bytes")
     if record.shared_bytes > target.shared_per_block:
-        found.append(
+        reasons.append(
             f"asks for {record.shared_bytes} bytes of shared memory, {target.name} has {target.shared_per_block}"
         )
     if record.tensor_memory_columns > TENSOR_MEMORY_COLUMNS:
-        found.append(
+        reasons.append(
             f"asks for {record.tensor_memory_columns} columns of tensor memory, there are {TENSOR_MEMORY_COLUMNS}"
         )
-    if record.blocks == 0 and not found:
-        found.append(f"{record.warps} warps with {record.registers} registers do not fit a multiprocessor")
+    if record.blocks == 0 and not reasons:
+        reasons.append(f"{record.warps} warps with {record.registers} registers do not fit a multiprocessor")
     if record.dot == "matrix" and not record.matrix:
-        found.append(f"has a tl.dot and no matrix instruction ({target.matrix} expected)")
+        reasons.append(f"has a tl.dot and no matrix instruction ({target.matrix} expected)")
     if record.early_write:
-        found.append(f"writes a register that a product in flight may read (triton #9433): {record.early_write}")
-    return tuple(found)
+        reasons.append(f"writes a register that a product in flight may read (triton #9433): {record.early_write}")
+    return tuple(reasons)
 
 
 def remarks(record: Record) -> tuple[str, ...]:
-    """What is worth a look and no fault: the matrix instruction of an older generation."""
+    """Remarks on what is no fault: the matrix instruction of an older generation."""
     newest = TARGETS[record.target].matrix
     if record.matrix and newest not in record.matrix:
         return (f"its matrix instruction is {', '.join(record.matrix)}, {record.target} has {newest}",)
@@ -146,10 +146,10 @@ def _known(row: Mapping) -> dict:
 
 def grouped(records: Iterable[Record], *names: str) -> dict[tuple, list[Record]]:
     """Records by the values of these fields, in the order in which they first come."""
-    found: dict[tuple, list[Record]] = {}
+    groups: dict[tuple, list[Record]] = {}
     for record in records:
-        found.setdefault(tuple(getattr(record, name) for name in names), []).append(record)
-    return found
+        groups.setdefault(tuple(getattr(record, name) for name in names), []).append(record)
+    return groups
 
 
 def heaviest(records: Sequence[Record]) -> Record:
