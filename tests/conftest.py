@@ -1,4 +1,4 @@
-"""What every test shares: the device the run used, and the rule for tests that need a GPU."""
+"""Shared by every test: the device of the run, and the rule for tests that need a GPU."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ TESTS = (
     "tests/test_skipped_taps.py",
     "tests/test_triton_reduce.py",
 )
-# What each operator becomes, as it is written.
+# The operator that each becomes, as it is written.
 OPERATORS: dict[type[ast.AST], tuple[str, str]] = {
     ast.Add: ("+", "-"), ast.Sub: ("-", "+"), ast.Mult: ("*", "+"), ast.FloorDiv: ("//", "%"), ast.Mod: ("%", "//"),
     ast.BitAnd: ("&", "|"), ast.BitOr: ("|", "&"), ast.LShift: ("<<", ">>"), ast.RShift: (">>", "<<"),

@@ -1,4 +1,4 @@
-"""What the stand-in for a GPU (stand_in_gpu.py) says of itself, and where what it measures is stored.
+"""The facts that the stand-in for a GPU (stand_in_gpu.py) gives of itself, and the store of what it measures.
 
 Variables of the environment give it another name (``STAND_IN_NAME``), compute capability (``STAND_IN_CAPABILITY``, as
 9.0), number of multiprocessors (``STAND_IN_MULTIPROCESSORS``) and memory (``STAND_IN_MEMORY``, GiB), for what depends

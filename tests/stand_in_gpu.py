@@ -6,8 +6,8 @@ device, and tensors say that they are on ``cuda:0``; their values are on the CPU
 Triton's interpreter runs the kernels. As on a GPU, a CPU tensor among those of the device is refused, a captured graph
 makes its calls again when it is replayed, and in a capture nothing waits for the device or moves values to or from it.
 
-It finds mistakes of the program around a GPU, and says nothing of a GPU: its times are made up. What kernels compute in
-bfloat16 is wrong here, as in Triton's interpreter: float16 is right. Needs a C++ compiler.
+It finds mistakes of the program around a GPU, and says nothing of a GPU: its times are made up. Kernels in bfloat16
+are wrong here, as in Triton's interpreter: float16 is right. Needs a C++ compiler.
 
 It is the GPU that stand_in_facts.py describes. Its choices go to the folder that ``TRITONCONV_CACHE`` names, else to
 one that ends with the process: never to those of a GPU.
@@ -105,7 +105,7 @@ def _tensors(tree) -> list[torch.Tensor]:
 
 
 def _run(call: Callable, us: int):
-    """What a call on the device returns, which takes so long; a graph that is being captured keeps it."""
+    """The answer of a call on the device, which takes so long; a graph that is being captured keeps it."""
     now.us += us
     found = call()
     if now.graph is not None:
@@ -114,7 +114,7 @@ def _run(call: Callable, us: int):
 
 
 def synchronize(device=None) -> None:
-    """What waits for the device."""
+    """Functions that wait for the device."""
     if now.graph is not None:
         raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
 
@@ -151,7 +151,7 @@ def device(wanted) -> Iterator[None]:
 
 
 def only_here() -> None:
-    """What goes to the current device is meant for this one."""
+    """The current device is this one."""
     if now.device != GPU.index:
         raise RuntimeError(f"the current device is cuda:{now.device}")
 
@@ -292,13 +292,13 @@ def _argument(value):
 
 
 def shrink() -> None:
-    """What is sized for a GPU, or for minutes, is as small as the interpreter wants it."""
+    """Sizes meant for a GPU, or for minutes, become small enough for the interpreter."""
     from tritonconv.autotune.tuning import session
     from tritonconv.lab import campaign, verification
-    from tritonconv.lab.bench import clock, gpu, overhead, roofs, runner, timing, workloads
+    from tritonconv.lab.bench import call_overhead, clock, gpu, roofs, runner, timing, workloads
 
     roofs.MEMORY_BYTES["cuda"], roofs.LARGE_MATRIX["cuda"], roofs.SMALL_MATRIX = 1 << 20, 64, 32
-    clock.FLUSH_BYTES, clock.MOST_WALL_CALLS, gpu.WARM_CALLS, overhead.CALLS, runner.MOST_CELL_SECONDS = (
+    clock.FLUSH_BYTES, clock.MOST_WALL_CALLS, gpu.WARM_CALLS, call_overhead.CALLS, runner.MOST_CELL_SECONDS = (
         1 << 10,
         1,
         1,

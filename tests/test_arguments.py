@@ -1,4 +1,4 @@
-"""What the operation refuses and accepts: torch's own answer to every call, with errors that say more. CPU."""
+"""Calls that the operation refuses and accepts: torch's own answer to every call, and errors that say more. CPU."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from tritonconv.autotune.tuning import session
 from tritonconv.kernels import registry
 from tritonconv.lab import cli
-from tritonconv.lab.bench import case, contestants, measure, overhead, progress
+from tritonconv.lab.bench import call_overhead, case, contestants, measure, progress
 from tritonconv.lab.bench.results import latest, read
 from tritonconv.lab.commands import common
 
@@ -178,13 +178,13 @@ def test_the_overhead_of_a_call_is_measured_per_dtype_and_has_a_limit(tmp_path, 
     assert cli.main([*command, "1e6", "--dtype", "float32,float64", "--use", "forward_torch_phases"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines[1:7]] == [
-        [name, dtype] for dtype in ("float32", "float64") for name in overhead.PASSES
+        [name, dtype] for dtype in ("float32", "float64") for name in call_overhead.PASSES
     ]
     rows = read(latest(tmp_path)).overheads
     assert len(rows) == 12
     assert {(row["variant"], *row["forced"]) for row in rows} == {("torch",), ("tritonconv", "forward_torch_phases")}
     with monkeypatch.context() as context:
-        context.setattr(overhead, "excess", lambda rows: {"forward": 5.0})
+        context.setattr(call_overhead, "excess", lambda rows: {"forward": 5.0})
         assert [cli.main([*command, limit]) for limit in ("4", "6")] == [1, 0]
     capsys.readouterr()
     for name, why in (("forward_torch_conv", "needs stride 1"), ("forward_nowhere", "'forward_nowhere'")):

@@ -1,4 +1,4 @@
-"""What the compiler makes of a launch, with no GPU: offsets of 64 bits, sizes of one, and no compilation per size.
+"""The compiler's output for a launch, with no GPU: offsets of 64 bits, sizes of one, and no compilation per size.
 
 The tests run in a process of their own: the interpreter, in which the other tests run the kernels, compiles nothing.
 """

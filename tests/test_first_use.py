@@ -52,7 +52,7 @@ def tuner(tmp_path, monkeypatch):
 
 
 def call(problem: Problem) -> dispatch.Plan:
-    """What a call does on a GPU before it runs."""
+    """The step of a call on a GPU before it runs."""
     first_use.offer(problem, CPU)
     made = dispatch.plan(problem, CPU)
     while TASKS:

@@ -74,7 +74,7 @@ def test_the_gate_is_cheap_and_of_the_same_kind():
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_on_a_gpu_what_is_judged_has_what_is_timed_compiled_in(layout):
-    """What divides each stride of x and y, and which is 1: Triton compiles a kernel for each such case."""
+    """The divisor of each stride of x and y, and which is 1: Triton compiles a kernel for each such case."""
     for one in workloads():
         problem = one.problem(torch.bfloat16, layout)
         small = gate.reduced(problem, torch.device("cuda"))
@@ -164,7 +164,7 @@ def test_where_torch_is_wrong_at_size_float64_says_so_and_the_candidate_passes(o
     assert judge(step_of).ok
     assert judge.torch_faults.keys() == {output}
     assert judge.torch_faults[output].startswith(f"{output}: torch's own is wrong at this size: max error ")
-    # What passes because it is wrong as torch is does not pass once torch is known to be wrong.
+    # An answer as wrong as torch's passes only until torch is known to be wrong.
     same = step_of(case, output, change)
     finite = bool(change(torch.ones(9)).isfinite().all())
     assert Judge(case, "forward_backward").at_size(same).ok == finite

@@ -1,4 +1,4 @@
-"""What only a GPU shows: four precisions beside torch's own, graphs, streams. Each answer twice, bitwise the same.
+"""Seen on a GPU alone: four precisions beside torch's own, graphs, streams. Each answer twice, bitwise the same.
 
 A kernel takes a second or two to compile, so a test asks for few: see ``JUDGED`` and ``layers_of``.
 """

@@ -1,4 +1,4 @@
-"""What a compiled graph rests on: it holds torch's operation where that runs, and follows ``use`` and tuning. CPU."""
+"""The guards of a compiled graph: it holds torch's operation where that runs, and follows ``use`` and tuning. CPU."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 """MONAI's networks, converted: outputs, gradients, state dicts and training as with torch's own layers.
 
-Converted layers sum the same float32 products in another order. What those roundings may grow to behind the
-normalizations of a network is not a constant, so torch shows it: the same network in float64 is the truth, and the
-converted one may be off by at most 4 times what torch's own float32 is. Two terms cover what torch gets right by
-luck: 1e-5 of the compared tensor's norm (about 80 roundings), and 1e-6 of the largest gradient's norm, because the
-gradient of a bias in front of a normalization is zero in truth and nothing but roundings in float32.
+Converted layers sum the same float32 products in another order. No constant bounds the growth of those roundings behind
+the normalizations of a network, so torch gives the bound: the same network in float64 is the truth, and the converted
+one may be off by at most 4 times the error of torch's own float32. Two terms cover torch's luck: 1e-5 of the compared
+tensor's norm (about 80 roundings), and 1e-6 of the largest gradient's norm, because the gradient of a bias in front of a
+normalization is zero in truth and nothing but roundings in float32.
 """
 
 import copy

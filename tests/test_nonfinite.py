@@ -1,6 +1,6 @@
 """NaN and infinities: where a value that is not finite takes part in an output, no variant makes that output finite.
 
-What takes part follows from the definition: a tap that finds no voxel does not. torch's own makes further outputs NaN
+The definition says which values take part: a tap that finds no voxel does not. torch's own makes further outputs NaN
 in places, where one of its algorithms multiplies the zeros of a padding. A variant that does so where torch's own does
 not declares it (``Variant.spreads_nonfinite``), on a CPU and on a GPU alike.
 """

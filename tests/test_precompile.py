@@ -95,7 +95,7 @@ def test_the_kernel_of_a_variant_file_is_compiled_ahead(tmp_path):
 
 
 def lines_of(script: str, folder: Path) -> list[str]:
-    """What a script prints that runs in the folder, with Triton's cache there."""
+    """The output of a script that runs in the folder, with Triton's cache there."""
     (folder / "script.py").write_text(script)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "0"}
     environment["TRITON_CACHE_DIR"] = str(folder / "cache")

@@ -1,6 +1,6 @@
 """Hardware counters: what is asked of ncu, what is read from its table, which cells are looked into first. CPU only.
 
-What runs beside a GPU is in test_stand_in_gpu.py.
+The tests beside a GPU are in test_stand_in_gpu.py.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ def test_every_link_leads_to_a_file():
 def test_each_block_of_python_runs(capsys, monkeypatch, tmp_path):
     pytest.importorskip("triton")  # a block forces Triton kernels
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    # What stands before the record in a variant's file.
+    # Names that a variant's file has before its record.
     names = {"Variant": tritonconv.Variant, "launch": lambda *operands: None, "supports": lambda *asked: None}
     blocks = [
         block

@@ -65,7 +65,7 @@ def sabotage(monkeypatch):
 
 
 def test_kernels_are_compiled_ahead_each_once_in_the_order_of_the_cells(monkeypatch):
-    """What dispatch chooses on a GPU that was measured, and the variants that were asked for."""
+    """The choices of dispatch on a GPU that was measured, and the variants that were asked for."""
     pytest.importorskip("triton")
     cuda = torch.device("cuda")
     measured = dataclasses.replace(nominal(cuda), measured=True).to_json()

@@ -1,4 +1,4 @@
-"""What runs on a GPU that nobody tuned: the shipped table, the model, or torch's own. The GPUs are only named."""
+"""The choice on a GPU that nobody tuned: the shipped table, the model, or torch's own. The GPUs are only named."""
 
 from __future__ import annotations
 

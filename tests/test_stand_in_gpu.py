@@ -1,4 +1,4 @@
-"""What runs only beside a GPU, gone through beside a stand-in for one (stand_in_gpu.py), each in a process of its own.
+"""Code that runs only beside a GPU, beside a stand-in for one (stand_in_gpu.py); each test in a process of its own.
 
 A campaign from its first step to its last, training steps, and one case of each of the tests for a GPU.
 """

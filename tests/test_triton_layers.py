@@ -254,7 +254,7 @@ def test_a_remembered_copy_is_of_this_weight_in_this_version():
 
 
 def test_the_accounting_of_a_launch():
-    """What the kernels tell a profiler: the problem's own FLOPs and bytes, under the kernel's name."""
+    """The kernels report the problem's own FLOPs and bytes to a profiler, under the kernel's name."""
     record = variant("forward_phases")
     case, problem = first_served(record, dtype=torch.float16)
 

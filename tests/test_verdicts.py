@@ -1,4 +1,4 @@
-"""What the machine code says of all that dispatch and tuner can choose: the committed verdicts, and a sample compiled.
+"""The machine code of all that dispatch and tuner can choose: the committed verdicts, and a sample compiled.
 
 The compilations run in a process of their own, without the interpreter.
 """

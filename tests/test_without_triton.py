@@ -19,7 +19,7 @@ import pytest
 from tritonconv.kernels import registry
 
 ROOT = Path(__file__).resolve().parent.parent
-# What is imported as ``triton``, and what is said of it. None: a folder without __init__.py.
+# The source that is imported as ``triton``, and the reason given for it. None: a folder without __init__.py.
 FAULTS = {
     "absent": ("", "Triton is not installed"),
     "library": ("raise ImportError('DLL load failed')", "Triton cannot be imported: ImportError: DLL load failed"),

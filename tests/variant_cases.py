@@ -122,7 +122,7 @@ CASES = {
     "one long axis": Case(channels=(2, 2), size=(1, 1, 7), kernel=(1, 1, 11), stride=(1, 1, 4)),
 }
 
-# What the Triton kernels run in the interpreter, some tens of milliseconds per program: few voxels, the same kinds.
+# For the Triton kernels in the interpreter, some tens of milliseconds per program: few voxels, the same kinds.
 TINY = {
     "k2 s2": Case(channels=(48, 16), size=(2, 1, 3), kernel=2, stride=2),
     "k2 s2, 90 voxels": Case(channels=(16, 4), size=(3, 3, 5), kernel=2, stride=2),
@@ -220,7 +220,7 @@ def same(got, want) -> bool:
 
 
 def run(record, problem, config, inputs, grad_y, need_bias):
-    """What the variant returns, by the contract of its pass, in a list."""
+    """The results of the variant, by the contract of its pass, in a list."""
     x, weight, bias = inputs
     if record.pass_name == "forward":
         return [record.launch(problem, config, x, weight, bias)]
@@ -230,7 +230,7 @@ def run(record, problem, config, inputs, grad_y, need_bias):
 
 
 def complaints(record, case, dtype, layout, bias, device=CPU, configs=None) -> list[str] | None:
-    """What is wrong with the variant's answers to the case; None where it does not serve it.
+    """The faults of the variant's answers to the case; None where it does not serve it.
 
     ``configs`` (problem) -> the configs to run; without it the variant's whole space.
     """

@@ -25,7 +25,7 @@ from tritonconv.autotune.tuning import calibrate
 from tritonconv.autotune.tuning.session import Session
 from tritonconv.autotune.tuning.tasks import Task
 from tritonconv.device import current
-from tritonconv.lab.bench import overhead, results, roofs, spent
+from tritonconv.lab.bench import call_overhead, results, roofs, spent
 from tritonconv.lab.bench.contestants import served
 from tritonconv.lab.bench.options import Options
 from tritonconv.lab.bench.progress import Progress
@@ -250,8 +250,10 @@ class Campaign:
         seconds = min(self.shares.overhead * self.seconds, self._left())
         if seconds <= 0 or (self.earlier and self.earlier.overheads):
             return
-        rows = [self.writer.write("overhead", row) for row in overhead.measure(self.device, torch.float32, seconds)]
-        worst = max(overhead.excess(rows).values())
+        rows = [
+            self.writer.write("overhead", row) for row in call_overhead.measure(self.device, torch.float32, seconds)
+        ]
+        worst = max(call_overhead.excess(rows).values())
         self.steps.append(f"overhead: at most {worst:+.1f} us per call over torch's layer")
 
 

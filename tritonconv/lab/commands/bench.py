@@ -15,7 +15,7 @@ from tritonconv.errors import ArgumentError, VariantNotApplicable
 from tritonconv.kernels.registry import variant, variants
 from tritonconv.kernels.variant import Variant
 from tritonconv.lab import flags
-from tritonconv.lab.bench import overhead, results, roofs
+from tritonconv.lab.bench import call_overhead, results, roofs
 from tritonconv.lab.bench.calls import FORWARD_BACKWARD
 from tritonconv.lab.bench.options import Options
 from tritonconv.lab.bench.progress import progress
@@ -90,7 +90,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--limit", type=flags.microseconds, metavar="US",
-        help=f"with --overhead: the microseconds allowed over torch's layer (default: {overhead.LIMIT_US:g})",
+        help=f"with --overhead: the microseconds allowed over torch's layer (default: {call_overhead.LIMIT_US:g})",
     )  # fmt: skip
     parser.add_argument("--store", **folder("with --roofs: folder of the store that keeps them (default: the user's)"))
 
@@ -169,23 +169,23 @@ def _variants(names: tuple[str, ...], passes: tuple[str, ...]) -> tuple[Variant,
 def _overhead(options: argparse.Namespace, device: torch.device) -> int:
     dtypes, target = dtypes_of(options, "float32"), options.output or RESULTS
     worst, lines = 0.0, [["pass", "dtype", "torch us", "tritonconv us", "difference us"]]
-    rule = f"one tiny layer: {overhead.LAYER}"
+    rule = f"one tiny layer: {call_overhead.LAYER}"
     with recording(target, "overhead-", device, options.command, scale="given", scale_rule=rule) as writer:
         for dtype in dtypes:
             seconds = (options.seconds or DEVICE_SECONDS) / len(dtypes)
-            measured = overhead.measure(device, dtype, seconds, options.use or ())
+            measured = call_overhead.measure(device, dtype, seconds, options.use or ())
             try:
                 rows = [writer.write("overhead", row) for row in measured]
             except (ArgumentError, VariantNotApplicable) as error:
                 raise ArgumentError(f"argument --use: {error}") from None
-            for name, difference in overhead.excess(rows).items():
+            for name, difference in call_overhead.excess(rows).items():
                 cells = [f"{row['median_us']:.1f} ({row['p20_us']:.1f} to {row['p80_us']:.1f})"
                          for row in rows if row["pass"] == name]  # fmt: skip
                 lines.append([name, str(rows[0]["dtype"]), *cells, f"{difference:+.1f}"])
                 worst = max(worst, difference)
     print("\n".join(columns(lines, numbers=3)))
     print(f"\nresults: {writer.path}")
-    return WRONG if worst > (options.limit or overhead.LIMIT_US) else OK
+    return WRONG if worst > (options.limit or call_overhead.LIMIT_US) else OK
 
 
 def _roofs(options: argparse.Namespace, device: torch.device) -> int:
