@@ -44,7 +44,7 @@ TRITON_MODULES = ("language", "knobs", "backends.compiler", "compiler.compiler",
 def renamed(name: str, config: Mapping[str, int]) -> tuple[str, dict[str, int]]:
     """The variant and config that a stored name and config stand for today."""
     new, more = RENAMED.get(name, (name, {}))
-    return new, {**more, **config} if new == name else {**config, **more}
+    return new, {**config, **{key: value for key, value in more.items() if new != name or key not in config}}
 
 
 def have_triton() -> bool:

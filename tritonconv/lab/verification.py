@@ -119,7 +119,7 @@ def _head(task: Task, chosen: Selection) -> dict[str, object]:
 
 
 def _identity(row: Mapping) -> str:
-    return json.dumps([row.get(key) for key in IDENTITY])
+    return json.dumps([row.get(key) for key in IDENTITY], sort_keys=True)
 
 
 def checks_of(
