@@ -134,14 +134,14 @@ def test_all_is_asked_of_the_gpu_that_is_meant_though_another_is_the_current_one
             from pathlib import Path
             from tritonconv.lab.bench.progress import Silent
             from tritonconv.lab.bench.workloads import workload
-            from tritonconv.lab import campaign
+            from tritonconv.lab import campaign, verification
             from tritonconv.kernels import triton_launch, triton_target
             from tritonconv.kernels.registry import variant
             from tritonconv.lab.bench.options import Options
             from tritonconv.lab.bench.runner import bench
 
             stand_in_gpu.shrink()
-            campaign.CLASSES = {{"k2s2": "segresnet_deconv_up2"}}
+            verification.SAMPLE_LAYERS = {{"k2s2": "segresnet_deconv_up2"}}
             asked, layer, folder = set(), workload("segresnet_deconv_up2"), Path({str(tmp_path)!r})
             triton_target.target = triton_launch.target = lambda: asked.add(stand_in_gpu.now.device)
             stand_in_gpu.now.device = 7
