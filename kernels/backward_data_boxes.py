@@ -180,14 +180,8 @@ def work(problem, config) -> Work:
 
 
 VARIANT = Variant(
-    name="backward_data_boxes",
-    pass_name="backward_data",
-    idea="strided convolution of grad_y on tensor-descriptor boxes, persistent grid",
-    backend="triton",
-    spreads_nonfinite=SPREADS_WEIGHT,
-    launch=launch,
-    supports=supports,
-    space=lambda problem, device: box_space(default(problem, device), problem.size),
-    default=default,
-    work=work,
-)
+    "backward_data_boxes", "backward_data",
+    "strided convolution of grad_y on tensor-descriptor boxes, persistent grid", "triton",
+    launch=launch, supports=supports, space=lambda problem, device: box_space(default(problem, device), problem.size),
+    default=default, spreads_nonfinite=SPREADS_WEIGHT, work=work,
+)  # fmt: skip

@@ -224,15 +224,9 @@ def _least(lanes: int, block: int, channels: int, places: Triple, last: bool) ->
 
 
 VARIANT = copying(Variant(
-    name="backward_weight_cells",
-    pass_name="backward_weight",
-    idea="kernel > stride, few channels: one GEMM over cells, phases times window deltas",
-    backend="triton",
-    spreads_nonfinite=SPREADS_VOXELS,
-    launch=launch,
-    supports=supports,
-    space=lambda problem, device: gemm(problem).space(default(problem, device)),
-    default=default,
-    workspace_bytes=lambda problem: gemm(problem).workspace_bytes(),
-    work=work,
+    "backward_weight_cells", "backward_weight",
+    "kernel > stride, few channels: one GEMM over cells, phases times window deltas", "triton",
+    launch=launch, supports=supports, space=lambda problem, device: gemm(problem).space(default(problem, device)),
+    default=default, spreads_nonfinite=SPREADS_VOXELS,
+    workspace_bytes=lambda problem: gemm(problem).workspace_bytes(), work=work,
 ), ("x", "y"), "c_out")  # fmt: skip

@@ -184,14 +184,8 @@ def work(problem, config) -> Work:
 
 
 VARIANT = Variant(
-    name="forward_boxes",
-    pass_name="forward",
-    idea="implicit GEMM per phase on tensor-descriptor boxes, persistent grid",
-    backend="triton",
-    spreads_nonfinite=SPREADS_WEIGHT,
-    launch=launch,
-    supports=box_refusal,
-    space=lambda problem, device: box_space(default(problem, device), largest_phase(problem)),
-    default=default,
-    work=work,
-)
+    "forward_boxes", "forward", "implicit GEMM per phase on tensor-descriptor boxes, persistent grid", "triton",
+    launch=launch, supports=box_refusal,
+    space=lambda problem, device: box_space(default(problem, device), largest_phase(problem)), default=default,
+    spreads_nonfinite=SPREADS_WEIGHT, work=work,
+)  # fmt: skip

@@ -270,14 +270,7 @@ def work(problem: Problem, config) -> Work:
 
 
 VARIANT = Variant(
-    name="forward_overlap",
-    pass_name="forward",
-    idea="very few channels out: x times all taps once, overlapping products added in registers",
-    backend="triton",
-    spreads_nonfinite=SPREADS_WEIGHT,
-    launch=launch,
-    supports=supports,
-    space=space,
-    default=default,
-    work=work,
-)
+    "forward_overlap", "forward",
+    "very few channels out: x times all taps once, overlapping products added in registers", "triton",
+    launch=launch, supports=supports, space=space, default=default, spreads_nonfinite=SPREADS_WEIGHT, work=work,
+)  # fmt: skip

@@ -23,7 +23,7 @@ from tritonconv.kernels.triton_device import (
     voxel_tiles,
     voxels,
 )
-from tritonconv.kernels.triton_launch import accounting, empty, refusal
+from tritonconv.kernels.triton_launch import accounting, refusal
 from tritonconv.kernels.triton_phases import cells_of, column_count, decoded, store_phases
 from tritonconv.kernels.variant import Variant
 from tritonconv.kernels.work import Work
@@ -103,10 +103,7 @@ def forward_shuffle_kernel(
 
 
 def launch(problem, config, x, weight, bias, out=None):
-    y = empty(problem, problem.y_shape, x) if out is None else out
-    if y.numel() > 0:
-        phases.forward(forward_shuffle_kernel, problem, config, x, weight, bias, y)
-    return y
+    return phases.forward(forward_shuffle_kernel, problem, config, x, weight, bias, out)
 
 
 def supports(problem: Problem, device: torch.device) -> str | None:
@@ -133,13 +130,6 @@ def work(problem: Problem, config) -> Work:
 
 
 VARIANT = Variant(
-    name="forward_shuffle",
-    pass_name="forward",
-    idea="kernel <= stride: one GEMM over all phases, shuffled while it is stored",
-    backend="triton",
-    launch=launch,
-    supports=supports,
-    space=space,
-    default=default,
-    work=work,
-)
+    "forward_shuffle", "forward", "kernel <= stride: one GEMM over all phases, shuffled while it is stored", "triton",
+    launch=launch, supports=supports, space=space, default=default, work=work,
+)  # fmt: skip
