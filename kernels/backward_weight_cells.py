@@ -175,10 +175,9 @@ def default(problem: Problem, device: torch.device):
 def supports(problem: Problem, device: torch.device) -> str | None:
     window = window_of(problem.kernel, problem.stride)
     why_not = refusal(problem, device) or triton_taps.refusal(problem.stride) or triton_taps.refusal(window)
+    why_not = why_not or triton_phases.dilation_refusal(problem)
     if why_not is not None:
         return why_not
-    if any(axis.kernel > 1 and axis.dilation > 1 for axis in problem.axes):
-        return f"with dilation {problem.dilation} the taps of an output are not neighbours in steps of the stride"
     if math.prod(window) == 1 or math.prod(problem.stride) == 1:
         return f"kernel {problem.kernel}, stride {problem.stride}: one delta or one phase, the taps count as well"
     waste = math.prod(window) * math.prod(problem.stride) / math.prod(problem.kernel)

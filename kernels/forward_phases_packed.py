@@ -166,9 +166,7 @@ def window(problem: Problem) -> tuple[int, int, int]:
 
 
 def supports(problem: Problem, device: torch.device) -> str | None:
-    why_not = refusal(problem, device)
-    if why_not is None and any(axis.kernel > 1 and axis.dilation > 1 for axis in problem.axes):
-        why_not = f"with dilation {problem.dilation} the taps of an output are not neighbours in steps of the stride"
+    why_not = refusal(problem, device) or phases.dilation_refusal(problem)
     waste = math.prod(window(problem)) * math.prod(problem.stride) / math.prod(problem.kernel)
     if why_not is None and waste > MOST_WASTE:
         why_not = (

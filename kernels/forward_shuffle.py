@@ -109,10 +109,8 @@ def launch(problem, config, x, weight, bias, out=None):
 def supports(problem: Problem, device: torch.device) -> str | None:
     why_not = refusal(problem, device)
     if why_not is None and any(axis.kernel > axis.stride for axis in problem.axes):
-        why_not = f"an output of kernel {problem.kernel}, stride {problem.stride} has several taps along one axis"
-    if why_not is None and any(axis.kernel > 1 and axis.dilation > 1 for axis in problem.axes):
-        why_not = f"with dilation {problem.dilation} the taps of kernel {problem.kernel} leave the cell of their voxel"
-    return why_not
+        return f"an output of kernel {problem.kernel}, stride {problem.stride} has several taps along one axis"
+    return why_not or phases.dilation_refusal(problem)
 
 
 def default(problem: Problem, device: torch.device):

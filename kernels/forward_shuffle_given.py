@@ -136,8 +136,6 @@ def unfit(problem: Problem, largest: int) -> str | None:
     taps, channels = math.prod(problem.kernel), problem.c_out // problem.groups
     if problem.kernel != problem.stride:
         return f"kernel {problem.kernel} is not stride {problem.stride}"
-    if any(axis.kernel > 1 and axis.dilation > 1 for axis in problem.axes):
-        return f"with dilation {problem.dilation} the taps of kernel {problem.kernel} leave the cell of their voxel"
     if taps == 1:
         return "kernel (1, 1, 1): a weight of one tap needs no packing"
     if taps & (taps - 1) or taps > largest:
@@ -145,7 +143,7 @@ def unfit(problem: Problem, largest: int) -> str | None:
     columns = columns_of(problem, largest)
     if not fits(problem, columns):
         return f"{channels} output channels per group: tiles of {columns // taps} with all {taps} taps are too narrow"
-    return None
+    return phases.dilation_refusal(problem)
 
 
 def fits(problem: Problem, columns: int) -> bool:

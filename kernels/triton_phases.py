@@ -216,6 +216,13 @@ def cells(problem: Problem, shift: int = 0) -> Triple:
     return tuple((crop + out - 1) // s - crop // s + 1 for crop, out, s in axes)  # type: ignore[return-value]
 
 
+def dilation_refusal(problem: Problem) -> str | None:
+    """The reason why cells cannot serve the problem's dilation; None where they can."""
+    if any(axis.kernel > 1 and axis.dilation > 1 for axis in problem.axes):
+        return f"with dilation {problem.dilation} the taps of an output are not neighbours in steps of the stride"
+    return None
+
+
 def columns(problem: Problem, rows: int, phases: Triple | None = None) -> int:
     """Columns of one group, by default of all phases: the host's side of :func:`column_count`."""
     return _columns(problem.stride if phases is None else phases, problem.c_out // problem.groups, rows)
