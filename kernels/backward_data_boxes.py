@@ -11,22 +11,9 @@ import math
 import triton
 import triton.language as tl
 
+from tritonconv.kernels import triton_boxes
 from tritonconv.kernels.forward_boxes import box_config, box_space
-from tritonconv.kernels.triton_boxes import (
-    box_corner,
-    box_gemm,
-    box_refusal,
-    box_voxels,
-    box_zeros,
-    boxes,
-    boxes_work,
-    describable,
-    programs,
-    store_box,
-    taps_first,
-    volume,
-    voxels_last,
-)
+from tritonconv.kernels.triton_boxes import box_corner, box_gemm, box_voxels, box_zeros, boxes, store_box
 from tritonconv.kernels.triton_device import (
     aligned,
     axis_phase,
@@ -122,7 +109,7 @@ def backward_data_boxes_kernel(
 
 
 def supports(problem, device):
-    why_not = box_refusal(problem, device)
+    why_not = triton_boxes.box_refusal(problem, device)
     if why_not is None and math.prod(problem.stride) > MOST_PHASES:
         return f"stride {problem.stride} has more than {MOST_PHASES} phases, one descriptor each"
     return why_not
@@ -144,24 +131,22 @@ def launch(problem, config, grad_y, weight):
     grad_x = empty(problem, problem.x_shape, grad_y)
     if grad_x.numel() == 0:
         return grad_x
-    config = dict(config)
-    box = tuple(config[f"BLOCK_{axis}"] for axis in "DHW")
-    block = (config["BLOCK_N"], config["BLOCK_K"])
-    count = problem.n * math.prod(-(-s // b) for s, b in zip(problem.size, box, strict=True))
-    views = [volume(view, box, config["BLOCK_K"]) for view in phase_views(problem, describable(grad_y))]
+    box, block = triton_boxes.box_shape(config), (config["BLOCK_N"], config["BLOCK_K"])
+    views = phase_views(problem, triton_boxes.describable(grad_y))
+    views = [triton_boxes.volume(view, box, config["BLOCK_K"]) for view in views]
     views += views[:1] * (MOST_PHASES - len(views))
     run(
         backward_data_boxes_kernel,
-        programs(grad_y.device, count * triton.cdiv(problem.c_in, config["BLOCK_N"])),
+        triton_boxes.programs(grad_y.device, triton_boxes.box_tiles(problem, problem.size, problem.c_in, config)),
         config,
         grad_y.device,
         **{f"phase{index}": view for index, view in enumerate(views)},
-        w_desc=taps_first(weight, OUT_INNERMOST, block),
+        w_desc=triton_boxes.taps_first(weight, OUT_INNERMOST, block),
         grad_x_ptr=grad_x,
         **geometry(problem),
         x_strides=grad_x.stride(),
         WIDE=wide(grad_x, of=problem),
-        VOXELS_LAST=voxels_last(config),
+        VOXELS_LAST=triton_boxes.voxels_last(config),
         PRECISION=precision(problem.dtype),
     )
     return grad_x
@@ -176,18 +161,12 @@ def default(problem, device):
 
 def work(problem, config) -> Work:
     depth = math.prod(problem.kernel) * problem.c_out
-    return boxes_work(problem, "backward_data", config, problem.size, problem.c_in, depth)
+    return triton_boxes.boxes_work(problem, "backward_data", config, problem.size, problem.c_in, depth)
 
 
 VARIANT = Variant(
-    name="backward_data_boxes",
-    pass_name="backward_data",
-    idea="strided convolution of grad_y on tensor-descriptor boxes, persistent grid",
-    backend="triton",
-    spreads_nonfinite=SPREADS_WEIGHT,
-    launch=launch,
-    supports=supports,
-    space=lambda problem, device: box_space(default(problem, device), problem.size),
-    default=default,
-    work=work,
-)
+    "backward_data_boxes", "backward_data",
+    "strided convolution of grad_y on tensor-descriptor boxes, persistent grid", "triton",
+    launch=launch, supports=supports, space=lambda problem, device: box_space(default(problem, device), problem.size),
+    default=default, spreads_nonfinite=SPREADS_WEIGHT, work=work,
+)  # fmt: skip

@@ -127,14 +127,7 @@ def work(problem: Problem, config) -> Work:
 
 
 VARIANT = Variant(
-    name="backward_data_depthwise",
-    pass_name="backward_data",
-    idea="one input channel per group: FMAs, neighbouring voxels from one look at grad_y",
-    backend="triton",
-    spreads_nonfinite=SPREADS_WEIGHT,
-    launch=launch,
-    supports=supports,
-    space=space,
-    default=default,
-    work=work,
-)
+    "backward_data_depthwise", "backward_data",
+    "one input channel per group: FMAs, neighbouring voxels from one look at grad_y", "triton",
+    launch=launch, supports=supports, space=space, default=default, spreads_nonfinite=SPREADS_WEIGHT, work=work,
+)  # fmt: skip

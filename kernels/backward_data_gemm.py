@@ -19,6 +19,7 @@ import triton.language as tl
 from tritonconv.kernels import triton_tiles as tiles
 from tritonconv.kernels.targets import MULTIPROCESSORS
 from tritonconv.kernels.triton_channels_last import copying
+from tritonconv.kernels.triton_convolution import backward_data
 from tritonconv.kernels.triton_device import (
     aligned,
     ceil_div,
@@ -30,11 +31,10 @@ from tritonconv.kernels.triton_device import (
     widened,
 )
 from tritonconv.kernels.triton_gemm import implicit_gemm
-from tritonconv.kernels.triton_launch import RUN_TIME, accounting, empty, geometry, precision, refusal, wide
-from tritonconv.kernels.triton_launch import launch as run
+from tritonconv.kernels.triton_launch import RUN_TIME, accounting, empty, refusal
 from tritonconv.kernels.triton_reduce import sum_volumes
 from tritonconv.kernels.triton_tape import fresh
-from tritonconv.kernels.triton_weights import oriented, packed, preferred
+from tritonconv.kernels.triton_weights import preferred
 from tritonconv.kernels.variant import SPREADS_WEIGHT, Config, Variant
 from tritonconv.kernels.work import Work, parts, tap_gemm
 from tritonconv.problem import Problem
@@ -92,33 +92,21 @@ def launch(problem, config, grad_y, weight):
     if grad_x.numel() == 0 or grad_y.numel() == 0:
         return grad_x.zero_()
     config = dict(config)
-    weight = packed(weight, config.pop("WEIGHT"))
     splits = config.pop("SPLITS")
     sums, strides = grad_x, (0, *grad_x.stride())
     if splits > 1:
         n, c_in, *size = problem.x_shape
         sums = fresh((splits, n, *size, c_in), grad_y, torch.float32)
         strides = sums.permute(0, 1, 5, 2, 3, 4).stride()
-    run(
-        backward_data_gemm_kernel,
-        programs(problem, config) * splits,
-        config,
-        grad_y.device,
-        grad_y_ptr=grad_y,
-        w_ptr=weight,
-        grad_x_ptr=sums,
-        **geometry(problem),
+    backward_data(
+        backward_data_gemm_kernel, programs(problem, config) * splits, problem, config, grad_y, weight, sums,
         splits=splits,
         split_stride=strides[0],
-        grad_y_strides=grad_y.stride(),
-        w_strides=oriented(weight, "backward_data"),
         grad_x_strides=strides[1:],
         Y_VOXELS_INNER=grad_y.stride(1) != 1,
         X_VOXELS_INNER=strides[2] != 1,
         SPLIT=splits > 1,
-        WIDE=wide(grad_y, weight, sums, of=problem),
-        PRECISION=precision(problem.dtype),
-    )
+    )  # fmt: skip
     if splits > 1:
         sum_volumes(sums, grad_x)
     return grad_x
@@ -187,15 +175,7 @@ def workspace_bytes(problem: Problem) -> int:
 
 
 VARIANT = copying(Variant(
-    name="backward_data_gemm",
-    pass_name="backward_data",
-    idea="implicit GEMM over all taps: a strided convolution of grad_y",
-    backend="triton",
-    spreads_nonfinite=SPREADS_WEIGHT,
-    launch=launch,
-    supports=refusal,
-    space=space,
-    default=default,
-    workspace_bytes=workspace_bytes,
-    work=work,
+    "backward_data_gemm", "backward_data", "implicit GEMM over all taps: a strided convolution of grad_y", "triton",
+    launch=launch, supports=refusal, space=space, default=default, spreads_nonfinite=SPREADS_WEIGHT,
+    workspace_bytes=workspace_bytes, work=work,
 ), ("y",), "c_out")  # fmt: skip

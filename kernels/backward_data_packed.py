@@ -14,6 +14,7 @@ import triton.language as tl
 
 from tritonconv.kernels import triton_launch, triton_taps
 from tritonconv.kernels import triton_tiles as tiles
+from tritonconv.kernels.triton_convolution import backward_data
 from tritonconv.kernels.triton_device import (
     aligned,
     ceil_div,
@@ -25,10 +26,8 @@ from tritonconv.kernels.triton_device import (
     voxel_tiles,
     voxels,
 )
-from tritonconv.kernels.triton_launch import RUN_TIME, accounting, empty, geometry, precision, wide
-from tritonconv.kernels.triton_launch import launch as run
+from tritonconv.kernels.triton_launch import RUN_TIME, accounting, empty
 from tritonconv.kernels.triton_taps import tap_lanes, voxel_words
-from tritonconv.kernels.triton_weights import oriented, packed
 from tritonconv.kernels.variant import SPREADS_WEIGHT, Variant
 from tritonconv.kernels.weight_orders import AS_GIVEN
 from tritonconv.kernels.work import Work, parts, tap_gemm
@@ -92,31 +91,19 @@ def backward_data_packed_kernel(
     store_tile(grad_x_ptr, rows, channel * grad_x_strides[1], acc, mask_m, mask_n, X_VOXELS_INNER)
 
 
+def programs(problem: Problem, config) -> int:
+    return tiles.programs(problem, problem.size, problem.c_in // problem.groups, config)
+
+
 def launch(problem, config, grad_y, weight):
     grad_x = empty(problem, problem.x_shape, grad_y)
-    if grad_x.numel() == 0 or grad_y.numel() == 0:
+    if grad_y.numel() == 0:
         return grad_x.zero_()
-    config = dict(config)
-    weight = packed(weight, config.pop("WEIGHT"))
-    columns = parts(problem.c_in // problem.groups, config["BLOCK_N"])
-    run(
-        backward_data_packed_kernel,
-        tiles.tiles_of(problem.n, problem.size, config) * columns * problem.groups,
-        config,
-        grad_y.device,
-        grad_y_ptr=grad_y,
-        w_ptr=weight,
-        grad_x_ptr=grad_x,
-        **geometry(problem),
-        grad_y_strides=grad_y.stride(),
-        w_strides=oriented(weight, "backward_data"),
-        grad_x_strides=grad_x.stride(),
+    return backward_data(
+        backward_data_packed_kernel, programs(problem, config), problem, config, grad_y, weight, grad_x,
         X_VOXELS_INNER=grad_x.stride(1) != 1,
         Y_VOXELS_INNER=grad_y.stride(1) != 1 or problem.weight_shape[1] % 2 != 0,
-        WIDE=wide(grad_y, weight, grad_x, of=problem),
-        PRECISION=precision(problem.dtype),
-    )
-    return grad_x
+    )  # fmt: skip
 
 
 def supports(problem: Problem, device: torch.device) -> str | None:
@@ -140,22 +127,12 @@ def space(problem: Problem, device: torch.device):
 
 
 def work(problem: Problem, config) -> Work:
-    rows = tiles.tiles_of(problem.n, problem.size, config)
-    programs = rows * parts(problem.c_in // problem.groups, config["BLOCK_N"]) * problem.groups
-    depth = problem.weight_shape[1] * math.prod(problem.kernel)
-    steps = programs * parts(depth, config["BLOCK_K"])
-    return tap_gemm(problem, "backward_data", config, programs, steps, apart=(problem.stride[2], 1))
+    count = programs(problem, config)
+    steps = count * parts(problem.weight_shape[1] * math.prod(problem.kernel), config["BLOCK_K"])
+    return tap_gemm(problem, "backward_data", config, count, steps, apart=(problem.stride[2], 1))
 
 
 VARIANT = Variant(
-    name="backward_data_packed",
-    pass_name="backward_data",
-    idea="taps and few output channels share the depth of the dot",
-    backend="triton",
-    spreads_nonfinite=SPREADS_WEIGHT,
-    launch=launch,
-    supports=supports,
-    space=space,
-    default=default,
-    work=work,
-)
+    "backward_data_packed", "backward_data", "taps and few output channels share the depth of the dot", "triton",
+    launch=launch, supports=supports, space=space, default=default, spreads_nonfinite=SPREADS_WEIGHT, work=work,
+)  # fmt: skip

@@ -25,11 +25,10 @@ from tritonconv.kernels.triton_device import (
     voxel_tiles,
     voxels,
 )
-from tritonconv.kernels.triton_launch import accounting, division, empty, geometry, precision, wide
-from tritonconv.kernels.triton_launch import launch as run
+from tritonconv.kernels.triton_launch import accounting
 from tritonconv.kernels.triton_phases import column_count, decoded, load_phases
 from tritonconv.kernels.triton_target import compute_capability
-from tritonconv.kernels.triton_weights import oriented, packed, preferred
+from tritonconv.kernels.triton_weights import preferred
 from tritonconv.kernels.variant import Variant
 from tritonconv.kernels.weight_orders import AS_GIVEN, IN_INNERMOST, OUT_INNERMOST
 from tritonconv.kernels.work import Work, tap_gemm
@@ -93,32 +92,7 @@ def backward_data_shuffle_kernel(
 
 
 def launch(problem, config, grad_y, weight):
-    grad_x = empty(problem, problem.x_shape, grad_y)
-    if grad_x.numel() == 0:
-        return grad_x
-    config = dict(config)
-    weight = packed(weight, config.pop("WEIGHT"))
-    columns = triton.cdiv(problem.c_in // problem.groups, config["BLOCK_N"]) * problem.groups
-    run(
-        backward_data_shuffle_kernel,
-        tiles.tiles_of(problem.n, problem.size, config) * columns,
-        config,
-        grad_y.device,
-        grad_y_ptr=grad_y,
-        w_ptr=weight,
-        grad_x_ptr=grad_x,
-        **geometry(problem),
-        **division(problem.size),
-        grad_y_strides=grad_y.stride(),
-        w_strides=oriented(weight, "backward_data"),
-        grad_x_strides=grad_x.stride(),
-        X_STEP=phases.width_step(problem.size[2], config),
-        FACTS=phases.facts(problem, config, grad_y),
-        VOXELS_INNER=grad_x.stride(1) != 1,
-        WIDE=wide(grad_y, weight, grad_x, of=problem),
-        PRECISION=precision(problem.dtype),
-    )
-    return grad_x
+    return phases.backward_data(backward_data_shuffle_kernel, problem, config, grad_y, weight)
 
 
 def default(problem: Problem, device: torch.device):
@@ -140,20 +114,13 @@ def space(problem: Problem, device: torch.device):
 
 
 def work(problem: Problem, config) -> Work:
-    rows = tiles.tiles_of(problem.n, problem.size, config)
-    programs = rows * triton.cdiv(problem.c_in // problem.groups, config["BLOCK_N"]) * problem.groups
+    programs = tiles.programs(problem, problem.size, problem.c_in // problem.groups, config)
     depth = phases.columns(problem, config["ROWS"], problem.kernel)
     return tap_gemm(problem, "backward_data", config, programs, programs * triton.cdiv(depth, config["BLOCK_K"]))
 
 
 VARIANT = Variant(
-    name="backward_data_shuffle",
-    pass_name="backward_data",
-    idea="kernel <= stride: one GEMM over all taps, unshuffled while it is loaded",
-    backend="triton",
-    launch=launch,
-    supports=supports,
-    space=space,
-    default=default,
-    work=work,
-)
+    "backward_data_shuffle", "backward_data",
+    "kernel <= stride: one GEMM over all taps, unshuffled while it is loaded", "triton",
+    launch=launch, supports=supports, space=space, default=default, work=work,
+)  # fmt: skip

@@ -34,8 +34,7 @@ from tritonconv.kernels.triton_device import (
     voxels,
     widened,
 )
-from tritonconv.kernels.triton_launch import accounting, division, empty, geometry, precision, refusal, wide
-from tritonconv.kernels.triton_launch import launch as run
+from tritonconv.kernels.triton_launch import accounting, refusal
 from tritonconv.kernels.triton_phases import channels_first, load_phases, phases_first
 from tritonconv.kernels.variant import Config, Variant
 from tritonconv.kernels.work import SECTOR, Work, tap_gemm
@@ -109,34 +108,9 @@ def launch(problem, config, grad_y, weight):
     if not weight.is_contiguous():  # channels_last_3d, or a slice: that kernel takes any strides, in the same tiles
         config = {**backward_data_shuffle.default(problem, grad_y.device), **config}
         return backward_data_shuffle.launch(problem, config, grad_y, weight)
-    grad_x = empty(problem, problem.x_shape, grad_y)
-    if grad_x.numel() == 0:
-        return grad_x
     config = {**config, "BLOCK_K": columns_of(problem, config["BLOCK_K"])}
-    run(
-        backward_data_shuffle_given_kernel,
-        _programs(problem, config),
-        config,
-        grad_y.device,
-        grad_y_ptr=grad_y,
-        w_ptr=weight,
-        grad_x_ptr=grad_x,
-        **geometry(problem),
-        **division(problem.size),
-        grad_y_strides=grad_y.stride(),
-        grad_x_strides=grad_x.stride(),
-        X_STEP=phases.width_step(problem.size[2], config),
-        FACTS=phases.facts(problem, config, grad_y, config["BLOCK_K"] // math.prod(problem.kernel)),
-        VOXELS_INNER=grad_x.stride(1) != 1,
-        WIDE=wide(grad_y, weight, grad_x, of=problem),
-        PRECISION=precision(problem.dtype),
-    )
-    return grad_x
-
-
-def _programs(problem: Problem, config: Config) -> int:
-    columns = triton.cdiv(problem.c_in // problem.groups, config["BLOCK_N"]) * problem.groups
-    return tiles.tiles_of(problem.n, problem.size, config) * columns
+    channels = config["BLOCK_K"] // math.prod(problem.kernel)
+    return phases.backward_data(backward_data_shuffle_given_kernel, problem, config, grad_y, weight, channels)
 
 
 def supports(problem: Problem, device: torch.device) -> str | None:
@@ -167,19 +141,13 @@ def _loads(problem: Problem, config: Config) -> bool:
 
 
 def work(problem: Problem, config: Config) -> Work:
-    programs = _programs(problem, config)
+    programs = tiles.programs(problem, problem.size, problem.c_in // problem.groups, config)
     steps = phases.columns(problem, config["ROWS"], problem.kernel) // config["BLOCK_K"]
     return tap_gemm(problem, "backward_data", config, programs, programs * steps)
 
 
 VARIANT = Variant(
-    name="backward_data_shuffle_given",
-    pass_name="backward_data",
-    idea="kernel = stride, the weight as given: each step puts a tile in order, nothing is packed",
-    backend="triton",
-    launch=launch,
-    supports=supports,
-    space=space,
-    default=default,
-    work=work,
-)
+    "backward_data_shuffle_given", "backward_data",
+    "kernel = stride, the weight as given: each step puts a tile in order, nothing is packed", "triton",
+    launch=launch, supports=supports, space=space, default=default, work=work,
+)  # fmt: skip

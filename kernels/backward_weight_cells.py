@@ -175,10 +175,9 @@ def default(problem: Problem, device: torch.device):
 def supports(problem: Problem, device: torch.device) -> str | None:
     window = window_of(problem.kernel, problem.stride)
     why_not = refusal(problem, device) or triton_taps.refusal(problem.stride) or triton_taps.refusal(window)
+    why_not = why_not or triton_phases.dilation_refusal(problem)
     if why_not is not None:
         return why_not
-    if any(axis.kernel > 1 and axis.dilation > 1 for axis in problem.axes):
-        return f"with dilation {problem.dilation} the taps of an output are not neighbours in steps of the stride"
     if math.prod(window) == 1 or math.prod(problem.stride) == 1:
         return f"kernel {problem.kernel}, stride {problem.stride}: one delta or one phase, the taps count as well"
     waste = math.prod(window) * math.prod(problem.stride) / math.prod(problem.kernel)
@@ -224,15 +223,9 @@ def _least(lanes: int, block: int, channels: int, places: Triple, last: bool) ->
 
 
 VARIANT = copying(Variant(
-    name="backward_weight_cells",
-    pass_name="backward_weight",
-    idea="kernel > stride, few channels: one GEMM over cells, phases times window deltas",
-    backend="triton",
-    spreads_nonfinite=SPREADS_VOXELS,
-    launch=launch,
-    supports=supports,
-    space=lambda problem, device: gemm(problem).space(default(problem, device)),
-    default=default,
-    workspace_bytes=lambda problem: gemm(problem).workspace_bytes(),
-    work=work,
+    "backward_weight_cells", "backward_weight",
+    "kernel > stride, few channels: one GEMM over cells, phases times window deltas", "triton",
+    launch=launch, supports=supports, space=lambda problem, device: gemm(problem).space(default(problem, device)),
+    default=default, spreads_nonfinite=SPREADS_VOXELS,
+    workspace_bytes=lambda problem: gemm(problem).workspace_bytes(), work=work,
 ), ("x", "y"), "c_out")  # fmt: skip

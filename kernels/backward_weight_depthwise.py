@@ -166,7 +166,6 @@ def launch(problem, config, x, grad_y, need_bias):
     grad_weight = fresh(problem.weight_shape, x)
     bias_partial = fresh((splits, channels), x, torch.float32) if need_bias else None
     grad_bias = fresh((channels,), x) if need_bias else None
-    windows = [depthwise.phase_window(a.kernel, a.stride, a.dilation, a.crop) for a in problem.axes[1:]]
     run(
         backward_weight_depthwise_kernel,
         splits * (problem.kernel[0] + need_bias) * math.ceil(channels / config["BLOCK_C"]),
@@ -180,9 +179,7 @@ def launch(problem, config, x, grad_y, need_bias):
         splits=splits,
         x_strides=x.stride(),
         y_strides=grad_y.stride(),
-        FIRST=tuple(first for first, _ in windows),
-        TAPS_H=windows[0][1],
-        TAPS_W=windows[1][1],
+        **depthwise.phase_windows(problem),
         WIDE=wide(x, grad_y, partial, of=problem),
     )
     sum_weights(partial, grad_weight.view(channels, 1, *problem.kernel), bias_partial, grad_bias)
@@ -229,15 +226,8 @@ def work(problem: Problem, config) -> Work:
 
 
 VARIANT = Variant(
-    name="backward_weight_depthwise",
-    pass_name="backward_weight",
-    idea="one input channel per group: FMAs, split over voxels, summed in a fixed order",
-    backend="triton",
-    spreads_nonfinite=SPREADS_VOXELS,
-    launch=launch,
-    supports=supports,
-    space=space,
-    default=default,
-    workspace_bytes=workspace_bytes,
-    work=work,
-)
+    "backward_weight_depthwise", "backward_weight",
+    "one input channel per group: FMAs, split over voxels, summed in a fixed order", "triton",
+    launch=launch, supports=supports, space=space, default=default, spreads_nonfinite=SPREADS_VOXELS,
+    workspace_bytes=workspace_bytes, work=work,
+)  # fmt: skip

@@ -131,15 +131,10 @@ def supports(problem: Problem, device: torch.device) -> str | None:
 
 
 VARIANT = copying(Variant(
-    name="backward_weight_splitk",
-    pass_name="backward_weight",
-    idea="one GEMM over all voxels, split into chunks; the bias gradient in the same launch",
-    backend="triton",
-    spreads_nonfinite=SPREADS_VOXELS,
-    launch=launch,
-    supports=supports,
-    space=lambda problem, device: gemm(problem).space(gemm(problem).default()),
-    default=lambda problem, device: gemm(problem).default(),
+    "backward_weight_splitk", "backward_weight",
+    "one GEMM over all voxels, split into chunks; the bias gradient in the same launch", "triton",
+    launch=launch, supports=supports, space=lambda problem, device: gemm(problem).space(gemm(problem).default()),
+    default=lambda problem, device: gemm(problem).default(), spreads_nonfinite=SPREADS_VOXELS,
     workspace_bytes=lambda problem: gemm(problem).workspace_bytes(),
     work=lambda problem, config: gemm(problem).work(config, LOAD_INSTRUCTIONS),
 ), ("x", "y"), "c_out")  # fmt: skip

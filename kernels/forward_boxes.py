@@ -11,23 +11,9 @@ import math
 import triton
 import triton.language as tl
 
+from tritonconv.kernels import triton_boxes
 from tritonconv.kernels.forward_phases import largest_phase, phase_order
-from tritonconv.kernels.triton_boxes import (
-    box_corner,
-    box_gemm,
-    box_of,
-    box_refusal,
-    box_voxels,
-    box_zeros,
-    boxes,
-    boxes_work,
-    describable,
-    programs,
-    store_box,
-    taps_first,
-    volume,
-    voxels_last,
-)
+from tritonconv.kernels.triton_boxes import box_corner, box_gemm, box_voxels, box_zeros, boxes, store_box
 from tritonconv.kernels.triton_device import (
     aligned,
     axis_phase,
@@ -114,21 +100,17 @@ def launch(problem, config, x, weight, bias, out=None):
     y = empty(problem, problem.y_shape, x) if out is None else out
     if y.numel() == 0:
         return y
-    config = dict(config)
-    box = tuple(config[f"BLOCK_{axis}"] for axis in "DHW")
     k_innermost = x.dtype.itemsize == 4  # TF32 wants the summed axis innermost
     block = (config["BLOCK_N"], config["BLOCK_K"]) if k_innermost else (config["BLOCK_K"], config["BLOCK_N"])
-    largest = largest_phase(problem)
-    count = problem.n * math.prod(-(-s // b) for s, b in zip(largest, box, strict=True))
-    count *= triton.cdiv(problem.c_out, config["BLOCK_N"]) * math.prod(problem.stride)
-    x = describable(x)
+    count = triton_boxes.box_tiles(problem, largest_phase(problem), problem.c_out, config) * math.prod(problem.stride)
+    x = triton_boxes.describable(x)
     run(
         forward_boxes_kernel,
-        programs(x.device, count),
+        triton_boxes.programs(x.device, count),
         config,
         x.device,
-        x_desc=volume(x, box, config["BLOCK_K"]),  # type: ignore[arg-type]
-        w_desc=taps_first(weight, IN_INNERMOST if k_innermost else OUT_INNERMOST, block),
+        x_desc=triton_boxes.volume(x, triton_boxes.box_shape(config), config["BLOCK_K"]),
+        w_desc=triton_boxes.taps_first(weight, IN_INNERMOST if k_innermost else OUT_INNERMOST, block),
         bias_ptr=bias,
         y_ptr=y,
         **geometry(problem),
@@ -136,7 +118,7 @@ def launch(problem, config, x, weight, bias, out=None):
         ORDER=phase_order(problem),
         K_INNERMOST=k_innermost,
         WIDE=wide(y, of=problem),
-        VOXELS_LAST=voxels_last(config),
+        VOXELS_LAST=triton_boxes.voxels_last(config),
         PRECISION=precision(problem.dtype),
     )
     return y
@@ -145,7 +127,7 @@ def launch(problem, config, x, weight, bias, out=None):
 def box_config(problem, size, columns, depth):
     """The default tile: 128 voxels in the box that covers ``size`` best, up to 128 columns."""
     half = problem.dtype.itemsize == 2
-    d, h, w = box_of(size, 128 if half else 64)
+    d, h, w = triton_boxes.box_of(size, 128 if half else 64)
     block_n = power_of_two(columns, 16, 128 if half else 64)
     return {
         "BLOCK_D": d,
@@ -164,7 +146,7 @@ def box_space(base, size):
     voxels = base["BLOCK_D"] * base["BLOCK_H"] * base["BLOCK_W"]
     found = [base]
     for block_m in (voxels // 2, voxels * 2):
-        d, h, w = box_of(size, block_m)
+        d, h, w = triton_boxes.box_of(size, block_m)
         found.append({**base, "BLOCK_D": d, "BLOCK_H": h, "BLOCK_W": w})
     for block_n in (base["BLOCK_N"] // 2, base["BLOCK_N"] * 2):
         if 16 <= block_n <= 256:
@@ -179,19 +161,13 @@ def default(problem, device):
 
 
 def work(problem, config) -> Work:
-    taps = sum(phase.taps for phase in problem.phases)
-    return boxes_work(problem, "forward", config, largest_phase(problem), problem.c_out, taps * problem.c_in)
+    depth = problem.c_in * sum(phase.taps for phase in problem.phases)
+    return triton_boxes.boxes_work(problem, "forward", config, largest_phase(problem), problem.c_out, depth)
 
 
 VARIANT = Variant(
-    name="forward_boxes",
-    pass_name="forward",
-    idea="implicit GEMM per phase on tensor-descriptor boxes, persistent grid",
-    backend="triton",
-    spreads_nonfinite=SPREADS_WEIGHT,
-    launch=launch,
-    supports=box_refusal,
-    space=lambda problem, device: box_space(default(problem, device), largest_phase(problem)),
-    default=default,
-    work=work,
-)
+    "forward_boxes", "forward", "implicit GEMM per phase on tensor-descriptor boxes, persistent grid", "triton",
+    launch=launch, supports=triton_boxes.box_refusal,
+    space=lambda problem, device: box_space(default(problem, device), largest_phase(problem)), default=default,
+    spreads_nonfinite=SPREADS_WEIGHT, work=work,
+)  # fmt: skip

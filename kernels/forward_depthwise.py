@@ -12,11 +12,10 @@ import triton
 import triton.language as tl
 
 from tritonconv.kernels import triton_depthwise as depthwise
+from tritonconv.kernels.triton_convolution import forward
 from tritonconv.kernels.triton_depthwise import add_window, filled, lanes, store_places, tile_of
 from tritonconv.kernels.triton_device import axis_phase, tap_period, tap_shift
-from tritonconv.kernels.triton_launch import RUN_TIME, accounting, empty, geometry, refusal, wide
-from tritonconv.kernels.triton_launch import launch as run
-from tritonconv.kernels.triton_weights import packed, strides
+from tritonconv.kernels.triton_launch import RUN_TIME, accounting, empty, refusal
 from tritonconv.kernels.variant import SPREADS_WEIGHT, Variant
 from tritonconv.kernels.work import Work
 from tritonconv.problem import Problem
@@ -75,31 +74,15 @@ def forward_depthwise_kernel(
 
 def launch(problem, config, x, weight, bias, out=None):
     y = empty(problem, problem.y_shape, x) if out is None else out
-    if y.numel() == 0:
-        return y
-    config = dict(config)
-    weight = packed(weight, config.pop("WEIGHT"))
-    windows = [depthwise.phase_window(a.kernel, a.stride, a.dilation, a.crop) for a in problem.axes[1:]]
-    run(
-        forward_depthwise_kernel,
-        depthwise.programs(problem.n, problem.c_out, problem.out_size, problem.stride[1:], config),
-        config,
-        x.device,
-        x_ptr=x,
-        w_ptr=weight,
-        bias_ptr=bias,
-        y_ptr=y,
-        **geometry(problem),
-        x_strides=x.stride(),
-        w_strides=strides(weight),
-        y_strides=y.stride(),
-        FIRST=tuple(first for first, _ in windows),
-        TAPS_H=windows[0][1],
-        TAPS_W=windows[1][1],
+    return forward(
+        forward_depthwise_kernel, programs(problem, config), problem, config, x, weight, bias, y,
+        **depthwise.phase_windows(problem),
         INTERLEAVE=int(problem.stride[2] == 2 and problem.layout == "ncdhw"),
-        WIDE=wide(x, weight, y, of=problem),
-    )
-    return y
+    )  # fmt: skip
+
+
+def programs(problem: Problem, config) -> int:
+    return depthwise.programs(problem.n, problem.c_out, problem.out_size, problem.stride[1:], config)
 
 
 def supports(problem: Problem, device: torch.device) -> str | None:
@@ -124,20 +107,12 @@ def space(problem: Problem, device: torch.device):
 
 
 def work(problem: Problem, config) -> Work:
-    places = problem.stride[1:]
-    programs = depthwise.programs(problem.n, problem.c_out, problem.out_size, places, config)
-    return depthwise.work(problem, "forward", config, programs, places[0] * places[1])
+    places = problem.stride[1] * problem.stride[2]
+    return depthwise.work(problem, "forward", config, programs(problem, config), places)
 
 
 VARIANT = Variant(
-    name="forward_depthwise",
-    pass_name="forward",
-    idea="one input channel per group: FMAs, all phases along h and w from one look at x",
-    backend="triton",
-    spreads_nonfinite=SPREADS_WEIGHT,
-    launch=launch,
-    supports=supports,
-    space=space,
-    default=default,
-    work=work,
-)
+    "forward_depthwise", "forward",
+    "one input channel per group: FMAs, all phases along h and w from one look at x", "triton",
+    launch=launch, supports=supports, space=space, default=default, spreads_nonfinite=SPREADS_WEIGHT, work=work,
+)  # fmt: skip

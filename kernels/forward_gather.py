@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from tritonconv.kernels import triton_tiles as tiles
+from tritonconv.kernels.triton_convolution import forward
 from tritonconv.kernels.triton_device import (
     aligned,
     ceil_div,
@@ -22,9 +23,8 @@ from tritonconv.kernels.triton_device import (
     voxels,
     widened,
 )
-from tritonconv.kernels.triton_launch import RUN_TIME, accounting, empty, geometry, precision, refusal, wide
-from tritonconv.kernels.triton_launch import launch as run
-from tritonconv.kernels.triton_weights import oriented, packed, preferred
+from tritonconv.kernels.triton_launch import RUN_TIME, accounting, empty, refusal
+from tritonconv.kernels.triton_weights import preferred
 from tritonconv.kernels.variant import SPREADS_WEIGHT, Variant
 from tritonconv.kernels.work import Work, parts, tap_gemm
 
@@ -95,31 +95,14 @@ def forward_gather_kernel(
     store_tile(y_ptr, rows, channel * y_strides[1], acc, mask_m, mask_n, VOXELS_INNER)
 
 
+def programs(problem, config) -> int:
+    return tiles.programs(problem, problem.out_size, problem.c_out // problem.groups, config)
+
+
 def launch(problem, config, x, weight, bias, out=None):
     y = empty(problem, problem.y_shape, x) if out is None else out
-    if y.numel() == 0:
-        return y
-    config = dict(config)
-    weight = packed(weight, config.pop("WEIGHT"))
-    columns = parts(problem.c_out // problem.groups, config["BLOCK_N"])
-    run(
-        forward_gather_kernel,
-        tiles.tiles_of(problem.n, problem.out_size, config) * columns * problem.groups,
-        config,
-        x.device,
-        x_ptr=x,
-        w_ptr=weight,
-        bias_ptr=bias,
-        y_ptr=y,
-        **geometry(problem),
-        x_strides=x.stride(),
-        w_strides=oriented(weight, "forward"),
-        y_strides=y.stride(),
-        VOXELS_INNER=y.stride(1) != 1,
-        WIDE=wide(x, weight, y, of=problem),
-        PRECISION=precision(problem.dtype),
-    )
-    return y
+    inner, grid = y.stride(1) != 1, programs(problem, config)
+    return forward(forward_gather_kernel, grid, problem, config, x, weight, bias, y, VOXELS_INNER=inner)
 
 
 def default(problem, device):
@@ -132,22 +115,14 @@ def default(problem, device):
 
 
 def work(problem, config) -> Work:
-    columns, depth = problem.c_out // problem.groups, problem.c_in // problem.groups
-    programs = tiles.tiles_of(problem.n, problem.out_size, config)
-    programs *= parts(columns, config["BLOCK_N"]) * problem.groups
-    steps = programs * math.prod(problem.kernel) * parts(depth, config["BLOCK_K"])
-    return tap_gemm(problem, "forward", config, programs, steps)
+    count = programs(problem, config)
+    steps = count * math.prod(problem.kernel) * parts(problem.c_in // problem.groups, config["BLOCK_K"])
+    return tap_gemm(problem, "forward", config, count, steps)
 
 
 VARIANT = Variant(
-    name="forward_gather",
-    pass_name="forward",
-    idea="gather over all taps with stride masks: the baseline",
-    backend="triton",
-    spreads_nonfinite=SPREADS_WEIGHT,
-    launch=launch,
-    supports=refusal,
-    space=lambda problem, device: tiles.around(default(problem, device), problem, WEIGHT=(0, 1, 2)),
-    default=default,
-    work=work,
-)
+    "forward_gather", "forward", "gather over all taps with stride masks: the baseline", "triton",
+    launch=launch, supports=refusal,
+    space=lambda problem, device: tiles.around(default(problem, device), problem, WEIGHT=(0, 1, 2)), default=default,
+    spreads_nonfinite=SPREADS_WEIGHT, work=work,
+)  # fmt: skip

@@ -196,13 +196,11 @@ def columns(problem: Problem) -> int:
 
 
 def supports(problem: Problem, device: torch.device) -> str | None:
-    why_not = refusal(problem, device)
+    why_not = refusal(problem, device) or phases.dilation_refusal(problem)
     if why_not is not None:
         return why_not
     if problem.groups > 1:
         return f"{problem.groups} groups: the taps of one group fill no tile"
-    if any(axis.kernel > 1 and axis.dilation > 1 for axis in problem.axes):
-        return f"with dilation {problem.dilation} the taps of an output are not neighbours in steps of the stride"
     if any(s not in (1, 2) or w > 2 for s, w in zip(problem.stride, window(problem), strict=True)):
         return f"kernel {problem.kernel}, stride {problem.stride}: strides 1 and 2 and kernels to twice them are served"
     if math.prod(window(problem)) == 1:
@@ -270,14 +268,7 @@ def work(problem: Problem, config) -> Work:
 
 
 VARIANT = Variant(
-    name="forward_overlap",
-    pass_name="forward",
-    idea="very few channels out: x times all taps once, overlapping products added in registers",
-    backend="triton",
-    spreads_nonfinite=SPREADS_WEIGHT,
-    launch=launch,
-    supports=supports,
-    space=space,
-    default=default,
-    work=work,
-)
+    "forward_overlap", "forward",
+    "very few channels out: x times all taps once, overlapping products added in registers", "triton",
+    launch=launch, supports=supports, space=space, default=default, spreads_nonfinite=SPREADS_WEIGHT, work=work,
+)  # fmt: skip

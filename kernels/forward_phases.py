@@ -15,6 +15,7 @@ import triton.language as tl
 
 from tritonconv.kernels import triton_tiles as tiles
 from tritonconv.kernels.triton_channels_last import copying
+from tritonconv.kernels.triton_convolution import forward
 from tritonconv.kernels.triton_device import (
     aligned,
     axis_phase,
@@ -31,10 +32,9 @@ from tritonconv.kernels.triton_device import (
     widened,
 )
 from tritonconv.kernels.triton_gemm import implicit_gemm
-from tritonconv.kernels.triton_launch import RUN_TIME, accounting, empty, geometry, precision, refusal, wide
-from tritonconv.kernels.triton_launch import launch as run
+from tritonconv.kernels.triton_launch import RUN_TIME, accounting, empty, refusal
 from tritonconv.kernels.triton_target import compute_capability
-from tritonconv.kernels.triton_weights import oriented, packed, preferred
+from tritonconv.kernels.triton_weights import preferred
 from tritonconv.kernels.variant import SPREADS_WEIGHT, Variant
 from tritonconv.kernels.work import Work, parts, tap_gemm
 from tritonconv.problem import Problem
@@ -143,34 +143,21 @@ def largest_phase(problem: Problem) -> tuple[int, int, int]:
     return tuple(-(-out // s) for out, s in zip(problem.out_size, problem.stride, strict=True))  # type: ignore[return-value]
 
 
+def programs(problem: Problem, config) -> int:
+    """How many programs one phase has."""
+    pack, rows = config["PACK"], tiles.tiles_of(problem.n, largest_phase(problem), config)
+    return rows * parts(pack * problem.c_out // problem.groups, config["BLOCK_N"]) * (problem.groups // pack)
+
+
 def launch(problem, config, x, weight, bias, out=None):
     y = empty(problem, problem.y_shape, x) if out is None else out
-    if y.numel() == 0:
-        return y
-    config = dict(config)
-    weight = packed(weight, config.pop("WEIGHT"))
-    rows = tiles.tiles_of(problem.n, largest_phase(problem), config)
-    columns = parts(config["PACK"] * problem.c_out // problem.groups, config["BLOCK_N"])
-    run(
-        forward_phases_kernel,
-        math.prod(problem.stride) * rows * columns * (problem.groups // config["PACK"]),
-        config,
-        x.device,
-        x_ptr=x,
-        w_ptr=weight,
-        bias_ptr=bias,
-        y_ptr=y,
-        **geometry(problem),
-        x_strides=x.stride(),
-        w_strides=oriented(weight, "forward"),
-        y_strides=y.stride(),
+    return forward(
+        forward_phases_kernel, math.prod(problem.stride) * programs(problem, config), problem, config,
+        x, weight, bias, y,
         ORDER=phase_order(problem),
         X_VOXELS_INNER=x.stride(1) != 1 and config["BLOCK_W"] == 0,
         Y_VOXELS_INNER=y.stride(1) != 1,
-        WIDE=wide(x, weight, y, of=problem),
-        PRECISION=precision(problem.dtype),
-    )
-    return y
+    )  # fmt: skip
 
 
 def default(problem: Problem, device: torch.device):
@@ -197,22 +184,12 @@ def space(problem: Problem, device: torch.device):
 
 
 def work(problem: Problem, config) -> Work:
-    pack, rows = config["PACK"], tiles.tiles_of(problem.n, largest_phase(problem), config)
-    each = rows * parts(pack * problem.c_out // problem.groups, config["BLOCK_N"]) * (problem.groups // pack)
-    depth = parts(pack * problem.c_in // problem.groups, config["BLOCK_K"])
-    steps = each * depth * problem.phase_taps
+    each = programs(problem, config)
+    steps = each * parts(config["PACK"] * problem.c_in // problem.groups, config["BLOCK_K"]) * problem.phase_taps
     return tap_gemm(problem, "forward", config, each * math.prod(problem.stride), steps, apart=(1, problem.stride[2]))
 
 
 VARIANT = copying(Variant(
-    name="forward_phases",
-    pass_name="forward",
-    idea="implicit GEMM per phase: only the taps that hit",
-    backend="triton",
-    spreads_nonfinite=SPREADS_WEIGHT,
-    launch=launch,
-    supports=refusal,
-    space=space,
-    default=default,
-    work=work,
+    "forward_phases", "forward", "implicit GEMM per phase: only the taps that hit", "triton",
+    launch=launch, supports=refusal, space=space, default=default, spreads_nonfinite=SPREADS_WEIGHT, work=work,
 ), ("x",), "c_in")  # fmt: skip

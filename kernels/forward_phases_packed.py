@@ -29,7 +29,7 @@ from tritonconv.kernels.triton_device import (
     voxel_tiles,
     voxels,
 )
-from tritonconv.kernels.triton_launch import accounting, empty, refusal
+from tritonconv.kernels.triton_launch import accounting, refusal
 from tritonconv.kernels.triton_phases import cells_of, column_count, decoded, store_phases
 from tritonconv.kernels.variant import SPREADS_VOXELS, SPREADS_WEIGHT, Variant
 from tritonconv.kernels.work import Work
@@ -144,10 +144,8 @@ def forward_phases_packed_kernel(
 
 
 def launch(problem, config, x, weight, bias, out=None):
-    y = empty(problem, problem.y_shape, x) if out is None else out
-    if y.numel() > 0:
-        phases.forward(forward_phases_packed_kernel, problem, config, x, weight, bias, y, shift(problem, config))
-    return y
+    late = shift(problem, config)
+    return phases.forward(forward_phases_packed_kernel, problem, config, x, weight, bias, out, shift=late, SHIFT=late)
 
 
 def shift(problem: Problem, config) -> int:
@@ -168,9 +166,7 @@ def window(problem: Problem) -> tuple[int, int, int]:
 
 
 def supports(problem: Problem, device: torch.device) -> str | None:
-    why_not = refusal(problem, device)
-    if why_not is None and any(axis.kernel > 1 and axis.dilation > 1 for axis in problem.axes):
-        why_not = f"with dilation {problem.dilation} the taps of an output are not neighbours in steps of the stride"
+    why_not = refusal(problem, device) or phases.dilation_refusal(problem)
     waste = math.prod(window(problem)) * math.prod(problem.stride) / math.prod(problem.kernel)
     if why_not is None and waste > MOST_WASTE:
         why_not = (
@@ -202,14 +198,7 @@ def work(problem: Problem, config) -> Work:
 
 
 VARIANT = Variant(
-    name="forward_phases_packed",
-    pass_name="forward",
-    idea="all phases in one tile, taps packed into the depth: few channels",
-    backend="triton",
-    spreads_nonfinite=f"{SPREADS_WEIGHT}; {SPREADS_VOXELS}",
-    launch=launch,
-    supports=supports,
-    space=space,
-    default=default,
-    work=work,
-)
+    "forward_phases_packed", "forward", "all phases in one tile, taps packed into the depth: few channels", "triton",
+    launch=launch, supports=supports, space=space, default=default,
+    spreads_nonfinite=f"{SPREADS_WEIGHT}; {SPREADS_VOXELS}", work=work,
+)  # fmt: skip

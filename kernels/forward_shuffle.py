@@ -23,7 +23,7 @@ from tritonconv.kernels.triton_device import (
     voxel_tiles,
     voxels,
 )
-from tritonconv.kernels.triton_launch import accounting, empty, refusal
+from tritonconv.kernels.triton_launch import accounting, refusal
 from tritonconv.kernels.triton_phases import cells_of, column_count, decoded, store_phases
 from tritonconv.kernels.variant import Variant
 from tritonconv.kernels.work import Work
@@ -103,19 +103,14 @@ def forward_shuffle_kernel(
 
 
 def launch(problem, config, x, weight, bias, out=None):
-    y = empty(problem, problem.y_shape, x) if out is None else out
-    if y.numel() > 0:
-        phases.forward(forward_shuffle_kernel, problem, config, x, weight, bias, y)
-    return y
+    return phases.forward(forward_shuffle_kernel, problem, config, x, weight, bias, out)
 
 
 def supports(problem: Problem, device: torch.device) -> str | None:
     why_not = refusal(problem, device)
     if why_not is None and any(axis.kernel > axis.stride for axis in problem.axes):
-        why_not = f"an output of kernel {problem.kernel}, stride {problem.stride} has several taps along one axis"
-    if why_not is None and any(axis.kernel > 1 and axis.dilation > 1 for axis in problem.axes):
-        why_not = f"with dilation {problem.dilation} the taps of kernel {problem.kernel} leave the cell of their voxel"
-    return why_not
+        return f"an output of kernel {problem.kernel}, stride {problem.stride} has several taps along one axis"
+    return why_not or phases.dilation_refusal(problem)
 
 
 def default(problem: Problem, device: torch.device):
@@ -133,13 +128,6 @@ def work(problem: Problem, config) -> Work:
 
 
 VARIANT = Variant(
-    name="forward_shuffle",
-    pass_name="forward",
-    idea="kernel <= stride: one GEMM over all phases, shuffled while it is stored",
-    backend="triton",
-    launch=launch,
-    supports=supports,
-    space=space,
-    default=default,
-    work=work,
-)
+    "forward_shuffle", "forward", "kernel <= stride: one GEMM over all phases, shuffled while it is stored", "triton",
+    launch=launch, supports=supports, space=space, default=default, work=work,
+)  # fmt: skip

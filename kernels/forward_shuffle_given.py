@@ -31,8 +31,7 @@ from tritonconv.kernels.triton_device import (
     voxel_tiles,
     voxels,
 )
-from tritonconv.kernels.triton_launch import accounting, division, empty, geometry, precision, refusal, wide
-from tritonconv.kernels.triton_launch import launch as run
+from tritonconv.kernels.triton_launch import accounting, refusal
 from tritonconv.kernels.triton_phases import cells_of, phases_first, store_phases
 from tritonconv.kernels.variant import Config, Variant
 from tritonconv.kernels.work import Work, size_of
@@ -110,30 +109,11 @@ def launch(problem, config, x, weight, bias, out=None):
     if not weight.is_contiguous():  # channels_last_3d, or a slice: that kernel takes any strides, in the same tiles
         config = {**forward_shuffle.default(problem, x.device), **config}
         return forward_shuffle.launch(problem, config, x, weight, bias, out)
-    y = empty(problem, problem.y_shape, x) if out is None else out
-    if y.numel() == 0:
-        return y
     config = {**config, "BLOCK_N": columns_of(problem, config["BLOCK_N"])}
-    run(
-        forward_shuffle_given_kernel,
-        _programs(problem, config),
-        config,
-        x.device,
-        x_ptr=x,
-        w_ptr=weight,
-        bias_ptr=bias,
-        y_ptr=y,
-        **geometry(problem),
-        **division(phases.cells(problem)),
-        x_strides=x.stride(),
-        y_strides=y.stride(),
-        X_STEP=phases.width_step(problem.size[2], config),
-        FACTS=phases.facts(problem, config, y, config["BLOCK_N"] // math.prod(problem.kernel)),
-        X_VOXELS_INNER=x.stride(1) != 1 and config["BLOCK_W"] == 0,
-        WIDE=wide(x, weight, y, of=problem),
-        PRECISION=precision(problem.dtype),
-    )
-    return y
+    return phases.forward(
+        forward_shuffle_given_kernel, problem, config, x, weight, bias, out,
+        grid=_programs(problem, config), channels=config["BLOCK_N"] // math.prod(problem.kernel),
+    )  # fmt: skip
 
 
 def _programs(problem: Problem, config: Config) -> int:
@@ -156,8 +136,6 @@ def unfit(problem: Problem, largest: int) -> str | None:
     taps, channels = math.prod(problem.kernel), problem.c_out // problem.groups
     if problem.kernel != problem.stride:
         return f"kernel {problem.kernel} is not stride {problem.stride}"
-    if any(axis.kernel > 1 and axis.dilation > 1 for axis in problem.axes):
-        return f"with dilation {problem.dilation} the taps of kernel {problem.kernel} leave the cell of their voxel"
     if taps == 1:
         return "kernel (1, 1, 1): a weight of one tap needs no packing"
     if taps & (taps - 1) or taps > largest:
@@ -165,7 +143,7 @@ def unfit(problem: Problem, largest: int) -> str | None:
     columns = columns_of(problem, largest)
     if not fits(problem, columns):
         return f"{channels} output channels per group: tiles of {columns // taps} with all {taps} taps are too narrow"
-    return None
+    return phases.dilation_refusal(problem)
 
 
 def fits(problem: Problem, columns: int) -> bool:
@@ -207,13 +185,7 @@ def work(problem: Problem, config: Config) -> Work:
 
 
 VARIANT = Variant(
-    name="forward_shuffle_given",
-    pass_name="forward",
-    idea="kernel = stride, the weight as given: the sums are put in order, nothing is packed",
-    backend="triton",
-    launch=launch,
-    supports=supports,
-    space=space,
-    default=default,
-    work=work,
-)
+    "forward_shuffle_given", "forward",
+    "kernel = stride, the weight as given: the sums are put in order, nothing is packed", "triton",
+    launch=launch, supports=supports, space=space, default=default, work=work,
+)  # fmt: skip

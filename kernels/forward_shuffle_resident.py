@@ -28,7 +28,7 @@ from tritonconv.kernels.triton_device import (
     voxels,
     widened,
 )
-from tritonconv.kernels.triton_launch import accounting, empty, multiprocessors
+from tritonconv.kernels.triton_launch import accounting, multiprocessors
 from tritonconv.kernels.triton_phases import cells_of, column_count, decoded, store_phases
 from tritonconv.kernels.variant import Config, Variant
 from tritonconv.kernels.work import Work, size_of
@@ -97,12 +97,9 @@ def forward_shuffle_resident_kernel(
 
 
 def launch(problem, config, x, weight, bias, out=None):
-    y = empty(problem, problem.y_shape, x) if out is None else out
-    if y.numel() > 0:
-        config = dict(_deep(problem, config))
-        programs = grid(problem, config, multiprocessors(x.device) * config.pop("RESIDENT"))
-        phases.forward(forward_shuffle_resident_kernel, problem, config, x, weight, bias, y, grid=programs)
-    return y
+    config = _deep(problem, config)
+    programs = grid(problem, config, multiprocessors(x.device) * config.pop("RESIDENT"))
+    return phases.forward(forward_shuffle_resident_kernel, problem, config, x, weight, bias, out, grid=programs)
 
 
 def grid(problem: Problem, config: Config, slots: int) -> int:
@@ -132,7 +129,7 @@ def default(problem: Problem, device: torch.device):
     return {**config, "RESIDENT": 3}
 
 
-def _deep(problem: Problem, config: Config) -> Config:
+def _deep(problem: Problem, config: Config) -> dict[str, int]:
     """With BLOCK_K: all of c_in in one step."""
     return {**config, "BLOCK_K": tiles.power_of_two(problem.c_in, 16, DEEPEST[problem.dtype.itemsize])}
 
@@ -170,13 +167,7 @@ def work(problem: Problem, config: Config) -> Work:
 
 
 VARIANT = Variant(
-    name="forward_shuffle_resident",
-    pass_name="forward",
-    idea="kernel <= stride, few channels in: a persistent grid that keeps the weight",
-    backend="triton",
-    launch=launch,
-    supports=supports,
-    space=space,
-    default=default,
-    work=work,
-)
+    "forward_shuffle_resident", "forward",
+    "kernel <= stride, few channels in: a persistent grid that keeps the weight", "triton",
+    launch=launch, supports=supports, space=space, default=default, work=work,
+)  # fmt: skip

@@ -22,7 +22,7 @@ from tritonconv.kernels.triton_tape import derived
 from tritonconv.kernels.triton_target import compute_capability, target
 from tritonconv.kernels.triton_weights import packed, strides
 from tritonconv.kernels.weight_orders import OUT_INNERMOST
-from tritonconv.kernels.work import Work, tap_gemm
+from tritonconv.kernels.work import Work, parts, tap_gemm
 from tritonconv.problem import Problem, Triple
 
 ALIGNMENT = 16  # bytes, of the base and of every stride but the last (CUDA driver API, cuTensorMapEncodeTiled)
@@ -178,16 +178,12 @@ def taps_first(weight: torch.Tensor, order: int, block: tuple[int, int]) -> Tens
     return TensorDescriptor(weight, [taps, weight.shape[1], weight.shape[0]], [tap, c_out, 1], [1, *block])
 
 
+@cache
 def box_of(size: Triple, block_m: int) -> Triple:
     """(BLOCK_D, BLOCK_H, BLOCK_W), powers of two whose product is ``block_m``, that covers ``size`` with least waste.
 
     Among equals the one with the smallest surface wins, then the widest: fewer halo voxels, longer rows.
     """
-    return _box_of(tuple(size), block_m)
-
-
-@cache
-def _box_of(size: Triple, block_m: int) -> Triple:
     powers = [2**e for e in range(block_m.bit_length())]
     shapes = [(d, h, block_m // (d * h)) for d in powers for h in powers if d * h <= block_m]
 
@@ -214,18 +210,26 @@ def programs(device: torch.device, tiles: int) -> int:
     return min(tiles, multiprocessors(device))
 
 
+def box_shape(config) -> Triple:
+    return config["BLOCK_D"], config["BLOCK_H"], config["BLOCK_W"]
+
+
+def box_tiles(problem: Problem, size: Triple, channels: int, config) -> int:
+    """How many boxes cover n images of ``size``, by the tiles of ``channels``."""
+    along = [-(-s // b) for s, b in zip(size, box_shape(config), strict=True)]
+    return problem.n * math.prod(along) * parts(channels, config["BLOCK_N"])
+
+
 PER_LOAD = 7  # instructions for 16 bytes of each thread: one thread asks for whole boxes, but all wait at barriers
 
 
 def boxes_work(problem: Problem, pass_name: str, config, size: Triple, channels: int, depth: int) -> Work:
     """Tiles over boxes of ``size``; ``depth`` is summed per tile over all phases. The weight is packed each time."""
-    box = tuple(config[f"BLOCK_{axis}"] for axis in "DHW")
-    each = problem.n * math.prod(-(-s // b) for s, b in zip(size, box, strict=True))
-    each *= math.ceil(channels / config["BLOCK_N"])
+    each = box_tiles(problem, size, channels, config)
     packed_weight = {**config, "WEIGHT": OUT_INNERMOST}
     found = tap_gemm(
         problem, pass_name, packed_weight, min(each, MULTIPROCESSORS), each * math.ceil(depth / config["BLOCK_K"]),
-        block_m=math.prod(box), per_load=PER_LOAD,
+        block_m=math.prod(box_shape(config)), per_load=PER_LOAD,
     )  # fmt: skip
     phases = math.prod(problem.stride) if pass_name == "forward" else 1
     return replace(found, programs=min(each * phases, MULTIPROCESSORS))  # persistent: one per multiprocessor

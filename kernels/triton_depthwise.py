@@ -48,6 +48,12 @@ def phase_window(kernel: int, stride: int, dilation: int, crop: int) -> Window:
     return _window(joins, stride)
 
 
+def phase_windows(problem: Problem) -> dict[str, tuple]:
+    """The kernel's arguments of :func:`phase_window` along h and w."""
+    along_h, along_w = [phase_window(a.kernel, a.stride, a.dilation, a.crop) for a in problem.axes[1:]]
+    return {"FIRST": (along_h[0], along_w[0]), "TAPS_H": along_h[1], "TAPS_W": along_w[1]}
+
+
 def strided_window(kernel: int, stride: int, dilation: int, places: int) -> Window:
     """Inputs ``j*places + place`` from outputs ``j*places*stride - crop + offset``."""
     return _window([(t, u, stride * u + dilation * t) for u in range(places) for t in range(kernel)], places)

@@ -56,15 +56,11 @@ def refusal(problem: Problem, device: torch.device) -> str | None:
 
 def geometry(problem: Problem) -> dict[str, Any]:
     """The arguments that every kernel takes under the same names; channels are per group."""
-    return {
-        **dict(zip(RUN_TIME, (problem.n, *problem.size, *problem.out_size, *problem.crop), strict=True)),
-        "C_IN": problem.c_in // problem.groups,
-        "C_OUT": problem.c_out // problem.groups,
-        "GROUPS": problem.groups,
-        "KERNEL": problem.kernel,
-        "STRIDE": problem.stride,
-        "DILATION": problem.dilation,
-    }
+    groups, run_time = problem.groups, (problem.n, *problem.size, *problem.out_size, *problem.crop)
+    arguments: dict[str, Any] = dict(zip(RUN_TIME, run_time, strict=True))
+    arguments |= {"C_IN": problem.c_in // groups, "C_OUT": problem.c_out // groups, "GROUPS": groups}
+    arguments |= {"KERNEL": problem.kernel, "STRIDE": problem.stride, "DILATION": problem.dilation}
+    return arguments
 
 
 def division(size: Triple) -> dict[str, int]:
@@ -129,9 +125,10 @@ def wide(*tensors: torch.Tensor | None, of: Problem | None = None) -> bool:
 
 
 def _is_wide(tensor: torch.Tensor, reach: tuple[int, ...]) -> bool:
-    far = largest_offset(tuple(tensor.shape), tensor.stride()) >= WIDE_FROM
-    beyond = sum(more * abs(stride) for more, stride in zip(reach, tensor.stride()[2:], strict=False))
-    return far or beyond >= WIDE_FROM or max(tensor.shape[2:], default=0) >= FAR // 2
+    shape, strides = tuple(tensor.shape), tensor.stride()
+    beyond = sum(more * abs(stride) for more, stride in zip(reach, strides[2:], strict=False))
+    far = beyond >= WIDE_FROM or max(shape[2:], default=0) >= FAR // 2
+    return far or largest_offset(shape, strides) >= WIDE_FROM
 
 
 def units(strides: tuple[int, ...]) -> tuple[int, ...]:

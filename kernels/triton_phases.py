@@ -16,13 +16,13 @@ from functools import lru_cache
 import triton
 import triton.language as tl
 
-from tritonconv.kernels import triton_launch
+from tritonconv.kernels import triton_convolution, triton_launch
 from tritonconv.kernels import triton_tiles as tiles
 from tritonconv.kernels.targets import MULTIPROCESSORS
 from tritonconv.kernels.triton_device import dividers, inside, load_along, multiple, product, voxels
-from tritonconv.kernels.triton_launch import BY, division, geometry, launch, precision, wide
+from tritonconv.kernels.triton_launch import BY, division, empty
 from tritonconv.kernels.triton_target import STEP, compute_capability
-from tritonconv.kernels.triton_weights import oriented, packed, preferred
+from tritonconv.kernels.triton_weights import preferred
 from tritonconv.kernels.variant import Config
 from tritonconv.kernels.weight_orders import AS_GIVEN, IN_INNERMOST
 from tritonconv.kernels.work import Work, parts, tap_gemm
@@ -216,6 +216,13 @@ def cells(problem: Problem, shift: int = 0) -> Triple:
     return tuple((crop + out - 1) // s - crop // s + 1 for crop, out, s in axes)  # type: ignore[return-value]
 
 
+def dilation_refusal(problem: Problem) -> str | None:
+    """The reason why cells cannot serve the problem's dilation; None where they can."""
+    if any(axis.kernel > 1 and axis.dilation > 1 for axis in problem.axes):
+        return f"with dilation {problem.dilation} the taps of an output are not neighbours in steps of the stride"
+    return None
+
+
 def columns(problem: Problem, rows: int, phases: Triple | None = None) -> int:
     """Columns of one group, by default of all phases: the host's side of :func:`column_count`."""
     return _columns(problem.stride if phases is None else phases, problem.c_out // problem.groups, rows)
@@ -288,41 +295,38 @@ def tile(problem: Problem, size: Triple, wide: int, depth: int) -> dict[str, int
     }
 
 
-def forward(
-    kernel, problem: Problem, config, x, weight, bias, y, shift: int | None = None, grid: int | None = None
-) -> None:
-    """Launches a forward kernel over tiles of (cells, columns): ``grid`` programs, by default one per tile."""
-    config = dict(config)
-    weight = packed(weight, config.pop("WEIGHT"))
-    tiles_n = parts(columns(problem, config["ROWS"]), config["BLOCK_N"])
-    each = tiles.tiles_of(problem.n, cells(problem, shift or 0), config) * tiles_n * problem.groups
-    launch(
-        kernel,
-        each if grid is None else grid,
-        config,
-        x.device,
-        x_ptr=x,
-        w_ptr=weight,
-        bias_ptr=bias,
-        y_ptr=y,
-        **geometry(problem),
-        x_strides=x.stride(),
-        w_strides=oriented(weight, "forward"),
-        y_strides=y.stride(),
-        **division(cells(problem, shift or 0)),
+def forward(kernel, problem: Problem, config, x, weight, bias, out, grid=None, shift=0, channels=None, **more):
+    """Launches a forward kernel over tiles of (cells, columns): ``grid`` programs, by default one per tile -> y.
+
+    ``shift`` as in :func:`cells`, ``channels`` as in :func:`facts`.
+    """
+    y = empty(problem, problem.y_shape, x) if out is None else out
+    size = cells(problem, shift)
+    if grid is None:
+        grid = tiles.programs(problem, size, columns(problem, config["ROWS"]), config)
+    return triton_convolution.forward(
+        kernel, grid, problem, config, x, weight, bias, y, **division(size), **more,
         X_VOXELS_INNER=x.stride(1) != 1 and config["BLOCK_W"] == 0,
         X_STEP=width_step(problem.size[2], config),
-        FACTS=facts(problem, config, y),
-        WIDE=wide(x, weight, y, of=problem),
-        PRECISION=precision(problem.dtype),
-        **({} if shift is None else {"SHIFT": shift}),
-    )
+        FACTS=facts(problem, config, y, channels),
+    )  # fmt: skip
+
+
+def backward_data(kernel, problem: Problem, config, grad_y, weight, channels=None):
+    """Launches a backward-data kernel over tiles of (voxels, c_in) -> grad_x; ``channels`` as in :func:`facts`."""
+    grad_x = empty(problem, problem.x_shape, grad_y)
+    grid = tiles.programs(problem, problem.size, problem.c_in // problem.groups, config)
+    return triton_convolution.backward_data(
+        kernel, grid, problem, config, grad_y, weight, grad_x, **division(problem.size),
+        X_STEP=width_step(problem.size[2], config),
+        FACTS=facts(problem, config, grad_y, channels),
+        VOXELS_INNER=grad_x.stride(1) != 1,
+    )  # fmt: skip
 
 
 def work(problem: Problem, config, size: Triple, depth: int) -> Work:
     """Of :func:`forward`: tiles over cells ``size`` and all columns, ``depth`` per output."""
-    programs = tiles.tiles_of(problem.n, size, config) * problem.groups
-    programs *= parts(columns(problem, config["ROWS"]), config["BLOCK_N"])
+    programs = tiles.programs(problem, size, columns(problem, config["ROWS"]), config)
     steps = programs * parts(depth, config["BLOCK_K"])
     products = depth * math.prod(problem.stride)  # of one cell and output channel, those with zeros included
     hit = math.prod(problem.kernel) * (problem.c_in // problem.groups) / products

@@ -11,7 +11,7 @@ import triton
 from tritonconv.kernels.targets import LEAST_SHARED_BYTES, MULTIPROCESSORS
 from tritonconv.kernels.triton_target import pipeline_buffers, shared_bytes
 from tritonconv.kernels.variant import Config
-from tritonconv.kernels.work import AS_GIVEN, SECTOR
+from tritonconv.kernels.work import AS_GIVEN, SECTOR, parts
 from tritonconv.problem import Problem, Triple
 
 SHARED_BYTES = LEAST_SHARED_BYTES  # a default config fits every listed target
@@ -89,6 +89,11 @@ def tiles_of(n: int, size: Triple, config: Config) -> int:
     if width == 0:
         return math.ceil(n * math.prod(size) / block_m)
     return math.ceil(n * size[0] * size[1] / (block_m // width)) * math.ceil(size[2] / width)
+
+
+def programs(problem: Problem, size: Triple, columns: int, config: Config) -> int:
+    """How many tiles cover n images of ``size`` by ``columns`` in all groups."""
+    return tiles_of(problem.n, size, config) * parts(columns, config["BLOCK_N"]) * problem.groups
 
 
 def around(base: Config, problem: Problem, along: str = "BLOCK_M", **more: tuple[int, ...]) -> tuple[Config, ...]:

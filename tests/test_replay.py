@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 import tritonconv
 from tritonconv import Problem, dispatch
 from tritonconv.autotune.choose import Selection
-from tritonconv.kernels import registry, triton_launch, triton_transpose
+from tritonconv.kernels import registry, triton_convolution, triton_launch, triton_transpose
 from tritonconv.kernels.registry import variant, variants
 from tritonconv.kernels.triton_replay import Replay
 
@@ -36,21 +36,19 @@ def made(monkeypatch):
     """How many times arguments were worked out, and handed to ``launch``."""
     counts = {"worked out": 0, "launched": 0}
     real = triton_launch.geometry
-    for module in ("forward_gather", "backward_data_gemm"):
 
-        def geometry(problem):
-            counts["worked out"] += 1
-            return real(problem)
+    def geometry(problem):
+        counts["worked out"] += 1
+        return real(problem)
 
-        monkeypatch.setattr(f"tritonconv.kernels.{module}.geometry", geometry)
+    monkeypatch.setattr(triton_convolution, "geometry", geometry)
     launched = triton_launch.launch
 
     def counted(*args, **kwargs):
         counts["launched"] += 1
         launched(*args, **kwargs)
 
-    for module in ("forward_gather", "backward_data_gemm"):
-        monkeypatch.setattr(f"tritonconv.kernels.{module}.run", counted)
+    monkeypatch.setattr(triton_convolution, "launch", counted)
     return counts
 
 

@@ -1,0 +1,39 @@
+"""The launches of the forward and of the backward-data kernels that take their operands by pointers and strides."""
+
+from __future__ import annotations
+
+import torch
+
+from tritonconv.kernels.triton_launch import geometry, launch, precision, wide
+from tritonconv.kernels.triton_weights import oriented, packed
+from tritonconv.kernels.variant import Config
+from tritonconv.problem import Problem
+
+
+def forward(kernel, grid: int, problem: Problem, config: Config, x, weight, bias, y, **more) -> torch.Tensor:
+    """Launches a forward kernel, unless y is empty -> y; ``more`` are arguments of this kernel alone."""
+    if y.numel() > 0:
+        more |= {"x_ptr": x, "bias_ptr": bias, "y_ptr": y, "x_strides": x.stride(), "y_strides": y.stride()}
+        _convolve(kernel, grid, problem, config, weight, "forward", x, y, more)
+    return y
+
+
+def backward_data(kernel, grid: int, problem: Problem, config: Config, grad_y, weight, grad_x, **more) -> torch.Tensor:
+    """Launches a backward-data kernel, unless grad_x is empty -> grad_x; ``more`` as in :func:`forward`."""
+    if grad_x.numel() > 0:
+        more |= {"grad_y_ptr": grad_y, "grad_x_ptr": grad_x, "grad_y_strides": grad_y.stride()}
+        more.setdefault("grad_x_strides", grad_x.stride())
+        _convolve(kernel, grid, problem, config, weight, "backward_data", grad_y, grad_x, more)
+    return grad_x
+
+
+def _convolve(kernel, grid, problem, config, weight, pass_name, source, result, arguments) -> None:
+    """The launch of both. A kernel whose configs have no WEIGHT reads the weight in torch's order, without strides."""
+    if "WEIGHT" in config:
+        config = dict(config)
+        weight = packed(weight, config.pop("WEIGHT"))
+        arguments["w_strides"] = oriented(weight, pass_name)
+    if "PRECISION" in kernel.arg_names:
+        arguments["PRECISION"] = precision(problem.dtype)
+    far = wide(source, weight, result, of=problem)
+    launch(kernel, grid, config, source.device, w_ptr=weight, WIDE=far, **geometry(problem), **arguments)
