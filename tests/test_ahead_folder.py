@@ -100,12 +100,13 @@ def test_a_folder_that_holds_something_else_is_not_filled(tmp_path):
 # ---------------------------------------------------------------- filling a folder
 
 ANSWERS_ONCE = """
-import os, pickle, sys, time
+import os, sys, time
 sys.path[:] = sys.argv[1:]
+from multiprocessing.connection import Connection
 from pathlib import Path
 from tritonconv.lab.inspection.precompile import Answer, Kernel
-from tritonconv.lab.inspection.workers import LENGTH
-_, (name, *_) = pickle.load(sys.stdin.buffer)
+pipe = Connection(0)
+_, (name, *_) = pipe.recv()
 if name != "forward_gather":
     time.sleep(60)
 place = Path(os.environ["TRITON_CACHE_DIR"], "KEY")
@@ -114,9 +115,7 @@ place.mkdir()
 (place / "k.ptx").write_bytes(b"text")
 (place / "k.json").write_text('{"libs": [["lib", "/some/where/lib.bc"]]}')
 (place / "__grp__k.json").write_text('{"child_paths": {"k.json": "/x/k.json", "k.ptx": "/x/k.ptx", "k.cubin": "/x"}}')
-answer = pickle.dumps(Answer(((Kernel("k", "KEY", "m:k", "0"), place),)))
-sys.stdout.buffer.write(LENGTH.pack(len(answer)) + answer)
-sys.stdout.flush()
+pipe.send(Answer(((Kernel("k", "KEY", "m:k", "0"), place),)))
 time.sleep(60)
 """
 JOBS = [("forward_gather", UP, {"BLOCK_M": 16}), ("forward_phases", UP, {}), ("forward_phases", UP, {"BLOCK_M": 16})]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from tritonconv.errors import ResultsError
@@ -119,29 +119,6 @@ def write(inspection: Inspection, path: Path) -> None:
         path.write_text(text + "\n", encoding="utf-8")
     except OSError as error:
         raise ResultsError(f"cannot write {path}: {error}") from None
-
-
-def read(path: Path) -> Inspection:
-    """Reads what :func:`write` wrote. Raises ResultsError for a file that is none."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ResultsError(f"{path}: {error}") from None
-    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
-        raise ResultsError(f"{path}: expected an inspection of schema {SCHEMA}")
-    try:
-        records = tuple(Record(**_known(row)) for row in data["records"])
-        return Inspection(data["triton"], data["torch"], data["command"], records)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ResultsError(f"{path}: not the file of an inspection ({error})") from None
-
-
-def _known(row: Mapping) -> dict:
-    names = {each.name for each in fields(Record)}
-    unknown = set(row) - names
-    if unknown:
-        raise ValueError(f"unknown fields {', '.join(sorted(unknown))}")
-    return dict(row)
 
 
 def grouped(records: Iterable[Record], *names: str) -> dict[tuple, list[Record]]:
