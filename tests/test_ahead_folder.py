@@ -39,7 +39,7 @@ pytestmark = pytest.mark.skipif(not have_triton(), reason="Triton is not install
 @pytest.fixture(autouse=True)
 def _as_before(monkeypatch):
     """No folder is taken beyond a test."""
-    monkeypatch.setattr(triton_compiled, "_warned", set())
+    triton_compiled.warn.cache_clear()
     monkeypatch.delenv(triton_compiled.VARIABLE, raising=False)
     yield
     triton_compiled.remove()
@@ -61,7 +61,7 @@ def test_what_is_no_folder_of_compiled_kernels_is_an_error_on_the_command_line(t
         ("{", "cannot be read"),
         ("[]", "format None, expected 2"),
         ('{"format": 1}', "format 1, expected 2"),
-        ('{"format": 2}', "damaged: it has no 'triton'"),
+        ('{"format": 2}', r"damaged \(KeyError\('triton'\)\)"),
         ("[" * 100_000, "cannot be read"),
     ],
 )

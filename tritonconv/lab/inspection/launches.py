@@ -6,9 +6,9 @@ import contextlib
 import importlib
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, astuple, dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -129,8 +129,8 @@ class Launches:
         """
         if self.folder.difference is not None:
             return False
-        found = self._by_identity.get(self._identity(name, problem, config, precision, target))
-        return found is not None and self.whole(found) and not any(self.edited(kernel) for kernel in found.kernels)
+        launch = self._by_identity.get(self._identity(name, problem, config, precision, target))
+        return launch is not None and self.whole(launch) and not any(map(self.edited, launch.kernels))
 
     def whole(self, launch: Launch) -> bool:
         """Whether the folder has each file of the launch, as long as it was written; looked up once."""
@@ -153,51 +153,36 @@ def _lines(path: Path) -> list[bytes]:
         raise ArgumentError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-_read: list[tuple[CompiledFolder, Launches | None]] = []  # of the folder that is installed
-
-
-def install(launches: Launches) -> None:
-    """Has Triton look into the folder, whose list :func:`read_active` then need not read again."""
-    triton_compiled.install(launches.folder)
-    _read[:] = [(launches.folder, launches)]
+@lru_cache(maxsize=1)
+def launches_of(folder: CompiledFolder) -> Launches:
+    """Those of the folder that is taken, whose list is read once. Raises ArgumentError where it cannot be read."""
+    return Launches(folder)
 
 
 def read_active() -> Launches | None:
-    """The launches of the folder that Triton looks into in this process, read once; None without one.
+    """The launches of the folder that Triton looks into in this process; None without one.
 
     Also where its list cannot be read: a call goes on with a warning.
     """
     folder = triton_compiled.active()
-    if folder is None:
+    try:
+        return None if folder is None else launches_of(folder)
+    except ArgumentError as error:
+        triton_compiled.warn(f"{error}: the tuner does not know which launches were compiled ahead")
         return None
-    if not _read or _read[0][0] is not folder:
-        _read[:] = [(folder, None)]
-        try:
-            _read[:] = [(folder, Launches(folder))]
-        except ArgumentError as error:
-            triton_compiled.warn(f"{error}: the tuner does not know what was compiled ahead")
-    return _read[0][1]
-
-
-def missing_launches(
-    launches: Launches, of: Iterable[Launch], step: Callable[[str], object] = lambda text: None
-) -> Iterator[tuple[Launch, str]]:
-    """Those of the launches that this machine's Triton would not find in the folder, each with what differs.
-
-    Triton works out each key, and compiles nothing.
-    """
-    for launch in of:
-        why = launches.folder.difference or _why_not_found(launches, launch)
-        step(launch.label)
-        if why is not None:
-            yield launch, why
 
 
 class _NotFound(Exception):
     """The folder does not hold a kernel, named here, under the key that Triton works out."""
 
 
-def _why_not_found(launches: Launches, launch: Launch) -> str | None:
+def why_not_found(launches: Launches, launch: Launch) -> str | None:
+    """Why this machine's Triton does not find the launch in the folder; None where it does.
+
+    Triton works out the key, and compiles nothing.
+    """
+    if launches.folder.difference is not None:
+        return launches.folder.difference
     try:
         record = variant(launch.variant)
     except ArgumentError:
@@ -232,10 +217,10 @@ def _the_folder_alone(folder: CompiledFolder) -> Iterator[None]:
             self.key = key
 
         def get_group(self, filename: str) -> Mapping[str, str]:
-            found = folder.group(self.key, filename)
-            if found is None:
+            files = folder.group(self.key, filename)
+            if files is None:
                 raise _NotFound(filename.removesuffix(".json"))
-            return found
+            return files
 
         def get_file(self, filename: str) -> str | None:
             return folder.file(self.key, filename)
