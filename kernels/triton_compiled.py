@@ -1,7 +1,7 @@
 """Kernels that were compiled on another machine, in a folder that ``tritonconv compile`` filled.
 
 Triton finds a compiled kernel by a key of its own build, the kernel's sources and arguments, and the target; where the
-key is the same on two machines, so is what it would compile. :func:`install` has Triton look into the folder before its
+key is the same on two machines, so is the compiled kernel. :func:`install` has Triton look into the folder before its
 own cache. The folder is only read, and may lie anywhere:
 
     compiled.json        the maker: see :class:`Maker`; and the targets
@@ -189,7 +189,7 @@ def from_environment() -> None:
 
 
 def _looking_there_first(own: type) -> Any:
-    """A cache of Triton's that looks into the folder, and then into what is ``own``."""
+    """A cache of Triton's that looks into the folder, and then into ``own``."""
 
     class FolderFirst(own):  # type: ignore[misc, valid-type]
         tritonconv_folder_first = True
@@ -215,7 +215,7 @@ def _looking_there_first(own: type) -> Any:
 
 
 def _fits(why_not: str | None) -> bool:
-    """Whether the folder may hold what Triton looks for; says once what differs where it cannot."""
+    """Whether the folder may hold what Triton looks for; says the difference once where it cannot."""
     if why_not is not None:
         warn(f"{_active[0].path}: {why_not}: none of its kernels is used")
     return why_not is None

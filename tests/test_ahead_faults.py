@@ -188,7 +188,7 @@ def test_a_list_that_cannot_be_read_is_an_error_of_a_command_and_a_warning_of_a_
 def test_a_manifest_with_values_of_another_kind_is_an_error_that_says_so(made, field, value):
     path = made.path / MANIFEST
     path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
-    with pytest.raises(ArgumentError, match="damaged .*Error") as caught:
+    with pytest.raises(ArgumentError, match=r"damaged .*Error") as caught:
         CompiledFolder.read(made.path)
     assert str(caught.value).startswith(f"{path}: ")
 

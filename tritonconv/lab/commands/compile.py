@@ -65,7 +65,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--verify",
         action="store_true",
-        help="also compile what a campaign verifies first: the default config of every variant",
+        help="also compile the kernels that a campaign verifies first: the default config of every variant",
     )
     add_flags(parser, "variant-file", "jobs", "seconds", "quiet")
 

@@ -141,7 +141,7 @@ def _plan(
     for name, why in left_out.items():
         print(f"tritonconv inspect: {name} serves none of the layers ({why})", file=sys.stderr)
     if not launches:
-        raise ArgumentError("no variant serves any of the layers asked for: see --layers, --dtype and --layout")
+        raise ArgumentError("no variant serves any of the chosen layers: see --layers, --dtype and --layout")
     return launches
 
 
@@ -199,9 +199,9 @@ def _triton_variants(names: list[str]) -> tuple[Variant, ...]:
         if record is None:
             if triton_fault() is not None:
                 raise ArgumentError(f"argument VARIANT: {triton_fault()}")
-            what = "computed by torch" if any(name == each.name for each in variants()) else "unknown"
+            kind = "computed by torch" if any(name == each.name for each in variants()) else "unknown"
             there_are = ", ".join(each.name for each in kernels)
-            raise ArgumentError(f"argument VARIANT: {name!r} is {what}; the Triton variants are: {there_are}")
+            raise ArgumentError(f"argument VARIANT: {name!r} is {kind}; the Triton variants are: {there_are}")
         chosen.append(record)
     return tuple(chosen)
 

@@ -1,7 +1,7 @@
 """Fills a folder with the compiled kernels of launches, for a GPU that need not be here.
 
-Processes compile into a cache of their own; of that only what a launch needs is put into the folder, without a path of
-this machine in it. A kernel's files appear together, and the line of a launch after its kernels, so that a folder whose
+Processes compile into a cache of their own. The folder gets only the files of it that a launch needs, without a path of
+this machine in them. A kernel's files appear together, and the line of a launch after its kernels, so that a folder whose
 filling was cut off holds whole kernels and can be filled further.
 """
 
@@ -82,7 +82,7 @@ def compile_into(
     seconds: float | None,
     progress: Progress,
 ) -> Filled:
-    """Compiles the launches that the folder lacks, for at most so many seconds; what is done by then stays there.
+    """Compiles the launches that the folder lacks, for at most so many seconds; those that are done by then stay there.
 
     Raises OSError where the folder cannot be written any more.
     """

@@ -55,7 +55,7 @@ Measure = Callable[[str, Any, Target, dict[str, float]], dict[str, Any]]
 def check_compiler() -> None:
     """Raises ArgumentError where this process cannot compile.
 
-    A folder of compiled kernels is set aside: it holds none of what the compiler made on the way to the binary.
+    A folder of compiled kernels is set aside: it holds binaries alone, and none of the code on the way to them.
     """
     fault = triton_fault()
     if fault is not None:
@@ -72,7 +72,7 @@ class TargetDriver:
 
     def __init__(self, target: Target) -> None:
         self.target = target.gpu_target()
-        # Kernels keep what they compiled by device: each target is a device of its own, far from the real ones.
+        # Kernels keep their compiled forms by device: each target is a device of its own, far from the real ones.
         self.device = 1000 + list(TARGETS).index(target.name)
 
     def get_current_target(self):

@@ -36,7 +36,7 @@ class Kernel:
 
     @classmethod
     def of(cls, compiled: Any) -> Kernel:
-        """Of what Triton compiled, which knows its files in Triton's cache."""
+        """Of a kernel of Triton's, which knows its files in Triton's cache."""
         function = compiled.src.fn
         return cls(
             compiled.name, folder_of(compiled).name, f"{function.__module__}:{function.__name__}", function.cache_key
@@ -75,7 +75,7 @@ class Launch:
 
     @classmethod
     def of(cls, line: str) -> Launch:
-        """Raises ValueError, KeyError or TypeError for what is no such line."""
+        """Of such a line. Raises ValueError, KeyError or TypeError for another text."""
         row = json.loads(line)
         fields: dict[str, Any] = {
             key: tuple(each) if isinstance(each, list) else each for key, each in row["problem"].items()
@@ -87,7 +87,7 @@ class Launch:
         texts = [row["variant"], row["precision"], row["target"], *row["config"]]
         for part in (*(astuple(kernel) for kernel in row["kernels"]), *row["modules"]):
             texts += part
-        "".join(texts).encode()  # raises for what is no text, or none that can be shown
+        "".join(texts).encode()  # raises for other than texts, and for those that cannot be shown
         return cls(**row)
 
     @property
@@ -109,12 +109,10 @@ class Launches:
         self._has_files = cache(lambda key, name: folder.group(key, name) is not None)
         for line in _lines(folder.path / LAUNCHES):
             with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                self.add(Launch.of(line.decode()))
-
-    def add(self, launch: Launch) -> None:
-        """Also one of the same name that was compiled from other sources, which it replaces."""
-        each = launch.variant, launch.problem, launch.config, launch.precision, launch.target
-        self._by_identity[self._identity(*each)] = launch
+                each = Launch.of(line.decode())  # replaces one that was compiled from other sources
+                self._by_identity[_identity(each.variant, each.problem, each.config, each.precision, each.target)] = (
+                    each
+                )
 
     def __iter__(self) -> Iterator[Launch]:
         return iter(self._by_identity.values())
@@ -129,7 +127,7 @@ class Launches:
         """
         if self.folder.difference is not None:
             return False
-        launch = self._by_identity.get(self._identity(name, problem, config, precision, target))
+        launch = self._by_identity.get(_identity(name, problem, config, precision, target))
         return launch is not None and self.whole(launch) and not any(map(self.edited, launch.kernels))
 
     def whole(self, launch: Launch) -> bool:
@@ -137,10 +135,10 @@ class Launches:
         files = [(kernel.key, f"{kernel.name}.json") for kernel in launch.kernels]
         return all(self._has_files(*each) for each in (*files, *launch.modules))
 
-    @staticmethod
-    def _identity(name: str, problem: Problem, config: Config, precision: str, target: str) -> tuple:
-        only_of_float32 = precision if problem.dtype is torch.float32 else ""
-        return name, str(problem), tuple(sorted(config.items())), only_of_float32, target
+
+def _identity(name: str, problem: Problem, config: Config, precision: str, target: str) -> tuple:
+    only_of_float32 = precision if problem.dtype is torch.float32 else ""
+    return name, str(problem), tuple(sorted(config.items())), only_of_float32, target
 
 
 def _lines(path: Path) -> list[bytes]:

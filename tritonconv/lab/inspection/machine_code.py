@@ -26,7 +26,7 @@ _AMD_MATRIX = ("v_mfma_", "v_smfmac_", "v_wmma_")
 
 
 def resources(compiled: Any, backend: str) -> dict[str, Any]:
-    """The measured fields of a :class:`~tritonconv.lab.inspection.records.Record`, but what depends on the target."""
+    """The measured fields of a :class:`~tritonconv.lab.inspection.records.Record`, but those that depend on the target."""
     metadata = compiled.metadata
     read = _nvidia(compiled.asm["cubin"]) if backend == "cuda" else _amd(compiled.asm["amdgcn"])
     return {
@@ -100,7 +100,7 @@ def loop_counts(code: str) -> dict[str, int]:
     """Of the innermost loop that multiplies matrices (of several the first of those that multiply most): all its
     instructions, and its loads of one or two bytes per thread; zeros where there is none."""
     listing = instructions(code)
-    # Where the code ends for good: what lies behind it and jumps back is a wait out of line, not a loop.
+    # Where the code ends for good: a jump back across it belongs to a wait out of line, and is no loop.
     ends = [place for place, each in enumerate(listing) if each.name.startswith("EXIT") and not each.guard]
     backward = [
         range(each.target, place + 1)

@@ -1,7 +1,7 @@
 """Compiles kernels in other processes, ahead of their first launch here, into Triton's cache on disk.
 
 A process compiles for the GPU's target without touching the GPU, so the tuner's candidates are ready when their turn to
-be timed comes. Whatever fails here is left to the launch itself, which says why.
+be timed comes. A failure here is left to the launch itself, which says why.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Precompiler(Workers):
         quiet: bool = False,
     ) -> None:
         processes = processes or max(1, min(MOST_PROCESSES, (os.cpu_count() or 2) - 2))
-        super().__init__(processes, environment, quiet, crashes=processes)
+        super().__init__(processes, environment, quiet)
         self.target, self.ahead = target, ahead
 
     def start(self, requests: Iterable[Request]) -> list[Future[Answer]]:

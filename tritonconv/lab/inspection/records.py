@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -18,8 +18,8 @@ NO_KERNEL = ""
 class Record:
     """One kernel of one launch, compiled for one target; or, with ``error``, a launch that did not compile.
 
-    Bytes of spills are summed over the instructions of the program text, as ptxas does, not over what is executed.
-    ``dot`` says what the source asks for: ``"matrix"``, ``"fma"`` (float32 products in IEEE precision, which NVIDIA's
+    Bytes of spills are summed over the instructions of the program text, as ptxas does, not over those that are executed.
+    ``dot`` is the product that the source asks for: ``"matrix"``, ``"fma"`` (float32 products in IEEE precision, which NVIDIA's
     matrix units do not have) or ``""`` (no ``tl.dot``).
     """
 
@@ -88,7 +88,7 @@ def faults(record: Record) -> tuple[str, ...]:
 
 
 def remarks(record: Record) -> tuple[str, ...]:
-    """Remarks on what is no fault: the matrix instruction of an older generation."""
+    """Remarks that are no faults: the matrix instruction is of an older generation."""
     newest = TARGETS[record.target].matrix
     if record.matrix and newest not in record.matrix:
         return (f"its matrix instruction is {', '.join(record.matrix)}, {record.target} has {newest}",)
@@ -127,8 +127,3 @@ def grouped(records: Iterable[Record], *names: str) -> dict[tuple, list[Record]]
     for record in records:
         groups.setdefault(tuple(getattr(record, name) for name in names), []).append(record)
     return groups
-
-
-def heaviest(records: Sequence[Record]) -> Record:
-    """Of the kernels of one launch the one that computes: with a dot, and then the longest."""
-    return max(records, key=lambda record: (record.error is not None, bool(record.dot), record.instructions))

@@ -7,7 +7,6 @@ kill a worker in mid-compile. A process that ends costs the request that it had,
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import signal
 import subprocess
@@ -35,20 +34,16 @@ GIVEN_UP = "not begun, for the compilers before it ended their processes one aft
 class Workers:
     """Up to ``processes`` of them, each started when it is first needed; a context manager, whose end kills them.
 
-    ``environment`` holds variables of the processes; with ``quiet`` what they print on stderr is dropped. Where more
-    than ``crashes`` of them end one after the other, no other is started.
+    ``environment`` holds variables of the processes; with ``quiet`` their stderr is dropped. Where more of them end one
+    after the other than there are, no other is started.
     """
 
     def __init__(
-        self,
-        processes: int,
-        environment: Mapping[str, str] = MappingProxyType({}),
-        quiet: bool = False,
-        crashes: float = math.inf,
+        self, processes: int, environment: Mapping[str, str] = MappingProxyType({}), quiet: bool = False
     ) -> None:
         self.started: list[subprocess.Popen] = []
         self._idle: list[Connection] = []
-        self._variables, self._quiet, self._most_crashes = environment, quiet, crashes
+        self._variables, self._quiet, self._most_crashes = environment, quiet, processes
         self._crashes = 0  # one after the other
         self._ended = False
         self._lock = threading.Lock()
