@@ -35,18 +35,19 @@ import os, sys
 sys.path[:] = sys.argv[1:]
 from multiprocessing.connection import Connection
 from pathlib import Path
-from tritonconv.lab.inspection.precompile import Answer, Kernel
+from tritonconv.lab.inspection.launches import Kernel, Launch
+from tritonconv.lab.inspection.precompile import Answer
 pipe = Connection(0)
 while True:
-    _, (_, _, config, *_) = pipe.recv()
-    size = config["BLOCK_M"]
+    _, (*launch, file) = pipe.recv()
+    size = launch[2]["BLOCK_M"]
     place, module = (Path(os.environ["TRITON_CACHE_DIR"], f"{kind}{size}") for kind in ("KEY", "SO"))
     place.mkdir(), module.mkdir()
     (place / "k.cubin").write_bytes(b"binary")
     (place / "k.json").write_text("{}")
     (place / "__grp__k.json").write_text('{"child_paths": {"k.json": "/x/k.json", "k.cubin": "/x"}}')
     (module / "m.so").write_bytes(b"module")
-    pipe.send(Answer(((Kernel("k", place.name, "m:k", "0"), place),), (module / "m.so",)))
+    pipe.send(Answer(Launch(*launch, (Kernel("k", place.name, "m:k", "0"),), ((module.name, "m.so"),))))
 """
 
 

@@ -104,9 +104,10 @@ import os, sys, time
 sys.path[:] = sys.argv[1:]
 from multiprocessing.connection import Connection
 from pathlib import Path
-from tritonconv.lab.inspection.precompile import Answer, Kernel
+from tritonconv.lab.inspection.launches import Kernel, Launch
+from tritonconv.lab.inspection.precompile import Answer
 pipe = Connection(0)
-_, (name, *_) = pipe.recv()
+_, (name, *launch, file) = pipe.recv()
 if name != "forward_gather":
     time.sleep(60)
 place = Path(os.environ["TRITON_CACHE_DIR"], "KEY")
@@ -115,7 +116,7 @@ place.mkdir()
 (place / "k.ptx").write_bytes(b"text")
 (place / "k.json").write_text('{"libs": [["lib", "/some/where/lib.bc"]]}')
 (place / "__grp__k.json").write_text('{"child_paths": {"k.json": "/x/k.json", "k.ptx": "/x/k.ptx", "k.cubin": "/x"}}')
-pipe.send(Answer(((Kernel("k", "KEY", "m:k", "0"), place),)))
+pipe.send(Answer(Launch(name, *launch, (Kernel("k", "KEY", "m:k", "0"),))))
 time.sleep(60)
 """
 JOBS = [("forward_gather", UP, {"BLOCK_M": 16}), ("forward_phases", UP, {}), ("forward_phases", UP, {"BLOCK_M": 16})]

@@ -1,8 +1,8 @@
 """Fills a folder with the compiled kernels of launches, for a GPU that need not be here.
 
 Processes compile into a cache of their own. The folder gets only the files of it that a launch needs, without a path of
-this machine in them. A kernel's files appear together, and the line of a launch after its kernels, so that a folder whose
-filling was cut off holds whole kernels and can be filled further.
+this machine in them. A kernel's files appear together, and the line of a launch after its kernels. So a folder whose
+filling was cut off holds whole kernels, and can be filled further.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tritonconv.kernels.triton_compiled import GROUP, KERNELS, LAUNCHES, MANIFES
 from tritonconv.lab.bench.environment import git_state
 from tritonconv.lab.bench.progress import Progress
 from tritonconv.lab.inspection.launches import Launch, Launches
-from tritonconv.lab.inspection.precompile import Answer, Precompiler, Request
+from tritonconv.lab.inspection.precompile import Precompiler, Request
 from tritonconv.lab.inspection.workers import ENDED, GIVEN_UP
 from tritonconv.precision import float32_precision
 
@@ -98,11 +98,9 @@ def compile_into(
             running = dict(zip(compiler.start(waiting), waiting, strict=True))
             for done in as_completed(running, seconds):
                 answer, job = done.result(), running[done]
-                if answer.ok:
-                    _keep(folder, answer, file_of(job[0]))
-                    kernels = tuple(kernel for kernel, _ in answer.kernels)
-                    modules = tuple((file.parent.name, file.name) for file in answer.files)
-                    write(Launch(*job, precision, target, kernels, modules).line())
+                if answer.launch is not None:
+                    _keep(folder, answer.launch, Path(cache))
+                    write(answer.launch.line())
                     filled.compiled += 1
                 elif answer.error == GIVEN_UP:
                     filled.given_up += 1
@@ -125,14 +123,14 @@ def _line_by_line(folder: CompiledFolder) -> Iterator[Any]:
         yield file.write
 
 
-def _keep(folder: CompiledFolder, answer: Answer, variant_file: Path | None) -> None:
+def _keep(folder: CompiledFolder, launch: Launch, cache: Path) -> None:
+    """Copies the files of the launch out of Triton's cache."""
     import triton
 
+    variant_file = file_of(launch.variant)
     roots = [ROOT, Path(triton.__file__).resolve().parent, *([variant_file.parent] if variant_file else [])]
-    for kernel, place in answer.kernels:
-        _copy(place, folder, f"{kernel.name}.json", roots)
-    for file in answer.files:
-        _copy(file.parent, folder, file.name, roots)
+    for key, name in launch.files:
+        _copy(cache / key, folder, name, roots)
 
 
 def _copy(place: Path, folder: CompiledFolder, name: str, roots: Sequence[Path]) -> None:

@@ -230,12 +230,9 @@ def _seconds() -> Iterator[dict[str, float]]:
         if not cache_hit:
             spent[metadata["hash"]] = round(times.total / 1e6, 3)
 
-    before = triton.knobs.compilation.listener
-    triton.knobs.compilation.listener = listen
-    try:
+    with triton.knobs.compilation.scope():
+        triton.knobs.compilation.listener = listen
         yield spent
-    finally:
-        triton.knobs.compilation.listener = before
 
 
 def _text(error: BaseException) -> str:

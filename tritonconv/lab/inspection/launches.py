@@ -37,10 +37,9 @@ class Kernel:
     @classmethod
     def of(cls, compiled: Any) -> Kernel:
         """Of a kernel of Triton's, which knows its files in Triton's cache."""
-        function = compiled.src.fn
-        return cls(
-            compiled.name, folder_of(compiled).name, f"{function.__module__}:{function.__name__}", function.cache_key
-        )
+        function, file = compiled.src.fn, next(iter(compiled.metadata_group.values()))
+        key = Path(file).parent.name
+        return cls(compiled.name, key, f"{function.__module__}:{function.__name__}", function.cache_key)
 
     def edited(self) -> bool:
         """Whether this process has another source of the function, or none."""
@@ -49,11 +48,6 @@ class Kernel:
             with contextlib.suppress(ImportError):
                 importlib.import_module(module)
         return getattr(getattr(sys.modules.get(module), name, None), "cache_key", None) != self.source
-
-
-def folder_of(compiled: Any) -> Path:
-    """Where Triton's cache keeps it, under its key."""
-    return Path(next(iter(compiled.metadata_group.values()))).parent
 
 
 @dataclass(frozen=True)
@@ -91,6 +85,11 @@ class Launch:
         return cls(**row)
 
     @property
+    def files(self) -> tuple[tuple[str, str], ...]:
+        """Triton's key and the name of each group of its files."""
+        return (*((kernel.key, f"{kernel.name}.json") for kernel in self.kernels), *self.modules)
+
+    @property
     def label(self) -> str:
         config = " ".join(f"{key}={value}" for key, value in self.config.items())
         return f"{self.variant} {config} on {self.problem} for {self.target}"
@@ -109,10 +108,9 @@ class Launches:
         self._has_files = cache(lambda key, name: folder.group(key, name) is not None)
         for line in _lines(folder.path / LAUNCHES):
             with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                each = Launch.of(line.decode())  # replaces one that was compiled from other sources
-                self._by_identity[_identity(each.variant, each.problem, each.config, each.precision, each.target)] = (
-                    each
-                )
+                each = Launch.of(line.decode())
+                identity = _identity(each.variant, each.problem, each.config, each.precision, each.target)
+                self._by_identity[identity] = each  # in the place of one from other sources
 
     def __iter__(self) -> Iterator[Launch]:
         return iter(self._by_identity.values())
@@ -132,8 +130,7 @@ class Launches:
 
     def whole(self, launch: Launch) -> bool:
         """Whether the folder has each file of the launch, as long as it was written; looked up once."""
-        files = [(kernel.key, f"{kernel.name}.json") for kernel in launch.kernels]
-        return all(self._has_files(*each) for each in (*files, *launch.modules))
+        return all(self._has_files(*each) for each in launch.files)
 
 
 def _identity(name: str, problem: Problem, config: Config, precision: str, target: str) -> tuple:

@@ -26,7 +26,7 @@ _AMD_MATRIX = ("v_mfma_", "v_smfmac_", "v_wmma_")
 
 
 def resources(compiled: Any, backend: str) -> dict[str, Any]:
-    """The measured fields of a :class:`~tritonconv.lab.inspection.records.Record`, but those that depend on the target."""
+    """The measured fields of a :class:`~tritonconv.lab.inspection.records.Record` that no target changes."""
     metadata = compiled.metadata
     read = _nvidia(compiled.asm["cubin"]) if backend == "cuda" else _amd(compiled.asm["amdgcn"])
     return {

@@ -18,9 +18,9 @@ NO_KERNEL = ""
 class Record:
     """One kernel of one launch, compiled for one target; or, with ``error``, a launch that did not compile.
 
-    Bytes of spills are summed over the instructions of the program text, as ptxas does, not over those that are executed.
-    ``dot`` is the product that the source asks for: ``"matrix"``, ``"fma"`` (float32 products in IEEE precision, which NVIDIA's
-    matrix units do not have) or ``""`` (no ``tl.dot``).
+    Bytes of spills are summed over the instructions of the program text, as ptxas does. ``dot`` is the product that the
+    source asks for: ``"matrix"``, ``"fma"`` (float32 products in IEEE precision, which NVIDIA's matrix units do not
+    have) or ``""`` (no ``tl.dot``).
     """
 
     variant: str
