@@ -41,8 +41,9 @@ class CompiledWarning(UserWarning):
 class Maker:
     """The facts that a key of Triton's depends on besides kernel and target.
 
-    ``build`` is a hash of Triton's own files, among
-    them the library of one Python version; ``environment`` holds the variables that Triton puts into a key."""
+    ``build`` is a hash of Triton's own files, among them the library of one Python version; ``environment`` holds the
+    variables that Triton puts into a key.
+    """
 
     triton: str
     python: str
@@ -95,10 +96,8 @@ class CompiledFolder:
             data = json.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise ArgumentError(f"{path}: not a folder of compiled kernels, for it holds no {MANIFEST}") from None
-        except OSError as error:
-            raise ArgumentError(f"{file}: cannot be read: {error.strerror}") from None
-        except (ValueError, RecursionError) as error:
-            raise ArgumentError(f"{file}: cannot be read: {error}") from None
+        except (OSError, ValueError, RecursionError) as error:
+            raise ArgumentError(f"{file}: cannot be read: {getattr(error, 'strerror', error)}") from None
         version = data.get("format") if isinstance(data, dict) else None
         if version != FORMAT:
             raise ArgumentError(f"{file}: format {version!r}, expected {FORMAT}")

@@ -190,20 +190,14 @@ def _verdicts(options: argparse.Namespace, chosen: Sequence[Variant]) -> int:
 
 
 def _triton_variants(names: list[str]) -> tuple[Variant, ...]:
-    kernels = tuple(record for record in variants() if record.backend == "triton")
-    if not names:
-        return kernels
-    chosen = []
-    for name in dict.fromkeys(names):
-        record = next((each for each in kernels if each.name == name), None)
-        if record is None:
+    kernels = {record.name: record for record in variants() if record.backend == "triton"}
+    for name in names:
+        if name not in kernels:
             if triton_fault() is not None:
                 raise ArgumentError(f"argument VARIANT: {triton_fault()}")
             kind = "computed by torch" if any(name == each.name for each in variants()) else "unknown"
-            there_are = ", ".join(each.name for each in kernels)
-            raise ArgumentError(f"argument VARIANT: {name!r} is {kind}; the Triton variants are: {there_are}")
-        chosen.append(record)
-    return tuple(chosen)
+            raise ArgumentError(f"argument VARIANT: {name!r} is {kind}; the Triton variants are: {', '.join(kernels)}")
+    return tuple(kernels[name] for name in dict.fromkeys(names or kernels))
 
 
 def _wanted_classes(given: list[str] | None) -> tuple[str, ...] | None:

@@ -114,12 +114,28 @@ def products_in(precision: str) -> Iterator[None]:
         switch.fp32_precision = before
 
 
-def compile_job(job: Job, measure: Measure | None = None) -> list[Record]:
-    """Compiles one launch: a record per kernel, or one that carries the error. Nothing is raised for a bad kernel.
+_known: dict[str, dict[str, Any]] = {}
 
-    ``measure`` makes the fields of a kernel's record; None: all of them.
-    """
-    measure = _measured if measure is None else measure
+
+def _measured(name: str, kernel: Any, target: Target, seconds: dict[str, float]) -> dict[str, Any]:
+    """The fields of a record that the compiled kernel answers; a kernel that several launches share is read once."""
+    if kernel.hash not in _known:
+        _known[kernel.hash] = resources(kernel, target.backend)
+    read = _known[kernel.hash]
+    blocks = target.resident_blocks(
+        read["warps"], read["registers"], read["shared_bytes"], read["tensor_memory_columns"]
+    )
+    return {
+        **read,
+        "kernel": name,
+        "seconds": seconds.get(kernel.hash),
+        "blocks": blocks,
+        "occupancy": round(target.occupancy(blocks, read["warps"]), 4),
+    }
+
+
+def compile_job(job: Job, measure: Measure = _measured) -> list[Record]:
+    """Compiles one launch: a record per kernel, or one that carries the error. Nothing is raised for a bad kernel."""
     record, target, problem, fields = variant(job.variant), TARGETS[job.target], job.problem, _fields(job)
     begin = time.perf_counter()
     try:
@@ -197,26 +213,6 @@ def _kernels(call: Callable[[], Any]) -> list[tuple[str, Any]]:
     if not compiled:
         raise RuntimeError("the variant launched no kernel")
     return [(name, kernel.result() if hasattr(kernel, "result") else kernel) for name, _, kernel in compiled]
-
-
-_known: dict[str, dict[str, Any]] = {}
-
-
-def _measured(name: str, kernel: Any, target: Target, seconds: dict[str, float]) -> dict[str, Any]:
-    """The fields of a record that the compiled kernel answers; a kernel that several launches share is read once."""
-    if kernel.hash not in _known:
-        _known[kernel.hash] = resources(kernel, target.backend)
-    read = _known[kernel.hash]
-    blocks = target.resident_blocks(
-        read["warps"], read["registers"], read["shared_bytes"], read["tensor_memory_columns"]
-    )
-    return {
-        **read,
-        "kernel": name,
-        "seconds": seconds.get(kernel.hash),
-        "blocks": blocks,
-        "occupancy": round(target.occupancy(blocks, read["warps"]), 4),
-    }
 
 
 @contextlib.contextmanager

@@ -125,7 +125,9 @@ def _width(word: list[str]) -> int:
 
 def _amd(assembly: str) -> dict[str, Any]:
     instructions = [(name, rest) for name, rest in _AMD.findall(assembly) if "_" in name]
-    local = [name for name, rest in instructions if _is_local(name, rest)]
+    local = [
+        name.startswith("scratch_") or (name.startswith("buffer_") and "Folded" in rest) for name, rest in instructions
+    ]
     spilled = 4 * _number(r"\.vgpr_spill_count:\s*(\d+)", assembly)  # per lane
     matrix = sum(name.startswith(_AMD_MATRIX) for name, _ in instructions)
     return {
@@ -135,14 +137,10 @@ def _amd(assembly: str) -> dict[str, Any]:
         "matrix": {"MFMA": matrix} if matrix else {},
         "bulk_copies": 0,
         "async_copies": sum("load" in name and ("_lds" in name or " lds" in rest) for name, rest in instructions),
-        "local_accesses": len(local),
+        "local_accesses": local,
         "spill_load_bytes": spilled,
         "spill_store_bytes": spilled,
     }
-
-
-def _is_local(name: str, rest: str) -> bool:
-    return name.startswith("scratch_") or (name.startswith("buffer_") and "Folded" in rest)
 
 
 def _number(pattern: str, text: str) -> int:
