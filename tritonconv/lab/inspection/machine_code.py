@@ -125,9 +125,8 @@ def _width(word: list[str]) -> int:
 
 def _amd(assembly: str) -> dict[str, Any]:
     instructions = [(name, rest) for name, rest in _AMD.findall(assembly) if "_" in name]
-    local = [
-        name.startswith("scratch_") or (name.startswith("buffer_") and "Folded" in rest) for name, rest in instructions
-    ]
+    local = sum(name.startswith("scratch_") or (name.startswith("buffer_") and "Folded" in rest)
+                for name, rest in instructions)  # fmt: skip
     spilled = 4 * _number(r"\.vgpr_spill_count:\s*(\d+)", assembly)  # per lane
     matrix = sum(name.startswith(_AMD_MATRIX) for name, _ in instructions)
     return {
