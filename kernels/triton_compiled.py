@@ -1,10 +1,10 @@
 """Kernels that were compiled on another machine, in a folder that ``tritonconv compile`` filled.
 
 Triton finds a compiled kernel by a key of its own build, the kernel's sources and arguments, and the target; where the
-key is the same on two machines, so is what it would compile. :func:`install` has Triton look into the folder before its
+key is the same on two machines, so is the compiled kernel. :func:`install` has Triton look into the folder before its
 own cache. The folder is only read, and may lie anywhere:
 
-    compiled.json        what made it: see :class:`Maker`; and the targets
+    compiled.json        the maker: see :class:`Maker`; and the targets
     launches.jsonl       one line per launch that was compiled (tritonconv/lab/inspection/launches.py)
     kernels/KEY/         of a kernel the binary and Triton's facts of it, or the module that is the host side of
                          launches (up to Triton 3.6); and the lengths of these files
@@ -21,7 +21,7 @@ import platform
 import sys
 import warnings
 from dataclasses import asdict, dataclass, fields
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,20 +33,17 @@ FORMAT = 2
 GROUP = "__grp__"  # Triton's prefix of the file that lists a kernel's files; here also of the one that lists a module
 
 
-# Of the manifest's fields; the others are texts.
-_KINDS: dict[str, tuple[type, str]] = {"environment": (dict, "texts by name"), "targets": (list, "a list of texts")}
-
-
 class CompiledWarning(UserWarning):
     """A folder of compiled kernels cannot be used here; calls compile for themselves."""
 
 
 @dataclass(frozen=True)
 class Maker:
-    """What a key of Triton's depends on besides kernel and target.
+    """The facts that a key of Triton's depends on besides kernel and target.
 
-    ``build`` is a hash of Triton's own files, among
-    them the library of one Python version; ``environment`` holds the variables that Triton puts into a key."""
+    ``build`` is a hash of Triton's own files, among them the library of one Python version; ``environment`` holds the
+    variables that Triton puts into a key.
+    """
 
     triton: str
     python: str
@@ -61,12 +58,13 @@ class Maker:
         from triton._C.libtriton import get_cache_invalidating_env_vars  # type: ignore[attr-defined]
         from triton.runtime.cache import triton_key
 
+        python = "{}.{}".format(*sys.version_info)
         build = hashlib.sha256(triton_key().encode()).hexdigest()
         variables = {name: str(value) for name, value in get_cache_invalidating_env_vars().items()}
-        return cls(triton.__version__, _python(), platform.machine(), build, variables)
+        return cls(triton.__version__, python, platform.machine(), build, variables)
 
     def __str__(self) -> str:
-        return _release(self.triton, self.python, self.machine)
+        return f"Triton {self.triton}, Python {self.python} on {self.machine}"
 
     def difference(self, other: Maker) -> str | None:
         """Why ``other`` has other keys, in words; None where it has the same."""
@@ -77,26 +75,12 @@ class Maker:
         mine, others = self.environment, other.environment
         names = sorted(name for name in {*mine, *others} if mine.get(name) != others.get(name))
         if names:
-            said = [f"{name}={mine.get(name)}, here {others.get(name)}" for name in names]
-            return f"compiled in another environment: {'; '.join(said)}"
+            values = [f"{name}={mine.get(name)}, here {others.get(name)}" for name in names]
+            return f"compiled in another environment: {'; '.join(values)}"
         return None
 
 
-def _release(triton: str, python: str, machine: str) -> str:
-    return f"Triton {triton}, Python {python} on {machine}"
-
-
-def _release_here() -> str:
-    import triton
-
-    return _release(triton.__version__, _python(), platform.machine())
-
-
-def _python() -> str:
-    return f"{sys.version_info.major}.{sys.version_info.minor}"
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CompiledFolder:
     """A folder of compiled kernels for ``targets``, such as ``sm_90``. It is never written to here."""
 
@@ -107,29 +91,23 @@ class CompiledFolder:
     @classmethod
     def read(cls, path: Path) -> CompiledFolder:
         """Raises ArgumentError for a folder that ``tritonconv compile`` has not filled."""
-        check_folder(path)
+        file = path / MANIFEST
         try:
-            data = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+            data = json.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise ArgumentError(f"{path}: not a folder of compiled kernels, for it holds no {MANIFEST}") from None
-        except OSError as error:
-            raise ArgumentError(f"{path / MANIFEST}: cannot be read: {error.strerror}") from None
-        except (ValueError, RecursionError) as error:
-            raise ArgumentError(f"{path / MANIFEST}: cannot be read: {error}") from None
-        found = data.get("format") if isinstance(data, dict) else None
-        if found != FORMAT:
-            raise ArgumentError(f"{path / MANIFEST}: format {found!r}, expected {FORMAT}")
+        except (OSError, ValueError, RecursionError) as error:
+            raise ArgumentError(f"{file}: cannot be read: {getattr(error, 'strerror', error)}") from None
+        version = data.get("format") if isinstance(data, dict) else None
+        if version != FORMAT:
+            raise ArgumentError(f"{file}: format {version!r}, expected {FORMAT}")
         try:
             maker = Maker(**{each.name: data[each.name] for each in fields(Maker)})
-            targets = data["targets"]
-        except KeyError as error:
-            raise ArgumentError(f"{path / MANIFEST}: damaged: it has no {error}") from None
-        for name, value in (*asdict(maker).items(), ("targets", targets)):
-            kind, said = _KINDS.get(name, (str, "a text"))
-            parts = value.values() if isinstance(value, dict) else value
-            if not isinstance(value, kind) or not all(isinstance(each, str) for each in parts):
-                raise ArgumentError(f"{path / MANIFEST}: damaged: {name} is {value!r}, expected {said}")
-        return cls(path.absolute(), maker, tuple(targets))
+            targets = tuple(data["targets"])
+            "".join((*maker.environment.keys(), *maker.environment.values(), *targets))  # raises for other than texts
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ArgumentError(f"{file}: damaged ({error!r}): fill the folder anew") from None
+        return cls(path.absolute(), maker, targets)
 
     def manifest(self, **more: Any) -> str:
         """The text of compiled.json."""
@@ -138,22 +116,16 @@ class CompiledFolder:
     @cached_property
     def difference(self) -> str | None:
         """Why no kernel of the folder fits this process, whatever it launches; None where they may."""
-        here = _release_here()
-        if str(self.maker) != here:  # the rest takes longer to find out
-            return f"compiled by {self.maker}; here is {here}"
         return self.maker.difference(Maker.here())
 
     @property
     def misfit(self) -> str | None:
         """Also why none fits the GPU that launches go to now."""
-        return self.difference or self._other_target()
-
-    def _other_target(self) -> str | None:
         from tritonconv.kernels.triton_target import target_name
 
         name = target_name()
-        if name is None or name in self.targets:
-            return None
+        if self.difference is not None or name is None or name in self.targets:
+            return self.difference
         return f"compiled for {', '.join(self.targets)}; this GPU is {name}"
 
     def group(self, key: str, name: str) -> dict[str, str] | None:
@@ -175,18 +147,7 @@ class CompiledFolder:
         return (self.group(key, name) or {}).get(name)
 
 
-def check_folder(path: Path) -> None:
-    """Raises ArgumentError where the path, or what is on the way to it, is something else than a folder."""
-    for each in (path, *path.parents):
-        if os.path.isdir(each):
-            return
-        if os.path.lexists(each):
-            what = "a file" if os.path.exists(each) else "a link to nothing"
-            raise ArgumentError(f"{each}: is {what}, expected a folder")
-
-
 _active: list[CompiledFolder] = []
-_warned: set[str] = set()
 
 
 def active() -> CompiledFolder | None:
@@ -218,17 +179,16 @@ def remove() -> None:
 
 def from_environment() -> None:
     """Installs the folder that TRITONCONV_COMPILED names, where it does; warns where that is no such folder."""
-    given = os.environ.get(VARIABLE)
-    if not given:
-        return
+    path = os.environ.get(VARIABLE)
     try:
-        install(CompiledFolder.read(Path(given)))
+        if path:
+            install(CompiledFolder.read(Path(path)))
     except ArgumentError as error:
         warn(f"{VARIABLE}: {error}")
 
 
 def _looking_there_first(own: type) -> Any:
-    """A cache of Triton's that looks into the folder, and then into what is ``own``."""
+    """A cache of Triton's that looks into the folder, and then into ``own``."""
 
     class FolderFirst(own):  # type: ignore[misc, valid-type]
         tritonconv_folder_first = True
@@ -238,30 +198,29 @@ def _looking_there_first(own: type) -> Any:
             self.compiled_key = None if override or dump else key
 
         def get_group(self, filename: str):
-            found = None
+            files = None
             if self.compiled_key is not None and _active and _fits(_active[0].misfit):
-                found = _active[0].group(self.compiled_key, filename)
-            return super().get_group(filename) if found is None else found
+                files = _active[0].group(self.compiled_key, filename)
+            return super().get_group(filename) if files is None else files
 
         def get_file(self, filename: str):
-            found = None
+            file = None
             # Triton's driver is made of such files, so it cannot be asked for the target here.
             if self.compiled_key is not None and _active and _fits(_active[0].difference):
-                found = _active[0].file(self.compiled_key, filename)
-            return super().get_file(filename) if found is None else found
+                file = _active[0].file(self.compiled_key, filename)
+            return super().get_file(filename) if file is None else file
 
     return FolderFirst
 
 
 def _fits(why_not: str | None) -> bool:
-    """Whether the folder may hold what Triton looks for; says once what differs where it cannot."""
+    """Whether the folder may hold what Triton looks for; says the difference once where it cannot."""
     if why_not is not None:
         warn(f"{_active[0].path}: {why_not}: none of its kernels is used")
     return why_not is None
 
 
+@cache
 def warn(text: str) -> None:
     """Says once that a folder, or part of it, is of no use here."""
-    if text not in _warned:
-        _warned.add(text)
-        warnings.warn(f"compiled kernels: {text}", CompiledWarning, stacklevel=3)
+    warnings.warn(f"compiled kernels: {text}", CompiledWarning, stacklevel=3)

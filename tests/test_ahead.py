@@ -230,7 +230,7 @@ def test_a_folder_for_another_gpu_says_so_and_only_once(copied, monkeypatch):
         backend, arch = "cuda", 80
 
     monkeypatch.setattr(triton_target, "target", lambda: Gpu)
-    monkeypatch.setattr(triton_compiled, "_warned", set())
+    triton_compiled.warn.cache_clear()
     folder = CompiledFolder.read(copied)
     assert folder.misfit == "compiled for sm_90; this GPU is sm_80"
     monkeypatch.setattr(triton_compiled, "_active", [folder])

@@ -31,31 +31,30 @@ UP = Problem(1, 4, 4, (4, 4, 4), (3, 3, 3), (2, 2, 2), (0, 0, 0), (9, 9, 9), gro
 JOBS = [("forward_gather", UP, {"BLOCK_M": size}) for size in (16, 32, 64)]
 # A compiling process: of each job a kernel and a module, under keys of the job's BLOCK_M.
 ANSWERS = """
-import os, pickle, sys
+import os, sys
 sys.path[:] = sys.argv[1:]
+from multiprocessing.connection import Connection
 from pathlib import Path
-from tritonconv.lab.inspection.precompile import Answer, Kernel
-from tritonconv.lab.inspection.workers import LENGTH
+from tritonconv.lab.inspection.launches import Kernel, Launch
+from tritonconv.lab.inspection.precompile import Answer
+pipe = Connection(0)
 while True:
-    _, (_, _, config, *_) = pickle.load(sys.stdin.buffer)
-    size = config["BLOCK_M"]
+    _, (*launch, file) = pipe.recv()
+    size = launch[2]["BLOCK_M"]
     place, module = (Path(os.environ["TRITON_CACHE_DIR"], f"{kind}{size}") for kind in ("KEY", "SO"))
     place.mkdir(), module.mkdir()
     (place / "k.cubin").write_bytes(b"binary")
     (place / "k.json").write_text("{}")
     (place / "__grp__k.json").write_text('{"child_paths": {"k.json": "/x/k.json", "k.cubin": "/x"}}')
     (module / "m.so").write_bytes(b"module")
-    answer = pickle.dumps(Answer(((Kernel("k", place.name, "m:k", "0"), place),), (module / "m.so",)))
-    sys.stdout.buffer.write(LENGTH.pack(len(answer)) + answer)
-    sys.stdout.flush()
+    pipe.send(Answer(Launch(*launch, (Kernel("k", place.name, "m:k", "0"),), ((module.name, "m.so"),))))
 """
 
 
 @pytest.fixture(autouse=True)
 def _as_before(monkeypatch):
     """No folder is taken beyond a test; the kernels of ANSWERS are of the sources that are here."""
-    monkeypatch.setattr(triton_compiled, "_warned", set())
-    monkeypatch.setattr(launches, "_read", [])
+    triton_compiled.warn.cache_clear()
     monkeypatch.setattr(Kernel, "edited", lambda kernel: False)
     monkeypatch.setattr(workers, "WORKER", ANSWERS)
     monkeypatch.delenv(VARIABLE, raising=False)
@@ -185,21 +184,14 @@ def test_a_list_that_cannot_be_read_is_an_error_of_a_command_and_a_warning_of_a_
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "said"),
-    [
-        ("environment", [], "environment is [], expected texts by name"),
-        ("environment", {"CC": 7}, "environment is {'CC': 7}, expected texts by name"),
-        ("targets", "sm_90", "targets is 'sm_90', expected a list of texts"),
-        ("targets", [90], "targets is [90], expected a list of texts"),
-        ("build", None, "build is None, expected a text"),
-    ],
+    ("field", "value"), [("environment", []), ("environment", {"CC": 7}), ("targets", None), ("targets", [90])]
 )
-def test_a_manifest_with_values_of_another_kind_is_an_error_that_says_so(made, field, value, said):
+def test_a_manifest_with_values_of_another_kind_is_an_error_that_says_so(made, field, value):
     path = made.path / MANIFEST
     path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
-    with pytest.raises(ArgumentError) as caught:
+    with pytest.raises(ArgumentError, match=r"damaged .*Error") as caught:
         CompiledFolder.read(made.path)
-    assert str(caught.value) == f"{path}: damaged: {said}"
+    assert str(caught.value).startswith(f"{path}: ")
 
 
 # ---------------------------------------------------------------- compilers that crash, a disk that is full
@@ -242,15 +234,14 @@ class After(Silent):
 
 
 @pytest.mark.parametrize("gone", ["", KERNELS])
-def test_a_folder_that_is_removed_while_it_is_filled_is_an_error_that_says_what_is_kept(tmp_path, gone):
-    folder = ahead.open_folder(tmp_path / "out", "sm_90")
-    with pytest.raises(ArgumentError) as caught:
-        fill(folder, After(lambda: shutil.rmtree(folder.path / gone)))
-    kept = f"0 launches are in {folder.path}" if gone else "the folder is gone"
-    assert str(caught.value).startswith(f"{folder.path / KERNELS}") and kept in str(caught.value)
+def test_a_folder_that_is_removed_while_it_is_filled_is_an_error_that_names_it(tmp_path, monkeypatch, capsys, gone):
+    out = tmp_path / "out"
+    monkeypatch.setattr(compile_, "progress", lambda *_, **__: After(lambda: shutil.rmtree(out / gone)))
+    assert compiling(monkeypatch, "--out", str(out), "--target", "sm_90", *ASKED) == 2
+    assert f"argument --out: {out / KERNELS}" in capsys.readouterr().err
 
 
-def test_a_full_disk_is_an_error_that_says_what_is_kept_and_the_same_command_goes_on(tmp_path, monkeypatch, capsys):
+def test_a_full_disk_is_an_error_and_the_same_command_goes_on(tmp_path, monkeypatch, capsys):
     whole, written = ahead._portable, []
 
     def full(path: Path, roots):
@@ -262,8 +253,8 @@ def test_a_full_disk_is_an_error_that_says_what_is_kept_and_the_same_command_goe
     monkeypatch.setattr(ahead, "_portable", full)
     arguments = ("--out", str(tmp_path / "out"), "--target", "sm_90", *ASKED)
     assert compiling(monkeypatch, *arguments) == 2
-    said = capsys.readouterr().err
-    assert f"argument --out: {tmp_path / 'out'}: No space left on device: 1 launches are in" in said
+    error = capsys.readouterr().err
+    assert f"argument --out: {tmp_path / 'out'}: No space left on device; launches that are in" in error
     monkeypatch.setattr(ahead, "_portable", whole)
     assert compiling(monkeypatch, *arguments) == 0
     assert "2 launches compiled, 1 known before" in capsys.readouterr().out

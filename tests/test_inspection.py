@@ -6,6 +6,7 @@ The compilations run in a process of their own, without the interpreter.
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -73,6 +74,12 @@ def compiling_process(folder: Path, *command: str) -> subprocess.CompletedProces
     )
 
 
+def read(path: Path) -> Inspection:
+    data = json.loads(path.read_text())
+    assert data.pop("schema") == records.SCHEMA
+    return Inspection(**{**data, "records": tuple(Record(**row) for row in data["records"])})
+
+
 @pytest.fixture(scope="module")
 def small_run(tmp_path_factory) -> tuple[subprocess.CompletedProcess[str], Inspection, str]:
     """forward_phases on one layer for four targets: the process, its JSON and its Markdown."""
@@ -82,7 +89,7 @@ def small_run(tmp_path_factory) -> tuple[subprocess.CompletedProcess[str], Inspe
     files = ["--json", "run.json", "--markdown", "R.md"]
     done = compiling_process(folder, *command, *files, "--jobs", "1", "--quiet")
     assert done.returncode in (0, 1), done.stderr
-    return done, records.read(folder / "run.json"), (folder / "R.md").read_text()
+    return done, read(folder / "run.json"), (folder / "R.md").read_text()
 
 
 @needs_triton
@@ -190,15 +197,11 @@ def test_how_many_blocks_are_resident():
     assert resident("sm_89", 4, 32, 99 * 1024 + 1) == (0, 0.0)
 
 
-def test_the_json_file_round_trips(tmp_path):
+def test_the_json_file_holds_every_field(tmp_path):
     run = inspection(GOOD, changed(error="no", matrix={}, seconds=None))
     path = tmp_path / "run.json"
     records.write(run, path)
-    assert records.read(path) == run
-    for text, words in (("{", "run.json"), ('{"schema": 0}', "schema 1"), ('{"schema": 1}', "'records'")):
-        path.write_text(text)
-        with pytest.raises(ResultsError, match=words):
-            records.read(path)
+    assert read(path) == run
     with pytest.raises(ResultsError, match="cannot write"):
         records.write(run, tmp_path)
 
@@ -280,15 +283,15 @@ def test_the_interpreter_compiles_nothing_and_says_so(capsys, monkeypatch):
 def test_the_plan_takes_the_first_layers_that_a_variant_serves():
     triton = [record for record in variants() if record.backend == "triton"]
     arguments = (["sm_80", "sm_90"], ["bfloat16"], ["ndhwc"])
-    made = jobs.job_list(triton, *arguments)
+    made, left_out = jobs.job_list(triton, *arguments)
     (phases,) = [record for record in triton if record.name == "forward_phases"]
-    few = [job for job in made.jobs if job.variant == "forward_phases"]
+    few = [job for job in made if job.variant == "forward_phases"]
     assert [(job.target, job.layer.name) for job in few] == [
         (name, jobs.SAMPLE_LAYERS[layer]) for name in ("sm_80", "sm_90") for layer in ("k4s2", "k3s2")
     ]
-    assert all(job.config is None for job in made.jobs)
-    assert {job.variant for job in made.jobs} | {name for name, _ in made.left_out} == {each.name for each in triton}
-    whole = jobs.job_list([phases], ["sm_80"], ["bfloat16"], ["ndhwc"], classes=["k2s2"], candidates=True).jobs
+    assert all(job.config is None for job in made)
+    assert {job.variant for job in made} | set(left_out) == {each.name for each in triton}
+    whole, _ = jobs.job_list([phases], ["sm_80"], ["bfloat16"], ["ndhwc"], classes=["k2s2"], candidates=True)
     assert len(whole) == len(model.pruned_space(phases, whole[0].problem, compiling.GPU)) == model.MOST_CONFIGS
     assert [job.config is None for job in whole] == [True] + [False] * (len(whole) - 1)
 

@@ -22,7 +22,7 @@ from tritonconv.lab import flags
 from tritonconv.lab.bench.calls import ALL_PASSES
 from tritonconv.lab.bench.summary import columns
 from tritonconv.lab.bench.workloads import ALL, SCALES, Workload, suites
-from tritonconv.lab.inspection.launches import Launches, install
+from tritonconv.lab.inspection.launches import launches_of
 from tritonconv.problem import LAYOUTS
 
 OK, WRONG, USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -162,9 +162,9 @@ def _taken(folder: CompiledFolder, device: torch.device) -> str:
         return "Triton's interpreter takes no compiled kernels"
     if folder.misfit is not None:
         return f"{folder.misfit}: none of its kernels is used"
-    launches = Launches(folder)
+    launches = launches_of(folder)
     os.environ[VARIABLE] = str(folder.path)
-    install(launches)
+    triton_compiled.install(folder)
     mine = [launch for launch in launches if launch.target == target_name()]
     fresh = [launch for launch in mine if not any(map(launches.edited, launch.kernels))]
     whole, edited = sum(map(launches.whole, fresh)), len(mine) - len(fresh)

@@ -19,9 +19,9 @@ from tritonconv.lab import flags
 from tritonconv.lab.bench.progress import progress
 from tritonconv.lab.commands.common import OK, WRONG, add_flags, dtypes_of, layouts_of, load_variant_files
 from tritonconv.lab.commands.problems import add_problems, tasks_asked_for
-from tritonconv.lab.inspection.ahead import Filled, compile_into, open_folder, refused
+from tritonconv.lab.inspection.ahead import Filled, compile_into, open_folder
 from tritonconv.lab.inspection.compiling import GPU, check_compiler, compiling_for
-from tritonconv.lab.inspection.launches import Launches, missing_launches
+from tritonconv.lab.inspection.launches import Launches, why_not_found
 from tritonconv.lab.inspection.precompile import Request
 from tritonconv.lab.inspection.workers import GIVEN_UP
 from tritonconv.lab.verification import checks_of
@@ -65,7 +65,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--verify",
         action="store_true",
-        help="also compile what a campaign verifies first: the default config of every variant",
+        help="also compile the kernels that a campaign verifies first: the default config of every variant",
     )
     add_flags(parser, "variant-file", "jobs", "seconds", "quiet")
 
@@ -108,8 +108,10 @@ def _about_out(path: Path) -> Iterator[None]:
         raise ArgumentError(f"argument --out: {error}") from None
     except BrokenPipeError:
         raise
-    except OSError as error:
-        raise ArgumentError(f"argument --out: {refused(error, path)}") from None
+    except OSError as error:  # that of a full disk names no file
+        reason = f"{error.filename or path}: {error.strerror or error}"
+        raise ArgumentError(f"argument --out: {reason}; launches that are in {path} stay, and the same command "
+                            "compiles the others") from None  # fmt: skip
 
 
 def _verified(options: argparse.Namespace, target: str) -> list[Request]:
@@ -159,7 +161,11 @@ def _check(path: Path, quiet: bool) -> int:
         raise ArgumentError(f"argument --check: {error}") from None
     with progress(quiet, unit="launches", first="working out the keys") as shown:
         shown.begin(len(launches))
-        lacking = list(missing_launches(launches, launches, shown.step))
+        lacking = []
+        for launch in launches:
+            if (why := why_not_found(launches, launch)) is not None:
+                lacking.append((launch, why))
+            shown.step(launch.label)
     if folder.difference is not None:
         print(folder.difference)
     else:

@@ -20,7 +20,7 @@ from tritonconv.lab.bench.environment import version
 from tritonconv.lab.bench.progress import progress
 from tritonconv.lab.bench.summary import columns
 from tritonconv.lab.commands.common import FLAGS, OK, WRONG, add_flags, folder, layouts_of, listed
-from tritonconv.lab.inspection import accesses, jobs, records, tables, verdicts
+from tritonconv.lab.inspection import accesses, interpreted, jobs, records, tables, verdicts
 from tritonconv.lab.inspection.compiling import Job, check_compiler, compile_job
 from tritonconv.lab.inspection.records import Inspection, Record
 from tritonconv.precision import PRECISIONS
@@ -130,7 +130,7 @@ def _plan(
     options: argparse.Namespace, chosen: Sequence[Variant], targets: Sequence[str], precisions: tuple[str, ...]
 ) -> Sequence[Job]:
     """The launches to compile. Says on stderr which variants have none; raises ArgumentError where there is none."""
-    plan = jobs.job_list(
+    launches, left_out = jobs.job_list(
         chosen,
         targets=tuple(targets),
         precisions=flags.once(options.dtype, precisions),
@@ -138,17 +138,17 @@ def _plan(
         classes=_wanted_classes(options.layers),
         candidates=options.configs == ALL,
     )
-    for name, why in plan.left_out:
+    for name, why in left_out.items():
         print(f"tritonconv inspect: {name} serves none of the layers ({why})", file=sys.stderr)
-    if not plan.jobs:
-        raise ArgumentError("no variant serves any of the layers asked for: see --layers, --dtype and --layout")
-    return plan.jobs
+    if not launches:
+        raise ArgumentError("no variant serves any of the chosen layers: see --layers, --dtype and --layout")
+    return launches
 
 
 def _accesses(options: argparse.Namespace, chosen: Sequence[Variant]) -> int:
     for target in flags.once(options.target, (ACCESS_TARGET,)):
         launches = _plan(options, chosen, (target,), (ACCESS_PRECISION,))
-        measured = accesses.measure(launches)
+        measured = interpreted.measure(launches)
         poor = [each for each in measured if each.efficiency < POOR]
         rows = [each.cells() for each in (measured if options.all else poor)]
         if rows:
@@ -190,20 +190,14 @@ def _verdicts(options: argparse.Namespace, chosen: Sequence[Variant]) -> int:
 
 
 def _triton_variants(names: list[str]) -> tuple[Variant, ...]:
-    kernels = tuple(record for record in variants() if record.backend == "triton")
-    if not names:
-        return kernels
-    chosen = []
-    for name in dict.fromkeys(names):
-        record = next((each for each in kernels if each.name == name), None)
-        if record is None:
+    kernels = {record.name: record for record in variants() if record.backend == "triton"}
+    for name in names:
+        if name not in kernels:
             if triton_fault() is not None:
                 raise ArgumentError(f"argument VARIANT: {triton_fault()}")
-            what = "computed by torch" if any(name == each.name for each in variants()) else "unknown"
-            there_are = ", ".join(each.name for each in kernels)
-            raise ArgumentError(f"argument VARIANT: {name!r} is {what}; the Triton variants are: {there_are}")
-        chosen.append(record)
-    return tuple(chosen)
+            kind = "computed by torch" if any(name == each.name for each in variants()) else "unknown"
+            raise ArgumentError(f"argument VARIANT: {name!r} is {kind}; the Triton variants are: {', '.join(kernels)}")
+    return tuple(kernels[name] for name in dict.fromkeys(names or kernels))
 
 
 def _wanted_classes(given: list[str] | None) -> tuple[str, ...] | None:

@@ -8,22 +8,11 @@ would fill. The same ratio is "sectors per request" in NVIDIA's Nsight Compute.
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import re
-import subprocess
-import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
-
-from tritonconv.errors import ResultsError
-from tritonconv.kernels.registry import variant
-from tritonconv.kernels.targets import TARGETS
-from tritonconv.lab.inspection.compiling import GPU, Job, compile_launch, compiling_for, products_in
 
 HEAD = ("variant", "layer", "layout", "access", "tile", "bytes/lane", "sectors/request", "efficiency")
 SECTOR = 32  # bytes
@@ -57,6 +46,9 @@ class Layout:
         return cls(numbers("sizePerThread"), numbers("threadsPerWarp"), numbers("order"))
 
 
+Layouts = dict[tuple[str, tuple[int, ...]], list[tuple[Layout, bool]]]  # by kind and tile; whether asynchronous
+
+
 @dataclass(frozen=True)
 class Access:
     """The loads or the stores of one tile of a launch; ``sectors`` and ``fewest`` are sums over ``requests``."""
@@ -83,10 +75,10 @@ class Access:
         return [self.variant, self.layer, self.layout, kind, "x".join(map(str, self.tile)), *figures]
 
 
-def layouts_of(ttgir: str) -> dict[tuple[str, tuple[int, ...]], list[tuple[Layout, bool]]]:
+def layouts_of(ttgir: str) -> Layouts:
     """By (kind, tile): the distinct layouts of its accesses, and whether they are asynchronous copies."""
     texts = dict(_LAYOUT.findall(ttgir))
-    layouts: dict[tuple[str, tuple[int, ...]], list[tuple[Layout, bool]]] = {}
+    layouts: Layouts = {}
     for operation, tile, name in _OPERATION.findall(ttgir):
         if name in texts:
             kind = "store" if operation == "tt.store" else "load"
@@ -144,35 +136,3 @@ def _width(at: np.ndarray, active: np.ndarray, itemsize: int) -> int:
             return width
         width //= 2
     return 1
-
-
-def measure(jobs: Sequence[Job]) -> list[Access]:
-    """The accesses of each launch, compiled for its target in this process and interpreted in another.
-
-    Raises ResultsError with what the interpreter said where it fails.
-    """
-    launches = []
-    for job in jobs:
-        record = variant(job.variant)
-        with compiling_for(TARGETS[job.target]), products_in(job.precision):
-            config = record.default(job.problem, GPU) if job.config is None else job.config
-            kernels = [kernel for name, kernel in compile_launch(record, job.problem, config) if "joint" not in name]
-        layouts: dict[str, list] = {}
-        for kernel in kernels:
-            for (kind, tile), distinct in layouts_of(kernel.asm["ttgir"]).items():
-                key = json.dumps([kind, tile])
-                layouts.setdefault(key, []).extend([asdict(layout), copied] for layout, copied in distinct)
-        where = {"variant": job.variant, "layer": job.layer.name, "layout": job.layout, "precision": job.precision}
-        launches.append({**where, "config": dict(config), "layouts": layouts})
-    return [Access(**{**row, "tile": tuple(row["tile"])}) for row in _interpreted(launches)]
-
-
-def _interpreted(launches: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    done = subprocess.run(
-        [sys.executable, "-m", "tritonconv.lab.inspection.interpreted"],
-        input=json.dumps(launches), capture_output=True, text=True, check=False,
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
-    )  # fmt: skip
-    if done.returncode != 0:
-        raise ResultsError(f"accesses: the interpreter failed: {done.stderr.strip()[-2000:]}")
-    return json.loads(done.stdout)

@@ -1,8 +1,8 @@
 """Fills a folder with the compiled kernels of launches, for a GPU that need not be here.
 
-Processes compile into a cache of their own; of that only what a launch needs is put into the folder, without a path of
-this machine in it. A kernel's files appear together, and the line of a launch after its kernels, so that a folder whose
-filling was cut off holds whole kernels and can be filled further.
+Processes compile into a cache of their own. The folder gets only the files of it that a launch needs, without a path of
+this machine in them. A kernel's files appear together, and the line of a launch after its kernels. So a folder whose
+filling was cut off holds whole kernels, and can be filled further.
 """
 
 from __future__ import annotations
@@ -12,28 +12,20 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from collections.abc import Iterator, Sequence
+from concurrent.futures import TimeoutError as Expired
+from concurrent.futures import as_completed
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from time import perf_counter
-from typing import Any, Protocol
+from typing import Any
 
 from tritonconv.errors import ArgumentError
 from tritonconv.kernels.registry import file_of
-from tritonconv.kernels.triton_compiled import (
-    GROUP,
-    KERNELS,
-    LAUNCHES,
-    MANIFEST,
-    VARIABLE,
-    CompiledFolder,
-    Maker,
-    check_folder,
-)
+from tritonconv.kernels.triton_compiled import GROUP, KERNELS, LAUNCHES, MANIFEST, VARIABLE, CompiledFolder, Maker
 from tritonconv.lab.bench.environment import git_state
+from tritonconv.lab.bench.progress import Progress
 from tritonconv.lab.inspection.launches import Launch, Launches
-from tritonconv.lab.inspection.precompile import Answer, Precompiler, Request
+from tritonconv.lab.inspection.precompile import Precompiler, Request
 from tritonconv.lab.inspection.workers import ENDED, GIVEN_UP
 from tritonconv.precision import float32_precision
 
@@ -41,11 +33,6 @@ BINARIES = (".cubin", ".hsaco")
 MODULE = ".so"  # the host side of a launch
 WANTED = (*BINARIES, ".json", MODULE)
 ROOT = Path(__file__).resolve().parent.parent.parent.parent
-
-
-class Progress(Protocol):
-    def begin(self, cells: int) -> None: ...
-    def step(self, text: str) -> None: ...
 
 
 @dataclass
@@ -68,27 +55,23 @@ def open_folder(path: Path, target: str) -> CompiledFolder:
     Raises ArgumentError where the folder is another Triton's or holds something else, and OSError where it cannot be
     written.
     """
-    check_folder(path / KERNELS)
+    path.mkdir(parents=True, exist_ok=True)
     if (path / MANIFEST).exists():
         folder = CompiledFolder.read(path)
         if folder.difference is not None:
             raise ArgumentError(f"{path}: {folder.difference}: choose another folder")
-    elif path.is_dir() and any(not _begun(each) for each in path.iterdir()):
+    # A run that is cut off before there is a manifest leaves an unfinished one.
+    elif any(not each.name.startswith(f".{MANIFEST}.") for each in path.iterdir()):
         raise ArgumentError(f"{path}: holds no {MANIFEST}, and is not empty: choose another folder")
     else:
         folder = CompiledFolder(path.absolute(), Maker.here(), ())
-    (path / KERNELS).mkdir(parents=True, exist_ok=True)
     folder = replace(folder, targets=tuple(dict.fromkeys((*folder.targets, target))))
     commit, changed = git_state(ROOT)
-    _write(path / MANIFEST, folder.manifest(commit=commit, changed=changed))
+    unfinished = path / f".{MANIFEST}.{os.getpid()}"
+    unfinished.write_text(folder.manifest(commit=commit, changed=changed), encoding="utf-8")
+    unfinished.replace(path / MANIFEST)
+    (path / KERNELS).mkdir(exist_ok=True)
     return folder
-
-
-def _begun(path: Path) -> bool:
-    """Whether a file is one that a run leaves which is cut off before it has written the manifest."""
-    if path.name == KERNELS:
-        return not any(path.iterdir())
-    return path.name.startswith(f".{MANIFEST}.")
 
 
 def compile_into(
@@ -99,28 +82,25 @@ def compile_into(
     seconds: float | None,
     progress: Progress,
 ) -> Filled:
-    """Compiles the launches that the folder lacks, for at most so many seconds; what is done by then stays there.
+    """Compiles the launches that the folder lacks, for at most so many seconds; those that are done by then stay there.
 
-    Raises ArgumentError, which says what is kept, where the folder cannot be written any more.
+    Raises OSError where the folder cannot be written any more.
     """
-    launches, said, filled = Launches(folder), float32_precision(), Filled()
-    waiting = [job for job in jobs if not launches.has(*job, said, target)]
+    launches, precision, filled = Launches(folder), float32_precision(), Filled()
+    waiting = [job for job in jobs if not launches.has(*job, precision, target)]
     filled.known = len(jobs) - len(waiting)
     progress.begin(len(waiting))
-    deadline = None if seconds is None else perf_counter() + seconds
     # A process that was killed may leave files behind while the cache is removed, which spoils nothing.
     scratch = tempfile.TemporaryDirectory(prefix="tritonconv-", ignore_cleanup_errors=True)
-    with _saying_what_is_kept(folder), scratch as cache, _line_by_line(folder) as write:
+    with scratch as cache, _line_by_line(folder) as write:
         variables = {"TRITON_CACHE_DIR": cache, "TRITON_STORE_BINARY_ONLY": "1", VARIABLE: str(folder.path)}
-        with Precompiler(target, processes, variables, quiet=True) as compiler:
+        with Precompiler(target, processes, variables, quiet=True) as compiler, contextlib.suppress(Expired):
             running = dict(zip(compiler.start(waiting), waiting, strict=True))
-            for done, job in _as_done(running, deadline):
-                answer = done.result()
-                if answer.ok:
-                    _keep(folder, answer, file_of(job[0]))
-                    kernels = tuple(kernel for kernel, _ in answer.kernels)
-                    modules = tuple((file.parent.name, file.name) for file in answer.files)
-                    write(Launch(*job, said, target, kernels, modules).line())
+            for done in as_completed(running, seconds):
+                answer, job = done.result(), running[done]
+                if answer.launch is not None:
+                    _keep(folder, answer.launch, Path(cache))
+                    write(answer.launch.line())
                     filled.compiled += 1
                 elif answer.error == GIVEN_UP:
                     filled.given_up += 1
@@ -130,39 +110,6 @@ def compile_into(
                 progress.step(f"{job[0]} on {job[1]}")
     filled.left = len(waiting) - filled.compiled - filled.given_up - len(filled.failed)
     return filled
-
-
-@contextlib.contextmanager
-def _saying_what_is_kept(folder: CompiledFolder) -> Iterator[None]:
-    """Has what the system refuses inside the block, such as space on the disk, say what the folder holds."""
-    try:
-        yield
-    except BrokenPipeError:  # of the progress, whose reader has seen enough
-        raise
-    except OSError as error:
-        if not folder.path.is_dir():
-            kept = "the folder is gone"
-        else:
-            launches = Launches(folder)
-            kept = f"{sum(map(launches.whole, launches))} launches are in {folder.path}, and the same command goes on"
-        raise ArgumentError(f"{refused(error, folder.path)}: {kept}") from None
-
-
-def refused(error: OSError, path: Path) -> str:
-    """The error in words, with its file; that of a full disk names none, and ``path`` stands there."""
-    return f"{error.filename or path}: {error.strerror or error}"
-
-
-def _as_done(
-    running: dict[Future[Answer], Request], deadline: float | None
-) -> Iterator[tuple[Future[Answer], Request]]:
-    waiting = set(running)
-    while waiting:
-        left = None if deadline is None else max(0.0, deadline - perf_counter())
-        done, waiting = wait(waiting, timeout=left, return_when=FIRST_COMPLETED)
-        if not done:
-            return
-        yield from ((each, running[each]) for each in done)
 
 
 @contextlib.contextmanager
@@ -176,34 +123,31 @@ def _line_by_line(folder: CompiledFolder) -> Iterator[Any]:
         yield file.write
 
 
-def _keep(folder: CompiledFolder, answer: Answer, variant_file: Path | None) -> None:
+def _keep(folder: CompiledFolder, launch: Launch, cache: Path) -> None:
+    """Copies the files of the launch out of Triton's cache."""
     import triton
 
+    variant_file = file_of(launch.variant)
     roots = [ROOT, Path(triton.__file__).resolve().parent, *([variant_file.parent] if variant_file else [])]
-    for kernel, place in answer.kernels:
-        _copy(place, folder, f"{kernel.name}.json", roots)
-    for file in answer.files:
-        _copy(file.parent, folder, file.name, roots)
+    for key, name in launch.files:
+        _copy(cache / key, folder, name, roots)
 
 
 def _copy(place: Path, folder: CompiledFolder, name: str, roots: Sequence[Path]) -> None:
-    """Of a folder of Triton's cache what a launch needs, at once, in the place of one that lacks files of ``name``.
+    """Of a folder of Triton's cache the files that a launch needs, with their lengths, at once.
 
-    Nothing where they are there already.
+    Nothing where they are there already; in the place of a folder that lacks some.
     """
     if folder.group(place.name, name) is not None:
         return
     to = folder.path / KERNELS / place.name
     unfinished = Path(tempfile.mkdtemp(dir=to.parent, prefix="."))
     try:
-        for path in sorted(place.iterdir(), key=lambda each: each.name.startswith(GROUP)):  # the lengths come last
-            if path.name.startswith(GROUP):
-                names = json.loads(path.read_text(encoding="utf-8"))["child_paths"]
-                _write_lengths(path.name, names, unfinished)
-            elif path.suffix in WANTED:
+        for path in place.iterdir():
+            if path.suffix in WANTED and not path.name.startswith(GROUP):
                 (unfinished / path.name).write_bytes(_portable(path, roots))
-                if path.suffix == MODULE:  # Triton lists no files of it
-                    _write_lengths(f"{GROUP}{path.name}", [path.name], unfinished)
+        sizes = {each.name: each.stat().st_size for each in unfinished.iterdir()}
+        (unfinished / f"{GROUP}{name}").write_text(json.dumps({"sizes": sizes}), encoding="utf-8")
         unfinished.chmod(0o755)  # mkdtemp's is for one user
         if folder.group(place.name, name) is None:
             if to.is_dir() and not to.is_symlink():
@@ -216,12 +160,6 @@ def _copy(place: Path, folder: CompiledFolder, name: str, roots: Sequence[Path])
             raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def _write_lengths(name: str, files: Iterable[str], folder: Path) -> None:
-    """Writes the list of those files that a launch needs, with their lengths in the folder."""
-    sizes = {each: (folder / each).stat().st_size for each in files if Path(each).suffix in WANTED}
-    (folder / name).write_text(json.dumps({"sizes": sizes}), encoding="utf-8")
 
 
 def _portable(path: Path, roots: Sequence[Path]) -> bytes:
@@ -243,13 +181,3 @@ def _names_alone(value: Any) -> Any:
     if isinstance(value, list):
         return [_names_alone(each) for each in value]
     return Path(value).name if isinstance(value, str) and os.path.isabs(value) else value
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)  # of a full disk

@@ -55,7 +55,7 @@ Measure = Callable[[str, Any, Target, dict[str, float]], dict[str, Any]]
 def check_compiler() -> None:
     """Raises ArgumentError where this process cannot compile.
 
-    A folder of compiled kernels is set aside: it holds none of what the compiler made on the way to the binary.
+    A folder of compiled kernels is set aside: it holds binaries alone, and none of the code on the way to them.
     """
     fault = triton_fault()
     if fault is not None:
@@ -72,7 +72,7 @@ class TargetDriver:
 
     def __init__(self, target: Target) -> None:
         self.target = target.gpu_target()
-        # Kernels keep what they compiled by device: each target is a device of its own, far from the real ones.
+        # Kernels keep their compiled forms by device: each target is a device of its own, far from the real ones.
         self.device = 1000 + list(TARGETS).index(target.name)
 
     def get_current_target(self):
@@ -114,14 +114,29 @@ def products_in(precision: str) -> Iterator[None]:
         switch.fp32_precision = before
 
 
-def compile_job(job: Job, record: Variant | None = None, measure: Measure | None = None) -> list[Record]:
-    """Compiles one launch: a record per kernel, or one that carries the error. Nothing is raised for a bad kernel.
+_known: dict[str, dict[str, Any]] = {}
 
-    ``record`` is the variant itself where the registry does not list it; ``measure`` reads of a kernel less than all.
-    """
-    measure = _measured if measure is None else measure
-    record = variant(job.variant) if record is None else record
-    target, problem, fields = TARGETS[job.target], job.problem, _fields(job)
+
+def _measured(name: str, kernel: Any, target: Target, seconds: dict[str, float]) -> dict[str, Any]:
+    """The fields of a record that the compiled kernel answers; a kernel that several launches share is read once."""
+    if kernel.hash not in _known:
+        _known[kernel.hash] = resources(kernel, target.backend)
+    read = _known[kernel.hash]
+    blocks = target.resident_blocks(
+        read["warps"], read["registers"], read["shared_bytes"], read["tensor_memory_columns"]
+    )
+    return {
+        **read,
+        "kernel": name,
+        "seconds": seconds.get(kernel.hash),
+        "blocks": blocks,
+        "occupancy": round(target.occupancy(blocks, read["warps"]), 4),
+    }
+
+
+def compile_job(job: Job, measure: Measure = _measured) -> list[Record]:
+    """Compiles one launch: a record per kernel, or one that carries the error. Nothing is raised for a bad kernel."""
+    record, target, problem, fields = variant(job.variant), TARGETS[job.target], job.problem, _fields(job)
     begin = time.perf_counter()
     try:
         with compiling_for(target), products_in(job.precision), _seconds() as seconds:
@@ -159,54 +174,45 @@ def compile_launch(record: Variant, problem: Problem, config: Config) -> list[tu
 
     The whole backward at once is compiled with the backward-weight variant, whose config it takes.
     """
-    x = _empty(problem, problem.x_shape)
-    y = _empty(problem, problem.y_shape)
-    weight = torch.empty(problem.weight_shape, dtype=problem.dtype, device=META)
-    bias = torch.empty(problem.c_out, dtype=problem.dtype, device=META) if problem.bias else None
-    if record.pass_name == "forward":
-        return _kernels(lambda: record.launch(problem, config, x, weight, bias))
-    if record.pass_name == "backward_data":
-        return _kernels(lambda: record.launch(problem, config, y, weight))
-    found = _kernels(lambda: record.launch(problem, config, x, y, problem.bias))
-    if record.joint is not None:
-        joint = record.joint
+    kernels = _kernels(lambda: launch(record, problem, config))
+    joint = record.joint
+    if joint is not None:
+        x, weight, _, y = _tensors(problem, META)
         together = _kernels(lambda: joint(problem, config, x, weight, y, problem.bias))
-        found += [(f"{name} (joint)", kernel) for name, kernel in together]
-    return found
+        kernels += [(f"{name} (joint)", kernel) for name, kernel in together]
+    return kernels
+
+
+def launch(record: Variant, problem: Problem, config: Config, device: torch.device = META) -> None:
+    """Launches the variant on tensors that nothing was written to."""
+    x, weight, bias, y = _tensors(problem, device)
+    if record.pass_name == "forward":
+        record.launch(problem, config, x, weight, bias)
+    elif record.pass_name == "backward_data":
+        record.launch(problem, config, y, weight)
+    else:
+        record.launch(problem, config, x, y, problem.bias)
+
+
+def _tensors(problem: Problem, device: torch.device) -> tuple[Any, ...]:
+    """x, weight, bias or None, y."""
+    options: dict[str, Any] = {"dtype": problem.dtype, "device": device}
+    x, y = (
+        torch.empty(shape, memory_format=problem.memory_format, **options)
+        for shape in (problem.x_shape, problem.y_shape)
+    )
+    bias = torch.empty(problem.c_out, **options) if problem.bias else None
+    return x, torch.empty(problem.weight_shape, **options), bias, y
 
 
 def _kernels(call: Callable[[], Any]) -> list[tuple[str, Any]]:
     from tritonconv.kernels.triton_launch import compile_only
 
-    with compile_only() as found:
+    with compile_only() as compiled:
         call()
-    if not found:
+    if not compiled:
         raise RuntimeError("the variant launched no kernel")
-    return [(name, kernel.result() if hasattr(kernel, "result") else kernel) for name, _, kernel in found]
-
-
-def _empty(problem: Problem, shape: tuple[int, ...]) -> torch.Tensor:
-    return torch.empty(shape, dtype=problem.dtype, device=META, memory_format=problem.memory_format)
-
-
-_known: dict[str, dict[str, Any]] = {}
-
-
-def _measured(name: str, kernel: Any, target: Target, seconds: dict[str, float]) -> dict[str, Any]:
-    """The fields of a record that the compiled kernel answers; a kernel that several launches share is read once."""
-    if kernel.hash not in _known:
-        _known[kernel.hash] = resources(kernel, target.backend)
-    read = _known[kernel.hash]
-    blocks = target.resident_blocks(
-        read["warps"], read["registers"], read["shared_bytes"], read["tensor_memory_columns"]
-    )
-    return {
-        **read,
-        "kernel": name,
-        "seconds": seconds.get(kernel.hash),
-        "blocks": blocks,
-        "occupancy": round(target.occupancy(blocks, read["warps"]), 4),
-    }
+    return [(name, kernel.result() if hasattr(kernel, "result") else kernel) for name, _, kernel in compiled]
 
 
 @contextlib.contextmanager
@@ -220,28 +226,24 @@ def _seconds() -> Iterator[dict[str, float]]:
         if not cache_hit:
             spent[metadata["hash"]] = round(times.total / 1e6, 3)
 
-    before = triton.knobs.compilation.listener
-    triton.knobs.compilation.listener = listen
-    try:
+    with triton.knobs.compilation.scope():
+        triton.knobs.compilation.listener = listen
         yield spent
-    finally:
-        triton.knobs.compilation.listener = before
 
 
 def _text(error: BaseException) -> str:
     """The reason in one line, then the whole error. Triton's quote the kernel's source down to a caret below a line."""
-    chain = [error]
-    while chain[-1].__cause__ is not None:
-        chain.append(chain[-1].__cause__)
-    reason, line = _around_caret(str(chain[-1]))
-    quoted = [found for each in chain if (found := _around_caret(str(each))[1])]
-    line = line or (quoted[-1] if quoted else "")
-    text = f"{type(chain[-1]).__name__}: {' '.join(reason.split())}"[:MOST_SUMMARY_TEXT]
-    return f"{text}{f' (at: {line})' if line else ''}\n{str(chain[-1])[-MOST_ERROR_TEXT:]}"
+    quotes = [_around_caret(str(error))]
+    while error.__cause__ is not None:
+        error = error.__cause__
+        quotes.append(_around_caret(str(error)))
+    line = next((line for _, line in reversed(quotes) if line), "")
+    text = f"{type(error).__name__}: {' '.join(quotes[-1][0].split())}"[:MOST_SUMMARY_TEXT]
+    return f"{text}{f' (at: {line})' if line else ''}\n{str(error)[-MOST_ERROR_TEXT:]}"
 
 
 def _around_caret(text: str) -> tuple[str, str]:
-    """(what follows the last caret, the line of source above it); without a caret the whole text and no line."""
+    """(the text behind the last caret, the line of source above it); without a caret the whole text and no line."""
     lines = text.splitlines()
     carets = [index for index, line in enumerate(lines) if line.strip() == "^" and index > 0]
     if not carets:

@@ -9,13 +9,11 @@ than were committed since. Where a call or a jump by register leads is not seen;
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
 
-_LABEL = re.compile(r"^\s*(\.L_x_\d+):")
-_LINE = re.compile(r"^\s*(?:/\*[0-9a-f]+\*/\s+)?(?:(@!?U?P\w+)\s+)?([A-Z][^\s;]*)\s*(.*?);")
+from tritonconv.lab.inspection.listing import Instruction, instructions
+
 _PRODUCT = re.compile(r"R\d+, (?:R(\d+)|gdesc)")
 _WAIT = re.compile(r"gsb0, 0x([0-9a-f]+)")
-_TARGET = re.compile(r"`\((\.L_x_\d+)\)")
 _RESULT = re.compile(r"(?:U?P(?:T|\d+),\s*)?R(\d+)\b")
 _READS = ("HGMMA", "BAR", "BRX", "JMX", "RET", "CALL", "WARPSYNC")  # a register in front is no result, or a sum's
 _FOUR = re.compile(r"\.128\b|\.MT?88\.4\b|^HMMA\b")
@@ -26,25 +24,19 @@ OPEN = -1  # the age of a product whose group is not committed
 State = dict[int, int]  # by the product's place: how many groups were committed after its own
 
 
-class _Instruction(NamedTuple):
-    name: str
-    text: str
-    next: tuple[int, ...]  # places that may follow
-
-
 def early_writes(code: str) -> tuple[str, ...]:
     """Of nvdisasm's listing the instructions that write a register of a product in flight, in the order of the text."""
-    instructions = _instructions(code)
-    read = {place: _operand_a(each) for place, each in enumerate(instructions) if each.name.startswith("HGMMA")}
+    listing = instructions(code)
+    read = {place: _operand_a(each) for place, each in enumerate(listing) if each.name.startswith("HGMMA")}
     if not any(read.values()):
         return ()
     before: dict[int, State] = {0: {}}
     waiting = [0]
     while waiting:
         place = waiting.pop()
-        each = instructions[place]
+        each = listing[place]
         after = _after(before[place], place, each, place in read)
-        for follower in each.next:
+        for follower in _followers(place, each, len(listing)):
             known = before.get(follower)
             joined = dict(after) if known is None else _joined(known, after)
             if joined != known:
@@ -52,12 +44,12 @@ def early_writes(code: str) -> tuple[str, ...]:
                 waiting.append(follower)
     return tuple(
         f"{each.name} {each.text}"
-        for place, each in enumerate(instructions)
+        for place, each in enumerate(listing)
         if (mine := _written(each)) and any(mine & read[product] for product in before.get(place, ()))
     )
 
 
-def _after(state: State, place: int, each: _Instruction, product: bool) -> State:
+def _after(state: State, place: int, each: Instruction, product: bool) -> State:
     if product:
         state = {**state, place: OPEN}
         return {where: age + 1 for where, age in state.items()} if "gsb0" in each.text else state
@@ -72,40 +64,28 @@ def _joined(one: State, other: State) -> State:
     return {place: min(state[place] for state in (one, other) if place in state) for place in {*one, *other}}
 
 
-def _instructions(code: str) -> list[_Instruction]:
-    found: list[tuple[str, str, str]] = []
-    labels: dict[str, int] = {}
-    for line in code.splitlines():
-        if label := _LABEL.match(line):
-            labels[label[1]] = len(found)
-        elif word := _LINE.match(line):
-            found.append((word[1] or "", word[2], word[3]))
-    return [
-        _Instruction(name, text, _followers(place, guard, name, text, labels, len(found)))
-        for place, (guard, name, text) in enumerate(found)
-    ]
+def _followers(place: int, each: Instruction, end: int) -> list[int]:
+    """The places that may come next."""
+    followers = []
+    leaves = each.name.startswith(("BRA", "EXIT", "RET"))
+    # A branch may name its condition behind its name.
+    if place + 1 < end and (not leaves or each.guard or "UP" in each.text.split("`")[0]):
+        followers.append(place + 1)
+    if each.name.startswith("BRA") and each.target is not None and each.target < end:
+        followers.append(each.target)
+    return followers
 
 
-def _followers(place: int, guard: str, name: str, text: str, labels: dict[str, int], end: int) -> tuple[int, ...]:
-    found = []
-    ends = name.startswith(("BRA", "EXIT", "RET"))
-    if not ends or guard or "UP" in text.split("`")[0]:  # a branch may name its condition behind its name
-        found.append(place + 1)
-    if name.startswith("BRA") and (target := _TARGET.search(text)):
-        found.append(labels.get(target[1], end))
-    return tuple(each for each in found if each < end)
+def _operand_a(each: Instruction) -> set[int]:
+    product = _PRODUCT.match(each.text)
+    return _registers(product[1], A_REGISTERS) if product and product[1] else set()
 
 
-def _operand_a(each: _Instruction) -> set[int]:
-    found = _PRODUCT.match(each.text)
-    if found is None or found[1] is None:
-        return set()
-    return set(range(int(found[1]), int(found[1]) + A_REGISTERS))
-
-
-def _written(each: _Instruction) -> set[int]:
-    found = None if each.name.startswith(_READS) else _RESULT.match(each.text)
-    if found is None:
-        return set()
+def _written(each: Instruction) -> set[int]:
+    result = None if each.name.startswith(_READS) else _RESULT.match(each.text)
     width = 4 if _FOUR.search(each.name) else 2 if _TWO.search(each.name) else 1
-    return set(range(int(found[1]), int(found[1]) + width))
+    return _registers(result[1], width) if result else set()
+
+
+def _registers(first: str, count: int) -> set[int]:
+    return set(range(int(first), int(first) + count))

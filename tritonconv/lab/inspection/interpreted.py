@@ -1,28 +1,25 @@
-"""The half of :mod:`tritonconv.lab.inspection.accesses` that runs in Triton's interpreter, as a process of its own.
+"""Measures how a launch accesses memory: one program of each kernel runs in Triton's interpreter, in another process.
 
-Reads the launches and their layouts as JSON from standard input, runs one program of each kernel, from the middle of
-the grid, and writes the accesses as JSON. Nothing is stored, so the tensors may be large: their memory stays untouched.
+The program is from the middle of the grid. It stores nothing, so the tensors may be large: their memory stays
+untouched. :mod:`tritonconv.lab.inspection.accesses` counts the sectors.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
-import math
-import sys
 from collections import Counter
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
-from triton.runtime import interpreter
 
+from tritonconv.errors import ResultsError
 from tritonconv.kernels.registry import variant
-from tritonconv.lab.bench.workloads import workload
-from tritonconv.lab.inspection.accesses import FEWEST, Layout, sectors
-from tritonconv.precision import PRECISIONS
-from tritonconv.problem import Problem
+from tritonconv.kernels.targets import TARGETS
+from tritonconv.lab.inspection.accesses import FEWEST, Access, Layouts, layouts_of, sectors
+from tritonconv.lab.inspection.compiling import GPU, Job, compile_launch, compiling_for, launch, products_in
+from tritonconv.lab.inspection.workers import Workers
 
 MOST_KEPT = 4  # accesses of one kind and tile
 MOST_SEEN = 3000  # accesses of one program: a persistent one goes through many tiles
@@ -38,6 +35,8 @@ class _Enough(Exception):
 @contextlib.contextmanager
 def watching() -> Iterator[list[Seen]]:
     """Inside the block each kernel runs one program, which stores nothing; the list fills with its accesses."""
+    from triton.runtime import interpreter
+
     seen: list[Seen] = []
     counts: Counter = Counter()
     builder, executor = interpreter.interpreter_builder, interpreter.GridExecutor
@@ -94,54 +93,47 @@ def watching() -> Iterator[list[Seen]]:
         executor.__call__ = call
 
 
-def accesses_of(launch: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of one launch."""
-    record, dtype = variant(launch["variant"]), PRECISIONS[launch["precision"]]
-    problem = workload(launch["layer"]).problem(dtype, launch["layout"])
-    with watching() as seen:
-        _launch(record, problem, launch["config"])
-    rows: dict[tuple, dict[str, Any]] = {}
+def measure(jobs: Sequence[Job]) -> list[Access]:
+    """The accesses of each launch, compiled for its target in this process and interpreted in another.
+
+    Raises ResultsError where the interpreter fails; its error is on stderr then.
+    """
+    with Workers(1, {"TRITON_INTERPRET": "1"}) as interpreter:
+        running = [interpreter.submit(accesses_of, *_compiled(job), lost=_lost) for job in jobs]
+        return [access for each in running for access in each.result()]
+
+
+def _lost(reason: str) -> list[Access]:
+    raise ResultsError("accesses: the interpreter failed; its error stands above")
+
+
+def _compiled(job: Job) -> tuple[Job, Layouts]:
+    """The job with its config, and the layouts that the compiler chose for its accesses."""
+    record = variant(job.variant)
+    layouts: Layouts = {}
+    with compiling_for(TARGETS[job.target]), products_in(job.precision):
+        config = record.default(job.problem, GPU) if job.config is None else job.config
+        for name, kernel in compile_launch(record, job.problem, config):
+            for key, distinct in layouts_of(kernel.asm["ttgir"]).items() if "joint" not in name else ():
+                layouts.setdefault(key, []).extend(distinct)
+    return replace(job, config=dict(config)), layouts
+
+
+def accesses_of(job: Job, layouts: Layouts) -> list[Access]:
+    """The accesses of one launch, in a process of Triton's interpreter."""
+    assert job.config is not None
+    with watching() as seen, np.errstate(all="ignore"):
+        launch(variant(job.variant), job.problem, job.config, torch.device("cpu"))
+    sums: dict[tuple, np.ndarray] = {}
     for kind, itemsize, addresses, mask in seen:
-        # Two tiles of one shape may have two layouts: the compiler gave each the one that suits its addresses.
-        best = None
-        for layout, copied in launch["layouts"].get(json.dumps([kind, addresses.shape]), ()):
-            count = *sectors(addresses, mask, itemsize, _layout(layout)), copied
-            if count[1] and (best is None or count[0] / count[1] > best[0] / best[1]):
-                best = count
-        if best is None:
-            continue
-        fewest, touched, requests, lane_bytes, copied = best
-        head = {name: launch[name] for name in ("variant", "layer", "layout")}
-        row = rows.setdefault(
-            (kind, addresses.shape, lane_bytes, copied),
-            {**head, "kind": kind, "tile": addresses.shape, "asynchronous": copied, "lane_bytes": lane_bytes,
-             "requests": 0, "sectors": 0, "fewest": 0},
-        )  # fmt: skip
-        for name, value in (("requests", requests), ("sectors", touched), ("fewest", fewest)):
-            row[name] += int(value)
-    return list(rows.values())
-
-
-def _layout(fields: dict[str, list[int]]) -> Layout:
-    return Layout(**{name: tuple(value) for name, value in fields.items()})
-
-
-def _launch(record, problem: Problem, config: dict[str, int]) -> None:
-    def tensor(shape: tuple[int, ...], spatial: bool = False) -> torch.Tensor:
-        zeros = torch.zeros(math.prod(shape), dtype=problem.dtype)  # whose pages are not there until they are written
-        if not spatial or problem.layout == "ncdhw":
-            return zeros.view(shape)
-        n, channels, *size = shape
-        return zeros.view(n, *size, channels).permute(0, 4, 1, 2, 3)
-
-    x, y, weight = tensor(problem.x_shape, True), tensor(problem.y_shape, True), tensor(problem.weight_shape)
-    if record.pass_name == "forward":
-        record.launch(problem, config, x, weight, tensor((problem.c_out,)) if problem.bias else None)
-    elif record.pass_name == "backward_data":
-        record.launch(problem, config, y, weight)
-    else:
-        record.launch(problem, config, x, y, problem.bias)
-
-
-if __name__ == "__main__":
-    print(json.dumps([row for each in json.load(sys.stdin) for row in accesses_of(each)]))
+        counts = [
+            (*sectors(addresses, mask, itemsize, layout), copied)
+            for layout, copied in layouts.get((kind, addresses.shape), ())
+        ]
+        counts = [each for each in counts if each[1]]
+        if counts:
+            # Two tiles of one shape may have two layouts: the compiler gave each the one that suits its addresses.
+            fewest, touched, requests, lane_bytes, copied = max(counts, key=lambda each: each[0] / each[1])
+            key = kind, addresses.shape, copied, lane_bytes
+            sums[key] = sums.get(key, 0) + np.array([requests, touched, fewest])
+    return [Access(job.variant, job.layer.name, job.layout, *key, *figures.tolist()) for key, figures in sums.items()]

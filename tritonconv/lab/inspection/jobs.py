@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import as_completed
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 from tritonconv.autotune.model import pruned_space
 from tritonconv.kernels.targets import TARGETS
 from tritonconv.kernels.variant import Variant
-from tritonconv.lab.bench.workloads import Workload, workload
+from tritonconv.lab.bench.workloads import workload
 from tritonconv.lab.inspection.compiling import GPU, Job, compile_job, compiling_for, failed
 from tritonconv.lab.inspection.records import Record
 from tritonconv.lab.inspection.workers import Workers
@@ -34,14 +34,6 @@ SAMPLE_LAYERS = {
 FEW = 2  # layers per variant unless others are asked for
 
 
-@dataclass(frozen=True)
-class JobList:
-    """The jobs, and what is left out: (variant, why it serves none of the layers)."""
-
-    jobs: tuple[Job, ...]
-    left_out: tuple[tuple[str, str], ...]
-
-
 def job_list(
     records: Sequence[Variant],
     targets: Sequence[str],
@@ -49,49 +41,33 @@ def job_list(
     layouts: Sequence[str],
     classes: Sequence[str] | None = None,
     candidates: bool = False,
-) -> JobList:
-    """Every launch that is asked for. ``classes`` None: of each variant the first ``FEW`` that it serves.
+) -> tuple[list[Job], dict[str, str]]:
+    """The launches, and by variant why it serves none of the layers.
 
-    ``candidates``: the pruned space of a problem beside the default.
+    ``classes`` None: of each variant the first ``FEW`` that it serves. ``candidates``: the pruned space of a problem
+    beside the default.
     """
     jobs: list[Job] = []
-    left_out = []
+    left_out = {}
     for record in records:
         before = len(jobs)
         reasons: dict[str, None] = {}
-        for name in targets:
-            with compiling_for(TARGETS[name]):  # what a variant serves may depend on the target
+        for target in targets:
+            with compiling_for(TARGETS[target]):  # the target decides too whether a variant serves a problem
                 served = 0
-                for each in SAMPLE_LAYERS if classes is None else classes:
-                    found = _of_layer(record, workload(SAMPLE_LAYERS[each]), name, precisions, layouts, reasons)
-                    for job in found:
-                        jobs += _with_more(job, record, candidates)
-                    served += bool(found)
+                for name in SAMPLE_LAYERS if classes is None else classes:
+                    layer = workload(SAMPLE_LAYERS[name])
+                    every = [Job(record.name, layer, *each, target) for each in itertools.product(precisions, layouts)]
+                    refusals = [record.supports(job.problem, GPU) for job in every]
+                    reasons |= dict.fromkeys(filter(None, refusals))
+                    for job, refusal in zip(every, refusals, strict=True):
+                        jobs += _with_more(job, record, candidates) if refusal is None else []
+                    served += None in refusals
                     if classes is None and served == FEW:
                         break
         if len(jobs) == before:
-            left_out.append((record.name, "; ".join(reasons)))
-    return JobList(tuple(jobs), tuple(left_out))
-
-
-def _of_layer(
-    record: Variant,
-    layer: Workload,
-    target: str,
-    precisions: Sequence[str],
-    layouts: Sequence[str],
-    reasons: dict[str, None],
-) -> list[Job]:
-    """The jobs of one layer that the variant serves; why it does not serve the others is added to ``reasons``."""
-    found = []
-    for precision, layout in itertools.product(precisions, layouts):
-        job = Job(record.name, layer, precision, layout, target)
-        why_not = record.supports(job.problem, GPU)
-        if why_not is None:
-            found.append(job)
-        else:
-            reasons[why_not] = None
-    return found
+            left_out[record.name] = "; ".join(reasons)
+    return jobs, left_out
 
 
 def _with_more(job: Job, record: Variant, candidates: bool) -> list[Job]:
@@ -107,18 +83,17 @@ def run(
     step: Callable[[str], None],
     compiled: Callable[[Job], list[Record]] = compile_job,
 ) -> list[Record]:
-    """Compiles all jobs and returns their records in the order of the jobs; ``step`` is told of each that is done.
+    """Compiles all jobs and returns their records in the order of the jobs; calls ``step`` after each.
 
     ``compiled``, a function of a module, makes the records of one job. With one process it is this one; with more a
     crash of the compiler is a record of the job that caused it.
     """
-    found: list[list[Record]] = [[] for _ in jobs]
-    alone = processes <= 1 or len(jobs) < 2
+    by_job: list[list[Record]] = [[] for _ in jobs]
     here = ((index, compiled(job)) for index, job in enumerate(jobs))
-    for index, records in here if alone else _in_workers(jobs, processes, compiled):
-        found[index] = records
+    for index, records in here if processes <= 1 or len(jobs) < 2 else _in_workers(jobs, processes, compiled):
+        by_job[index] = records
         step(f"{jobs[index].variant} on {jobs[index].layer.name} for {jobs[index].target}")
-    return [record for records in found for record in records]
+    return [record for records in by_job for record in records]
 
 
 def _in_workers(

@@ -33,27 +33,27 @@ def compile_launchers(kernels: Iterable[Any]) -> tuple[Path, ...]:
         return ()
     try:
         _find_library(driver)
-        with _unloaded(build) as found:
+        with _unloaded(build) as files:
             for kernel in kernels:
                 driver.CudaLauncher(kernel.src, kernel.metadata)
     except Exception:  # no C compiler or no header of Python's: the launch itself will say so
         return ()
-    return tuple(dict.fromkeys(found))
+    return tuple(dict.fromkeys(files))
 
 
 @contextlib.contextmanager
 def _unloaded(build: Any) -> Iterator[list[Path]]:
     """Inside the block modules are built and not loaded, for which a driver is needed; yields their files."""
-    found: list[Path] = []
+    files: list[Path] = []
 
     def keep(name: str, path: str) -> SimpleNamespace:
-        found.append(Path(path))
+        files.append(Path(path))
         return SimpleNamespace(launch=None)
 
     before = build._load_module_from_path
     build._load_module_from_path = keep
     try:
-        yield found
+        yield files
     finally:
         build._load_module_from_path = before
 

@@ -6,9 +6,9 @@ import contextlib
 import importlib
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, astuple, dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +36,10 @@ class Kernel:
 
     @classmethod
     def of(cls, compiled: Any) -> Kernel:
-        """Of what Triton compiled, which knows its files in Triton's cache."""
-        function = compiled.src.fn
-        return cls(
-            compiled.name, folder_of(compiled).name, f"{function.__module__}:{function.__name__}", function.cache_key
-        )
+        """Of a kernel of Triton's, which knows its files in Triton's cache."""
+        function, file = compiled.src.fn, next(iter(compiled.metadata_group.values()))
+        key = Path(file).parent.name
+        return cls(compiled.name, key, f"{function.__module__}:{function.__name__}", function.cache_key)
 
     def edited(self) -> bool:
         """Whether this process has another source of the function, or none."""
@@ -49,11 +48,6 @@ class Kernel:
             with contextlib.suppress(ImportError):
                 importlib.import_module(module)
         return getattr(getattr(sys.modules.get(module), name, None), "cache_key", None) != self.source
-
-
-def folder_of(compiled: Any) -> Path:
-    """Where Triton's cache keeps it, under its key."""
-    return Path(next(iter(compiled.metadata_group.values()))).parent
 
 
 @dataclass(frozen=True)
@@ -75,7 +69,7 @@ class Launch:
 
     @classmethod
     def of(cls, line: str) -> Launch:
-        """Raises ValueError, KeyError or TypeError for what is no such line."""
+        """Of such a line. Raises ValueError, KeyError or TypeError for another text."""
         row = json.loads(line)
         fields: dict[str, Any] = {
             key: tuple(each) if isinstance(each, list) else each for key, each in row["problem"].items()
@@ -87,8 +81,13 @@ class Launch:
         texts = [row["variant"], row["precision"], row["target"], *row["config"]]
         for part in (*(astuple(kernel) for kernel in row["kernels"]), *row["modules"]):
             texts += part
-        "".join(texts).encode()  # raises for what is no text, or none that can be shown
+        "".join(texts).encode()  # raises for other than texts, and for those that cannot be shown
         return cls(**row)
+
+    @property
+    def files(self) -> tuple[tuple[str, str], ...]:
+        """Triton's key and the name of each group of its files."""
+        return (*((kernel.key, f"{kernel.name}.json") for kernel in self.kernels), *self.modules)
 
     @property
     def label(self) -> str:
@@ -109,12 +108,9 @@ class Launches:
         self._has_files = cache(lambda key, name: folder.group(key, name) is not None)
         for line in _lines(folder.path / LAUNCHES):
             with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                self.add(Launch.of(line.decode()))
-
-    def add(self, launch: Launch) -> None:
-        """Also one of the same name that was compiled from other sources, which it replaces."""
-        each = launch.variant, launch.problem, launch.config, launch.precision, launch.target
-        self._by_identity[self._identity(*each)] = launch
+                each = Launch.of(line.decode())
+                identity = _identity(each.variant, each.problem, each.config, each.precision, each.target)
+                self._by_identity[identity] = each  # in the place of one from other sources
 
     def __iter__(self) -> Iterator[Launch]:
         return iter(self._by_identity.values())
@@ -129,18 +125,17 @@ class Launches:
         """
         if self.folder.difference is not None:
             return False
-        found = self._by_identity.get(self._identity(name, problem, config, precision, target))
-        return found is not None and self.whole(found) and not any(self.edited(kernel) for kernel in found.kernels)
+        launch = self._by_identity.get(_identity(name, problem, config, precision, target))
+        return launch is not None and self.whole(launch) and not any(map(self.edited, launch.kernels))
 
     def whole(self, launch: Launch) -> bool:
         """Whether the folder has each file of the launch, as long as it was written; looked up once."""
-        files = [(kernel.key, f"{kernel.name}.json") for kernel in launch.kernels]
-        return all(self._has_files(*each) for each in (*files, *launch.modules))
+        return all(self._has_files(*each) for each in launch.files)
 
-    @staticmethod
-    def _identity(name: str, problem: Problem, config: Config, precision: str, target: str) -> tuple:
-        only_of_float32 = precision if problem.dtype is torch.float32 else ""
-        return name, str(problem), tuple(sorted(config.items())), only_of_float32, target
+
+def _identity(name: str, problem: Problem, config: Config, precision: str, target: str) -> tuple:
+    only_of_float32 = precision if problem.dtype is torch.float32 else ""
+    return name, str(problem), tuple(sorted(config.items())), only_of_float32, target
 
 
 def _lines(path: Path) -> list[bytes]:
@@ -153,51 +148,36 @@ def _lines(path: Path) -> list[bytes]:
         raise ArgumentError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-_read: list[tuple[CompiledFolder, Launches | None]] = []  # of the folder that is installed
-
-
-def install(launches: Launches) -> None:
-    """Has Triton look into the folder, whose list :func:`read_active` then need not read again."""
-    triton_compiled.install(launches.folder)
-    _read[:] = [(launches.folder, launches)]
+@lru_cache(maxsize=1)
+def launches_of(folder: CompiledFolder) -> Launches:
+    """Those of the folder that is taken, whose list is read once. Raises ArgumentError where it cannot be read."""
+    return Launches(folder)
 
 
 def read_active() -> Launches | None:
-    """The launches of the folder that Triton looks into in this process, read once; None without one.
+    """The launches of the folder that Triton looks into in this process; None without one.
 
     Also where its list cannot be read: a call goes on with a warning.
     """
     folder = triton_compiled.active()
-    if folder is None:
+    try:
+        return None if folder is None else launches_of(folder)
+    except ArgumentError as error:
+        triton_compiled.warn(f"{error}: the tuner does not know which launches were compiled ahead")
         return None
-    if not _read or _read[0][0] is not folder:
-        _read[:] = [(folder, None)]
-        try:
-            _read[:] = [(folder, Launches(folder))]
-        except ArgumentError as error:
-            triton_compiled.warn(f"{error}: the tuner does not know what was compiled ahead")
-    return _read[0][1]
-
-
-def missing_launches(
-    launches: Launches, of: Iterable[Launch], step: Callable[[str], object] = lambda text: None
-) -> Iterator[tuple[Launch, str]]:
-    """Those of the launches that this machine's Triton would not find in the folder, each with what differs.
-
-    Triton works out each key, and compiles nothing.
-    """
-    for launch in of:
-        why = launches.folder.difference or _why_not_found(launches, launch)
-        step(launch.label)
-        if why is not None:
-            yield launch, why
 
 
 class _NotFound(Exception):
     """The folder does not hold a kernel, named here, under the key that Triton works out."""
 
 
-def _why_not_found(launches: Launches, launch: Launch) -> str | None:
+def why_not_found(launches: Launches, launch: Launch) -> str | None:
+    """Why this machine's Triton does not find the launch in the folder; None where it does.
+
+    Triton works out the key, and compiles nothing.
+    """
+    if launches.folder.difference is not None:
+        return launches.folder.difference
     try:
         record = variant(launch.variant)
     except ArgumentError:
@@ -232,10 +212,10 @@ def _the_folder_alone(folder: CompiledFolder) -> Iterator[None]:
             self.key = key
 
         def get_group(self, filename: str) -> Mapping[str, str]:
-            found = folder.group(self.key, filename)
-            if found is None:
+            files = folder.group(self.key, filename)
+            if files is None:
                 raise _NotFound(filename.removesuffix(".json"))
-            return found
+            return files
 
         def get_file(self, filename: str) -> str | None:
             return folder.file(self.key, filename)

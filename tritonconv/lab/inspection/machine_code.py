@@ -12,14 +12,11 @@ from collections import Counter
 from typing import Any
 
 from tritonconv.lab.inspection.in_flight import early_writes
+from tritonconv.lab.inspection.listing import instructions
 from tritonconv.lab.inspection.shallow import reads_registers
 
 SECONDS_FOR_TOOL = 120.0
 
-_SASS = re.compile(r"^\s*(?:/\*[0-9a-f]+\*/)?\s*(?:@!?\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
-_LABEL = re.compile(r"^\s*(\.L_x_\d+):")
-_EXIT = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+EXIT")  # under no condition
-_BACK = re.compile(r"`\((\.L_x_\d+)\)")
 _NARROW = re.compile(r"LDG\.(\w+\.)*[US](8|16)\b")
 _FRAME = re.compile(r"\bR1, (R1, -?0x|c\[)")  # the stack pointer, loaded or moved by a number
 _NVIDIA_MATRIX = re.compile(r"[A-Z]G?MMA|UTC[A-Z]*MMA")
@@ -29,7 +26,7 @@ _AMD_MATRIX = ("v_mfma_", "v_smfmac_", "v_wmma_")
 
 
 def resources(compiled: Any, backend: str) -> dict[str, Any]:
-    """The measured fields of a :class:`~tritonconv.lab.inspection.records.Record`, but what depends on the target."""
+    """The measured fields of a :class:`~tritonconv.lab.inspection.records.Record` that no target changes."""
     metadata = compiled.metadata
     read = _nvidia(compiled.asm["cubin"]) if backend == "cuda" else _amd(compiled.asm["amdgcn"])
     return {
@@ -69,14 +66,14 @@ def _nvidia(cubin: bytes) -> dict[str, Any]:
 
 
 def _disassembled(cubin: bytes, usage: bool = False) -> tuple[str, str]:
-    """(what cuobjdump says of resources, if asked for; nvdisasm's listing)."""
+    """(cuobjdump's list of resources if ``usage``, else empty; nvdisasm's listing)."""
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        said = _output(knobs.nvidia.cuobjdump.path, "-res-usage", file.name) if usage else ""
-        return said, _output(knobs.nvidia.nvdisasm.path, "-c", file.name)
+        resources_used = _output(knobs.nvidia.cuobjdump.path, "-res-usage", file.name) if usage else ""
+        return resources_used, _output(knobs.nvidia.nvdisasm.path, "-c", file.name)
 
 
 def stack_is_used(code: str) -> bool:
@@ -86,7 +83,7 @@ def stack_is_used(code: str) -> bool:
 
 def sass_counts(code: str) -> dict[str, Any]:
     """Instruction counts of nvdisasm's listing."""
-    words = [found.split(".") for found in _SASS.findall(code)]
+    words = [each.name.split(".") for each in instructions(code)]
     names = Counter(word[0] for word in words)
     return {
         "instructions": len(words),
@@ -102,27 +99,21 @@ def sass_counts(code: str) -> dict[str, Any]:
 def loop_counts(code: str) -> dict[str, int]:
     """Of the innermost loop that multiplies matrices (of several the first of those that multiply most): all its
     instructions, and its loads of one or two bytes per thread; zeros where there is none."""
-    names: list[str] = []
-    labels: dict[str, int] = {}
-    found: list[range] = []
-    exits: list[int] = []  # what lies behind one and jumps back is a wait out of line, not a loop
-    for line in code.splitlines():
-        if label := _LABEL.match(line):
-            labels[label[1]] = len(names)
-        elif word := _SASS.match(line):
-            names.append(word[1])
-            if _EXIT.match(line):
-                exits.append(len(names) - 1)
-            target = _BACK.search(line)
-            if word[1].startswith("BRA") and target and target[1] in labels:
-                found.append(range(labels[target[1]], len(names)))
+    listing = instructions(code)
+    # Where the code ends for good: a jump back across it belongs to a wait out of line, and is no loop.
+    ends = [place for place, each in enumerate(listing) if each.name.startswith("EXIT") and not each.guard]
+    backward = [
+        range(each.target, place + 1)
+        for place, each in enumerate(listing)
+        if each.name.startswith("BRA") and each.target is not None and each.target <= place
+    ]
 
     def products(loop: range) -> int:
-        return sum(bool(_NVIDIA_MATRIX.fullmatch(names[index].split(".")[0])) for index in loop)
+        return sum(bool(_NVIDIA_MATRIX.fullmatch(listing[place].name.split(".")[0])) for place in loop)
 
-    loops = [loop for loop in found if products(loop) and not any(index in loop for index in exits)]
+    loops = [loop for loop in backward if products(loop) and not any(place in loop for place in ends)]
     inner = [loop for loop in loops if not any(o != loop and o[0] >= loop[0] and o[-1] <= loop[-1] for o in loops)]
-    body = [names[index] for index in max(inner, key=products, default=range(0))]
+    body = [listing[place].name for place in max(inner, key=products, default=range(0))]
     return {"loop_instructions": len(body), "narrow_loads": sum(bool(_NARROW.match(name)) for name in body)}
 
 
@@ -134,7 +125,8 @@ def _width(word: list[str]) -> int:
 
 def _amd(assembly: str) -> dict[str, Any]:
     instructions = [(name, rest) for name, rest in _AMD.findall(assembly) if "_" in name]
-    local = [name for name, rest in instructions if _is_local(name, rest)]
+    local = sum(name.startswith("scratch_") or (name.startswith("buffer_") and "Folded" in rest)
+                for name, rest in instructions)  # fmt: skip
     spilled = 4 * _number(r"\.vgpr_spill_count:\s*(\d+)", assembly)  # per lane
     matrix = sum(name.startswith(_AMD_MATRIX) for name, _ in instructions)
     return {
@@ -144,21 +136,17 @@ def _amd(assembly: str) -> dict[str, Any]:
         "matrix": {"MFMA": matrix} if matrix else {},
         "bulk_copies": 0,
         "async_copies": sum("load" in name and ("_lds" in name or " lds" in rest) for name, rest in instructions),
-        "local_accesses": len(local),
+        "local_accesses": local,
         "spill_load_bytes": spilled,
         "spill_store_bytes": spilled,
     }
 
 
-def _is_local(name: str, rest: str) -> bool:
-    return name.startswith("scratch_") or (name.startswith("buffer_") and "Folded" in rest)
-
-
 def _number(pattern: str, text: str) -> int:
-    found = re.search(pattern, text)
-    if found is None:
+    match = re.search(pattern, text)
+    if match is None:
         raise RuntimeError(f"the compiler's output has no {pattern}: {text[:300]!r}")
-    return int(found[1])
+    return int(match[1])
 
 
 def _output(*command: str) -> str:

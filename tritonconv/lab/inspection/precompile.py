@@ -1,7 +1,7 @@
 """Compiles kernels in other processes, ahead of their first launch here, into Triton's cache on disk.
 
 A process compiles for the GPU's target without touching the GPU, so the tuner's candidates are ready when their turn to
-be timed comes. Whatever fails here is left to the launch itself, which says why.
+be timed comes. A failure here is left to the launch itself, which says why.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tritonconv.kernels.variant import Config
 from tritonconv.lab.bench.failures import disqualifies, one_line
 from tritonconv.lab.inspection.compiling import compile_launch, compiling_for, products_in
 from tritonconv.lab.inspection.launchers import compile_launchers
-from tritonconv.lab.inspection.launches import Kernel, Launches, folder_of, read_active
+from tritonconv.lab.inspection.launches import Kernel, Launch, Launches, read_active
 from tritonconv.lab.inspection.workers import Workers
 from tritonconv.precision import float32_precision
 from tritonconv.problem import Problem
@@ -33,14 +33,12 @@ Request = tuple[str, Problem, Config]  # a launch: the variant, the problem and 
 
 @dataclass(frozen=True)
 class Answer:
-    """The result of a request: its kernels, each with its folder in Triton's cache, or why there are none.
+    """The result of a request: the launch, None where it was compiled before, or the ``error``.
 
-    ``files`` are compiled host sides of launches (see :mod:`tritonconv.lab.inspection.launchers`). ``expected``: the
-    compiler refuses such a launch, and nothing is wrong with the program.
+    ``expected``: the compiler refuses such a launch, and nothing is wrong with the program.
     """
 
-    kernels: tuple[tuple[Kernel, Path], ...] = ()
-    files: tuple[Path, ...] = ()
+    launch: Launch | None = None
     error: str = ""
     expected: bool = False
 
@@ -79,7 +77,7 @@ class Precompiler(Workers):
         quiet: bool = False,
     ) -> None:
         processes = processes or max(1, min(MOST_PROCESSES, (os.cpu_count() or 2) - 2))
-        super().__init__(processes, environment, quiet, crashes=processes)
+        super().__init__(processes, environment, quiet)
         self.target, self.ahead = target, ahead
 
     def start(self, requests: Iterable[Request]) -> list[Future[Answer]]:
@@ -108,10 +106,9 @@ def compile_one(name: str, problem: Problem, config: Config, precision: str, tar
         if file is not None and file_of(name) is None:
             load(file)
         with compiling_for(TARGETS[target]), products_in(precision):
-            kernels = [kernel for _, kernel in compile_launch(variant(name), problem, config)]
-        return Answer(
-            tuple((Kernel.of(kernel), folder_of(kernel)) for kernel in kernels),
-            compile_launchers(kernels),
-        )
+            compiled = [kernel for _, kernel in compile_launch(variant(name), problem, config)]
+        kernels = tuple(map(Kernel.of, compiled))
+        modules = tuple((file.parent.name, file.name) for file in compile_launchers(compiled))
+        return Answer(Launch(name, problem, config, precision, target, kernels, modules))
     except Exception as error:  # the launch itself will say so
         return Answer(error=one_line(error), expected=disqualifies(error))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from tritonconv.errors import ResultsError
@@ -18,9 +18,9 @@ NO_KERNEL = ""
 class Record:
     """One kernel of one launch, compiled for one target; or, with ``error``, a launch that did not compile.
 
-    Bytes of spills are summed over the instructions of the program text, as ptxas does, not over what is executed.
-    ``dot`` says what the source asks for: ``"matrix"``, ``"fma"`` (float32 products in IEEE precision, which NVIDIA's
-    matrix units do not have) or ``""`` (no ``tl.dot``).
+    Bytes of spills are summed over the instructions of the program text, as ptxas does. ``dot`` is the product that the
+    source asks for: ``"matrix"``, ``"fma"`` (float32 products in IEEE precision, which NVIDIA's matrix units do not
+    have) or ``""`` (no ``tl.dot``).
     """
 
     variant: str
@@ -88,7 +88,7 @@ def faults(record: Record) -> tuple[str, ...]:
 
 
 def remarks(record: Record) -> tuple[str, ...]:
-    """Remarks on what is no fault: the matrix instruction of an older generation."""
+    """Remarks that are no faults: the matrix instruction is of an older generation."""
     newest = TARGETS[record.target].matrix
     if record.matrix and newest not in record.matrix:
         return (f"its matrix instruction is {', '.join(record.matrix)}, {record.target} has {newest}",)
@@ -121,37 +121,9 @@ def write(inspection: Inspection, path: Path) -> None:
         raise ResultsError(f"cannot write {path}: {error}") from None
 
 
-def read(path: Path) -> Inspection:
-    """Reads what :func:`write` wrote. Raises ResultsError for a file that is none."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ResultsError(f"{path}: {error}") from None
-    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
-        raise ResultsError(f"{path}: expected an inspection of schema {SCHEMA}")
-    try:
-        records = tuple(Record(**_known(row)) for row in data["records"])
-        return Inspection(data["triton"], data["torch"], data["command"], records)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ResultsError(f"{path}: not the file of an inspection ({error})") from None
-
-
-def _known(row: Mapping) -> dict:
-    names = {each.name for each in fields(Record)}
-    unknown = set(row) - names
-    if unknown:
-        raise ValueError(f"unknown fields {', '.join(sorted(unknown))}")
-    return dict(row)
-
-
 def grouped(records: Iterable[Record], *names: str) -> dict[tuple, list[Record]]:
     """Records by the values of these fields, in the order in which they first come."""
     groups: dict[tuple, list[Record]] = {}
     for record in records:
         groups.setdefault(tuple(getattr(record, name) for name in names), []).append(record)
     return groups
-
-
-def heaviest(records: Sequence[Record]) -> Record:
-    """Of the kernels of one launch the one that computes: with a dot, and then the longest."""
-    return max(records, key=lambda record: (record.error is not None, bool(record.dot), record.instructions))

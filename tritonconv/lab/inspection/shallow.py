@@ -2,7 +2,8 @@
 
 Most of the time of a compilation comes behind Triton's own code for the GPU, and that code says where operand A of a
 product is. Where one is in registers the kernel is compiled to its end. The others are left without machine code, so
-Triton's cache is a folder of the block, and the process is one that launches nothing.
+Triton's cache is a folder of the block (not all versions give such kernels a key of their own), and the process is one
+that launches nothing.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ from __future__ import annotations
 import contextlib
 import re
 import tempfile
-from collections.abc import Iterator
-from functools import wraps
+from collections.abc import Callable, Iterator
+from typing import Any
 
 _READS_REGISTERS = re.compile(r"warp_group_dot %.*isAsync = true.* : tensor<")
 # Metadata of the stages that are left out; nothing reads it.
-_UNSAID = (
+_LATE_FIELDS = (
     "shared", "tmem_size", "global_scratch_size", "global_scratch_align", "profile_scratch_size",
     "profile_scratch_align",
 )  # fmt: skip
@@ -30,32 +31,24 @@ def reads_registers(ttgir: str) -> bool:
 def shallow() -> Iterator[None]:
     """Inside the block NVIDIA's kernels are compiled so."""
     from triton import knobs
-    from triton.backends.nvidia.compiler import CUDABackend
 
-    stages = {name: getattr(CUDABackend, name) for name in ("make_llir", "make_ptx", "make_cubin")}
+    def leave_out(backend: Any = None, stages: Any = None, *_: Any) -> tuple[str, str] | None:
+        if stages is None:  # Triton asks for the part of the key
+            return "shallow", "shallow"
+        deeper = stages["llir"]
 
-    @wraps(stages["make_llir"])
-    def make_llir(self, src, metadata, *more):
-        if reads_registers(str(src)):
-            return stages["make_llir"](self, src, metadata, *more)
-        metadata |= dict.fromkeys(_UNSAID, 0) | {"name": ""}
-        return ""
+        def llir(source: Any, metadata: dict[str, Any]) -> Any:
+            if reads_registers(str(source)):
+                return deeper(source, metadata)
+            metadata |= dict.fromkeys(_LATE_FIELDS, 0) | {"name": ""}
+            return ""
 
-    def passing(name: str, nothing):
-        @wraps(stages[name])
-        def stage(self, src, *more):
-            return stages[name](self, src, *more) if src else nothing
+        def passing(stage: Callable[[Any, Any], Any], nothing: str | bytes) -> Callable[[Any, Any], Any]:
+            return lambda source, metadata: stage(source, metadata) if source else nothing
 
-        return stage
+        stages |= {"llir": llir, "ptx": passing(stages["ptx"], ""), "cubin": passing(stages["cubin"], b"")}
+        return None
 
-    before = knobs.cache.dir
-    with tempfile.TemporaryDirectory() as folder:
-        knobs.cache.dir = folder
-        CUDABackend.make_llir = make_llir
-        CUDABackend.make_ptx, CUDABackend.make_cubin = passing("make_ptx", ""), passing("make_cubin", b"")
-        try:
-            yield
-        finally:
-            knobs.cache.dir = before
-            for name, stage in stages.items():
-                setattr(CUDABackend, name, stage)
+    with knobs.runtime.scope(), knobs.cache.scope(), tempfile.TemporaryDirectory() as knobs.cache.dir:
+        knobs.runtime.add_stages_inspection_hook = leave_out
+        yield

@@ -10,7 +10,7 @@ from tritonconv.kernels.registry import variants
 from tritonconv.lab import markdown
 from tritonconv.lab.bench.summary import columns
 from tritonconv.lab.inspection.jobs import SAMPLE_LAYERS
-from tritonconv.lab.inspection.records import Inspection, Record, faults, grouped, heaviest
+from tritonconv.lab.inspection.records import Inspection, Record, faults, grouped
 from tritonconv.precision import PRECISIONS
 
 COMMAND = "inspect"  # of the markers in the Markdown file
@@ -56,7 +56,7 @@ def kib(size: int) -> str:
     return f"{size / 1024:.3g}"
 
 
-# The columns of a row: what was compiled, and what was measured of the kernel.
+# The columns of a row: those of the launch, and those of measured values.
 COMPILED: dict[str, Callable[[Record], object]] = {
     "layer": class_of,
     "layout": lambda record: record.layout,
@@ -95,7 +95,7 @@ def measured(record: Record, names: Iterable[str]) -> list[str]:
 
 
 def show(inspection: Inspection) -> None:
-    """Prints a table per variant, the layers, and what the columns mean."""
+    """Prints a table per variant, the layers, and the meaning of the columns."""
     ideas = {record.name: record.idea for record in variants()}
     for (name,), records in grouped(inspection.records, "variant").items():
         rows = [[str(cell(record)) for cell in COMPILED.values()] + measured(record, MEASURED) for record in records]
@@ -176,19 +176,24 @@ def _row(records: list[Record]) -> list[str]:
 
 
 def representative(records: list[Record]) -> Record:
-    """The kernel that stands for a variant: of the first class of layers, in the preferred precision and layout."""
+    """The kernel that stands for a variant: of the first class of layers, in the preferred precision and layout.
+
+    Of the kernels of a launch the one that computes: with a dot, and then the longest.
+    """
     order = list(SAMPLE_LAYERS)
 
-    def place(record: Record) -> tuple[int, int, int]:
+    def place(record: Record) -> tuple:
         name = class_of(record)
         return (
             order.index(name) if name in order else len(order),
             list(PRECISIONS).index(record.precision),
             LAYOUTS.index(record.layout),
+            record.error is None,
+            not record.dot,
+            -record.instructions,
         )
 
-    first = min(map(place, records))
-    return heaviest([record for record in records if place(record) == first])
+    return min(records, key=place)
 
 
 def check(path: Path) -> None:

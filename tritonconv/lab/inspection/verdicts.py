@@ -1,4 +1,4 @@
-"""Verdicts on the machine code of all that dispatch and tuner can choose, kept in files of the project.
+"""Verdicts on the machine code of all configs that dispatch and tuner can choose, in files of the project.
 
 A file is of one Triton version and :data:`TARGET`; in it each variant has the revision of its device code, and for each
 class of problems that its code is specialised by (layout, kernel = stride or not, products) the configs of one layer's
@@ -38,16 +38,16 @@ Verdicts = dict[str, dict[str, Any]]  # by variant: revision, and classes by nam
 
 def jobs_of(record: Variant, precisions: Iterable[str] = PRODUCTS) -> list[Job]:
     """The pruned spaces of the first layer of each class that the variant serves; tf32 of one class alone."""
-    found: dict[tuple, Job] = {}
+    jobs: dict[tuple, Job] = {}
     with compiling_for(TARGETS[TARGET]):
         for precision in precisions:
             for layer in SAMPLE_LAYERS.values():
                 for layout in LAYOUTS:
                     job = Job(record.name, workload(layer), precision, layout, TARGET)
                     special = precision, *((layout, job.problem.tiles_exactly) if precision == PRODUCTS[0] else ())
-                    if special not in found and record.supports(job.problem, GPU) is None:
-                        found[special] = job
-        return [replace(job, config=dict(config)) for job in found.values() for config in _configs(record, job)]
+                    if special not in jobs and record.supports(job.problem, GPU) is None:
+                        jobs[special] = job
+        return [replace(job, config=dict(config)) for job in jobs.values() for config in _configs(record, job)]
 
 
 def _configs(record: Variant, job: Job) -> tuple[Config, ...]:
@@ -87,31 +87,31 @@ def verdicts(records: Iterable[Record], revisions: Mapping[str, str]) -> Verdict
     launches: dict[tuple, list[Record]] = {}
     for each in records:
         launches.setdefault((each.variant, class_name(each), tuple(each.config.items())), []).append(each)
-    found: Verdicts = {}
+    by_variant: Verdicts = {}
     for (name, kind, config), kernels in launches.items():
-        of_variant = found.setdefault(name, {"revision": revisions[name], "classes": {}})
+        of_variant = by_variant.setdefault(name, {"revision": revisions[name], "classes": {}})
         of_class = of_variant["classes"].setdefault(kind, {"keys": [key for key, _ in config]})
-        of_class.setdefault(_said(kernels), []).append([value for _, value in config])
-    return found
+        of_class.setdefault(_worst(kernels), []).append([value for _, value in config])
+    return by_variant
 
 
 def class_name(record: Record) -> str:
     return f"{record.layer} {record.precision} {record.layout}"
 
 
-def _said(kernels: Sequence[Record]) -> str:
+def _worst(kernels: Sequence[Record]) -> str:
     if any(each.error is not None for each in kernels):
         return BROKEN
     return UNSAFE if any(each.early_write for each in kernels) else SAFE
 
 
-def configs_of(found: Verdicts, said: str) -> list[tuple[str, str, Config]]:
-    """(variant, class, config) of all of which this was said."""
+def configs_of(by_variant: Verdicts, verdict: str) -> list[tuple[str, str, Config]]:
+    """(variant, class, config) of all with this verdict."""
     return [
         (name, kind, dict(zip(of_class["keys"], values, strict=True)))
-        for name, of_variant in found.items()
+        for name, of_variant in by_variant.items()
         for kind, of_class in of_variant["classes"].items()
-        for values in of_class.get(said, ())
+        for values in of_class.get(verdict, ())
     ]
 
 
@@ -130,10 +130,10 @@ def read(path: Path) -> Verdicts:
         raise ResultsError(f"{path}: not a file of verdicts ({error!r})") from None
 
 
-def write(path: Path, triton: str, found: Verdicts) -> None:
+def write(path: Path, triton: str, by_variant: Verdicts) -> None:
     """Raises ResultsError where the file cannot be written."""
     head = json.dumps({"triton": triton, "target": TARGET})
-    lines = ",\n".join(f"{json.dumps(name)}: {_lines(of_variant)}" for name, of_variant in sorted(found.items()))
+    lines = ",\n".join(f"{json.dumps(name)}: {_lines(of_variant)}" for name, of_variant in sorted(by_variant.items()))
     try:
         path.parent.mkdir(exist_ok=True)
         path.write_text(f'{head[:-1]}, "variants": {{\n{lines}\n}}}}\n', encoding="utf-8")

@@ -7,31 +7,25 @@ kill a worker in mid-compile. A process that ends costs the request that it had,
 from __future__ import annotations
 
 import contextlib
-import math
 import os
-import pickle
 import signal
-import struct
 import subprocess
 import sys
 import threading
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing.connection import Connection, Pipe
 from types import MappingProxyType
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
 from tritonconv.kernels.triton_compiled import CompiledWarning
 
 Result = TypeVar("Result")
 Own = TypeVar("Own", bound="Workers")
 
-# A process finds the modules where this one does. What its compilers print is no answer, and goes to stderr.
-WORKER = (
-    "import os, sys; answers = os.dup(1); os.dup2(2, 1); sys.path[:] = sys.argv[1:]; "
-    "from tritonconv.lab.inspection.workers import serve; serve(answers)"
-)
-LENGTH = struct.Struct("<I")  # in bytes, of the pickled answer that follows
+# A process finds the modules where this one does.
+WORKER = "import sys; sys.path[:] = sys.argv[1:]; from tritonconv.lab.inspection.workers import serve; serve()"
 
 CRASHED, ENDED = "the compiler ended its process", "compiling ended before this launch"
 GIVEN_UP = "not begun, for the compilers before it ended their processes one after the other"
@@ -40,20 +34,16 @@ GIVEN_UP = "not begun, for the compilers before it ended their processes one aft
 class Workers:
     """Up to ``processes`` of them, each started when it is first needed; a context manager, whose end kills them.
 
-    ``environment`` holds variables of the processes; with ``quiet`` what they print on stderr is dropped. Where more
-    than ``crashes`` of them end one after the other, no other is started.
+    ``environment`` holds variables of the processes; with ``quiet`` their stderr is dropped. Where more of them end one
+    after the other than there are, no other is started.
     """
 
     def __init__(
-        self,
-        processes: int,
-        environment: Mapping[str, str] = MappingProxyType({}),
-        quiet: bool = False,
-        crashes: float = math.inf,
+        self, processes: int, environment: Mapping[str, str] = MappingProxyType({}), quiet: bool = False
     ) -> None:
         self.started: list[subprocess.Popen] = []
-        self._idle: list[subprocess.Popen] = []
-        self._variables, self._quiet, self._most_crashes = environment, quiet, crashes
+        self._idle: list[Connection] = []
+        self._variables, self._quiet, self._most_crashes = environment, quiet, processes
         self._crashes = 0  # one after the other
         self._ended = False
         self._lock = threading.Lock()
@@ -64,7 +54,7 @@ class Workers:
 
     def submit(self, function: Callable[..., Result], *arguments: Any, lost: Callable[[str], Result]) -> Future[Result]:
         """The result of ``function`` (of a module) in a process; where none comes, that of ``lost`` of the reason."""
-        return self._threads.submit(self._answer, pickle.dumps((function, arguments)), lost)
+        return self._threads.submit(self._answer, (function, arguments), lost)
 
     def __exit__(self, *error: object) -> None:
         with self._lock:
@@ -73,52 +63,41 @@ class Workers:
             kill(worker)
         self._threads.shutdown(cancel_futures=True)  # at once: no process is left to wait for
         for worker in self.started:
-            with worker:  # closes its pipes
-                pass
+            worker.wait()
+        for pipe in self._idle:
+            pipe.close()
 
-    def _answer(self, request: bytes, lost: Callable[[str], Any]) -> Any:
+    def _answer(self, request: tuple, lost: Callable[[str], Any]) -> Any:
         try:
-            worker = self._worker()
-            if worker is None:
+            pipe = self._pipe()
+            if pipe is None:
                 return lost(ENDED if self._ended else GIVEN_UP)
-            assert worker.stdin is not None and worker.stdout is not None  # pipes
-            worker.stdin.write(request)
-            (length,) = LENGTH.unpack(_exactly(worker.stdout, LENGTH.size))
-            answer = pickle.loads(_exactly(worker.stdout, length))
-            self._idle.append(worker)
-            self._crashes = 0
-            return answer
+            pipe.send(request)
+            answer = pipe.recv()
         except (OSError, EOFError):  # there is no such Python, or it ended before the request or its answer came
             self._crashes += 1  # of the compiler, or the end
             return lost(ENDED if self._ended else CRASHED)
+        self._idle.append(pipe)
+        self._crashes = 0
+        return answer
 
-    def _worker(self) -> subprocess.Popen | None:
-        """A process that waits for a request; None at the end, and after too many crashes."""
+    def _pipe(self) -> Connection | None:
+        """To a process that waits for a request; None at the end, and after too many crashes."""
         with self._lock:
             if self._ended or self._crashes > self._most_crashes:
                 return None
             if self._idle:
                 return self._idle.pop()
-            command = [sys.executable, "-c", WORKER, *map(str, sys.path)]
+            here, there = Pipe()
             errors = subprocess.DEVNULL if self._quiet else None
-            pipe, variables = subprocess.PIPE, {**os.environ, **self._variables}
-            # Its own process group, which a kill reaches with the assembler in it, and Ctrl-C does not.
-            worker = subprocess.Popen(
-                command, bufsize=0, stdin=pipe, stdout=pipe, stderr=errors, env=variables, start_new_session=True
-            )
+            with there:
+                # Its own process group, which a kill reaches with the assembler in it, and Ctrl-C does not.
+                worker = subprocess.Popen(
+                    [sys.executable, "-c", WORKER, *map(str, sys.path)], env={**os.environ, **self._variables},
+                    stdin=there.fileno(), stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True,
+                )  # fmt: skip
             self.started.append(worker)
-            return worker
-
-
-def _exactly(pipe: IO[bytes], length: int) -> bytes:
-    """So many bytes; raises EOFError where the pipe ends before."""
-    found = b""
-    while len(found) < length:
-        more = pipe.read(length - len(found))
-        if not more:
-            raise EOFError
-        found += more
-    return found
+            return here
 
 
 def kill(worker: subprocess.Popen) -> None:
@@ -130,14 +109,13 @@ def kill(worker: subprocess.Popen) -> None:
             worker.kill()
 
 
-def serve(answers: int) -> None:
-    """A process of the pool: answers a request after the other from stdin to ``answers``, until stdin ends."""
+def serve() -> None:
+    """A process of the pool: answers one request after the other until the pipe, which is its stdin, ends."""
     warnings.simplefilter("ignore", CompiledWarning)  # the process that started this one says it
-    while True:
-        try:
-            function, arguments = pickle.load(sys.stdin.buffer)
-        except EOFError:
-            return
-        answer = pickle.dumps(function(*arguments))
-        with open(answers, "wb", closefd=False) as pipe:
-            pipe.write(LENGTH.pack(len(answer)) + answer)
+    os.dup2(2, 1)  # where compilers print
+    with Connection(os.dup(0)) as pipe, open(os.devnull) as nothing:
+        os.dup2(nothing.fileno(), 0)  # so that no child holds the pipe open
+        with contextlib.suppress(EOFError):
+            while True:
+                function, arguments = pipe.recv()
+                pipe.send(function(*arguments))
