@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from tritonconv import fallback
-from tritonconv.arguments import geometry, problem_of
+from tritonconv.arguments import geometry, plain, problem_of
 from tritonconv.autotune import model, pins
 from tritonconv.autotune.choose import Selection, ceilings_of, choose, untuned
 from tritonconv.autotune.choose import forget as forget_tables
@@ -52,31 +52,31 @@ def plan(problem: Problem, device: torch.device) -> Plan:
     return found
 
 
-def plan_for(x, weight, bias, stride, padding, output_padding, groups, dilation) -> Plan | None:
+def plan_for(x, weight, bias, arguments: tuple) -> Plan | None:
     """The plan of a batched call, None where no variant serves such tensors; a distinct call is checked once.
 
-    A repeated call costs one tuple and one dict lookup. The hyper-parameters are those of
-    :func:`tritonconv.arguments.plain`.
+    ``arguments`` are (stride, padding, output_padding, groups, dilation). A repeated call costs one tuple and one dict
+    lookup.
     """
+    numbers = plain(arguments)
     try:
         key = (
             x.shape, x.stride(), x.dtype, x.device,
             weight.shape, weight.stride(), weight.dtype, weight.device,
             None if bias is None else (bias.shape, bias.dtype, bias.device),
-            stride, padding, output_padding, groups, dilation,
-            forced.get(), _deterministic(),
+            numbers, forced.get(), _deterministic(),
         )  # fmt: skip
-        found = _by_call.get(key)
-    except RuntimeError:  # a sparse tensor has no strides: looked at each time
-        return _plan_anew(x, weight, bias, stride, padding, output_padding, groups, dilation)
-    if found is None:
-        found = _plan_anew(x, weight, bias, stride, padding, output_padding, groups, dilation)
-        if found is not None:
-            _remember(_by_call, key, found)
-    return found
+        entry = _by_call.get(key)
+    except RuntimeError:  # a sparse tensor has no strides, and no variant serves it
+        return _plan_anew(x, weight, bias, arguments)
+    if entry is None:
+        entry = _plan_anew(x, weight, bias, arguments)
+        if entry is not None:
+            _remember(_by_call, key, entry)
+    return entry
 
 
-def _plan_anew(x, weight, bias, *arguments) -> Plan | None:
+def _plan_anew(x, weight, bias, arguments) -> Plan | None:
     if fallback.unserved(x, weight, bias) is not None:
         return None
     problem = problem_of(x, weight, bias, geometry(*arguments))

@@ -11,8 +11,7 @@ from tritonconv import fallback
 from tritonconv.arguments import geometry
 from tritonconv.autocast import cast_arguments
 from tritonconv.device import current
-from tritonconv.dispatch import Plan, plan
-from tritonconv.functional import plan_of_call
+from tritonconv.dispatch import Plan, plan, plan_for
 from tritonconv.kernels.registry import triton_fault, variants
 from tritonconv.problem import PASSES, Problem
 from tritonconv.switches import torch_only
@@ -45,7 +44,7 @@ def explain(input, weight=None, bias=None, stride=1, padding=0, output_padding=0
     args = (stride, padding, output_padding, groups, dilation)
     batched = input.unsqueeze(0) if input.dim() == 4 else input
     reason = fallback.reason(input, weight, bias)
-    made = plan_of_call(batched, weight, bias, args) if reason is None else None
+    made = plan_for(batched, weight, bias, args) if reason is None else None
     if made is not None:
         return _show(made)
     fallback.call_of(batched, weight, bias, geometry(*args))

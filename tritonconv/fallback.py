@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 from tritonconv.arguments import Geometry, check_shapes
 from tritonconv.errors import ArgumentError
 from tritonconv.kernels import torch_native
+from tritonconv.kernels.torch_layout import bias_gradient
 from tritonconv.problem import TorchCrop, Triple
 
 _transforms = torch._C._functorch.peek_interpreter_stack
@@ -122,8 +123,14 @@ def forward(call: torch_native.Call, x, weight, bias):
     return torch_native.forward(call, x, weight, bias)
 
 
-backward_data = torch_native.backward_data
-backward_weight = torch_native.backward_weight
+def gradients(call: torch_native.Call, grad_y, x, weight, wanted):
+    """(grad_x, grad_weight, grad_bias), None for a gradient that ``wanted`` does not mark."""
+    need_x, need_weight, need_bias = wanted
+    return (
+        torch_native.backward_data(call, grad_y, weight) if need_x else None,
+        torch_native.backward_weight(call, x, grad_y) if need_weight else None,
+        bias_gradient(grad_y) if need_bias else None,
+    )
 
 
 def is_dtensor(tensor) -> bool:

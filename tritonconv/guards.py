@@ -44,7 +44,6 @@ def guard_of_call(recorded: bool, arguments: tuple, *facts: tuple) -> tuple | No
         torch.empty_strided(shape, stride, dtype=dtype, device="meta")
         for shape, stride, dtype in zip(shapes, strides, lowered, strict=True)
     )
-    x = x.unsqueeze(0) if x.dim() == 4 else x
     try:
         problem = problem_of(x, weight, bias[0] if bias else None, geometry(*arguments))
     except (ArgumentError, ArgumentTypeError):
