@@ -53,10 +53,6 @@ class Entry:
     versions: Mapping[str, str | None] = field(default_factory=dict)
     rivals: int = 0
 
-    @property
-    def speedup(self) -> float:
-        return self.torch_ms / self.ms
-
     @classmethod
     def from_json(cls, data: Any) -> Entry:
         """Raises ValueError for anything that :meth:`to_json` did not make."""

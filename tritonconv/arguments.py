@@ -196,17 +196,7 @@ def problem_of(x, weight, bias, geo: Geometry) -> Problem:
     out = check_shapes(x, weight, bias, geo)
     check_types(x, weight, bias)
     return Problem(
-        n=x.shape[0],
-        c_in=x.shape[1],
-        c_out=weight.shape[1] * geo.groups,
-        size=tuple(x.shape[2:]),
-        kernel=tuple(weight.shape[2:]),
-        stride=geo.stride,
-        crop=geo.crop,
-        out_size=tuple(out),
-        dilation=geo.dilation,
-        groups=geo.groups,
-        dtype=x.dtype,
-        layout=layout_of(x, weight),
-        bias=bias is not None,
-    )
+        n=x.shape[0], c_in=x.shape[1], c_out=weight.shape[1] * geo.groups, size=tuple(x.shape[2:]),
+        kernel=tuple(weight.shape[2:]), stride=geo.stride, crop=geo.crop, out_size=tuple(out), dilation=geo.dilation,
+        groups=geo.groups, dtype=x.dtype, layout=layout_of(x, weight), bias=bias is not None,
+    )  # fmt: skip

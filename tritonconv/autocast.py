@@ -19,7 +19,7 @@ any_autocast = torch._C._is_any_autocast_enabled
 
 def cast_arguments(input, weight, bias):
     """The operands as torch's autocast hands them to a convolution: all real floats but float64 in its dtype."""
-    return _lowered((input, weight, bias), _cast)
+    return _lowered((input, weight, bias), torch.Tensor.to)
 
 
 def cast_arguments_once(input, weight, bias):
@@ -45,10 +45,6 @@ def _lowered(operands, cast):
         dtype = None if tensor is None else lowered_dtype(tensor.dtype, kind)
         found.append(tensor if tensor is None or tensor.dtype is dtype else cast(tensor, dtype))
     return found
-
-
-def _cast(tensor, dtype):
-    return tensor.to(dtype)
 
 
 def _cast_once(tensor, dtype):

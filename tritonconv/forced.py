@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar, copy_context
 from typing import Any
 
@@ -42,7 +42,7 @@ def use(*names: str) -> Iterator[None]:
         if pass_name in chosen:
             raise ArgumentError(f"use: one variant per pass, got {chosen[pass_name]!r} and {name!r} for {pass_name}")
         chosen[pass_name] = name
-    with _forcing({pass_name: (name, None) for pass_name, name in chosen.items()}):
+    with _forcing((name, None) for name in names):
         yield
 
 
@@ -59,9 +59,7 @@ def in_force(call: Callable[[], Any], *names: str) -> Callable[[], Any]:
 
 def pinned(*selections: Selection) -> contextlib.AbstractContextManager[None]:
     """As :func:`use`, each variant with the selection's config; at most one per pass."""
-    return _forcing(
-        {chosen.variant.pass_name: (chosen.variant.name, tuple(chosen.config.items())) for chosen in selections}
-    )
+    return _forcing((selection.variant.name, tuple(selection.config.items())) for selection in selections)
 
 
 # By the identity of a weight that is trained: the weight, and what was in force in the last call with it.
@@ -82,13 +80,13 @@ def restore_forced(weight: torch.Tensor) -> contextlib.AbstractContextManager[No
         del _trained[key]
         return None
     _, named = _trained[key]
-    return _forcing({variant(name).pass_name: (name, items) for name, items in named})
+    return _forcing(named)
 
 
 @contextlib.contextmanager
-def _forcing(chosen: dict) -> Iterator[None]:
-    outer = {variant(name).pass_name: (name, items) for name, items in forced.get()}
-    token = forced.set(tuple(sorted({**outer, **chosen}.values(), key=lambda pair: pair[0])))
+def _forcing(entries: Iterable[tuple]) -> Iterator[None]:
+    by_pass = {variant(name).pass_name: (name, items) for name, items in (*forced.get(), *entries)}
+    token = forced.set(tuple(sorted(by_pass.values(), key=lambda pair: pair[0])))
     try:
         yield
     finally:
