@@ -200,7 +200,7 @@ def test_the_deterministic_switch_changes_the_plan_where_it_must():
         choice = restricted.choice(pass_name)
         assert choice.variant.deterministic
         if not ordinary.choice(pass_name).variant.deterministic:
-            assert "is not deterministic; the cost model's first that is: " in choice.reason
+            assert "is not deterministic; the cost model's fastest that is: " in choice.reason
             ranked = model.rank(tile, CUDA, pass_name, choose.ceilings_of(CUDA))
             assert choice[:2] == next(each[:2] for each in ranked if each[0].deterministic)
             assert empty.choice(pass_name).variant.deterministic

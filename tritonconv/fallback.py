@@ -61,18 +61,18 @@ def transformed() -> bool:
 
 
 def exporting() -> bool:
-    """torch.export is at work: ``torch.compiler.is_exporting``, which torch.compile takes for True in torch 2.11."""
+    """torch.export is active. torch.compile of torch 2.11 takes ``torch.compiler.is_exporting`` for True."""
     return torch.compiler.is_exporting()
 
 
 # torch.compiler.assume_constant_result without its import of the whole compiler: while it traces, torch.compile runs
 # the functions with the transforms really active, keeps the answers, and guards on the transforms itself.
-for _asked in (transformed, exporting):
-    _asked._dynamo_marked_constant = True  # type: ignore[attr-defined]
+for _constant in (transformed, exporting):
+    _constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def plain(first: torch.Tensor, second: torch.Tensor, third: torch.Tensor | None = None) -> bool:
-    """The quick test of the eager path: ordinary tensors, and nothing watches the call but ordinary autograd."""
+    """The quick test of the eager path: ordinary tensors, and no transform or tracer beside ordinary autograd."""
     return (
         type(first) in PLAIN_TYPES
         and type(second) in PLAIN_TYPES
@@ -134,7 +134,7 @@ def gradients(call: torch_native.Call, grad_y, x, weight, wanted):
 
 
 def is_dtensor(tensor) -> bool:
-    """A tensor of torch.distributed; told by name, for the import of that package takes a second."""
+    """A tensor of torch.distributed; recognised by name, for the import of that package takes a second."""
     return type(tensor).__name__ == "DTensor"
 
 

@@ -29,9 +29,9 @@ def use(*names: str) -> Iterator[None]:
     """Forces the named variants, at most one per pass, for the calls made inside the ``with`` block.
 
     A call keeps its variants for its backward passes, wherever those run, and for its recomputation by activation
-    checkpointing. A compiled graph takes what is in force where each of its parts runs; one of fixed sizes is traced
-    anew where that changes its choices. Calls that a transform or a tracer watches go to torch itself all the same.
-    Blocks nest; the inner one wins per pass.
+    checkpointing. A compiled graph uses the variants in force where each of its parts runs; one of fixed sizes is
+    traced anew where they change its choices. Calls under a transform or a tracer still go to torch itself. Blocks
+    nest; the inner one wins per pass.
 
     Raises ArgumentError for an unknown name or two names of one pass; a call that a forced variant does not serve
     raises VariantNotApplicable with the reason.
@@ -62,13 +62,15 @@ def pinned(*selections: Selection) -> contextlib.AbstractContextManager[None]:
     return _forcing((selection.variant.name, tuple(selection.config.items())) for selection in selections)
 
 
-# By the identity of a weight that is trained: the weight, and what was in force in the last call with it.
+# By the id of a trained weight: the weight, and the variants in force in the last call with it.
 _trained: dict[int, tuple[weakref.ref[torch.Tensor], Forced]] = {}
 
 
 def restore_forced(weight: torch.Tensor) -> contextlib.AbstractContextManager[None] | None:
-    """In a backward pass, where a checkpoint computes a call anew: a block with what was in force when the call was
-    made. None elsewhere. Asked in each eager call."""
+    """A block with the variants of a weight's last call where a checkpoint recomputes it in a backward pass, else None.
+
+    Every eager call runs this.
+    """
     named, key = forced.get(), id(weight)
     if named:
         if weight.requires_grad:

@@ -1,4 +1,4 @@
-"""``conv_transpose3d``: one place decides which road a call takes.
+"""``conv_transpose3d`` decides which road a call takes.
 
 * plain eager call: a plan looked up by one tuple, run directly or under ordinary autograd
 * ``torch.compile``: torch's operation where it would run and no size is symbolic, else the registered operators

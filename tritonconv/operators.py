@@ -1,9 +1,9 @@
 """The passes as two registered torch operators, for calls that are compiled.
 
-A compiled graph holds ``tritonconv::conv_transpose3d`` and its backward as opaque nodes where anything of ours may run
-or a size is symbolic; each runs its plan when the graph runs, so a compiled model uses the same variants as an
-eager one, with any image size. Where all is torch's own the graph holds torch's operation (:mod:`tritonconv.guards`);
-torch.export, ONNX export and every other tracer see that one too (:mod:`tritonconv.functional`).
+A compiled graph holds ``tritonconv::conv_transpose3d`` and its backward as opaque nodes where a variant of ours may run
+or a size is symbolic. Each runs its plan when the graph runs, so a compiled model uses the same variants as an eager
+one, with any image size. Where every pass is torch's own the graph holds torch's operation (:mod:`tritonconv.guards`);
+torch.export, ONNX export and every other tracer see that operation too (:mod:`tritonconv.functional`).
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _forward(x, weight, bias, size, out_size, kernel, stride, crop, dilation, gr
 def _run(plan: Plan, name: str, call: Callable[[], Any]) -> Any:
     """The result of a call, the first one of a plan not before its kernels are compiled.
 
-    A CUDA graph of the compiled function is recorded at the second call, and would hold for good what stands by.
+    A CUDA graph of the compiled function is recorded at the second call, and would keep torch's stand-in for good.
     """
     result = call()
     if plan.standby and plan not in _compiled_plans[name] and not torch.cuda.is_current_stream_capturing():
@@ -105,9 +105,9 @@ def _fake_forward(x, weight, bias, size, out_size, kernel, stride, crop, dilatio
 def _fake_backward(grad_y, x, weight, size, out_size, kernel, stride, crop, dilation, groups, layout, biased, wanted):
     n, c_out = grad_y.shape[:2]
     c_in = x.shape[1] if weight is None else weight.shape[0]
-    made = [_empty(grad_y, (n, c_in, *size), layout)] if wanted[0] else []
-    made += [grad_y.new_empty((c_in, c_out // groups, *kernel))] if wanted[1] else []
-    return made + ([grad_y.new_empty((c_out,))] if wanted[2] else [])
+    results = [_empty(grad_y, (n, c_in, *size), layout)] if wanted[0] else []
+    results += [grad_y.new_empty((c_in, c_out // groups, *kernel))] if wanted[1] else []
+    return results + ([grad_y.new_empty((c_out,))] if wanted[2] else [])
 
 
 def _empty(tensor, shape, layout):
