@@ -1,7 +1,7 @@
 """The highest rates of a device, by which the cost model divides.
 
-Measured ones come from the roof rows of a results file. Where nothing was measured, and for what no roof measures
-(sizes of caches and register files), the data sheet's figure stands in, and ``measured`` says False.
+Measured ones come from the roof rows of a results file. Where none was measured, and for sizes of caches and register
+files, which no roof measures, the data sheet's figure stands in; ``measured`` is then False.
 """
 
 from __future__ import annotations
@@ -47,21 +47,21 @@ class Ceilings:
 
 UNKNOWN = (9, 0)
 GPU_LAUNCH_US = 4.0  # the order of magnitude of a launch; measured by ``tritonconv bench --roofs``
-# Of the bandwidth of memory what a copy reaches: 4.25 of 4.8 TB/s on an H200, 2026-11-28.
+# The share of the memory's bandwidth that a copy reaches: 4.25 of 4.8 TB/s on an H200, 2026-11-28.
 COPIED = 0.88
 # A core of any recent server: these rates only rank formulations against each other until roofs are measured.
 _CPU = Ceilings("a CPU", {"float32": 100 * G}, 25 * G, 10 * G, 30 * G, 1, 1 << 20, 1 << 16, 5.0)
 
 
 def nominal(device: torch.device) -> Ceilings:
-    """Of the data sheet of a GPU with the device's compute capability (an H100's for an unknown one), or of a CPU."""
+    """Data-sheet rates of a GPU with the device's compute capability (an H100's for an unknown one), or of a CPU."""
     if device.type != "cuda":
         return _CPU
     return of_capability(torch.cuda.get_device_capability(device) if torch.cuda.is_available() else UNKNOWN)
 
 
 def of_capability(capability: tuple[int, int]) -> Ceilings:
-    """Of the data sheet of a GPU with this compute capability; an H100's for one that is not listed."""
+    """Data-sheet rates of a GPU with this compute capability; an H100's for one that is not listed."""
     target = NVIDIA.get(10 * capability[0] + capability[1])
     if target is None or target.sheet is None:
         return of_capability(UNKNOWN)
@@ -98,7 +98,7 @@ def scale_to(base: Ceilings, gpu: Part) -> Ceilings:
 def from_roofs(rows: Iterable[Mapping], environment: Mapping, device: torch.device) -> Ceilings | None:
     """From the roof rows of a results file and its environment row; None where neither a copy nor a product is there.
 
-    Of a roof measured several times the best counts, of the launch the fastest.
+    The best of several measurements of a roof counts; for the launch that is the fastest.
     """
     rows = list(rows)
     base = nominal(device)

@@ -2,9 +2,8 @@
 
 In this order: a choice that was pinned; the entry of exactly this key, of the same with or without a bias, of half or
 twice as many voxels, the user's own before the shipped ones, and for float16 those of bfloat16; what the model or the
-rules say without measurement. An entry of an earlier revision of its kernel stays in use: what was measured beats what
-was not. Nothing is tuned here and nothing fails: what cannot be used is passed over. Asked once per distinct call; the
-plan that is made of it is kept by dispatch.
+rules say without measurement. An entry of an earlier revision of its kernel stays in use: an old measurement beats
+none. Nothing is tuned here. An entry that cannot be used is passed over. Dispatch keeps the plan of each distinct call.
 """
 
 from __future__ import annotations
@@ -29,18 +28,21 @@ from tritonconv.kernels.variant import COPY, NO_CONFIG, Config, Variant
 from tritonconv.problem import Problem
 from tritonconv.switches import REASON, torch_only
 
-# A neighbour's choice may be predicted so many times slower than the untuned one: the model is no finer than that.
+# A neighbour's choice is refused if its predicted time is more than SLACK times that of the untuned choice.
 SLACK = 1.5
-# Keys of configs: what must be a power of two begins so, and what is a number of something that must be there.
+# Keys of configs: values under these prefixes are powers of two; values under these names are not 0.
 TILES = ("BLOCK_", "BIAS_", "num_warps")
 NEVER_0 = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
-# What the kernels were measured in, on the GPUs that the model serves; float32 is torch's own until it is tuned.
+# The dtypes of the measurements behind the model. In float32 torch's own runs until a choice is tuned.
 MODELLED = (torch.bfloat16, torch.float16)
 
 
 class Selection(NamedTuple):
-    """What one pass runs, and why. ``entry`` is the stored choice behind it, None where there is none; ``forced`` is
-    what the user named or pinned, which nothing stands in for."""
+    """The variant and config of one pass, and the reason.
+
+    ``entry`` is the stored choice behind it, None where there is none. The user named or pinned a ``forced`` one:
+    torch's own never replaces it.
+    """
 
     variant: Variant
     config: Config
@@ -50,19 +52,19 @@ class Selection(NamedTuple):
 
     @property
     def prepare(self) -> Callable[[Problem, torch.Tensor], torch.Tensor] | None:
-        """The variant's, where the config has it do something."""
+        """The variant's ``prepare``; None where the config leaves nothing to prepare."""
         return self.variant.prepare if self.config.get(COPY, 1) else None
 
     @property
     def outdated(self) -> bool:
-        """The kernel has changed since it was measured; torch's own is torch's affair."""
+        """The kernel's source has changed since it was measured; never so for torch's own."""
         if self.entry is None or self.variant.name in rules.FALLBACK.values():
             return False
         return revision(self.variant) not in ("", self.entry.source)
 
 
 class Source(NamedTuple):
-    """A table that is asked, and what it is, in words."""
+    """A table of choices; ``words`` describe it in a reason."""
 
     table: Table
     words: str = ""
@@ -83,9 +85,9 @@ def choose(problem: Problem, device: torch.device, pass_name: str) -> Selection:
         warn_without_triton()
     if problem.n and problem.c_out:
         for entry, words, near in _entries(Key.of(problem, pass_name), device):
-            found = _usable(entry, problem, device)
-            if found is not None and (not near or _plausible(found, entry, problem, device)):
-                return Selection(found, entry.config, _said(entry, words), entry)
+            record = _usable(entry, problem, device)
+            if record is not None and (not near or _plausible(record, entry, problem, device)):
+                return Selection(record, entry.config, _reason(entry, words), entry)
     return untuned(problem, device, pass_name)
 
 
@@ -102,14 +104,14 @@ def _pinned(name: str, config: Config, problem: Problem, device: torch.device) -
         record = variant(name)
     except ArgumentError as error:
         raise VariantNotApplicable(f"{name} is pinned for {problem}: {error}") from None
-    fault = record.supports(problem, device) or config_fault(record, config, problem, device)
+    fault = _fault(record, config, problem, device)
     if fault is not None:
         raise VariantNotApplicable(f"{name} is pinned for {problem} and does not serve it here: {fault}")
     return Selection(record, config, "pinned", forced=True)
 
 
 def _entries(key: Key, device: torch.device) -> Iterator[tuple[Entry, str, bool]]:
-    """The stored choices for a key, the best first: with words, and whether it is a neighbouring size's."""
+    """The stored choices for a key, the best first: (entry, description, whether its size is a neighbouring one)."""
     sources = sources_of(device)
     if not any(source.table.entries for source in sources):
         return
@@ -127,39 +129,38 @@ def _entries(key: Key, device: torch.device) -> Iterator[tuple[Entry, str, bool]
 
 
 def untuned(problem: Problem, device: torch.device, pass_name: str) -> Selection:
-    """The choice without any stored entry: the model's on a GPU of the kind that it was held against, else the rules',
-    which are torch's own on a GPU."""
+    """The choice without any stored entry: the cost model's on a GPU that it was validated on, else the rules' (torch's
+    own on a GPU)."""
     record, because = rules.choose(problem, device, pass_name)
     torchs = Selection(record, record.default(problem, device), because)
     gpu = serving.part(device)
     if gpu is None or problem.n == 0 or problem.c_out == 0:
         return torchs
     if not serving.has_model(gpu) or problem.dtype not in MODELLED:
-        what = problem.dtype if serving.has_model(gpu) else gpu.name
+        new = problem.dtype if serving.has_model(gpu) else gpu.name
         return torchs._replace(
-            reason=f"{because}; nothing was measured near this size for {what}: `tritonconv tune` measures it here"
+            reason=f"{because}; nothing was measured near this size for {new}: `tritonconv tune` measures it here"
         )
     modelled = _first(problem, device, pass_name)
-    return modelled if _serves(modelled.variant, modelled.config, problem, device) else torchs
+    return torchs if _fault(modelled.variant, modelled.config, problem, device) else modelled
 
 
 _firsts: dict[tuple, tuple[Selection, Problem]] = {}
 
 
 def _first(problem: Problem, device: torch.device, pass_name: str) -> Selection:
-    """The model's first choice, found once for each key: ranking the configs takes longer than a layer does."""
+    """The model's first choice, cached by key: ranking the configs takes longer than a layer does."""
     key = Key.of(problem, pass_name), device
-    kept = _firsts.get(key)
-    if kept is None:
-        kept = _firsts[key] = Selection(*first(problem, device, pass_name, ceilings_of(device))), problem
-    found, asked = kept
-    return found if asked == problem else found._replace(reason=f"{found.reason}, for {asked}")
+    if key not in _firsts:
+        _firsts[key] = Selection(*first(problem, device, pass_name, ceilings_of(device))), problem
+    selection, estimated = _firsts[key]
+    return selection if estimated == problem else selection._replace(reason=f"{selection.reason}, for {estimated}")
 
 
 def ceilings_of(device: torch.device) -> Ceilings:
     """The device's measured ceilings, else those of a GPU of its kind that was measured, else nominal ones."""
-    data, gpu = table_of(device).ceilings, serving.part(device)
-    stored = from_json(data) if data else None
+    gpu, tables = serving.part(device), (source.table for source in sources_of(device))
+    stored = next((from_json(table.ceilings) for table in tables if table.ceilings), None)
     fitted = fit.shipped_fit(gpu.capability) if gpu is not None and serving.has_model(gpu) else None
     if gpu is None or fitted is None or (stored is not None and stored.device == gpu.name):
         return stored or nominal(device)
@@ -167,7 +168,7 @@ def ceilings_of(device: torch.device) -> Ceilings:
 
 
 def _plausible(record: Variant, entry: Entry, problem: Problem, device: torch.device) -> bool:
-    """The model does not expect a neighbour's choice to be much slower than what would run without it."""
+    """Whether the model expects a neighbour's choice to be about as fast as the untuned one."""
     other = untuned(problem, device, record.pass_name)
     if record.backend != other.variant.backend:  # the model compares kernels with kernels
         return True
@@ -191,12 +192,13 @@ def _usable(entry: Entry, problem: Problem, device: torch.device) -> Variant | N
     return record
 
 
-def _serves(record: Variant, config: Config, problem: Problem, device: torch.device) -> bool:
-    return record.supports(problem, device) is None and config_fault(record, config, problem, device) is None
+def _fault(record: Variant, config: Config, problem: Problem, device: torch.device) -> str | None:
+    """The reason why a variant cannot run with a config, None where it can."""
+    return record.supports(problem, device) or config_fault(record, config, problem, device)
 
 
 def config_fault(record: Variant, config: Config, problem: Problem, device: torch.device) -> str | None:
-    """Why a config, such as one that was stored, cannot be a launch's; None where it can.
+    """The reason why a launch cannot take a config, None where it can.
 
     A launch takes the keys of the variant's default, tiles and warps that are powers of two, and no negative number.
     """
@@ -218,7 +220,7 @@ def _warn_once(text: str) -> None:
     warnings.warn(text, StoreWarning, stacklevel=2)
 
 
-def _said(entry: Entry, where: str) -> str:
+def _reason(entry: Entry, where: str) -> str:
     return (
         f"tuned on {where}, {entry.utc[:10]}: {entry.timed.replace('_', ' + ')} of {entry.problem} "
         f"{entry.ms:.3g} ms, torch's own {entry.torch_ms:.3g} ms"
@@ -226,22 +228,13 @@ def _said(entry: Entry, where: str) -> str:
 
 
 def sources_of(device: torch.device) -> tuple[Source, ...]:
-    """The tables that serve a device, the user's own first; read when first asked for, kept until :func:`forget`."""
+    """The tables that serve a device, the user's own first; cached until :func:`forget`."""
     threads = torch.get_num_threads() if device.type == "cpu" else 0
     return _sources(device.type, device.index, threads)
 
 
-def table_of(device: torch.device) -> Table:
-    """All that is known of a device, in one table."""
-    whole, *others = sources_of(device)
-    table = whole.table
-    for source in others:
-        table = table.over(source.table)
-    return table
-
-
 def adopt(name: str, entries: dict[str, Entry]) -> None:
-    """Entries that another process measured, for this process: they stand before those of the files."""
+    """Adds entries that another process measured to this process; they win over those of the files."""
     _adopted.setdefault(name, {}).update(entries)
     forget()
 
@@ -256,18 +249,18 @@ def _sources(kind: str, index: int | None, threads: int) -> tuple[Source, ...]:
         name = device_name(device)
     except (RuntimeError, AssertionError):  # a GPU that is named where there is none
         return (Source(Table(kind)),)
-    found = [
+    sources = [
         Source(Table(name, _adopted.get(name, {})).over(store.own(name))),
         Source(store.shipped_table(name), " (shipped)"),
     ]
     gpu = serving.part(device)
     other = serving.table_for(gpu) if gpu else None
     if other is not None and other != name:
-        found.append(Source(store.shipped_table(other), f" on an {other} (shipped)"))
-    return tuple(found)
+        sources.append(Source(store.shipped_table(other), f" on an {other} (shipped)"))
+    return tuple(sources)
 
 
 def forget() -> None:
-    """Tables are read anew when they are next asked for."""
+    """Drops the cached tables; the next call reads them again."""
     _sources.cache_clear()
     _firsts.clear()

@@ -1,14 +1,14 @@
-"""What measurements of single variants say of problems that were not measured: the fit of one GPU, made by
+"""Times of unmeasured problems, from measurements of single variants: the fit of one GPU, made by
 ``tritonconv report --fit`` and shipped as ``fit_sm_90.json``.
 
-Two times, each a sum that was counted, times a correction by what was measured on similar layers:
+It predicts two times, each a counted sum times a correction from measurements on similar layers:
 
 * a variant's: the cost model's (``model.py``) with the factor of its kind (:attr:`Ceilings.factors`);
 * torch's own: :func:`torch_terms`, its launches, bytes, FLOPs and, in NCDHW, copies, each with a rate of its own.
 
 The corrections are a Gaussian process on the logarithm of measured over counted time (Rasmussen & Williams, "Gaussian
-Processes for Machine Learning", 2006, chapter 2): near what was measured they follow it, far from it they end at 1. Two
-layers are as near as their :func:`place`. Kinds of one pass share a part of it: what is hard for one is for others.
+Processes for Machine Learning", 2006, chapter 2): near a measured layer they follow its time, far from all they tend
+to 1. The distance of two layers is that of their :func:`place`. Kinds of one pass share a part of it.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ SIBLING = 0.8  # of a kind's own correction that holds for the same variant with
 
 
 def place(problem: Problem) -> np.ndarray:
-    """Where a problem is among others, in units over which times begin to differ: (9,)."""
+    """A problem's coordinates for the Gaussian process, in units over which times begin to differ: (9,)."""
     taps, strides = math.prod(problem.kernel), math.prod(problem.stride)
     return np.array([
         problem.layout == "ncdhw",
@@ -69,7 +69,7 @@ def place(problem: Problem) -> np.ndarray:
 
 
 def torch_terms(problem: Problem, pass_name: str, ceilings: Ceilings) -> np.ndarray:
-    """What torch's own time is a sum of, each in ms at the full rate: (13,)."""
+    """The terms of torch's own time, each in ms at the full rate: (13,)."""
     x, w, y = (
         math.prod(shape) * problem.dtype.itemsize / ceilings.memory * 1e3
         for shape in (problem.x_shape, problem.weight_shape, problem.y_shape)
@@ -90,7 +90,7 @@ def torch_terms(problem: Problem, pass_name: str, ceilings: Ceilings) -> np.ndar
 
 @dataclass(frozen=True)
 class Smoother:
-    """The corrections of some kinds: of sample ``i`` its kind, its place ``places[i]`` and its weight."""
+    """The corrections of some kinds; sample ``i`` has ``kinds[i]``, ``places[i]`` and ``weights[i]``."""
 
     kinds: tuple[str, ...]
     places: np.ndarray  # (samples, 9)
@@ -99,7 +99,7 @@ class Smoother:
 
     @cached_property
     def names(self) -> Counter[str]:
-        """How many samples a variant has."""
+        """The number of samples by variant."""
         return Counter(kind.partition(" ")[0] for kind in self.kinds)
 
     @classmethod
@@ -114,7 +114,7 @@ class Smoother:
         return cls(blank.kinds, places, weights, likeness)
 
     def at(self, kind: str, where: np.ndarray) -> float:
-        """What the counted time of a kind at a place is to be multiplied by."""
+        """The correction: the factor on the counted time of a kind at a place."""
         own, shared = self._near(where[None])
         return math.exp(float((own[0] * self.alike(kind) + shared[0]) @ self.weights))
 
@@ -130,8 +130,8 @@ class Smoother:
         along = places @ self.places.T
         apart = (places**2).sum(1)[:, None] + (self.places**2).sum(1)[None] - 2 * along
         bump = np.exp(-apart / 2)
-        of = self.likeness
-        return of.slope**2 * along + of.bump**2 * bump, of.shared_slope**2 * along + of.shared_bump**2 * bump
+        own = self.likeness.slope**2 * along + self.likeness.bump**2 * bump
+        return own, self.likeness.shared_slope**2 * along + self.likeness.shared_bump**2 * bump
 
 
 @dataclass(frozen=True)
@@ -145,19 +145,19 @@ class PassFit:
 
 @dataclass(frozen=True)
 class Fit:
-    """What was measured on ``ceilings.device``. ``ceilings`` has the factors of all kinds."""
+    """The fit of ``ceilings.device``; ``ceilings`` has the factors of all kinds."""
 
     ceilings: Ceilings
     passes: Mapping[str, PassFit]
     versions: Mapping[str, str | None]
 
     def torch_ms(self, problem: Problem, pass_name: str, ceilings: Ceilings) -> float:
-        """What torch's own call takes, in ms."""
-        of = self.passes[pass_name]
-        return float(torch_terms(problem, pass_name, ceilings) @ of.rates) * of.torch.at(TORCH, place(problem))
+        """The predicted time of torch's own call, in ms."""
+        fit = self.passes[pass_name]
+        return float(torch_terms(problem, pass_name, ceilings) @ fit.rates) * fit.torch.at(TORCH, place(problem))
 
     def timings(self, pass_name: str, name: str) -> int:
-        """How often a variant was timed, in whatever form."""
+        """The number of timings of a variant, in all its forms."""
         return self.passes[pass_name].kernels.names[name]
 
     def to_json(self) -> dict[str, Any]:
@@ -178,7 +178,7 @@ class Fit:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Fit:
-        """What :meth:`to_json` made. Raises ValueError for another format."""
+        """The inverse of :meth:`to_json`. Raises ValueError for another format."""
         ceilings = from_json(data["ceilings"])
         if data["format"] != FORMAT or ceilings is None:
             raise ValueError(f"a fit: expected format {FORMAT} with ceilings, got format {data['format']}")
@@ -200,10 +200,10 @@ def _rounded(values: np.ndarray) -> tuple[float, ...]:
 
 def _samples(smoother: Smoother, numbers: Mapping[tuple, int]) -> dict[str, list]:
     """By kind the number of the place and the weight of each sample."""
-    found: dict[str, list] = {}
+    samples: dict[str, list] = {}
     for kind, where, weight in zip(smoother.kinds, smoother.places, smoother.weights, strict=True):
-        found.setdefault(kind, []).append([numbers[_rounded(where)], round(float(weight), DIGITS)])
-    return found
+        samples.setdefault(kind, []).append([numbers[_rounded(where)], round(float(weight), DIGITS)])
+    return samples
 
 
 def _smoother(data: Mapping[str, list], places: np.ndarray, likeness: Likeness) -> Smoother:

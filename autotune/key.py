@@ -1,4 +1,4 @@
-"""The key under which a choice is stored: what decides which variant is fastest, and not the exact sizes.
+"""The key of a stored choice: the facts that decide which variant is fastest, without the exact sizes.
 
 One table belongs to one device. Sizes enter as the class of the crop and as the power of two of the number of input
 voxels, so a new image size finds the choice of its bucket and nothing is tuned again. The input gradient does not know
@@ -60,7 +60,7 @@ class Key:
         return replace(self, bucket=self.bucket - 1), replace(self, bucket=self.bucket + 1)
 
     def other_bias(self) -> Key:
-        """The key of the same without a bias, or with one."""
+        """The key of the same layer without its bias, or with one."""
         return self if self.pass_name == "backward_data" else replace(self, bias=not self.bias)
 
     def in_bfloat16(self) -> Key:

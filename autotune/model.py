@@ -5,12 +5,12 @@
            waste, instructions / issue rate * waste, waits * waves
 
 SRAM is a multiprocessor's L1 and shared memory, one memory: operands are written there and read by the matrix units.
-``waste`` is what the last wave leaves idle: programs come in waves of (multiprocessors x programs that fit one), by its
+``waste`` is the idle share of the last wave. A wave has (multiprocessors x programs that fit one) programs, limited by
 shared memory, registers and threads. ``waits`` are the latencies of a program's loads that its pipeline does not hide:
 they decide where few programs sum over a long depth. This is the roofline (Williams et al., CACM 2009) with the tile's
 own traffic, wave quantisation and latency; a kernel without a pipeline adds its parts up where no other program hides
-them. It knows no bank conflict and counts instructions roughly; what was measured corrects it by a factor for each kind
-of kernel (``calibrate.py``). It prunes and ranks candidates, and measurements decide.
+them. It knows no bank conflict and counts instructions roughly; measurements correct it by a factor for each kind of
+kernel (``calibrate.py``). It prunes and ranks candidates, and measurements decide.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ UNPIPELINED = " unpipelined"  # behind a form: the kind of its configs without a
 
 @dataclass(frozen=True)
 class Estimate:
-    """``ms`` is the predicted time, infinite where the config cannot run; ``limit`` says what it is bound by."""
+    """``ms`` is the predicted time, infinite where the config cannot run; ``limit`` names its bound."""
 
     ms: float
     limit: str
@@ -90,7 +90,7 @@ def estimate(record: Variant, problem: Problem, config: Config, ceilings: Ceilin
     }
     limit = max(parts, key=lambda name: parts[name])
     busy, others = parts[limit] * (SPILLED if work.registers > MOST_REGISTERS else 1.0), sum(parts.values())
-    # Without a pipeline what a program does after each other is hidden by the other programs there alone.
+    # Without a pipeline only the other resident programs hide the parts of a program from each other.
     busy += (others - parts[limit]) * (BESIDE if work.pipelined else 1 / max(1, resident))
     busy *= _factor(record, config, work, ceilings)
     launch = launches_ms(work.launches, ceilings) * 1e-3
@@ -105,7 +105,7 @@ def launches_ms(launches: int, ceilings: Ceilings) -> float:
 
 
 def form(record: Variant, config: Config) -> str:
-    """The variant's name, apart for configs that copy operands first: these are another kernel to predict and try."""
+    """The variant's name; configs that copy operands first have a form of their own, as another kernel would."""
     return record.name + COPIES if config.get(COPY) else record.name
 
 
@@ -136,17 +136,17 @@ def candidates(
 
 
 def pruned_space(record: Variant, problem: Problem, device: torch.device) -> tuple[Config, ...]:
-    """Of each :func:`form` at most :data:`MOST_CONFIGS`, the default first: what dispatch and tuner can choose from.
+    """The configs that dispatch and tuner choose from: at most :data:`MOST_CONFIGS` per :func:`form`, default first.
 
-    So few that the machine code of all can be checked. Ranked by the data sheet of an H100 and without measured factors
-    whatever GPU is here, so that all machines have the same ones.
+    They are few enough to check the machine code of all. The data sheet of an H100 ranks them, without measured
+    factors, so that all machines have the same ones.
     """
     starts = record.starts(problem, device)
     return tuple(config for start in starts for config in around(record, problem, device, start))
 
 
 def around(record: Variant, problem: Problem, device: torch.device, start: Config) -> list[Config]:
-    """The same of one form, that of ``start``, the first."""
+    """The part of :func:`pruned_space` with the form of ``start``, which comes first."""
     same = (each for each in record.space(problem, device) if form(record, each) == form(record, start))
     space = [start, *(config for config in same if config != start)]
     if len(space) <= MOST_CONFIGS:
@@ -158,7 +158,7 @@ def around(record: Variant, problem: Problem, device: torch.device, start: Confi
 def _best(
     record: Variant, problem: Problem, space: Sequence[Config], ceilings: Ceilings, most: int
 ) -> list[tuple[Config, Estimate]]:
-    """Of :func:`candidates`; the first of the space is the default."""
+    """The selection of :func:`candidates` from a space, whose first config is the default."""
     default = space[0]
     ranked = [(config, estimate(record, problem, config, ceilings)) for config in space]
     ranked = _ranked([pair for index, pair in enumerate(ranked) if index == 0 or pair[1].ms < math.inf])
@@ -169,7 +169,7 @@ def _best(
 
 
 def _one_of_each_tile(ranked: list[tuple[Config, Estimate]]) -> list[tuple[Config, Estimate]]:
-    """Of the configs about as good as the first the best one of each tile."""
+    """The best config of each tile, among those about as good as the first."""
     found: dict[tuple, tuple[Config, Estimate]] = {}
     for pair in ranked:
         if pair[1].ms <= SIMILAR * ranked[0][1].ms:

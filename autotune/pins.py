@@ -2,7 +2,7 @@
 
 The file is JSON: for each problem on a kind of device, in words, by pass, the variant and its config. It is pinned by
 :func:`pin_choices` or by the variable TRITONCONV_CHOICES, which names it. A pinned kernel runs from the first call on,
-which waits for the compiler. What the file does not hold is chosen as ever.
+which waits for the compiler. A problem outside the file is chosen as usual.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def pin(path: Path | None) -> None:
 
 
 def text(problem: Problem, device: torch.device) -> str:
-    """What the choices of a problem on a kind of device are found by."""
+    """The file's key for a problem on a kind of device."""
     return f"{problem} on {device.type}"
 
 
@@ -52,12 +52,12 @@ def find(problem: Problem, device: torch.device, pass_name: str) -> tuple[str, C
 
 def write(choices: Choices, path: Path) -> None:
     """Raises StoreError where the file cannot be written."""
-    found = {
+    entries = {
         key: {name: {"variant": variant, "config": dict(config)} for name, (variant, config) in passes.items()}
         for key, passes in sorted(choices.items())
     }
     try:
-        path.write_text(json.dumps({"format": FORMAT, "choices": found}, indent=1) + "\n", encoding="utf-8")
+        path.write_text(json.dumps({"format": FORMAT, "choices": entries}, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise StoreError(f"cannot write {path}: {error}") from None
 
@@ -73,15 +73,15 @@ def _load(path: Path) -> Choices:
             raise ValueError(f"expected format {FORMAT}, found {data['format']!r}")
         return {key: _passes(passes) for key, passes in data["choices"].items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise StoreError(f"pinned choices: {path} holds none: {type(error).__name__}: {error}") from None
+        raise StoreError(f"pinned choices: {path} is not a file of choices: {type(error).__name__}: {error}") from None
 
 
 def _passes(passes: Mapping[str, Any]) -> dict[str, tuple[str, Config]]:
-    found: dict[str, tuple[str, Config]] = {}
+    choices: dict[str, tuple[str, Config]] = {}
     for name, each in passes.items():
         variant, config = each["variant"], each["config"]
         sound = name in PASSES and type(variant) is str and all(type(value) is int for value in config.values())
         if not sound:
             raise ValueError(f"{name!r}: {each!r}")
-        found[name] = renamed(variant, config)
-    return found
+        choices[name] = renamed(variant, config)
+    return choices

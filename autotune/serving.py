@@ -1,8 +1,8 @@
 """Which shipped table serves a GPU, and which GPUs run what the cost model expects where nothing was measured.
 
-What was measured on one part of compute capability 9.0 is served to the others that are as wide: the H100 SXM, H200
-and GH200 are one chip with different memories. A narrower part of 9.0 takes the model with its own properties. A slice
-of a GPU (MIG) has another memory and another cache than any that was measured: torch's own runs there.
+The table measured on one part of compute capability 9.0 serves the others that are as wide: the H100 SXM, H200 and
+GH200 are one chip with different memories. A narrower part of 9.0 takes the model with its own properties. A slice
+of a GPU (MIG) has a smaller memory and cache than any measured GPU: torch's own runs there.
 """
 
 from __future__ import annotations

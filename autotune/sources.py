@@ -1,9 +1,9 @@
 """The revision of a variant: a hash of the device code that it runs, without comments, docstrings and file names.
 
-A choice that was measured keeps serving when its kernel is edited, and is marked as of an earlier revision. The hash
-follows the names: from the variant's launch to what that uses, in its file and in others of ``kernels/``. Of a Triton
-variant it is of what the compiler sees, ``@triton`` functions and the constants that they name; a variant of torch's
-operations has no device code of its own, and the hash is of all it uses.
+A measured choice keeps serving when its kernel is edited, and is marked as of an earlier revision. The hash follows
+names: from the variant's launch to all that it uses, in its file and in others of ``kernels/``. For a Triton variant it
+covers the compiler's input, ``@triton`` functions and the constants that they name. A variant of torch's operations has
+no device code of its own: the hash covers everything that it uses.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tritonconv.kernels.variant import Variant
 
 PACKAGE = "tritonconv.kernels"
 DIGITS = 16
-# Of the package itself a name is a module; the registry, the record and the counts of the cost model compute nothing.
+# Modules without device code. (A name of the package itself is a module.)
 APART = (PACKAGE, f"{PACKAGE}.registry", f"{PACKAGE}.variant", f"{PACKAGE}.work")
 
 
@@ -34,8 +34,8 @@ class Place(NamedTuple):
 
 @cache
 def revision(record: Variant) -> str:
-    """16 hexadecimal digits, the same for the same code on any machine and Python; "" where the sources are not there,
-    as in a frozen application."""
+    """16 hexadecimal digits, the same for the same code on any machine and Python; "" where the sources are missing, as
+    in a frozen application."""
     try:
         reached = places(record)
     except OSError:
@@ -48,8 +48,8 @@ def revision(record: Variant) -> str:
 
 
 def places(record: Variant) -> list[Place]:
-    """What a variant's launches use, in ``kernels/`` or in the variant's own file. Raises OSError where the sources are
-    not there."""
+    """The definitions that a variant's launches use, in ``kernels/`` or in the variant's own file. Raises OSError where
+    the sources are missing."""
     launches = [each for each in (record.launch, record.joint) if each is not None]
     begin = [Place(each.__module__, each.__name__) for each in launches]
     if not all(place.name in _definitions(place.module) for place in begin):  # no function of the file's own
@@ -157,7 +157,7 @@ def _text(node: ast.AST) -> str:
 
 
 def _canonical(node: object) -> Iterator[str]:
-    """What ``ast.dump`` gives, without docstrings and without empty fields, of which each Python has its own."""
+    """The parts of ``ast.dump`` without docstrings and without empty fields, which differ between Python versions."""
     if isinstance(node, ast.AST):
         yield type(node).__name__
         for name, value in ast.iter_fields(node):

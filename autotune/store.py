@@ -53,10 +53,6 @@ class Entry:
     versions: Mapping[str, str | None] = field(default_factory=dict)
     rivals: int = 0
 
-    @property
-    def speedup(self) -> float:
-        return self.torch_ms / self.ms
-
     @classmethod
     def from_json(cls, data: Any) -> Entry:
         """Raises ValueError for anything that :meth:`to_json` did not make."""
@@ -78,7 +74,7 @@ class Entry:
 
 @dataclass
 class Table:
-    """What is known of one device: entries by the text of their :class:`Key`, and its measured ceilings or None."""
+    """The table of one device: entries by the text of their :class:`Key`, and its measured ceilings or None."""
 
     device: str
     entries: dict[str, Entry] = field(default_factory=dict)
@@ -88,7 +84,7 @@ class Table:
         return self.entries.get(str(key))
 
     def over(self, lower: Table) -> Table:
-        """This table with what only ``lower`` has."""
+        """This table, completed by the entries and ceilings that only ``lower`` has."""
         return Table(self.device, {**lower.entries, **self.entries}, self.ceilings or lower.ceilings)
 
     def text(self) -> str:
@@ -110,7 +106,7 @@ def user_folder() -> Path:
         # The specification: a path that is not absolute is to be ignored.
         return (Path(shared) if os.path.isabs(shared) else Path.home() / ".cache") / "tritonconv"
     except RuntimeError as error:
-        raise StoreError(f"no folder for tuned choices, which TRITONCONV_CACHE may name: {error}") from None
+        raise StoreError(f"no folder for tuned choices (TRITONCONV_CACHE may name one): {error}") from None
 
 
 def slug(device: str) -> str:
@@ -153,7 +149,7 @@ def merge(table: Table, folder: Path | None = None, ceilings: Callable[[Known], 
     """Adds entries (and ceilings, unless None) to the user's table, in place of those with the same key.
 
     ``ceilings`` makes the ceilings of those that :func:`read` would find by then, and no other process comes between.
-    A damaged file is set aside, and what of it was sound is kept.
+    A damaged file is set aside, and its sound part is kept.
     Raises StoreError where the folder cannot be written; the old file is then as it was.
     """
     path = path_of(table.device, folder)
@@ -193,7 +189,7 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def _load(path: Path, device: str) -> tuple[Table, bool]:
-    """What is sound of a file, and whether anything is not, which a warning says."""
+    """The sound part of a file, and whether any part is damaged; a warning then says so."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
@@ -203,8 +199,8 @@ def _load(path: Path, device: str) -> tuple[Table, bool]:
     except (ValueError, RecursionError) as error:  # of an integer of thousands of digits, of thousands of brackets
         return _fault(path, Table(device), f"not JSON, and not used: {error}")
     if not isinstance(data, dict) or data.get("format") != FORMAT or data.get("device") != device:
-        found = {name: data.get(name) for name in ("format", "device")} if isinstance(data, dict) else type(data)
-        return _fault(path, Table(device), f"expected format {FORMAT} of {device!r}, found {found}; it is not used")
+        header = {name: data.get(name) for name in ("format", "device")} if isinstance(data, dict) else type(data)
+        return _fault(path, Table(device), f"expected format {FORMAT} of {device!r}, found {header}; it is not used")
     entries, bad = {}, []
     raw = data.get("entries")
     for key, value in raw.items() if isinstance(raw, dict) else ():
@@ -215,8 +211,8 @@ def _load(path: Path, device: str) -> tuple[Table, bool]:
     ceilings = data.get("ceilings")
     table = Table(device, entries, ceilings if isinstance(ceilings, dict) else None)
     if bad or not isinstance(raw, dict):
-        what = f"{len(bad)} invalid entries (first: {bad[0]!r}) are" if bad else "no entries; it is"
-        return _fault(path, table, f"{what} not used")
+        fault = f"{len(bad)} invalid entries (first: {bad[0]!r}) are" if bad else "no entries; it is"
+        return _fault(path, table, f"{fault} not used")
     return table, False
 
 
@@ -227,7 +223,7 @@ def _fault(path: Path, sound: Table, why: str) -> tuple[Table, bool]:
 
 def _set_aside(path: Path) -> None:
     stamp = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%S")
-    kept = path.with_name(f"{path.stem}.damaged-{stamp}-{secrets.token_hex(2)}")
+    aside = path.with_name(f"{path.stem}.damaged-{stamp}-{secrets.token_hex(2)}")
     with contextlib.suppress(OSError):
-        os.replace(path, kept)
-        warnings.warn(f"tuned choices: {path} was set aside as {kept.name}", StoreWarning, stacklevel=4)
+        os.replace(path, aside)
+        warnings.warn(f"tuned choices: {path} was set aside as {aside.name}", StoreWarning, stacklevel=4)

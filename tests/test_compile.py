@@ -77,7 +77,8 @@ def test_a_compiled_call_and_its_gradients(variants, launches, shape):
     ):
         close(got, want)
     batched = x[None] if shape == "unbatched" else x
-    plan = dispatch.plan_for(batched, weight, bias, *(HYPER[k] for k in ("stride", "padding", "output_padding")), 1, 1)
+    arguments = (*(HYPER[name] for name in ("stride", "padding", "output_padding")), 1, 1)
+    plan = dispatch.plan_for(batched, weight, bias, arguments)
     eager = [] if plan.torch_alone else sorted(plan.choice(name).variant.name for name in PASSES)
     assert sorted(launches) == eager, "the variants of an eager call"
 

@@ -200,7 +200,7 @@ def test_the_deterministic_switch_changes_the_plan_where_it_must():
         choice = restricted.choice(pass_name)
         assert choice.variant.deterministic
         if not ordinary.choice(pass_name).variant.deterministic:
-            assert "is not deterministic; the cost model's first that is: " in choice.reason
+            assert "is not deterministic; the cost model's fastest that is: " in choice.reason
             ranked = model.rank(tile, CUDA, pass_name, choose.ceilings_of(CUDA))
             assert choice[:2] == next(each[:2] for each in ranked if each[0].deterministic)
             assert empty.choice(pass_name).variant.deterministic
@@ -242,7 +242,7 @@ def test_calls_from_many_threads(monkeypatch):
 
 def chosen(*tensors, **keywords):
     names = {"stride": 2, "padding": 0, "output_padding": 0, "groups": 1, "dilation": 1} | keywords
-    made = dispatch.plan_for(*(tensors or (X, WEIGHT, BIAS)), *names.values())
+    made = dispatch.plan_for(*(tensors or (X, WEIGHT, BIAS)), tuple(names.values()))
     return tuple(made.choice(name).variant.name for name in PASSES)
 
 
@@ -263,7 +263,7 @@ def test_blocks_nest_and_the_inner_one_wins_per_pass():
             with tritonconv.use():
                 assert chosen() == ("forward_torch_other_layout", "backward_data_torch_conv", PHASES[2])
         assert chosen() == (PHASES[0], "backward_data_torch_conv", usual[2])
-        made = dispatch.plan_for(X, WEIGHT, None, 2, 0, 0, 1, 1)
+        made = dispatch.plan_for(X, WEIGHT, None, (2, 0, 0, 1, 1))
         assert made.choice("forward").reason == "forced by tritonconv.use"
     with pytest.raises(KeyError), tritonconv.use(*PHASES):
         raise KeyError

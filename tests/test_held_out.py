@@ -126,9 +126,9 @@ def test_layers_that_differ_in_size_alone_are_near():
 # ------------------------------------------------------------------ the choice
 
 
-def choice(each, pass_name="forward", **more) -> first.First:
+def choice(each, pass_name="forward") -> choose.Selection:
     fitted = fit.shipped_fit(serving.HOPPER)
-    return first.first(each, CUDA, pass_name, fitted.ceilings, **more)
+    return choose.Selection(*first.first(each, CUDA, pass_name, fitted.ceilings))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -137,15 +137,6 @@ def test_a_kernel_is_first_where_it_is_expected_to_win_and_torchs_own_elsewhere(
     assert wins.variant.name == "forward_depthwise" and "cost model expects" in wins.reason
     loses = choice(problem("toothseg_256_last", dtype), "backward_data")
     assert loses.variant.name == FALLBACK["backward_data"] and "torch's own to take" in loses.reason
-
-
-def test_a_refused_config_is_not_first(hopper):
-    each = problem("segresnet_deconv_up2")
-    before = choice(each)
-    after = choice(each, refused=lambda record, _, config: "unsafe" if record is before.variant else None)
-    assert before.variant.backend == "triton" and after.variant is not before.variant
-    none = choice(each, refused=lambda record, _, config: "unsafe")
-    assert none.variant.name == FALLBACK["forward"]
 
 
 def test_every_pass_of_every_timed_layer_has_a_first_that_serves_it(hopper, measured):
@@ -206,7 +197,7 @@ def test_a_part_says_what_torch_says_of_it(monkeypatch):
 
 def test_rates_are_the_measured_ones_of_the_gpu_else_those_adapted_to_it(monkeypatch):
     base, tables = fit.shipped_fit(serving.HOPPER).ceilings, {"there": Table("gpu")}
-    monkeypatch.setattr(choose, "table_of", lambda device: tables["there"])
+    monkeypatch.setattr(choose, "sources_of", lambda device: (choose.Source(tables["there"]),))
     monkeypatch.setattr(serving, "part", lambda device: PCIE)
     assert choose.ceilings_of(CUDA) == ceilings.scale_to(base, PCIE)
     tables["there"] = Table("gpu", {}, base.to_json())  # of the GPU whose table serves it

@@ -334,4 +334,5 @@ def test_what_another_process_measured_is_adopted(folder, monkeypatch):
 
 
 def test_a_device_that_is_not_there_has_an_empty_table():
-    assert choose.table_of(torch.device("cuda", 99)).entries == {}
+    (source,) = choose.sources_of(torch.device("cuda", 99))
+    assert source.table.entries == {}

@@ -69,7 +69,7 @@ def test_forced_through_the_public_operation(name, layout, launches):
         served += 1
         launches.clear()
         with tritonconv.use(name):
-            alone = dispatch.plan_for(*leaves, *case.arguments).torch_alone
+            alone = dispatch.plan_for(*leaves, case.arguments).torch_alone
             got = case.call(*leaves)
         found = torch.autograd.grad(got, leaves, grad_y.float())  # outside the block: the call keeps its variants
         # With all three passes torch's own, torch's own autograd runs them, and no launch is ours to see.

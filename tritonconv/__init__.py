@@ -57,7 +57,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """The tuner is loaded when it is first asked for: what a call needs imports nothing that measures."""
+    """Loads the tuner when it is first used: the import of tritonconv loads nothing that measures."""
     if name == "tune":
         from tritonconv.autotune.tuning.api import tune
 

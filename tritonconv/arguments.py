@@ -30,7 +30,7 @@ class Geometry(NamedTuple):
     dilation: Triple
 
 
-def triple(name: str, value, low: int, op: str = OP) -> Triple:
+def triple(name: str, value, low: int) -> Triple:
     """An integer, or one or three of them, as three; each at least ``low``.
 
     Raises ArgumentTypeError for something that is no integer, ArgumentError for a wrong count or a value below ``low``.
@@ -39,14 +39,14 @@ def triple(name: str, value, low: int, op: str = OP) -> Triple:
     if len(entries) == 1:
         entries = entries * 3  # dynamo of torch 2.11 has no `*=` of a tuple
     if len(entries) != 3:
-        raise ArgumentError(f"{op}: {name} expects one integer or three, got {len(entries)}: {value!r}")
-    numbers = tuple(_integer(name, entry, value, op) for entry in entries)
+        raise ArgumentError(f"{OP}: {name} expects one integer or three, got {len(entries)}: {value!r}")
+    numbers = tuple(_integer(name, entry, value) for entry in entries)
     if min(numbers) < low:
-        raise ArgumentError(f"{op}: {name} must be at least {low}, got {value!r}")
+        raise ArgumentError(f"{OP}: {name} must be at least {low}, got {value!r}")
     return numbers  # type: ignore[return-value]
 
 
-def _integer(name: str, entry, value, op: str) -> int:
+def _integer(name: str, entry, value) -> int:
     number = entry
     if not isinstance(entry, torch.SymInt) and type(entry) is not int:  # index() would fix a symbolic size for good
         try:
@@ -54,26 +54,26 @@ def _integer(name: str, entry, value, op: str) -> int:
         except TypeError:
             number = None
         if number is None or isinstance(entry, bool):
-            raise ArgumentTypeError(f"{op}: {name} expects integers, got {value!r}")
+            raise ArgumentTypeError(f"{OP}: {name} expects integers, got {value!r}")
     if number > LARGEST:
-        raise ArgumentError(f"{op}: {name} must be at most {LARGEST}, got {value!r}")
+        raise ArgumentError(f"{OP}: {name} must be at most {LARGEST}, got {value!r}")
     return number
 
 
-def crops(padding, op: str = OP) -> tuple[Triple, Triple]:
+def crops(padding) -> tuple[Triple, Triple]:
     """``padding`` as (front, back): an integer, one or three integers, or three ``(begin, end)`` pairs."""
     if isinstance(padding, str):
         raise ArgumentTypeError(
-            f"{op}: padding expects integers or three (begin, end) pairs, got {padding!r}; "
+            f"{OP}: padding expects integers or three (begin, end) pairs, got {padding!r}; "
             "'same' is an argument of tritonconv.TransposedConv3dLayer"
         )
     if isinstance(padding, Sequence) and any(isinstance(entry, Sequence) for entry in padding):
         shape_ok = len(padding) == 3 and all(isinstance(entry, Sequence) and len(entry) == 2 for entry in padding)
         if not shape_ok:
-            raise ArgumentError(f"{op}: padding expects three (begin, end) pairs, got {padding!r}")
-        front = triple("padding (begin)", [entry[0] for entry in padding], 0, op)
-        return front, triple("padding (end)", [entry[1] for entry in padding], 0, op)
-    same = triple("padding", padding, 0, op)
+            raise ArgumentError(f"{OP}: padding expects three (begin, end) pairs, got {padding!r}")
+        front = triple("padding (begin)", [entry[0] for entry in padding], 0)
+        return front, triple("padding (end)", [entry[1] for entry in padding], 0)
+    same = triple("padding", padding, 0)
     return same, same
 
 
@@ -110,67 +110,67 @@ def _as_plain(value):
     return operator.index(value)
 
 
-def geometry(stride=1, padding=0, output_padding=0, groups=1, dilation=1, op: str = OP) -> Geometry:
+def geometry(stride=1, padding=0, output_padding=0, groups=1, dilation=1) -> Geometry:
     """The hyper-parameters of a call, checked as far as that is possible without the tensors."""
-    steps, rates = triple("stride", stride, 1, op), triple("dilation", dilation, 1, op)
-    front, back = crops(padding, op)
-    extra = triple("output_padding", output_padding, 0, op)
+    steps, rates = triple("stride", stride, 1), triple("dilation", dilation, 1)
+    front, back = crops(padding)
+    extra = triple("output_padding", output_padding, 0)
     for q, s, r in zip(extra, steps, rates, strict=True):
         if q >= max(s, r):
             raise ArgumentError(
-                f"{op}: output_padding must be smaller than either stride or dilation on each axis, "
+                f"{OP}: output_padding must be smaller than either stride or dilation on each axis, "
                 f"got output_padding {extra}, stride {steps}, dilation {rates}"
             )
-    groups = _integer("groups", groups, groups, op)
+    groups = _integer("groups", groups, groups)
     if groups < 1:
-        raise ArgumentError(f"{op}: groups must be at least 1, got {groups}")
+        raise ArgumentError(f"{OP}: groups must be at least 1, got {groups}")
     return Geometry(steps, front, back, extra, groups, rates)
 
 
-def check_shapes(x, weight, bias, geo: Geometry, op: str = OP):
+def check_shapes(x, weight, bias, geo: Geometry):
     """Compares the shapes of a batched call with each other; returns the output size ``(od, oh, ow)``."""
     shapes = f"x {tuple(x.shape)}, weight {tuple(weight.shape)}"
     if x.dim() != 5:
-        raise ArgumentError(f"{op}: input expects 5 axes (n, c, d, h, w), or 4 without the batch; got {shapes}")
+        raise ArgumentError(f"{OP}: input expects 5 axes (n, c, d, h, w), or 4 without the batch; got {shapes}")
     if weight.dim() != 5:
-        raise ArgumentError(f"{op}: weight expects 5 axes (c_in, c_out/groups, kd, kh, kw), got {shapes}")
+        raise ArgumentError(f"{OP}: weight expects 5 axes (c_in, c_out/groups, kd, kh, kw), got {shapes}")
     c_in, c_out = weight.shape[0], weight.shape[1] * geo.groups
     if x.shape[1] != c_in:
         raise ArgumentError(
-            f"{op}: weight expects {c_in} input channels (weight.shape[0]) but x has {x.shape[1]} (x.shape[1]); "
+            f"{OP}: weight expects {c_in} input channels (weight.shape[0]) but x has {x.shape[1]} (x.shape[1]); "
             f"{shapes}"
         )
     if c_in == 0:
-        raise ArgumentError(f"{op}: input needs at least one channel; {shapes}")
+        raise ArgumentError(f"{OP}: input needs at least one channel; {shapes}")
     if c_in % geo.groups:
-        raise ArgumentError(f"{op}: groups={geo.groups} must divide the {c_in} input channels; {shapes}")
+        raise ArgumentError(f"{OP}: groups={geo.groups} must divide the {c_in} input channels; {shapes}")
     for name, size in (("input", x.shape[2:]), ("weight", weight.shape[2:])):
         for extent in size:
             if extent == 0:
-                raise ArgumentError(f"{op}: {name} has an empty spatial axis; {shapes}")
+                raise ArgumentError(f"{OP}: {name} has an empty spatial axis; {shapes}")
     if bias is not None and (bias.dim() != 1 or bias.shape[0] != c_out):
         raise ArgumentError(
-            f"{op}: bias expects shape ({c_out},), one value per output channel, got {tuple(bias.shape)}; {shapes}"
+            f"{OP}: bias expects shape ({c_out},), one value per output channel, got {tuple(bias.shape)}; {shapes}"
         )
     out = output_size(x.shape[2:], weight.shape[2:], geo.stride, geo.crop, geo.back, geo.output_padding, geo.dilation)
     for extent in out:
         if extent < 1:
             raise ArgumentError(
-                f"{op}: the output would be empty, size {tuple(out)}: padding (begin {geo.crop}, end {geo.back}) "
+                f"{OP}: the output would be empty, size {tuple(out)}: padding (begin {geo.crop}, end {geo.back}) "
                 f"crops all of it; {shapes}, stride {geo.stride}, dilation {geo.dilation}"
             )
     return out
 
 
-def check_types(x, weight, bias, op: str = OP) -> None:
+def check_types(x, weight, bias) -> None:
     """Dtypes and devices agree, as torch demands; mixed dtypes are refused, never promoted."""
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is None:
             continue
         if tensor.dtype != x.dtype:
-            raise ArgumentTypeError(f"{op}: {name} is {tensor.dtype} but input is {x.dtype}; they must be the same")
+            raise ArgumentTypeError(f"{OP}: {name} is {tensor.dtype} but input is {x.dtype}; they must be the same")
         if tensor.device != x.device:
-            raise ArgumentError(f"{op}: {name} is on {tensor.device} but input is on {x.device}; they must be the same")
+            raise ArgumentError(f"{OP}: {name} is on {tensor.device} but input is on {x.device}; they must be the same")
 
 
 def layout_of(x, weight) -> str:
@@ -196,17 +196,7 @@ def problem_of(x, weight, bias, geo: Geometry) -> Problem:
     out = check_shapes(x, weight, bias, geo)
     check_types(x, weight, bias)
     return Problem(
-        n=x.shape[0],
-        c_in=x.shape[1],
-        c_out=weight.shape[1] * geo.groups,
-        size=tuple(x.shape[2:]),
-        kernel=tuple(weight.shape[2:]),
-        stride=geo.stride,
-        crop=geo.crop,
-        out_size=tuple(out),
-        dilation=geo.dilation,
-        groups=geo.groups,
-        dtype=x.dtype,
-        layout=layout_of(x, weight),
-        bias=bias is not None,
-    )
+        n=x.shape[0], c_in=x.shape[1], c_out=weight.shape[1] * geo.groups, size=tuple(x.shape[2:]),
+        kernel=tuple(weight.shape[2:]), stride=geo.stride, crop=geo.crop, out_size=tuple(out), dilation=geo.dilation,
+        groups=geo.groups, dtype=x.dtype, layout=layout_of(x, weight), bias=bias is not None,
+    )  # fmt: skip

@@ -1,7 +1,7 @@
 """torch's autocast for a call of ours: the operands in the dtype of the region, no parameter cast twice in a block.
 
-torch keeps the casts of parameters until the outermost autocast block ends, in a cache that it shows to nobody. Ours
-hang on an entry of that cache, so that they go exactly when torch's go: where a block ends, where
+torch keeps the casts of parameters until the outermost autocast block ends, in a cache without a public interface. Our
+casts hang on an entry of that cache, so torch frees them exactly when it frees its own: where a block ends, where
 ``torch.clear_autocast_cache`` is called, and at once where a block was opened with ``cache_enabled=False``.
 """
 
@@ -19,16 +19,16 @@ any_autocast = torch._C._is_any_autocast_enabled
 
 def cast_arguments(input, weight, bias):
     """The operands as torch's autocast hands them to a convolution: all real floats but float64 in its dtype."""
-    return _lowered((input, weight, bias), _cast)
+    return _lowered((input, weight, bias), torch.Tensor.to)
 
 
 def cast_arguments_once(input, weight, bias):
-    """The same for plain tensors outside every tracer: what torch would keep of it is kept and taken again."""
+    """As :func:`cast_arguments`, for plain tensors outside every tracer; parameters are cast once per block."""
     return _lowered((input, weight, bias), _cast_once)
 
 
 def lowered_dtype(dtype: torch.dtype, kind: str) -> torch.dtype:
-    """What autocast makes of a dtype on devices of this kind."""
+    """The dtype that autocast gives a tensor of ``dtype`` on devices of this kind."""
     if (
         not dtype.is_floating_point
         or dtype is torch.float64
@@ -40,32 +40,28 @@ def lowered_dtype(dtype: torch.dtype, kind: str) -> torch.dtype:
 
 
 def _lowered(operands, cast):
-    kind, found = operands[0].device.type, []
+    kind, lowered = operands[0].device.type, []
     for tensor in operands:
         dtype = None if tensor is None else lowered_dtype(tensor.dtype, kind)
-        found.append(tensor if tensor is None or tensor.dtype is dtype else cast(tensor, dtype))
-    return found
-
-
-def _cast(tensor, dtype):
-    return tensor.to(dtype)
+        lowered.append(tensor if tensor is None or tensor.dtype is dtype else cast(tensor, dtype))
+    return lowered
 
 
 def _cast_once(tensor, dtype):
-    # torch's rule: the parameters, for they are what a block meets again.
+    # torch caches the casts of parameters only: a block meets them again.
     if not (tensor.requires_grad and tensor.is_leaf and tensor.dtype is torch.float32) or tensor._is_view():
         return tensor.to(dtype)
     if not torch.is_autocast_cache_enabled():
         return tensor.to(dtype)
     casts = _casts_of_this_block(tensor.device)
     key, version = (id(tensor), dtype), tensor._version
-    found = casts.get(key)
-    if found is None or found[1] != version:
+    entry = casts.get(key)
+    if entry is None or entry[1] != version:
         # A cast that a call without gradients made first must lead back to the parameter in a later call too.
         with torch.inference_mode(False), torch.enable_grad():
-            found = tensor.to(dtype), version, tensor  # the parameter, so that its id stays its own
-        casts[key] = found
-    return found[0]
+            entry = tensor.to(dtype), version, tensor  # the parameter, so that its id stays its own
+        casts[key] = entry
+    return entry[0]
 
 
 class _Casts(dict):
@@ -79,9 +75,9 @@ _casts: dict[torch.device, weakref.ref[_Casts]] = {}
 
 
 def _casts_of_this_block(device: torch.device) -> _Casts:
-    """What was cast since torch last emptied its cache."""
-    kept = _casts.get(device)
-    casts = None if kept is None else kept()
+    """The casts made since torch last emptied its cache."""
+    reference = _casts.get(device)
+    casts = None if reference is None else reference()
     if casts is None:
         casts = _Casts()
         _casts[device] = weakref.ref(casts)

@@ -8,13 +8,14 @@ All passes are partial derivatives of ``F(x, w, g) = <T(x, w), g>``: ``T`` the f
     W(x, g):     by x  D(g, grad_w)  by g     T(x, grad_w, grad_b)
 
 (W also returns the bias gradient, the sum of g; a gradient with respect to *that* comes back as T's bias.) So double
-backward, and any order beyond, runs the same variants. What ordinary autograd does not drive (functorch transforms,
-forward-mode, tracing) goes to :mod:`tritonconv.fallback`.
+backward, and any order beyond, runs the same variants. Functorch transforms, forward-mode and tracing go to
+:mod:`tritonconv.fallback`.
 """
 
 from __future__ import annotations
 
 import contextlib
+from functools import partial
 
 import torch
 
@@ -42,31 +43,22 @@ def forward(x, weight, bias, plan: Plan):
     return plan.forward(x, weight, bias)
 
 
-def backward_data(grad_y, weight, plan: Plan):
-    """D: grad_y (n, c_out, od, oh, ow), weight -> grad_x (n, c_in, d, h, w)."""
-    if not fallback.plain(grad_y, weight):
-        return fallback.backward_data(plan.problem, grad_y, weight)
-    if needs_gradient(grad_y, weight):
-        return _BackwardData.apply(grad_y, weight, plan)
-    return plan.backward_data(grad_y, weight)
-
-
-def backward_weight(x, grad_y, need_bias: bool, plan: Plan):
-    """W: x, grad_y -> (grad_weight, grad_bias (c_out,) or None)."""
-    if not fallback.plain(x, grad_y):
-        grad_weight = fallback.backward_weight(plan.problem, x, grad_y)
-        return grad_weight, bias_gradient(grad_y) if need_bias else None
-    if needs_gradient(x, grad_y):
-        outputs = _BackwardWeight.apply(x, grad_y, need_bias, plan)
-        return outputs if need_bias else (outputs, None)
-    return plan.backward_weight(x, grad_y, need_bias)
-
-
-def gradients(plan: Plan, x, weight, grad_y, wanted):
-    """(grad_x, grad_weight, grad_bias), None for what ``wanted`` does not mark; nothing is recorded.
+def backward(grad_y, x, weight, wanted, plan: Plan):
+    """(grad_x, grad_weight, grad_bias) from grad_y (n, c_out, od, oh, ow); None for a gradient that ``wanted`` does
+    not mark.
 
     ``x`` may be None where the gradient of the weight is not wanted, ``weight`` where that of x is not.
     """
+    operands = grad_y, grad_y if x is None else x, weight
+    if not fallback.plain(*operands):
+        return fallback.gradients(plan.problem, grad_y, x, weight, wanted)
+    if needs_gradient(*operands):
+        return _Backward.apply(grad_y, x, weight, wanted, plan)
+    return gradients(grad_y, x, weight, wanted, plan)
+
+
+def gradients(grad_y, x, weight, wanted, plan: Plan):
+    """As :func:`backward`, with nothing recorded."""
     need_x, need_weight, need_bias = wanted
     if need_x and need_weight:
         return plan.backward(x, weight, grad_y, need_bias)
@@ -74,6 +66,30 @@ def gradients(plan: Plan, x, weight, grad_y, wanted):
     if need_weight:
         return grad_x, *plan.backward_weight(x, grad_y, need_bias)
     return grad_x, None, bias_gradient(grad_y) if need_bias else None
+
+
+def backward_of_backward(forward, backward, operands, needs, grads):
+    """The gradients with respect to ``operands`` (grad_y, x, weight), None where ``needs`` does not mark one.
+
+    ``grads`` are the gradients of the three results of the backward, each a tensor or None. ``forward(x, weight,
+    bias)`` and ``backward(grad_y, x, weight, wanted)`` compute the passes, and are differentiable themselves.
+    """
+    grad_y, x, weight = operands
+    need_grad_y, need_x, need_weight = needs
+    grad_x, grad_weight, grad_bias = grads
+    parts, by_x, by_weight = [], None, None
+    if need_grad_y:
+        if grad_x is not None:
+            parts.append(forward(grad_x, weight, None))
+        if grad_weight is not None:
+            parts.append(forward(x, grad_weight, grad_bias))
+        elif grad_bias is not None:
+            parts.append(grad_bias.view(1, -1, 1, 1, 1).expand_as(grad_y))
+    if need_x and grad_weight is not None:
+        by_x, _, _ = backward(grad_y, None, grad_weight, (True, False, False))
+    if need_weight and grad_x is not None:
+        _, by_weight, _ = backward(grad_y, grad_x, None, (False, True, False))
+    return sum(parts[1:], parts[0]) if parts else None, by_x, by_weight
 
 
 # The old style, forward(ctx, ...), costs about 2 us per call against 40 us for setup_context (measured, torch 2.13);
@@ -93,52 +109,22 @@ class _Forward(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_y):
         x, weight = ctx.saved_tensors
-        need_x, need_weight, need_bias, _ = ctx.needs_input_grad
         with remembering(ctx.packs) if ctx.packs else _NOTHING:
-            if not torch.is_grad_enabled() and fallback.plain(grad_y, grad_y if x is None else x, weight):
-                return *gradients(ctx.plan, x, weight, grad_y, ctx.needs_input_grad[:3]), None
-            grad_x = backward_data(grad_y, weight, ctx.plan) if need_x else None
-        grad_weight = grad_bias = None
-        if need_weight:
-            grad_weight, grad_bias = backward_weight(x, grad_y, need_bias, ctx.plan)
-        elif need_bias:
-            grad_bias = bias_gradient(grad_y)
-        return grad_x, grad_weight, grad_bias, None
+            return *backward(grad_y, x, weight, ctx.needs_input_grad[:3], ctx.plan), None
 
 
-class _BackwardData(torch.autograd.Function):
+class _Backward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, grad_y, weight, plan):
-        need_grad_y, need_weight, _ = ctx.needs_input_grad
+    def forward(ctx, grad_y, x, weight, wanted, plan):
         ctx.plan = plan
-        ctx.save_for_backward(grad_y if need_weight else None, weight if need_grad_y else None)
-        return plan.backward_data(grad_y, weight)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(grad_y, x, weight)
+        return gradients(grad_y, x, weight, wanted, plan)
 
     @staticmethod
-    def backward(ctx, grad):
-        grad_y, weight = ctx.saved_tensors
-        need_grad_y, need_weight, _ = ctx.needs_input_grad
-        by_grad_y = forward(grad, weight, None, ctx.plan) if need_grad_y else None
-        by_weight = backward_weight(grad, grad_y, False, ctx.plan)[0] if need_weight else None
-        return by_grad_y, by_weight, None
-
-
-class _BackwardWeight(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, grad_y, need_bias, plan):
-        need_x, need_grad_y, _, _ = ctx.needs_input_grad
-        ctx.plan = plan
-        ctx.save_for_backward(x if need_grad_y else None, grad_y if need_x else None)
-        grad_weight, grad_bias = plan.backward_weight(x, grad_y, need_bias)
-        return (grad_weight, grad_bias) if need_bias else grad_weight
-
-    @staticmethod
-    def backward(ctx, grad_weight, grad_bias=None):
-        x, grad_y = ctx.saved_tensors
-        need_x, need_grad_y, _, _ = ctx.needs_input_grad
-        by_x = backward_data(grad_y, grad_weight, ctx.plan) if need_x else None
-        by_grad_y = forward(x, grad_weight, grad_bias, ctx.plan) if need_grad_y else None
-        return by_x, by_grad_y, None, None
+    def backward(ctx, *grads):
+        passes = partial(forward, plan=ctx.plan), partial(backward, plan=ctx.plan)
+        return *backward_of_backward(*passes, ctx.saved_tensors, ctx.needs_input_grad[:3], grads), None, None
 
 
 differentiable_forward = _Forward.apply

@@ -2,7 +2,7 @@
 
 Only the *class* of a layer changes. tritonconv's layer adds a ``forward`` and no state to torch's, so the object stays
 itself: parameters and their ties, ``requires_grad``, hooks, the training flag, device and dtype, references held by
-an optimizer or by a second parent, and the root of the model all stay what they were, and ``state_dict``, pickle and
+an optimizer or by a second parent, and the root of the model all stay as they were, and ``state_dict``, pickle and
 ``deepcopy`` work as before. Rebuilding the layers and hanging them in again would lose each of these somewhere.
 
 Direct calls of ``torch.nn.functional.conv_transpose3d`` in a model's code are not layers, so they are not switched.
@@ -30,7 +30,7 @@ _SUBCLASSES: dict[Class, Class] = {}
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """What :func:`convert` or :func:`restore` did: ``print(report)`` lists it.
+    """The result of :func:`convert` or :func:`restore`; ``print(report)`` lists it.
 
     ``model`` is the model that was passed in. ``replaced`` holds (qualified name, description) and ``left`` (qualified
     name, reason), in the order of ``model.named_modules()``; the model itself has the empty name. A module that is
@@ -150,9 +150,9 @@ def _subclass_with_our_forward(base: Any) -> Class:
 
     def reduce(module: nn.Module, protocol: int) -> tuple[Any, ...]:
         # Pickle finds a class by its name, and that name means ``base``.
-        how: Any = base.__reduce_ex__(module, max(protocol, 2))
-        default = how[0] is copyreg.__newobj__  # type: ignore[attr-defined]
-        return (_rebuild, (base,), *how[2:]) if default else how
+        recipe: Any = base.__reduce_ex__(module, max(protocol, 2))
+        default = recipe[0] is copyreg.__newobj__  # type: ignore[attr-defined]
+        return (_rebuild, (base,), *recipe[2:]) if default else recipe
 
     namespace = {
         "__module__": base.__module__,

@@ -1,7 +1,7 @@
-"""Turns a problem into a plan: for each pass the variant, its config and the reason. Plans are kept.
+"""Turns a problem into a plan: for each pass the variant, its config and the reason. Plans are cached.
 
-``tritonconv.use`` forces variants, ``torch.use_deterministic_algorithms`` restricts the choice, ``autotune`` decides
-the rest: the tuned choice where there is one, else its rules.
+``tritonconv.use`` forces variants, ``torch.use_deterministic_algorithms`` restricts the choice, and ``autotune`` makes
+all other choices.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from tritonconv import fallback
-from tritonconv.arguments import geometry, problem_of
+from tritonconv.arguments import geometry, plain, problem_of
 from tritonconv.autotune import model, pins
 from tritonconv.autotune.choose import Selection, ceilings_of, choose, untuned
 from tritonconv.autotune.choose import forget as forget_tables
@@ -30,7 +30,7 @@ from tritonconv.switches import torch_only
 
 MAX_PLANS = 4096
 
-# Rises when calls may be planned otherwise than before: what was derived from a plan is derived anew.
+# Rises when later calls may get other plans: a result derived from a plan is then stale.
 generation = 0
 
 _deterministic = torch._C._get_deterministic_algorithms
@@ -43,40 +43,40 @@ def plan(problem: Problem, device: torch.device) -> Plan:
     """The plan of a problem on a device, under the variants forced by :func:`tritonconv.use`."""
     named, deterministic = forced.get(), _deterministic()
     key = (problem, device, named, deterministic)
-    found = _by_problem.get(key)
-    if found is None:
+    entry = _by_problem.get(key)
+    if entry is None:
         choose_pass = partial(_choose, problem, device, named, deterministic)
-        # A deterministic run has the same bits from its first call on, and waits for the compiler.
+        # A deterministic run waits for the compiler, so that its first call already has the final bits.
         standby = device.type == "cuda" and not deterministic
-        found = _remember(_by_problem, key, Plan(problem, device, choose_pass, standby=standby))
-    return found
+        entry = _remember(_by_problem, key, Plan(problem, device, choose_pass, standby=standby))
+    return entry
 
 
-def plan_for(x, weight, bias, stride, padding, output_padding, groups, dilation) -> Plan | None:
+def plan_for(x, weight, bias, arguments: tuple) -> Plan | None:
     """The plan of a batched call, None where no variant serves such tensors; a distinct call is checked once.
 
-    A repeated call costs one tuple and one dict lookup. The hyper-parameters are those of
-    :func:`tritonconv.arguments.plain`.
+    ``arguments`` are (stride, padding, output_padding, groups, dilation). A repeated call costs one tuple and one dict
+    lookup.
     """
+    numbers = plain(arguments)
     try:
         key = (
             x.shape, x.stride(), x.dtype, x.device,
             weight.shape, weight.stride(), weight.dtype, weight.device,
             None if bias is None else (bias.shape, bias.dtype, bias.device),
-            stride, padding, output_padding, groups, dilation,
-            forced.get(), _deterministic(),
+            numbers, forced.get(), _deterministic(),
         )  # fmt: skip
-        found = _by_call.get(key)
-    except RuntimeError:  # a sparse tensor has no strides: looked at each time
-        return _plan_anew(x, weight, bias, stride, padding, output_padding, groups, dilation)
-    if found is None:
-        found = _plan_anew(x, weight, bias, stride, padding, output_padding, groups, dilation)
-        if found is not None:
-            _remember(_by_call, key, found)
-    return found
+        entry = _by_call.get(key)
+    except RuntimeError:  # a sparse tensor has no strides, and no variant serves it
+        return _plan_anew(x, weight, bias, arguments)
+    if entry is None:
+        entry = _plan_anew(x, weight, bias, arguments)
+        if entry is not None:
+            _remember(_by_call, key, entry)
+    return entry
 
 
-def _plan_anew(x, weight, bias, *arguments) -> Plan | None:
+def _plan_anew(x, weight, bias, arguments) -> Plan | None:
     if fallback.unserved(x, weight, bias) is not None:
         return None
     problem = problem_of(x, weight, bias, geometry(*arguments))
@@ -95,7 +95,7 @@ def set_tuner(offer: Callable[[Problem, torch.device], None] | None) -> None:
 
 
 def _offer_to_tuner(problem: Problem, device: torch.device) -> None:
-    """The one door from a call to what measures; its module is imported when it is first wanted, and sets itself."""
+    """The one door from a call to the tuner, whose module registers itself when this first imports it."""
     if _tuner is None:
         importlib.import_module("tritonconv.autotune.tuning.first_use")
     if _tuner is not None:
@@ -103,20 +103,20 @@ def _offer_to_tuner(problem: Problem, device: torch.device) -> None:
 
 
 def drop(which: Callable[[Plan], bool]) -> None:
-    """Those plans are made anew when they are next needed."""
+    """Drops these plans; a later call plans anew."""
     global generation
     for memory in (_by_call, _by_problem):
-        for key, made in list(memory.items()):
-            if which(made):
+        for key, entry in list(memory.items()):
+            if which(entry):
                 memory.pop(key, None)
     generation += 1
 
 
-def _remember(memory: dict[tuple, Plan], key: tuple, made: Plan) -> Plan:
+def _remember(memory: dict[tuple, Plan], key: tuple, entry: Plan) -> Plan:
     if len(memory) >= MAX_PLANS:  # endless new image sizes must not grow memory without bound
         memory.clear()
-    memory[key] = made
-    return made
+    memory[key] = entry
+    return entry
 
 
 def _choose(problem, device, named, deterministic, pass_name) -> Selection:
@@ -136,12 +136,12 @@ def _choose(problem, device, named, deterministic, pass_name) -> Selection:
 
 
 def _deterministics(problem, device, pass_name, because) -> Iterator[Selection]:
-    """The deterministic variants that serve the problem: in the model's order, where there is something to compute."""
+    """The deterministic variants that serve the problem; on a GPU in the cost model's order."""
     if device.type == "cuda" and problem.n and problem.c_out:
         for record, config, guess in model.rank(problem, device, pass_name, ceilings_of(device)):
             if record.deterministic:
-                said = f"{because}; the cost model's first that is: {guess.ms * 1e3:.3g} us, {guess.limit}"
-                yield Selection(record, config, said)
+                fastest = f"the cost model's fastest that is: {guess.ms * 1e3:.3g} us, bound by {guess.limit}"
+                yield Selection(record, config, f"{because}; {fastest}")
     else:
         for record in variants(pass_name):
             if record.deterministic and record.supports(problem, device) is None:
@@ -149,15 +149,12 @@ def _deterministics(problem, device, pass_name, because) -> Iterator[Selection]:
 
 
 def plan_of(problem: Problem, device: torch.device, **chosen: Selection) -> Plan:
-    """A plan outside every memory: ``chosen`` by pass, the other passes without any stored entry; no standby.
-
-    For the tuner, which measures what is not chosen yet.
-    """
+    """An uncached plan for the tuner: ``chosen`` by pass, the other passes without any stored entry; no standby."""
     return Plan(problem, device, partial(untuned, problem, device), chosen)
 
 
 def forget() -> None:
-    """Every call is planned anew: after the tuned choices have changed."""
+    """Drops every plan and table; call it after the tuned choices have changed."""
     global generation
     _by_call.clear()
     _by_problem.clear()
@@ -166,27 +163,26 @@ def forget() -> None:
 
 
 def save_choices(path: str | os.PathLike) -> int:
-    """Writes what the calls of this process run, by problem, kind of device and pass, for :func:`pin_choices`; returns
-    how many problems that are. What :func:`tritonconv.use` forced is left out, and what was called only before the
-    choices changed last (a tuning run, :func:`pin_choices`).
+    """Writes the choices of this process's calls to a file for :func:`pin_choices`; returns the number of problems.
 
-    A kernel that is still being compiled is written down as one that runs. Raises StoreError where the file cannot be
-    written.
+    The file holds a variant and a config by problem, kind of device and pass. It omits choices that
+    :func:`tritonconv.use` forced, and calls from before the choices changed last (a tuning run, :func:`pin_choices`).
+    It includes kernels that are still being compiled. Raises StoreError where the file cannot be written.
     """
-    found: dict[str, dict[str, tuple[str, Config]]] = {}
-    for (_, _, named, _), made in list(_by_problem.items()):
-        if not named and made.chosen:
-            passes = found.setdefault(pins.text(made.problem, made.device), {})
-            passes.update({name: (each.variant.name, each.config) for name, each in made.chosen.items()})
-    pins.write(found, Path(path))
-    return len(found)
+    choices: dict[str, dict[str, tuple[str, Config]]] = {}
+    for (_, _, named, _), entry in list(_by_problem.items()):
+        if not named and entry.chosen:
+            passes = choices.setdefault(pins.text(entry.problem, entry.device), {})
+            passes.update({name: (choice.variant.name, choice.config) for name, choice in entry.chosen.items()})
+    pins.write(choices, Path(path))
+    return len(choices)
 
 
 def pin_choices(path: str | os.PathLike | None) -> None:
-    """Has later calls run exactly what :func:`save_choices` wrote, here or on another machine; None ends that.
+    """Pins later calls to the choices that :func:`save_choices` wrote, here or on another machine; None unpins them.
 
-    A run under pinned choices repeats bit for bit: no tuned table, no model and no compiler's delay decides. Problems
-    that the file does not hold are chosen as ever. The variable TRITONCONV_CHOICES names a file for a whole program.
+    A run under pinned choices repeats bit for bit: it depends on no tuned table, no model and no compiler's delay. A
+    problem outside the file is chosen as usual. The variable TRITONCONV_CHOICES names a file for a whole program.
     Raises StoreError where the file cannot be read; a call raises VariantNotApplicable where a pinned variant does not
     serve it.
     """
@@ -195,10 +191,10 @@ def pin_choices(path: str | os.PathLike | None) -> None:
 
 
 def wait_until_compiled(seconds: float | None = None) -> bool:
-    """Waits for the kernels that calls so far have asked for; False where that takes longer than ``seconds``.
+    """Waits for the kernels of all calls so far; False where that takes longer than ``seconds``.
 
     On a GPU a layer's first calls run torch's own while its kernels are compiled in the background: a benchmark, or a
-    capture of a CUDA graph, calls the model once, waits, and calls it again. At once where nothing is compiled.
+    capture of a CUDA graph, calls the model once, waits, and calls it again. Returns at once where nothing is compiled.
     """
     from tritonconv.kernels import triton_background
 
@@ -207,14 +203,14 @@ def wait_until_compiled(seconds: float | None = None) -> bool:
 
 @contextlib.contextmanager
 def watch() -> Iterator[list[tuple[Problem, torch.device]]]:
-    """After the block the list holds the distinct problems that calls in it made, and where, in their order."""
+    """Lists, after the block, the distinct (problem, device) of its calls, in their order."""
     global _by_call, _by_problem, generation
-    found: list[tuple[Problem, torch.device]] = []
+    problems: list[tuple[Problem, torch.device]] = []
     outer = _by_call, _by_problem
     _by_call, _by_problem = {}, {}
-    generation += 1  # a compiled graph asks for its plans anew, so that they are found too
+    generation += 1  # makes a compiled graph look its plans up, so that they are listed too
     try:
-        yield found
+        yield problems
     finally:
-        found += dict.fromkeys((problem, device) for problem, device, *_ in _by_problem)
+        problems += dict.fromkeys((problem, device) for problem, device, *_ in _by_problem)
         _by_call, _by_problem = outer

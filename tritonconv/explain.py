@@ -11,8 +11,7 @@ from tritonconv import fallback
 from tritonconv.arguments import geometry
 from tritonconv.autocast import cast_arguments
 from tritonconv.device import current
-from tritonconv.dispatch import Plan, plan
-from tritonconv.functional import plan_of_call
+from tritonconv.dispatch import Plan, plan, plan_for
 from tritonconv.kernels.registry import triton_fault, variants
 from tritonconv.problem import PASSES, Problem
 from tritonconv.switches import torch_only
@@ -20,7 +19,7 @@ from tritonconv.switches import torch_only
 
 @dataclass(frozen=True)
 class Explanation:
-    """The way of a call. ``plan`` is None where the call goes to torch itself, and ``reason`` then says why."""
+    """The plan of a call. ``plan`` is None where the call goes to torch itself, and ``reason`` then says why."""
 
     plan: Plan | None
     reason: str | None
@@ -45,9 +44,9 @@ def explain(input, weight=None, bias=None, stride=1, padding=0, output_padding=0
     args = (stride, padding, output_padding, groups, dilation)
     batched = input.unsqueeze(0) if input.dim() == 4 else input
     reason = fallback.reason(input, weight, bias)
-    made = plan_of_call(batched, weight, bias, args) if reason is None else None
-    if made is not None:
-        return _show(made)
+    entry = plan_for(batched, weight, bias, args) if reason is None else None
+    if entry is not None:
+        return _show(entry)
     fallback.call_of(batched, weight, bias, geometry(*args))
     explanation = Explanation(None, reason, f"torch itself serves this call: {reason}")
     print(explanation)
@@ -78,7 +77,9 @@ def _show(made: Plan) -> Explanation:
         if choice.variant.spreads_nonfinite:
             lines.append(f"  NaN and infinities: {choice.variant.spreads_nonfinite}")
         if choice.outdated:
-            lines.append(f"  {choice.variant.name} has changed since; `tritonconv tune` measures it anew")
+            lines.append(
+                f"  {choice.variant.name} has changed since it was measured; `tritonconv tune` measures it again"
+            )
         others = [each for each in variants(pass_name) if each.name != choice.variant.name]
         with current(made.device):
             why_not = [each.supports(problem, made.device) for each in others]
@@ -96,15 +97,15 @@ def _show(made: Plan) -> Explanation:
 
 
 def tune_command(problem: Problem, device: torch.device) -> str | None:
-    """The command line that tunes a problem on a device; None where no command does, or where no call would use it."""
+    """The command line that tunes a problem on a device; None where there is none, or where no call would use it."""
     if not problem.torch_crop.exact or not problem.n or not problem.c_out or torch_only():
         return None
     crop, usual = problem.torch_crop, {"stride": 1, "padding": 0, "output-padding": 0, "dilation": 1}
-    given = (problem.stride, crop.padding, crop.output_padding, problem.dilation)
+    values = (problem.stride, crop.padding, crop.output_padding, problem.dilation)
     words = [f"tritonconv tune --x {_joined(problem.x_shape)} --weight {_joined(problem.weight_shape)}"]
     words += [
         f"--{name} {_joined(value)}"
-        for (name, default), value in zip(usual.items(), given, strict=True)
+        for (name, default), value in zip(usual.items(), values, strict=True)
         if value != (default,) * 3
     ]
     words += [f"--groups {problem.groups}"] * (problem.groups != 1) + ["--bias"] * problem.bias

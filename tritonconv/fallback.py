@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 from tritonconv.arguments import Geometry, check_shapes
 from tritonconv.errors import ArgumentError
 from tritonconv.kernels import torch_native
+from tritonconv.kernels.torch_layout import bias_gradient
 from tritonconv.problem import TorchCrop, Triple
 
 _transforms = torch._C._functorch.peek_interpreter_stack
@@ -60,18 +61,18 @@ def transformed() -> bool:
 
 
 def exporting() -> bool:
-    """torch.export is at work: ``torch.compiler.is_exporting``, which torch.compile takes for True in torch 2.11."""
+    """torch.export is active. torch.compile of torch 2.11 takes ``torch.compiler.is_exporting`` for True."""
     return torch.compiler.is_exporting()
 
 
 # torch.compiler.assume_constant_result without its import of the whole compiler: while it traces, torch.compile runs
 # the functions with the transforms really active, keeps the answers, and guards on the transforms itself.
-for _asked in (transformed, exporting):
-    _asked._dynamo_marked_constant = True  # type: ignore[attr-defined]
+for _constant in (transformed, exporting):
+    _constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def plain(first: torch.Tensor, second: torch.Tensor, third: torch.Tensor | None = None) -> bool:
-    """The quick test of the eager path: ordinary tensors, and nothing watches the call but ordinary autograd."""
+    """The quick test of the eager path: ordinary tensors, and no transform or tracer beside ordinary autograd."""
     return (
         type(first) in PLAIN_TYPES
         and type(second) in PLAIN_TYPES
@@ -122,12 +123,18 @@ def forward(call: torch_native.Call, x, weight, bias):
     return torch_native.forward(call, x, weight, bias)
 
 
-backward_data = torch_native.backward_data
-backward_weight = torch_native.backward_weight
+def gradients(call: torch_native.Call, grad_y, x, weight, wanted):
+    """(grad_x, grad_weight, grad_bias), None for a gradient that ``wanted`` does not mark."""
+    need_x, need_weight, need_bias = wanted
+    return (
+        torch_native.backward_data(call, grad_y, weight) if need_x else None,
+        torch_native.backward_weight(call, x, grad_y) if need_weight else None,
+        bias_gradient(grad_y) if need_bias else None,
+    )
 
 
 def is_dtensor(tensor) -> bool:
-    """A tensor of torch.distributed; told by name, for the import of that package takes a second."""
+    """A tensor of torch.distributed; recognised by name, for the import of that package takes a second."""
     return type(tensor).__name__ == "DTensor"
 
 

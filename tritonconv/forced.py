@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar, copy_context
 from typing import Any
 
@@ -29,9 +29,9 @@ def use(*names: str) -> Iterator[None]:
     """Forces the named variants, at most one per pass, for the calls made inside the ``with`` block.
 
     A call keeps its variants for its backward passes, wherever those run, and for its recomputation by activation
-    checkpointing. A compiled graph takes what is in force where each of its parts runs; one of fixed sizes is traced
-    anew where that changes its choices. Calls that a transform or a tracer watches go to torch itself all the same.
-    Blocks nest; the inner one wins per pass.
+    checkpointing. A compiled graph uses the variants in force where each of its parts runs; one of fixed sizes is
+    traced anew where they change its choices. Calls under a transform or a tracer still go to torch itself. Blocks
+    nest; the inner one wins per pass.
 
     Raises ArgumentError for an unknown name or two names of one pass; a call that a forced variant does not serve
     raises VariantNotApplicable with the reason.
@@ -42,7 +42,7 @@ def use(*names: str) -> Iterator[None]:
         if pass_name in chosen:
             raise ArgumentError(f"use: one variant per pass, got {chosen[pass_name]!r} and {name!r} for {pass_name}")
         chosen[pass_name] = name
-    with _forcing({pass_name: (name, None) for pass_name, name in chosen.items()}):
+    with _forcing((name, None) for name in names):
         yield
 
 
@@ -59,18 +59,18 @@ def in_force(call: Callable[[], Any], *names: str) -> Callable[[], Any]:
 
 def pinned(*selections: Selection) -> contextlib.AbstractContextManager[None]:
     """As :func:`use`, each variant with the selection's config; at most one per pass."""
-    return _forcing(
-        {chosen.variant.pass_name: (chosen.variant.name, tuple(chosen.config.items())) for chosen in selections}
-    )
+    return _forcing((selection.variant.name, tuple(selection.config.items())) for selection in selections)
 
 
-# By the identity of a weight that is trained: the weight, and what was in force in the last call with it.
+# By the id of a trained weight: the weight, and the variants in force in the last call with it.
 _trained: dict[int, tuple[weakref.ref[torch.Tensor], Forced]] = {}
 
 
 def restore_forced(weight: torch.Tensor) -> contextlib.AbstractContextManager[None] | None:
-    """In a backward pass, where a checkpoint computes a call anew: a block with what was in force when the call was
-    made. None elsewhere. Asked in each eager call."""
+    """A block with the variants of a weight's last call where a checkpoint recomputes it in a backward pass, else None.
+
+    Every eager call runs this.
+    """
     named, key = forced.get(), id(weight)
     if named:
         if weight.requires_grad:
@@ -82,13 +82,13 @@ def restore_forced(weight: torch.Tensor) -> contextlib.AbstractContextManager[No
         del _trained[key]
         return None
     _, named = _trained[key]
-    return _forcing({variant(name).pass_name: (name, items) for name, items in named})
+    return _forcing(named)
 
 
 @contextlib.contextmanager
-def _forcing(chosen: dict) -> Iterator[None]:
-    outer = {variant(name).pass_name: (name, items) for name, items in forced.get()}
-    token = forced.set(tuple(sorted({**outer, **chosen}.values(), key=lambda pair: pair[0])))
+def _forcing(entries: Iterable[tuple]) -> Iterator[None]:
+    by_pass = {variant(name).pass_name: (name, items) for name, items in (*forced.get(), *entries)}
+    token = forced.set(tuple(sorted(by_pass.values(), key=lambda pair: pair[0])))
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""``conv_transpose3d``: one place decides which road a call takes.
+"""``conv_transpose3d`` decides which road a call takes.
 
 * plain eager call: a plan looked up by one tuple, run directly or under ordinary autograd
 * ``torch.compile``: torch's operation where it would run and no size is symbolic, else the registered operators
@@ -11,9 +11,9 @@ from __future__ import annotations
 import torch
 
 from tritonconv import autocast, autograd, fallback, guards, operators
-from tritonconv.arguments import check_types, geometry, plain
-from tritonconv.dispatch import Plan, plan_for
-from tritonconv.errors import ArgumentError, ArgumentTypeError, VariantNotApplicable
+from tritonconv.arguments import check_types, geometry
+from tritonconv.dispatch import plan_for
+from tritonconv.errors import ArgumentTypeError, VariantNotApplicable
 from tritonconv.forced import forced_variants, restore_forced
 
 
@@ -39,30 +39,26 @@ def conv_transpose3d(input, weight, bias=None, stride=1, padding=0, output_paddi
         ArgumentTypeError (a TypeError and a RuntimeError): a type or a dtype is refused.
         VariantNotApplicable: a variant forced by ``tritonconv.use`` does not serve the call.
     """
+    arguments = stride, padding, output_padding, groups, dilation
     if torch.compiler.is_compiling():
-        return _traced(input, weight, bias, stride, padding, output_padding, groups, dilation)
+        return _traced(input, weight, bias, arguments)
     if not fallback.plain(input, weight, bias):
-        return _by_torch(input, weight, bias, stride, padding, output_padding, groups, dilation)
-    again = restore_forced(weight)
-    if again is not None:
-        with again:
-            return _eager(input, weight, bias, stride, padding, output_padding, groups, dilation)
-    return _eager(input, weight, bias, stride, padding, output_padding, groups, dilation)
+        return _by_torch(input, weight, bias, arguments)
+    forced_again = restore_forced(weight)
+    if forced_again is None:
+        return _eager(input, weight, bias, arguments)
+    with forced_again:
+        return _eager(input, weight, bias, arguments)
 
 
-def _eager(input, weight, bias, stride, padding, output_padding, groups, dilation):
+def _eager(input, weight, bias, arguments):
     if autocast.any_autocast():
         input, weight, bias = autocast.cast_arguments_once(input, weight, bias)
     if input.dim() == 4:
-        args = (stride, padding, output_padding, groups, dilation)
-        return _planned(input.unsqueeze(0), weight, bias, *args).squeeze(0)
-    return _planned(input, weight, bias, stride, padding, output_padding, groups, dilation)
-
-
-def _planned(input, weight, bias, stride, padding, output_padding, groups, dilation):
-    plan = plan_of_call(input, weight, bias, (stride, padding, output_padding, groups, dilation))
+        return _eager(input.unsqueeze(0), weight, bias, arguments).squeeze(0)
+    plan = plan_for(input, weight, bias, arguments)
     if plan is None:
-        return _by_torch(input, weight, bias, stride, padding, output_padding, groups, dilation)
+        return _by_torch(input, weight, bias, arguments)
     if autograd.needs_gradient(input, weight, bias):
         direct = plan.torch_alone
         if direct is None:
@@ -74,22 +70,13 @@ def _planned(input, weight, bias, stride, padding, output_padding, groups, dilat
     return _in_layout(torch.conv_transpose3d(input, weight, bias, *direct), plan.problem.layout)
 
 
-def plan_of_call(input, weight, bias, arguments) -> Plan | None:
-    """The plan of a batched call with these hyper-parameters; None where no variant serves such tensors."""
-    try:
-        return plan_for(input, weight, bias, *plain(arguments))
-    except ArgumentError:
-        geometry(*arguments)  # names the values as they were given
-        raise
-
-
 def _in_layout(y, layout):
     # torch answers some channels_last_3d calls on the CPU in NCDHW.
     return y if layout == "ncdhw" else y.contiguous(memory_format=torch.channels_last_3d)
 
 
-def _by_torch(input, weight, bias, stride, padding, output_padding, groups, dilation):
-    geo = geometry(stride, padding, output_padding, groups, dilation)
+def _by_torch(input, weight, bias, arguments):
+    geo = geometry(*arguments)
     operands = {"input": input, "weight": weight, "bias": bias}
     if not all(isinstance(t, torch.Tensor) for t in (input, weight)) or not isinstance(
         bias, (torch.Tensor, type(None))
@@ -106,10 +93,9 @@ def _by_torch(input, weight, bias, stride, padding, output_padding, groups, dila
 
 def _composed(input, weight, bias, geo):
     """The call as torch's own operations, its shapes checked."""
-    batched = input.unsqueeze(0) if input.dim() == 4 else input
-    call = fallback.call_of(batched, weight, bias, geo)
-    y = fallback.forward(call, batched, weight, bias)
-    return y.squeeze(0) if input.dim() == 4 else y
+    if input.dim() == 4:
+        return _composed(input.unsqueeze(0), weight, bias, geo).squeeze(0)
+    return fallback.forward(fallback.call_of(input, weight, bias, geo), input, weight, bias)
 
 
 def _not_tensors(operands, geo):
@@ -132,27 +118,24 @@ def _not_tensors(operands, geo):
     )
 
 
-def _traced(input, weight, bias, stride, padding, output_padding, groups, dilation):
-    arguments = stride, padding, output_padding, groups, dilation
+def _traced(input, weight, bias, arguments):
+    if input.dim() == 4:
+        return _traced(input.unsqueeze(0), weight, bias, arguments).squeeze(0)
     own = _torchs_own(input, weight, bias, arguments)
     if own is not None:
-        _, layout, *rest = own
-        batched = input.unsqueeze(0) if input.dim() == 4 else input
-        y = _in_layout(torch.conv_transpose3d(batched, weight, bias, *rest), layout)
-        return y.squeeze(0) if input.dim() == 4 else y
+        _, layout, *torchs = own
+        return _in_layout(torch.conv_transpose3d(input, weight, bias, *torchs), layout)
     geo = geometry(*arguments)
     input, weight, bias = autocast.cast_arguments(input, weight, bias)
     served = input.dtype in fallback.DTYPES and input.device.type in fallback.DEVICES
     if fallback.exporting() or fallback.transformed() or not served:
         return _composed(input, weight, bias, geo)
-    batched = input.unsqueeze(0) if input.dim() == 4 else input
-    call = fallback.call_of(batched, weight, bias, geo)
-    check_types(batched, weight, bias)
-    y = operators.forward(
-        batched, weight, bias, call.size, call.out_size, tuple(weight.shape[2:]),
+    call = fallback.call_of(input, weight, bias, geo)
+    check_types(input, weight, bias)
+    return operators.forward(
+        input, weight, bias, call.size, call.out_size, tuple(weight.shape[2:]),
         geo.stride, geo.crop, geo.dilation, geo.groups,
     )  # fmt: skip
-    return y.squeeze(0) if input.dim() == 4 else y
 
 
 def _torchs_own(input, weight, bias, arguments) -> tuple | None:

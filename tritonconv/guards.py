@@ -1,9 +1,9 @@
-"""What a compiled graph of fixed sizes rests on: the choices that the call had when it was traced.
+"""Guards of a compiled graph of fixed sizes: the choices for its calls when it was traced.
 
 torch.compile guards every value that traced code reads, by reading it again before each run of the graph, and an
-attribute of a module is such a value. The attributes of this module are worked out when they are read: ``call_7`` is
-what the seventh call that was ever traced would run *now*, with what ``tritonconv.use`` has in force in this context
-and what is tuned by then. So a graph is traced anew exactly when the choice for one of its own calls has changed.
+attribute of a module is such a value. This module computes an attribute when it is read: ``call_7`` is the choice for
+the seventh traced call *now*, under the variants of ``tritonconv.use`` and the tuned choices then. So a graph
+is traced anew exactly when the choice for one of its own calls has changed.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _calls: dict[str, tuple[Problem, torch.device, bool]] = {}
 
 
 def guard_of_call(recorded: bool, arguments: tuple, *facts: tuple) -> tuple | None:
-    """The arguments of torch's operation for a traced call, and the attribute here that says whether it shall serve it.
+    """The arguments of torch's operation for a traced call, and the attribute here that says whether torch serves it.
 
     ``facts`` holds (type, shape, stride, dtype, device, requires_grad) of input, weight and a bias where there is one,
     ``recorded`` says whether autograd records. Returns (attribute, layout of the answer, stride, padding,
-    output_padding, groups, dilation); None where torch has no such arguments, where the call is none of the variants',
-    and where it is to be refused.
+    output_padding, groups, dilation); None where torch has no such arguments, where the variants do not serve such a
+    call, and where the call itself is invalid.
     """
     types, shapes, strides, dtypes, devices, needs = zip(*facts, strict=True)
     device, kind = devices[0], devices[0].type
@@ -44,7 +44,6 @@ def guard_of_call(recorded: bool, arguments: tuple, *facts: tuple) -> tuple | No
         torch.empty_strided(shape, stride, dtype=dtype, device="meta")
         for shape, stride, dtype in zip(shapes, strides, lowered, strict=True)
     )
-    x = x.unsqueeze(0) if x.dim() == 4 else x
     try:
         problem = problem_of(x, weight, bias[0] if bias else None, geometry(*arguments))
     except (ArgumentError, ArgumentTypeError):
@@ -57,11 +56,11 @@ def guard_of_call(recorded: bool, arguments: tuple, *facts: tuple) -> tuple | No
     return name, problem.layout, *problem.torch_arguments
 
 
-guard_of_call._dynamo_marked_constant = True  # type: ignore[attr-defined]  # run while torch.compile traces, as it is
+guard_of_call._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compile runs it while it traces
 
 
 def __getattr__(name: str) -> str:
-    """``"torch"`` where all passes that the call needs are torch's own, else what is to run, in words."""
+    """``"torch"`` where all passes that the call needs are torch's own, else a description of the choices."""
     if name not in _calls:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return _choice(name, dispatch.generation, forced.get(), _deterministic())

@@ -23,21 +23,13 @@ class ConvTranspose3d(nn.ConvTranspose3d):
         Raises ArgumentError or ValueError as torch's layer refuses.
         """
         if self.padding_mode != "zeros":
-            raise ArgumentError(
-                f"ConvTranspose3d: only the padding mode 'zeros' is there, got padding_mode={self.padding_mode!r}"
-            )
+            raise ArgumentError(f"ConvTranspose3d: supports only padding_mode='zeros', got {self.padding_mode!r}")
         output_padding: Sequence[int] = self.output_padding
         if output_size is not None:
             # torch annotates lists where its own layer passes tuples
             output_padding = self._output_padding(
-                input,
-                output_size,
-                self.stride,  # type: ignore[arg-type]
-                self.padding,  # type: ignore[arg-type]
-                self.kernel_size,  # type: ignore[arg-type]
-                3,
-                self.dilation,  # type: ignore[arg-type]
-            )
+                input, output_size, self.stride, self.padding, self.kernel_size, 3, self.dilation  # type: ignore[arg-type]
+            )  # fmt: skip
         return conv_transpose3d(
             input, self.weight, self.bias, self.stride, self.padding, output_padding, self.groups, self.dilation
         )

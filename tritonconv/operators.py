@@ -1,9 +1,9 @@
 """The passes as two registered torch operators, for calls that are compiled.
 
-A compiled graph holds ``tritonconv::conv_transpose3d`` and its backward as opaque nodes where anything of ours may run
-or a size is symbolic; each runs its plan when the graph runs, so a compiled model uses the same variants as an
-eager one, with any image size. Where all is torch's own the graph holds torch's operation (:mod:`tritonconv.guards`);
-torch.export, ONNX export and every other tracer see that one too (:mod:`tritonconv.functional`).
+A compiled graph holds ``tritonconv::conv_transpose3d`` and its backward as opaque nodes where a variant of ours may run
+or a size is symbolic. Each runs its plan when the graph runs, so a compiled model uses the same variants as an eager
+one, with any image size. Where every pass is torch's own the graph holds torch's operation (:mod:`tritonconv.guards`);
+torch.export, ONNX export and every other tracer see that operation too (:mod:`tritonconv.functional`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 from tritonconv import dispatch, fallback, flops
 from tritonconv.arguments import layout_of
-from tritonconv.autograd import gradients
+from tritonconv.autograd import backward_of_backward, gradients
 from tritonconv.dispatch import Plan
 from tritonconv.forced import Forced, forced
 from tritonconv.kernels.torch_layout import bias_gradient
@@ -73,7 +73,7 @@ def _forward(x, weight, bias, size, out_size, kernel, stride, crop, dilation, gr
 def _run(plan: Plan, name: str, call: Callable[[], Any]) -> Any:
     """The result of a call, the first one of a plan not before its kernels are compiled.
 
-    A CUDA graph of the compiled function is recorded at the second call, and would hold for good what stands by.
+    A CUDA graph of the compiled function is recorded at the second call, and would keep torch's stand-in for good.
     """
     result = call()
     if plan.standby and plan not in _compiled_plans[name] and not torch.cuda.is_current_stream_capturing():
@@ -91,10 +91,9 @@ def _backward(grad_y, x, weight, *arguments):
     *geometry, layout, biased, wanted = arguments
     c_in = x.shape[1] if weight is None else weight.shape[0]
     plan = _plan(grad_y, c_in, grad_y.shape[1], geometry, layout, biased)
-    found = _run(plan, _BACKWARD, partial(gradients, plan, x, weight, grad_y, wanted))
-    grad_x, grad_weight, grad_bias = found
+    grad_x, grad_weight, grad_bias = _run(plan, _BACKWARD, partial(gradients, grad_y, x, weight, wanted, plan))
     if grad_weight is not None:
-        grad_weight = grad_weight.contiguous()  # as the compiler was told
+        grad_weight = grad_weight.contiguous()  # as the fake kernel says
     return [gradient for gradient in (grad_x, grad_weight, grad_bias) if gradient is not None]
 
 
@@ -106,9 +105,9 @@ def _fake_forward(x, weight, bias, size, out_size, kernel, stride, crop, dilatio
 def _fake_backward(grad_y, x, weight, size, out_size, kernel, stride, crop, dilation, groups, layout, biased, wanted):
     n, c_out = grad_y.shape[:2]
     c_in = x.shape[1] if weight is None else weight.shape[0]
-    made = [_empty(grad_y, (n, c_in, *size), layout)] if wanted[0] else []
-    made += [grad_y.new_empty((c_in, c_out // groups, *kernel))] if wanted[1] else []
-    return made + ([grad_y.new_empty((c_out,))] if wanted[2] else [])
+    results = [_empty(grad_y, (n, c_in, *size), layout)] if wanted[0] else []
+    results += [grad_y.new_empty((c_in, c_out // groups, *kernel))] if wanted[1] else []
+    return results + ([grad_y.new_empty((c_out,))] if wanted[2] else [])
 
 
 def _empty(tensor, shape, layout):
@@ -138,44 +137,30 @@ def _forward_backward(ctx, grad_y):
     if not (need_x or need_weight):
         return None, None, bias_gradient(grad_y), *[None] * 9
     operands = x if need_weight else None, weight if need_x else None
-    found = iter(_gradients(grad_y, *operands, *ctx.call, wanted))
-    return *(next(found) if needed else None for needed in wanted), *[None] * 9
+    return *_gradients(ctx.call, grad_y, *operands, wanted), *[None] * 9
 
 
-def _gradients(grad_y, x, weight, *arguments):
-    """``backward``, or torch's own under the old vmap, which knows no operator that returns a list."""
+def _gradients(call, grad_y, x, weight, wanted):
+    """(grad_x, grad_weight, grad_bias) from ``backward``, or from torch's own under the old vmap, which knows no
+    operator that returns a list."""
     batched = any(tensor is not None and fallback.old_vmap(tensor) for tensor in (grad_y, x, weight))
-    return (_torch_backward if batched else backward)(grad_y, x, weight, *arguments)
+    results = iter((_torch_backward if batched else backward)(grad_y, x, weight, *call, wanted))
+    return tuple(next(results) if marked else None for marked in wanted)
 
 
 def _save_backward(ctx, inputs, output):
-    grad_y, x, weight, *call, wanted = inputs
+    grad_y, x, weight, *ctx.call, ctx.wanted = inputs
     ctx.save_for_backward(grad_y, x, weight)
-    ctx.call, ctx.wanted = call, wanted
 
 
 def _backward_backward(ctx, grads):
-    # by grad_y: T(grad_x, weight) + T(x, grad_weight, grad_bias); by x: D(grad_y, grad_weight); by weight:
-    # W(grad_x, grad_y)
-    grad_y, x, weight = ctx.saved_tensors
-    need_grad_y, need_x, need_weight = ctx.needs_input_grad[:3]
-    given = iter(grads)
-    grad_x, grad_weight, grad_bias = (next(given) if needed else None for needed in ctx.wanted)
-    by_grad_y = by_x = by_weight = None
-    if need_grad_y:
-        parts = []
-        if grad_x is not None:
-            parts.append(forward(grad_x, weight, None, *ctx.call))
-        if grad_weight is not None:
-            parts.append(forward(x, grad_weight, grad_bias, *ctx.call))
-        elif grad_bias is not None:
-            parts.append(grad_bias.view(1, -1, 1, 1, 1).expand_as(grad_y))
-        by_grad_y = sum(parts[1:], parts[0]) if parts else None
-    if need_x and grad_weight is not None:
-        (by_x,) = _gradients(grad_y, None, grad_weight, *ctx.call, (True, False, False))
-    if need_weight and grad_x is not None:
-        (by_weight,) = _gradients(grad_y, grad_x, None, *ctx.call, (False, True, False))
-    return by_grad_y, by_x, by_weight, *[None] * 10
+    entries = iter(grads)
+    spread = [next(entries) if marked else None for marked in ctx.wanted]
+    by_operands = backward_of_backward(
+        lambda *operands: forward(*operands, *ctx.call), partial(_gradients, ctx.call),
+        ctx.saved_tensors, ctx.needs_input_grad[:3], spread,
+    )  # fmt: skip
+    return *by_operands, *[None] * 10
 
 
 torch.library.register_autograd(_FORWARD, _forward_backward, setup_context=_save_forward, lib=_library)
@@ -201,14 +186,8 @@ def _torch_backward(grad_y, x, weight, *arguments):
     c_out = grad_y.shape[1]
     c_in = x.shape[1] if weight is None else weight.shape[0]
     call = _call(geometry, (c_in, c_out // geometry[6], *geometry[2]))
-    found = []
-    if wanted[0]:
-        found.append(fallback.backward_data(call, grad_y, weight))
-    if wanted[1]:
-        found.append(fallback.backward_weight(call, x, grad_y))
-    if wanted[2]:
-        found.append(bias_gradient(grad_y))
-    return found
+    results = fallback.gradients(call, grad_y, x, weight, wanted)
+    return [gradient for gradient in results if gradient is not None]
 
 
 def _register_vmap(name, function):

@@ -1,4 +1,4 @@
-"""A plan: what the three passes of one problem run, each chosen when it is first needed, and how it is run."""
+"""A plan: the choice for each of the three passes of one problem, and its launch."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Plan:
     """The choices of one problem, each made when its pass is first needed. The methods return dense tensors in the
     problem's layout.
 
-    A torch formulation gets its operands dense in that layout, a Triton kernel as they are: it takes any strides.
-    Choices may be given by pass; ``choose`` makes the others. Where ``standby`` is set, torch's own runs until a chosen
-    kernel is compiled, and for good where it cannot be compiled or launched.
+    A torch formulation gets its operands dense in that layout. A Triton kernel takes any strides. ``chosen`` holds
+    choices by pass; ``choose`` makes the others. Where ``standby`` is set, torch's own runs until a chosen kernel is
+    compiled, and for good where it cannot be compiled or launched.
     """
 
     def __init__(
@@ -41,24 +41,26 @@ class Plan:
 
     def choice(self, pass_name: str) -> Selection:
         """Raises VariantNotApplicable where a forced variant does not serve the problem."""
-        found = self.chosen.get(pass_name)
-        if found is None:
+        selection = self.chosen.get(pass_name)
+        if selection is None:
             with current(self.device):
-                found = self.chosen[pass_name] = self._choose(pass_name)
-        return found
+                selection = self.chosen[pass_name] = self._choose(pass_name)
+        return selection
 
     @cached_property
     def torch_alone(self) -> tuple | None:
-        """Where every pass is torch's own and torch has arguments for the crops: those arguments, else None.
+        """torch's arguments where every pass is torch's own and torch can express the crops, else None.
 
-        Such a call goes straight to torch and its autograd, with no Python of ours behind it.
+        Such a call goes straight to torch and its autograd.
         """
-        torchs = [self._torchs(name) for name in PASSES]  # each is asked: a forced one that does not serve raises here
+        torchs = [
+            self._torchs(name) for name in PASSES
+        ]  # a list, so that any forced variant that does not serve raises here
         return self.torch_forward if all(torchs) else None
 
     @cached_property
     def torch_forward(self) -> tuple | None:
-        """The same where the forward alone is torch's own: a call that needs no gradient goes straight to torch."""
+        """As ``torch_alone``, where only the forward must be torch's own: for a call that needs no gradient."""
         if not self.problem.torch_crop.exact or not self._torchs("forward"):
             return None
         return self.problem.torch_arguments
@@ -100,9 +102,9 @@ class Plan:
     def _launch(
         self, pass_name: str, launch: Callable[..., Any], torchs: Callable[..., Any] | None = None
     ) -> Callable[..., Any]:
-        """A launch of the pass's choice, of the operands alone; what the Triton kernels' host side works out is kept.
+        """A function of the operands that launches the pass's choice; a Triton launch is recorded and replayed.
 
-        ``torchs`` computes the same in torch, by default in the pass's own operation.
+        ``torchs`` computes the same in torch, by default by the pass's own operation.
         """
         chosen = self.choice(pass_name)
         if chosen.variant.backend != "triton":
@@ -113,8 +115,8 @@ class Plan:
         return Replay(launch, self.problem, chosen.config, keeps=file_of(chosen.variant.name) is None, standby=standby)
 
     def compile(self, pass_name: str) -> bool:
-        """Compiles the kernels of a pass's choice for operands as they come in the problem's layout; whether that is
-        done. For a kernel on a GPU; nothing runs."""
+        """Compiles the Triton kernels of a pass's choice for dense operands in the problem's layout; runs nothing.
+        Returns whether the kernels are ready."""
         from tritonconv.kernels.triton_replay import Compiled  # needs Triton
 
         problem, chosen = self.problem, self.choice(pass_name)
@@ -127,12 +129,12 @@ class Plan:
         operands = {
             "forward": (x, weight, bias), "backward_data": (y, weight), "backward_weight": (x, y, problem.bias),
         }[pass_name]  # fmt: skip
-        made = Compiled(partial(chosen.variant.launch, problem, chosen.config), operands, self.device)
-        made.compile()
-        return made.ready
+        kernels = Compiled(partial(chosen.variant.launch, problem, chosen.config), operands, self.device)
+        kernels.compile()
+        return kernels.ready
 
     def _torchs_own(self, pass_name: str) -> Callable[..., Any]:
-        """torch's own operation, of the operands of a Triton launch of the pass."""
+        """torch's own operation as a function of the operands of the pass's Triton launch."""
         record, _ = rules.choose(self.problem, self.device, pass_name)
         launch = partial(record.launch, self.problem, record.default(self.problem, self.device))
         layout = self.problem.memory_format
@@ -161,7 +163,7 @@ class Plan:
         """grad_y (n, c_out, od, oh, ow), weight -> grad_x (n, c_in, d, h, w)."""
         chosen, layout = self.choice("backward_data"), self.problem.memory_format
         with _no_autocast(grad_y):
-            operands = _operand(grad_y, chosen, layout), weight, *_given(prepared, grad_y)
+            operands = _operand(grad_y, chosen, layout), weight, *_prepared_operand(prepared, grad_y)
             return to_layout(self._backward_data(*operands), layout)
 
     def backward_weight(self, x, grad_y, need_bias, prepared=None):
@@ -169,10 +171,10 @@ class Plan:
         chosen, layout = self.choice("backward_weight"), self.problem.memory_format
         with _no_autocast(x):
             operands = _operand(x, chosen, layout), _operand(grad_y, chosen, layout), need_bias
-            return self._backward_weight(*operands, *_given(prepared, grad_y))
+            return self._backward_weight(*operands, *_prepared_operand(prepared, grad_y))
 
     def backward(self, x, weight, grad_y, need_bias):
-        """Both gradients: (grad_x, grad_weight, grad_bias or None); what their variants share is done once."""
+        """Both gradients: (grad_x, grad_weight, grad_bias or None); work that their variants share is done once."""
         data, chosen = (self.choice(name).variant for name in ("backward_data", "backward_weight"))
         if data.joint is not None and data.joint is chosen.joint:
             return self.joint_backward(x, weight, grad_y, need_bias)
@@ -186,16 +188,16 @@ class Plan:
         return (grad_x, *self.backward_weight(x, grad_y, need_bias, prepared))
 
     def joint_backward(self, x, weight, grad_y, need_bias):
-        """The same from the one function that both variants name as ``joint``."""
+        """As ``backward``, by the one function that both variants name as ``joint``."""
         chosen, layout = self.choice("backward_weight"), self.problem.memory_format
         with _no_autocast(x):
             operands = _operand(x, chosen, layout), weight, _operand(grad_y, chosen, layout), need_bias
-            grad_x, *of_parameters = self._joint(*operands)
-            return to_layout(grad_x, layout), *of_parameters
+            grad_x, *parameter_gradients = self._joint(*operands)
+            return to_layout(grad_x, layout), *parameter_gradients
 
 
-def _given(prepared: torch.Tensor | None, grad_y: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The prepared tensor as a further operand; nothing where there was nothing to do."""
+def _prepared_operand(prepared: torch.Tensor | None, grad_y: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The prepared tensor as one more operand; none where ``prepare`` had nothing to do."""
     return () if prepared is None or prepared is grad_y else (prepared,)
 
 

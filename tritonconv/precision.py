@@ -1,4 +1,4 @@
-"""How float32 is multiplied, as torch's switches say. They are read here, at each call, and set by nothing of a call.
+"""How float32 is multiplied, as torch's switches say. Each call reads them here; no call sets them.
 
 ``torch.backends.cudnn.conv.fp32_precision`` is that of convolutions; the older ``allow_tf32`` raises where a program
 has set the newer switches.

@@ -1,4 +1,4 @@
-"""One frozen record of a transposed-convolution call, and everything that arithmetic can say about it.
+"""One frozen record of a transposed-convolution call, and the arithmetic on it.
 
 Per spatial axis, with kernel ``k``, stride ``s``, crop ``p`` at the front and ``p'`` at the back, output padding
 ``q`` and dilation ``r`` (Dumoulin & Visin, "A guide to convolution arithmetic", 2016, chapter 4; torch's rule):
@@ -63,8 +63,8 @@ class Phase:
 class TorchCrop(NamedTuple):
     """A front and a back crop in torch's terms: one padding for both ends, and an output padding at the back.
 
-    torch cuts ``padding`` planes at the front and ``padding - output_padding`` at the back. What those two cannot
-    express is left over, to be cut off the result.
+    torch cuts ``padding`` planes at the front and ``padding - output_padding`` at the back. ``front`` and ``back`` hold
+    the planes that those two cannot express; they are cut off the result.
     """
 
     padding: Triple
@@ -110,13 +110,13 @@ class Axis:
     @cached_property
     def phases(self) -> tuple[AxisPhase, ...]:
         """The phases that have at least one output, by first output index."""
-        found = []
+        phases = []
         for first in range(min(self.stride, self.out)):
             pairs = [divmod(first + self.crop - self.dilation * tap, self.stride) for tap in range(self.kernel)]
             taps = tuple(tap for tap, (_, rest) in enumerate(pairs) if rest == 0)
             offsets = tuple(pairs[tap][0] for tap in taps)
-            found.append(AxisPhase(first, len(range(first, self.out, self.stride)), taps, offsets))
-        return tuple(found)
+            phases.append(AxisPhase(first, len(range(first, self.out, self.stride)), taps, offsets))
+        return tuple(phases)
 
     @cached_property
     def hits(self) -> int:

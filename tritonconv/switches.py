@@ -13,13 +13,13 @@ REASON = f"{VARIABLE}={TORCH} in the environment: torch's own"
 def torch_only() -> bool:
     """Whether every pass is torch's own operation: ``TRITONCONV=torch``. Unset or empty it changes nothing.
 
-    Asked when a pass is planned: a call that has its plan keeps it. ``tritonconv.use`` forces a variant all the same.
+    It is read when a pass is planned: a call that has its plan keeps it. ``tritonconv.use`` still forces a variant.
     Raises ArgumentError for any other value.
     """
-    found = os.environ.get(VARIABLE, "")
-    if found not in ("", TORCH):
+    value = os.environ.get(VARIABLE, "")
+    if value not in ("", TORCH):
         raise ArgumentError(
-            f"environment variable {VARIABLE}: got {found!r}, expected {TORCH!r} (every call is torch's own operation) "
+            f"environment variable {VARIABLE}: got {value!r}, expected {TORCH!r} (every call is torch's own operation) "
             "or nothing"
         )
-    return found == TORCH
+    return value == TORCH

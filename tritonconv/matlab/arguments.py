@@ -17,7 +17,7 @@ LEARNABLES = {"Weights": "weight", "Bias": "bias"}
 
 
 class Cropping(NamedTuple):
-    """What is cut at both ends of each axis, and how many planes of bias are appended at its end."""
+    """The planes cut at both ends of each axis, and the planes of bias appended at its end."""
 
     mode: str
     begin: Triple

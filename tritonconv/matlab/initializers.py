@@ -1,8 +1,8 @@
 """Initial values of a :class:`tritonconv.TransposedConv3dLayer`: MATLAB's rules, and arrays in MATLAB's layout.
 
 Sizes are MATLAB's, ``(h, w, d, num_filters, num_channels)`` for the weights and ``(1, 1, 1, num_filters)`` for the
-bias. What comes back is in torch's layout, ``(num_channels, num_filters, h, w, d)`` and ``(num_filters,)``: a
-permutation of the axes, no flip.
+bias. The results have torch's layout, ``(num_channels, num_filters, h, w, d)`` and ``(num_filters,)``: the axes are
+permuted, not flipped.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ def check_rule(name: str, rule: Any, known: tuple[str, ...]) -> Rule:
 
 @torch.no_grad()
 def initial_weights(
-    rule: Rule, filter_size: Triple, num_filters: int, num_channels: int, dtype: torch.dtype, device: torch.device
+    rule: Rule, filter_size: Triple, num_filters: int, num_channels: int, like: torch.Tensor
 ) -> torch.Tensor:
-    """New weights ``(num_channels, num_filters, h, w, d)`` by ``rule``.
+    """New weights ``(num_channels, num_filters, h, w, d)`` by ``rule``, of the dtype and on the device of ``like``.
 
     With ``numIn = h*w*d*num_channels`` and ``numOut = h*w*d*num_filters``: ``"glorot"`` draws from the uniform
     distribution on +-sqrt(6/(numIn + numOut)) (Glorot & Bengio, 2010), ``"he"`` from the normal one with variance
@@ -50,10 +50,10 @@ def initial_weights(
     if callable(rule):
         values = rule((*filter_size, num_filters, num_channels))
         return weights_from_matlab(
-            "what weights_initializer returned", values, filter_size, num_filters, num_channels, dtype, device
+            "the result of weights_initializer", values, filter_size, num_filters, num_channels, like
         )
     taps = math.prod(filter_size)
-    weights = torch.empty((num_channels, num_filters, *filter_size), dtype=dtype, device=device)
+    weights = torch.empty((num_channels, num_filters, *filter_size), dtype=like.dtype, device=like.device)
     if rule == "glorot":
         bound = math.sqrt(6 / (taps * (num_channels + num_filters)))
         return weights.uniform_(-bound, bound)
@@ -63,12 +63,11 @@ def initial_weights(
 
 
 @torch.no_grad()
-def initial_bias(rule: Rule, num_filters: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def initial_bias(rule: Rule, num_filters: int, like: torch.Tensor) -> torch.Tensor:
     """A new bias ``(num_filters,)`` by ``rule``; a function gets ``(1, 1, 1, num_filters)``."""
     if callable(rule):
-        values = rule((1, 1, 1, num_filters))
-        return bias_from_matlab("what bias_initializer returned", values, num_filters, dtype, device)
-    return _fill(torch.empty(num_filters, dtype=dtype, device=device), rule)
+        return bias_from_matlab("the result of bias_initializer", rule((1, 1, 1, num_filters)), num_filters, like)
+    return _fill(torch.empty(num_filters, dtype=like.dtype, device=like.device), rule)
 
 
 def _fill(values: torch.Tensor, rule: str) -> torch.Tensor:
@@ -81,15 +80,14 @@ def weights_from_matlab(
     filter_size: Triple,
     num_filters: int,
     num_channels: int | None,
-    dtype: torch.dtype,
-    device: torch.device,
+    like: torch.Tensor,
 ) -> torch.Tensor:
     """A copy, in torch's layout, of an array of size ``(h, w, d, num_filters, num_channels)``.
 
     ``num_channels=None`` takes any number of channels. Trailing axes of length one may be missing, as MATLAB drops
     them. Raises ArgumentError for another size, ArgumentTypeError for something that is no array of real numbers.
     """
-    array = _real(name, values, dtype)
+    array = _real(name, values, like.dtype)
     size = (*array.shape, *(1,) * (5 - array.dim()))
     channels = max(1, size[-1]) if num_channels is None else num_channels
     if size != (*filter_size, num_filters, channels):
@@ -97,18 +95,16 @@ def weights_from_matlab(
         raise ArgumentError(
             f"{OP}: {name} expects size {want} (filter_size, num_filters, num_channels), got {_by(array.shape)}"
         )
-    return _copy(array.reshape(size).permute(4, 3, 0, 1, 2), dtype, device)
+    return _copy(array.reshape(size).permute(4, 3, 0, 1, 2), like)
 
 
-def bias_from_matlab(
-    name: str, values: Any, num_filters: int, dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
+def bias_from_matlab(name: str, values: Any, num_filters: int, like: torch.Tensor) -> torch.Tensor:
     """A copy, in torch's layout, of a bias ``(1, 1, 1, num_filters)`` or ``(num_filters,)``; raises as above."""
-    array = _real(name, values, dtype)
+    array = _real(name, values, like.dtype)
     size = tuple(array.shape)
     if size != (num_filters,) and (*size, *(1,) * (4 - len(size))) != (1, 1, 1, num_filters):
         raise ArgumentError(f"{OP}: {name} expects size 1x1x1x{num_filters} (num_filters last), got {_by(size)}")
-    return _copy(array.reshape(num_filters), dtype, device)
+    return _copy(array.reshape(num_filters), like)
 
 
 def _real(name: str, values: Any, dtype: torch.dtype) -> torch.Tensor:
@@ -123,8 +119,8 @@ def _real(name: str, values: Any, dtype: torch.dtype) -> torch.Tensor:
     return array
 
 
-def _copy(array: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    return torch.empty(array.shape, dtype=dtype, device=device).copy_(array)
+def _copy(array: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return torch.empty(array.shape, dtype=like.dtype, device=like.device).copy_(array)
 
 
 def _by(size: Any) -> str:

@@ -22,15 +22,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from tritonconv.errors import ArgumentError, ArgumentTypeError
 from tritonconv.functional import conv_transpose3d
-from tritonconv.matlab.arguments import (
-    LEARNABLES,
-    OP,
-    cropping_of,
-    integer,
-    plain,
-    property_list,
-    row,
-)
+from tritonconv.matlab.arguments import LEARNABLES, OP, cropping_of, integer, plain, property_list, row
 from tritonconv.matlab.factors import Factors
 from tritonconv.matlab.initializers import (
     BIAS_RULES,
@@ -230,23 +222,20 @@ class TransposedConv3dLayer(LazyModuleMixin, Factors):
         return [name for name in LEARNABLES.values() if is_lazy(getattr(self, name))]
 
     def _initialize(self, channels: int, names: Iterable[str]) -> None:
-        dtype, device = self.weight.dtype, self.weight.device
+        filters, like = self._num_filters, self.weight
         make = {
-            "weight": lambda: initial_weights(
-                self._weights_initializer, self._filter_size, self._num_filters, channels, dtype, device
-            ),
-            "bias": lambda: initial_bias(self._bias_initializer, self._num_filters, dtype, device),
+            "weight": lambda: initial_weights(self._weights_initializer, self._filter_size, filters, channels, like),
+            "bias": lambda: initial_bias(self._bias_initializer, filters, like),
         }
         # All values first: a function that fails then leaves the layer as it was.
         for name, values in [(name, make[name]()) for name in names]:
             self._assign(name, values)
 
     def _weights_from(self, values: Any, channels: int | None) -> torch.Tensor:
-        dtype, device = self.weight.dtype, self.weight.device
-        return weights_from_matlab("weights", values, self._filter_size, self._num_filters, channels, dtype, device)
+        return weights_from_matlab("weights", values, self._filter_size, self._num_filters, channels, self.weight)
 
     def _bias_from(self, values: Any) -> torch.Tensor:
-        return bias_from_matlab("bias", values, self._num_filters, self.bias.dtype, self.bias.device)
+        return bias_from_matlab("bias", values, self._num_filters, self.bias)
 
     def _assign(self, name: str, values: torch.Tensor) -> None:
         """Puts values in torch's layout into a parameter, which stays the same object (optimizers refer to it)."""
