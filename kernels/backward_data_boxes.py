@@ -117,14 +117,14 @@ def supports(problem, device):
 
 def phase_views(problem, grad_y):
     """grad_y's phases, as strided views, in the order of the phases (w fastest); one without outputs stays whole."""
-    found = []
+    views = []
     for phase in range(math.prod(problem.stride)):
         _, sh, sw = problem.stride
         residues = (phase // (sw * sh), phase // sw % sh, phase % sw)
         firsts = [(phi - p) % s for phi, p, s in zip(residues, problem.crop, problem.stride, strict=True)]
         view = grad_y[(..., *[slice(f, None, s) for f, s in zip(firsts, problem.stride, strict=True)])]
-        found.append(view if view.numel() else grad_y)
-    return found
+        views.append(view if view.numel() else grad_y)
+    return views
 
 
 def launch(problem, config, grad_y, weight):

@@ -153,13 +153,13 @@ def splits_of(problem: Problem, config: Config) -> int:
 
 def space(problem: Problem, device: torch.device):
     base = default(problem, device)
-    found = [
+    configs = [
         {**changed, "SPLITS": splits_of(problem, changed)}  # other tiles are other programs
         for changed in tiles.around(base, problem, WEIGHT=(0, 1, 2), SKIP=(0, 1), num_stages=tiles.UNSTAGED)
     ]
     if base["SPLITS"] > 1:
-        found += [{**base, "SPLITS": splits} for splits in (1, base["SPLITS"] // 2, base["SPLITS"] * 2)]
-    return tuple(config for i, config in enumerate(found) if config not in found[:i])
+        configs += [{**base, "SPLITS": splits} for splits in (1, base["SPLITS"] // 2, base["SPLITS"] * 2)]
+    return tuple(config for i, config in enumerate(configs) if config not in configs[:i])
 
 
 def work(problem: Problem, config) -> Work:

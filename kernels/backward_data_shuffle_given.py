@@ -1,4 +1,4 @@
-"""Backward-data where kernel = stride, the weight read as it is given: one launch, for small layers.
+"""Backward-data where kernel = stride, the weight read in torch's order: one launch, for small layers.
 
 As in :mod:`~tritonconv.kernels.forward_shuffle_given`: the depth of the GEMM is a row of the weight, (channel, tap),
 in steps of whole channels with all their taps, and no launch packs the weight. In each step one of the two tiles is put
@@ -132,8 +132,8 @@ def default(problem: Problem, device: torch.device):
 
 def space(problem: Problem, device: torch.device):
     rows = (0, 1) if phases.whole_rows(problem) else ()
-    found = tiles.around(default(problem, device), problem, GROUP_M=(8,), ROWS=rows)
-    return tuple(each for each in found if fits(problem, each["BLOCK_K"]) and _loads(problem, each))
+    configs = tiles.around(default(problem, device), problem, GROUP_M=(8,), ROWS=rows)
+    return tuple(each for each in configs if fits(problem, each["BLOCK_K"]) and _loads(problem, each))
 
 
 def _loads(problem: Problem, config: Config) -> bool:

@@ -53,7 +53,7 @@ def _voxel_tile(
 
 @triton.jit(launch_metadata=accounting, do_not_specialize=phases.RUN_TIME)
 def fused_backward_kernel(
-    x_ptr,  # (n, c_in, d, h, w), or None where grad_weight is not asked for
+    x_ptr,  # (n, c_in, d, h, w), or None without grad_weight
     w_ptr,  # (c_in, c_out, taps), or None where grad_x is not
     grad_y_ptr,  # (n, c_out, od, oh, ow)
     grad_x_ptr,  # (n, c_in, d, h, w) or None
@@ -128,7 +128,7 @@ def fused_backward_kernel(
 
 
 def backward(problem, config, x, weight, grad_y, need_bias):
-    """(grad_x, grad_weight, grad_bias): grad_x where ``weight`` is given, the other two where ``x`` is, else None."""
+    """(grad_x, grad_weight, grad_bias): grad_x needs ``weight``, the other two need ``x``; without it they are None."""
     grad_x = grad_weight = grad_bias = partial = bias_partial = None
     config = dict(config)
     order = config.pop("WEIGHT")
@@ -253,13 +253,13 @@ def space(problem: Problem, device: torch.device) -> tuple[Config, ...]:
         "num_stages": (1, 3),
         "ROWS": (0, 1) if base["ROWS"] else (),
     }
-    found = [base]
+    configs = [base]
     for key, values in changes.items():
         for value in values:
             changed = {**base, key: value}
-            if changed not in found and changed["SPLITS"] and changed["BLOCK_M"] >= max(16, changed["BLOCK_W"]):
-                found.append(changed)
-    return tuple(found)
+            if changed not in configs and changed["SPLITS"] and changed["BLOCK_M"] >= max(16, changed["BLOCK_W"]):
+                configs.append(changed)
+    return tuple(configs)
 
 
 def workspace_bytes(problem: Problem) -> int:
@@ -275,8 +275,8 @@ def work(problem: Problem, config: Config, pass_name: str) -> Work:
     steps = tiles.tiles_of(problem.n, problem.size, config) * problem.groups
     partial = 8.0 * splits * math.prod(problem.weight_shape) if pass_name == "backward_weight" else 0.0
     launches = 2 if pass_name == "backward_weight" else 1
-    found = tap_gemm(problem, pass_name, tile, splits * problem.groups, steps, partial, launches)
-    return replace(found, shared_bytes=_shared_bytes(problem, config["ROWS"], rows))
+    counts = tap_gemm(problem, pass_name, tile, splits * problem.groups, steps, partial, launches)
+    return replace(counts, shared_bytes=_shared_bytes(problem, config["ROWS"], rows))
 
 
 def launch_data(problem, config, grad_y, weight):

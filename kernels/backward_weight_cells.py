@@ -187,39 +187,39 @@ def supports(problem: Problem, device: torch.device) -> str | None:
 
 
 def work(problem: Problem, config: Config) -> Work:
-    found, kept = gemm(problem).work(config, LOAD_INSTRUCTIONS), _kept(problem, config["BLOCK_M"], config["BLOCK_N"])
+    counts, share = gemm(problem).work(config, LOAD_INSTRUCTIONS), _share(problem, config["BLOCK_M"], config["BLOCK_N"])
     return replace(
-        found,
-        flops=found.flops * kept,
-        cache_bytes=max(found.memory_bytes, found.cache_bytes * kept),
-        sram_bytes=found.sram_bytes * kept,
-        instructions=found.instructions * kept,
+        counts,
+        flops=counts.flops * share,
+        cache_bytes=max(counts.memory_bytes, counts.cache_bytes * share),
+        sram_bytes=counts.sram_bytes * share,
+        instructions=counts.instructions * share,
     )
 
 
 @lru_cache(maxsize=4096)
-def _kept(problem: Problem, block_m: int, block_n: int) -> float:
-    """The part of the tiles that have a tap, as the kernel finds out: by the least phase and delta of each axis."""
+def _share(problem: Problem, block_m: int, block_n: int) -> float:
+    """The share of the tiles that have a tap, by the least phase and delta along each axis, as in the kernel."""
     window, (_, rows, columns, _) = window_of(problem.kernel, problem.stride), gemm(problem)
     if not rows or not columns:
         return 1.0
     phases = _least(rows, block_m, problem.c_out // problem.groups, problem.stride, last=False)
     deltas = _least(columns, block_n, problem.c_in // problem.groups, window, last=True)
-    kept = 0
+    tapped_tiles = 0
     for (phase, count), (step, times) in itertools.product(phases.items(), deltas.items()):
         taps = (p + (w - 1 - s) * stride for p, s, w, stride in zip(phase, step, window, problem.stride, strict=True))
-        kept += count * times * all(tap < k for tap, k in zip(taps, problem.kernel, strict=True))
-    return kept / (phases.total() * deltas.total())
+        tapped_tiles += count * times * all(tap < k for tap, k in zip(taps, problem.kernel, strict=True))
+    return tapped_tiles / (phases.total() * deltas.total())
 
 
 def _least(lanes: int, block: int, channels: int, places: Triple, last: bool) -> Counter:
     """For the tiles of lanes (place, channel) the least place along each axis, or the last, and how many have it."""
-    found: Counter = Counter()
+    counts: Counter = Counter()
     for first in range(0, lanes, block):
         covered = range(first // channels, (min(first + block, lanes) - 1) // channels + 1)
         at = [(p // (places[1] * places[2]), p // places[2] % places[1], p % places[2]) for p in covered]
-        found[tuple((max if last else min)(axis) for axis in zip(*at, strict=True))] += 1
-    return found
+        counts[tuple((max if last else min)(axis) for axis in zip(*at, strict=True))] += 1
+    return counts
 
 
 VARIANT = copying(Variant(

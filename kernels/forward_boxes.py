@@ -144,16 +144,16 @@ def box_config(problem, size, columns, depth):
 def box_space(base, size):
     """The default; fewer and more voxels; fewer and more columns; other pipelines."""
     voxels = base["BLOCK_D"] * base["BLOCK_H"] * base["BLOCK_W"]
-    found = [base]
+    configs = [base]
     for block_m in (voxels // 2, voxels * 2):
         d, h, w = triton_boxes.box_of(size, block_m)
-        found.append({**base, "BLOCK_D": d, "BLOCK_H": h, "BLOCK_W": w})
+        configs.append({**base, "BLOCK_D": d, "BLOCK_H": h, "BLOCK_W": w})
     for block_n in (base["BLOCK_N"] // 2, base["BLOCK_N"] * 2):
         if 16 <= block_n <= 256:
-            found.append({**base, "BLOCK_N": block_n, "num_warps": 8 if block_n >= 128 else 4})
-    found += [{**base, "num_stages": stages} for stages in (2, 4)]
-    found += [{**base, "GROUP_M": group} for group in (1, 16)]
-    return tuple(found)
+            configs.append({**base, "BLOCK_N": block_n, "num_warps": 8 if block_n >= 128 else 4})
+    configs += [{**base, "num_stages": stages} for stages in (2, 4)]
+    configs += [{**base, "GROUP_M": group} for group in (1, 16)]
+    return tuple(configs)
 
 
 def default(problem, device):

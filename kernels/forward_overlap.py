@@ -247,24 +247,24 @@ def _config(problem: Problem, block_m: int) -> dict[str, int]:
 
 def space(problem: Problem, device: torch.device):
     base = default(problem, device)
-    found = [
+    configs = [
         base,
         *(_config(problem, block_m) for block_m in (64, 128, 256) if block_m * columns(problem) <= 256 * 128),
     ]
-    found += [{**base, "num_stages": stages} for stages in (1, 2, 4)]
-    found += [{**base, "num_warps": warps} for warps in (4, 8)]
-    found += [{**base, "WEIGHT": order} for order in (0, 1, 2)]
-    found.append({**base, "BLOCK_K": max(16, base["BLOCK_K"] // 2)})
-    return tuple(config for index, config in enumerate(found) if config not in found[:index])
+    configs += [{**base, "num_stages": stages} for stages in (1, 2, 4)]
+    configs += [{**base, "num_warps": warps} for warps in (4, 8)]
+    configs += [{**base, "WEIGHT": order} for order in (0, 1, 2)]
+    configs.append({**base, "BLOCK_K": max(16, base["BLOCK_K"] // 2)})
+    return tuple(config for index, config in enumerate(configs) if config not in configs[:index])
 
 
 def work(problem: Problem, config) -> Work:
     block_m = config["BLOCK_D"] * config["BLOCK_H"] * config["BLOCK_W"]
     count, products = boxes(problem, config), columns(problem)
     steps = count * triton.cdiv(problem.c_in, config["BLOCK_K"])
-    found = tap_gemm(problem, "forward", {**config, "BLOCK_N": products}, count, steps, block_m=block_m)
+    counts = tap_gemm(problem, "forward", {**config, "BLOCK_N": products}, count, steps, block_m=block_m)
     added = count * block_m * (products - products // math.prod(window(problem))) * problem.dtype.itemsize
-    return replace(found, cache_bytes=max(found.memory_bytes, found.cache_bytes - added))  # sums alone are stored
+    return replace(counts, cache_bytes=max(counts.memory_bytes, counts.cache_bytes - added))  # sums alone are stored
 
 
 VARIANT = Variant(

@@ -1,8 +1,8 @@
-"""Forward where kernel = stride, the weight read as it is given: one launch, for small layers.
+"""Forward where kernel = stride, the weight read in torch's order: one launch, for small layers.
 
 In torch's order (c_in, c_out, taps) a row of the weight is (channel, tap). A tile of BLOCK_N columns is whole channels
-with all their taps, one stretch of each row, so the loads are as wide as from a packed copy. What is out of order after
-the sum is the accumulator: once per program its columns become the (phase, channel) of
+with all their taps, one stretch of each row, so the loads are as wide as from a packed copy. Only the
+accumulator is out of order: once per program its columns become the (phase, channel) of
 :mod:`~tritonconv.kernels.forward_shuffle`, in the exchange between lanes that its store needs anyway. That variant
 packs the weight with a launch that reads and writes it: in a layer of a few microseconds a large part of the time. The
 price is that a tile holds few channels of each phase: in channels_last_3d y is written in shorter stretches.
@@ -176,8 +176,8 @@ def default(problem: Problem, device: torch.device):
 
 def space(problem: Problem, device: torch.device):
     rows = (0, 1) if phases.whole_rows(problem) else ()
-    found = tiles.around(default(problem, device), problem, GROUP_M=(8,), ROWS=rows)
-    return tuple(each for each in found if fits(problem, each["BLOCK_N"]))
+    configs = tiles.around(default(problem, device), problem, GROUP_M=(8,), ROWS=rows)
+    return tuple(each for each in configs if fits(problem, each["BLOCK_N"]))
 
 
 def work(problem: Problem, config: Config) -> Work:

@@ -147,20 +147,20 @@ def _fits(problem: Problem, config: Config) -> bool:
 def space(problem: Problem, device: torch.device):
     base = _deep(problem, default(problem, device))
     more = {"WEIGHT": (0, 1, 2), "ROWS": (0, 1) if phases.whole_rows(problem) else (), "RESIDENT": (1, 2, 3, 4)}
-    found = (each for each in tiles.around(base, problem, "BLOCK_M", **more) if each["BLOCK_K"] == base["BLOCK_K"])
-    shallow = ({key: value for key, value in each.items() if key != "BLOCK_K"} for each in found)
+    configs = (each for each in tiles.around(base, problem, "BLOCK_M", **more) if each["BLOCK_K"] == base["BLOCK_K"])
+    shallow = ({key: value for key, value in each.items() if key != "BLOCK_K"} for each in configs)
     return tuple(each for each in shallow if _fits(problem, each))
 
 
 def work(problem: Problem, config: Config) -> Work:
     deep = _deep(problem, config)
-    found, slots = forward_shuffle.work(problem, deep), grid(problem, config, MULTIPROCESSORS * config["RESIDENT"])
-    kept = float(slots * deep["BLOCK_K"] * config["BLOCK_N"] * problem.dtype.itemsize)
+    counts, slots = forward_shuffle.work(problem, deep), grid(problem, config, MULTIPROCESSORS * config["RESIDENT"])
+    weight_bytes = float(slots * deep["BLOCK_K"] * config["BLOCK_N"] * problem.dtype.itemsize)
     across = triton.cdiv(phases.columns(problem, config["ROWS"]), config["BLOCK_N"])
-    moved = size_of(problem, "x") * across + size_of(problem, "y") + kept
+    moved = size_of(problem, "x") * across + size_of(problem, "y") + weight_bytes
     return replace(
-        found,
-        cache_bytes=max(found.memory_bytes, moved),
+        counts,
+        cache_bytes=max(counts.memory_bytes, moved),
         programs=slots,
         shared_bytes=_shared_bytes(problem, config),
     )

@@ -30,14 +30,14 @@ from tritonconv.problem import PASSES, Problem
 
 PACKAGE = "tritonconv.kernels"
 OLDEST_TRITON = (3, 6)  # as pyproject.toml
-# What became of a variant that was merged into another, and of one whose configs have a key more: its name and the keys
-# that an older config does not say.
+# Variants that were merged into another, and variants whose configs have a new key: the name today and the keys that an
+# older config lacks.
 RENAMED: dict[str, tuple[str, dict[str, int]]] = {
     name + old: (name, {COPY: copies})
     for name in ("forward_phases", "backward_data_gemm", "backward_weight_splitk", "backward_weight_cells")
     for old, copies in (("", 0), ("_last", 1))
 }
-# What the kernels import of Triton.
+# Triton's modules that the kernels import.
 TRITON_MODULES = ("language", "knobs", "backends.compiler", "compiler.compiler", "tools.tensor_descriptor")
 
 
@@ -61,18 +61,18 @@ def triton_fault() -> str | None:
             try:
                 _imported(name)
             except (Exception, SystemExit) as error:
-                return f"tritonconv's {name} cannot be imported with Triton {_version()}: {_said(error)}"
+                return f"tritonconv's {name} cannot be imported with Triton {_version()}: {_text(error)}"
     return fault
 
 
 def _of_triton() -> str | None:
-    """What is wrong with Triton itself, whatever its import raises; SystemExit is that of a script of the name."""
+    """A fault of Triton itself, whatever its import raises; a script of that name raises SystemExit."""
     try:
         triton = importlib.import_module("triton")
     except ModuleNotFoundError as error:
-        return "Triton is not installed" if error.name == "triton" else f"Triton cannot be imported: {_said(error)}"
+        return "Triton is not installed" if error.name == "triton" else f"Triton cannot be imported: {_text(error)}"
     except (Exception, SystemExit) as error:
-        return f"Triton cannot be imported: {_said(error)}"
+        return f"Triton cannot be imported: {_text(error)}"
     version, oldest = re.match(r"(\d+)\.(\d+)", _version()), ".".join(map(str, OLDEST_TRITON))
     if version is None or not hasattr(triton, "jit"):
         places = getattr(triton, "__file__", None) or ", ".join(getattr(triton, "__path__", ())) or "an unknown place"
@@ -83,7 +83,7 @@ def _of_triton() -> str | None:
         try:
             importlib.import_module(f"triton.{name}")
         except (Exception, SystemExit) as error:
-            return f"Triton {_version()} cannot be imported: triton.{name}: {_said(error)}"
+            return f"Triton {_version()} cannot be imported: triton.{name}: {_text(error)}"
     return None
 
 
@@ -91,7 +91,7 @@ def _version() -> str:
     return str(getattr(sys.modules.get("triton"), "__version__", "of no version"))
 
 
-def _said(error: BaseException) -> str:
+def _text(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
@@ -114,14 +114,14 @@ def warn_without_triton() -> None:
 
         fault = driver_fault()
     if fault is not None:
-        told = f"{fault}: no kernel of tritonconv runs, torch's own operations serve instead"
-        warnings.warn(told, KernelWarning, stacklevel=2)
+        message = f"{fault}: no kernel of tritonconv runs, torch's own operations serve instead"
+        warnings.warn(message, KernelWarning, stacklevel=2)
 
 
 @cache
 def _modules(*begins: str) -> tuple[str, ...]:
-    """The project's own modules whose names begin so; by the importers, for a package may lie in a zip file or hold no
-    ``.py`` file."""
+    """The project's own modules whose names begin so. The importers list them: a package may lie in a zip file or hold
+    no ``.py`` file."""
     return tuple(sorted(name for _, name, _ in pkgutil.iter_modules(_folders()) if name.startswith(begins)))
 
 
@@ -132,10 +132,10 @@ def _folders() -> list[str]:
 @cache
 def _kernels() -> dict[str, str]:
     """By the names of the project's own Triton variants their modules, none of which is imported for it."""
-    found = {name: name for name in _modules(*PASSES)}
-    for name in set(_modules(*(f"{each.partition('_')[0]}_" for each in PASSES))) - set(found):
-        found |= {f"{each}_{name.partition('_')[2]}": name for each in PASSES[1:]}
-    return found
+    modules = {name: name for name in _modules(*PASSES)}
+    for name in set(_modules(*(f"{each.partition('_')[0]}_" for each in PASSES))) - set(modules):
+        modules |= {f"{each}_{name.partition('_')[2]}": name for each in PASSES[1:]}
+    return modules
 
 
 @cache
@@ -152,22 +152,22 @@ def _here() -> tuple[str, ...]:
 
 @cache
 def _records() -> dict[str, Variant]:
-    """By name the variants that were asked for so far, and those from outside the project."""
+    """By name the variants of the calls so far, and those from outside the project."""
     return {}
 
 
 def _record(name: str) -> Variant | None:
     """The variant of this name; None where there is none."""
-    found = _records().get(name)
+    record = _records().get(name)
     _, torchs, idea = name.partition("_torch_")
     module = _kernels().get(name) if not torchs else f"torch_{idea}" if f"torch_{idea}" in _modules("torch_") else None
-    if found is None and module is not None and (torchs or have_triton()):
+    if record is None and module is not None and (torchs or have_triton()):
         by_name = {each.name: each for each in _held(_imported(module))}
         if name in by_name:
-            found = _records().setdefault(name, without_hazards(_without_overlap(by_name[name])))
+            record = _records().setdefault(name, without_hazards(_without_overlap(by_name[name])))
         elif not torchs:
             raise ArgumentError(f"{module}.py: expected a variant {name!r}, found {', '.join(by_name) or 'none'}")
-    return found
+    return record
 
 
 def _imported(module: str) -> ModuleType:
@@ -188,19 +188,19 @@ def _without_overlap(record: Variant) -> Variant:
     if record.backend != "triton":
         return record
     names = ("launch", "supports", "space", "default", "copied", "joint", "workspace_bytes", "work", "hazard")
-    asked: dict[str, Any] = {
+    functions: dict[str, Any] = {
         name: _called_without_overlap(each) for name in names if (each := getattr(record, name)) is not None
     }
-    return replace(record, **asked)
+    return replace(record, **functions)
 
 
 @cache  # two variants that name one function still do
 def _called_without_overlap(function: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(function)
-    def asked(problem: Problem, *more: Any, **named: Any) -> Any:
+    def called(problem: Problem, *more: Any, **named: Any) -> Any:
         return function(problem.without_overlap, *more, **named)
 
-    return asked
+    return called
 
 
 def variants(pass_name: str | None = None) -> tuple[Variant, ...]:
@@ -210,16 +210,16 @@ def variants(pass_name: str | None = None) -> tuple[Variant, ...]:
     """
     if pass_name is not None and pass_name not in PASSES:
         raise ArgumentError(f"variants: pass_name expects one of {', '.join(PASSES)}, got {pass_name!r}")
-    wanted = PASSES if pass_name is None else (pass_name,)
-    found = [record for name in _here() if (record := _record(name)) is not None]
-    return tuple(record for each in wanted for record in found if record.pass_name == each)
+    passes = PASSES if pass_name is None else (pass_name,)
+    records = [record for name in _here() if (record := _record(name)) is not None]
+    return tuple(record for each in passes for record in records if record.pass_name == each)
 
 
 def variant(name: str) -> Variant:
     """The variant of this name; raises ArgumentError that lists the names there are, or says why it is not there."""
-    found = _record(name)
-    if found is not None:
-        return found
+    record = _record(name)
+    if record is not None:
+        return record
     if name in _kernels():
         raise ArgumentError(f"variant {name!r} is not there: {triton_fault()}")
     if name in RENAMED:
@@ -254,11 +254,11 @@ def load(path: Path) -> tuple[Variant, ...]:
     if wrong or not records:
         found = repr(wrong[0]) if wrong else "None"
         raise ArgumentError(f"variant file {path}: VARIANT expects a tritonconv.Variant, VARIANTS several; got {found}")
-    taken = {*_torchs(), *_kernels(), *_records()}
+    names = {*_torchs(), *_kernels(), *_records()}
     for each in records:
-        if each.name in taken:
+        if each.name in names:
             raise ArgumentError(f"variant file {path}: the name {each.name!r} is taken (tritonconv list shows all)")
-        taken.add(each.name)
+        names.add(each.name)
     _files.update({each.name: path.resolve() for each in records})
     _records().update({each.name: without_hazards(_without_overlap(each)) for each in records})
     return tuple(_records()[each.name] for each in records)

@@ -2,7 +2,7 @@
 
 A hazard is of a config and a compiler, not of a problem's numbers: what is wrong once may be right a thousand times. A
 variant with a hazard is guarded where it is registered, so dispatch, tuner, benchmark and ``use`` meet safe configs
-alone; what is stored is asked about with :func:`unsafe`.
+alone; :func:`unsafe` judges stored configs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tritonconv.problem import Problem
 
 
 def toolchain_of(device: torch.device) -> Toolchain:
-    """What a launch on the device would be compiled for now."""
+    """The target and the compiler of a launch on the device now."""
     from tritonconv.kernels.triton_target import compute_capability, triton_version
 
     return Toolchain(compute_capability() if device.type == "cuda" else 0, triton_version())

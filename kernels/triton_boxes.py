@@ -1,4 +1,4 @@
-"""What the box kernels share: tensor descriptors of channels_last_3d volumes, boxes of voxels, the loop over them.
+"""Shared by the box kernels: tensor descriptors of channels_last_3d volumes, boxes of voxels, the loop over them.
 
 A tensor descriptor (TMA on Hopper and later) fetches a box (1, d, h, w, channels) with one instruction and reads zero
 outside the volume, so a tap is a shifted box and needs no mask.
@@ -227,9 +227,9 @@ def boxes_work(problem: Problem, pass_name: str, config, size: Triple, channels:
     """Tiles over boxes of ``size``; ``depth`` is summed per tile over all phases. The weight is packed each time."""
     each = box_tiles(problem, size, channels, config)
     packed_weight = {**config, "WEIGHT": OUT_INNERMOST}
-    found = tap_gemm(
+    counts = tap_gemm(
         problem, pass_name, packed_weight, min(each, MULTIPROCESSORS), each * math.ceil(depth / config["BLOCK_K"]),
         block_m=math.prod(box_shape(config)), per_load=PER_LOAD,
     )  # fmt: skip
     phases = math.prod(problem.stride) if pass_name == "forward" else 1
-    return replace(found, programs=min(each * phases, MULTIPROCESSORS))  # persistent: one per multiprocessor
+    return replace(counts, programs=min(each * phases, MULTIPROCESSORS))  # persistent: one per multiprocessor

@@ -50,10 +50,10 @@ def copying(base: Variant, copied: tuple[str, ...], gathered: str) -> Variant:
         return base.launch(problem, plain, *(_copied(base, *operands) if config.get(COPY) else operands), **more)
 
     def space(problem: Problem, device: torch.device) -> tuple[Config, ...]:
-        found = [{**config, COPY: 0} for config in base.space(problem, device)]
+        configs = [{**config, COPY: 0} for config in base.space(problem, device)]
         if pays(problem):
-            found += [{**config, COPY: 1} for config in base.space(_last(problem), device)]
-        return tuple(found)
+            configs += [{**config, COPY: 1} for config in base.space(_last(problem), device)]
+        return tuple(configs)
 
     def default_of_copies(problem: Problem, device: torch.device) -> Config | None:
         return {**base.default(_last(problem), device), COPY: 1} if pays(problem) else None
@@ -62,12 +62,12 @@ def copying(base: Variant, copied: tuple[str, ...], gathered: str) -> Variant:
         assert base.work is not None
         if not config.get(COPY):
             return base.work(problem, config)
-        found, moved = base.work(_last(problem), config), 2 * size_of(problem, *copied)
+        counts, moved = base.work(_last(problem), config), 2 * size_of(problem, *copied)
         return replace(
-            found,
-            memory_bytes=found.memory_bytes + moved,
-            cache_bytes=found.cache_bytes + moved,
-            launches=found.launches + len(copied),
+            counts,
+            memory_bytes=counts.memory_bytes + moved,
+            cache_bytes=counts.cache_bytes + moved,
+            launches=counts.launches + len(copied),
         )
 
     def workspace_bytes(problem: Problem) -> int:
@@ -105,6 +105,6 @@ def _copied(base: Variant, *operands):
     return channels_last(x), *(prepared or [channels_last(grad_y)]), need_bias
 
 
-@lru_cache(4096)  # asked for each config, and sums over a problem's phases are kept with it
+@lru_cache(4096)  # a count calls it for each config, and the problem caches the sums over its phases
 def _last(problem: Problem) -> Problem:
     return replace(problem, layout="ndhwc")

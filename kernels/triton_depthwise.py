@@ -1,4 +1,4 @@
-"""What the depthwise kernels share: the window of a tile, its taps, the sum over them, and the tiles.
+"""Shared by the depthwise kernels: the window of a tile, its taps, the sum over them, and the tiles.
 
 No dot: a channel meets only itself, so every product is a float32 FMA. A kernel owns *places*: along h and w each
 lane j of a tile has PLACES neighbouring results ``j*PLACES + place``, and one load from the window serves all of them:
@@ -256,15 +256,15 @@ def weight_order(problem: Problem) -> int:
 
 def around(base: dict[str, int], **more: tuple[int, ...]) -> tuple[dict[str, int], ...]:
     """``base``, its neighbours with half and double tiles, and ``more`` values of other keys."""
-    found = [base]
-    tries = [{key: base[key] * 2 // part} for key in BLOCKS if key in base for part in (1, 4)]
-    tries += [{"BLOCK_H": max(1, base["BLOCK_H"] // 2), "BLOCK_W": base["BLOCK_W"] * 2}, {"num_warps": 8}]
-    tries += [{key: value} for key, values in more.items() for value in values]
-    for change in tries:
+    configs = [base]
+    changes = [{key: base[key] * 2 // part} for key in BLOCKS if key in base for part in (1, 4)]
+    changes += [{"BLOCK_H": max(1, base["BLOCK_H"] // 2), "BLOCK_W": base["BLOCK_W"] * 2}, {"num_warps": 8}]
+    changes += [{key: value} for key, values in more.items() for value in values]
+    for change in changes:
         config = {**base, **change}
-        if min(config[key] for key in BLOCKS if key in config) >= 1 and config not in found:
-            found.append(config)
-    return tuple(found)
+        if min(config[key] for key in BLOCKS if key in config) >= 1 and config not in configs:
+            configs.append(config)
+    return tuple(configs)
 
 
 def work(

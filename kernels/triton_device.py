@@ -119,7 +119,7 @@ def divider(divisor):
 
 @triton.jit
 def dividers(size, BLOCK_W: tl.constexpr):
-    """What :func:`voxels` divides by along (d, h, w), for loops over tiles and where the channels are contiguous.
+    """The dividers of :func:`voxels` along (d, h, w), for loops over tiles and where the channels are contiguous.
 
     Not where tiles are rows along w: of a division the compiler knows that neighbours along w have one quotient, of a
     multiplication it does not, and loads would be narrow. Nor where offsets are 64 bits wide.

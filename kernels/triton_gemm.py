@@ -58,8 +58,8 @@ def implicit_gemm(
 ):  # fmt: skip
     """sum over taps and channels k of a[voxel(tap), k] * weight[tap, k, n], float32 (BLOCK_M, BLOCK_N).
 
-    What a step needs of each address and mask is two instructions: offsets are made before the loop and moved by one
-    number, and whether a tap is inside is a bit of the voxel's word.
+    A step takes two instructions for each address and mask: the loop moves offsets, which are made before it, by one
+    number, and a bit of the voxel's word says whether a tap is inside.
     """
     K: tl.constexpr = PACK * K_GROUP
     N: tl.constexpr = PACK * N_GROUP

@@ -186,9 +186,9 @@ def compile_only() -> Iterator[list]:
 
     The tensors may be on the ``meta`` device. The target is the one of Triton's active driver.
     """
-    found: list = []
-    token = _compiled.set(found)
+    launches: list = []
+    token = _compiled.set(launches)
     try:
-        yield found
+        yield launches
     finally:
         _compiled.reset(token)

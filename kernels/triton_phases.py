@@ -105,7 +105,7 @@ def channels_first(tile, KERNEL: tl.constexpr):
 
 @triton.jit
 def fine_dividers(cells, PHASES: tl.constexpr, ROWS: tl.constexpr, BLOCK_W: tl.constexpr):
-    """What :func:`store_phases` and :func:`load_phases` in a loop divide by, as :func:`dividers`."""
+    """The dividers of :func:`store_phases` and :func:`load_phases` in a loop, as :func:`dividers`."""
     SPAN: tl.constexpr = span(PHASES, ROWS)
     return dividers((cells[0], cells[1], cells[2] * SPAN), BLOCK_W * SPAN)
 
@@ -245,12 +245,12 @@ def around(base: Config, problem: Problem) -> tuple[Config, ...]:
 
 
 def width_step(width: int, config) -> int:
-    """What a width is a multiple of, as far as it is compiled in: only tiles in runs along w gain from it."""
+    """A divisor of the width for the compiler, STEP or 1: only tiles in runs along w gain from it."""
     return STEP if config["BLOCK_W"] and width % STEP == 0 else 1
 
 
 def facts(problem: Problem, config, y, channels: int | None = None) -> tuple:
-    """FACTS, what the compiler may know of y to load and store wide: (step, whole, dense, across).
+    """FACTS about y, for the compiler to load and store wide: (step, whole, dense, across).
 
     ``step`` divides the width; ``whole`` (d, h, w): all outputs of a cell are inside y, or none is; ``dense``:
     (phase_w, channel) is one contiguous stretch of a tile of ``channels``, by default all of a group's; ``across`` is

@@ -84,7 +84,7 @@ class Replay:
 
     def _behind_standby(self, key: tuple, operands: tuple, device: torch.device) -> Any:
         """The launch where its kernels are compiled, else the standby."""
-        assert self.standby is not None  # the caller asked
+        assert self.standby is not None  # the caller checks
         known = self.compiled.get(key)
         if known is None:
             known = Compiled(self.launch, operands, device)
@@ -175,7 +175,7 @@ def _play(steps: list[Step], values: list, stream: int) -> None:
 
 
 def _kind(operand: Any) -> Any:
-    """What the launch may depend on besides the problem; of an operand that is lazy something else."""
+    """The properties of an operand that the launch may depend on besides the problem; a lazy operand has its own."""
     if isinstance(operand, torch.Tensor):
         address = operand.data_ptr()
         return operand.stride(), address % ALIGNMENT == 0, address == 0, operand.is_neg()

@@ -1,4 +1,4 @@
-"""What the backward-weight GEMMs share: a sum over all voxels in chunks, and the bias gradient in the same launch.
+"""Shared by the backward-weight GEMMs: a sum over all voxels in chunks, and the bias gradient in the same launch.
 
 Each chunk leaves a float32 partial, and the partials are added in a fixed order. More programs per chunk sum grad_y
 over the chunk's share of the output voxels while the others read them.
@@ -66,9 +66,9 @@ class SplitGemm(NamedTuple):
 
     def programs(self, config: Config, need_bias: bool) -> int:
         """How many programs one chunk has."""
-        found = parts(self.rows, config["BLOCK_M"]) * parts(self.columns, config["BLOCK_N"])
-        found *= self.problem.groups
-        return found + (parts(self.problem.c_out, config["BIAS_C"]) if need_bias else 0)
+        count = parts(self.rows, config["BLOCK_M"]) * parts(self.columns, config["BLOCK_N"])
+        count *= self.problem.groups
+        return count + (parts(self.problem.c_out, config["BIAS_C"]) if need_bias else 0)
 
     def steps(self, config: Config) -> int:
         """Of BLOCK_K, over all chunks."""
@@ -102,12 +102,12 @@ class SplitGemm(NamedTuple):
 
     def space(self, base: Config) -> tuple[Config, ...]:
         """The configs around ``base``, each with the chunks of so many waves."""
-        found = {}
+        configs = {}
         for changed in tiles.around(base, self.problem, "BLOCK_K", num_warps=(4, 8), BLOCK_W=(0, base["BLOCK_K"])):
             for waves in (WAVES, 1, 2 * WAVES, 4 * WAVES):  # other tiles are other programs
                 config = {**changed, "SPLITS": self.splits(changed, waves)}
-                found[tuple(config.items())] = config
-        return tuple(found.values())
+                configs[tuple(config.items())] = config
+        return tuple(configs.values())
 
     def workspace_bytes(self) -> int:
         """Of the float32 partials, at the most chunks of the space."""

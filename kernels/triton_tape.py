@@ -1,4 +1,4 @@
-"""What a variant's launch does, written down while it does it: new tensors, packed weights, kernels.
+"""A record of the steps of a variant's launch, written during the launch: new tensors, packed weights, kernels.
 
 Each becomes a step that a later call with the same kind of operands repeats, without the arithmetic on the host. A
 tensor is known by its address, so a launch may name a view of it. A launch that names any other tensor, or operands
@@ -56,16 +56,16 @@ class Tape:
 
         A view that begins where one of them does is another tensor.
         """
-        found = self.places.get(tensor.data_ptr(), -1)
-        self.whole = self.whole and found >= 0 and _alike(tensor, self.values[found])
-        return found
+        index = self.places.get(tensor.data_ptr(), -1)
+        self.whole = self.whole and index >= 0 and _alike(tensor, self.values[index])
+        return index
 
     def made(self, tensor: torch.Tensor, make: Callable[[], torch.Tensor]) -> None:
         """A new tensor, and how to make another like it."""
         self._append(tensor, lambda values, stream: values.append(make()))
 
     def derived(self, tensor: torch.Tensor, source: torch.Tensor, make: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """What ``make`` made of ``source``: a tensor of its own, or ``source`` itself, which needs no step."""
+        """The result of ``make(source)``: a tensor of its own, or ``source`` itself, which needs no step."""
         place = self.place(source)
         if tensor.data_ptr() != source.data_ptr():
             self._append(tensor, lambda values, stream: values.append(make(values[place])))
@@ -159,7 +159,7 @@ def _direct(kernel, grid: tuple[int, ...], arguments: dict[str, Any], fillers: d
         ready = template.copy()
         for index, fill in filled:
             ready[index] = fill(values)
-        if hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls:  # a profiler wants to be told
+        if hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls:  # for a profiler
             observed(*ready, stream=stream)
         else:
             launch(stream, function, metadata, None, None, None, *ready)

@@ -63,9 +63,9 @@ def target_name() -> str | None:
 
 def compute_capability() -> int:
     """Of the NVIDIA GPU, as 90 for 9.0; 0 where there is none."""
-    said = _assumed.get()
-    if said is not None:
-        return said
+    assumed = _assumed.get()
+    if assumed is not None:
+        return assumed
     gpu = target()
     return gpu.arch if gpu is not None and gpu.backend == "cuda" else 0
 
@@ -86,8 +86,8 @@ def triton_version() -> tuple[int, int]:
 
 def shared_bytes() -> int:
     """Shared memory that one block may have."""
-    known = NVIDIA.get(compute_capability())
-    return LEAST_SHARED_BYTES if known is None else known.shared_per_block
+    limits = NVIDIA.get(compute_capability())
+    return LEAST_SHARED_BYTES if limits is None else limits.shared_per_block
 
 
 def pipeline_buffers(num_stages: int) -> int:

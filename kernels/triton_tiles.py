@@ -100,16 +100,16 @@ def around(base: Config, problem: Problem, along: str = "BLOCK_M", **more: tuple
     """``base`` and the configs around it that fit.
 
     Its neighbours, with halved and doubled tiles, other stages or ``more`` values of other keys, come first; then every
-    combination of tiles and stages, and of these with the weight as it is given, for the cost model to choose from.
+    combination of tiles and stages, and of these with the weight in torch's order, for the cost model to choose from.
     ``along`` is the block of voxels, which a row of BLOCK_W fits in.
     """
-    found = [dict(base)]
+    configs = [dict(base)]
     for changed in itertools.chain(_neighbours(base, more), _grid(base, more)):
         if "BLOCK_W" in changed:
             changed["BLOCK_W"] = min(changed["BLOCK_W"], changed[along])
-        if changed not in found and _sensible(changed, problem.dtype.itemsize):
-            found.append(changed)
-    return tuple(found)
+        if changed not in configs and _sensible(changed, problem.dtype.itemsize):
+            configs.append(changed)
+    return tuple(configs)
 
 
 def _neighbours(base: Config, more: dict[str, tuple[int, ...]]) -> Iterator[dict[str, int]]:

@@ -53,7 +53,7 @@ def _pack(weight: torch.Tensor, order: int) -> torch.Tensor:
 
 @lru_cache(MOST_PACKERS)
 def _packer(order: int, shape: torch.Size, dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What copies contiguous weights of this kind, in a launch that is kept from call to call."""
+    """A function that copies contiguous weights of this kind, in a launch that it repeats from call to call."""
     from tritonconv.kernels.triton_replay import Replay  # needs Triton, which autograd imports this file without
     from tritonconv.kernels.triton_transpose import taps_first
 
@@ -95,7 +95,7 @@ def oriented(weight: torch.Tensor, pass_name: str) -> tuple[int, int, int]:
 
 
 def preferred(problem: Problem, pass_name: str = "forward") -> int:
-    """The default order: as given where there is one tap, or the weight fits a cache in a small problem; else packed.
+    """The default order: torch's where there is one tap, or the weight fits a cache in a small problem; else packed.
 
     16-bit dots take either operand order from shared memory, so forward and backward-data read the same copy. TF32 on
     Hopper needs the summed axis innermost: c_in in the forward, c_out in the backward-data.

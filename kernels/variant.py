@@ -1,4 +1,4 @@
-"""The record of a variant: one way to compute one pass, and what is asked about it."""
+"""The record of a variant: one way to compute one pass, its configs and its counts of work."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ class Variant:
     ``copied`` is the default config of those that copy operands first (key COPY), None where the space has none.
 
     ``prepare`` (problem, grad_y) -> tensor is work on grad_y that a backward_data and a backward_weight variant share
-    where both name the same function: it is done once, and each takes its result as the last operand, ``prepared``. Of
-    a variant that has the key COPY in its configs it is asked where that is 1.
+    where both name the same function: it is done once, and each takes its result as the last operand, ``prepared``. A
+    variant that has the key COPY in its configs shares it where COPY is 1.
 
     ``joint`` (problem, config, x, weight, grad_y, need_bias) -> (grad_x, grad_weight, grad_bias or None) is the whole
     backward at once, used instead of the two launches where the chosen backward_data and backward_weight variants

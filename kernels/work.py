@@ -26,7 +26,7 @@ MATRIX_ROWS = 64  # of one product of a Hopper warp group: each of them reads th
 
 
 def parts(whole: int, size: int) -> int:
-    """How many parts of a size cover the whole: ``triton.cdiv`` in a tenth of its time, asked for each config."""
+    """How many parts of a size cover the whole: ``triton.cdiv`` in a tenth of its time."""
     return -(-whole // size)
 
 
