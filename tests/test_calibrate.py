@@ -22,7 +22,7 @@ from tritonconv.autotune.tuning.journal import Journal, Timing
 from tritonconv.autotune.tuning.session import Session, tasks_of
 from tritonconv.kernels import registry
 from tritonconv.kernels.registry import variant
-from tritonconv.lab.bench.progress import Silent
+from tritonconv.lab.bench.progress import Progress
 from tritonconv.lab.inspection.precompile import Precompiler
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -207,7 +207,7 @@ def test_a_run_puts_back_no_factor_that_it_only_read(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Session, "_all", corrected)
     run = Session(CUDA, tmp_path, compiler=Precompiler(None))
-    run.run(tasks_of([one.problem for one in found]), Silent())
+    run.run(tasks_of([one.problem for one in found]), Progress())
     kept = ceilings.from_json(store.read(device_name(CPU), tmp_path).ceilings)
     assert kept.factors == pytest.approx({kind(NAME): 2.0, "triton": 2.0, "torch": 1.5})
 
