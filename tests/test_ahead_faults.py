@@ -18,7 +18,7 @@ from tritonconv.kernels import triton_compiled
 from tritonconv.kernels.registry import have_triton
 from tritonconv.kernels.triton_compiled import KERNELS, LAUNCHES, MANIFEST, VARIABLE, CompiledFolder, CompiledWarning
 from tritonconv.lab import cli
-from tritonconv.lab.bench.progress import Silent
+from tritonconv.lab.bench.progress import Progress
 from tritonconv.lab.commands import common
 from tritonconv.lab.commands import compile as compile_
 from tritonconv.lab.inspection import ahead, launches, workers
@@ -69,8 +69,8 @@ def made(tmp_path) -> CompiledFolder:
     return folder
 
 
-def fill(folder: CompiledFolder, progress: Silent | None = None) -> ahead.Filled:
-    return ahead.compile_into(folder, JOBS, "sm_90", 1, None, progress or Silent())
+def fill(folder: CompiledFolder, progress: Progress | None = None) -> ahead.Filled:
+    return ahead.compile_into(folder, JOBS, "sm_90", 1, None, progress or Progress())
 
 
 def held(folder: CompiledFolder) -> list[int]:
@@ -222,7 +222,7 @@ def test_a_budget_that_was_used_up_is_no_crash(tmp_path, monkeypatch, capsys):
     assert "3 left\nthe budget was used up" in out and "not begun" not in out
 
 
-class After(Silent):
+class After(Progress):
     """Does something behind the first launch."""
 
     def __init__(self, what) -> None:

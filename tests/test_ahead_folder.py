@@ -22,7 +22,7 @@ from tritonconv.kernels.registry import have_triton, variant
 from tritonconv.kernels.targets import TARGETS
 from tritonconv.kernels.triton_compiled import CompiledFolder, CompiledWarning, Maker
 from tritonconv.lab import cli
-from tritonconv.lab.bench.progress import Silent
+from tritonconv.lab.bench.progress import Progress
 from tritonconv.lab.inspection import ahead, workers
 from tritonconv.lab.inspection.compiling import compiling_for
 from tritonconv.lab.inspection.launches import Kernel, Launch, Launches
@@ -126,7 +126,7 @@ def test_a_run_that_is_cut_off_leaves_what_is_done_in_a_valid_folder(tmp_path, m
     monkeypatch.setattr(workers, "WORKER", ANSWERS_ONCE)
     folder = ahead.open_folder(tmp_path / "out", "sm_90")
 
-    class Interrupted(Silent):
+    class Interrupted(Progress):
         def step(self, text: str) -> None:
             raise KeyboardInterrupt
 
@@ -142,7 +142,7 @@ def test_a_run_that_is_cut_off_leaves_what_is_done_in_a_valid_folder(tmp_path, m
 
 def test_a_run_ends_when_its_time_is_up(tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "WORKER", "import time; time.sleep(60)")
-    filled = ahead.compile_into(ahead.open_folder(tmp_path / "out", "sm_90"), JOBS, "sm_90", 2, 0.1, Silent())
+    filled = ahead.compile_into(ahead.open_folder(tmp_path / "out", "sm_90"), JOBS, "sm_90", 2, 0.1, Progress())
     assert (filled.compiled, filled.known, filled.left, filled.failed) == (0, 0, 3, [])
 
 
@@ -157,7 +157,7 @@ def test_a_line_that_was_cut_off_is_passed_over_and_written_behind(tmp_path):
 
 def test_what_cannot_be_compiled_is_told_and_the_rest_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "WORKER", "import sys; sys.stdin.buffer.read(1)")
-    filled = ahead.compile_into(ahead.open_folder(tmp_path / "out", "sm_90"), JOBS[:1], "sm_90", 1, None, Silent())
+    filled = ahead.compile_into(ahead.open_folder(tmp_path / "out", "sm_90"), JOBS[:1], "sm_90", 1, None, Progress())
     assert filled.failed == [(JOBS[0], "the compiler ended its process")] and filled.faults == 1
     assert list(Launches(CompiledFolder.read(tmp_path / "out"))) == []
 

@@ -144,12 +144,12 @@ def test_sizes_measure_a_layer_at_other_sizes_too(tmp_path):
 
 def test_cells_of_an_earlier_run_are_left_out(tmp_path):
     from tritonconv.lab.bench.options import Options
-    from tritonconv.lab.bench.progress import Silent
+    from tritonconv.lab.bench.progress import Progress
     from tritonconv.lab.bench.runner import bench as run_bench
 
     layers = workloads(only=TINY)
     done = frozenset({(TINY, "float32", "ncdhw", "forward")})
-    outcome = run_bench(Options(layers, ("forward",), done=done), tmp_path, Silent())
+    outcome = run_bench(Options(layers, ("forward",), done=done), tmp_path, Progress())
     run = results.read(outcome.path)
     assert {(row["layout"]) for row in run.results} == {"ndhwc"} and run.end["of_cells"] == 1
 

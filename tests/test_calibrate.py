@@ -22,7 +22,7 @@ from tritonconv.autotune.tuning.journal import Journal, Timing
 from tritonconv.autotune.tuning.session import Session, tasks_of
 from tritonconv.kernels import registry
 from tritonconv.kernels.registry import variant
-from tritonconv.lab.bench.progress import Silent
+from tritonconv.lab.bench.progress import Progress
 from tritonconv.lab.inspection.precompile import Precompiler
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -59,7 +59,7 @@ needs_triton = pytest.mark.skipif(not registry.have_triton(), reason="needs Trit
 @needs_triton
 def test_a_kind_has_the_median_of_its_ratios_and_is_corrected_by_it():
     found = [*measured(NAME, 2.0, LEAST), *measured(NAME, 5.0, LEAST + 1, num_stages=1)]
-    factors = calibrate.factors(found, GPU)
+    factors = calibrate.factors(calibrate.counts(found, GPU), GPU)
     assert factors[kind(NAME)] == pytest.approx(2) and factors[kind(NAME, num_stages=1)] == pytest.approx(5)
     assert kind(NAME) != kind(NAME, num_stages=1)
     corrected = dataclasses.replace(GPU, factors=factors)
@@ -69,18 +69,18 @@ def test_a_kind_has_the_median_of_its_ratios_and_is_corrected_by_it():
         before, after = guess(NAME, each, **changes), guess(NAME, each, corrected, **changes)
         assert after.ms - launches == pytest.approx(times * (before.ms - launches))
     # The factors are made against the plain model, whatever was corrected before.
-    assert calibrate.factors(found, corrected) == pytest.approx(factors)
+    assert calibrate.factors(calibrate.counts(found, corrected), corrected) == pytest.approx(factors)
 
 
 @needs_triton
 def test_what_was_hardly_timed_has_the_factor_of_all_kernels_of_its_backend():
     found = [*measured(NAME, 3.0, LEAST), *measured("backward_data_gemm", 1.0, LEAST - 1)]
-    factors = calibrate.factors(found, GPU)
+    factors = calibrate.factors(calibrate.counts(found, GPU), GPU)
     assert set(factors) == {kind(NAME), "triton"} and factors["triton"] == pytest.approx(3)
     corrected, each = dataclasses.replace(GPU, factors=factors), problem("psmnet_train_64_32")
     assert guess("backward_data_gemm", each, corrected).ms > 2 * guess("backward_data_gemm", each).ms
     assert guess("forward_torch_native", each, corrected).ms == guess("forward_torch_native", each).ms
-    both = calibrate.factors([*found, *measured("forward_torch_native", 4.0, LEAST)], GPU)
+    both = calibrate.factors(calibrate.counts([*found, *measured("forward_torch_native", 4.0, LEAST)], GPU), GPU)
     corrected = dataclasses.replace(GPU, factors=both)
     assert both["torch"] == pytest.approx(4)
     assert guess("forward_torch_phases", each, corrected).ms > 2 * guess("forward_torch_phases", each).ms
@@ -91,7 +91,7 @@ def test_a_kernel_that_was_edited_keeps_its_factor(monkeypatch):
     before, found = kind(NAME), measured(NAME, 2.0, LEAST)
     monkeypatch.setattr(calibrate, "revision", lambda record: "another")
     assert kind(NAME) == before == NAME and kind(NAME, num_stages=1) == f"{NAME}{model.UNPIPELINED}"
-    assert calibrate.factors(found, GPU)[NAME] == pytest.approx(2)
+    assert calibrate.factors(calibrate.counts(found, GPU), GPU)[NAME] == pytest.approx(2)
 
 
 def test_timings_of_an_earlier_revision_count_until_there_are_newer_ones():
@@ -115,9 +115,9 @@ def test_launches_take_what_was_measured_of_them():
 
 
 def test_nothing_timed_corrects_nothing():
-    assert calibrate.factors([], GPU) == {}
-    assert calibrate.factors(measured("forward_torch_native", 2.0, LEAST - 1), GPU) == {}
-    assert calibrate.factors(measured("forward_torch_native", 2.0, LEAST), GPU) == {
+    assert calibrate.factors(calibrate.counts([], GPU), GPU) == {}
+    assert calibrate.factors(calibrate.counts(measured("forward_torch_native", 2.0, LEAST - 1), GPU), GPU) == {}
+    assert calibrate.factors(calibrate.counts(measured("forward_torch_native", 2.0, LEAST), GPU), GPU) == {
         kind("forward_torch_native"): pytest.approx(2),
         "torch": pytest.approx(2),
     }
@@ -207,7 +207,7 @@ def test_a_run_puts_back_no_factor_that_it_only_read(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Session, "_all", corrected)
     run = Session(CUDA, tmp_path, compiler=Precompiler(None))
-    run.run(tasks_of([one.problem for one in found]), Silent())
+    run.run(tasks_of([one.problem for one in found]), Progress())
     kept = ceilings.from_json(store.read(device_name(CPU), tmp_path).ceilings)
     assert kept.factors == pytest.approx({kind(NAME): 2.0, "triton": 2.0, "torch": 1.5})
 

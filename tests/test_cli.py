@@ -304,7 +304,7 @@ def test_progress_on_a_terminal_is_richs_bar_or_plain_without_rich(monkeypatch):
     bar.close()
     monkeypatch.setattr(progress.importlib.util, "find_spec", lambda name: None)
     assert isinstance(progress.progress(quiet=False), progress.Lines)
-    assert type(progress.progress(quiet=True)) is progress.Silent
+    assert type(progress.progress(quiet=True)) is progress.Progress
 
 
 @pytest.mark.gpu

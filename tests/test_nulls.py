@@ -15,7 +15,7 @@ from tritonconv.lab.bench.calls import FORWARD_BACKWARD
 from tritonconv.lab.bench.case import Case
 from tritonconv.lab.bench.noise import AGAIN, OUR_ROAD, Band, band
 from tritonconv.lab.bench.options import Options
-from tritonconv.lab.bench.progress import Silent
+from tritonconv.lab.bench.progress import Progress
 from tritonconv.lab.bench.results import BASELINE, read
 from tritonconv.lab.bench.summary import groups, summary
 from tritonconv.lab.bench.timing import Times
@@ -46,7 +46,8 @@ def test_where_torchs_own_is_wrong_our_road_to_it_is_no_contestant():
 
 def null(ratio: float, variant: str = AGAIN, column: str = "gpu") -> dict:
     tails = ("", "_p20", "_p80")
-    return {"variant": variant, "timing": column, **{f"{column}_speedup{tail}": ratio for tail in tails}}
+    speedups = {f"{column}_speedup{tail}": ratio for tail in tails}
+    return {"variant": variant, "timing": column, f"{column}_runs": 9, **speedups}
 
 
 def test_the_band_holds_1_and_what_the_null_rows_show():
@@ -78,7 +79,7 @@ def test_a_row_counts_as_faster_or_slower_only_beyond_the_null_rows():
 @pytest.mark.usefixtures("quick")
 def test_every_run_of_the_bench_has_null_rows_of_each_pass_and_says_where_the_seconds_went(tmp_path):
     layers = tuple(workload(name) for name in ("monai_unet_spleen_64_16", "vnet_up3"))
-    outcome = runner.bench(Options(layers, scale="cpu"), tmp_path, Silent())
+    outcome = runner.bench(Options(layers, scale="cpu"), tmp_path, Progress())
     found = read(outcome.path)
     assert {(row["pass"], row["variant"]) for row in found.nulls} == {
         (pass_name, name) for pass_name in ("forward", FORWARD_BACKWARD) for name in noise.NAMES
@@ -100,14 +101,14 @@ def test_a_tuning_run_has_null_rows_and_a_choice_is_beyond_them(tmp_path, monkey
     monkeypatch.setattr(contest, "HOPELESS", float("inf"))
     written = []
     session = Session(CPU, tmp_path, write=lambda kind, row: written.append((kind, row)))
-    report = session.run(tasks_of([UP]), Silent())
+    report = session.run(tasks_of([UP]), Progress())
     assert [(row["variant"], row["pass"]) for kind, row in written if kind == "null"] == [
         (AGAIN, "forward"), (OUR_ROAD, "forward")
     ]  # fmt: skip
     assert report.noise.noise == pytest.approx(1.1) and "in 2 null rows: 0.909 to 1.053" in str(report)
     assert report.winners[0][1].selection.variant.name != "forward_torch_phases"
     ms["forward_torch_phases"] = 1.7
-    report = Session(CPU, tmp_path, again=True).run(tasks_of([UP]), Silent())
+    report = Session(CPU, tmp_path, again=True).run(tasks_of([UP]), Progress())
     assert report.winners[0][1].selection.variant.name == "forward_torch_phases"
 
 
@@ -117,7 +118,7 @@ def test_without_memory_for_null_rows_a_problem_is_tuned_all_the_same(tmp_path, 
 
     monkeypatch.setattr(contest.Contest, "null_rows", no_room)
     monkeypatch.setattr(ProblemTuner, "gradients", lambda *args: ())
-    report = Session(CPU, tmp_path, seconds=1.0).run(tasks_of([UP]), Silent())
+    report = Session(CPU, tmp_path, seconds=1.0).run(tasks_of([UP]), Progress())
     assert len(report.winners) == 1 and report.noise is None and "null rows" not in str(report)
 
 

@@ -23,7 +23,7 @@ from tritonconv.kernels import registry
 from tritonconv.lab.bench import cell, contestants, gpu, runner
 from tritonconv.lab.bench.calls import ALL_PASSES
 from tritonconv.lab.bench.options import Options
-from tritonconv.lab.bench.progress import Silent
+from tritonconv.lab.bench.progress import Progress
 from tritonconv.lab.bench.results import latest, read
 from tritonconv.lab.bench.rows import versions_of
 from tritonconv.lab.bench.summary import summary
@@ -48,7 +48,7 @@ pytestmark = pytest.mark.usefixtures("quick")
 
 
 def run(tmp_path, *layers, progress=None, **options):
-    outcome = runner.bench(Options(tuple(layers), **options), tmp_path, progress or Silent())
+    outcome = runner.bench(Options(tuple(layers), **options), tmp_path, progress or Progress())
     return outcome, read(outcome.path)
 
 
@@ -85,7 +85,7 @@ def test_kernels_are_compiled_ahead_each_once_in_the_order_of_the_cells(monkeypa
     dispatch.forget()
     try:
         compiler = SimpleNamespace(target="sm_90", start=list, finish=finish)
-        runner._Bench(asked, None, Silent(), [{}]).compile_ahead(compiler)
+        runner._Bench(asked, None, Progress(), [{}]).compile_ahead(compiler)
         want = []
         for each in (layers[1], layers[2], at_size):  # sizes of no model come last
             problem = each.problem(torch.float16, "ndhwc", "cpu")
@@ -246,7 +246,7 @@ def test_rows_carry_the_sources_and_the_versions_they_were_measured_with(tmp_pat
         assert row["sources"] == expected and bool(expected) == (row["variant"] != "torch")
 
 
-class Interrupting(Silent):
+class Interrupting(Progress):
     def __init__(self, after: int) -> None:
         self.left = after
 

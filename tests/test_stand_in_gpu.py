@@ -132,7 +132,7 @@ def test_all_is_asked_of_the_gpu_that_is_meant_though_another_is_the_current_one
             f"""
             import torch, tritonconv
             from pathlib import Path
-            from tritonconv.lab.bench.progress import Silent
+            from tritonconv.lab.bench.progress import Progress
             from tritonconv.lab.bench.workloads import workload
             from tritonconv.lab import campaign, verification
             from tritonconv.kernels import triton_launch, triton_target
@@ -151,9 +151,9 @@ def test_all_is_asked_of_the_gpu_that_is_meant_though_another_is_the_current_one
                 problem = layer.problem(torch.float16, scale="cpu")
                 assert len(tritonconv.tune(problem, device=stand_in_gpu.GPU, folder=folder).winners) == 3
             elif {step!r} == "bench":
-                assert bench(options, folder, Silent()).errors == 0
+                assert bench(options, folder, Progress()).errors == 0
             elif {step!r} == "campaign":
-                assert campaign.Campaign(options, folder, Silent()).run().reason == "complete"
+                assert campaign.Campaign(options, folder, Progress()).run().reason == "complete"
             else:
                 x, weight = torch.randn(1, 4, 2, 2, 2).cuda(), torch.randn(4, 3, 2, 2, 2).cuda()
                 with tritonconv.use("forward_phases"):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tritonconv.errors import ArgumentError
 from tritonconv.lab.bench import environment, roofs
 from tritonconv.lab.bench.clock import cpu_stopwatch
-from tritonconv.lab.bench.timing import Ratio, Spread, Times, interleave, quantile, warm_up
+from tritonconv.lab.bench.timing import Spread, Times, interleave, quantile, warm_up
 
 CPU = torch.device("cpu")
 
@@ -102,9 +102,9 @@ def test_interleave_refuses_nothing_to_run():
 def test_a_speedup_pairs_the_calls_of_a_round():
     """A machine that slows down tenfold halfway changes no ratio, though it changes every median."""
     times = Times({"torch": [4, 4, 4, 40, 40, 40, 40], "ours": [2, 2, 2, 20, 20, 20, 20]})
-    assert times.speedup("ours", "torch") == Ratio(2, 2, 2)
+    assert times.speedup("ours", "torch")[:3] == (2, 2, 2)
     uneven = Times({"torch": [10.0, 20.0, 30.0, 40.0, 50.0], "ours": [10.0] * 5})
-    assert uneven.speedup("ours", "torch") == Ratio(3, pytest.approx(1.8), pytest.approx(4.2))
+    assert uneven.speedup("ours", "torch")[:3] == (3, pytest.approx(1.8), pytest.approx(4.2))
 
 
 def test_the_cpu_stopwatch_counts_milliseconds():

@@ -23,7 +23,7 @@ from tritonconv.autotune.tuning.session import Session, tasks_of
 from tritonconv.errors import ArgumentTypeError, StoreError
 from tritonconv.kernels import registry
 from tritonconv.lab.bench import case, failures, measure, noise
-from tritonconv.lab.bench.progress import Silent
+from tritonconv.lab.bench.progress import Progress
 from tritonconv.lab.bench.results import BASELINE
 from tritonconv.lab.bench.timing import Times
 from tritonconv.problem import PASSES
@@ -162,7 +162,7 @@ def test_tensors_without_memory_fail_a_problem_and_say_nothing_of_the_candidates
         return real(problem, *args)
 
     monkeypatch.setattr(case, "make_tensors", make_tensors)
-    report = Session(CPU, goes_on=True).run(tasks_of([UP, HALO]), Silent())
+    report = Session(CPU, goes_on=True).run(tasks_of([UP, HALO]), Progress())
     assert {task.problem for task, _ in report.winners} == tuned and report.errors == 2 - len(tuned)
     assert {each.status for each in journal.Journal.open(device_name(CPU)).timings.values()} == {"ok"}
 
@@ -181,13 +181,13 @@ def test_a_session_that_goes_on_tells_of_a_mistake_and_tunes_the_rest(clockless,
     rows = []
     broken("forward_torch_shuffle", raising(TypeError("launch() takes 4 arguments")))
     whole = Session(CPU, goes_on=True, write=lambda kind, row: rows.append((kind, row)))
-    report = whole.run(tasks_of([UP, HALO]), Silent())  # kernel 3 at stride 2 is nothing for the broken one
+    report = whole.run(tasks_of([UP, HALO]), Progress())  # kernel 3 at stride 2 is nothing for the broken one
     assert report.errors == 1 and {task.problem for task, _ in report.winners} == {HALO}
     (told,) = [row for kind, row in rows if kind == "error"]
     assert "takes 4" in told["message"] and told["text"] == str(UP)
     broken("forward_torch_shuffle", raising(RuntimeError("CUDA error: an illegal memory access was encountered")))
     with pytest.raises(RuntimeError, match="illegal"):
-        Session(CPU, goes_on=True).run(tasks_of([UP]), Silent())
+        Session(CPU, goes_on=True).run(tasks_of([UP]), Progress())
 
 
 def test_the_efforts_deepen_and_time_nothing_twice(clockless, monkeypatch):
@@ -202,12 +202,12 @@ def test_the_efforts_deepen_and_time_nothing_twice(clockless, monkeypatch):
     monkeypatch.setattr(
         contest.Contest, "_pair", lambda self, *args: tried.append((args[0], args[2])) or real(self, *args)
     )
-    report = Session(CPU).run(tasks_of([UP]), Silent())
+    report = Session(CPU).run(tasks_of([UP]), Progress())
     fields = {name: len(everything(UP, CPU, name, session.ceilings.nominal(CPU), efforts[-1])) for name in PASSES}
     assert {key.split()[0]: each.rivals for key, each in entries().items()} == fields
     assert len(tried) == len(set(tried)) == sum(fields.values())
     assert len(report.winners) == 3 and report.known == []
-    assert len(Session(CPU).run(tasks_of([UP]), Silent()).known) == 1
+    assert len(Session(CPU).run(tasks_of([UP]), Progress()).known) == 1
 
 
 @pytest.mark.parametrize(
@@ -336,7 +336,7 @@ def test_rows_of_a_session_can_be_read_and_name_their_problem(tmp_path, clockles
         header = {"utc": "", "device": "cpu", "device_name": "box", "threads": 1, "torch": "2", "triton": None}
         writer.write("environment", {"schema": 1, "run": writer.run, **header, "scale": "given", "scale_rule": "",
                                      "commit": None})  # fmt: skip
-        Session(CPU, write=writer.write).run(tasks_of([UP]), Silent())
+        Session(CPU, write=writer.write).run(tasks_of([UP]), Progress())
     run = results.read(writer.path)
     assert {row["pass"] for row in run.tuned} == set(PASSES)
     assert {row["stage"] for row in run.timings} == {"screen", "final"}

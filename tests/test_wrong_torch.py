@@ -14,7 +14,7 @@ from tritonconv.autotune.tuning.session import Session, tasks_of
 from tritonconv.kernels import registry
 from tritonconv.lab.bench import case, contestants, gate
 from tritonconv.lab.bench.calls import torch_call
-from tritonconv.lab.bench.progress import Silent
+from tritonconv.lab.bench.progress import Progress
 from tritonconv.lab.bench.standings import standings
 from tritonconv.lab.bench.summary import summary
 from tritonconv.problem import PASSES
@@ -96,7 +96,7 @@ def test_torch_cannot_win_where_its_answer_is_wrong(clockless, wrong_torch, prob
     broken("backward_weight_torch_native", launch)
     wrong_torch("grad_weight", problem.size[2])
     rows: list[tuple[str, dict]] = []
-    report = Session(CPU, write=lambda kind, row: rows.append((kind, row))).run(tasks_of([problem]), Silent())
+    report = Session(CPU, write=lambda kind, row: rows.append((kind, row))).run(tasks_of([problem]), Progress())
     assert report.errors == 0 and len(report.winners) == 3
     assert winner("forward") == "forward_torch_native"
     assert winner("backward_weight") not in ("backward_weight_torch_native", TORCH)

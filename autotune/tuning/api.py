@@ -21,7 +21,7 @@ from tritonconv.autotune.tuning.session import Session, tasks_of
 from tritonconv.autotune.tuning.tasks import Report, Task
 from tritonconv.convert import TORCHS, convert
 from tritonconv.errors import ArgumentError, ArgumentTypeError
-from tritonconv.lab.bench.progress import Progress, Silent
+from tritonconv.lab.bench.progress import Progress
 from tritonconv.problem import Problem
 
 Tunable = nn.Module | Problem | Iterable[Problem]
@@ -56,10 +56,9 @@ def tune(
     if seconds is not None and not 0 < seconds < float("inf"):
         raise ArgumentError(f"tune: seconds expects a number above 0, got {seconds!r}")
     session = Session(where, None if folder is None else Path(folder), seconds, again)
-    shown = progress or Silent()
-    if not _several_processes():
-        return session.run(tasks, shown)
-    return _on_rank_0(session, tasks, shown)
+    shown = progress or Progress()
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return (_on_rank_0 if several else Session.run)(session, tasks, shown)
 
 
 def problems_of(model: nn.Module, *inputs: Any) -> list[tuple[Problem, torch.device]]:
@@ -99,10 +98,6 @@ def _tasks(target: Tunable, inputs: tuple, device: torch.device | str | None) ->
     if inputs or not problems:
         raise ArgumentError("tune: problems take no inputs" if inputs else "tune: target holds no problem")
     return tasks_of(problems), torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-
-def _several_processes() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _on_rank_0(session: Session, tasks: list[Task], progress: Progress) -> Report:

@@ -81,45 +81,33 @@ def count(sample: Sample, ceilings: Ceilings) -> Count | None:
     return Count(kind, sample.record.backend, busy, guess.work.launches, sample.ms)
 
 
-def factors(found: Iterable[Sample], ceilings: Ceilings) -> dict[str, float]:
+def counts(found: Iterable[Sample], ceilings: Ceilings) -> list[Count]:
+    """Of the samples that the model can count."""
+    return [each for each in (count(sample, ceilings) for sample in found) if each is not None]
+
+
+def factors(found: Iterable[Count], ceilings: Ceilings) -> dict[str, float]:
     """Measured over predicted time by :func:`~tritonconv.autotune.model.kind`, for :attr:`Ceilings.factors`.
 
     A backend's name has the factor of all its kinds, for a kind with few timings.
     """
-    return factors_of(_counts(found, ceilings), ceilings)
+    found = list(found)
+    by = {**ratios(found, ceilings), **ratios(found, ceilings, "backend")}
+    return {name: median(values) for name, values in by.items() if len(values) >= model.LEAST_TIMINGS}
 
 
-def factors_of(counts: Iterable[Count], ceilings: Ceilings) -> dict[str, float]:
-    """The same from counts. The ceilings' factors of launches give the time of their launches."""
-    by: dict[str, list[float]] = {}
-    for each in counts:
-        ratio = _ratio(each, ceilings)
-        if ratio is not None:
-            by.setdefault(each.kind, []).append(ratio)
-            by.setdefault(each.backend, []).append(ratio)
-    return {kind: median(values) for kind, values in by.items() if len(values) >= model.LEAST_TIMINGS}
+def ratios(found: Iterable[Count], ceilings: Ceilings, by: str = "kind") -> dict[str, list[float]]:
+    """Measured over predicted time of each count, by kind or ``"backend"``.
 
-
-def ratios(found: Iterable[Sample], ceilings: Ceilings) -> dict[str, list[float]]:
-    """Measured over predicted time of each sample, by kind.
-
-    The launches are taken out of both times; a call that is hardly more than its launches is left out.
+    The launches, timed by the ceilings' factors of launches, are taken out of both times; a call that is hardly more
+    than its launches is left out.
     """
-    by_kind: dict[str, list[float]] = {}
-    for each in _counts(found, ceilings):
-        ratio = _ratio(each, ceilings)
-        if ratio is not None:
-            by_kind.setdefault(each.kind, []).append(ratio)
-    return by_kind
-
-
-def _counts(found: Iterable[Sample], ceilings: Ceilings) -> list[Count]:
-    return [each for each in (count(sample, ceilings) for sample in found) if each is not None]
-
-
-def _ratio(each: Count, ceilings: Ceilings) -> float | None:
-    launches = model.launches_ms(each.launches, ceilings)
-    return (each.ms - launches) / each.busy_ms if each.busy_ms > launches and each.ms > launches else None
+    groups: dict[str, list[float]] = {}
+    for each in found:
+        launches = model.launches_ms(each.launches, ceilings)
+        if each.busy_ms > launches and each.ms > launches:
+            groups.setdefault(getattr(each, by), []).append((each.ms - launches) / each.busy_ms)
+    return groups
 
 
 def keep(found: Ceilings, device: torch.device, folder: Path | None = None) -> None:

@@ -34,8 +34,8 @@ def jobs_of(problems: Iterable[Problem], target: str, configs: int = CONFIGS) ->
     with compiling_for(TARGETS[target]):
         for problem in problems:
             for pass_name in PASSES:
-                chosen = [each.selection for each in candidates(problem, GPU, pass_name, rates, effort)]
-                kernels = [each for each in chosen if each.variant.backend == "triton"]
+                field = candidates(problem, GPU, pass_name, rates, effort)
+                kernels = [each.selection for each in field if each.is_kernel]
                 fields.append([(each.variant.name, problem, each.config) for each in kernels])
     return with_reduced(job for jobs in zip_longest(*fields) for job in jobs if job is not None)
 
@@ -63,9 +63,6 @@ def compiled_first(field: Sequence[Candidate], was_compiled: WasCompiled | None)
     """The candidates in their order, but last those that still have to be compiled."""
     if was_compiled is None:
         return list(field)
-
-    def to_compile(each: Candidate) -> bool:
-        record = each.selection.variant
-        return record.backend == "triton" and not was_compiled(record, each.selection.config)
-
-    return sorted(field, key=to_compile)
+    return sorted(
+        field, key=lambda one: one.is_kernel and not was_compiled(one.selection.variant, one.selection.config)
+    )

@@ -14,7 +14,7 @@ from tritonconv.autotune import model
 from tritonconv.autotune.ceilings import Ceilings
 from tritonconv.autotune.choose import Selection
 from tritonconv.autotune.sources import revision
-from tritonconv.autotune.tuning.journal import FAILED, FINAL, OK, SCREEN, WRONG, Journal, Timing
+from tritonconv.autotune.tuning.journal import FAILED, OK, SCREEN, Journal, Timing
 from tritonconv.dispatch import plan_of
 from tritonconv.kernels.registry import variants
 from tritonconv.kernels.variant import Config, Variant
@@ -24,6 +24,7 @@ from tritonconv.lab.bench.case import Case
 from tritonconv.lab.bench.clock import cpu_stopwatch, first_column, gpu_clock
 from tritonconv.lab.bench.contestants import why_not
 from tritonconv.lab.bench.failures import context_is_lost, disqualifies, one_line
+from tritonconv.lab.bench.measure import Watch
 from tritonconv.lab.bench.results import BASELINE
 from tritonconv.lab.bench.timing import Call, Times
 from tritonconv.problem import Problem
@@ -48,6 +49,11 @@ class Candidate:
     def label(self) -> str:
         config = " ".join(f"{key}={value}" for key, value in self.selection.config.items())
         return f"{self.selection.variant.name} {config}".strip()
+
+    @property
+    def is_kernel(self) -> bool:
+        """A Triton kernel, which must be compiled."""
+        return self.selection.variant.backend == "triton"
 
 
 Ranked = list[tuple[Config, model.Estimate]]
@@ -98,9 +104,14 @@ def candidates(
         for record, pairs in best.items()
         for place, (config, guess) in _placed(record, pairs)
     ]
-    kernels = [each.predicted_ms for _, each in found if _compiled(each)]
+    kernels = [each.predicted_ms for _, each in found if each.is_kernel]
     if kernels:  # on a CPU there are none, and each formulation takes part
-        found = [(place, each) for place, each in found if _takes_part(each, place, min(kernels), effort)]
+        found = [
+            (place, each)
+            for place, each in found
+            if (each.is_kernel or effort.formulations)
+            and each.predicted_ms <= (effort.near if place else effort.far) * min(kernels)
+        ]
     return [each for _, each in sorted(found, key=lambda pair: (pair[0], pair[1].predicted_ms))]
 
 
@@ -134,17 +145,6 @@ def _placed(
         before[form] += 1
 
 
-def _takes_part(candidate: Candidate, place: int, least: float, effort: Effort) -> bool:
-    """``place`` among the configs of its form, ``least`` the prediction of the best kernel."""
-    if not _compiled(candidate) and not effort.formulations:
-        return False
-    return candidate.predicted_ms <= (effort.near if place else effort.far) * least
-
-
-def _compiled(candidate: Candidate) -> bool:
-    return candidate.selection.variant.backend == "triton"
-
-
 @dataclass
 class Contest:
     """Times candidates of one case. A time depends on ``versions``; ``deadline`` is of perf_counter."""
@@ -160,7 +160,7 @@ class Contest:
 
     def __post_init__(self) -> None:
         self.clock = gpu_clock(self.case.device)
-        self.watch: Callable[[Call], float] = self.clock or cpu_stopwatch
+        self.watch: Watch = self.clock or cpu_stopwatch
         self._baseline_ms: dict[str, float] = {}
         self._readings: Mapping[str, Any] = {}  # the clock's, of the last rounds
 
@@ -220,8 +220,11 @@ class Contest:
             return Times({BASELINE: [self._baseline_ms[pass_name]], label: [first]})
         return self._rounds(calls, self.watch, seconds, few_rounds=2, min_rounds=3, max_rounds=60)
 
-    def _rounds(self, calls: Mapping[str, Call], watch: Callable[[Call], float], seconds: float, **rounds) -> Times:
+    def _rounds(
+        self, calls: Mapping[str, Call], watch: Watch, seconds: float, few_rounds=3, min_rounds=7, max_rounds=200
+    ) -> Times:
         """Interleaved, on a GPU behind a warm-up."""
+        rounds = {"few_rounds": few_rounds, "min_rounds": min_rounds, "max_rounds": max_rounds}
         times, self._readings = measure.rounds(calls, watch, self.clock, seconds, **rounds)
         return times
 
@@ -230,7 +233,7 @@ class Contest:
         calls = {BASELINE: self.case.baseline("forward")}
         with spent.on(spent.TRIALS):
             calls |= nulls.calls(self.case, "forward")
-        times = self._rounds(calls, self.watch, seconds, few_rounds=3, min_rounds=7, max_rounds=200)
+        times = self._rounds(calls, self.watch, seconds)
         measured = measure.Measured({first_column(self.case.device): times}, {})
         return [nulls.fields(name, measured) for name in calls if name != BASELINE]
 
@@ -249,18 +252,12 @@ class Contest:
             return self.watch(call)
 
         try:
-            return self._rounds(calls, watch, seconds, few_rounds=3, min_rounds=7, max_rounds=200)
+            return self._rounds(calls, watch, seconds)
         except Exception as error:
             if context_is_lost(error):
                 label = next(label for label, call in calls.items() if call is running)
                 self.keep_loss(finalists.get(label, ()), error)
             raise
-
-    def keep_final(self, pass_name: str, candidate: Candidate, times: Times) -> Timing:
-        """The timing of a finalist, stored."""
-        timing = self._timing(pass_name, candidate, FINAL, times)
-        self._keep(timing, candidate)
-        return timing
 
     def refuses(self, pass_name: str, candidate: Candidate) -> bool:
         """The candidate is known to be wrong, to be refused or to lose the GPU on this problem."""
@@ -271,13 +268,15 @@ class Contest:
 
         It cannot be known which of several did it; torch's own operations are suspected only where they are alone.
         """
-        kernels = [each for each in members if _compiled(each[1])]
+        kernels = [each for each in members if each[1].is_kernel]
         for pass_name, candidate in kernels or members:
-            self._keep(self._timing(pass_name, candidate, SCREEN, message=one_line(error)), candidate)
+            self.keep(pass_name, candidate, SCREEN, message=one_line(error))
 
-    def keep_wrong(self, pass_name: str, candidate: Candidate, message: str) -> None:
-        """Stores that a finalist's answer is wrong."""
-        self._keep(self._timing(pass_name, candidate, SCREEN, message=message, status=WRONG), candidate)
+    def keep(
+        self, pass_name: str, candidate: Candidate, stage: str, times: Times | None = None, **failure: str
+    ) -> None:
+        """Stores a candidate's times, or the ``message`` and the ``status`` of its failure."""
+        self._keep(self._timing(pass_name, candidate, stage, times, **failure), candidate)
 
     def _keep(self, timing: Timing, candidate: Candidate) -> None:
         self.journal.add(timing)

@@ -71,11 +71,9 @@ class Kind:
         _drop_plans(self)
 
     def _compiles(self, candidate: Candidate) -> bool:
-        selection = candidate.selection
-        if selection.variant.backend != "triton":
-            return True
-        launched = plan_of(self.problem, self.device, **{selection.variant.pass_name: selection})
-        return launched.compile(selection.variant.pass_name)
+        name = candidate.selection.variant.pass_name
+        launched = plan_of(self.problem, self.device, **{name: candidate.selection})
+        return not candidate.is_kernel or launched.compile(name)
 
 
 _kinds: dict[tuple, Kind] = {}

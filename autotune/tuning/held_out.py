@@ -20,7 +20,7 @@ from tritonconv.autotune.ceilings import Ceilings
 from tritonconv.autotune.first import MARGIN, takes_part
 from tritonconv.autotune.fit import KERNELS, TORCH, TORCHS, Fit, PassFit, Smoother, place, torch_terms
 from tritonconv.autotune.rules import FALLBACK
-from tritonconv.autotune.tuning.calibrate import Count, Sample, count, factors_of
+from tritonconv.autotune.tuning.calibrate import Count, Sample, count, factors
 from tritonconv.problem import PASSES, Problem
 
 RULE = (
@@ -63,8 +63,7 @@ class Trial(NamedTuple):
     layer: str
     problem: Problem
     pass_name: str
-    timed: Sequence[Timed]
-    counts: Sequence[Count]
+    timed: Sequence[tuple[Timed, Count]]
     torch_ms: float
 
 
@@ -91,20 +90,17 @@ def trials_of(timed: Iterable[Timed], ceilings: Ceilings) -> list[Trial]:
         torch_ms = median(each.sample.ms * each.speedup for each in together)
         pairs = [(each, count(each.sample, ceilings)) for each in mine]
         known = [(each, counted) for each, counted in pairs if counted is not None]
-        trials.append(
-            Trial(layer, problem, pass_name, [each for each, _ in known], [one for _, one in known], torch_ms)
-        )
+        trials.append(Trial(layer, problem, pass_name, known, torch_ms))
     return trials
 
 
 def fit(trials: Sequence[Trial], ceilings: Ceilings, versions: Mapping[str, str | None]) -> Fit:
     """All that is fitted: the time of launches, the factors, torch's own time, and the corrections of each pass."""
-    counts = [one for trial in trials for each, one in zip(trial.timed, trial.counts, strict=True) if not each.torchs]
+    counts = [one for trial in trials for each, one in trial.timed if not each.torchs]
     ceilings = _with_launches(counts, replace(ceilings, factors={}))
-    ceilings = replace(ceilings, factors={**ceilings.factors, **factors_of(counts, ceilings)})
-    passes = {name: [trial for trial in trials if trial.pass_name == name] for name in PASSES}
-    fitted = {name: _pass_fit(mine, name, ceilings) for name, mine in passes.items() if mine}
-    return Fit(ceilings, fitted, versions)
+    ceilings = replace(ceilings, factors={**ceilings.factors, **factors(counts, ceilings)})
+    passes = ((name, [trial for trial in trials if trial.pass_name == name]) for name in PASSES)
+    return Fit(ceilings, {name: _pass_fit(mine, name, ceilings) for name, mine in passes if mine}, versions)
 
 
 def _pass_fit(trials: Sequence[Trial], pass_name: str, ceilings: Ceilings) -> PassFit:
@@ -115,7 +111,7 @@ def _pass_fit(trials: Sequence[Trial], pass_name: str, ceilings: Ceilings) -> Pa
     torchs = Smoother.of([TORCH] * len(trials), places, np.log(torch_ms / (terms @ rates)), TORCHS)
     kinds, rows, logs = [], [], []
     for row, trial in enumerate(trials):
-        for each, one in zip(trial.timed, trial.counts, strict=True):
+        for each, one in trial.timed:
             if not each.torchs:
                 kinds.append(one.kind)
                 rows.append(row)
@@ -203,7 +199,7 @@ def _score(trial: Trial, fitted: Fit, served: Callable[[Sample], bool], margin: 
     of, where = fitted.passes[trial.pass_name], place(trial.problem)
     chosen, best = (1.0, FALLBACK[trial.pass_name]), 1.0
     least = margin * fitted.torch_ms(trial.problem, trial.pass_name, fitted.ceilings)
-    for each, one in zip(trial.timed, trial.counts, strict=True):
+    for each, one in trial.timed:
         if each.torchs or not each.sound or not served(each.sample):
             continue
         best = max(best, each.speedup)

@@ -105,7 +105,7 @@ class Session:
         """Corrects the model by the timings so far, so that it chooses the next candidates better."""
         if self.device.type == "cuda":  # on a CPU each variant has one config, and all of them are timed
             timed = calibrate.samples(self.journal.timings.values(), [task.problem for task in tasks], self.versions)
-            self.factors |= calibrate.factors(timed, self.ceilings)
+            self.factors |= calibrate.factors(calibrate.counts(timed, self.ceilings), self.ceilings)
             self.ceilings = replace(self.ceilings, factors={**self.ceilings.factors, **self.factors})
 
     def _efforts(self) -> tuple[Effort, ...]:
@@ -166,7 +166,7 @@ class Session:
             for name, field in self._fields(task.problem).items()
             if not self._stored(table, task.problem, name, len(field))
             for each in field
-            if each.selection.variant.backend == "triton"
+            if each.is_kernel
         ]
 
     def _fields(self, problem: Problem) -> dict[str, list[Candidate]]:

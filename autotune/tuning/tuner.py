@@ -9,7 +9,7 @@ the winner so, torch's own is stored.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 
@@ -18,6 +18,7 @@ from tritonconv.autotune.rules import FALLBACK
 from tritonconv.autotune.sources import revision
 from tritonconv.autotune.store import Entry
 from tritonconv.autotune.tuning.contest import Candidate, Contest, Members
+from tritonconv.autotune.tuning.journal import FINAL, SCREEN, WRONG, Timing
 from tritonconv.dispatch import plan_of
 from tritonconv.kernels.registry import variant
 from tritonconv.kernels.variant import NO_CONFIG
@@ -32,6 +33,9 @@ PAIRS = 4
 # Shares of a problem's time.
 SCREENING, FORWARD_FINAL = 0.6, 0.15
 FORWARD, GRADIENTS = PASSES[:1], PASSES[1:]
+
+Group = tuple[Candidate, ...]  # the candidates of one call, one for each pass that is decided
+Ran = list[tuple[Candidate, Timing]]
 
 
 @dataclass(frozen=True)
@@ -84,57 +88,59 @@ class ProblemTuner:
 
     def forward(self) -> Winner | None:
         """None where no answer is right, not even torch's. Raises OutOfTime, as :meth:`gradients` does."""
-        (name,) = FORWARD
-        ran = self.contest.screen(name, self.fields[name], self.screening[name])
-        holder = self._untuned(name)
-        finalists = {each.label: each for each in (holder, *(candidate for candidate, _ in ran[:FINALISTS]))}
-        members: dict[str, Members] = {label: [(name, each)] for label, each in finalists.items()}
-        torchs = self.case.baseline(name)
-        right = self._right_calls(name, members)
-        times = self.contest.final({BASELINE: torchs, **right}, members, FORWARD_FINAL * self.seconds)
-        for label in right:
-            self.contest.keep_final(name, finalists[label], times)
-        best = self._best(times, holder.label, list(right), name)
-        if best is None:
-            return None
-        selection = finalists[best].selection if best != BASELINE else _native(name)
-        ms, torch_ms = times.spread(best).median, times.spread(BASELINE).median
-        return Winner(name, selection, ms, torch_ms, len(ran), name, len(self.fields[name]))
+        ran = self._ran(FORWARD)
+        proposed = [(candidate,) for candidate, _ in ran[FORWARD[0]][:FINALISTS]]
+        _, winners = self._decided(FORWARD, proposed, ran, FORWARD_FINAL)
+        return winners[0] if winners else None
 
     def gradients(self, forward: Selection) -> tuple[Winner, ...]:
         """The winners of the two gradients, after those of all three passes where torch alone wins the whole step.
 
         Empty where no answer is right, not even torch's.
         """
-        data, weight = GRADIENTS
-        ran = {name: self.contest.screen(name, self.fields[name], self.screening[name]) for name in GRADIENTS}
-        holder = self._untuned(data), self._untuned(weight)
-        pairs = {_label(pair): pair for pair in [holder, *self._pairs(ran)]}
-        members: dict[str, Members] = {label: list(zip(GRADIENTS, pair, strict=True)) for label, pair in pairs.items()}
-        torchs = self.case.baseline(FORWARD_BACKWARD)
-        right = self._right_calls(FORWARD_BACKWARD, members, forward=forward)
-        share = (1 - SCREENING - FORWARD_FINAL) * self.seconds
-        times = self.contest.final({BASELINE: torchs, **right}, members, share)
-        best = self._best(times, _label(holder), list(right), FORWARD_BACKWARD)
-        if best is None:
-            return ()
-        found = pairs[best] if best != BASELINE else tuple(Candidate(_native(name), 0.0) for name in GRADIENTS)
-        step = times.spread(best).median, times.spread(BASELINE).median
-        winners = [
-            Winner(name, each.selection, *step, len(ran[name]), FORWARD_BACKWARD, len(self.fields[name]))
-            for name, each in zip(GRADIENTS, found, strict=True)
-        ]
+        ran = self._ran(GRADIENTS)
+        share = 1 - SCREENING - FORWARD_FINAL
+        best, winners = self._decided(GRADIENTS, self._pairs(ran), ran, share, forward=forward)
         if best == BASELINE and forward.variant.name != FALLBACK[FORWARD[0]]:
             rivals = len(self.fields[FORWARD[0]])
+            step = winners[0].ms, winners[0].torch_ms
             winners.append(Winner(FORWARD[0], _native(FORWARD[0]), *step, 0, FORWARD_BACKWARD, rivals))
         return tuple(winners)
 
-    def _pairs(self, ran) -> list[tuple[Candidate, Candidate]]:
+    def _ran(self, passes: Sequence[str]) -> dict[str, Ran]:
+        return {name: self.contest.screen(name, self.fields[name], self.screening[name]) for name in passes}
+
+    def _decided(
+        self, passes: Sequence[str], proposed: Sequence[Group], ran: Mapping[str, Ran], share: float, **more: Selection
+    ) -> tuple[str | None, list[Winner]]:
+        """The label of the best, and a winner for each pass: of the proposed groups, of the choice that holds without
+        tuning and of torch's own. None and no winner where no answer is right."""
+        timed = FORWARD_BACKWARD if len(passes) > 1 else passes[0]
+        holder = tuple(Candidate(untuned(self.case.problem, self.case.device, name), 0.0) for name in passes)
+        groups = {_label(group): group for group in (holder, *proposed)}
+        members: dict[str, Members] = {label: list(zip(passes, each, strict=True)) for label, each in groups.items()}
+        torchs = self.case.baseline(timed)
+        right = self._right_calls(timed, members, **more)
+        times = self.contest.final({BASELINE: torchs, **right}, members, share * self.seconds)
+        if len(passes) == 1:
+            for label in right:
+                self.contest.keep(timed, groups[label][0], FINAL, times)
+        best = self._best(times, _label(holder), list(right), timed)
+        if best is None:
+            return None, []
+        found = groups[best] if best != BASELINE else tuple(Candidate(_native(name), 0.0) for name in passes)
+        ms, torch_ms = times.spread(best).median, times.spread(BASELINE).median
+        return best, [
+            Winner(name, each.selection, ms, torch_ms, len(ran[name]), timed, len(self.fields[name]))
+            for name, each in zip(passes, found, strict=True)
+        ]
+
+    def _pairs(self, ran: Mapping[str, Ran]) -> list[Group]:
         """The best of each gradient, and the pairs that share work, cheapest first by their times apart."""
         data, weight = (ran[name] for name in GRADIENTS)
         if not data or not weight:
             return []
-        best = [(data[0][0], weight[0][0])]
+        best: list[Group] = [(data[0][0], weight[0][0])]
         shared = []
         for (left, first), (right, second) in itertools.product(data, weight):
             mine, theirs = left.selection, right.selection
@@ -142,13 +148,9 @@ class ProblemTuner:
             if joint or (mine.prepare is not None and mine.prepare is theirs.prepare):
                 shared.append(((first.median_ms or 0.0) + (second.median_ms or 0.0), (left, right)))
         best += [pair for _, pair in sorted(shared, key=lambda each: each[0])[: PAIRS - 2]]
-        native = tuple(Candidate(_native(name), 0.0) for name in GRADIENTS)
         if self.case.torch_is_safe:
-            best.append(native)  # type: ignore[arg-type]
+            best.append(tuple(Candidate(_native(name), 0.0) for name in GRADIENTS))
         return best
-
-    def _untuned(self, pass_name: str) -> Candidate:
-        return Candidate(untuned(self.case.problem, self.case.device, pass_name), 0.0)
 
     def _best(self, times: Times, holder: str, labels: list[str], pass_name: str) -> str | None:
         """The winner's label: challengers in the order of their speed, torch's own last, where its answer is right."""
@@ -168,7 +170,7 @@ class ProblemTuner:
         found = {label: self._right_call(pass_name, each, **more) for label, each in members.items()}
         calls = {label: call for label, call in found.items() if call is not None}
         for label, verdict in self.case.judge(pass_name).recheck(calls).items():
-            self.contest.keep_wrong(pass_name, members[label][-1][1], str(verdict))
+            self._keep_wrong(members[label], str(verdict))
             del calls[label]
         return calls
 
@@ -183,21 +185,25 @@ class ProblemTuner:
         plan = plan_of(self.case.problem, self.case.device, **more, **chosen)
         try:
             verdict = self.case.verdict(plan, pass_name)
+            wrong = None if verdict.ok else str(verdict)
         except Exception as error:
             if context_is_lost(error):
                 self.contest.keep_loss(members, error)
             if not disqualifies(error):
                 raise
-            self.contest.keep_wrong(pass_name, members[-1][1], one_line(error))
-            return None
-        if not verdict.ok:
-            self.contest.keep_wrong(pass_name, members[-1][1], str(verdict))
-            return None
-        return self.case.call(plan, pass_name)
+            wrong = one_line(error)
+        if wrong is None:
+            return self.case.call(plan, pass_name)
+        self._keep_wrong(members, wrong)
+        return None
+
+    def _keep_wrong(self, members: Members, message: str) -> None:
+        pass_name, last = members[-1]
+        self.contest.keep(pass_name, last, SCREEN, message=message, status=WRONG)
 
 
-def _label(pair: tuple[Candidate, Candidate]) -> str:
-    return " + ".join(each.label for each in pair)
+def _label(group: Group) -> str:
+    return " + ".join(each.label for each in group)
 
 
 def _native(pass_name: str) -> Selection:

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 
@@ -30,11 +30,11 @@ from tritonconv.lab.bench.contestants import served
 from tritonconv.lab.bench.options import Options
 from tritonconv.lab.bench.progress import Progress
 from tritonconv.lab.bench.recording import recording
-from tritonconv.lab.bench.results import BASELINE, COMPILED, OURS, Run
+from tritonconv.lab.bench.results import BASELINE, COMPILED, OURS
 from tritonconv.lab.bench.roofs import TF32
 from tritonconv.lab.bench.rows import versions_of
 from tritonconv.lab.bench.runner import Outcome, header, measure
-from tritonconv.lab.bench.workloads import HEROES, distinct, in_order, left_out
+from tritonconv.lab.bench.workloads import HEROES, Workload, distinct, in_order, left_out
 from tritonconv.lab.inspection.launches import read_active
 from tritonconv.lab.inspection.precompile import Precompiler, target_of
 from tritonconv.lab.verification import Verification
@@ -55,7 +55,6 @@ class Shares(NamedTuple):
 SHARES = {"cuda": Shares(0.04, 0.02, 0.53, 0.07, 0.01), "cpu": Shares(0.12, 0.06, 0.42, 0.05, 0.03)}
 END = 0.02  # reserved for a measurement that still runs when its step's time is over
 STORE = "store"  # the folder of a campaign's choices, in its own
-T = TypeVar("T")
 
 
 class Campaign:
@@ -75,7 +74,8 @@ class Campaign:
 
         Any other error, for example a lost GPU, is written to the file, then raised.
         """
-        self.earlier, self.versions = self._earlier(), versions_of(self.device)
+        before = [results.read(path) for path in results.written(self.folder, results.CAMPAIGN)]
+        self.earlier, self.versions = results.merged(before) if before else None, versions_of(self.device)
         options = self.options
         here, compiling = current(self.device), Precompiler(target_of(self.device), ahead=read_active())
         with (
@@ -88,11 +88,11 @@ class Campaign:
             spent.Ledger() as self.ledger,
         ):
             try:
-                self._step("verify", self._verify)
-                measured = self._step("roofs", self._roofs)
-                finished = self._step("tune", self._tune)
+                self._verify()
+                measured = self._roofs()
+                finished = self._tune()
                 finished = self._bench(measured) and finished
-                self._step("overhead", self._overhead)
+                self._overhead()
                 finished = self._sizes(measured) and finished
                 self.writer.end["reason"] = "complete" if finished else "budget"
             except KeyboardInterrupt:
@@ -102,15 +102,6 @@ class Campaign:
         reason = str(self.writer.end["reason"])
         return Outcome(self.writer.path, reason, self.errors, tuple(self.steps), self.ledger.rounded())
 
-    def _step(self, name: str, run: Callable[[], T]) -> T:
-        self.ledger.step(name)
-        return run()
-
-    def _earlier(self) -> Run | None:
-        """The rows of earlier runs of this folder, which were all on this device."""
-        runs = [results.read(path) for path in results.written(self.folder, results.CAMPAIGN)]
-        return results.merged(runs) if runs else None
-
     def _left(self, reserved: float = 0.0) -> float:
         """Seconds until the budget ends, a share of it reserved for what comes after."""
         return self.seconds * (1 - END - reserved) - (perf_counter() - self.begin)
@@ -118,6 +109,7 @@ class Campaign:
     # -------------------------------------------------------------- the steps
 
     def _verify(self) -> None:
+        self.ledger.step("verify")
         verification = Verification(self.options, self.writer, self.versions, self.compiler, self.progress)
         seconds = min(self.shares.verify * self.seconds, self._left())
         try:
@@ -127,6 +119,7 @@ class Campaign:
 
     def _roofs(self) -> list[dict]:
         """The roofs of earlier runs, and those that they lack, which are measured; puts them into the store."""
+        self.ledger.step("roofs")
         found = list(self.earlier.roofs) if self.earlier else []
         names = {(row["name"], row["dtype"]) for row in found}
         lacking = [dtype for dtype in self.options.dtypes if not self._products(dtype) <= names]
@@ -151,6 +144,7 @@ class Campaign:
         return {(MATMUL, name)} | also
 
     def _tune(self) -> bool:
+        self.ledger.step("tune")
         until = (self.shares.verify + self.shares.roofs + self.shares.tune) * self.seconds
         seconds = min(until - (perf_counter() - self.begin), self._left())
         if seconds <= 0:
@@ -173,37 +167,38 @@ class Campaign:
         return report.reason == "complete"
 
     def _bench(self, known_roofs: list[dict]) -> bool:
-        compiled = self.options.compiled
-        seconds = self._left(self.shares.overhead + (self.shares.compile if compiled else 0))
-        if seconds <= 0:
+        """The layers of models, then torch.compile of the heroes, which is slow to ask."""
+        layers = tuple(layer for layer in self.options.layers if not layer.family)
+        heroes = tuple(layer for layer in layers if layer.name in HEROES) or layers
+        compile_share = self.shares.compile if self.options.compiled else 0
+        if self._left(self.shares.overhead + compile_share) <= 0:
             self.steps.append("bench: no time was left")
             return False
-        layers = tuple(layer for layer in self.options.layers if not layer.family)
-        options = replace(self.options, layers=layers, seconds=seconds, compiled=False, done=self._done(OURS))
-        finished = self._cells("bench", options, known_roofs)
-        seconds = self._left(self.shares.overhead)
-        if compiled and seconds > 0:  # torch.compile is slow to ask, so it is asked of the heroes alone
-            options = replace(
-                options,
-                layers=tuple(layer for layer in layers if layer.name in HEROES) or layers,
-                seconds=seconds,
-                variants=(),
-                only_compiled=True,
-                done=self._done(COMPILED),
-            )
-            finished = self._cells("torch.compile", options, known_roofs) and finished
+        finished = self._cells("bench", layers, known_roofs, self.shares.overhead + compile_share)
+        if self.options.compiled and self._left(self.shares.overhead) > 0:
+            reserved = self.shares.overhead
+            return self._cells("torch.compile", heroes, known_roofs, reserved, COMPILED) and finished
         return finished
 
     def _sizes(self, known_roofs: list[dict]) -> bool:
         """Layers at sizes of no model, with the time that is left."""
-        layers, seconds = tuple(layer for layer in self.options.layers if layer.family), self._left()
-        if not layers or seconds <= 0:
-            return not layers
-        options = replace(self.options, layers=layers, seconds=seconds, compiled=False, done=self._done(OURS))
-        return self._cells("sizes", options, known_roofs)
+        layers = tuple(layer for layer in self.options.layers if layer.family)
+        return not layers or (self._left() > 0 and self._cells("sizes", layers, known_roofs))
 
-    def _cells(self, step: str, options: Options, known_roofs: list[dict]) -> bool:
+    def _cells(
+        self, step: str, layers: tuple[Workload, ...], known_roofs: list[dict], reserved: float = 0.0, timed: str = OURS
+    ) -> bool:
+        """Benchmarks the cells of the layers in which ``timed`` was not yet timed; True where none is left."""
         self.ledger.step(step)
+        options = replace(
+            self.options,
+            layers=layers,
+            seconds=self._left(reserved),
+            compiled=False,
+            only_compiled=timed == COMPILED,
+            variants=() if timed == COMPILED else self.options.variants,
+            done=self._done(timed),
+        )
         run = measure(options, self.writer, self.progress, known_roofs, self.compiler)
         self.errors += run.errors
         self.steps.append(f"{step}: {run.done} of {run.cells} cells, {len(options.done)} known before")
@@ -218,35 +213,23 @@ class Campaign:
         lost = [row for row in self.earlier.errors if row.get("context_lost")]
         rows = [row for row in self.earlier.results if row["variant"] == timed]
         rows += [row for row in lost if (row["variant"] == COMPILED) == (timed == COMPILED)]
-        return frozenset(
-            (row["layer"], row["dtype"], row["layout"], row["pass"])
-            for row in rows
-            if self._concerns(row) and self._same(row)
-        )
-
-    def _concerns(self, row: dict) -> bool:
-        """This run is about the row's cell."""
-        options = self.options
-        return (
-            any(layer.name == row["layer"] for layer in options.layers)
-            and getattr(torch, row["dtype"]) in options.dtypes
-            and row["layout"] in options.layouts
-            and row["pass"] in options.passes
-        )
+        return frozenset((row["layer"], row["dtype"], row["layout"], row["pass"]) for row in rows if self._same(row))
 
     def _same(self, row: dict) -> bool:
-        """The row's cell would run the same now: the same choices of dispatch, sources and versions."""
-        if row.get("versions") != self.versions:
+        """This run has the row's cell, which would run the same now: the same choices, sources and versions."""
+        options, dtype = self.options, getattr(torch, row["dtype"])
+        layer = next((layer for layer in options.layers if layer.name == row["layer"]), None)
+        asked = dtype in options.dtypes and row["layout"] in options.layouts and row["pass"] in options.passes
+        if layer is None or not asked or row.get("versions") != self.versions:
             return False
         if row["variant"] in (BASELINE, COMPILED):
             return True
-        layer = next(layer for layer in self.options.layers if layer.name == row["layer"])
-        problem = layer.problem(getattr(torch, row["dtype"]), row["layout"], self.options.scale)
-        single = next((record for record in self.options.variants if record.name == row["variant"]), None)
-        now = served(single, problem, self.device, row["pass"])
+        single = next((record for record in options.variants if record.name == row["variant"]), None)
+        now = served(single, layer.problem(dtype, row["layout"], options.scale), self.device, row["pass"])
         return all(row.get(key) == value for key, value in now.items())
 
     def _overhead(self) -> None:
+        self.ledger.step("overhead")
         seconds = min(self.shares.overhead * self.seconds, self._left())
         if seconds <= 0 or (self.earlier and self.earlier.overheads):
             return

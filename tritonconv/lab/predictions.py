@@ -16,7 +16,7 @@ from tritonconv.autotune import model
 from tritonconv.autotune.ceilings import Ceilings, from_roofs, nominal
 from tritonconv.autotune.tuning import calibrate, held_out
 from tritonconv.errors import ArgumentError, ResultsError
-from tritonconv.kernels.registry import have_triton, variant, variants
+from tritonconv.kernels.registry import have_triton, variants
 from tritonconv.lab.bench.results import Run
 from tritonconv.lab.bench.summary import columns
 from tritonconv.problem import Problem
@@ -142,13 +142,10 @@ def _name(row: Mapping) -> tuple:
 
 def factors_of(run: Run) -> list[str]:
     """A line per kind of kernel: the median of measured over predicted time, what ``tritonconv tune`` corrects by."""
-    ceilings, samples = ceilings_of(run), []
-    for row in _single(run):
-        if predict(row, ceilings) is not None:
-            record = variant(row["variant"])
-            samples.append(calibrate.Sample(record, problem_of_row(row), _config(row), row["median_ms"]))
+    ceilings = ceilings_of(run)
+    counts = calibrate.counts((sample for _, sample in _single(run) if predict(sample, ceilings) is not None), ceilings)
     lines = [["kind", "timings", "p20", "median", "p80"]]
-    for kind, ratios in sorted(calibrate.ratios(samples, ceilings).items()):
+    for kind, ratios in sorted(calibrate.ratios(counts, ceilings).items()):
         spread = [f"{value:.2f}" for value in np.percentile(ratios, (20, 50, 80))]
         lines.append([kind, str(len(ratios)), *spread])
     return columns(lines, numbers=4)
@@ -158,23 +155,22 @@ def rankings_of(run: Run) -> Iterator[Ranking]:
     """The rankings of a run that have at least LEAST candidates whose variants are known here."""
     ceilings = ceilings_of(run)
     groups: dict[tuple, dict[tuple, tuple[float, float]]] = {}
-    for row in _single(run):
-        where = (row["layer"], row["pass"], row["dtype"], row["layout"])
-        predicted = predict(row, ceilings)
+    for row, sample in _single(run):
+        predicted = predict(sample, ceilings)
         if predicted is not None:
-            config = tuple(sorted(_config(row).items()))
-            groups.setdefault(where, {})[row["variant"], config] = (predicted, row["median_ms"])
+            where = (row["layer"], row["pass"], row["dtype"], row["layout"])
+            config = tuple(sorted(sample.config.items()))
+            groups.setdefault(where, {})[row["variant"], config] = (predicted, sample.ms)
     for (_, pass_name, _, _), candidates in groups.items():
         if len(candidates) >= LEAST:
             predicted, measured = zip(*candidates.values(), strict=True)
             yield Ranking(run.environment["device_name"], pass_name, predicted, measured)
 
 
-def predict(row: Mapping, ceilings: Ceilings) -> float | None:
-    """The model's ms for a row; None where the config is not of this version of the variant."""
-    problem = problem_of_row(row)
+def predict(sample: calibrate.Sample, ceilings: Ceilings) -> float | None:
+    """The model's ms for a sample; None where the config is not of this version of the variant."""
     try:
-        return model.estimate(variant(row["variant"]), problem, _config(row), ceilings).ms
+        return model.estimate(sample.record, sample.problem, sample.config, ceilings).ms
     except (KeyError, ArgumentError):
         return None
 
@@ -188,18 +184,14 @@ def problem_of_row(row: Mapping) -> Problem:
     return Problem(**sizes, dtype=getattr(torch, row["dtype"]), layout=row["layout"])
 
 
-def _single(run: Run) -> Iterator[Mapping]:
-    """Rows that time one variant by itself."""
-    passes = {record.name: record.pass_name for record in variants()}
-    timings = (row for row in run.timings if row["stage"] == "screen")
-    for row in (*run.results, *timings):
-        if passes.get(row["variant"]) == row["pass"] and isinstance(row.get("problem"), dict):
-            yield row
-
-
-def _config(row: Mapping) -> dict[str, int]:
-    config = row.get("config") or {}
-    return config.get(row["pass"], {}) if "chosen" in row else config
+def _single(run: Run) -> Iterator[tuple[Mapping, calibrate.Sample]]:
+    """The rows that time one variant by itself."""
+    records = {record.name: record for record in variants()}
+    for row in (*run.results, *(row for row in run.timings if row["stage"] == "screen")):
+        record, config = records.get(row["variant"]), row.get("config") or {}
+        if record is not None and record.pass_name == row["pass"] and isinstance(row.get("problem"), dict):
+            config = config.get(row["pass"], {}) if "chosen" in row else config
+            yield row, calibrate.Sample(record, problem_of_row(row), config, row["median_ms"])
 
 
 def table(rankings: Iterable[Ranking]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from time import perf_counter
 
 import torch
@@ -33,22 +34,17 @@ CHECKED_AXES = 12  # a problem is verified at no more voxels per axis
 IDENTITY = ("layer", "pass", "dtype", "layout", "variant", "source", "config")
 
 
+@dataclass
 class Verification:
     """``errors`` counts the answers that were wrong or failed, also in earlier runs."""
 
-    def __init__(
-        self,
-        options: Options,
-        writer: Writer,
-        versions: Mapping[str, str | None],
-        compiler: Precompiler,
-        progress: Progress,
-    ) -> None:
-        self.options, self.writer, self.versions = options, writer, versions
-        self.compiler, self.progress = compiler, progress
-        self.device = options.device
-        self.errors = 0
-        self._cases: dict[Problem, Case] = {}  # they are small
+    options: Options
+    writer: Writer
+    versions: Mapping[str, str | None]
+    compiler: Precompiler
+    progress: Progress
+    errors: int = 0
+    _cases: dict[Problem, Case] = field(default_factory=dict)  # they are small
 
     def run(self, earlier: Run | None, seconds: float) -> str:
         """Checks what ``earlier`` runs did not, for so many seconds; says in a line what was done.
@@ -61,7 +57,10 @@ class Verification:
             row for row in before if row["kind"] == "check" or row["status"] == "wrong" or row.get("context_lost")
         ]
         known = {_identity(row): row["kind"] for row in lasting if row.get("versions") == self.versions}
-        answers = [(each, known.get(_identity(_head(*each)))) for each in self._checks()]
+        # Kernels before formulations in torch's operations.
+        served = checks_of(self.options.dtypes, self.options.layouts, self.options.device)
+        checks = sorted(served, key=lambda each: each[1].variant.backend != "triton")
+        answers = [(each, known.get(_identity(_head(*each)))) for each in checks]
         waiting = [each for each, kind in answers if kind is None]
         self.errors = failed = sum(kind == "error" for _, kind in answers)
         self.progress.begin(len(waiting))
@@ -83,18 +82,13 @@ class Verification:
         rest += f", {len(waiting) - checked} left for another run" if checked < len(waiting) else ""
         return f"verify: {checked} answers held against float64, {self.errors} wrong or failed{rest}"
 
-    def _checks(self) -> list[tuple[Task, Selection]]:
-        """Kernels before formulations in torch's operations."""
-        served = checks_of(self.options.dtypes, self.options.layouts, self.device)
-        return sorted(served, key=lambda each: each[1].variant.backend != "triton")
-
     def _check(self, task: Task, chosen: Selection) -> None:
         row = {**_head(task, chosen), "versions": self.versions, "problem": sizes_of(task.problem)}
         pass_name = chosen.variant.pass_name
         try:
-            plan = plan_of(task.problem, self.device, **{pass_name: chosen})
+            plan = plan_of(task.problem, self.options.device, **{pass_name: chosen})
             if task.problem not in self._cases:
-                self._cases[task.problem] = Case(task.problem, self.device)
+                self._cases[task.problem] = Case(task.problem, self.options.device)
             verdict = self._cases[task.problem].verdict(plan, pass_name)
         except Exception as error:
             self.errors += 1

@@ -104,8 +104,8 @@ class CellTimer:
         single = [record for record in options.variants if record.pass_name == cell.pass_name]
         passed: dict[str, Contestant] = {}
         judge, runs_torch = cell.case.judge(cell.pass_name), False
-        names = [BASELINE, *([] if options.only_compiled else [OURS])]
-        names += [COMPILED] if options.compiled or options.only_compiled else []
+        asked = {BASELINE: True, OURS: not options.only_compiled, COMPILED: options.compiled or options.only_compiled}
+        names = [name for name, wanted in asked.items() if wanted]
         for name, record in [*zip(names, itertools.repeat(None)), *((each.name, each) for each in single)]:
             refused = why_not(record, problem, options.device) if record else None
             if refused is not None:

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 
@@ -92,13 +93,14 @@ class GpuClock:
 
 
 class WallClock:
-    """Wall time per eager call in ms: ``calls`` made back to back, from an idle GPU until it is idle again.
+    """Wall time per eager call in ms: ``calls`` made back to back, from an idle device until it is idle again.
 
-    The caches are as the call before left them.
+    The caches are as the call before left them; inputs are shared by the candidates.
     """
 
-    def __init__(self, device: torch.device, calls: int) -> None:
-        self._device, self.calls = device, calls
+    def __init__(self, device: torch.device, calls: int = 1) -> None:
+        self._wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
+        self.calls = calls
 
     @classmethod
     def for_call(cls, device: torch.device, call: Call) -> WallClock:
@@ -108,19 +110,15 @@ class WallClock:
         return cls(device, max(1, min(MOST_WALL_CALLS, int(WALL_BATCH_MS / max(one(call), 1e-3)))))
 
     def __call__(self, call: Call) -> float:
-        torch.cuda.synchronize(self._device)
+        self._wait()
         begin = time.perf_counter()
         for _ in range(self.calls):
             call()
-        torch.cuda.synchronize(self._device)
+        self._wait()
         return (time.perf_counter() - begin) / self.calls * 1e3
 
 
-def cpu_stopwatch(call: Call) -> float:
-    """Wall time of one call in ms. The caches are as the call before left them; inputs are shared by the candidates."""
-    begin = time.perf_counter()
-    call()
-    return (time.perf_counter() - begin) * 1e3
+cpu_stopwatch = WallClock(torch.device("cpu"))
 
 
 def gpu_clock(device: torch.device) -> GpuClock | None:

@@ -12,19 +12,29 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from tritonconv.lab.bench.timing import Ratio, Spread
+from tritonconv.lab.bench.timing import Spread
 
 COLUMNS = GPU, GRAPH, WALL = "gpu", "graph", "wall"
 SAID = {GPU: "the GPU time of an eager call", GRAPH: "that of a CUDA graph", WALL: "the wall time of an eager call"}
 
+SPEEDUP = ("speedup", "speedup_p20", "speedup_p80")
 Row = Mapping[str, object]
 
 
 def spread(row: Row, column: str) -> Spread | None:
     """The times of a result row in a column; None where it was not measured, or of an older row without quantiles."""
-    found = [row.get(f"{column}_{name}") for name in ("ms", "p20_ms", "p80_ms", "runs")]
-    if None in found and column == row.get("timing", WALL):  # an older row
-        found = [row.get(name) for name in ("median_ms", "p20_ms", "p80_ms", "n_runs")]
+    return _quantiles(row, column, ("ms", "p20_ms", "p80_ms"), ("median_ms", "p20_ms", "p80_ms"))
+
+
+def ratio(row: Row, column: str) -> Spread | None:
+    """How many times faster than the baseline of the same rounds; None where that was not measured."""
+    return _quantiles(row, column, SPEEDUP, SPEEDUP)
+
+
+def _quantiles(row: Row, column: str, names: Iterable[str], older: Iterable[str]) -> Spread | None:
+    found = [row.get(f"{column}_{name}") for name in (*names, "runs")]
+    if None in found and column == row.get("timing", WALL):
+        found = [row.get(name) for name in (*older, "n_runs")]
     return None if None in found else Spread(*found)  # type: ignore[arg-type]
 
 
@@ -32,14 +42,6 @@ def median(row: Row, column: str) -> float | None:
     """The median in ms of a column, also of an older row, which has no quantiles of it."""
     found = row.get(f"{column}_ms", row.get("median_ms") if column == row.get("timing", WALL) else None)
     return found if isinstance(found, (int, float)) else None
-
-
-def ratio(row: Row, column: str) -> Ratio | None:
-    """How many times faster than the baseline of the same rounds; None where that was not measured."""
-    found = [row.get(f"{column}_speedup{tail}") for tail in ("", "_p20", "_p80")]
-    if None in found and column == row.get("timing", WALL):  # an older row
-        found = [row.get(f"speedup{tail}") for tail in ("", "_p20", "_p80")]
-    return None if None in found else Ratio(*found)  # type: ignore[arg-type]
 
 
 def columns_of(rows: Iterable[Row]) -> list[str]:

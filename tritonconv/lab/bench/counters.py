@@ -24,7 +24,7 @@ MOST_NAME = 48  # characters; cuDNN's go on for lines
 
 
 def moved_bytes(counters: Mapping[str, float], duration_us: float) -> float | None:
-    """What a kernel read from and wrote to device memory; None where that was not counted."""
+    """The bytes that a kernel read from and wrote to device memory; None where that was not counted."""
     rate = next((counters[key] for unit in PER_SECOND if (key := f"Memory Throughput [{unit}]") in counters), None)
     return None if rate is None else rate * duration_us * 1e-6
 

@@ -91,17 +91,12 @@ def git_state(folder: Path) -> tuple[str | None, bool | None]:
 
     An installed package may lie inside someone else's repository, so the folder must be tracked there.
     """
-    if not _git(folder, "ls-files", "--", "."):
-        return None, None
-    commit = _git(folder, "rev-parse", "HEAD")
+    git = "git", "-C", str(folder)
+    commit = _output(*git, "rev-parse", "HEAD") if _output(*git, "ls-files", "--", ".") else None
     if commit is None:
         return None, None
-    changes = _git(folder, "status", "--porcelain", "--untracked-files=no")
+    changes = _output(*git, "status", "--porcelain", "--untracked-files=no")
     return commit, bool(changes) if changes is not None else None
-
-
-def _git(folder: Path, *args: str) -> str | None:
-    return _output("git", "-C", str(folder), *args)
 
 
 def _output(*command: str) -> str | None:
@@ -114,18 +109,14 @@ def _output(*command: str) -> str | None:
 
 def _gpu(device: torch.device) -> dict[str, object]:
     facts = torch.cuda.get_device_properties(device)
+    driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return {
         "gpu_multiprocessors": facts.multi_processor_count,
         "gpu_memory_bytes": facts.total_memory,
         "gpu_capability": f"{facts.major}.{facts.minor}",
-        "gpu_driver": _driver(),
+        "gpu_driver": driver.split("\n")[0].strip() or None if driver else None,
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
         "cudnn_benchmark": torch.backends.cudnn.benchmark,
         **switches(),
     }
-
-
-def _driver() -> str | None:
-    found = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    return found.split("\n")[0].strip() or None if found else None

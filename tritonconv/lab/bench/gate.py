@@ -77,35 +77,23 @@ def reduced(problem: Problem, device: torch.device) -> Problem:
     c_in stays, and an axis is as much longer as it takes for the kernels that are compiled for the problem to be those
     of the reduced one too.
     """
-    if device.type == "cuda":
-        return _served_alike(problem)
-    for axis in range(3):
-        size = list(problem.size)
-        size[axis] = min(size[axis], LARGEST_AXES[axis])
-        try:
-            problem = resized(problem, tuple(size), min(problem.n, LARGEST_BATCH))  # type: ignore[arg-type]
-        except ArgumentError:
-            continue
-    while math.prod(problem.weight_shape) > LARGEST_WEIGHT and problem.groups == 1 and problem.c_in % 2 == 0:
-        problem = replace(problem, c_in=problem.c_in // 2)
-    return problem
-
-
-def _served_alike(problem: Problem) -> Problem:
-    """Fewer voxels, and what is compiled in is the same: what divides the strides of x and y, and the widths."""
+    on_gpu = device.type == "cuda"
     size, n = list(problem.size), min(problem.n, LARGEST_BATCH)
     found = resized(problem, problem.size, n)
     for axis in (2, 1, 0):  # the strides of an axis hold the sizes of those behind it
         whole = size[axis]
-        for shorter in range(min(LARGEST_AXES[axis], whole), whole):
-            size[axis] = shorter
+        least = min(LARGEST_AXES[axis], whole)
+        for size[axis] in range(least, whole) if on_gpu else (least,):
             with contextlib.suppress(ArgumentError):
                 small = resized(problem, tuple(size), n)  # type: ignore[arg-type]
-                if shorter not in size[axis + 1 :] and _compiled_in(small, axis) == _compiled_in(problem, axis):
+                alike = size[axis] not in size[axis + 1 :] and _compiled_in(small, axis) == _compiled_in(problem, axis)
+                if alike or not on_gpu:
                     found = small
                     break
         else:
             size[axis] = whole
+    while not on_gpu and math.prod(found.weight_shape) > LARGEST_WEIGHT and found.groups == 1 and found.c_in % 2 == 0:
+        found = replace(found, c_in=found.c_in // 2)
     return found
 
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 
 from tritonconv.lab.bench import gpu, spent
 from tritonconv.lab.bench.clock import GpuClock, WallClock, cpu_stopwatch, garbage_waits
-from tritonconv.lab.bench.columns import GPU, GRAPH, WALL
-from tritonconv.lab.bench.timing import Call, Ratio, Spread, Times, interleave, warm_up
+from tritonconv.lab.bench.columns import GPU, GRAPH, SPEEDUP, WALL
+from tritonconv.lab.bench.timing import Call, Times, interleave, warm_up
 
 # Shares of a cell's seconds on a GPU, and of each time what the warm-up may take.
 SHARES = {GPU: 0.45, GRAPH: 0.3, WALL: 0.25}
@@ -37,23 +36,13 @@ class Measured:
         found: dict[str, object] = {}
         for column, times in self.times.items():
             if name in times.rounds:
-                ratio = times.speedup(name, baseline) if baseline in times.rounds else None
-                found |= _fields(column, times.spread(name), ratio)
+                mine = times.spread(name)
+                ratio = times.speedup(name, baseline)[:3] if baseline in times.rounds else [None] * 3
+                of_column = ("ms", "p20_ms", "p80_ms", "runs", *SPEEDUP)
+                found |= {f"{column}_{key}": value for key, value in zip(of_column, (*mine, *ratio), strict=True)}
         for column, readings in self.clock.items():
             found |= readings if column == self.first else {f"{column}_late_samples": readings["late_samples"]}
         return found
-
-
-def _fields(column: str, times: Spread, ratio: Ratio | None) -> dict[str, object]:
-    return {
-        f"{column}_ms": times.median,
-        f"{column}_p20_ms": times.p20,
-        f"{column}_p80_ms": times.p80,
-        f"{column}_runs": times.runs,
-        f"{column}_speedup": ratio.median if ratio else None,
-        f"{column}_speedup_p20": ratio.p20 if ratio else None,
-        f"{column}_speedup_p80": ratio.p80 if ratio else None,
-    }
 
 
 def rounds(
@@ -81,24 +70,18 @@ def measure(
     """
     if clock is None:
         return Measured({WALL: rounds(calls, cpu_stopwatch, None, seconds)[0]}, {})
-    times: dict[str, Times] = {}
-    readings: dict[str, Mapping[str, Any]] = {}
-
-    def column(name: str, of: Mapping[str, Call], watch: Watch) -> None:
-        times[name], of_column = rounds(of, watch, clock, SHARES[name] * seconds)
-        if name != WALL:
-            readings[name] = of_column
-
-    column(GPU, calls, clock)
-    _graphs(calls, baseline, device, partial(column, GRAPH), clock)
-    column(WALL, calls, WallClock.for_call(device, next(iter(calls.values()))))
+    times, readings = {}, {}
+    times[GPU], readings[GPU] = rounds(calls, clock, clock, SHARES[GPU] * seconds)
+    graphs = _graphs(calls, device)
+    if graphs and (baseline in graphs or baseline not in calls):
+        times[GRAPH], readings[GRAPH] = rounds(graphs, clock, clock, SHARES[GRAPH] * seconds)
+    del graphs  # and their memory
+    wall = WallClock.for_call(device, next(iter(calls.values())))
+    times[WALL], _ = rounds(calls, wall, clock, SHARES[WALL] * seconds)
     return Measured(times, readings)
 
 
-def _graphs(calls: Mapping[str, Call], baseline: str, device: torch.device, column, clock: GpuClock) -> None:
-    """The graphs' memory is given back when this returns."""
+def _graphs(calls: Mapping[str, Call], device: torch.device) -> dict[str, Call]:
     with spent.on(spent.GRAPHS):
         captured = {name: gpu.captured(call, device) for name, call in calls.items()}
-    graphs = {name: replay for name, replay in captured.items() if replay is not None}
-    if graphs and (baseline in graphs or baseline not in calls):
-        column(graphs, clock)
+    return {name: replay for name, replay in captured.items() if replay is not None}

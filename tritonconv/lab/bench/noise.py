@@ -1,4 +1,4 @@
-"""What null rows say: a difference between contestants counts only beyond theirs (``nulls.py``)."""
+"""The noise that null rows show: a difference between contestants counts only beyond theirs (``nulls.py``)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SAID = {AGAIN: "torch against torch", OUR_ROAD: "torch's kernels by our road"}
 
 @dataclass(frozen=True)
 class Band:
-    """What null rows show in one column: the least and the largest ratio to torch, 1 between them; ``rows`` of them."""
+    """The null rows in one column: the least and the largest ratio to torch, 1 between them; ``rows`` of them."""
 
     low: float
     high: float

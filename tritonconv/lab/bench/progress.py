@@ -6,20 +6,13 @@ import importlib.util
 import sys
 import time
 from collections.abc import Callable
-from typing import Protocol, TextIO
+from typing import TextIO
 
 SECONDS_BETWEEN_LINES = 5.0
 
 
-class Progress(Protocol):
-    """How many cells there are, and each one that is done."""
-
-    def begin(self, cells: int) -> None: ...
-    def step(self, text: str) -> None: ...
-
-
-class Silent:
-    """Shows nothing; also the frame of the others. A context manager that ends the display."""
+class Progress:
+    """How many cells there are, and each one that is done. This one shows nothing; the block of it ends the display."""
 
     def begin(self, cells: int) -> None:
         pass
@@ -30,14 +23,14 @@ class Silent:
     def close(self) -> None:
         pass
 
-    def __enter__(self) -> Silent:
+    def __enter__(self) -> Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
 
-class Lines(Silent):
+class Lines(Progress):
     """``12/312 cells, 8 s, about 200 s left: NAME`` at most every few seconds."""
 
     def __init__(self, out: TextIO, clock: Callable[[], float] = time.monotonic, unit: str = "cells") -> None:
@@ -61,7 +54,7 @@ class Lines(Silent):
             print(f"{self._done}/{self._cells} {self._unit}, {spent:.0f} s{rest}: {text}", file=self._out, flush=True)
 
 
-class Bar(Silent):
+class Bar(Progress):
     """rich's progress bar."""
 
     def __init__(self, out: TextIO, first: str = "measuring the roofs") -> None:
@@ -90,14 +83,16 @@ class Bar(Silent):
         self._bar.stop()
 
 
-def progress(quiet: bool, out: TextIO | None = None, unit: str = "cells", first: str = "measuring the roofs") -> Silent:
+def progress(
+    quiet: bool, out: TextIO | None = None, unit: str = "cells", first: str = "measuring the roofs"
+) -> Progress:
     """The display that fits the stream (stderr by default); without rich a terminal gets plain lines.
 
     ``unit`` is what is counted, ``first`` what goes on before the first of them.
     """
     stream = sys.stderr if out is None else out
     if quiet:
-        return Silent()
+        return Progress()
     if stream.isatty() and importlib.util.find_spec("rich") is not None:
         return Bar(stream, first)
     return Lines(stream, unit=unit)

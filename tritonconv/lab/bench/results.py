@@ -6,6 +6,7 @@ the run ended. Each row is written, flushed and synced at once, so whatever stop
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -22,8 +23,6 @@ from tritonconv.errors import ResultsError
 from tritonconv.kernels.registry import renamed
 
 SCHEMA = 1
-KINDS = ("environment", "roof", "check", "result", "null", "timing", "tuned", "overhead", "profile", "skip", "error",
-         "end")  # fmt: skip
 LATEST = "latest.jsonl"
 PREFIX, CAMPAIGN, PROFILE = "bench-", "campaign-", "profile-"
 NAME = re.compile(r"[a-z]+-\d{8}T\d{6}Z-[0-9a-f]+\.jsonl$")
@@ -33,45 +32,39 @@ SAME = ("layer", "pass", "dtype", "layout", "variant", "config", "stage", "launc
 OF_LAYERS = ("results", "nulls", "timings", "tuned", "overheads", "profiles", "checks")
 BASELINE, OURS, COMPILED = "torch", "tritonconv", "torch_compile"
 
-_NUMBER = (int, float)
-_TEXT = (str,)
-_MAYBE_TEXT = (str, type(None))
-_MAYBE_NUMBER = (int, float, type(None))
-_TABLE = (dict,)
-# What a reader relies on; a row may carry more.
-REQUIRED: dict[str, dict[str, tuple[type, ...]]] = {
-    "environment": {"schema": (int,), "run": _TEXT, "utc": _TEXT, "device": _TEXT, "device_name": _TEXT,
-                    "threads": (int,), "torch": _TEXT, "triton": _MAYBE_TEXT, "scale": _TEXT, "scale_rule": _TEXT,
-                    "commit": _MAYBE_TEXT},
-    "roof": {"name": _TEXT, "what": _TEXT, "dtype": _MAYBE_TEXT, "value": _NUMBER, "unit": _TEXT},
-    "result": {"layer": _TEXT, "suite": _TEXT, "pass": _TEXT, "dtype": _TEXT, "layout": _TEXT, "variant": _TEXT,
-               "median_ms": _NUMBER, "p20_ms": _NUMBER, "p80_ms": _NUMBER, "n_runs": (int,), "flops": _NUMBER,
-               "bytes": _NUMBER, "speedup": _MAYBE_NUMBER, "speedup_p20": _MAYBE_NUMBER, "speedup_p80": _MAYBE_NUMBER},
-    # What differs from torch in nothing that a clock should see, timed beside it: see nulls.py.
-    "null": {"layer": _TEXT, "pass": _TEXT, "dtype": _TEXT, "layout": _TEXT, "variant": _TEXT, "timing": _TEXT},
+_CELL = "layer pass dtype layout variant"
+# The fields that a reader relies on, by kind; a row may carry more. With "?" null is a value too.
+REQUIRED = {
+    "environment": "schema run utc device device_name threads torch triton? scale scale_rule commit?",
+    "roof": "name what dtype? value unit",
+    "result": f"{_CELL} suite median_ms p20_ms p80_ms n_runs flops bytes speedup? speedup_p20? speedup_p80?",
+    # It differs from torch in nothing that a clock should see, and was timed beside it: see nulls.py.
+    "null": f"{_CELL} timing",
     # A variant whose answer was held against float64, and not timed.
-    "check": {"layer": _TEXT, "pass": _TEXT, "dtype": _TEXT, "layout": _TEXT, "variant": _TEXT,
-              "max_error": _NUMBER, "tolerance": _NUMBER},
+    "check": f"{_CELL} max_error tolerance",
     # One candidate of the tuner: a variant with one config. ``stage`` is "screen" or "final"; predicted_ms the model's.
-    "timing": {"layer": _TEXT, "suite": _TEXT, "pass": _TEXT, "dtype": _TEXT, "layout": _TEXT, "variant": _TEXT,
-               "config": _TABLE, "stage": _TEXT, "median_ms": _NUMBER, "p20_ms": _NUMBER, "p80_ms": _NUMBER,
-               "n_runs": (int,), "predicted_ms": _MAYBE_NUMBER, "speedup": _MAYBE_NUMBER},
-    # What the tuner stored for one pass of a layer; torch_ms is torch's own in the same rounds.
-    "tuned": {"layer": _TEXT, "suite": _TEXT, "pass": _TEXT, "dtype": _TEXT, "layout": _TEXT, "variant": _TEXT,
-              "config": _TABLE, "median_ms": _NUMBER, "torch_ms": _NUMBER},
+    "timing": f"{_CELL} suite config stage median_ms p20_ms p80_ms n_runs predicted_ms? speedup?",
+    # The tuner's choice for one pass of a layer; torch_ms is torch's own in the same rounds.
+    "tuned": f"{_CELL} suite config median_ms torch_ms",
     # Time of the Python and the launches of one call on a tiny layer; variant is torch's or ours.
-    "overhead": {"layer": _TEXT, "pass": _TEXT, "dtype": _TEXT, "layout": _TEXT, "variant": _TEXT,
-                 "median_us": _NUMBER, "p20_us": _NUMBER, "p80_us": _NUMBER, "n_runs": (int,)},
-    # What ncu counted of one kernel of a call; counters by "name [unit]".
-    "profile": {"layer": _TEXT, "pass": _TEXT, "dtype": _TEXT, "layout": _TEXT, "variant": _TEXT, "kernel": _TEXT,
-                "launch": (int,), "duration_us": _NUMBER, "counters": _TABLE},
-    "skip": {"layer": _TEXT, "pass": _TEXT, "variant": _TEXT, "message": _TEXT},
-    "error": {"layer": _TEXT, "pass": _TEXT, "variant": _TEXT, "status": _TEXT, "message": _TEXT},
-    "end": {"reason": _TEXT},
-}  # fmt: skip
-_POSITIVE = {"roof": ("value",), "result": ("median_ms", "p20_ms", "p80_ms", "n_runs", "bytes"),
-             "timing": ("median_ms", "p20_ms", "p80_ms", "n_runs"), "tuned": ("median_ms", "torch_ms"),
-             "overhead": ("median_us", "p20_us", "p80_us", "n_runs"), "profile": ("duration_us",)}  # fmt: skip
+    "overhead": f"{_CELL} median_us p20_us p80_us n_runs",
+    # The counters of ncu for one kernel of a call, by "name [unit]".
+    "profile": f"{_CELL} kernel launch duration_us counters",
+    "skip": "layer pass variant message",
+    "error": "layer pass variant status message",
+    "end": "reason",
+}
+KINDS = tuple(REQUIRED)
+_NUMBERS = (int, float)
+_TIMES = ("median_ms", "p20_ms", "p80_ms", "n_runs", "torch_ms", "median_us", "p20_us", "p80_us", "duration_us")
+_ABOVE_0 = {*_TIMES, "value", "bytes"}
+# The types of fields that are no text.
+_TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys((*_ABOVE_0, "flops", "speedup", "speedup_p20", "speedup_p80", "predicted_ms"), _NUMBERS),
+    **dict.fromkeys(("max_error", "tolerance"), _NUMBERS),
+    **dict.fromkeys(("schema", "threads", "n_runs", "launch"), (int,)),
+    **dict.fromkeys(("config", "counters"), (dict,)),
+}
 
 
 class Writer:
@@ -262,42 +255,24 @@ def read(path: Path) -> Run:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ResultsError(f"results: cannot read {path}: {error}") from None
-    lines = text.split("\n")
-    tail = lines.pop()  # empty where the file ends with a newline
-    cut_off = tail and not _is_json(tail)
-    if tail and not cut_off:
-        lines.append(tail)
     run: Run | None = None
-    for number, line in enumerate(lines, start=1):
-        row = _of_today(_checked(path, number, _parsed(path, number, line)))
-        if run is None:
-            run = _begin(path, row)
-        else:
-            _add(path, number, run, row)
+    cut_off: list[str] = []
+    for number, line in enumerate(io.StringIO(text), start=1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            if line.endswith("\n"):
+                raise ResultsError(f"{path}:{number}: not JSON: {error}") from None
+            cut_off.append(f"{path}:{number}: the last line was cut off and is left out")
+            break
+        try:
+            run = _with_row(run, path, row)
+        except ValueError as error:
+            raise ResultsError(f"{path}:{number}: {error}") from None
     if run is None:
         raise ResultsError(f"{path}:1: expected an environment row, the file has no finished line")
-    if cut_off:
-        run.warnings.append(f"{path}:{len(lines) + 1}: the last line was cut off and is left out")
+    run.warnings += cut_off
     return run
-
-
-def _is_json(text: str) -> bool:
-    try:
-        json.loads(text)
-    except json.JSONDecodeError:
-        return False
-    return True
-
-
-def _parsed(path: Path, number: int, line: str) -> dict:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ResultsError(f"{path}:{number}: not JSON: {error}") from None
-    if not isinstance(row, dict) or row.get("kind") not in KINDS:
-        kind = row.get("kind") if isinstance(row, dict) else row
-        raise ResultsError(f"{path}:{number}: kind expects one of {', '.join(KINDS)}, got {kind!r}")
-    return row
 
 
 def _of_today(row: dict) -> dict:
@@ -312,36 +287,41 @@ def _of_today(row: dict) -> dict:
     return row
 
 
-def _checked(path: Path, number: int, row: dict) -> dict:
-    kind = row["kind"]
-    for key, types in REQUIRED[kind].items():
+def _check(row: Any) -> None:
+    """Raises ValueError for a row without what a reader relies on."""
+    kind = row.get("kind") if isinstance(row, dict) else row
+    if not isinstance(row, dict) or kind not in KINDS:
+        raise ValueError(f"kind expects one of {', '.join(KINDS)}, got {kind!r}")
+    for field_ in REQUIRED[kind].split():
+        key, types = field_.rstrip("?"), _TYPES.get(field_.rstrip("?"), (str,))
         if key not in row:
-            raise ResultsError(f"{path}:{number}: the {kind} row has no {key!r}")
+            raise ValueError(f"the {kind} row has no {key!r}")
         value = row[key]
+        if value is None and key != field_:
+            continue
         if not isinstance(value, types) or isinstance(value, bool):
-            names = " or ".join("null" if each is type(None) else each.__name__ for each in types)
-            raise ResultsError(f"{path}:{number}: {key} expects {names}, got {value!r}")
+            names = " or ".join([*(each.__name__ for each in types), *(["null"] if key != field_ else [])])
+            raise ValueError(f"{key} expects {names}, got {value!r}")
         if isinstance(value, float) and not math.isfinite(value):
-            raise ResultsError(f"{path}:{number}: {key} expects a finite number, got {value!r}")
-    for key in _POSITIVE.get(kind, ()):
-        if row[key] <= 0:
-            raise ResultsError(f"{path}:{number}: {key} must be above 0, got {row[key]!r}")
-    return row
+            raise ValueError(f"{key} expects a finite number, got {value!r}")
+        if key in _ABOVE_0 and row[key] <= 0:
+            raise ValueError(f"{key} must be above 0, got {value!r}")
 
 
-def _begin(path: Path, row: dict) -> Run:
-    if row["kind"] != "environment":
-        raise ResultsError(f"{path}:1: expected an environment row first, got kind {row['kind']!r}")
-    if row["schema"] != SCHEMA:
-        raise ResultsError(f"{path}:1: schema expects {SCHEMA}, which this version reads, got {row['schema']!r}")
-    return Run(path, row)
-
-
-def _add(path: Path, number: int, run: Run, row: dict) -> None:
+def _with_row(run: Run | None, path: Path, row: dict) -> Run:
+    """The run with a row more, a new one of the first. Raises ValueError for a row that is wrong."""
+    _check(row)
     kind = row["kind"]
+    if run is None:
+        if kind != "environment":
+            raise ValueError(f"expected an environment row first, got kind {kind!r}")
+        if row["schema"] != SCHEMA:
+            raise ValueError(f"schema expects {SCHEMA}, which this version reads, got {row['schema']!r}")
+        return Run(path, row)
     if kind == "environment":
-        raise ResultsError(f"{path}:{number}: a second environment row; one file holds one run")
+        raise ValueError("a second environment row; one file holds one run")
     if kind == "end":
         run.end = row
     else:
-        getattr(run, kind if kind == "tuned" else f"{kind}s").append(row)
+        getattr(run, kind if kind == "tuned" else f"{kind}s").append(_of_today(row))
+    return run

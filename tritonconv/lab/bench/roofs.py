@@ -19,7 +19,7 @@ import torch
 from tritonconv.autotune.ceilings import COPY_CACHE, COPY_L2, COPY_MEMORY, LAUNCH, MATMUL
 from tritonconv.kernels.torch_products import product
 from tritonconv.lab.bench import gpu
-from tritonconv.lab.bench.clock import stopwatch_for
+from tritonconv.lab.bench.clock import WallClock, stopwatch_for
 from tritonconv.lab.bench.timing import Call, quantile
 from tritonconv.precision import IEEE, TF32
 
@@ -77,19 +77,9 @@ def _copies_in_l2(device: torch.device, watch, seconds: float) -> Iterator[dict[
 
 def _launch(device: torch.device, seconds: float):
     """One call of the smallest operation, from Python: on a GPU of many that are queued, on a CPU with its work."""
-    tensor = torch.zeros(1, device=device)
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-
-    def watch(call: Call) -> float:
-        wait()
-        begin = time.perf_counter()
-        for _ in range(LAUNCHES):
-            call()
-        wait()
-        return (time.perf_counter() - begin) * 1e6 / LAUNCHES
-
-    times = _times(lambda: tensor.add_(1), watch, min(seconds, MOST_LAUNCH_SECONDS))
-    best, middle = min(times), quantile(times, 0.5)
+    tensor, wall = torch.zeros(1, device=device), WallClock(device, LAUNCHES)
+    times = _times(lambda: tensor.add_(1), wall, min(seconds, MOST_LAUNCH_SECONDS))
+    best, middle = min(times) * 1e3, quantile(times, 0.5) * 1e3
     return {"name": LAUNCH, "what": "launch of a tiny operation", "dtype": None, "value": best, "median": middle,
             "unit": "us", "runs": len(times) * LAUNCHES}  # fmt: skip
 

@@ -32,7 +32,7 @@ class Standing:
 
     @property
     def torch_chosen(self) -> bool:
-        """What runs is torch's own call."""
+        """Ours runs torch's own call."""
         chosen = (self.ours.get("chosen") or {}).values()
         return bool(chosen) and all(name.endswith(TORCHS_OWN) for name in chosen)
 

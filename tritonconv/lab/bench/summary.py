@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -67,16 +68,17 @@ def overlaps_one(row: Mapping) -> bool:
 def groups(rows: Iterable[Mapping], variant: str = OURS, noise: float = 1.0) -> list[Group]:
     """One group per pass, dtype and layout, and one of all layouts where there are several; in the rows' order."""
     rows = [row for row in rows if row["variant"] == variant and row["speedup"] is not None and not row.get("family")]
-    parts = []
-    for pass_name, dtype in dict.fromkeys((row["pass"], row["dtype"]) for row in rows):
-        same = [row for row in rows if row["pass"] == pass_name and row["dtype"] == dtype]
-        layouts = list(dict.fromkeys(row["layout"] for row in same))
-        for layout in layouts:
-            mine = tuple(row for row in same if row["layout"] == layout)
-            parts.append(Group(variant, pass_name, dtype, layout, mine, noise))
+    parts: dict[tuple[str, str], dict[str, list[Mapping]]] = {}
+    for row in rows:
+        parts.setdefault((row["pass"], row["dtype"]), {}).setdefault(row["layout"], []).append(row)
+    for layouts in parts.values():
         if len(layouts) > 1:
-            parts.append(Group(variant, pass_name, dtype, "all", tuple(same), noise))
-    return parts
+            layouts["all"] = list(itertools.chain(*layouts.values()))
+    return [
+        Group(variant, *key, layout, tuple(mine), noise)
+        for key, layouts in parts.items()
+        for layout, mine in layouts.items()
+    ]
 
 
 def fast_p(ratios: Sequence[float], p: float) -> float:
@@ -86,24 +88,21 @@ def fast_p(ratios: Sequence[float], p: float) -> float:
 
 def _in_classes(run: Run) -> list[str]:
     """Geometric means per class of layer and pass, our best layout against the best torch."""
-    by: dict[tuple[str, str], dict[tuple[str, str], float]] = {}
-    for one in standings(run.of_models()):
-        mine = by.setdefault((one.ours.get("class", "?"), one.ours["pass"]), {})
-        mine[one.ours["layer"], one.ours["dtype"]] = one.ratio
-    if not by:
+    found = standings(run.of_models())
+    if not found:
         return []
     wrong = {(row["layer"], row.get("dtype"), row["pass"]) for row in run.errors if row["variant"] == OURS}
-    head = ["class", "pass", "layers", "geomean", *(f"fast_{p:g}" for p in FAST_P)]
-    lines = []
-    for name in (*CLASSES, "?"):
-        lines += [[name, *_fast(pass_name, by[kind, pass_name], 0)] for kind, pass_name in by if kind == name]
-    for pass_name in dict.fromkeys(each for _, each in by):
-        whole: dict[tuple[str, str], float] = {}
-        for (_, each), ratios in by.items():
-            if each == pass_name:
-                whole |= ratios
-        lines.append(["all", *_fast(pass_name, whole, sum(each == pass_name for _, _, each in wrong))])
-    return columns([head, *lines], numbers=2 + len(FAST_P))
+    lines = [["class", "pass", "layers", "geomean", *(f"fast_{p:g}" for p in FAST_P)]]
+    passes = dict.fromkeys(one.ours["pass"] for one in found)
+    for name, pass_name in [*itertools.product((*CLASSES, "?"), passes), *(("all", each) for each in passes)]:
+        of_class = [one for one in found if name in ("all", one.ours.get("class", "?"))]
+        ratios = [one.ratio for one in of_class if one.ours["pass"] == pass_name]
+        if ratios:
+            # A wrong answer is not fast.
+            values = ratios + [0.0] * (sum(each == pass_name for _, _, each in wrong) if name == "all" else 0)
+            shares = [f"{fast_p(values, p):.0%}" for p in FAST_P]
+            lines.append([name, pass_name, str(len(ratios)), f"{mean(ratios):.2f}", *shares])
+    return columns(lines, numbers=2 + len(FAST_P))
 
 
 def _in_columns(run: Run) -> list[str]:
@@ -120,12 +119,6 @@ def _in_columns(run: Run) -> list[str]:
             rows.append([column, *key, str(len(each)), f"{mean(one.ratio for one in each):.2f}", str(below), shown])
     legend = "; ".join(f"{column}: {SAID[column]}" for column in by) + "; slower: below what the null rows show"
     return ["", "our best layout against the best torch, by column:", "", *columns(rows, numbers=4), "", legend]
-
-
-def _fast(pass_name: str, ratios: Mapping[tuple[str, str], float], wrong: int) -> list[str]:
-    values = [*ratios.values(), *[0.0] * wrong]  # a wrong answer is not fast
-    shares = [f"{fast_p(values, p):.0%}" for p in FAST_P]
-    return [pass_name, str(len(ratios)), f"{mean(ratios.values()):.2f}", *shares]
 
 
 def summary(run: Run) -> str:
@@ -176,16 +169,13 @@ def summary(run: Run) -> str:
 
 
 def _table(rows: Sequence[Group]) -> list[str]:
-    named = any(group.variant != OURS for group in rows)
-    head = ["pass", "dtype", "layout", "layers", "geomean", "faster", "slower"]
+    head = ["variant", "pass", "dtype", "layout", "layers", "geomean", "faster", "slower"]
     cells = [
-        [g.pass_name, g.dtype, g.layout, str(g.layers), f"{g.geomean:.2f}", str(g.faster), str(g.slower)] for g in rows
+        [g.variant, g.pass_name, g.dtype, g.layout, str(g.layers), f"{g.geomean:.2f}", str(g.faster), str(g.slower)]
+        for g in rows
     ]
-    if named:
-        head.insert(0, "variant")
-        for line, group in zip(cells, rows, strict=True):
-            line.insert(0, group.variant)
-    return columns([head, *cells], numbers=4)
+    unnamed = all(group.variant == OURS for group in rows)
+    return columns([line[unnamed:] for line in (head, *cells)], numbers=4)
 
 
 def _worst(rows: Sequence[Mapping]) -> list[str]:
@@ -199,12 +189,7 @@ def _worst(rows: Sequence[Mapping]) -> list[str]:
 
 def columns(rows: Sequence[Sequence[str]], numbers: int) -> list[str]:
     """Rows of text in aligned columns; the last ``numbers`` columns are set flush right."""
-    widths = [max(len(row[index]) for row in rows) for index in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [
-            cell.rjust(width) if index >= len(row) - numbers else cell.ljust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return lines
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    sides = "<" * (len(widths) - numbers) + ">" * numbers
+    cells = (zip(row, sides, widths, strict=True) for row in rows)
+    return ["  ".join(f"{cell:{side}{width}}" for cell, side, width in row).rstrip() for row in cells]

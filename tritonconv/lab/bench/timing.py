@@ -8,11 +8,12 @@ use too, the ratio of two medians can lie outside all the ratios that were seen.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
+
+import numpy as np
 
 from tritonconv.errors import ArgumentError
 
@@ -39,25 +40,13 @@ class Spread(NamedTuple):
         return cls(quantile(values, 0.5), quantile(values, 0.2), quantile(values, 0.8), len(values))
 
 
-class Ratio(NamedTuple):
-    """How many times faster than the baseline: median, 20th and 80th percentile of the ratios within a round."""
-
-    median: float
-    p20: float
-    p80: float
-
-
 def quantile(values: Sequence[float], share: float) -> float:
-    """The ``share`` quantile of a non-empty sequence, linear between neighbours (numpy's default)."""
+    """The ``share`` quantile of a non-empty sequence."""
     if not values:
         raise ArgumentError("quantile: values is empty")
     if not 0 <= share <= 1:
         raise ArgumentError(f"quantile: share expects a number from 0 to 1, got {share}")
-    ordered = sorted(values)
-    place = share * (len(ordered) - 1)
-    low = math.floor(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+    return float(np.quantile(values, share))
 
 
 @dataclass(frozen=True)
@@ -70,11 +59,9 @@ class Times:
         """The times of one candidate in ms."""
         return Spread.of(self.rounds[name])
 
-    def speedup(self, name: str, baseline: str) -> Ratio:
-        """``name`` against ``baseline``; above 1 is faster than the baseline."""
-        mine, theirs = self.rounds[name], self.rounds[baseline]
-        pairs = [b / m for m, b in zip(mine, theirs, strict=True)]
-        return Ratio(quantile(pairs, 0.5), quantile(pairs, 0.2), quantile(pairs, 0.8))
+    def speedup(self, name: str, baseline: str) -> Spread:
+        """How many times faster than ``baseline``: of the ratios within a round."""
+        return Spread.of([b / m for m, b in zip(self.rounds[name], self.rounds[baseline], strict=True)])
 
 
 def interleave(

@@ -89,21 +89,9 @@ class Workload:
         out = output_size(
             self.size, self.kernel, self.stride, self.padding, self.padding, self.output_padding, self.dilation
         )
-        problem = Problem(
-            n=self.n,
-            c_in=self.c_in,
-            c_out=self.c_out,
-            size=self.size,
-            kernel=self.kernel,
-            stride=self.stride,
-            crop=self.padding,
-            out_size=out,
-            dilation=self.dilation,
-            groups=self.groups,
-            dtype=dtype,
-            layout=layout,
-            bias=self.bias,
-        )
+        same = ("n", "c_in", "c_out", "size", "kernel", "stride", "dilation", "groups", "bias")
+        sizes: dict[str, Any] = {name: getattr(self, name) for name in same}
+        problem = Problem(**sizes, crop=self.padding, out_size=out, dtype=dtype, layout=layout)
         return scaled(problem) if scale == "cpu" and not self.family else problem
 
 
@@ -180,12 +168,11 @@ def _halved(problem: Problem) -> Problem | None:
 def _data() -> tuple[dict[str, str], tuple[Workload, ...]]:
     with DATA.open(encoding="utf-8") as file:
         data = json.load(file)
-    return data["suites"], tuple(_workload(row) for row in data["layers"])
-
-
-def _workload(row: dict[str, Any]) -> Workload:
-    fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
-    return Workload(**fields)
+    rows: list[dict[str, Any]] = [
+        {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
+        for row in data["layers"]
+    ]
+    return data["suites"], tuple(Workload(**row) for row in rows)
 
 
 def suites() -> dict[str, str]:
