@@ -238,7 +238,7 @@ def test_a_folder_that_is_removed_while_it_is_filled_is_an_error_that_names_it(t
     out = tmp_path / "out"
     monkeypatch.setattr(compile_, "progress", lambda *_, **__: After(lambda: shutil.rmtree(out / gone)))
     assert compiling(monkeypatch, "--out", str(out), "--target", "sm_90", *ASKED) == 2
-    assert f"argument --out: {out / KERNELS}" in capsys.readouterr().err
+    assert f"argument --output: {out / KERNELS}" in capsys.readouterr().err
 
 
 def test_a_full_disk_is_an_error_and_the_same_command_goes_on(tmp_path, monkeypatch, capsys):
