@@ -6,7 +6,8 @@ Which is the best torch, and which our best: :mod:`tritonconv.lab.bench.standing
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+
+from matplotlib.figure import Figure
 
 from tritonconv.errors import ResultsError
 from tritonconv.lab.bench.results import BASELINE, COMPILED, OURS, Run
@@ -14,39 +15,23 @@ from tritonconv.lab.bench.standings import by_pass, mean, standings
 from tritonconv.plots import figures, style
 
 MADE_BY = "tritonconv bench"
-ROW, PANEL = 0.125, 2.2
 Ratios = dict[str, float]
 
 
-def draw(run: Run, folder: Path) -> list[Path]:
-    """Returns the paths of the PNG and the SVG. Raises ResultsError where nothing was timed beside torch."""
+def draw(run: Run) -> Figure:
+    """Raises ResultsError where nothing was timed beside torch."""
     panels = ratios(run.of_models())
     if not panels:
         raise ResultsError(f"{run.path}: no layer was timed beside torch")
-    with style.style():
-        return style.save(_figure(run, panels), run, folder, "best")
-
-
-def ratios(rows: Sequence[Mapping]) -> dict[tuple[str, str], Ratios]:
-    """Speed-ups by layer, by (pass, dtype)."""
-    groups = by_pass(standings(rows))
-    return {key: {each.ours["layer"]: each.ratio for each in layers} for key, layers in groups.items()}
-
-
-def _figure(run: Run, panels: Mapping[tuple[str, str], Ratios]):
-    layers = max(len(each) for each in panels.values())
-    left = figures.room_for([name for each in panels.values() for name in each])
     notes = [
         f"Ratio of medians: the fastest of {BASELINE} and {COMPILED} in any memory format, by {OURS}'s best memory "
         "format. Dashed: geometric mean."
     ]
-    frame = figures.Frame(
-        run, f"{OURS} against the best torch", notes, (PANEL, max(1.2, ROW * layers)), len(panels), left=left
-    )
+    frame = figures.frame_of_layers(run, f"{OURS} against the best torch", notes, panels, 2.2, columns=len(panels))
     values = [value for each in panels.values() for value in each.values()]
     low, high = min(0.8, min(values) / 1.1), max(2.0, max(values) * 1.12)
     for column, ((pass_name, dtype), each) in enumerate(panels.items()):
-        axes = frame.panel(column, title=f"{style.PASS_NAMES.get(pass_name, pass_name)}, {dtype}")
+        axes = frame.panel(column, style.title(pass_name, dtype), pad=13)
         ordered = sorted(each.items(), key=lambda pair: -pair[1])
         figures.names_down(axes, [name for name, _ in ordered])
         for index, (_, value) in enumerate(ordered):
@@ -60,7 +45,12 @@ def _figure(run: Run, panels: Mapping[tuple[str, str], Ratios]):
             f"mean {average:.2f}", (average, 1), xytext=(2, 3), xycoords=("data", "axes fraction"),
             textcoords="offset points", fontsize=7, color=style.BLUE, va="bottom", annotation_clip=False,
         )  # fmt: skip
-        axes.set_title(axes.get_title(loc="left"), loc="left", fontweight="bold", pad=13)
         figures.ratio_axis(axes, low, high)
         axes.set_xlabel("speed-up over the best torch")
     return frame.done()
+
+
+def ratios(rows: Sequence[Mapping]) -> dict[tuple[str, str], Ratios]:
+    """Speed-ups by layer, by (pass, dtype)."""
+    groups = by_pass(standings(rows))
+    return {key: {each.ours["layer"]: each.ratio for each in layers} for key, layers in groups.items()}

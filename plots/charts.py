@@ -1,7 +1,6 @@
 """The charts there are: every module beside this one that says with ``MADE_BY`` which command writes the rows it draws.
 
-A chart has ``draw(run, folder) -> paths of a PNG and an SVG``, which raises ResultsError where the results hold nothing
-for it.
+A chart has ``draw(run) -> figure``, which raises ResultsError where the results hold nothing for it.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from types import ModuleType
 
 from tritonconv.errors import ResultsError
 from tritonconv.lab.bench.results import Run
+from tritonconv.plots import style
 
 PACKAGE = "tritonconv.plots"
 FIRST = ("roofline", "speedup")
@@ -40,7 +40,7 @@ def chart(name: str) -> ModuleType:
 
 
 def draw(run: Run, folder: Path, wanted: tuple[str, ...] = ()) -> dict[str, list[Path]]:
-    """Draws the wanted charts, else all that the results have rows for; the paths by chart.
+    """Draws the wanted charts, else all that the results have rows for; the paths of PNG and SVG by chart.
 
     Raises ResultsError for a wanted chart without rows, and names the command that writes these. Raises OSError where
     the folder cannot be written.
@@ -49,7 +49,8 @@ def draw(run: Run, folder: Path, wanted: tuple[str, ...] = ()) -> dict[str, list
     drawn: dict[str, list[Path]] = {}
     for name in wanted or names():
         try:
-            drawn[name] = chart(name).draw(run, folder)
+            with style.style():
+                drawn[name] = style.save(chart(name).draw(run), run, folder, name)
         except ResultsError as error:
             if wanted:
                 raise ResultsError(f"{error} (written by {chart(name).MADE_BY})") from None

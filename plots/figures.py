@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -18,7 +19,10 @@ BELOW = 0.5  # ticks and label of the x axis
 
 
 class Frame:
-    """A figure of given panels: ``columns`` x ``rows`` boxes of ``size``, ``left`` inches of names before each."""
+    """A figure of panels of one ``size`` in at most ``columns``.
+
+    ``left`` inches come before each panel and ``above`` over it, ``names`` before the first, ``right`` after the last.
+    """
 
     def __init__(
         self,
@@ -26,16 +30,20 @@ class Frame:
         title: str,
         notes: Sequence[str],
         size: tuple[float, float],
+        panels: int = 1,
         columns: int = 1,
-        rows: int = 1,
         left: float = 0.6,
         above: float = 0.25,
+        names: float = 0.0,
+        right: float = 0.2,
     ) -> None:
-        self.size, self.left, self.above, self.rows = size, left, above, rows
-        self.width = max(columns * (left + size[0]) + 0.2, 3.35)
+        self.size, self.left, self.above, self.names = size, left, above, names
+        self.columns = min(columns, panels)
+        self.rows = -(-panels // self.columns)
+        self.width = max(names + self.columns * (left + size[0]) + right, 3.35)
         self.footer = style.footer_lines(run, notes, self.width)
         self.foot = 0.1 + len(self.footer) * style.FOOTER_LINE
-        self.height = TITLE + rows * (above + size[1] + BELOW) + self.foot
+        self.height = TITLE + self.rows * (above + size[1] + BELOW) + self.foot
         self.figure, self.canvas = style.new_figure(self.width, self.height)
         text = self.figure.text(
             0.12 / self.width, 1 - 0.1 / self.height, title, fontsize=10.5, fontweight="bold", va="top"
@@ -45,16 +53,17 @@ class Frame:
         if wide > room:
             text.set_fontsize(10.5 * room / wide)
 
-    def panel(self, column: int, row: int = 0, title: str = "") -> Axes:
-        """The axes of one box, rows counted from the top."""
+    def panel(self, index: int, title: str = "", pad: float = 6.0) -> Axes:
+        """The axes of a panel, counted from the top left; ``pad`` points under its title."""
+        row, column = divmod(index, self.columns)
         low = self.foot + (self.rows - 1 - row) * (self.above + self.size[1] + BELOW) + BELOW
-        start = column * (self.left + self.size[0]) + self.left
+        start = self.names + column * (self.left + self.size[0]) + self.left
         box = (start / self.width, low / self.height, self.size[0] / self.width, self.size[1] / self.height)
         axes = self.figure.add_axes(box)
         longest = max((len(line) for line in title.split("\n")), default=0)
         # A bold letter is about 0.6 of its size wide, and a title may begin over the names.
         fits = self.size[0] * 72 / (0.66 * longest) if longest else 8.5
-        axes.set_title(title, loc="left", fontweight="bold", fontsize=max(6, min(8.5, fits)))
+        axes.set_title(title, loc="left", fontweight="bold", fontsize=max(6, min(8.5, fits)), pad=pad)
         axes.set_axisbelow(True)
         return axes
 
@@ -69,6 +78,15 @@ class Frame:
     def done(self) -> Figure:
         style.draw_footer(self.figure, self.footer)
         return self.figure
+
+
+def frame_of_layers(
+    run: Run, title: str, notes: Sequence[str], panels: Mapping[Any, Mapping[str, object]], width: float, columns: int
+) -> Frame:
+    """A frame with room for a line and a name for every layer of each panel."""
+    size = (width, max(1.2, 0.125 * max(len(layers) for layers in panels.values())))
+    left = room_for([name for layers in panels.values() for name in layers])
+    return Frame(run, title, notes, size, len(panels), columns, left)
 
 
 def log_axes(axes: Axes) -> None:
@@ -92,14 +110,18 @@ def ratio_axis(axes: Axes, low: float, high: float) -> None:
     axes.grid(axis="x", color="#DDDDDD", linewidth=0.5)
 
 
-def names_down(axes: Axes, labels: Sequence[str], fontsize: float = 6.6) -> None:
-    """A label beside each of the lines 0, 1, ... from the top."""
+def names_down(axes: Axes, labels: Sequence[str], fontsize: float = 6.6, heads: Collection[int] = ()) -> None:
+    """A label beside each of the lines 0, 1, ... from the top; those of ``heads`` stand over the lines after them."""
     axes.set_ylim(len(labels) - 0.4, -0.6)
     axes.set_yticks(range(len(labels)), labels, fontsize=fontsize)
     axes.tick_params(axis="y", length=0, pad=3)
     axes.spines["left"].set_visible(False)
-    for index in range(1, len(labels), 2):
-        axes.axhspan(index - 0.5, index + 0.5, color="#F6F6F6", linewidth=0, zorder=0)
+    for index, label in enumerate(axes.get_yticklabels()):
+        if index in heads:
+            label.set_fontweight("bold")
+            axes.axhline(index, color=style.LIGHT, linewidth=0.8, zorder=0)
+        elif index % 2:
+            axes.axhspan(index - 0.5, index + 0.5, color="#F6F6F6", linewidth=0, zorder=0)
 
 
 def room_for(labels: Sequence[str]) -> float:

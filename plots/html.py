@@ -15,7 +15,7 @@ from tritonconv.errors import ResultsError
 from tritonconv.lab.bench import counters, noise
 from tritonconv.lab.bench.columns import SAID, columns_of, median
 from tritonconv.lab.bench.results import BASELINE, OURS, Run
-from tritonconv.lab.bench.standings import Standing, by_column, by_pass, mean, standings
+from tritonconv.lab.bench.standings import Standing, by_column, by_pass, grouped, mean, standings
 from tritonconv.plots import style
 from tritonconv.plots.page import PAGE
 
@@ -118,8 +118,7 @@ def shown(value: Cell) -> str:
 def _means(run: Run) -> str:
     rows: list[list[Cell]] = []
     ours = [row for row in run.of_models() if row["variant"] == OURS and row["speedup"] is not None]
-    for key in dict.fromkeys((row["pass"], row["dtype"], row["layout"]) for row in ours):
-        mine = [row for row in ours if (row["pass"], row["dtype"], row["layout"]) == key]
+    for key, mine in grouped(ours, "pass", "dtype", "layout").items():
         for kind, same in _classes(mine, mine):
             rows.append([*key, kind, len(same), mean(row["speedup"] for row in same)])
     text = _after(
@@ -227,59 +226,49 @@ def _where(row: Mapping) -> tuple:
 
 
 def _roofs(run: Run) -> str:
-    best_of: dict[str, Mapping] = {}
-    for row in run.roofs:
-        better = min if row["unit"] == "us" else max
-        best_of[row["what"]] = better(row, best_of.get(row["what"], row), key=lambda each: each["value"])
-    rows = [[row["what"], row["unit"], float(row["value"])] for row in best_of.values()]
+    rows: list[list[Cell]] = []
+    for (what, unit), same in grouped(run.roofs, "what", "unit").items():
+        values = [float(row["value"]) for row in same]
+        rows.append([what, unit, min(values) if unit == "us" else max(values)])
     return table(["roof", "unit", "value"], rows, 1)
 
 
 def _tuned(run: Run) -> str:
-    rows = [
-        [row["layer"], row["pass"], row["dtype"], row["layout"], row["variant"],
-         " ".join(f"{key}={value}" for key, value in row["config"].items()), row.get("candidates"),
-         row["torch_ms"], row["median_ms"], row["torch_ms"] / row["median_ms"]]
-        for row in run.tuned
-    ]  # fmt: skip
+    rows: list[list[Cell]] = []
+    for row in run.tuned:
+        config = " ".join(f"{key}={value}" for key, value in row["config"].items())
+        ms, torch_ms = row["median_ms"], row["torch_ms"]
+        rows.append([*_where(row), row["variant"], config, row.get("candidates"), torch_ms, ms, torch_ms / ms])
     head = ["layer", "pass", "dtype", "layout", "variant", "config", "candidates", "torch ms", "ms", "speed-up"]
     return table(head, rows, 4)
 
 
 def _overheads(run: Run) -> str:
-    rows = [
-        [row["layer"], row["pass"], row["dtype"], row["variant"], row["median_us"], row["p20_us"], row["p80_us"]]
-        for row in run.overheads
-    ]
+    names = ("layer", "pass", "dtype", "variant", "median_us", "p20_us", "p80_us")
+    rows = [[row[name] for name in names] for row in run.overheads]
     return table(["layer", "pass", "dtype", "layer of", "us per call", "20 %", "80 %"], rows, 3)
 
 
 def _counters(run: Run) -> str:
-    rows = [
-        [row["layer"], row["pass"], row["dtype"], row["layout"], row["variant"], *counters.cells(row)]
-        for row in run.profiles
-    ]
+    rows = [[*_where(row), row["variant"], *counters.cells(row)] for row in run.profiles]
     head = ["layer", "pass", "dtype", "layout", "contestant", *counters.HEAD]
     caption = "The counts of ncu for each kernel of a call, with cold caches; MB are those of device memory."
     return _after(caption, table(head, rows, len(counters.HEAD) - 1))
 
 
 def _checks(run: Run) -> str:
-    by: dict[tuple, list[Mapping]] = {}
-    for row in run.checks:
-        by.setdefault((row["variant"], row["dtype"]), []).append(row)
-    rows = [
-        [*key, len(each), max(row["max_error"] / row["tolerance"] for row in each if row["tolerance"] > 0)]
-        for key, each in by.items()
-        if any(row["tolerance"] > 0 for row in each)
-    ]
+    rows: list[list[Cell]] = []
+    for key, each in grouped(run.checks, "variant", "dtype").items():
+        shares = [row["max_error"] / row["tolerance"] for row in each if row["tolerance"] > 0]
+        if shares:
+            rows.append([*key, len(each), max(shares)])
     caption = "Variants held against float64 on one layer per class; the worst error as a share of the allowed one."
     return _after(caption, table(["variant", "dtype", "answers", "worst error / allowed"], rows, 2))
 
 
 def _errors(run: Run) -> str:
-    rows = [[row["status"], row["variant"], row["layer"], row["pass"], row["message"]] for row in run.errors]
-    return table(["status", "variant", "layer", "pass", "message"], rows, 0)
+    head = ("status", "variant", "layer", "pass", "message")
+    return table(head, [[row[name] for name in head] for row in run.errors], 0)
 
 
 def _skips(run: Run) -> str:

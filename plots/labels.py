@@ -39,9 +39,13 @@ class Placer:
         (x0, y0), (x1, y1) = self._axes.transData.transform((start, end))
         reach = 1.5 * self._pixels
         steps = max(1, int(max(abs(x1 - x0), abs(y1 - y0)) / (2 * reach)))
+        self._block_between((x0, y0), (x1, y1), steps, reach)
+
+    def _block_between(self, start: tuple[float, float], end: tuple[float, float], steps: int, reach: float) -> None:
+        """Small boxes from one place to another, in pixels."""
         for step in range(steps + 1):
-            cx, cy = x0 + (x1 - x0) * step / steps, y0 + (y1 - y0) * step / steps
-            self._taken.append((cx - reach, cy - reach, cx + reach, cy + reach))
+            x, y = (a + (b - a) * step / steps for a, b in zip(start, end, strict=True))
+            self._taken.append((x - reach, y - reach, x + reach, y + reach))
 
     def place(self, text: str, x: float, y: float, fontsize: float) -> None:
         """Writes ``text`` near data point (x, y), at the first place that is free, else where it overlaps least."""
@@ -121,7 +125,4 @@ class Placer:
             return
         # Small boxes along a turned label: the box around all of it would block far too much.
         steps = max(1, int(box.width / (3 * self._pixels)))
-        reach = 4 * self._pixels
-        for step in range(steps + 1):
-            cx, cy = box.x0 + box.width * step / steps, box.y0 + box.height * step / steps
-            self._taken.append((cx - reach, cy - reach, cx + reach, cy + reach))
+        self._block_between((box.x0, box.y0), (box.x1, box.y1), steps, 4 * self._pixels)

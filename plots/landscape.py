@@ -8,13 +8,14 @@ against the model's.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from tritonconv.errors import ResultsError
 from tritonconv.lab.bench.results import Run
+from tritonconv.lab.bench.standings import grouped
 from tritonconv.plots import figures, style
 
 MADE_BY = "tritonconv tune"
@@ -25,49 +26,38 @@ ROW = 0.16
 Group = list[Mapping]
 
 
-def draw(run: Run, folder: Path) -> list[Path]:
-    """Returns the paths of the PNG and the SVG. Raises ResultsError where nothing was tuned."""
-    groups: dict[tuple, Group] = {}
-    for row in run.timings:
-        if row["stage"] == "screen":
-            groups.setdefault((row["layer"], row["pass"], row["dtype"], row["layout"]), []).append(row)
+def draw(run: Run) -> Figure:
+    """Raises ResultsError where nothing was tuned."""
+    screened = [row for row in run.timings if row["stage"] == "screen"]
+    groups = grouped(screened, "layer", "pass", "dtype", "layout")
     largest = sorted((rows for rows in groups.values() if len(rows) >= LEAST), key=_interest, reverse=True)
     if not largest:
         raise ResultsError(f"{run.path}: nowhere {LEAST} candidates of one layer and pass were timed")
-    with style.style():
-        return style.save(_figure(run, largest[:SHOWN]), run, folder, "landscape")
+    return _figure(run, largest[:SHOWN])
 
 
 def _interest(rows: Group) -> tuple[int, int]:
     """The most configs of one variant, then the most candidates."""
-    return max(len(each) for each in _by_variant(rows).values()), len(rows)
+    return max(len(each) for each in grouped(rows, "variant").values()), len(rows)
 
 
-def _by_variant(rows: Group) -> dict[str, Group]:
-    variants: dict[str, Group] = {}
-    for row in rows:
-        variants.setdefault(row["variant"], []).append(row)
-    return variants
-
-
-def _figure(run: Run, groups: Sequence[Group]):
-    labels = [_label(row) for rows in groups for row in rows]
-    left = figures.room_for(labels)
+def _figure(run: Run, groups: Sequence[Group]) -> Figure:
+    left = figures.room_for([_label(row) for rows in groups for row in rows])
     tallest = max(2.0, max(ROW * min(len(rows), 24) for rows in groups))
     notes = ["Times of the tuner's first round. Ranks: 1 is fastest. Map: best over the rest of the config."]
-    frame = figures.Frame(run, "Tuning landscape", notes, (2.6, tallest), 2, len(groups), left=left, above=0.42)
+    frame = figures.Frame(run, "Tuning landscape", notes, (2.6, tallest), 2 * len(groups), 2, left, above=0.42)
     for line, rows in enumerate(groups):
         first = rows[0]
-        where = f"{first['layer']}\n{style.PASS_NAMES[first['pass']]}, {first['layout'].upper()}, {first['dtype']}"
-        axes = frame.panel(0, line, where)
-        name, most = max(_by_variant(rows).items(), key=lambda pair: len(pair[1]))
+        where = f"{first['layer']}\n{style.title(first['pass'], first['layout'].upper(), first['dtype'])}"
+        axes = frame.panel(2 * line, where)
+        (name,), most = max(grouped(rows, "variant").items(), key=lambda pair: len(pair[1]))
         tiles = _tiles(most)
         if tiles is not None:
             axes.set_title(f"{where}, {name}", loc="left", fontweight="bold", fontsize=7)
             _map(axes, most, tiles)
         else:
             _bars(axes, sorted(rows, key=lambda row: row["median_ms"])[:24])
-        _ranks(frame.panel(1, line), rows)
+        _ranks(frame.panel(2 * line + 1), rows)
     return frame.done()
 
 

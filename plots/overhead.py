@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
+from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from tritonconv.errors import ResultsError
@@ -15,15 +14,11 @@ PANEL = (2.3, 0.33)
 NAMES = {**style.PASS_NAMES, "forward": "forward, no gradients", "forward_recorded": "forward, recorded"}
 
 
-def draw(run: Run, folder: Path) -> list[Path]:
-    """Returns the paths of the PNG and the SVG. Raises ResultsError where no overhead was measured."""
-    if not run.overheads:
+def draw(run: Run) -> Figure:
+    """Raises ResultsError where no overhead was measured."""
+    rows = run.overheads
+    if not rows:
         raise ResultsError(f"{run.path}: no overhead was measured")
-    with style.style():
-        return style.save(_figure(run, run.overheads), run, folder, "overhead")
-
-
-def _figure(run: Run, rows):
     kinds = list(dict.fromkeys((row["pass"], row["dtype"]) for row in rows))
     several = len({dtype for _, dtype in kinds}) > 1
     labels = [NAMES.get(name, name) + (f", {dtype}" if several else "") for name, dtype in kinds]

@@ -5,20 +5,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
+from matplotlib.figure import Figure
 
 from tritonconv.errors import ResultsError
 from tritonconv.lab.bench.results import BASELINE, OURS, Run
 from tritonconv.plots import figures, style
 
 MADE_BY = "tritonconv bench"
-ROW, PANEL = 0.125, 2.0
 Pairs = dict[str, dict[str, float]]
 
 
-def draw(run: Run, folder: Path) -> list[Path]:
-    """Returns the paths of the PNG and the SVG. Raises ResultsError where no row has its share of a roof."""
+def draw(run: Run) -> Figure:
+    """Raises ResultsError where no row has its share of a roof."""
     panels: dict[tuple[str, str, str], Pairs] = {}
     for row in run.of_models():
         share = row.get("percent_of_roof")
@@ -27,26 +25,14 @@ def draw(run: Run, folder: Path) -> list[Path]:
             panel.setdefault(row["layer"], {})[row["variant"]] = share
     if not panels:
         raise ResultsError(f"{run.path}: no result has its share of a measured roof")
-    with style.style():
-        return style.save(_figure(run, panels), run, folder, "percent")
-
-
-def _figure(run: Run, panels: Mapping[tuple[str, str, str], Pairs]):
-    layers = max(len(each) for each in panels.values())
-    left = figures.room_for([name for each in panels.values() for name in each])
-    columns = 2 if len(panels) > 1 else 1
-    rows = -(-len(panels) // columns)
     notes = [
         "100 % is the measured roof at the layer's arithmetic intensity (useful FLOPs, compulsory bytes). More than "
         "100 %: a smaller cache held the data, or other programs slowed the roof down."
     ]
-    frame = figures.Frame(
-        run, "Share of the attainable roof", notes, (PANEL, max(1.2, ROW * layers)), columns, rows, left
-    )
+    frame = figures.frame_of_layers(run, "Share of the attainable roof", notes, panels, width=2.0, columns=2)
     most = max([100.0, *(value for each in panels.values() for pair in each.values() for value in pair.values())])
     for index, ((pass_name, dtype, layout), each) in enumerate(panels.items()):
-        title = f"{style.PASS_NAMES.get(pass_name, pass_name)}, {layout.upper()}, {dtype}"
-        axes = frame.panel(index % columns, index // columns, title)
+        axes = frame.panel(index, style.title(pass_name, layout.upper(), dtype))
         ordered = sorted(each.items(), key=lambda pair: -pair[1].get(OURS, 0.0))
         figures.names_down(axes, [name for name, _ in ordered])
         for line, (_, pair) in enumerate(ordered):

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from tritonconv.errors import ResultsError
 from tritonconv.lab.bench.results import BASELINE, OURS, Run
+from tritonconv.lab.bench.standings import grouped
 from tritonconv.plots import figures, style
 
 MADE_BY = "tritonconv bench --sizes 4,8,16,32"
@@ -18,30 +19,21 @@ PANEL = (2.55, 1.9)
 LINES = {"ncdhw": ("o", "-"), "ndhwc": ("D", (0, (3, 1.5)))}
 
 
-def draw(run: Run, folder: Path) -> list[Path]:
-    """Returns the paths of the PNG and the SVG. Raises ResultsError where no layer was measured at three sizes."""
-    panels: dict[tuple[str, str, str], list[Mapping]] = {}
-    for row in run.results:
-        if row.get("family") and row["variant"] in (BASELINE, OURS):
-            panels.setdefault((row["family"], row["pass"], row["dtype"]), []).append(row)
-    panels = {key: rows for key, rows in panels.items() if len({row["layer"] for row in rows}) >= LEAST}
+def draw(run: Run) -> Figure:
+    """Raises ResultsError where no layer was measured at three sizes."""
+    rows = [row for row in run.results if row.get("family") and row["variant"] in (BASELINE, OURS)]
+    panels = grouped(rows, "family", "pass", "dtype")
+    panels = {key: mine for key, mine in panels.items() if len({row["layer"] for row in mine}) >= LEAST}
     if not panels:
         raise ResultsError(f"{run.path}: no layer was measured at {LEAST} sizes")
-    with style.style():
-        return style.save(_figure(run, panels), run, folder, "scaling")
-
-
-def _figure(run: Run, panels: Mapping[tuple[str, str, str], list[Mapping]]):
-    columns = min(2, len(panels))
     notes = [
         "One layer per panel at cubic input sizes, batch 1. Bands: 20th to 80th percentile. Circles and full lines: "
         "NCDHW; diamonds and dashes: NDHWC (channels_last_3d). Grey: the least time the measured roofs allow."
     ]
-    frame = figures.Frame(run, "Time against work", notes, PANEL, columns, -(-len(panels) // columns), left=0.62)
-    for index, ((family, pass_name, dtype), rows) in enumerate(panels.items()):
-        title = f"{family}, {style.PASS_NAMES.get(pass_name, pass_name)}, {dtype}"
-        axes = frame.panel(index % columns, index // columns, title)
-        _lines(axes, rows)
+    frame = figures.Frame(run, "Time against work", notes, PANEL, len(panels), columns=2, left=0.62)
+    for index, ((family, pass_name, dtype), mine) in enumerate(panels.items()):
+        axes = frame.panel(index, f"{family}, {style.title(pass_name, dtype)}")
+        _lines(axes, mine)
         axes.set_xlabel("useful GFLOP")
         axes.set_ylabel("ms")
     handles = [Line2D([], [], color=style.variant_colour(name), label=name) for name in (BASELINE, OURS)]
@@ -49,7 +41,7 @@ def _figure(run: Run, panels: Mapping[tuple[str, str, str], list[Mapping]]):
     return frame.done()
 
 
-def _lines(axes: Axes, rows: list[Mapping]) -> None:
+def _lines(axes: Axes, rows: Sequence[Mapping]) -> None:
     for name in (BASELINE, OURS):
         for layout, (marker, dash) in LINES.items():
             mine = sorted(

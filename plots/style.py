@@ -81,6 +81,11 @@ def handle(name: str, size: float, others: Sequence[str] = ()) -> Line2D:
     return Line2D([], [], linestyle="none", marker="o", markersize=size, label=name, **mark(name, others))
 
 
+def title(pass_name: str, *rest: str) -> str:
+    """The title of a panel: its pass, then the rest."""
+    return ", ".join([PASS_NAMES.get(pass_name, pass_name), *rest])
+
+
 def machine(run: Run) -> str:
     """The line that says where a run was made."""
     env = run.environment

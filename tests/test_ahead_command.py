@@ -25,13 +25,13 @@ ASKED = ("--x", "1x4x4x4x4", "--weight", "4x1x3x3x3", "--stride", "2", "--groups
 @pytest.mark.parametrize(
     ("given", "flag", "said"),
     [
-        ("file", "--out", "{}/file: File exists"),
-        ("file/deeper", "--out", "{}/file/deeper: Not a directory"),
-        ("link", "--out", "{}/link: File exists"),
-        ("inside", "--out", "{}/inside: holds no compiled.json, and is not empty: choose another folder"),
-        ("full", "--out", "{}/full: holds no compiled.json, and is not empty: choose another folder"),
-        ("damaged", "--out", "{}/damaged/compiled.json: cannot be read: Expecting"),
-        ("directory", "--out", "{}/directory/compiled.json: cannot be read: Is a directory"),
+        ("file", "--output", "{}/file: File exists"),
+        ("file/deeper", "--output", "{}/file/deeper: Not a directory"),
+        ("link", "--output", "{}/link: File exists"),
+        ("inside", "--output", "{}/inside: holds no compiled.json, and is not empty: choose another folder"),
+        ("full", "--output", "{}/full: holds no compiled.json, and is not empty: choose another folder"),
+        ("damaged", "--output", "{}/damaged/compiled.json: cannot be read: Expecting"),
+        ("directory", "--output", "{}/directory/compiled.json: cannot be read: Is a directory"),
         ("file", "--check", "{}/file/compiled.json: cannot be read: Not a directory"),
         ("file/deeper", "--check", "{}/file/deeper/compiled.json: cannot be read: Not a directory"),
         ("full", "--check", "{}/full: not a folder of compiled kernels, for it holds no compiled.json"),
@@ -46,7 +46,7 @@ def test_what_is_no_folder_is_an_error_that_names_the_flag(tmp_path, monkeypatch
         (tmp_path / name).mkdir()
         (tmp_path / name / file).touch()
     (tmp_path / "directory" / MANIFEST).mkdir(parents=True)
-    more = ("--target", "sm_90", *ASKED) if flag == "--out" else ()
+    more = ("--target", "sm_90", *ASKED) if flag == "--output" else ()
     monkeypatch.setattr(compile_, "check_compiler", lambda: None)  # this may be the interpreter's process
     assert cli.main(["compile", flag, str(tmp_path / given), *more]) == 2
     assert capsys.readouterr().err.startswith(f"tritonconv compile: argument {flag}: {said.format(tmp_path)}")

@@ -238,7 +238,7 @@ def test_a_folder_that_is_removed_while_it_is_filled_is_an_error_that_names_it(t
     out = tmp_path / "out"
     monkeypatch.setattr(compile_, "progress", lambda *_, **__: After(lambda: shutil.rmtree(out / gone)))
     assert compiling(monkeypatch, "--out", str(out), "--target", "sm_90", *ASKED) == 2
-    assert f"argument --out: {out / KERNELS}" in capsys.readouterr().err
+    assert f"argument --output: {out / KERNELS}" in capsys.readouterr().err
 
 
 def test_a_full_disk_is_an_error_and_the_same_command_goes_on(tmp_path, monkeypatch, capsys):
@@ -254,7 +254,7 @@ def test_a_full_disk_is_an_error_and_the_same_command_goes_on(tmp_path, monkeypa
     arguments = ("--out", str(tmp_path / "out"), "--target", "sm_90", *ASKED)
     assert compiling(monkeypatch, *arguments) == 2
     error = capsys.readouterr().err
-    assert f"argument --out: {tmp_path / 'out'}: No space left on device; launches that are in" in error
+    assert f"argument --output: {tmp_path / 'out'}: No space left on device; launches that are in" in error
     monkeypatch.setattr(ahead, "_portable", whole)
     assert compiling(monkeypatch, *arguments) == 0
     assert "2 launches compiled, 1 known before" in capsys.readouterr().out

@@ -81,8 +81,8 @@ def test_a_call_goes_on_with_a_warning_where_the_variable_names_no_such_folder(t
 
 def test_the_compile_command_says_what_it_needs(tmp_path, capsys):
     for arguments, said in (
-        (["--out", str(tmp_path)], "--target and --out are needed"),
-        (["--target", "sm_90"], "--target and --out are needed"),
+        (["--out", str(tmp_path)], "--target and --output are needed"),
+        (["--target", "sm_90"], "--target and --output are needed"),
         (["--check", str(tmp_path), "--out", str(tmp_path)], "choose one"),
         (["--target", "sm_12", "--out", str(tmp_path)], "got 'sm_12', expected"),
     ):

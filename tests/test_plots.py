@@ -15,7 +15,7 @@ from tests.test_results import ENVIRONMENT, ROOF, result
 from tritonconv.errors import ResultsError
 from tritonconv.lab import cli
 from tritonconv.lab.bench.results import Run, Writer, read
-from tritonconv.plots import labels, roofline, speedup, style
+from tritonconv.plots import charts, labels, roofline, speedup, style
 
 COPY = {"name": "copy_memory", "what": "copy in memory", "dtype": None, "value": 2e10, "unit": "byte/s"}
 PEAK = {**ROOF, "value": 3e11, "what": "float32 matrix product"}
@@ -38,6 +38,11 @@ def write(folder: Path, layers: int, roofs=(COPY, PEAK), reason="complete", layo
     return read(writer.path)
 
 
+def draw(chart, run, folder) -> list[Path]:
+    name = chart.__name__.rpartition(".")[2]
+    return charts.draw(run, folder, (name,))[name]
+
+
 def texts(monkeypatch, chart, run, folder) -> str:
     """Every text of the figure, with its line breaks taken out."""
     found = []
@@ -47,7 +52,7 @@ def texts(monkeypatch, chart, run, folder) -> str:
         return []
 
     monkeypatch.setattr(style, "save", keep)
-    chart.draw(run, folder)
+    draw(chart, run, folder)
     return " ".join(reversed(found))
 
 
@@ -55,17 +60,17 @@ def texts(monkeypatch, chart, run, folder) -> str:
 @pytest.mark.parametrize("layers", [1, 30])
 def test_png_and_svg_are_written_and_repeat(tmp_path, chart, layers):
     run = write(tmp_path, layers)
-    png, svg = chart.draw(run, tmp_path)
+    png, svg = draw(chart, run, tmp_path)
     assert png.read_bytes().startswith(b"\x89PNG")
     first = svg.read_bytes()
     assert b"</svg>" in first
-    assert chart.draw(run, tmp_path)[1].read_bytes() == first
+    assert draw(chart, run, tmp_path)[1].read_bytes() == first
 
 
 @pytest.mark.parametrize("chart", [roofline, speedup])
 def test_filters_reach_the_chart_and_the_file_name(tmp_path, monkeypatch, chart):
     run = write(tmp_path, 2)
-    png, _ = chart.draw(run.only(**{"pass": "forward", "layout": "ndhwc", "dtype": "float32"}), tmp_path)
+    png, _ = draw(chart, run.only(**{"pass": "forward", "layout": "ndhwc", "dtype": "float32"}), tmp_path)
     assert png.name.endswith("-forward-ndhwc-float32.png")
     shown = texts(monkeypatch, chart, run.only(layout="ndhwc"), tmp_path)
     assert "NDHWC" in shown
@@ -123,10 +128,10 @@ def test_an_early_end_is_said(tmp_path, monkeypatch):
 def test_nothing_to_draw_is_an_error(tmp_path):
     run = write(tmp_path, 1)
     with pytest.raises(ResultsError, match="no results to draw"):
-        roofline.draw(Run(run.path, run.environment), tmp_path)
+        roofline.draw(Run(run.path, run.environment))
     run.results = [row | {"speedup": None} for row in run.results]
     with pytest.raises(ResultsError, match="no layer was timed beside torch"):
-        speedup.draw(run, tmp_path)
+        speedup.draw(run)
 
 
 KIND = {"layer": "a", "suite": "unet", "pass": "forward", "dtype": "float32", "layout": "ncdhw", "variant": "torch"}

@@ -82,13 +82,13 @@ def test_the_charts_are_the_files_that_say_who_writes_their_rows():
 @pytest.mark.parametrize("name", ["best", "percent", "scaling", "landscape", "overhead"])
 def test_a_chart_is_a_png_and_an_svg_and_repeats(tmp_path, name):
     run = write(tmp_path)
-    png, svg = charts.chart(name).draw(run, tmp_path)
+    png, svg = charts.draw(run, tmp_path, (name,))[name]
     assert png.read_bytes().startswith(b"\x89PNG") and png.stem == f"{run.run}-{name}"
     first = svg.read_bytes()
-    charts.chart(name).draw(run, tmp_path)
+    charts.draw(run, tmp_path, (name,))
     assert svg.read_bytes() == first and b"</svg>" in first
     with pytest.raises(ResultsError):
-        charts.chart(name).draw(Run(run.path, run.environment), tmp_path)
+        charts.chart(name).draw(Run(run.path, run.environment))
 
 
 @pytest.mark.parametrize("name", charts.names())
@@ -121,7 +121,7 @@ def test_a_map_of_tiles_is_drawn(tmp_path):
         for m in (32, 64):
             for n in (16, 32):
                 writer.write("timing", timing("k", m * n / 100, m + n, {"BLOCK_M": m, "BLOCK_N": n}))
-    assert len(landscape.draw(read(writer.path), tmp_path)) == 2
+    assert len(charts.draw(read(writer.path), tmp_path, ("landscape",))["landscape"]) == 2
 
 
 def test_report_draws_every_chart_or_those_asked_for(tmp_path, capsys):

@@ -72,7 +72,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="name", required=True, metavar="{" + ",".join(COMMANDS) + "}")
     for name, command in COMMANDS.items():
-        command.add(commands.add_parser(name, help=command.HELP))
+        text = {"help": command.HELP, "description": command.DESCRIPTION, "epilog": f"example: {command.EXAMPLE}"}
+        command.add(commands.add_parser(name, formatter_class=argparse.RawDescriptionHelpFormatter, **text))
     return parser
 
 

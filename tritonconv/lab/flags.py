@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 def names(allowed: Iterable[str]) -> Callable[[str], tuple[str, ...]]:
@@ -30,67 +33,38 @@ def once(given: list[str] | None, default: tuple[str, ...]) -> tuple[str, ...]:
     return default if given is None else tuple(dict.fromkeys(given))
 
 
-def seconds(text: str) -> float:
-    return _above_zero(text, "seconds")
+def checked(convert: Callable[[str], T], fits: Callable[[T], bool], expected: str) -> Callable[[str], T]:
+    """An argparse type: the converted text where ``convert`` raises no ValueError and the value fits."""
+
+    def parse(text: str) -> T:
+        try:
+            value = convert(text)
+        except ValueError:
+            pass
+        else:
+            if fits(value):
+                return value
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected {expected}")
+
+    return parse
 
 
-def microseconds(text: str) -> float:
-    return _above_zero(text, "microseconds")
-
-
-def share(text: str) -> float:
-    value = _number(text)
-    if not 0 <= value < 10:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a share such as 0.05")
-    return value
-
-
-def _above_zero(text: str, unit: str) -> float:
-    value = _number(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number of {unit} above 0")
-    return value
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan
-
-
-def shape(text: str) -> tuple[int, ...]:
-    """``1x64x16x16x16`` as integers; 0 is one."""
+def _sizes(text: str) -> tuple[int, ...]:
     parts = text.split("x")
     if not all(part.isascii() and part.isdigit() for part in parts):
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected integers joined by x, such as 1x64x16x16x16")
-    return tuple(int(part) for part in parts)
+        raise ValueError(text)
+    return tuple(map(int, parts))
 
 
-def counts(text: str) -> tuple[int, ...]:
-    """A comma list of integers above 0, each once, ascending."""
-    return tuple(
-        sorted({_integer(part.strip(), 1, 2**20, "1 to 2^20, or a comma list of them") for part in text.split(",")})
-    )
+def _ascending(text: str) -> tuple[int, ...]:
+    return tuple(sorted(set(map(int, text.split(",")))))
 
 
-def count(text: str) -> int:
-    return _integer(text, 1, 2**20, "1 to 2^20")
-
-
-def seed(text: str) -> int:
-    return _integer(text, 0, 2**63 - 1, "0 to 2^63 - 1")
-
-
-def processes(text: str) -> int:
-    return _integer(text, 1, 1024, "1 to 1024")
-
-
-def _integer(text: str, low: int, high: int, allowed: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = low - 1
-    if not low <= value <= high:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer from {allowed}")
-    return value
+seconds = checked(float, lambda value: 0 < value < math.inf, "a number of seconds above 0")
+microseconds = checked(float, lambda value: 0 < value < math.inf, "a number of microseconds above 0")
+share = checked(float, lambda value: 0 <= value < 10, "a share such as 0.05")
+count = checked(int, lambda value: 1 <= value <= 2**20, "an integer from 1 to 2^20")
+counts = checked(_ascending, lambda each: each[0] > 0 and each[-1] <= 2**20, "integers from 1 to 2^20, with commas")
+seed = checked(int, lambda value: 0 <= value < 2**63, "an integer from 0 to 2^63 - 1")
+processes = checked(int, lambda value: 1 <= value <= 1024, "an integer from 1 to 1024")
+shape = checked(_sizes, lambda _: True, "integers joined by x, such as 1x64x16x16x16")

@@ -62,6 +62,14 @@ def by_column(rows: Iterable[Mapping]) -> dict[str, list[Standing]]:
     return {column: standings(rows, column) for column in columns_of(rows)}
 
 
+def grouped(rows: Iterable[Mapping], *names: str) -> dict[tuple, list[Mapping]]:
+    """The rows by their values of these names, in the order in which each first comes."""
+    groups: dict[tuple, list[Mapping]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in names), []).append(row)
+    return groups
+
+
 def by_pass(found: Iterable[Standing]) -> dict[tuple[str, str], list[Standing]]:
     """By (pass, dtype)."""
     groups: dict[tuple[str, str], list[Standing]] = {}

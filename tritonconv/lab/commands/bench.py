@@ -17,7 +17,6 @@ from tritonconv.kernels.variant import Variant
 from tritonconv.lab import flags
 from tritonconv.lab.bench import call_overhead, results, roofs
 from tritonconv.lab.bench.calls import FORWARD_BACKWARD
-from tritonconv.lab.bench.options import Options
 from tritonconv.lab.bench.progress import progress
 from tritonconv.lab.bench.recording import recording
 from tritonconv.lab.bench.runner import bench
@@ -33,13 +32,15 @@ from tritonconv.lab.commands.common import (
     dtypes_of,
     folder,
     layer_lines,
-    layouts_of,
     load_variant_files,
+    passes_of,
+    run_of,
     scale_for,
     use_compiled,
 )
 
 HELP = "time layers beside torch; or the overhead of a call; or the device's roofs"
+EXAMPLE = "tritonconv bench --suite unet --only monai --passes forward --layout ndhwc --seconds 20"
 ROOF_DTYPES = ("float32", "bfloat16", "float16")
 DEVICE_SECONDS = 6.0  # of --overhead and --roofs
 DESCRIPTION = (
@@ -62,10 +63,6 @@ OF_LAYERS = ("suite", "only", "passes", "layout", "scale", "variants", "variant_
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Gives the parser the flags of the command."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.description = DESCRIPTION
-    parser.epilog = "example: tritonconv bench --suite unet --only monai --passes forward --layout ndhwc --seconds 20"
     add_flags(
         parser, "only", suite="all", passes=f"forward,{FORWARD_BACKWARD}", layout="both",
         scale="cpu on a CPU, else full", dtype="float32; with --roofs all but float64",
@@ -117,28 +114,15 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _layers(options: argparse.Namespace, device: torch.device) -> int:
-    scale = scale_for(options.scale, device)
     added = load_variant_files(options)
     layers = workloads(options.suite or ALL, options.only)
     if options.sizes:
         layers = tuple(each for layer in layers for each in (layer, *at_sizes(layer, options.sizes)))
     if options.list:
-        print("\n".join(layer_lines(layers, scale)))
+        print("\n".join(layer_lines(layers, scale_for(options.scale, device))))
         return OK
-    passes = flags.once(options.passes, ("forward", FORWARD_BACKWARD))
-    wanted = Options(
-        layers=layers,
-        passes=passes,
-        dtypes=dtypes_of(options, "float32"),
-        layouts=layouts_of(options),
-        variants=(*_variants(flags.once(options.variants, ()), passes), *added),
-        compiled=device.type == "cuda" if options.compile is None else options.compile,
-        scale=scale,
-        seconds=options.seconds,
-        device=device,
-        seed=options.seed or 0,
-        command=options.command,
-    )
+    chosen = _variants(flags.once(options.variants, ()), passes_of(options))
+    wanted = run_of(options, device, layers, "float32", (*chosen, *added))
     use_compiled(options, device)
     with progress(options.quiet) as shown:
         outcome = bench(wanted, options.output or RESULTS, shown)

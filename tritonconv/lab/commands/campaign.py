@@ -7,7 +7,6 @@ import contextlib
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from time import perf_counter
 from typing import NoReturn
 
@@ -19,7 +18,6 @@ from tritonconv.lab import flags
 from tritonconv.lab.bench import results, spent
 from tritonconv.lab.bench.calls import FORWARD_BACKWARD
 from tritonconv.lab.bench.failures import context_is_lost, one_line
-from tritonconv.lab.bench.options import Options
 from tritonconv.lab.bench.progress import progress
 from tritonconv.lab.bench.summary import columns, summary
 from tritonconv.lab.bench.workloads import at_sizes, workloads
@@ -30,31 +28,30 @@ from tritonconv.lab.commands.common import (
     WRONG,
     add_flags,
     device_of,
-    dtypes_of,
-    layouts_of,
+    folder,
     load_variant_files,
     model_suites,
-    scale_for,
+    run_of,
     use_compiled,
 )
 
 HELP = "verify, tune and time everything within one budget; the same command goes on"
+EXAMPLE = "tritonconv campaign --suite unet --seconds 540 --output results"
 # Layers of different classes that are also measured at several sizes: how time grows with work.
 FAMILIES = ("segresnet_deconv_up0", "psmnet_train_64_32", "mednext_k3_dw_128", "monai_unet_spleen_32_2")
 LEAST_SECONDS = 30.0  # for which a new process is worth starting
 SIZES = {"cpu": (4, 6, 8, 12, 16, 24), "gpu": (8, 16, 32, 64, 128)}
+DESCRIPTION = """\
+Takes these steps, the most valuable first. It holds every variant against float64, on one layer of each class. It
+measures the device's roofs. It tunes the layers; a dozen well-known ones come first. It times the layers with the
+choices that it found, on a GPU the dozen beside torch.compile too. It measures the overhead of a call. It times
+layers of some classes at several sizes. The results stay when the budget ends, and the same command goes on from
+there. Where a kernel makes the GPU unusable, a new process goes on without that kernel. The end of the output says
+where the seconds went; tritonconv report DIR draws the results.
+"""
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Gives the parser the flags of the command."""
-    parser.description = (
-        "Takes these steps, the most valuable first. It holds every variant against float64, on one layer of each "
-        "class. It measures the device's roofs. It tunes the layers; a dozen well-known ones come first. It times the "
-        "layers with the choices that it found, on a GPU the dozen beside torch.compile too. It measures the overhead "
-        "of a call. It times layers of some classes at several sizes. The results stay when the budget ends, and the "
-        "same command goes on from there. Where a kernel makes the GPU unusable, a new process goes on without that "
-        "kernel. The end of the output says where the seconds went; tritonconv report DIR draws the results."
-    )
     parser.add_argument(
         "--seconds",
         type=flags.seconds,
@@ -62,7 +59,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="budget for all steps; it begins when torch is imported and the device is found",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the results and of the store")
+    parser.add_argument("--output", "--out", required=True, **folder("folder of the results and of the store"))
     add_flags(
         parser, "only", suite="those of models", dtype="float32 on a CPU, bfloat16 on a GPU", layout="both",
         passes=f"forward,{FORWARD_BACKWARD}", scale="cpu on a CPU, else full",
@@ -83,25 +80,14 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     added = load_variant_files(options)
     device = device_of(options.device)
-    gpu = device.type == "cuda"
+    kind = "gpu" if device.type == "cuda" else "cpu"
     layers = workloads(options.suite or model_suites(), options.only)
-    families = (each for each in layers if each.name in FAMILIES)
-    wanted = Options(
-        layers=(*layers, *(each for family in families for each in at_sizes(family, SIZES["gpu" if gpu else "cpu"]))),
-        passes=flags.once(options.passes, ("forward", FORWARD_BACKWARD)),
-        dtypes=dtypes_of(options, "bfloat16" if gpu else "float32"),
-        layouts=layouts_of(options),
-        variants=added,
-        scale=scale_for(options.scale, device),
-        seconds=options.seconds,
-        device=device,
-        command=options.command,
-        compiled=gpu if options.compile is None else options.compile,
-    )
+    sized = (each for layer in layers if layer.name in FAMILIES for each in at_sizes(layer, SIZES[kind]))
+    wanted = run_of(options, device, (*layers, *sized), "bfloat16" if kind == "gpu" else "float32", added)
     use_compiled(options, device)
     begin, shown = perf_counter(), progress(options.quiet, unit="steps", first="verifying")
     try:
-        outcome = Campaign(wanted, options.out, shown).run()
+        outcome = Campaign(wanted, options.output, shown).run()
     except Exception as error:
         left = options.seconds - (perf_counter() - begin)
         if not context_is_lost(error) or left < LEAST_SECONDS:
@@ -111,7 +97,7 @@ def run(options: argparse.Namespace) -> int:
         _go_on(options.given, left)
     finally:
         shown.close()
-    print(summary(results.load(options.out)))
+    print(summary(results.load(options.output)))
     print("\n" + "\n".join(outcome.steps))
     print("\nwhere the seconds went:\n\n" + "\n".join(columns(spent.lines(outcome.spent), numbers=1)))
     print(f"\nresults: {outcome.path}")
@@ -126,8 +112,10 @@ def run(options: argparse.Namespace) -> int:
 def _installed(options: argparse.Namespace, device: torch.device) -> str:
     """A line that says where the choices are now. Raises StoreError where the user's store cannot be written."""
     if not options.install:
-        return f"choices: in {options.out / STORE} alone; TRITONCONV_CACHE={options.out / STORE} takes them into use"
-    return f"choices: {install(options.out, device)} in your store, {store.path_of(device_name(device))}"
+        return (
+            f"choices: in {options.output / STORE} alone; TRITONCONV_CACHE={options.output / STORE} takes them into use"
+        )
+    return f"choices: {install(options.output, device)} in your store, {store.path_of(device_name(device))}"
 
 
 def _go_on(given: Sequence[str], seconds: float) -> NoReturn:

@@ -19,7 +19,8 @@ from tritonconv.kernels.targets import TARGETS
 from tritonconv.kernels.triton_compiled import VARIABLE, CompiledFolder
 from tritonconv.kernels.variant import Variant
 from tritonconv.lab import flags
-from tritonconv.lab.bench.calls import ALL_PASSES
+from tritonconv.lab.bench.calls import ALL_PASSES, FORWARD_BACKWARD
+from tritonconv.lab.bench.options import Options
 from tritonconv.lab.bench.summary import columns
 from tritonconv.lab.bench.workloads import ALL, SCALES, Workload, suites
 from tritonconv.lab.inspection.launches import launches_of
@@ -107,6 +108,34 @@ def device_of(name: str) -> torch.device:
             raise ArgumentError(f"argument --device: got {name!r}, and there are {torch.cuda.device_count()} GPUs")
         torch.cuda.set_device(device)
     return device
+
+
+def passes_of(options: argparse.Namespace) -> tuple[str, ...]:
+    """Those of --passes; without it forward, and forward with backward."""
+    return flags.once(options.passes, ("forward", FORWARD_BACKWARD))
+
+
+def run_of(
+    options: argparse.Namespace,
+    device: torch.device,
+    layers: tuple[Workload, ...],
+    dtype: str,
+    variants: Iterable[Variant],
+) -> Options:
+    """The run of the benchmark that the flags ask for; ``dtype`` is the default of --dtype."""
+    return Options(
+        layers=layers,
+        passes=passes_of(options),
+        dtypes=dtypes_of(options, dtype),
+        layouts=layouts_of(options),
+        variants=tuple(variants),
+        scale=scale_for(options.scale, device),
+        seconds=options.seconds,
+        device=device,
+        seed=getattr(options, "seed", None) or 0,
+        command=options.command,
+        compiled=device.type == "cuda" if options.compile is None else options.compile,
+    )
 
 
 def model_suites() -> tuple[str, ...]:

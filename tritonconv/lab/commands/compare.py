@@ -17,9 +17,16 @@ from tritonconv.lab.bench.summary import columns
 from tritonconv.lab.commands.common import OK, WRONG
 
 HELP = "compare two results files; the exit code is 1 where B is slower beyond noise"
+EXAMPLE = "tritonconv compare old.jsonl new.jsonl --threshold 0.1"
 THRESHOLD = 0.05
 SHOWN = 10
 KEY = ("layer", "pass", "dtype", "layout", "variant")
+DESCRIPTION = """\
+Compares the rows of two results files that have the same layer, pass, dtype, layout and variant. On a GPU it compares
+times, in the first column (gpu, graph, wall) that both files have. On a CPU other programs change the speed, so it
+compares speed-ups over torch in the same run. B is slower in a row where it is so by more than the threshold, and the
+intervals from the 20th to the 80th percentile do not touch.
+"""
 
 
 class Change(NamedTuple):
@@ -32,13 +39,6 @@ class Change(NamedTuple):
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Gives the parser the flags of the command."""
-    parser.description = (
-        "Compares the rows of two results files that have the same layer, pass, dtype, layout and variant. On a GPU it "
-        "compares times, in the first column (gpu, graph, wall) that both files have. On a CPU other programs change "
-        "the speed, so it compares speed-ups over torch in the same run. B is slower in a row where it is so by more "
-        "than the threshold, and the intervals from the 20th to the 80th percentile do not touch."
-    )
     parser.add_argument("before", type=Path, metavar="A", help="a results file, or a folder (its newest)")
     parser.add_argument("after", type=Path, metavar="B", help="a results file, or a folder (its newest)")
     parser.add_argument(
@@ -49,7 +49,8 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    before, after = (_read(path) for path in (options.before, options.after))
+    paths = (options.before, options.after)
+    before, after = (results.read(results.latest(path) if path.is_dir() else path) for path in paths)
     names = [each.environment["device_name"] for each in (before, after)]
     if names[0] != names[1] and not options.any_device:
         raise ArgumentError(f"A was measured on {names[0]}, B on {names[1]} (--any-device compares them all the same)")
@@ -59,11 +60,14 @@ def run(options: argparse.Namespace) -> int:
         raise ResultsError("compare: A and B have no row in common, or none that was timed alike")
     regressions = [each for each in changes if each.beyond and each.ratio < 1 / (1 + options.threshold)]
     column = column_of(before, after, by_speedup)
-    print(f"A {before.run}\nB {after.run}\n{_measure(by_speedup)}, by {SAID[column or WALL]}; above 1: B is faster\n")
+    measure = "speed-up over torch in B over that in A" if by_speedup else "time in A over time in B"
+    print(f"A {before.run}\nB {after.run}\n{measure}, by {SAID[column or WALL]}; above 1: B is faster\n")
     print("\n".join(_means(changes)))
-    for title, rows in (("slower beyond noise", regressions), ("faster beyond noise", _faster(changes, options))):
+    faster = [each for each in reversed(changes) if each.beyond and each.ratio > 1 + options.threshold]
+    for title, rows in (("slower beyond noise", regressions), ("faster beyond noise", faster)):
         print(f"\n{title}: {len(rows)} of {len(changes)}")
-        print("\n".join(_lines(rows[:SHOWN])))
+        cells = [[f"  {each.ratio:.3f}", *(str(each.row[key]) for key in KEY)] for each in rows[:SHOWN]]
+        print("\n".join(columns(cells, numbers=0) if cells else ["  none"]))
     return WRONG if regressions else OK
 
 
@@ -82,41 +86,20 @@ def compare(before: Run, after: Run, by_speedup: bool) -> list[Change]:
     changes = []
     for key in left.keys() & right.keys():
         old, new = left[key], right[key]
-        if by_speedup:
-            a, b = ratio(old, column), ratio(new, column)
-            if a is None or b is None or old["variant"] == BASELINE:
-                continue
-            change, apart = b.median / a.median, b.p80 < a.p20 or b.p20 > a.p80
-        else:
-            x, y = spread(old, column), spread(new, column)
-            if x is None or y is None:
-                continue
-            change, apart = x.median / y.median, y.p20 > x.p80 or y.p80 < x.p20
+        a, b = ((ratio if by_speedup else spread)(row, column) for row in (old, new))
+        if a is None or b is None or (by_speedup and old["variant"] == BASELINE):
+            continue
+        change = b.median / a.median if by_speedup else a.median / b.median
+        apart = b.p80 < a.p20 or b.p20 > a.p80
         changes.append(Change(new, change, apart))
     return sorted(changes, key=lambda each: (each.ratio, str(each.row["layer"])))
 
 
-def _faster(changes: list[Change], options: argparse.Namespace) -> list[Change]:
-    return [each for each in reversed(changes) if each.beyond and each.ratio > 1 + options.threshold]
-
-
-def _measure(by_speedup: bool) -> str:
-    return "speed-up over torch in B over that in A" if by_speedup else "time in A over time in B"
-
-
 def _means(changes: list[Change]) -> list[str]:
-    kinds = dict.fromkeys((each.row["pass"], each.row["dtype"], each.row["variant"]) for each in changes)
+    ratios: dict[tuple[str, str, str], list[float]] = {}
+    for each in changes:
+        ratios.setdefault((each.row["pass"], each.row["dtype"], each.row["variant"]), []).append(each.ratio)
     lines = [["pass", "dtype", "variant", "rows", "geomean", "least", "most"]]
-    for kind in sorted(kinds):
-        mine = [each.ratio for each in changes if (each.row["pass"], each.row["dtype"], each.row["variant"]) == kind]
+    for kind, mine in sorted(ratios.items()):
         lines.append([*kind, str(len(mine)), *(f"{each:.3f}" for each in (mean(mine), min(mine), max(mine)))])
     return columns(lines, numbers=4)
-
-
-def _lines(changes: list[Change]) -> list[str]:
-    cells = [[f"  {each.ratio:.3f}", *(str(each.row[key]) for key in KEY)] for each in changes]
-    return columns(cells, numbers=0) if cells else ["  none"]
-
-
-def _read(path: Path) -> Run:
-    return results.read(results.latest(path) if path.is_dir() else path)

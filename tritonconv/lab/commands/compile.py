@@ -27,6 +27,7 @@ from tritonconv.lab.inspection.workers import GIVEN_UP
 from tritonconv.lab.verification import checks_of
 
 HELP = "compile the tuner's candidates ahead, for a GPU that is not here"
+EXAMPLE = "tritonconv compile --target sm_90 --suite unet --output compiled"
 DESCRIPTION = f"""\
 Compiles the kernels that the tuner would try for layers, for a model or for one problem, and keeps them in a folder.
 This needs no GPU. Without flags it compiles for the problems of a campaign on a GPU: bfloat16, the suites of models. On
@@ -45,17 +46,9 @@ MOST_SHOWN = 10  # failures and launches that are not found, each with its reaso
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Gives the parser the flags of the command."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.description = DESCRIPTION
-    parser.epilog = "example: tritonconv compile --target sm_90 --suite unet --out compiled"
     add_flags(parser, "target")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        help="the folder to fill; one that the same Triton filled before may be given again",
-    )
+    text = "the folder to fill; one that the same Triton filled before may be given again"
+    parser.add_argument("--output", "--out", type=Path, metavar="DIR", help=text)
     parser.add_argument("--check", type=Path, metavar="DIR", help="print how many launches of DIR this machine can use")
     add_problems(parser, scale="full", dtype=DTYPE, of_models=True)
     parser.add_argument(
@@ -71,10 +64,10 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    if options.check is not None and (options.target or options.out):
-        raise ArgumentError("arguments --check and --target or --out: choose one")
-    if options.check is None and not (options.target and options.out):
-        raise ArgumentError("arguments --target and --out are needed: the GPU to compile for, and the folder to fill")
+    if options.check is not None and (options.target or options.output):
+        raise ArgumentError("arguments --check and --target or --output: choose one")
+    if options.check is None and not (options.target and options.output):
+        raise ArgumentError("arguments --target and --output are needed: the GPU, and the folder to fill")
     load_variant_files(options)
     check_compiler()
     if options.check is not None:
@@ -83,16 +76,16 @@ def run(options: argparse.Namespace) -> int:
     problems = list(dict.fromkeys(task.problem for task in tasks if task.problem.n and task.problem.c_out))
     begin, filled = perf_counter(), []
     for target in flags.once(options.target, ()):
-        with _about_out(options.out):
-            folder = open_folder(options.out, target)
+        with _about(options.output):
+            folder = open_folder(options.output, target)
         jobs = jobs_of(problems, target, options.candidates) + (_verified(options, target) if options.verify else [])
         if not jobs:
             raise ArgumentError(f"no Triton variant serves any of the problems on {target}")
         left = None if options.seconds is None else max(0.0, options.seconds - (perf_counter() - begin))
-        with progress(options.quiet, unit="launches", first="starting the compilers") as shown, _about_out(options.out):
+        with progress(options.quiet, unit="launches", first="starting the compilers") as shown, _about(options.output):
             filled.append(compile_into(folder, jobs, target, options.jobs, left, shown))
         _report(target, filled[-1])
-    with _about_out(options.out):
+    with _about(options.output):
         size = _size(folder, sum(each.compiled for each in filled), perf_counter() - begin)
     print(size)
     nothing = not any(each.compiled or each.known for each in filled)
@@ -100,17 +93,17 @@ def run(options: argparse.Namespace) -> int:
 
 
 @contextlib.contextmanager
-def _about_out(path: Path) -> Iterator[None]:
-    """A file that cannot be read or written inside the block is an error of --out; a closed stderr is none."""
+def _about(path: Path) -> Iterator[None]:
+    """A file that cannot be read or written inside the block is an error of --output; a closed stderr is none."""
     try:
         yield
     except ArgumentError as error:
-        raise ArgumentError(f"argument --out: {error}") from None
+        raise ArgumentError(f"argument --output: {error}") from None
     except BrokenPipeError:
         raise
     except OSError as error:  # that of a full disk names no file
         reason = f"{error.filename or path}: {error.strerror or error}"
-        raise ArgumentError(f"argument --out: {reason}; launches that are in {path} stay, and the same command "
+        raise ArgumentError(f"argument --output: {reason}; launches that are in {path} stay, and the same command "
                             "compiles the others") from None  # fmt: skip
 
 

@@ -10,11 +10,11 @@ from tritonconv.lab.bench.workloads import SCALES, workload
 from tritonconv.lab.commands.common import OK, add_flags, device_of, dtypes_of, load_variant_files
 
 HELP = "say which variant serves a layer, and why"
+EXAMPLE = "tritonconv explain vnet_up3 --dtype bfloat16"
+DESCRIPTION = "Prints the variant that serves each pass of a layer here, and why it and no other."
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Gives the parser the flags of the command."""
-    parser.description = "Prints the variant that serves each pass of a layer here, and why it and no other."
     parser.add_argument("layer", help="a layer's name (tritonconv list --layers)")
     add_flags(parser, "device", "variant-file", layout="ncdhw", dtype="float32", scale="full")
 

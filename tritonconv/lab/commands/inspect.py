@@ -26,6 +26,7 @@ from tritonconv.lab.inspection.records import Inspection, Record
 from tritonconv.precision import PRECISIONS
 
 HELP = "compile the Triton kernels for any GPU, and show registers, spills, instructions"
+EXAMPLE = "tritonconv inspect forward_phases --target sm_90 --layers k3s2,k4s2 --configs all"
 DEFAULT_TARGETS = ("sm_80", "sm_90", "sm_100")
 DEFAULT_PRECISIONS = ("bfloat16", "tf32")
 CONFIGS = ("default", "all")
@@ -55,10 +56,6 @@ products: tf32 and ieee are float32 with torch.backends.cudnn.conv.fp32_precisio
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Gives the parser the flags of the command."""
-    parser.description = DESCRIPTION
-    parser.epilog = "example: tritonconv inspect forward_phases --target sm_90 --layers k3s2,k4s2 --configs all"
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("variants", nargs="*", metavar="VARIANT", help="variants (default: every Triton variant)")
     parser.add_argument(
         "--target", **{**FLAGS["target"], "help": f"{', '.join(TARGETS)} (default: {','.join(DEFAULT_TARGETS)}; "

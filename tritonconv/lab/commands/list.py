@@ -9,10 +9,13 @@ from tritonconv.lab.bench.workloads import ALL, workloads
 from tritonconv.lab.commands.common import OK, add_flags, layer_lines
 
 HELP = "list the variants or the layers"
+EXAMPLE = "tritonconv list --layers --suite unet"
+DESCRIPTION = (
+    "Lists the variants, each with its idea; with --layers the layers, with their sizes and where they are used."
+)
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Gives the parser the flags of the command."""
     parser.add_argument("--layers", action="store_true", help="list the layers instead of the variants")
     add_flags(parser, suite="all", scale="full")
 

@@ -32,6 +32,7 @@ from tritonconv.lab.profiling import ncu
 from tritonconv.lab.profiling.cells import ProfiledCell, combinations, head, worst_of
 
 HELP = "read the hardware counters of slow layers' kernels with ncu"
+EXAMPLE = "tritonconv profile --only vnet_up3 --passes forward --contestants forward_shuffle,torch"
 DESCRIPTION = """\
 Runs calls under NVIDIA's Nsight Compute (ncu) and shows for each kernel its time, the bytes that it moved, how busy the
 multiprocessors, the caches and the memory were, and the occupancy that it reached.
@@ -51,10 +52,6 @@ OURS_AND_TORCHS = (OURS, BASELINE)
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Gives the parser the flags of the command."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.description = DESCRIPTION
-    parser.epilog = "example: tritonconv profile --only vnet_up3 --passes forward --contestants forward_shuffle,torch"
     parser.add_argument("results", nargs="?", type=Path, metavar="RESULTS", help="results to choose cells from")
     parser.add_argument(
         "--worst", type=flags.count, default=1, metavar="N",

@@ -15,6 +15,7 @@ from tritonconv.lab.commands.common import DTYPES, OK, RESULTS, add_flags, folde
 from tritonconv.problem import LAYOUTS
 
 HELP = "draw the pictures and write the HTML page of results"
+EXAMPLE = "tritonconv report results --pass forward --charts roofline,speedup"
 SELECTION = {"pass": ALL_PASSES, "layout": tuple(LAYOUTS), "dtype": DTYPES}
 DESCRIPTION = """\
 Reads results: a file, or a folder. Of a folder it takes the newest file, or all parts of a campaign. It draws every
@@ -31,10 +32,6 @@ ships (autotune/fit_sm_90.json).
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Gives the parser the flags of the command."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.description = DESCRIPTION
-    parser.epilog = "example: tritonconv report results --pass forward --charts roofline,speedup"
     parser.add_argument(
         "results", nargs="*", type=Path, metavar="RESULTS",
         help=f"a results file, or a folder of them; with --model there may be several (default: {RESULTS})",

@@ -22,6 +22,7 @@ from tritonconv.lab.commands.common import (
 from tritonconv.lab.commands.problems import add_problems, tasks_asked_for
 
 HELP = "find the fastest variants on this machine and store them"
+EXAMPLE = "tritonconv tune --suite unet --seconds 120"
 DESCRIPTION = """\
 Times the variants beside torch's own on this machine, and stores the fastest one for each kind of problem. Calls use it
 from then on. torch's own is a candidate too, so a tuned layer is not slower than torch. Each timing and each choice is
@@ -37,10 +38,6 @@ calls look into the tables that come with tritonconv.
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Gives the parser the flags of the command."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.description = DESCRIPTION
-    parser.epilog = "example: tritonconv tune --suite unet --seconds 120"
     add_problems(parser, scale="cpu on a CPU, else full")
     add_flags(
         parser, "device", "variant-file", "compiled", "quiet", store="see above", output=str(RESULTS),
