@@ -1,9 +1,9 @@
 """torch's own transposed convolution and its two gradients, for any problem, by differentiable torch operations.
 
-torch takes one crop per axis; a call here has a front and a back crop. What torch's padding and output padding cannot
-express together is cut off the result (forward) or filled with zeros in grad_y (gradients). Every function here works
-on any device and dtype that torch serves, under every torch transform, so they are baseline, fallback and reference
-at once.
+torch takes one crop per axis; a call here has a front and a back crop. torch's padding and output padding cannot
+express every such pair: the rest is cut off the result (forward) or filled with zeros in grad_y (gradients). Every
+function here works on any device and dtype that torch serves, under every torch transform, so they are baseline,
+fallback and reference at once.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tritonconv.problem import TorchCrop, Triple
 
 
 class Call(Protocol):
-    """What is read of a call: a :class:`tritonconv.problem.Problem`, or the same fields with symbolic sizes."""
+    """The fields that are read of a call: a :class:`tritonconv.problem.Problem`, or the same fields with symbolic sizes."""
 
     @property
     def c_out(self) -> int: ...

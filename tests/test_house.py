@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -145,6 +146,26 @@ def test_a_file_is_a_room():
     long = {path.name: lines for path in [*sources(), *sorted((ROOT / "tests").glob("*.py"))]
             if (lines := len(path.read_text().splitlines())) > 350}  # fmt: skip
     assert long == {}
+
+
+def test_one_name_for_one_thing():
+    """No two classes, and no two modules beside the commands and the faces, share a name."""
+    places: dict[str, list[str]] = {}
+    for path in sources():
+        module = module_of(path)
+        if within(module, ("lab.commands", "matlab")) == "" and path.stem != "__init__":
+            places.setdefault(f"{path.stem}.py", []).append(module)
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name, []).append(module)
+    assert {name: modules for name, modules in places.items() if len(modules) > 1} == {}
+
+
+def test_no_sentence_begins_with_what():
+    """Prose is read once: a subject, a verb, an object."""
+    files = [*sources(), *(ROOT / name for name in tracked() if name.endswith(".md")), *(ROOT / "tests").glob("*.py")]
+    sentence = re.compile(r"(?:^|[.:#;]\s+|\"\"\")What\s+[^?\n]*$", re.MULTILINE)
+    assert {path.name: found for path in files if (found := sentence.findall(path.read_text(encoding="utf-8")))} == {}
 
 
 @pytest.fixture(scope="module")

@@ -121,7 +121,7 @@ def _installed(options: argparse.Namespace, device: torch.device) -> str:
 def _go_on(given: Sequence[str], seconds: float) -> NoReturn:
     """The same command in the place of this process, which gives the GPU's memory back, with so many seconds.
 
-    What lost the GPU is in the results: the new process passes it over.
+    The results name the candidate that lost the GPU: the new process passes it over.
     """
     sys.stdout.flush()
     for file in os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else ():
