@@ -21,7 +21,7 @@ from tritonconv.problem import TorchCrop, Triple
 
 
 class Call(Protocol):
-    """The fields that are read of a call: a :class:`tritonconv.problem.Problem`, or the same fields with symbolic sizes."""
+    """The fields read of a call: a :class:`tritonconv.problem.Problem`, or the same fields with symbolic sizes."""
 
     @property
     def c_out(self) -> int: ...
