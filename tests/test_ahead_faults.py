@@ -169,7 +169,7 @@ def test_a_list_that_cannot_be_read_is_an_error_of_a_command_and_a_warning_of_a_
     (made.path / LAUNCHES).unlink()
     (made.path / LAUNCHES).mkdir()
     said = f"{made.path / LAUNCHES}: cannot be read: Is a directory"
-    for arguments in (["--check", str(made.path)], ["--out", str(made.path), "--target", "sm_90", *ASKED]):
+    for arguments in (["--check", str(made.path)], ["--output", str(made.path), "--target", "sm_90", *ASKED]):
         assert compiling(monkeypatch, *arguments) == 2
         assert f"argument {arguments[0]}: {said}" in capsys.readouterr().err
     as_on_a_gpu(monkeypatch)

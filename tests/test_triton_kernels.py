@@ -15,12 +15,7 @@ from variant_cases import DEVICE, TINY, Case, complaints, expected, form, form_n
 
 import tritonconv
 from tritonconv import VariantNotApplicable
-from tritonconv.kernels import (
-    backward_data_shuffle,
-    backward_data_shuffle_given,
-    forward_shuffle_given,
-    triton_phases,
-)
+from tritonconv.kernels import backward_data_shuffle_given, forward_shuffle_given, triton_convolution
 from tritonconv.problem import LAYOUTS, PASSES
 
 
@@ -152,23 +147,18 @@ def test_operands_of_any_strides(name, layout):
 
 
 @pytest.mark.parametrize(
-    ("given", "module", "launch"),
-    [
-        (forward_shuffle_given, triton_phases, "launch"),
-        (backward_data_shuffle_given, backward_data_shuffle, "run"),
-    ],
-    ids=["forward", "backward_data"],
+    "given", [forward_shuffle_given, backward_data_shuffle_given], ids=["forward", "backward_data"]
 )
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_weight_in_channels_last_is_taken_in_the_tiles_chosen(given, module, launch, layout, monkeypatch):
+def test_a_weight_in_channels_last_is_taken_in_the_tiles_chosen(given, layout, monkeypatch):
     """The kernel that reads such a weight is another one, of the same products: no tuned tile is lost."""
-    seen, real = [], getattr(module, launch)
+    seen, real = [], triton_convolution.launch
 
     def recorded(kernel, grid, config, *args, **more):
         seen.append(config)
         return real(kernel, grid, config, *args, **more)
 
-    monkeypatch.setattr(module, launch, recorded)
+    monkeypatch.setattr(triton_convolution, "launch", recorded)
     case, problem = first_served(given.VARIANT, layout)
     (x, weight, bias, grad_y), wanted = operands(case, torch.float32, layout)
     weight = weight.to(memory_format=torch.channels_last_3d)
