@@ -28,16 +28,7 @@ from tritonconv.kernels.triton_arrival import (
     sum_in_order,
     with_arrivals,
 )
-from tritonconv.kernels.triton_device import (
-    aligned,
-    dividers,
-    inside,
-    multiple,
-    product,
-    voxel_tiles,
-    voxels,
-    widened,
-)
+from tritonconv.kernels.triton_device import aligned, dividers, inside, multiple, product, voxel_tiles, voxels, widened
 from tritonconv.kernels.triton_launch import accounting, empty, geometry, precision, refusal, wide
 from tritonconv.kernels.triton_launch import launch as run
 from tritonconv.kernels.triton_phases import decoded, fine_dividers, load_phases, phases_first
@@ -156,9 +147,9 @@ def fused_backward_kernel(
             total_ptrs = total_ptr + rows[:, None] + columns[None, :]
             tl.store(total_ptrs, weights.to(total_ptr.dtype.element_ty), mask=mask_w)
             if bias_partial_ptr is not None:
-                places, mask_o = group * C_OUT + offs_o, offs_o < C_OUT
-                sums = sum_in_order(bias_partial_ptr, GROUPS * C_OUT, SPLITS, places, mask_o, ahead(BLOCK_O))
-                tl.store(total_bias_ptr + places, sums.to(total_bias_ptr.dtype.element_ty), mask=mask_o)
+                offs_b, mask_o = group * C_OUT + offs_o, offs_o < C_OUT
+                biases = sum_in_order(bias_partial_ptr, GROUPS * C_OUT, SPLITS, offs_b, mask_o, ahead(BLOCK_O))
+                tl.store(total_bias_ptr + offs_b, biases.to(total_bias_ptr.dtype.element_ty), mask=mask_o)
 
 
 def backward(problem, config, x, weight, grad_y, need_bias):
@@ -297,7 +288,13 @@ def space(problem: Problem, device: torch.device) -> tuple[Config, ...]:
             changed = {**base, key: value}
             if changed not in configs and changed["SPLITS"] and changed["BLOCK_M"] >= max(16, changed["BLOCK_W"]):
                 configs.append(changed)
-    tile_bytes = 4 * _block_n(problem, base["ROWS"]) * _block_c(problem)
+    return tuple(configs)
+
+
+def space_weight(problem: Problem, device: torch.device) -> tuple[Config, ...]:
+    """Also of both gradients at once."""
+    configs = space(problem, device)
+    tile_bytes = 4 * _block_n(problem, configs[0]["ROWS"]) * _block_c(problem)
     return tuple(each for config in configs for each in with_arrivals(config, tile_bytes))
 
 
@@ -328,16 +325,16 @@ def launch_weight(problem, config, x, grad_y, need_bias):
 
 _variant = partial(
     Variant, idea="kernel = stride: all three gradients from one read of grad_y", backend="triton", supports=supports,
-    space=space, default=default, joint=backward,
+    default=default, joint=backward,
 )  # fmt: skip
 VARIANTS = [  # each is one half: both together are one launch
     _variant(
-        "backward_data_fused", "backward_data", launch=launch_data,
+        "backward_data_fused", "backward_data", launch=launch_data, space=space,
         work=lambda problem, config: work(problem, config, "backward_data"),
     ),
     _variant(
-        "backward_weight_fused", "backward_weight", launch=launch_weight, workspace_bytes=workspace_bytes,
-        options=(ARRIVE,),
+        "backward_weight_fused", "backward_weight", launch=launch_weight, space=space_weight, options=(ARRIVE,),
+        workspace_bytes=workspace_bytes,
         work=lambda problem, config: work(problem, config, "backward_weight"),
     ),
 ]  # fmt: skip
