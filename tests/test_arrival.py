@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from variant_cases import DEVICE, Case, complaints
+from variant_cases import DEVICE, Case, complaints, run
 
 from tritonconv.autotune.choose import config_fault
 from tritonconv.kernels.registry import variant
@@ -104,20 +104,23 @@ def test_the_bits_are_those_of_a_second_launch_that_adds_in_index_order(label, m
     with products_in("tf32"):
         for splits in (1, 2, 4):
             config = split(record, problem, splits)
-            apart = record.launch(problem, config, x, grad_y, True)
-            together = record.launch(problem, {**config, "ARRIVE": 1}, x, grad_y, True)
+            apart = run(record, problem, config, (x, None, None), grad_y, True)
+            together = run(record, problem, {**config, "ARRIVE": 1}, (x, None, None), grad_y, True)
             assert all(map(torch.equal, apart, together))
             found.append(together)
     assert not all(torch.equal(*pair) for pair in zip(*found[1:], strict=True))
 
 
-def test_launches_of_a_stream_share_counters_and_large_ones_have_their_own():
+def test_launches_of_a_stream_share_counters_and_large_or_captured_ones_have_their_own(monkeypatch):
     device = torch.empty(0, device=DEVICE).device
     one, other = arrival.arrivals(3, device), arrival.arrivals(5, device)
     assert one.data_ptr() == other.data_ptr() and (one.numel(), other.numel()) == (3, 5)
     assert one.dtype == torch.int32 and not other.any()
     large = arrival.arrivals(arrival.COUNTERS + 1, device)
     assert large.data_ptr() != one.data_ptr() and large.numel() == arrival.COUNTERS + 1 and not large.any()
+    monkeypatch.setattr(arrival, "_capturing", lambda device: True)
+    captured = arrival.arrivals(3, device)
+    assert captured.data_ptr() != one.data_ptr() and captured.numel() == 3 and not captured.any()
 
 
 def test_the_tuner_tries_it_where_it_is_switched_on(monkeypatch):
