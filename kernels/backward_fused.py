@@ -19,12 +19,12 @@ import triton.language as tl
 from tritonconv.kernels import triton_phases as phases
 from tritonconv.kernels import triton_tiles as tiles
 from tritonconv.kernels.targets import MULTIPROCESSORS
+from tritonconv.kernels.triton_buffers import Buffer, new
 from tritonconv.kernels.triton_device import aligned, dividers, inside, multiple, voxel_tiles, voxels
 from tritonconv.kernels.triton_launch import accounting, empty, geometry, precision, refusal, wide
 from tritonconv.kernels.triton_launch import launch as run
 from tritonconv.kernels.triton_phases import decoded, fine_dividers, load_phases, phases_first
 from tritonconv.kernels.triton_reduce import sum_weights
-from tritonconv.kernels.triton_tape import fresh
 from tritonconv.kernels.triton_target import compute_capability
 from tritonconv.kernels.triton_weights import oriented, packed
 from tritonconv.kernels.variant import Config, Variant
@@ -134,21 +134,21 @@ def backward(problem, config, x, weight, grad_y, need_bias):
     order = config.pop("WEIGHT")
     groups, c_in, c_out = problem.groups, problem.c_in // problem.groups, problem.c_out // problem.groups
     if weight is not None:
-        grad_x = empty(problem, problem.x_shape, grad_y)
+        grad_x = empty(problem, problem.x_shape, grad_y, zero=not grad_y.numel())
         weight = packed(weight, order)
     if x is not None:
-        grad_weight = fresh(problem.weight_shape, x)
-        grad_bias = fresh((problem.c_out,), x) if need_bias else None
+        grad_weight = new(problem.weight_shape, x)
+        grad_bias = new((problem.c_out,), x) if need_bias else None
         splits = config["SPLITS"] if grad_y.numel() else 0  # no splits at all sum to zeros
-        partial = fresh((splits, groups, math.prod(problem.kernel), c_out, c_in), x, torch.float32)
-        bias_partial = fresh((splits, problem.c_out), x, torch.float32) if need_bias else None
+        partial = new((splits, groups, math.prod(problem.kernel), c_out, c_in), x, torch.float32)
+        bias_partial = new((splits, problem.c_out), x, torch.float32) if need_bias else None
     far = wide(x, weight, grad_y, grad_x, partial, of=problem)
     if grad_y.numel():
         run(
             fused_backward_kernel,
             config["SPLITS"] * groups,
             config,
-            grad_y.device,
+            (grad_x, partial, bias_partial),
             x_ptr=x,
             w_ptr=weight,
             grad_y_ptr=grad_y,
@@ -169,14 +169,12 @@ def backward(problem, config, x, weight, grad_y, need_bias):
             WIDE=far,
             PRECISION=precision(problem.dtype),
         )
-    elif grad_x is not None:
-        grad_x.zero_()
     if x is not None:
         sum_weights(partial, grad_weight, bias_partial, grad_bias)  # type: ignore[arg-type]
     return grad_x, grad_weight, grad_bias
 
 
-def _whole_rows(problem: Problem, weight: torch.Tensor, rows: int) -> bool:
+def _whole_rows(problem: Problem, weight: Buffer, rows: int) -> bool:
     """A row of the weight, as torch has it, fills the columns of a tile."""
     columns = math.prod(problem.kernel) * problem.c_out // problem.groups
     return weight.is_contiguous() and columns == _block_n(problem, rows)
@@ -293,11 +291,11 @@ _variant = partial(
 )  # fmt: skip
 VARIANTS = [  # each is one half: both together are one launch
     _variant(
-        "backward_data_fused", "backward_data", launch=launch_data,
+        "backward_data_fused", "backward_data", launches=launch_data,
         work=lambda problem, config: work(problem, config, "backward_data"),
     ),
     _variant(
-        "backward_weight_fused", "backward_weight", launch=launch_weight, workspace_bytes=workspace_bytes,
+        "backward_weight_fused", "backward_weight", launches=launch_weight, workspace_bytes=workspace_bytes,
         work=lambda problem, config: work(problem, config, "backward_weight"),
     ),
 ]  # fmt: skip

@@ -16,12 +16,12 @@ import triton.language as tl
 
 from tritonconv.kernels import triton_depthwise as depthwise
 from tritonconv.kernels.targets import MULTIPROCESSORS
+from tritonconv.kernels.triton_buffers import new
 from tritonconv.kernels.triton_depthwise import any_tap, far, filled, lanes, replaced, within
 from tritonconv.kernels.triton_device import ceil_div, constant, inside, widened
 from tritonconv.kernels.triton_launch import RUN_TIME, accounting, geometry, refusal, wide
 from tritonconv.kernels.triton_launch import launch as run
 from tritonconv.kernels.triton_reduce import sum_weights
-from tritonconv.kernels.triton_tape import fresh
 from tritonconv.kernels.variant import SPREADS_VOXELS, Variant
 from tritonconv.kernels.work import Work
 from tritonconv.problem import Problem
@@ -156,21 +156,21 @@ def backward_weight_depthwise_kernel(
             tl.store(bias_partial_ptr + split * CHANNELS + channel, tl.sum(total, 0)[None, :], mask=mask_c)
 
 
-def launch(problem, config, x, grad_y, need_bias):
-    if x.numel() == 0 or grad_y.numel() == 0:
-        bias = x.new_zeros(problem.c_out) if need_bias else None
-        return x.new_zeros(problem.weight_shape), bias
+def launches(problem, config, x, grad_y, need_bias):
+    nothing = x.numel() == 0 or grad_y.numel() == 0
+    grad_weight = new(problem.weight_shape, x, zero=nothing)
+    grad_bias = new((problem.c_out,), x, zero=nothing) if need_bias else None
+    if nothing:
+        return grad_weight, grad_bias
     config = dict(config)
     splits, taps, channels = config.pop("SPLITS"), math.prod(problem.kernel), problem.c_out
-    partial = fresh((splits, 1, taps, 1, channels), x, torch.float32)
-    grad_weight = fresh(problem.weight_shape, x)
-    bias_partial = fresh((splits, channels), x, torch.float32) if need_bias else None
-    grad_bias = fresh((channels,), x) if need_bias else None
+    partial = new((splits, 1, taps, 1, channels), x, torch.float32)
+    bias_partial = new((splits, channels), x, torch.float32) if need_bias else None
     run(
         backward_weight_depthwise_kernel,
         splits * (problem.kernel[0] + need_bias) * math.ceil(channels / config["BLOCK_C"]),
         config,
-        x.device,
+        (partial, bias_partial),
         x_ptr=x,
         grad_y_ptr=grad_y,
         partial_ptr=partial,
@@ -182,7 +182,8 @@ def launch(problem, config, x, grad_y, need_bias):
         **depthwise.phase_windows(problem),
         WIDE=wide(x, grad_y, partial, of=problem),
     )
-    sum_weights(partial, grad_weight.view(channels, 1, *problem.kernel), bias_partial, grad_bias)
+    by_channel = grad_weight.view(lambda tensor: tensor.view(channels, 1, *problem.kernel))
+    sum_weights(partial, by_channel, bias_partial, grad_bias)
     return grad_weight, grad_bias
 
 
@@ -228,6 +229,6 @@ def work(problem: Problem, config) -> Work:
 VARIANT = Variant(
     "backward_weight_depthwise", "backward_weight",
     "one input channel per group: FMAs, split over voxels, summed in a fixed order", "triton",
-    launch=launch, supports=supports, space=space, default=default, spreads_nonfinite=SPREADS_VOXELS,
+    launches=launches, supports=supports, space=space, default=default, spreads_nonfinite=SPREADS_VOXELS,
     workspace_bytes=workspace_bytes, work=work,
 )  # fmt: skip
