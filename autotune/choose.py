@@ -9,7 +9,7 @@ none. Nothing is tuned here. An entry that cannot be used is passed over. Dispat
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from typing import NamedTuple
 
@@ -24,7 +24,7 @@ from tritonconv.autotune.store import Entry, Table
 from tritonconv.errors import ArgumentError, StoreWarning, VariantNotApplicable
 from tritonconv.kernels.registry import variant, warn_without_triton
 from tritonconv.kernels.safety import unsafe
-from tritonconv.kernels.variant import COPY, NO_CONFIG, Config, Variant
+from tritonconv.kernels.variant import NO_CONFIG, Config, Variant
 from tritonconv.problem import Problem
 from tritonconv.switches import REASON, torch_only
 
@@ -49,11 +49,6 @@ class Selection(NamedTuple):
     reason: str
     entry: Entry | None = None
     forced: bool = False
-
-    @property
-    def prepare(self) -> Callable[[Problem, torch.Tensor], torch.Tensor] | None:
-        """The variant's ``prepare``; None where the config leaves nothing to prepare."""
-        return self.variant.prepare if self.config.get(COPY, 1) else None
 
     @property
     def outdated(self) -> bool:

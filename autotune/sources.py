@@ -50,7 +50,7 @@ def revision(record: Variant) -> str:
 def places(record: Variant) -> list[Place]:
     """The definitions that a variant's launches use, in ``kernels/`` or in the variant's own file. Raises OSError where
     the sources are missing."""
-    launches = [each for each in (record.launch, record.joint) if each is not None]
+    launches = [each for each in (record.launch, record.launches, record.joint) if each is not None]
     begin = [Place(each.__module__, each.__name__) for each in launches]
     if not all(place.name in _definitions(place.module) for place in begin):  # no function of the file's own
         begin = [Place(place.module, name) for place in begin for name in _definitions(place.module)]

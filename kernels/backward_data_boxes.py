@@ -122,12 +122,13 @@ def phase_views(problem, grad_y):
         _, sh, sw = problem.stride
         residues = (phase // (sw * sh), phase // sw % sh, phase % sw)
         firsts = [(phi - p) % s for phi, p, s in zip(residues, problem.crop, problem.stride, strict=True)]
-        view = grad_y[(..., *[slice(f, None, s) for f, s in zip(firsts, problem.stride, strict=True)])]
+        every = (..., *[slice(first, None, s) for first, s in zip(firsts, problem.stride, strict=True)])
+        view = grad_y.view(lambda tensor, every=every: tensor[every])
         views.append(view if view.numel() else grad_y)
     return views
 
 
-def launch(problem, config, grad_y, weight):
+def launches(problem, config, grad_y, weight):
     grad_x = empty(problem, problem.x_shape, grad_y)
     if grad_x.numel() == 0:
         return grad_x
@@ -139,7 +140,7 @@ def launch(problem, config, grad_y, weight):
         backward_data_boxes_kernel,
         triton_boxes.programs(grad_y.device, triton_boxes.box_tiles(problem, problem.size, problem.c_in, config)),
         config,
-        grad_y.device,
+        (grad_x,),
         **{f"phase{index}": view for index, view in enumerate(views)},
         w_desc=triton_boxes.taps_first(weight, OUT_INNERMOST, block),
         grad_x_ptr=grad_x,
@@ -167,6 +168,7 @@ def work(problem, config) -> Work:
 VARIANT = Variant(
     "backward_data_boxes", "backward_data",
     "strided convolution of grad_y on tensor-descriptor boxes, persistent grid", "triton",
-    launch=launch, supports=supports, space=lambda problem, device: box_space(default(problem, device), problem.size),
-    default=default, spreads_nonfinite=SPREADS_WEIGHT, work=work,
+    launches=launches, supports=supports, default=default,
+    space=lambda problem, device: box_space(default(problem, device), problem.size),
+    spreads_nonfinite=SPREADS_WEIGHT, work=work,
 )  # fmt: skip

@@ -67,7 +67,7 @@ def backward_data_depthwise_kernel(
         store_places(acc, x_plane, h, w, channel, size, x_strides, mask_c, PLACES, INTERLEAVE, BLOCK_H, BLOCK_W)
 
 
-def launch(problem, config, grad_y, weight):
+def launches(problem, config, grad_y, weight):
     grad_x = empty(problem, problem.x_shape, grad_y)
     if grad_x.numel() == 0:
         return grad_x
@@ -82,7 +82,7 @@ def launch(problem, config, grad_y, weight):
         backward_data_depthwise_kernel,
         depthwise.programs(problem.n, problem.c_in, problem.size, places, config),
         config,
-        grad_y.device,
+        (grad_x,),
         grad_y_ptr=grad_y,
         w_ptr=weight,
         grad_x_ptr=grad_x,
@@ -129,5 +129,5 @@ def work(problem: Problem, config) -> Work:
 VARIANT = Variant(
     "backward_data_depthwise", "backward_data",
     "one input channel per group: FMAs, neighbouring voxels from one look at grad_y", "triton",
-    launch=launch, supports=supports, space=space, default=default, spreads_nonfinite=SPREADS_WEIGHT, work=work,
+    launches=launches, supports=supports, space=space, default=default, spreads_nonfinite=SPREADS_WEIGHT, work=work,
 )  # fmt: skip

@@ -18,6 +18,7 @@ import triton.language as tl
 
 from tritonconv.kernels import triton_tiles as tiles
 from tritonconv.kernels.targets import MULTIPROCESSORS
+from tritonconv.kernels.triton_buffers import new
 from tritonconv.kernels.triton_channels_last import copying
 from tritonconv.kernels.triton_convolution import backward_data
 from tritonconv.kernels.triton_device import (
@@ -33,7 +34,6 @@ from tritonconv.kernels.triton_device import (
 from tritonconv.kernels.triton_gemm import implicit_gemm
 from tritonconv.kernels.triton_launch import RUN_TIME, accounting, empty, refusal
 from tritonconv.kernels.triton_reduce import sum_volumes
-from tritonconv.kernels.triton_tape import fresh
 from tritonconv.kernels.triton_weights import preferred
 from tritonconv.kernels.variant import SPREADS_WEIGHT, Config, Variant
 from tritonconv.kernels.work import Work, parts, tap_gemm
@@ -87,17 +87,18 @@ def backward_data_gemm_kernel(
     store_tile(grad_x_ptr, rows, (group * C_IN + offs_n) * grad_x_strides[1], acc, mask_m, mask_n, X_VOXELS_INNER)
 
 
-def launch(problem, config, grad_y, weight):
-    grad_x = empty(problem, problem.x_shape, grad_y)
-    if grad_x.numel() == 0 or grad_y.numel() == 0:
-        return grad_x.zero_()
+def launches(problem, config, grad_y, weight):
+    nothing = math.prod(problem.x_shape) == 0 or grad_y.numel() == 0
+    grad_x = empty(problem, problem.x_shape, grad_y, zero=nothing)
+    if nothing:
+        return grad_x
     config = dict(config)
     splits = config.pop("SPLITS")
     sums, strides = grad_x, (0, *grad_x.stride())
     if splits > 1:
         n, c_in, *size = problem.x_shape
-        sums = fresh((splits, n, *size, c_in), grad_y, torch.float32)
-        strides = sums.permute(0, 1, 5, 2, 3, 4).stride()
+        sums = new((splits, n, *size, c_in), grad_y, torch.float32)
+        strides = sums.view(lambda tensor: tensor.permute(0, 1, 5, 2, 3, 4)).stride()
     backward_data(
         backward_data_gemm_kernel, programs(problem, config) * splits, problem, config, grad_y, weight, sums,
         splits=splits,
@@ -176,6 +177,6 @@ def workspace_bytes(problem: Problem) -> int:
 
 VARIANT = copying(Variant(
     "backward_data_gemm", "backward_data", "implicit GEMM over all taps: a strided convolution of grad_y", "triton",
-    launch=launch, supports=refusal, space=space, default=default, spreads_nonfinite=SPREADS_WEIGHT,
+    launches=launches, supports=refusal, space=space, default=default, spreads_nonfinite=SPREADS_WEIGHT,
     workspace_bytes=workspace_bytes, work=work,
 ), ("y",), "c_out")  # fmt: skip

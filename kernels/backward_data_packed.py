@@ -95,10 +95,10 @@ def programs(problem: Problem, config) -> int:
     return tiles.programs(problem, problem.size, problem.c_in // problem.groups, config)
 
 
-def launch(problem, config, grad_y, weight):
-    grad_x = empty(problem, problem.x_shape, grad_y)
-    if grad_y.numel() == 0:
-        return grad_x.zero_()
+def launches(problem, config, grad_y, weight):
+    grad_x = empty(problem, problem.x_shape, grad_y, zero=grad_y.numel() == 0)
+    if grad_x.zero:
+        return grad_x
     return backward_data(
         backward_data_packed_kernel, programs(problem, config), problem, config, grad_y, weight, grad_x,
         X_VOXELS_INNER=grad_x.stride(1) != 1,
@@ -134,5 +134,5 @@ def work(problem: Problem, config) -> Work:
 
 VARIANT = Variant(
     "backward_data_packed", "backward_data", "taps and few output channels share the depth of the dot", "triton",
-    launch=launch, supports=supports, space=space, default=default, spreads_nonfinite=SPREADS_WEIGHT, work=work,
+    launches=launches, supports=supports, space=space, default=default, spreads_nonfinite=SPREADS_WEIGHT, work=work,
 )  # fmt: skip

@@ -91,7 +91,7 @@ def backward_data_shuffle_kernel(
     store_tile(grad_x_ptr, rows, channel_x * grad_x_strides[1], acc, mask_m, mask_n, VOXELS_INNER)
 
 
-def launch(problem, config, grad_y, weight):
+def launches(problem, config, grad_y, weight):
     return phases.backward_data(backward_data_shuffle_kernel, problem, config, grad_y, weight)
 
 
@@ -122,5 +122,5 @@ def work(problem: Problem, config) -> Work:
 VARIANT = Variant(
     "backward_data_shuffle", "backward_data",
     "kernel <= stride: one GEMM over all taps, unshuffled while it is loaded", "triton",
-    launch=launch, supports=supports, space=space, default=default, work=work,
+    launches=launches, supports=supports, space=space, default=default, work=work,
 )  # fmt: skip

@@ -104,10 +104,10 @@ def backward_data_shuffle_given_kernel(
     store_tile(grad_x_ptr, rows, channel_x * grad_x_strides[1], acc, mask_m, mask_n, VOXELS_INNER)
 
 
-def launch(problem, config, grad_y, weight):
+def launches(problem, config, grad_y, weight):
     if not weight.is_contiguous():  # channels_last_3d, or a slice: that kernel takes any strides, in the same tiles
         config = {**backward_data_shuffle.default(problem, grad_y.device), **config}
-        return backward_data_shuffle.launch(problem, config, grad_y, weight)
+        return backward_data_shuffle.launches(problem, config, grad_y, weight)
     config = {**config, "BLOCK_K": columns_of(problem, config["BLOCK_K"])}
     channels = config["BLOCK_K"] // math.prod(problem.kernel)
     return phases.backward_data(backward_data_shuffle_given_kernel, problem, config, grad_y, weight, channels)
@@ -149,5 +149,5 @@ def work(problem: Problem, config: Config) -> Work:
 VARIANT = Variant(
     "backward_data_shuffle_given", "backward_data",
     "kernel = stride, the weight as given: each step puts a tile in order, nothing is packed", "triton",
-    launch=launch, supports=supports, space=space, default=default, work=work,
+    launches=launches, supports=supports, space=space, default=default, work=work,
 )  # fmt: skip

@@ -28,12 +28,12 @@ from tritonconv.kernels.triton_arrival import (
     sum_in_order,
     with_arrivals,
 )
+from tritonconv.kernels.triton_buffers import Buffer, new
 from tritonconv.kernels.triton_device import aligned, dividers, inside, multiple, product, voxel_tiles, voxels, widened
 from tritonconv.kernels.triton_launch import accounting, empty, geometry, precision, refusal, wide
 from tritonconv.kernels.triton_launch import launch as run
 from tritonconv.kernels.triton_phases import decoded, fine_dividers, load_phases, phases_first
 from tritonconv.kernels.triton_reduce import sum_weights
-from tritonconv.kernels.triton_tape import fresh
 from tritonconv.kernels.triton_target import compute_capability
 from tritonconv.kernels.triton_weights import oriented, packed
 from tritonconv.kernels.variant import Config, Variant
@@ -160,28 +160,28 @@ def backward(problem, config, x, weight, grad_y, need_bias):
     config.pop(ARRIVE, None)
     groups, c_in, c_out = problem.groups, problem.c_in // problem.groups, problem.c_out // problem.groups
     if weight is not None:
-        grad_x = empty(problem, problem.x_shape, grad_y)
+        grad_x = empty(problem, problem.x_shape, grad_y, zero=not grad_y.numel())
         weight = packed(weight, order)
     if x is not None:
-        grad_weight = fresh(problem.weight_shape, x)
-        grad_bias = fresh((problem.c_out,), x) if need_bias else None
+        grad_weight = new(problem.weight_shape, x)
+        grad_bias = new((problem.c_out,), x) if need_bias else None
         splits = config["SPLITS"] if grad_y.numel() else 0  # no splits at all sum to zeros
-        partial = fresh((splits, groups, math.prod(problem.kernel), c_out, c_in), x, torch.float32)
-        bias_partial = fresh((splits, problem.c_out), x, torch.float32) if need_bias else None
+        partial = new((splits, groups, math.prod(problem.kernel), c_out, c_in), x, torch.float32)
+        bias_partial = new((splits, problem.c_out), x, torch.float32) if need_bias else None
     far = wide(x, weight, grad_y, grad_x, partial, of=problem)
     if grad_y.numel():
         run(
             fused_backward_kernel,
             config["SPLITS"] * groups,
             config,
-            grad_y.device,
+            (grad_x, partial, bias_partial, *((grad_weight, grad_bias) if arrive else ())),
             x_ptr=x,
             w_ptr=weight,
             grad_y_ptr=grad_y,
             grad_x_ptr=grad_x,
             partial_ptr=partial,
             bias_partial_ptr=bias_partial,
-            arrivals_ptr=arrivals(groups, x.device) if arrive else None,
+            arrivals_ptr=arrivals(groups, x) if arrive else None,
             total_ptr=grad_weight if arrive else None,
             total_bias_ptr=grad_bias if arrive else None,
             **geometry(problem),
@@ -198,14 +198,12 @@ def backward(problem, config, x, weight, grad_y, need_bias):
             WIDE=far,
             PRECISION=precision(problem.dtype),
         )
-    elif grad_x is not None:
-        grad_x.zero_()
     if x is not None and not (arrive and grad_y.numel()):
         sum_weights(partial, grad_weight, bias_partial, grad_bias)  # type: ignore[arg-type]
     return grad_x, grad_weight, grad_bias
 
 
-def _whole_rows(problem: Problem, weight: torch.Tensor, rows: int) -> bool:
+def _whole_rows(problem: Problem, weight: Buffer, rows: int) -> bool:
     """A row of the weight, as torch has it, fills the columns of a tile."""
     columns = math.prod(problem.kernel) * problem.c_out // problem.groups
     return weight.is_contiguous() and columns == _block_n(problem, rows)
@@ -329,11 +327,11 @@ _variant = partial(
 )  # fmt: skip
 VARIANTS = [  # each is one half: both together are one launch
     _variant(
-        "backward_data_fused", "backward_data", launch=launch_data, space=space,
+        "backward_data_fused", "backward_data", launches=launch_data, space=space,
         work=lambda problem, config: work(problem, config, "backward_data"),
     ),
     _variant(
-        "backward_weight_fused", "backward_weight", launch=launch_weight, space=space_weight, options=(ARRIVE,),
+        "backward_weight_fused", "backward_weight", launches=launch_weight, space=space_weight, options=(ARRIVE,),
         workspace_bytes=workspace_bytes,
         work=lambda problem, config: work(problem, config, "backward_weight"),
     ),

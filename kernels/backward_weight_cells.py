@@ -173,8 +173,8 @@ def gemm(problem: Problem) -> SplitGemm:
     return SplitGemm(problem, rows, columns, triton_phases.cells(problem))
 
 
-def launch(problem, config, x, grad_y, need_bias):
-    return gemm(problem).launch(backward_weight_cells_kernel, config, x, grad_y, need_bias)
+def launches(problem, config, x, grad_y, need_bias):
+    return gemm(problem).launches(backward_weight_cells_kernel, config, x, grad_y, need_bias)
 
 
 def default(problem: Problem, device: torch.device):
@@ -237,7 +237,7 @@ def _least(lanes: int, block: int, channels: int, places: Triple, last: bool) ->
 VARIANT = copying(Variant(
     "backward_weight_cells", "backward_weight",
     "kernel > stride, few channels: one GEMM over cells, phases times window deltas", "triton",
-    launch=launch, supports=supports, space=lambda problem, device: gemm(problem).space(default(problem, device)),
+    launches=launches, supports=supports, space=lambda problem, device: gemm(problem).space(default(problem, device)),
     default=default, spreads_nonfinite=SPREADS_VOXELS, options=(ARRIVE,),
     workspace_bytes=lambda problem: gemm(problem).workspace_bytes(), work=work,
 ), ("x", "y"), "c_out")  # fmt: skip

@@ -25,12 +25,12 @@ from tritonconv.kernels.triton_arrival import (
     sum_in_order,
     with_arrivals,
 )
+from tritonconv.kernels.triton_buffers import new
 from tritonconv.kernels.triton_depthwise import any_tap, far, filled, lanes, replaced, within
 from tritonconv.kernels.triton_device import ceil_div, constant, inside, widened
 from tritonconv.kernels.triton_launch import RUN_TIME, accounting, geometry, refusal, wide
 from tritonconv.kernels.triton_launch import launch as run
 from tritonconv.kernels.triton_reduce import sum_weights
-from tritonconv.kernels.triton_tape import fresh
 from tritonconv.kernels.variant import SPREADS_VOXELS, Variant
 from tritonconv.kernels.work import Work
 from tritonconv.problem import Problem
@@ -183,28 +183,28 @@ def backward_weight_depthwise_kernel(
                     tl.store(total_bias_ptr + channel, sums.to(total_bias_ptr.dtype.element_ty), mask=mask_c)
 
 
-def launch(problem, config, x, grad_y, need_bias):
-    if x.numel() == 0 or grad_y.numel() == 0:
-        bias = x.new_zeros(problem.c_out) if need_bias else None
-        return x.new_zeros(problem.weight_shape), bias
+def launches(problem, config, x, grad_y, need_bias):
+    nothing = x.numel() == 0 or grad_y.numel() == 0
+    grad_weight = new(problem.weight_shape, x, zero=nothing)
+    grad_bias = new((problem.c_out,), x, zero=nothing) if need_bias else None
+    if nothing:
+        return grad_weight, grad_bias
     config = dict(config)
     arrive, splits = arrives(config), config.pop("SPLITS")
     config.pop(ARRIVE, None)
     taps, channels, tiles = math.prod(problem.kernel), problem.c_out, _tiles(problem, config, need_bias)
-    partial = fresh((splits, 1, taps, 1, channels), x, torch.float32)
-    grad_weight = fresh(problem.weight_shape, x)
-    bias_partial = fresh((splits, channels), x, torch.float32) if need_bias else None
-    grad_bias = fresh((channels,), x) if need_bias else None
+    partial = new((splits, 1, taps, 1, channels), x, torch.float32)
+    bias_partial = new((splits, channels), x, torch.float32) if need_bias else None
     run(
         backward_weight_depthwise_kernel,
         splits * tiles,
         config,
-        x.device,
+        (partial, bias_partial, *((grad_weight, grad_bias) if arrive else ())),
         x_ptr=x,
         grad_y_ptr=grad_y,
         partial_ptr=partial,
         bias_partial_ptr=bias_partial,
-        arrivals_ptr=arrivals(tiles, x.device) if arrive else None,
+        arrivals_ptr=arrivals(tiles, x) if arrive else None,
         total_ptr=grad_weight if arrive else None,
         total_bias_ptr=grad_bias if arrive else None,
         **geometry(problem),
@@ -215,7 +215,8 @@ def launch(problem, config, x, grad_y, need_bias):
         WIDE=wide(x, grad_y, partial, of=problem),
     )
     if not arrive:
-        sum_weights(partial, grad_weight.view(channels, 1, *problem.kernel), bias_partial, grad_bias)
+        by_channel = grad_weight.view(lambda tensor: tensor.view(channels, 1, *problem.kernel))
+        sum_weights(partial, by_channel, bias_partial, grad_bias)
     return grad_weight, grad_bias
 
 
@@ -268,6 +269,7 @@ def work(problem: Problem, config) -> Work:
 VARIANT = Variant(
     "backward_weight_depthwise", "backward_weight",
     "one input channel per group: FMAs, split over voxels, summed in a fixed order", "triton",
-    launch=launch, supports=supports, space=space, default=default, spreads_nonfinite=SPREADS_VOXELS, options=(ARRIVE,),
+    launches=launches, supports=supports, space=space, default=default, spreads_nonfinite=SPREADS_VOXELS,
+    options=(ARRIVE,),
     workspace_bytes=workspace_bytes, work=work,
 )  # fmt: skip

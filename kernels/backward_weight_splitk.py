@@ -135,8 +135,8 @@ def gemm(problem: Problem) -> SplitGemm:
     return SplitGemm(problem, rows, problem.c_in // problem.groups, problem.size)
 
 
-def launch(problem, config, x, grad_y, need_bias):
-    return gemm(problem).launch(backward_weight_splitk_kernel, config, x, grad_y, need_bias)
+def launches(problem, config, x, grad_y, need_bias):
+    return gemm(problem).launches(backward_weight_splitk_kernel, config, x, grad_y, need_bias)
 
 
 def supports(problem: Problem, device: torch.device) -> str | None:
@@ -146,7 +146,7 @@ def supports(problem: Problem, device: torch.device) -> str | None:
 VARIANT = copying(Variant(
     "backward_weight_splitk", "backward_weight",
     "one GEMM over all voxels, split into chunks; the bias gradient in the same launch", "triton",
-    launch=launch, supports=supports, space=lambda problem, device: gemm(problem).space(gemm(problem).default()),
+    launches=launches, supports=supports, space=lambda problem, device: gemm(problem).space(gemm(problem).default()),
     default=lambda problem, device: gemm(problem).default(), spreads_nonfinite=SPREADS_VOXELS, options=(ARRIVE,),
     workspace_bytes=lambda problem: gemm(problem).workspace_bytes(),
     work=lambda problem, config: gemm(problem).work(config, LOAD_INSTRUCTIONS),

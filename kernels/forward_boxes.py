@@ -96,7 +96,7 @@ def forward_boxes_kernel(
         store_box(y_ptr, y_strides, acc, image, d, h, w, mask_m, tile_n * BLOCK_N, C_OUT, BLOCK_N, WIDE)
 
 
-def launch(problem, config, x, weight, bias, out=None):
+def launches(problem, config, x, weight, bias, out=None):
     y = empty(problem, problem.y_shape, x) if out is None else out
     if y.numel() == 0:
         return y
@@ -108,7 +108,7 @@ def launch(problem, config, x, weight, bias, out=None):
         forward_boxes_kernel,
         triton_boxes.programs(x.device, count),
         config,
-        x.device,
+        (y,),
         x_desc=triton_boxes.volume(x, triton_boxes.box_shape(config), config["BLOCK_K"]),
         w_desc=triton_boxes.taps_first(weight, IN_INNERMOST if k_innermost else OUT_INNERMOST, block),
         bias_ptr=bias,
@@ -167,7 +167,7 @@ def work(problem, config) -> Work:
 
 VARIANT = Variant(
     "forward_boxes", "forward", "implicit GEMM per phase on tensor-descriptor boxes, persistent grid", "triton",
-    launch=launch, supports=triton_boxes.box_refusal,
+    launches=launches, supports=triton_boxes.box_refusal,
     space=lambda problem, device: box_space(default(problem, device), largest_phase(problem)), default=default,
     spreads_nonfinite=SPREADS_WEIGHT, work=work,
 )  # fmt: skip

@@ -72,7 +72,7 @@ def forward_depthwise_kernel(
         store_places(acc, y_plane, h, w, channel, out_size, y_strides, mask_c, PLACES, INTERLEAVE, BLOCK_H, BLOCK_W)
 
 
-def launch(problem, config, x, weight, bias, out=None):
+def launches(problem, config, x, weight, bias, out=None):
     y = empty(problem, problem.y_shape, x) if out is None else out
     return forward(
         forward_depthwise_kernel, programs(problem, config), problem, config, x, weight, bias, y,
@@ -114,5 +114,5 @@ def work(problem: Problem, config) -> Work:
 VARIANT = Variant(
     "forward_depthwise", "forward",
     "one input channel per group: FMAs, all phases along h and w from one look at x", "triton",
-    launch=launch, supports=supports, space=space, default=default, spreads_nonfinite=SPREADS_WEIGHT, work=work,
+    launches=launches, supports=supports, space=space, default=default, spreads_nonfinite=SPREADS_WEIGHT, work=work,
 )  # fmt: skip

@@ -99,7 +99,7 @@ def programs(problem, config) -> int:
     return tiles.programs(problem, problem.out_size, problem.c_out // problem.groups, config)
 
 
-def launch(problem, config, x, weight, bias, out=None):
+def launches(problem, config, x, weight, bias, out=None):
     y = empty(problem, problem.y_shape, x) if out is None else out
     inner, grid = y.stride(1) != 1, programs(problem, config)
     return forward(forward_gather_kernel, grid, problem, config, x, weight, bias, y, VOXELS_INNER=inner)
@@ -122,7 +122,7 @@ def work(problem, config) -> Work:
 
 VARIANT = Variant(
     "forward_gather", "forward", "gather over all taps with stride masks: the baseline", "triton",
-    launch=launch, supports=refusal,
+    launches=launches, supports=refusal,
     space=lambda problem, device: tiles.around(default(problem, device), problem, WEIGHT=(0, 1, 2)), default=default,
     spreads_nonfinite=SPREADS_WEIGHT, work=work,
 )  # fmt: skip

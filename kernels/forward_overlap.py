@@ -155,7 +155,7 @@ def forward_overlap_kernel(
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-def launch(problem, config, x, weight, bias, out=None):
+def launches(problem, config, x, weight, bias, out=None):
     y = empty(problem, problem.y_shape, x) if out is None else out
     if y.numel() == 0:
         return y
@@ -165,7 +165,7 @@ def launch(problem, config, x, weight, bias, out=None):
         forward_overlap_kernel,
         boxes(problem, config),
         config,
-        x.device,
+        (y,),
         x_ptr=x,
         w_ptr=weight,
         bias_ptr=bias,
@@ -270,5 +270,5 @@ def work(problem: Problem, config) -> Work:
 VARIANT = Variant(
     "forward_overlap", "forward",
     "very few channels out: x times all taps once, overlapping products added in registers", "triton",
-    launch=launch, supports=supports, space=space, default=default, spreads_nonfinite=SPREADS_WEIGHT, work=work,
+    launches=launches, supports=supports, space=space, default=default, spreads_nonfinite=SPREADS_WEIGHT, work=work,
 )  # fmt: skip

@@ -149,7 +149,7 @@ def programs(problem: Problem, config) -> int:
     return rows * parts(pack * problem.c_out // problem.groups, config["BLOCK_N"]) * (problem.groups // pack)
 
 
-def launch(problem, config, x, weight, bias, out=None):
+def launches(problem, config, x, weight, bias, out=None):
     y = empty(problem, problem.y_shape, x) if out is None else out
     return forward(
         forward_phases_kernel, math.prod(problem.stride) * programs(problem, config), problem, config,
@@ -191,5 +191,5 @@ def work(problem: Problem, config) -> Work:
 
 VARIANT = copying(Variant(
     "forward_phases", "forward", "implicit GEMM per phase: only the taps that hit", "triton",
-    launch=launch, supports=refusal, space=space, default=default, spreads_nonfinite=SPREADS_WEIGHT, work=work,
+    launches=launches, supports=refusal, space=space, default=default, spreads_nonfinite=SPREADS_WEIGHT, work=work,
 ), ("x",), "c_in")  # fmt: skip

@@ -143,7 +143,7 @@ def forward_phases_packed_kernel(
     )  # fmt: skip
 
 
-def launch(problem, config, x, weight, bias, out=None):
+def launches(problem, config, x, weight, bias, out=None):
     late = shift(problem, config)
     return phases.forward(forward_phases_packed_kernel, problem, config, x, weight, bias, out, shift=late, SHIFT=late)
 
@@ -199,6 +199,6 @@ def work(problem: Problem, config) -> Work:
 
 VARIANT = Variant(
     "forward_phases_packed", "forward", "all phases in one tile, taps packed into the depth: few channels", "triton",
-    launch=launch, supports=supports, space=space, default=default,
+    launches=launches, supports=supports, space=space, default=default,
     spreads_nonfinite=f"{SPREADS_WEIGHT}; {SPREADS_VOXELS}", work=work,
 )  # fmt: skip

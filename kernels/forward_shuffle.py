@@ -102,7 +102,7 @@ def forward_shuffle_kernel(
     )  # fmt: skip
 
 
-def launch(problem, config, x, weight, bias, out=None):
+def launches(problem, config, x, weight, bias, out=None):
     return phases.forward(forward_shuffle_kernel, problem, config, x, weight, bias, out)
 
 
@@ -129,5 +129,5 @@ def work(problem: Problem, config) -> Work:
 
 VARIANT = Variant(
     "forward_shuffle", "forward", "kernel <= stride: one GEMM over all phases, shuffled while it is stored", "triton",
-    launch=launch, supports=supports, space=space, default=default, work=work,
+    launches=launches, supports=supports, space=space, default=default, work=work,
 )  # fmt: skip

@@ -105,10 +105,10 @@ def forward_shuffle_given_kernel(
     )  # fmt: skip
 
 
-def launch(problem, config, x, weight, bias, out=None):
+def launches(problem, config, x, weight, bias, out=None):
     if not weight.is_contiguous():  # channels_last_3d, or a slice: that kernel takes any strides, in the same tiles
         config = {**forward_shuffle.default(problem, x.device), **config}
-        return forward_shuffle.launch(problem, config, x, weight, bias, out)
+        return forward_shuffle.launches(problem, config, x, weight, bias, out)
     config = {**config, "BLOCK_N": columns_of(problem, config["BLOCK_N"])}
     return phases.forward(
         forward_shuffle_given_kernel, problem, config, x, weight, bias, out,
@@ -187,5 +187,5 @@ def work(problem: Problem, config: Config) -> Work:
 VARIANT = Variant(
     "forward_shuffle_given", "forward",
     "kernel = stride, the weight as given: the sums are put in order, nothing is packed", "triton",
-    launch=launch, supports=supports, space=space, default=default, work=work,
+    launches=launches, supports=supports, space=space, default=default, work=work,
 )  # fmt: skip

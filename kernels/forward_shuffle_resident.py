@@ -96,7 +96,7 @@ def forward_shuffle_resident_kernel(
         )  # fmt: skip
 
 
-def launch(problem, config, x, weight, bias, out=None):
+def launches(problem, config, x, weight, bias, out=None):
     config = _deep(problem, config)
     programs = grid(problem, config, multiprocessors(x.device) * config.pop("RESIDENT"))
     return phases.forward(forward_shuffle_resident_kernel, problem, config, x, weight, bias, out, grid=programs)
@@ -169,5 +169,5 @@ def work(problem: Problem, config: Config) -> Work:
 VARIANT = Variant(
     "forward_shuffle_resident", "forward",
     "kernel <= stride, few channels in: a persistent grid that keeps the weight", "triton",
-    launch=launch, supports=supports, space=space, default=default, work=work,
+    launches=launches, supports=supports, space=space, default=default, work=work,
 )  # fmt: skip

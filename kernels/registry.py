@@ -187,7 +187,18 @@ def _without_overlap(record: Variant) -> Variant:
     """
     if record.backend != "triton":
         return record
-    names = ("launch", "supports", "space", "default", "copied", "joint", "workspace_bytes", "work", "hazard")
+    names = (
+        "launch",
+        "launches",
+        "supports",
+        "space",
+        "default",
+        "copied",
+        "joint",
+        "workspace_bytes",
+        "work",
+        "hazard",
+    )
     functions: dict[str, Any] = {
         name: _called_without_overlap(each) for name in names if (each := getattr(record, name)) is not None
     }

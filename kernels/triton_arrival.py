@@ -14,7 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-from tritonconv.kernels.triton_launch import compiling, stream_of
+from tritonconv.kernels.triton_buffers import Buffer
+from tritonconv.kernels.triton_launch import stream_of
 from tritonconv.kernels.variant import Config
 
 ARRIVE = "ARRIVE"  # of a config, 0 where it is absent: 1 sums in the main launch
@@ -59,28 +60,30 @@ def ahead(ELEMENTS):
     return min(16, max(1, IN_FLIGHT // ELEMENTS))
 
 
-def arrivals(count: int, device: torch.device) -> torch.Tensor:
-    """``count`` counters at zero, int32, for one launch on the device's current stream, which leaves them at zero.
+def arrivals(count: int, beside: Buffer) -> Buffer:
+    """``count`` counters of one launch, int32, on another buffer's device."""
+    return Buffer(
+        torch.empty(count, dtype=torch.int32, device="meta"), beside.device, lent=lambda device: counters(count, device)
+    )
+
+
+def counters(count: int, device: torch.device) -> torch.Tensor:
+    """At least ``count`` zeros, int32, for one launch on the current stream, which leaves them at zero.
 
     The launches of a stream come one after another and share a buffer, which is zeroed once. A launch that is captured
     has its own, zeroed inside the graph: a replay may run beside anything else. So has one of more than COUNTERS tiles.
+    ``device`` is the current one.
     """
-    stream = stream_of(device)
-    if count > COUNTERS or stream == PER_THREAD or compiling() or _capturing(device):
+    stream = stream_of(device.index)
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if count > COUNTERS or stream == PER_THREAD or capturing:
         return torch.zeros(count, dtype=torch.int32, device=device)
     if (device, stream) not in _buffers:
         _buffers[device, stream] = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
-    return _buffers[device, stream][:count]
+    return _buffers[device, stream]
 
 
 _buffers: dict[tuple[torch.device, int], torch.Tensor] = {}
-
-
-def _capturing(device: torch.device) -> bool:
-    if device.type != "cuda":
-        return False
-    with torch.cuda.device(device):
-        return torch.cuda.is_current_stream_capturing()
 
 
 def arrives(config: Config) -> bool:

@@ -13,19 +13,18 @@ from functools import cache, partial
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tritonconv.kernels.targets import MULTIPROCESSORS
+from tritonconv.kernels.triton_buffers import ALIGNMENT, Buffer, Descriptor, copied
 from tritonconv.kernels.triton_device import next_step, offset, settled, widened
 from tritonconv.kernels.triton_launch import multiprocessors, refusal
-from tritonconv.kernels.triton_tape import derived
 from tritonconv.kernels.triton_target import compute_capability, target
 from tritonconv.kernels.triton_weights import packed, strides
 from tritonconv.kernels.weight_orders import OUT_INNERMOST
 from tritonconv.kernels.work import Work, parts, tap_gemm
 from tritonconv.problem import Problem, Triple
 
-ALIGNMENT = 16  # bytes, of the base and of every stride but the last (CUDA driver API, cuTensorMapEncodeTiled)
+# Of the base and of every stride but the last, in bytes: ALIGNMENT (CUDA driver API, cuTensorMapEncodeTiled).
 TMA_FROM = 90  # compute capability (CUDA C++ programming guide, "Tensor Memory Access")
 
 
@@ -136,46 +135,42 @@ def box_refusal(problem: Problem, device: torch.device) -> str | None:
     return None
 
 
-def describable(tensor: torch.Tensor) -> torch.Tensor:
+def describable(volume: Buffer) -> Buffer:
     """The volume (n, c, d, h, w) if a descriptor can address it, else a dense channels_last_3d copy."""
-    item = tensor.dtype.itemsize
-    outer = [step for axis, step in enumerate(tensor.stride()) if axis != 1 and tensor.shape[axis] > 1]
+    item, steps = volume.dtype.itemsize, volume.stride()
+    outer = [step for axis, step in enumerate(steps) if axis != 1 and volume.shape[axis] > 1]
     fits = all(step > 0 and step * item % ALIGNMENT == 0 for step in outer)
-    if fits and tensor.stride(1) == 1 and tensor.data_ptr() % ALIGNMENT == 0:
-        return tensor
-    # contiguous() would return a tensor that is dense already, wherever it starts
-    return derived(tensor, partial(torch.clone, memory_format=torch.channels_last_3d))
+    if fits and steps[1] == 1 and volume.aligned:
+        return volume
+    # Also a tensor that is dense already, wherever it starts.
+    return copied(volume, partial(torch.clone, memory_format=torch.channels_last_3d), always=True)
 
 
-def volume(tensor: torch.Tensor, box: Triple, block_k: int) -> TensorDescriptor:
+def volume(buffer: Buffer, box: Triple, block_k: int) -> Descriptor:
     """Descriptor (n, d, h, w, c) of a volume, with boxes (1, *box, block_k)."""
-    view = tensor.permute(0, 2, 3, 4, 1)
+    view = buffer.view(lambda tensor: tensor.permute(0, 2, 3, 4, 1))
     # The stride of an axis of size 1 is never used, but it must be aligned like the others.
     strides = [
-        step if size > 1 else _aligned_stride(tensor) for size, step in zip(view.shape, view.stride(), strict=True)
+        step if size > 1 else _aligned_stride(buffer) for size, step in zip(view.shape, view.stride(), strict=True)
     ]
-    strides[-1] = 1
-    return TensorDescriptor(view, list(view.shape), strides, [1, *box, block_k])
+    return Descriptor(view, view.shape, (*strides[:-1], 1), (1, *box, block_k))
 
 
-def _aligned_stride(tensor: torch.Tensor) -> int:
-    return max(1, ALIGNMENT // tensor.dtype.itemsize) * math.ceil(tensor.shape[1] * tensor.dtype.itemsize / ALIGNMENT)
+def _aligned_stride(volume: Buffer) -> int:
+    return max(1, ALIGNMENT // volume.dtype.itemsize) * math.ceil(volume.shape[1] * volume.dtype.itemsize / ALIGNMENT)
 
 
-def taps_first(weight: torch.Tensor, order: int, block: tuple[int, int]) -> TensorDescriptor:
+def taps_first(weight: Buffer, order: int, block: tuple[int, int]) -> Descriptor:
     """Descriptor of the packed weight: (tap, c_in, c_out), or (tap, c_out, c_in) for IN_INNERMOST."""
     weight = packed(weight, order)
     c_in, c_out, tap = strides(weight)
-    if (
-        any(step * weight.dtype.itemsize % ALIGNMENT for step in (c_in + c_out - 1, tap))
-        or weight.data_ptr() % ALIGNMENT
-    ):
-        weight = packed(derived(weight, torch.Tensor.contiguous), order)
+    if any(step * weight.dtype.itemsize % ALIGNMENT for step in (c_in + c_out - 1, tap)) or not weight.aligned:
+        weight = packed(copied(weight, torch.Tensor.contiguous), order)
         c_in, c_out, tap = strides(weight)
     taps = math.prod(weight.shape[2:])
     if order == OUT_INNERMOST:
-        return TensorDescriptor(weight, [taps, *weight.shape[:2]], [tap, c_in, 1], [1, *block])
-    return TensorDescriptor(weight, [taps, weight.shape[1], weight.shape[0]], [tap, c_out, 1], [1, *block])
+        return Descriptor(weight, (taps, *weight.shape[:2]), (tap, c_in, 1), (1, *block))
+    return Descriptor(weight, (taps, weight.shape[1], weight.shape[0]), (tap, c_out, 1), (1, *block))
 
 
 @cache

@@ -12,24 +12,21 @@ from functools import lru_cache, wraps
 import torch
 
 from tritonconv.kernels import triton_transpose
-from tritonconv.kernels.triton_tape import derived
+from tritonconv.kernels.triton_buffers import Buffer, copied
 from tritonconv.kernels.variant import COPY, Config, Toolchain, Variant
 from tritonconv.kernels.work import Work, size_of
 from tritonconv.problem import Problem
 
+LAST = torch.channels_last_3d
+LARGE = {"forward": (0,), "backward_data": (0,), "backward_weight": (0, 1)}  # x and grad_y among the operands
 LEAST_CHANNELS = 16  # of a group: fewer fill no 32-byte sector
 
 
-def channels_last(x: torch.Tensor) -> torch.Tensor:
+def channels_last(x: Buffer) -> Buffer:
     """``x`` (n, c, d, h, w) dense in channels_last_3d: itself where it is already."""
-    if x.is_contiguous(memory_format=torch.channels_last_3d) or not x.is_contiguous():
-        return derived(x, lambda tensor: tensor.contiguous(memory_format=torch.channels_last_3d))
-    return triton_transpose.channels_last(x)
-
-
-def grad_y_last(problem: Problem, grad_y: torch.Tensor) -> torch.Tensor:
-    """``Variant.prepare`` of the two gradients: one copy of grad_y serves both."""
-    return channels_last(grad_y)
+    if x.is_contiguous(memory_format=LAST) or not x.is_contiguous():
+        return copied(x, lambda tensor: tensor.contiguous(memory_format=LAST))
+    return x.copy(LAST, lambda: triton_transpose.channels_last(x))
 
 
 def copying(base: Variant, copied: tuple[str, ...], gathered: str) -> Variant:
@@ -44,10 +41,15 @@ def copying(base: Variant, copied: tuple[str, ...], gathered: str) -> Variant:
         overlap = any(axis.kernel > axis.stride for axis in problem.axes)
         return problem.layout == "ncdhw" and overlap and getattr(problem, gathered) // problem.groups >= LEAST_CHANNELS
 
-    @wraps(base.launch)
-    def launch(problem, config, *operands, **more):
+    assert base.launches is not None
+
+    @wraps(base.launches)
+    def launches(problem, config, *operands, **more):
         plain = {key: value for key, value in config.items() if key != COPY}
-        return base.launch(problem, plain, *(_copied(base, *operands) if config.get(COPY) else operands), **more)
+        if config.get(COPY):
+            places = LARGE[base.pass_name]
+            operands = tuple(channels_last(each) if place in places else each for place, each in enumerate(operands))
+        return base.launches(problem, plain, *operands, **more)
 
     def space(problem: Problem, device: torch.device) -> tuple[Config, ...]:
         configs = [{**config, COPY: 0} for config in base.space(problem, device)]
@@ -82,27 +84,14 @@ def copying(base: Variant, copied: tuple[str, ...], gathered: str) -> Variant:
 
     return replace(
         base,
-        launch=launch,
+        launches=launches,
         space=space,
         default=lambda problem, device: {**base.default(problem, device), COPY: 0},
         copied=default_of_copies,
-        prepare=None if base.pass_name == "forward" else grad_y_last,
         workspace_bytes=workspace_bytes,
         work=work,
         hazard=None if base.hazard is None else hazard,
     )
-
-
-def _copied(base: Variant, *operands):
-    """The operands of a launch with x and grad_y in channels_last_3d; of grad_y the copy may be there, as the last."""
-    if base.pass_name == "forward":
-        x, *more = operands
-        return channels_last(x), *more
-    if base.pass_name == "backward_data":
-        grad_y, weight, *prepared = operands
-        return *(prepared or [channels_last(grad_y)]), weight
-    x, grad_y, need_bias, *prepared = operands
-    return channels_last(x), *(prepared or [channels_last(grad_y)]), need_bias
 
 
 @lru_cache(4096)  # a count calls it for each config, and the problem caches the sums over its phases

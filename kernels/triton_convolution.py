@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import torch
-
+from tritonconv.kernels.triton_buffers import Buffer
 from tritonconv.kernels.triton_launch import geometry, launch, precision, wide
 from tritonconv.kernels.triton_weights import oriented, packed
 from tritonconv.kernels.variant import Config
 from tritonconv.problem import Problem
 
 
-def forward(kernel, grid: int, problem: Problem, config: Config, x, weight, bias, y, **more) -> torch.Tensor:
-    """Launches a forward kernel, unless y is empty -> y; ``more`` are arguments of this kernel alone."""
+def forward(kernel, grid: int, problem: Problem, config: Config, x, weight, bias, y, **more) -> Buffer:
+    """Has a forward kernel write y, unless it is empty -> y; ``more`` are arguments of this kernel alone."""
     if y.numel() > 0:
         more |= {"x_ptr": x, "bias_ptr": bias, "y_ptr": y, "x_strides": x.stride(), "y_strides": y.stride()}
         _convolve(kernel, grid, problem, config, weight, "forward", x, y, more)
     return y
 
 
-def backward_data(kernel, grid: int, problem: Problem, config: Config, grad_y, weight, grad_x, **more) -> torch.Tensor:
-    """Launches a backward-data kernel, unless grad_x is empty -> grad_x; ``more`` as in :func:`forward`."""
+def backward_data(kernel, grid: int, problem: Problem, config: Config, grad_y, weight, grad_x, **more) -> Buffer:
+    """Has a backward-data kernel write grad_x, unless it is empty -> grad_x; ``more`` as in :func:`forward`."""
     if grad_x.numel() > 0:
         more |= {"grad_y_ptr": grad_y, "grad_x_ptr": grad_x, "grad_y_strides": grad_y.stride()}
         more.setdefault("grad_x_strides", grad_x.stride())
@@ -36,4 +35,4 @@ def _convolve(kernel, grid, problem, config, weight, pass_name, source, result, 
     if "PRECISION" in kernel.arg_names:
         arguments["PRECISION"] = precision(problem.dtype)
     far = wide(source, weight, result, of=problem)
-    launch(kernel, grid, config, source.device, w_ptr=weight, WIDE=far, **geometry(problem), **arguments)
+    launch(kernel, grid, config, (result,), w_ptr=weight, WIDE=far, **geometry(problem), **arguments)

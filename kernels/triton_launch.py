@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator
-from contextvars import ContextVar
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
 import torch
-import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import make_backend
 
-from tritonconv.kernels import triton_compiled, triton_tape
+from tritonconv.kernels import triton_compiled
 from tritonconv.kernels.targets import MULTIPROCESSORS
+from tritonconv.kernels.triton_buffers import Buffer, Kernel, copied, new
 from tritonconv.kernels.triton_device import FAR
 from tritonconv.kernels.triton_target import INTERPRETED, driver_fault, registers_in_flight, target
 from tritonconv.kernels.variant import Config
@@ -36,15 +34,11 @@ BY = ("by_d", "by_h", "by_w", "shift_d", "shift_h", "shift_w")  # of :func:`divi
 
 triton_compiled.from_environment()  # here, where every Triton variant comes along: before the first of them compiles
 
-_compiled: ContextVar[list | None] = ContextVar("tritonconv_compiled", default=None)
-
 
 def refusal(problem: Problem, device: torch.device) -> str | None:
     """Why no Triton kernel serves the problem on the device; None where one may."""
     if problem.dtype not in DTYPES:
         return f"Triton kernels serve float16, bfloat16 and float32, not {str(problem.dtype).removeprefix('torch.')}"
-    if _compiled.get() is not None:
-        return None
     if device.type == "cuda":
         return driver_fault()
     if not INTERPRETED:
@@ -84,9 +78,9 @@ def accounting(grid, kernel, args) -> dict[str, Any]:
     return {"name": name, f"flops{8 * tensor.dtype.itemsize}": problem.flops, "bytes": problem.bytes()}
 
 
-def empty(problem: Problem, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
-    """A new tensor in the problem's layout."""
-    return triton_tape.fresh(shape, like, memory_format=problem.memory_format)
+def empty(problem: Problem, shape: tuple[int, ...], beside: Buffer, zero: bool = False) -> Buffer:
+    """A new buffer in the problem's layout, as :func:`new` makes it."""
+    return new(shape, beside, memory_format=problem.memory_format, zero=zero)
 
 
 def multiprocessors(device: torch.device) -> int:
@@ -115,17 +109,17 @@ def precision(dtype: torch.dtype) -> str:
     return TF32 if gpu is None or _multiplies_tf32(gpu.backend, gpu.arch) else IEEE
 
 
-def wide(*tensors: torch.Tensor | None, of: Problem | None = None) -> bool:
-    """Whether an element offset into one of the tensors needs 64 bits; also for axes too long for dividers.
+def wide(*buffers: Buffer | None, of: Problem | None = None) -> bool:
+    """Whether an element offset into one of the buffers needs 64 bits; also for axes too long for dividers.
 
     ``of``: the problem whose taps and crops reach beyond x and y, masked: offsets of voxels not there count too.
     """
     reach = (0, 0, 0) if of is None else tuple(2 * (a.dilation * a.kernel + a.crop + a.stride) for a in of.axes)
-    return any(_is_wide(tensor, reach) for tensor in tensors if tensor is not None)
+    return any(_is_wide(each, reach) for each in buffers if each is not None)
 
 
-def _is_wide(tensor: torch.Tensor, reach: tuple[int, ...]) -> bool:
-    shape, strides = tuple(tensor.shape), tensor.stride()
+def _is_wide(buffer: Buffer, reach: tuple[int, ...]) -> bool:
+    shape, strides = buffer.shape, buffer.stride()
     beyond = sum(more * abs(stride) for more, stride in zip(reach, strides[2:], strict=False))
     far = beyond >= WIDE_FROM or max(shape[2:], default=0) >= FAR // 2
     return far or largest_offset(shape, strides) >= WIDE_FROM
@@ -144,51 +138,27 @@ def units(strides: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(0 if stride == 1 else unit for stride in strides)
 
 
-def launch(kernel, grid: int | tuple[int, ...], config: Config, device: torch.device, **arguments) -> None:
-    """Launches (or, inside :func:`compile_only`, compiles) a kernel; ``config`` holds tiles, num_warps, num_stages."""
+def launch(kernel, grid: int | tuple[int, ...], config: Config, written: Sequence[Buffer | None], **arguments) -> None:
+    """Has a kernel write the buffers ``written``; ``config`` holds tiles, num_warps, num_stages. Nothing runs."""
     arguments |= config
     if arguments.get("bias_ptr") is not None:  # the one operand without strides of its own
-        arguments["bias_ptr"] = triton_tape.derived(arguments["bias_ptr"], torch.Tensor.contiguous)
+        arguments["bias_ptr"] = copied(arguments["bias_ptr"], torch.Tensor.contiguous)
     if "UNITS" in kernel.arg_names:
         arguments["UNITS"] = tuple(units(arguments[name]) for name in kernel.arg_names if name.endswith("_strides"))
     if "WAIT" in kernel.arg_names:
         arguments["WAIT"] = registers_in_flight()
     arguments["enable_fp_fusion"] = True
-    if isinstance(grid, int):
-        grid = (grid,)
-    compiled = _compiled.get()
-    if compiled is not None:
-        compiled.append((kernel.fn.__name__, dict(config), kernel.warmup(grid=grid, **arguments)))
-        return
-    if device.type == "cuda" and device.index not in (None, torch.cuda.current_device()):
-        with torch.cuda.device(device):
-            launched = kernel[grid](**arguments)
-    else:
-        launched = kernel[grid](**arguments)
-    tape = triton_tape.current()
-    if tape is not None:
-        tape.launched(kernel, grid, arguments, launched)
+    filled = tuple(each.base for each in written if each is not None)
+    made = Kernel(kernel, (grid,) if isinstance(grid, int) else grid, arguments, filled)
+    for buffer in filled:
+        buffer.writer = made
 
 
-def stream_of(device: torch.device) -> int:
-    """The handle of the CUDA stream that launches on the device go to; 0 on a CPU."""
-    return triton.runtime.driver.active.get_current_stream(device.index) if device.type == "cuda" else 0
+_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
-def compiling() -> bool:
-    """Inside :func:`compile_only`."""
-    return _compiled.get() is not None
-
-
-@contextlib.contextmanager
-def compile_only() -> Iterator[list]:
-    """Inside the block launches compile and run nothing; yields the list of (kernel, config, compiled kernel).
-
-    The tensors may be on the ``meta`` device. The target is the one of Triton's active driver.
-    """
-    launches: list = []
-    token = _compiled.set(launches)
-    try:
-        yield launches
-    finally:
-        _compiled.reset(token)
+def stream_of(index: int | None) -> int:
+    """The handle of the CUDA stream that launches on the device of this index go to; 0 without an index, on a CPU."""
+    if index is None:
+        return 0
+    return torch.cuda.current_stream(index).cuda_stream if _raw_stream is None else _raw_stream(index)

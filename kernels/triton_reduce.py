@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from tritonconv.kernels.targets import MULTIPROCESSORS
+from tritonconv.kernels.triton_buffers import Buffer
 from tritonconv.kernels.triton_device import multiple, widened
 from tritonconv.kernels.triton_launch import launch as run
 from tritonconv.kernels.triton_launch import wide
@@ -80,7 +81,7 @@ def sum_partials_kernel(
             tl.store(bias_ptr + channel, sums.to(bias_ptr.dtype.element_ty), mask=wanted)
 
 
-def sum_volumes(partial: torch.Tensor, out: torch.Tensor) -> None:
+def sum_volumes(partial: Buffer, out: Buffer) -> None:
     """Writes ``partial.sum(0)``, partial (splits, n, d, h, w, c) dense, into ``out`` (n, c, d, h, w).
 
     In one launch and a fixed order, rounded once; ``out`` is dense, contiguous or channels_last_3d.
@@ -91,10 +92,10 @@ def sum_volumes(partial: torch.Tensor, out: torch.Tensor) -> None:
 
 
 def sum_weights(
-    partial: torch.Tensor,
-    grad_weight: torch.Tensor,
-    bias_partial: torch.Tensor | None = None,
-    grad_bias: torch.Tensor | None = None,
+    partial: Buffer,
+    grad_weight: Buffer,
+    bias_partial: Buffer | None = None,
+    grad_bias: Buffer | None = None,
 ) -> None:
     """Writes ``partial.sum(0)``, partial (splits, groups, taps, c_out, c_in) dense, into ``grad_weight``.
 
@@ -127,7 +128,7 @@ def _sum(partial, out, shape, transposed, taps=(0, 0), bias_partial=None, bias_o
             "BLOCK_I": block_i,
             "num_warps": 4,
         },
-        out.device,
+        (out, bias_out),
         partial_ptr=partial,
         bias_partial_ptr=bias_partial,
         out_ptr=out,

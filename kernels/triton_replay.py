@@ -1,10 +1,9 @@
-"""Launches kept for the next call: what a variant works out on the host is worked out once per kind of operands.
+"""Programs kept for the next call: what a variant works out on the host is worked out once per kind of operands.
 
-A variant's ``launch`` computes its grid and a few dozen arguments from the problem, the config and the strides of the
-operands. The next call with operands of the same strides and alignment repeats its steps instead (see
-:mod:`tritonconv.kernels.triton_tape`): new results and workspaces, the weight packed anew, the same kernels.
+A variant's ``launches`` computes grids and a few dozen arguments from the problem, the config, the strides and the
+alignment of the operands, and torch's float32 switch. The next call of the same kind plays the same program.
 
-A launch may have a standby, torch's own operation. It runs while the launch's kernels are compiled in the background,
+A program may have a standby, torch's own operation. It runs while the program's kernels are compiled in the background,
 and for good where they cannot be compiled or launched, which one warning says.
 """
 
@@ -12,147 +11,149 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from functools import cache, partial
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 
-from tritonconv.device import current
+from tritonconv.device import current, current_index
 from tritonconv.errors import KernelWarning
-from tritonconv.kernels import triton_background, triton_tape
-from tritonconv.kernels.triton_launch import compile_only, compiling, precision, stream_of
-from tritonconv.kernels.triton_tape import Step, Tape
+from tritonconv.kernels import triton_background
+from tritonconv.kernels.triton_buffers import ALIGNMENT
+from tritonconv.kernels.triton_launch import stream_of
+from tritonconv.kernels.triton_program import Program
 from tritonconv.kernels.triton_target import INTERPRETED
+from tritonconv.precision import float32_precision
 
 MOST_KEPT = 64  # kinds of operands of one plan
-MOST_COMPILED = 1024  # and those whose kernels were asked for
-ALIGNMENT = 16  # bytes: what Triton specialises pointers on
-
-# The steps and the places of the results among the values: of one result, or of a tuple, None for one not wanted.
-Kept = tuple[list[Step], "int | tuple[int | None, ...]"]
+ALIGNED, UNALIGNED, NO_MEMORY = 0, 1, 2
 
 
 class Replay:
-    """A ``launch`` with a memory: of a variant, whose first arguments (problem, config) are ``fixed``.
+    """``launches`` with a memory: takes operands, tensors and other values, and returns the results as tensors.
 
-    Calls take the operands after them and return the results. ``keeps`` is false of a launch that may do what no tape
-    takes down: each call is then made anew. ``standby`` computes the same of the same operands.
+    ``standby`` computes the same of the same operands. ``counts`` says how the calls were answered.
     """
 
-    def __init__(
-        self,
-        launch: Callable[..., Any],
-        *fixed: Any,
-        keeps: bool = True,
-        standby: Callable[..., Any] | None = None,
-        **more: Any,
-    ) -> None:
-        self.launch, self.keeps = partial(launch, *fixed, **more), keeps
+    def __init__(self, launches: Callable[..., Any], standby: Callable[..., Any] | None = None) -> None:
+        self.launches = launches
         self.standby = None if INTERPRETED else standby  # which compiles nothing
-        self.kept: dict[tuple, Kept | None] = {}
-        self.compiled: dict[tuple, Compiled] = {}
+        self.kept: dict[tuple, Kind] = {}
+        self.counts = Counts()
 
     def __call__(self, *operands: Any) -> Any:
         """At least one operand is a tensor; the others may be None or bool. All tensors are on one device."""
-        if compiling():
-            return self.launch(*operands)
-        first = operands[0] if operands[0] is not None else operands[1]
-        device = first.device
-        if device.type == "cuda" and device.index != torch.cuda.current_device():
-            with torch.cuda.device(device):  # whose limits the launch asks for, too
+        addresses: list[Any] = []
+        key: list[Any] = []
+        for operand in operands:
+            if operand is None or operand is True or operand is False:
+                key.append(operand)
+                addresses.append(None)
+            else:
+                address = operand.data_ptr()
+                alignment = NO_MEMORY if not address else UNALIGNED if address % ALIGNMENT else ALIGNED
+                key += (operand.stride(), alignment, operand.is_neg())
+                addresses.append(address)
+                first = operand
+        device, dtype = first.device, first.dtype
+        index = device.index
+        if index is not None and index != current_index():
+            with torch.cuda.device(device):  # whose limits the launches ask for, too
                 return self(*operands)
-        try:
-            key = (precision(first.dtype), device, *map(_kind, operands))
-        except Exception as error:  # Triton has no driver
-            if self.standby is None:
-                raise
-            _warn_once(_said(error))
-            return self.standby(*operands)
-        known = self.kept.get(key)
-        if known is None:
+        if dtype is torch.float32:
+            key.append(float32_precision())
+        kind = self.kept.get(tuple(key))
+        if kind is not None:
+            play = kind.play
+            if play is not None:
+                self.counts.repeated += 1
+                return play(operands, addresses, stream_of(index))
+        return self._slowly(tuple(key), kind, operands, device)
+
+    def _slowly(self, key: tuple, kind: Kind | None, operands: tuple, device: torch.device) -> Any:
+        """A call whose kind is new, or has a program that Triton's own launches run."""
+        if kind is None:
             if any(map(_lazy, operands)):
                 return self(*map(_materialised, operands))
-            if self.standby is not None:
-                return self._behind_standby(key, operands, device)
-            return self._anew(key, operands)
-        steps, results = known
-        values = list(operands)
-        _play(steps, values, stream_of(device))
-        if isinstance(results, int):
-            return values[results]
-        return tuple(None if place is None else values[place] for place in results)
-
-    def _behind_standby(self, key: tuple, operands: tuple, device: torch.device) -> Any:
-        """The launch where its kernels are compiled, else the standby."""
-        assert self.standby is not None  # the caller checks
-        known = self.compiled.get(key)
-        if known is None:
-            known = Compiled(self.launch, operands, device)
-            _keep(self.compiled, key, known, MOST_COMPILED)
+            kind = self._new_kind(key, operands, device)
+        if self.standby is None:
+            return self._run(kind, operands)
+        if kind.ready and not _capturing(device):  # loading a kernel may end a capture
             try:
-                triton_background.submit(known.compile)
-            except RuntimeError as error:  # no thread can be started: there are too many, or the program ends
-                known.error = _said(error)
-        if known.ready and not _capturing(device):  # loading a kernel may end a capture
-            try:
-                return self._anew(key, operands)
+                return self._run(kind, operands)
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:
-                known.ready, known.error = False, _said(error)
-        if known.error is not None:
-            _warn_once(known.error)
+                kind.ready, kind.error = False, _said(error)
+        if kind.error is not None:
+            _warn_once(kind.error)
+        self.counts.stood_in += 1
         return self.standby(*operands)
 
-    def _anew(self, key: tuple, operands: tuple) -> Any:
-        return self._first(key, operands) if self.keeps else self.launch(*operands)
+    def _new_kind(self, key: tuple, operands: tuple, device: torch.device) -> Kind:
+        kind = Kind(device)
+        self.counts.anew += 1
+        if self.standby is None:
+            kind.program = Program.of(self.launches, operands)
+        else:
+            try:
+                kind.program = Program.of(self.launches, operands)
+                triton_background.submit(kind.compile)
+            except Exception as error:  # Triton has no driver; or no thread can be started: the program ends
+                kind.error = _said(error)
+        if len(self.kept) >= MOST_KEPT:  # the kinds of operands change: the oldest have had their time
+            self.kept.pop(next(iter(self.kept)), None)
+        self.kept[key] = kind
+        return kind
 
-    def _first(self, key: tuple, operands: tuple) -> Any:
-        with triton_tape.recording(operands) as tape:
-            result = self.launch(*operands)
-        if tape.told_apart and key not in self.kept:
-            _keep(self.kept, key, _kept(tape, result), MOST_KEPT)
-        return result
+    def _run(self, kind: Kind, operands: tuple) -> Any:
+        assert kind.program is not None  # of a kind that is ready, or without standby
+        if kind.runs:
+            self.counts.repeated += 1
+        kind.runs = True
+        results = kind.program.run(operands)
+        kind.play = kind.program.direct
+        return results
 
 
-class Compiled:
-    """The kernels of a launch for one kind of operands: ``ready``, or in words the ``error`` that was raised.
+@dataclass
+class Counts:
+    """Of calls: those that ``repeated`` a program, those that worked one out ``anew``, and those that the standby
+    answered, ``stood_in``."""
+
+    repeated: int = 0
+    anew: int = 0
+    stood_in: int = 0
+
+
+class Kind:
+    """The program of one kind of operands: ``ready`` once its kernels are compiled, or in words the ``error`` that was
+    raised; ``play`` runs it from the second time on.
 
     The exception itself would keep the tensors of the frames that it went through.
     """
 
-    def __init__(self, launch: Callable[..., Any], operands: tuple, device: torch.device) -> None:
-        self.launch, self.device = launch, device
-        self.operands = tuple(_shape_alone(each) for each in operands)
-        self.ready = False
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.program: Program | None = None
+        self.play: Callable[..., Any] | None = None
+        self.ready = self.runs = False
         self.error: str | None = None
 
     def compile(self) -> None:
+        assert self.program is not None
         try:
-            with current(self.device), compile_only():
-                self.launch(*self.operands)
+            with current(self.device):
+                self.program.compile()
         except Exception as error:
             self.error = _said(error)
         else:
             self.ready = True
 
 
-def _keep(memory: dict[tuple, Any], key: tuple, value: Any, most: int) -> None:
-    """The kinds of operands change: the oldest have had their time."""
-    if len(memory) >= most:
-        memory.pop(next(iter(memory)), None)
-    memory[key] = value
-
-
 def _capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-def _shape_alone(operand: Any) -> Any:
-    """The operand without its memory."""
-    if not isinstance(operand, torch.Tensor):
-        return operand
-    return torch.empty_strided(operand.shape, operand.stride(), dtype=operand.dtype, device="meta")
 
 
 def _said(error: Exception) -> str:
@@ -161,25 +162,12 @@ def _said(error: Exception) -> str:
 
 
 @cache
-def _warn_once(what: str) -> None:
+def _warn_once(text: str) -> None:
     warnings.warn(
-        f"a Triton kernel of tritonconv cannot be compiled or launched here, and torch's own runs instead ({what})",
+        f"a Triton kernel of tritonconv cannot be compiled or launched here, and torch's own runs instead ({text})",
         KernelWarning,
         stacklevel=2,
     )
-
-
-def _play(steps: list[Step], values: list, stream: int) -> None:
-    for step in steps:
-        step(values, stream)
-
-
-def _kind(operand: Any) -> Any:
-    """The properties of an operand that the launch may depend on besides the problem; a lazy operand has its own."""
-    if isinstance(operand, torch.Tensor):
-        address = operand.data_ptr()
-        return operand.stride(), address % ALIGNMENT == 0, address == 0, operand.is_neg()
-    return operand
 
 
 def _lazy(operand: Any) -> bool:
@@ -194,12 +182,3 @@ def _materialised(operand: Any) -> Any:
     if not _lazy(operand):
         return operand
     return torch.zeros_like(operand).add_(0) if operand._is_zerotensor() else operand.resolve_neg()
-
-
-def _kept(tape: Tape, result: Any) -> Kept | None:
-    """The steps of a whole tape with a launch in it, whose results are among its values."""
-    several = isinstance(result, tuple)
-    places = tuple(None if each is None else tape.place(each) for each in (result if several else (result,)))
-    if not tape.whole or not tape.kernels or not tape.untouched():
-        return None
-    return tape.steps, places if several else places[0]  # type: ignore[return-value]

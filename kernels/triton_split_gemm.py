@@ -24,11 +24,11 @@ from tritonconv.kernels.triton_arrival import (
     sum_in_order,
     with_arrivals,
 )
+from tritonconv.kernels.triton_buffers import new
 from tritonconv.kernels.triton_device import chunk, dividers, offset, voxel_tiles, voxels, widened
 from tritonconv.kernels.triton_launch import geometry, precision, wide
 from tritonconv.kernels.triton_launch import launch as run
 from tritonconv.kernels.triton_reduce import sum_weights
-from tritonconv.kernels.triton_tape import fresh
 from tritonconv.kernels.triton_target import compute_capability
 from tritonconv.kernels.variant import Config
 from tritonconv.kernels.work import Work, parts, tap_gemm
@@ -146,33 +146,34 @@ class SplitGemm(NamedTuple):
             per_load=per_load,
         )
 
-    def launch(self, kernel, config: Config, x, grad_y, need_bias: bool):
+    def launches(self, kernel, config: Config, x, grad_y, need_bias: bool):
         """(grad_weight, grad_bias or None) by ``kernel`` over all chunks, and the sum of their partials."""
         problem = self.problem
-        grad_weight = fresh(problem.weight_shape, x)
-        grad_bias = fresh((problem.c_out,), x) if need_bias else None
-        if x.numel() == 0 or grad_y.numel() == 0:
-            return grad_weight.zero_(), None if grad_bias is None else grad_bias.zero_()
+        nothing = x.numel() == 0 or grad_y.numel() == 0
+        grad_weight = new(problem.weight_shape, x, zero=nothing)
+        grad_bias = new((problem.c_out,), x, zero=nothing) if need_bias else None
+        if nothing:
+            return grad_weight, grad_bias
         config = dict(config)
         arrive, splits = arrives(config), config.pop("SPLITS")
         config.pop(ARRIVE, None)
-        by_row = grad_weight.flatten(2).permute(2, 1, 0)  # (taps, c_out, c_in), as the tiles lie
-        partial, bias_partial = by_row[None, None], grad_bias
+        by_row = grad_weight.view(lambda tensor: tensor.flatten(2).permute(2, 1, 0)[None, None])
+        partial, bias_partial = by_row, grad_bias  # (splits, groups, taps, c_out, c_in), as the tiles lie
         if through_partials(problem, splits):
-            partial = fresh((splits, 1, *by_row.shape), x, torch.float32 if splits > 1 else x.dtype)
+            partial = new((splits, *by_row.shape[1:]), x, torch.float32 if splits > 1 else x.dtype)
         if splits > 1 and need_bias:
-            bias_partial = fresh((splits, problem.c_out), x, torch.float32)
+            bias_partial = new((splits, problem.c_out), x, torch.float32)
         step = partial.stride()
         run(
             kernel,
             splits * self.programs(config, need_bias),
             config,
-            x.device,
+            (partial, bias_partial, *((grad_weight, grad_bias) if arrive else ())),
             x_ptr=x,
             grad_y_ptr=grad_y,
             grad_w_ptr=partial,
             grad_b_ptr=bias_partial,
-            arrivals_ptr=arrivals(self.programs(config, need_bias), x.device) if arrive else None,
+            arrivals_ptr=arrivals(self.programs(config, need_bias), x) if arrive else None,
             total_w_ptr=grad_weight if arrive else None,
             total_b_ptr=grad_bias if arrive else None,
             **geometry(problem),

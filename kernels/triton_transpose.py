@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 
 from tritonconv.kernels.targets import MULTIPROCESSORS
+from tritonconv.kernels.triton_buffers import Buffer, new
 from tritonconv.kernels.triton_device import multiple, widened
 from tritonconv.kernels.triton_launch import launch, wide
-from tritonconv.kernels.triton_tape import fresh
 from tritonconv.kernels.triton_target import STEP
 from tritonconv.kernels.triton_tiles import power_of_two
 
@@ -56,7 +56,7 @@ def _transpose(source, out, batch, inner, flat, step, taps=(0, 0)) -> None:
         transpose_kernel,
         batch * triton.cdiv(inner, block_i) * triton.cdiv(flat, block_f),
         {"BLOCK_I": block_i, "BLOCK_F": block_f, "num_warps": 4},
-        source.device,
+        (out,),
         source_ptr=source,
         out_ptr=out,
         batch=batch,
@@ -69,16 +69,16 @@ def _transpose(source, out, batch, inner, flat, step, taps=(0, 0)) -> None:
     )
 
 
-def channels_last(x: torch.Tensor) -> torch.Tensor:
+def channels_last(x: Buffer) -> Buffer:
     """A copy of ``x`` (n, c, d, h, w), dense, in channels_last_3d."""
     n, channels, *size = x.shape
-    out = fresh(x.shape, x, memory_format=torch.channels_last_3d)
+    out = new(x.shape, x, memory_format=torch.channels_last_3d)
     voxels = math.prod(size)
     _transpose(x, out, n, channels, voxels, STEP if voxels % STEP == 0 else 1)
     return out
 
 
-def taps_first(weight: torch.Tensor, innermost: int) -> torch.Tensor:
+def taps_first(weight: Buffer, innermost: int) -> Buffer:
     """A copy of ``weight`` (c_in, c_out, kd, kh, kw), dense, whose memory has the order (tap, other, ``innermost``).
 
     ``innermost`` is the axis 0 (c_in) or 1 (c_out); the shape stays as it is.
@@ -86,7 +86,7 @@ def taps_first(weight: torch.Tensor, innermost: int) -> torch.Tensor:
     c_in, c_out, kd, kh, kw = weight.shape
     taps, plane = kd * kh * kw, c_in * c_out
     channels = (1, c_in) if innermost == 0 else (c_out, 1)
-    out = fresh(weight.shape, weight, strides=(*channels, kh * kw * plane, kw * plane, plane))
+    out = new(weight.shape, weight, strides=(*channels, kh * kw * plane, kw * plane, plane))
     if innermost == 0:  # a row for each c_in, in it all (c_out, tap) side by side
         _transpose(weight, out, 1, c_in, c_out * taps, math.gcd(c_out * taps, STEP), (taps, c_out))
     else:  # a row for each (c_in, c_out)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -51,26 +52,30 @@ class Toolchain(NamedTuple):
 class Variant:
     """One way to compute one pass.
 
-    ``launch`` takes (problem, config) and then
+    Each has one of two functions, which takes (problem, config) and then
 
     * forward: ``x, weight, bias`` -> ``y``
     * backward_data: ``grad_y, weight`` -> ``grad_x``
     * backward_weight: ``x, grad_y, need_bias`` -> ``(grad_weight, grad_bias or None)``
 
-    and returns new tensors. ``supports`` returns None, or the reason why the variant cannot serve the problem on the
-    device; by default it serves all. ``workspace_bytes`` bounds the temporary memory besides inputs and outputs.
+    ``launch`` takes tensors, does as it likes and returns new tensors. ``launches``, of a Triton variant, takes buffers
+    and returns buffers, each of which knows the kernel that writes it (:mod:`tritonconv.kernels.triton_buffers`): it is
+    worked out once for operands of a kind. :meth:`compute` is the pass on tensors, by either.
+
+    ``supports`` returns None, or the reason why the variant cannot serve the problem on the device; by default it
+    serves all. ``workspace_bytes`` bounds the temporary memory besides inputs and outputs.
 
     ``options`` are keys that a config may have beside those of the default; an absent one stands for 0.
 
     ``copied`` is the default config of those that copy operands first (key COPY), None where the space has none.
 
     ``prepare`` (problem, grad_y) -> tensor is work on grad_y that a backward_data and a backward_weight variant share
-    where both name the same function: it is done once, and each takes its result as the last operand, ``prepared``. A
-    variant that has the key COPY in its configs shares it where COPY is 1.
+    where both name the same function: it is done once, and each takes its result as the last operand, ``prepared``.
+    (Variants with ``launches`` share their copies without it.)
 
     ``joint`` (problem, config, x, weight, grad_y, need_bias) -> (grad_x, grad_weight, grad_bias or None) is the whole
-    backward at once, used instead of the two launches where the chosen backward_data and backward_weight variants
-    name the same function. The config is the backward_weight variant's.
+    backward at once as ``launches``, used instead of the two where the chosen backward_data and backward_weight
+    variants name the same function. The config is the backward_weight variant's.
 
     ``spreads_nonfinite`` says in words where NaN is made of finite values beside a NaN or an infinity, in outputs that
     torch's own leaves finite; empty where it is not. No variant makes a finite value of one that is not.
@@ -86,7 +91,8 @@ class Variant:
     pass_name: str
     idea: str
     backend: str
-    launch: Callable[..., Any]
+    launch: Callable[..., Any] | None = None
+    launches: Callable[..., Any] | None = None
     supports: Callable[[Problem, torch.device], str | None] = field(default=_serves)
     space: Callable[[Problem, torch.device], tuple[Config, ...]] = field(default=_one_config)
     default: Callable[[Problem, torch.device], Config] = field(default=_no_config)
@@ -100,6 +106,15 @@ class Variant:
     work: Callable[[Problem, Config], Work] | None = None
     hazard: Callable[[Problem, Config, Toolchain], str | None] | None = None
 
+    def compute(self, problem: Problem, config: Config, *operands: Any, **more: Any) -> Any:
+        """The pass on tensors; ``more``: ``out``, a tensor for y, where the variant takes one."""
+        if self.launches is None:
+            assert self.launch is not None  # as __post_init__ holds
+            return self.launch(problem, config, *operands, **more)
+        from tritonconv.kernels.triton_program import compute  # needs Triton
+
+        return compute(partial(self.launches, problem, config), operands, more)
+
     def starts(self, problem: Problem, device: torch.device) -> tuple[Config, ...]:
         """The default config, and the one that copies operands first, where there is one: the others of the space are
         around these."""
@@ -111,5 +126,7 @@ class Variant:
             raise ArgumentError(f"variant {self.name}: pass_name expects one of {PASSES}, got {self.pass_name!r}")
         if not self.name.startswith(f"{self.pass_name}_"):
             raise ArgumentError(f"variant {self.name}: the name must start with its pass, {self.pass_name!r}")
+        if (self.launch is None) == (self.launches is None):
+            raise ArgumentError(f"variant {self.name}: expects launch or launches, one of the two")
         if self.backend not in BACKENDS:
             raise ArgumentError(f"variant {self.name}: backend expects one of {BACKENDS}, got {self.backend!r}")

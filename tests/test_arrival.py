@@ -15,6 +15,7 @@ from tritonconv.problem import LAYOUTS
 
 arrival = pytest.importorskip("tritonconv.kernels.triton_arrival")
 from tritonconv.kernels import triton_reduce  # noqa: E402
+from tritonconv.kernels.triton_program import Program  # noqa: E402
 from tritonconv.kernels.triton_target import INTERPRETED  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -111,16 +112,26 @@ def test_the_bits_are_those_of_a_second_launch_that_adds_in_index_order(label, m
     assert not all(torch.equal(*pair) for pair in zip(*found[1:], strict=True))
 
 
-def test_launches_of_a_stream_share_counters_and_large_or_captured_ones_have_their_own(monkeypatch):
+def test_launches_of_a_stream_share_counters_and_large_ones_have_their_own():
     device = torch.empty(0, device=DEVICE).device
-    one, other = arrival.arrivals(3, device), arrival.arrivals(5, device)
-    assert one.data_ptr() == other.data_ptr() and (one.numel(), other.numel()) == (3, 5)
-    assert one.dtype == torch.int32 and not other.any()
-    large = arrival.arrivals(arrival.COUNTERS + 1, device)
-    assert large.data_ptr() != one.data_ptr() and large.numel() == arrival.COUNTERS + 1 and not large.any()
-    monkeypatch.setattr(arrival, "_capturing", lambda device: True)
-    captured = arrival.arrivals(3, device)
-    assert captured.data_ptr() != one.data_ptr() and captured.numel() == 3 and not captured.any()
+    one, other = arrival.counters(3, device), arrival.counters(arrival.COUNTERS, device)
+    assert one is other and one.dtype == torch.int32 and one.numel() == arrival.COUNTERS and not one.any()
+    large = arrival.counters(arrival.COUNTERS + 1, device)
+    assert large is not one and large.numel() == arrival.COUNTERS + 1 and not large.any()
+
+
+@pytest.mark.parametrize("label", ["splitk", "cells", "depthwise", "fused"])
+def test_the_counters_are_asked_for_at_each_run(label):
+    """A program is one kernel, and holds none: the next run may be on another stream, or captured."""
+    record, problem = record_of(label), CASES[label].problem(torch.float16, "ndhwc")
+    x, grad_y = (torch.ones(s, device=DEVICE, dtype=torch.float16) for s in (problem.x_shape, problem.y_shape))
+    with products_in("tf32"):
+        config = split(record, problem, 2, ARRIVE=1)
+        program = Program.of(lambda *operands: record.launches(problem, config, *operands), (x, grad_y, True))
+    assert len(program.kernels) == 1
+    (lent,) = [each for each in program.owned if each.lent is not None]
+    assert lent not in (*program.answer, *program.parts)
+    assert program.filled(lent, (x, grad_y, True)) is arrival.counters(1, x.device)
 
 
 def test_the_tuner_tries_it_where_it_is_switched_on(monkeypatch):

@@ -90,11 +90,11 @@ def test_the_counters_of_each_stream_are_its_own_and_zero():
     buffers = []
     for stream in (torch.cuda.current_stream(), torch.cuda.Stream()):
         with torch.cuda.stream(stream):
-            buffers.append(triton_arrival.arrivals(7, DEVICE))
+            buffers.append(triton_arrival.counters(7, DEVICE))
     assert buffers[0].data_ptr() != buffers[1].data_ptr()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = [triton_arrival.arrivals(7, DEVICE) for _ in range(2)]
+        captured = [triton_arrival.counters(7, DEVICE) for _ in range(2)]
     assert len({each.data_ptr() for each in (*buffers, *captured)}) == 4
     captured[0].fill_(3)
     graph.replay()

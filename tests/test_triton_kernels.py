@@ -180,7 +180,7 @@ def test_output_into_a_slice_of_a_larger_buffer(name):
     shape = n + 1, channels + 5, *(s + 2 for s in size)
     buffer = torch.full(shape, 7.0, dtype=problem.dtype, device=DEVICE)
     part = buffer[1:, 3 : 3 + channels, 1:-1, 1:-1, 1:-1]
-    got = record.launch(problem, small(record.default(problem, DEVICE)), x, weight, bias, out=part)
+    got = record.compute(problem, small(record.default(problem, DEVICE)), x, weight, bias, out=part)
     assert got is part
     assert same(part, wanted["forward"][0])
     part.fill_(7.0)

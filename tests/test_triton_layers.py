@@ -147,7 +147,7 @@ def test_offsets_beyond_32_bits(name):
         assert all(map(same, got, wanted[record.pass_name]))
         if record.pass_name == "forward":
             out = far_apart(torch.full(problem.y_shape, math.nan, dtype=torch.float16, device=DEVICE))
-            assert same(record.launch(problem, config, x, weight, bias, out=out), wanted["forward"][0])
+            assert same(record.compute(problem, config, x, weight, bias, out=out), wanted["forward"][0])
 
 
 PLANES = Case(n=1, channels=(8, 8), size=2, kernel=4, stride=2, front=1, back=1)

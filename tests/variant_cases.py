@@ -223,10 +223,10 @@ def run(record, problem, config, inputs, grad_y, need_bias):
     """The results of the variant, by the contract of its pass, in a list."""
     x, weight, bias = inputs
     if record.pass_name == "forward":
-        return [record.launch(problem, config, x, weight, bias)]
+        return [record.compute(problem, config, x, weight, bias)]
     if record.pass_name == "backward_data":
-        return [record.launch(problem, config, grad_y, weight)]
-    return list(record.launch(problem, config, x, grad_y, need_bias))
+        return [record.compute(problem, config, grad_y, weight)]
+    return list(record.compute(problem, config, x, grad_y, need_bias))
 
 
 def complaints(record, case, dtype, layout, bias, device=CPU, configs=None) -> list[str] | None:

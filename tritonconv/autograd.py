@@ -14,7 +14,6 @@ backward, and any order beyond, runs the same variants. Functorch transforms, fo
 
 from __future__ import annotations
 
-import contextlib
 from functools import partial
 
 import torch
@@ -22,9 +21,6 @@ import torch
 from tritonconv import fallback
 from tritonconv.dispatch import Plan
 from tritonconv.kernels.torch_layout import bias_gradient
-from tritonconv.kernels.triton_weights import remembering
-
-_NOTHING = contextlib.nullcontext()
 
 
 def needs_gradient(x, weight, bias=None) -> bool:
@@ -43,26 +39,27 @@ def forward(x, weight, bias, plan: Plan):
     return plan.forward(x, weight, bias)
 
 
-def backward(grad_y, x, weight, wanted, plan: Plan):
+def backward(grad_y, x, weight, wanted, plan: Plan, packed=None):
     """(grad_x, grad_weight, grad_bias) from grad_y (n, c_out, od, oh, ow); None for a gradient that ``wanted`` does
     not mark.
 
-    ``x`` may be None where the gradient of the weight is not wanted, ``weight`` where that of x is not.
+    ``x`` may be None where the gradient of the weight is not wanted, ``weight`` where that of x is not. ``packed`` is
+    the weight's copy that ``plan.forward_and_pack`` left, or None.
     """
     operands = grad_y, grad_y if x is None else x, weight
     if not fallback.plain(*operands):
         return fallback.gradients(plan.problem, grad_y, x, weight, wanted)
     if needs_gradient(*operands):
         return _Backward.apply(grad_y, x, weight, wanted, plan)
-    return gradients(grad_y, x, weight, wanted, plan)
+    return gradients(grad_y, x, weight, wanted, plan, packed)
 
 
-def gradients(grad_y, x, weight, wanted, plan: Plan):
+def gradients(grad_y, x, weight, wanted, plan: Plan, packed=None):
     """As :func:`backward`, with nothing recorded."""
     need_x, need_weight, need_bias = wanted
     if need_x and need_weight:
-        return plan.backward(x, weight, grad_y, need_bias)
-    grad_x = plan.backward_data(grad_y, weight) if need_x else None
+        return plan.backward(x, weight, grad_y, need_bias, packed)
+    grad_x = plan.backward_data(grad_y, weight, packed) if need_x else None
     if need_weight:
         return grad_x, *plan.backward_weight(x, grad_y, need_bias)
     return grad_x, None, bias_gradient(grad_y) if need_bias else None
@@ -98,19 +95,18 @@ class _Forward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, plan):
         need_x, need_weight, _, _ = ctx.needs_input_grad
-        ctx.plan, ctx.packs = plan, None
+        ctx.plan = plan
         ctx.save_for_backward(x if need_weight else None, weight if need_x else None)
-        if not (need_x and plan.packs_weights):
+        if not need_x or plan.kept_order is None:
+            ctx.packed = None
             return plan.forward(x, weight, bias)
-        ctx.packs = {}  # autograd refuses a backward with a weight of another version
-        with remembering(ctx.packs):
-            return plan.forward(x, weight, bias)
+        y, ctx.packed = plan.forward_and_pack(x, weight, bias)  # autograd refuses a backward with another weight
+        return y
 
     @staticmethod
     def backward(ctx, grad_y):
         x, weight = ctx.saved_tensors
-        with remembering(ctx.packs) if ctx.packs else _NOTHING:
-            return *backward(grad_y, x, weight, ctx.needs_input_grad[:3], ctx.plan), None
+        return *backward(grad_y, x, weight, ctx.needs_input_grad[:3], ctx.plan, ctx.packed), None
 
 
 class _Backward(torch.autograd.Function):
@@ -127,4 +123,6 @@ class _Backward(torch.autograd.Function):
         return *backward_of_backward(*passes, ctx.saved_tensors, ctx.needs_input_grad[:3], grads), None, None
 
 
-differentiable_forward = _Forward.apply
+# ``Function.apply`` without its look for functorch's transforms: a call under one goes to :mod:`tritonconv.fallback`.
+_apply = getattr(torch._C, "_FunctionBase", None)
+differentiable_forward = _Forward.apply if _apply is None else super(torch.autograd.Function, _Forward).apply

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Mapping
 from functools import cached_property, partial
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from tritonconv.autotune import rules
 from tritonconv.autotune.choose import Selection
 from tritonconv.device import current
-from tritonconv.kernels.registry import file_of
 from tritonconv.kernels.torch_layout import to_layout
 from tritonconv.kernels.weight_orders import AS_GIVEN
 from tritonconv.problem import PASSES, Problem
+
+if TYPE_CHECKING:
+    from tritonconv.kernels.triton_replay import Replay
+
+# Of a packed weight that is kept from a forward to its backward. To pack it anew moves twice as much: 16 us at the
+# 4 TB/s of an H200's memory, and such a layer's products take far longer.
+MOST_KEPT_BYTES = 32 << 20
 
 
 class Plan:
@@ -38,6 +45,7 @@ class Plan:
     ) -> None:
         self.problem, self.device, self.standby = problem, device, standby
         self._choose, self.chosen = choose, dict(chosen)
+        self.replays: dict[str, Replay] = {}  # by pass, and "backward" for both gradients
 
     def choice(self, pass_name: str) -> Selection:
         """Raises VariantNotApplicable where a forced variant does not serve the problem."""
@@ -66,143 +74,173 @@ class Plan:
         return self.problem.torch_arguments
 
     @cached_property
-    def packs_weights(self) -> bool:
-        """Forward and backward-data are Triton kernels that may share one packed copy of the weight."""
-        both = self.choice("forward"), self.choice("backward_data")
-        return all(
-            each.variant.backend == "triton" and each.config.get("WEIGHT", AS_GIVEN) != AS_GIVEN for each in both
-        )
+    def kept_order(self) -> int | None:
+        """The order of the weight's packed copy that the forward keeps for backward-data; None where it keeps none.
 
-    @cached_property
-    def _forward(self) -> Callable[..., torch.Tensor]:
-        return self._launch("forward", self.choice("forward").variant.launch)
-
-    @cached_property
-    def _backward_data(self) -> Callable[..., torch.Tensor]:
-        return self._launch("backward_data", self.choice("backward_data").variant.launch)
-
-    @cached_property
-    def _backward_weight(self) -> Callable[..., tuple]:
-        return self._launch("backward_weight", self.choice("backward_weight").variant.launch)
-
-    @cached_property
-    def _joint(self) -> Callable[..., tuple]:
-        joint = self.choice("backward_weight").variant.joint
-        assert joint is not None  # backward() asked
-        return self._launch("backward_weight", joint, self._torchs_gradients)
-
-    @cached_property
-    def _prepare(self) -> Callable[..., torch.Tensor]:
-        prepare = self.choice("backward_data").prepare
-        assert prepare is not None  # backward() asked
-        return self._launch(
-            "backward_data", lambda problem, config, grad_y: prepare(problem, grad_y), lambda grad_y: grad_y
-        )
-
-    def _launch(
-        self, pass_name: str, launch: Callable[..., Any], torchs: Callable[..., Any] | None = None
-    ) -> Callable[..., Any]:
-        """A function of the operands that launches the pass's choice; a Triton launch is recorded and replayed.
-
-        ``torchs`` computes the same in torch, by default by the pass's own operation.
+        Both are Triton kernels that read the same copy, and it is not too large to be held from one to the other.
         """
-        chosen = self.choice(pass_name)
-        if chosen.variant.backend != "triton":
-            return partial(launch, self.problem, chosen.config)
+        forward, data = self.choice("forward"), self.choice("backward_data")
+        if forward.variant.launches is None or data.variant.launches is None:
+            return None
+        order = forward.config.get("WEIGHT", AS_GIVEN)
+        nbytes = math.prod(self.problem.weight_shape) * self.problem.dtype.itemsize
+        same = order != AS_GIVEN and order == data.config.get("WEIGHT", AS_GIVEN)
+        return order if same and nbytes <= MOST_KEPT_BYTES else None
+
+    # The passes as functions of the operands. A Triton kernel's takes operands of any strides, and works out its
+    # launches once for each kind of them; a torch formulation's takes them dense in the problem's layout.
+
+    @cached_property
+    def forward(self) -> Callable[..., torch.Tensor]:
+        """x (n, c_in, d, h, w), weight, bias (c_out,) or None -> y (n, c_out, od, oh, ow)."""
+        choice = self.choice("forward")
+        if choice.variant.launches is not None:
+            return self._replay(partial(choice.variant.launches, self.problem, choice.config), "forward")
+        return self._as_it_likes(choice)
+
+    @cached_property
+    def forward_and_pack(self) -> Callable[..., tuple]:
+        """As ``forward`` -> (y, the packed weight for :attr:`backward_data`, or None).
+
+        It is for a plan that has a ``kept_order``.
+        """
+        from tritonconv.kernels.triton_weights import packed  # needs Triton
+
+        choice, order = self.choice("forward"), self.kept_order
+        launches = choice.variant.launches
+        assert launches is not None and order is not None  # kept_order looked
+
+        def both(x, weight, bias):
+            copy = packed(weight, order)
+            return launches(self.problem, choice.config, x, weight, bias), None if copy is weight else copy
+
+        standby = self._standby("forward")
+        return self._replay(both, "forward_and_pack", standby and (lambda *operands: (standby(*operands), None)))
+
+    @cached_property
+    def backward_data(self) -> Callable[..., torch.Tensor]:
+        """grad_y (n, c_out, od, oh, ow), weight, and a packed weight or None -> grad_x (n, c_in, d, h, w)."""
+        choice = self.choice("backward_data")
+        if choice.variant.launches is not None:
+            return self._replay(self._data_launches, "backward_data")
+        return self._as_it_likes(choice)
+
+    @cached_property
+    def backward_weight(self) -> Callable[..., tuple]:
+        """x, grad_y, need_bias -> (grad_weight, grad_bias or None)."""
+        choice = self.choice("backward_weight")
+        if choice.variant.launches is not None:
+            return self._replay(partial(choice.variant.launches, self.problem, choice.config), "backward_weight")
+        return self._as_it_likes(choice)
+
+    @cached_property
+    def backward(self) -> Callable[..., tuple]:
+        """x, weight, grad_y, need_bias, and a packed weight or None -> (grad_x, grad_weight, grad_bias or None).
+
+        The two passes share their copies of operands, and are one kernel where both are halves of one.
+        """
+        data, weight = (self.choice(name).variant for name in PASSES[1:])
+        if data.launches is not None and weight.launches is not None:
+            return self._replay(self._backward_launches, "backward")
+        apart = self.backward_data, self.backward_weight
+        prepare = data.prepare if data.prepare is weight.prepare else None
+
+        def in_two_calls(x, weight, grad_y, need_bias, packed=None):
+            grad_y = self._operand(self.choice("backward_data"), grad_y)
+            if prepare is None:
+                return apart[0](grad_y, weight, packed), *apart[1](x, grad_y, need_bias)
+            with _no_autocast(grad_y):
+                prepared = prepare(self.problem, grad_y)
+            return apart[0](grad_y, weight, packed, prepared), *apart[1](x, grad_y, need_bias, prepared)
+
+        return in_two_calls
+
+    def _data_launches(self, grad_y, weight, packed=None):
+        from tritonconv.kernels.triton_weights import keep_packed  # needs Triton
+
+        choice = self.choice("backward_data")
+        assert choice.variant.launches is not None  # the caller looked
+        if packed is not None:
+            keep_packed(weight, choice.config["WEIGHT"], packed)
+        return choice.variant.launches(self.problem, choice.config, grad_y, weight)
+
+    def _backward_launches(self, x, weight, grad_y, need_bias, packed=None):
+        data, own = self.choice("backward_data").variant, self.choice("backward_weight")
+        if data.joint is not None and data.joint is own.variant.joint:
+            return data.joint(self.problem, own.config, x, weight, grad_y, need_bias)
+        assert own.variant.launches is not None  # the caller looked
+        grad_x = self._data_launches(grad_y, weight, packed)
+        return grad_x, *own.variant.launches(self.problem, own.config, x, grad_y, need_bias)
+
+    def _replay(self, launches: Callable[..., Any], name: str, standby: Callable[..., Any] | None = None) -> Replay:
         from tritonconv.kernels.triton_replay import Replay  # needs Triton
 
-        standby = (torchs or self._torchs_own(pass_name)) if self.standby and not chosen.forced else None
-        return Replay(launch, self.problem, chosen.config, keeps=file_of(chosen.variant.name) is None, standby=standby)
+        self.replays[name] = Replay(launches, standby or self._standby(name))
+        return self.replays[name]
+
+    def _as_it_likes(self, choice: Selection) -> Callable[..., Any]:
+        """A variant's ``launch`` as the function of a pass.
+
+        A torch formulation gets its operands in the problem's layout, and the answer is brought into it.
+        """
+        launch, problem, config = choice.variant.launch, self.problem, choice.config
+        assert launch is not None  # the caller looked
+        layout, of = problem.memory_format, partial(self._operand, choice)
+
+        def forward(x, weight, bias):
+            with _no_autocast(x):
+                return to_layout(launch(problem, config, of(x), weight, bias), layout)
+
+        def backward_data(grad_y, weight, packed=None, *prepared):
+            # A backward pass that runs inside an autocast region must not be lowered a second time.
+            with _no_autocast(grad_y):
+                return to_layout(launch(problem, config, of(grad_y), weight, *prepared), layout)
+
+        def backward_weight(x, grad_y, need_bias, *prepared):
+            with _no_autocast(x):
+                return launch(problem, config, of(x), of(grad_y), need_bias, *prepared)
+
+        return dict(zip(PASSES, (forward, backward_data, backward_weight), strict=True))[choice.variant.pass_name]
+
+    def _operand(self, choice: Selection, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if choice.variant.backend == "triton" else to_layout(tensor, self.problem.memory_format)
 
     def compile(self, pass_name: str) -> bool:
         """Compiles the Triton kernels of a pass's choice for dense operands in the problem's layout; runs nothing.
         Returns whether the kernels are ready."""
-        from tritonconv.kernels.triton_replay import Compiled  # needs Triton
+        from tritonconv.kernels.triton_program import Program, operands_of  # needs Triton
 
-        problem, chosen = self.problem, self.choice(pass_name)
+        choice = self.choice(pass_name)
+        if choice.variant.launches is None:
+            return False
+        try:
+            with current(self.device):
+                launches = partial(choice.variant.launches, self.problem, choice.config)
+                Program.of(launches, operands_of(self.problem, pass_name, torch.device("meta"))).compile()
+        except Exception:
+            return False
+        return True
 
-        def like(shape: tuple[int, ...], layout: torch.memory_format = torch.contiguous_format) -> torch.Tensor:
-            return torch.empty(shape, dtype=problem.dtype, device="meta", memory_format=layout)
-
-        x, y = (like(shape, problem.memory_format) for shape in (problem.x_shape, problem.y_shape))
-        weight, bias = like(problem.weight_shape), like((problem.c_out,)) if problem.bias else None
-        operands = {
-            "forward": (x, weight, bias), "backward_data": (y, weight), "backward_weight": (x, y, problem.bias),
-        }[pass_name]  # fmt: skip
-        kernels = Compiled(partial(chosen.variant.launch, problem, chosen.config), operands, self.device)
-        kernels.compile()
-        return kernels.ready
+    def _standby(self, name: str) -> Callable[..., Any] | None:
+        """torch's own operation in the place of the Triton launches of a pass or of the whole backward; None where the
+        calls wait for the compiler."""
+        names = PASSES[1:] if name == "backward" else ("forward",) if name == "forward_and_pack" else (name,)
+        if not self.standby or any(self.choice(each).forced for each in names):
+            return None
+        own = [self._torchs_own(each) for each in names]
+        if len(own) == 1:
+            return own[0]
+        return lambda x, weight, grad_y, need_bias, packed=None: (
+            own[0](grad_y, weight, packed), *own[1](x, grad_y, need_bias),
+        )  # fmt: skip
 
     def _torchs_own(self, pass_name: str) -> Callable[..., Any]:
-        """torch's own operation as a function of the operands of the pass's Triton launch."""
+        """torch's own operation as a function of the operands of the pass's Triton launches."""
         record, _ = rules.choose(self.problem, self.device, pass_name)
-        launch = partial(record.launch, self.problem, record.default(self.problem, self.device))
-        layout = self.problem.memory_format
-        if pass_name == "backward_weight":
-            return lambda x, grad_y, need_bias, *prepared: launch(
-                to_layout(x, layout), to_layout(grad_y, layout), need_bias
-            )
-        if pass_name == "backward_data":
-            return lambda grad_y, weight, *prepared: launch(to_layout(grad_y, layout), weight)
-        return lambda x, weight, bias: launch(to_layout(x, layout), weight, bias)
-
-    def _torchs_gradients(self, x, weight, grad_y, need_bias) -> tuple:
-        grad_x = self._torchs_own("backward_data")(grad_y, weight)
-        return grad_x, *self._torchs_own("backward_weight")(x, grad_y, need_bias)
+        return self._as_it_likes(Selection(record, record.default(self.problem, self.device), "torch's own"))
 
     def _torchs(self, pass_name: str) -> bool:
         return self.choice(pass_name).variant.name == rules.FALLBACK[pass_name]
-
-    def forward(self, x, weight, bias):
-        """x (n, c_in, d, h, w), weight, bias (c_out,) or None -> y (n, c_out, od, oh, ow)."""
-        chosen, layout = self.choice("forward"), self.problem.memory_format
-        with _no_autocast(x):
-            return to_layout(self._forward(_operand(x, chosen, layout), weight, bias), layout)
-
-    def backward_data(self, grad_y, weight, prepared=None):
-        """grad_y (n, c_out, od, oh, ow), weight -> grad_x (n, c_in, d, h, w)."""
-        chosen, layout = self.choice("backward_data"), self.problem.memory_format
-        with _no_autocast(grad_y):
-            operands = _operand(grad_y, chosen, layout), weight, *_prepared_operand(prepared, grad_y)
-            return to_layout(self._backward_data(*operands), layout)
-
-    def backward_weight(self, x, grad_y, need_bias, prepared=None):
-        """x, grad_y -> (grad_weight, grad_bias or None)."""
-        chosen, layout = self.choice("backward_weight"), self.problem.memory_format
-        with _no_autocast(x):
-            operands = _operand(x, chosen, layout), _operand(grad_y, chosen, layout), need_bias
-            return self._backward_weight(*operands, *_prepared_operand(prepared, grad_y))
-
-    def backward(self, x, weight, grad_y, need_bias):
-        """Both gradients: (grad_x, grad_weight, grad_bias or None); work that their variants share is done once."""
-        data, chosen = (self.choice(name).variant for name in ("backward_data", "backward_weight"))
-        if data.joint is not None and data.joint is chosen.joint:
-            return self.joint_backward(x, weight, grad_y, need_bias)
-        prepared, prepare = None, self.choice("backward_data").prepare
-        if not all(self.choice(name).variant.backend == "triton" for name in PASSES[1:]):
-            grad_y = to_layout(grad_y, self.problem.memory_format)
-        if prepare is not None and prepare is self.choice("backward_weight").prepare:
-            with _no_autocast(grad_y):
-                prepared = self._prepare(grad_y)
-        grad_x = self.backward_data(grad_y, weight, prepared)
-        return (grad_x, *self.backward_weight(x, grad_y, need_bias, prepared))
-
-    def joint_backward(self, x, weight, grad_y, need_bias):
-        """As ``backward``, by the one function that both variants name as ``joint``."""
-        chosen, layout = self.choice("backward_weight"), self.problem.memory_format
-        with _no_autocast(x):
-            operands = _operand(x, chosen, layout), weight, _operand(grad_y, chosen, layout), need_bias
-            grad_x, *parameter_gradients = self._joint(*operands)
-            return to_layout(grad_x, layout), *parameter_gradients
-
-
-def _prepared_operand(prepared: torch.Tensor | None, grad_y: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The prepared tensor as one more operand; none where ``prepare`` had nothing to do."""
-    return () if prepared is None or prepared is grad_y else (prepared,)
-
-
-def _operand(tensor, chosen: Selection, layout: torch.memory_format):
-    return tensor if chosen.variant.backend == "triton" else to_layout(tensor, layout)
 
 
 _NOTHING = contextlib.nullcontext()

@@ -15,11 +15,13 @@ TF32, IEEE = "tf32", "ieee"
 PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16, TF32: torch.float32, IEEE: torch.float32}
 
 _convolutions: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+_getter = getattr(torch._C, "_get_fp32_precision_getter", None)  # what the switch reads, in a fortieth of its time
 
 
 def float32_precision() -> str:
     """``tf32`` or ``ieee``: the precision of float32 products in convolutions now."""
-    return TF32 if _convolutions.fp32_precision == TF32 else IEEE
+    switch = _convolutions.fp32_precision if _getter is None else _getter("cuda", "conv")
+    return TF32 if switch == TF32 else IEEE
 
 
 def switches() -> dict[str, str]:

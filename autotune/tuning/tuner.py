@@ -1,6 +1,6 @@
 """Decides for one problem: the forward by itself, then both gradients together in a training step.
 
-The two gradients are decided together because variants may share work (``Variant.prepare``, ``Variant.joint``) that a
+The two gradients are decided together because variants may share work (a copy of grad_y, ``Variant.joint``) that a
 time of one alone does not show. A challenger must beat the choice that holds without tuning beyond noise: even the 20th
 percentile of the ratios within a round is above 1, and their median beyond what null rows show. Where torch's own beats
 the winner so, torch's own is stored.
@@ -21,7 +21,7 @@ from tritonconv.autotune.tuning.contest import Candidate, Contest, Members
 from tritonconv.autotune.tuning.journal import FINAL, SCREEN, WRONG, Timing
 from tritonconv.dispatch import plan_of
 from tritonconv.kernels.registry import variant
-from tritonconv.kernels.variant import NO_CONFIG
+from tritonconv.kernels.variant import COPY, NO_CONFIG
 from tritonconv.lab.bench.calls import FORWARD_BACKWARD, TensorCall
 from tritonconv.lab.bench.failures import context_is_lost, disqualifies, one_line
 from tritonconv.lab.bench.results import BASELINE
@@ -145,7 +145,8 @@ class ProblemTuner:
         for (left, first), (right, second) in itertools.product(data, weight):
             mine, theirs = left.selection, right.selection
             joint = mine.variant.joint is not None and mine.variant.joint is theirs.variant.joint
-            if joint or (mine.prepare is not None and mine.prepare is theirs.prepare):
+            prepared = mine.variant.prepare is not None and mine.variant.prepare is theirs.variant.prepare
+            if joint or prepared or (mine.config.get(COPY) and theirs.config.get(COPY)):
                 shared.append(((first.median_ms or 0.0) + (second.median_ms or 0.0), (left, right)))
         best += [pair for _, pair in sorted(shared, key=lambda each: each[0])[: PAIRS - 2]]
         if self.case.torch_is_safe:

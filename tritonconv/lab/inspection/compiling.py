@@ -1,8 +1,8 @@
 """Compiles the launch of a variant for a target that need not be there.
 
 Triton asks its *driver* for the target; a driver that only answers this question is all that compilation needs. The
-launch is the variant's own, with tensors on torch's ``meta`` device, so that strides, divisibility and constants are
-specialised as they are in a real call.
+launches are the variant's own, for operands without memory, so that strides, divisibility and constants are specialised
+as they are in a real call.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -172,47 +173,26 @@ def _fields(job: Job) -> dict[str, Any]:
 def compile_launch(record: Variant, problem: Problem, config: Config) -> list[tuple[str, Any]]:
     """(name, compiled kernel) of everything the variant launches.
 
-    The whole backward at once is compiled with the backward-weight variant, whose config it takes.
+    The whole backward at once is compiled with the backward-weight variant, whose config it takes. Raises RuntimeError
+    for a variant that launches as it likes, or nothing.
     """
-    kernels = _kernels(lambda: launch(record, problem, config))
-    joint = record.joint
-    if joint is not None:
-        x, weight, _, y = _tensors(problem, META)
-        together = _kernels(lambda: joint(problem, config, x, weight, y, problem.bias))
-        kernels += [(f"{name} (joint)", kernel) for name, kernel in together]
+    from tritonconv.kernels.triton_program import JOINT
+
+    if record.launches is None:
+        raise RuntimeError("the variant does not say what it launches")
+    kernels = _compiled(record.launches, problem, config, record.pass_name)
+    if not kernels:
+        raise RuntimeError("the variant launches no kernel")
+    if record.joint is not None:
+        kernels += [(f"{name} (joint)", each) for name, each in _compiled(record.joint, problem, config, JOINT)]
     return kernels
 
 
-def launch(record: Variant, problem: Problem, config: Config, device: torch.device = META) -> None:
-    """Launches the variant on tensors that nothing was written to."""
-    x, weight, bias, y = _tensors(problem, device)
-    if record.pass_name == "forward":
-        record.launch(problem, config, x, weight, bias)
-    elif record.pass_name == "backward_data":
-        record.launch(problem, config, y, weight)
-    else:
-        record.launch(problem, config, x, y, problem.bias)
+def _compiled(launches: Callable[..., Any], problem: Problem, config: Config, pass_name: str) -> list[tuple[str, Any]]:
+    from tritonconv.kernels.triton_program import Program, operands_of
 
-
-def _tensors(problem: Problem, device: torch.device) -> tuple[Any, ...]:
-    """x, weight, bias or None, y."""
-    options: dict[str, Any] = {"dtype": problem.dtype, "device": device}
-    x, y = (
-        torch.empty(shape, memory_format=problem.memory_format, **options)
-        for shape in (problem.x_shape, problem.y_shape)
-    )
-    bias = torch.empty(problem.c_out, **options) if problem.bias else None
-    return x, torch.empty(problem.weight_shape, **options), bias, y
-
-
-def _kernels(call: Callable[[], Any]) -> list[tuple[str, Any]]:
-    from tritonconv.kernels.triton_launch import compile_only
-
-    with compile_only() as compiled:
-        call()
-    if not compiled:
-        raise RuntimeError("the variant launched no kernel")
-    return [(name, kernel.result() if hasattr(kernel, "result") else kernel) for name, _, kernel in compiled]
+    program = Program.of(partial(launches, problem, config), operands_of(problem, pass_name, META))
+    return [(kernel.name, compiled) for kernel, compiled in zip(program.kernels, program.compile(), strict=True)]
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from tritonconv.errors import ResultsError
 from tritonconv.kernels.registry import variant
 from tritonconv.kernels.targets import TARGETS
 from tritonconv.lab.inspection.accesses import FEWEST, Access, Layouts, layouts_of, sectors
-from tritonconv.lab.inspection.compiling import GPU, Job, compile_launch, compiling_for, launch, products_in
+from tritonconv.lab.inspection.compiling import GPU, Job, compile_launch, compiling_for, products_in
 from tritonconv.lab.inspection.workers import Workers
 
 MOST_KEPT = 4  # accesses of one kind and tile
@@ -121,9 +121,13 @@ def _compiled(job: Job) -> tuple[Job, Layouts]:
 
 def accesses_of(job: Job, layouts: Layouts) -> list[Access]:
     """The accesses of one launch, in a process of Triton's interpreter."""
+    from tritonconv.kernels.triton_program import operands_of
+
     assert job.config is not None
     with watching() as seen, np.errstate(all="ignore"):
-        launch(variant(job.variant), job.problem, job.config, torch.device("cpu"))
+        record = variant(job.variant)
+        operands = operands_of(job.problem, record.pass_name, torch.device("cpu"))
+        record.compute(job.problem, job.config, *operands)
     sums: dict[tuple, np.ndarray] = {}
     for kind, itemsize, addresses, mask in seen:
         counts = [

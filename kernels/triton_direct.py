@@ -1,0 +1,240 @@
+"""Launches of compiled kernels, handed to Triton's launcher in C without the arithmetic of its ``kernel[grid]``.
+
+``kernel[grid](...)`` derives anew which compiled kernel serves the arguments. A program's kind of operands settles
+that: Triton's NVIDIA backend specialises on dtypes, 16-byte alignment and the values of integers. Addresses are handed
+over as integers, which the launcher takes as they are; of a tensor it would ask the driver where the memory is. Tensor
+maps are kept by address.
+
+The launcher's arguments are private to Triton and differ between versions. So only versions are known that the tests
+hold against ``kernel[grid]``; any other takes this public way.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from copy import copy
+from functools import partial
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from triton import knobs
+
+from tritonconv.kernels.triton_buffers import Buffer, Descriptor, Kernel
+from tritonconv.kernels.triton_target import triton_version
+
+if TYPE_CHECKING:
+    from tritonconv.kernels.triton_program import Program
+
+# Takes the operands, their addresses (of what is no tensor: anything), which it appends to, and the CUDA stream.
+Player = Callable[[Sequence[Any], list, int], Any]
+Launch = Callable[[list, int], None]
+
+# torch.empty_strided without its parsing of names and its dispatch, as the code that torch.compile makes has it.
+_GUARDS = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
+
+MOST_MAPS = 64  # tensor maps of one argument: the tensors of a training step come back at the same addresses
+
+
+def player(program: Program, compiled: Sequence[Any]) -> Player | None:
+    """Runs a program whose kernels are ``compiled``; None where Triton's own launches must."""
+    launcher = LAUNCHERS.get(triton_version())
+    views = any(each is not None and each is not each.base for each in program.answer)
+    if launcher is None or views or not all(map(_launched_alone, compiled)):
+        return None
+    pool = _Pool(program)
+    arguments = [_arguments(*both, pool) for both in zip(program.kernels, compiled, strict=True)]
+    launches = [
+        launcher(kernel.grid, each, pool.picker(given.leading), given.rest)
+        for kernel, each, given in zip(program.kernels, compiled, arguments, strict=True)
+        if given is not None
+    ]
+    return _played(program, pool, launches) if len(launches) == len(compiled) else None
+
+
+class _Pool:
+    """The values that a launch picks its arguments from: the addresses of the program's values, and what is appended.
+
+    ``computed`` are functions of the addresses so far, each of which appends one: of a view, or a tensor map.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.size = program.count
+        self.computed: list[Callable[[list], Any]] = []
+        self.constants: list[Any] = []
+
+    def address(self, buffer: Buffer) -> int:
+        """Where the buffer's address is."""
+        place, offset = self.program.place(buffer), buffer.offset
+        return self._append(lambda addresses: addresses[place] + offset) if offset else place
+
+    def tensor_map(self, descriptor: Descriptor, facts: Any) -> int:
+        place, make = self.address(descriptor.buffer), _maps(descriptor, facts)
+        return self._append(lambda addresses: make(addresses[place]))
+
+    def picker(self, leading: Sequence[tuple[bool, Any]]) -> Callable[[list], tuple]:
+        """Takes a launch's leading arguments from the pool, at whose end their constants are."""
+        places = []
+        for varies, value in leading:
+            if not varies:
+                self.constants.append(value)
+            places.append(value if varies else self.size + len(self.computed) + len(self.constants) - 1)
+        return itemgetter(*places) if len(places) > 1 else lambda addresses: tuple(addresses[at] for at in places)
+
+    def _append(self, function: Callable[[list], Any]) -> int:
+        self.computed.append(function)
+        return self.size + len(self.computed) - 1
+
+
+class _Arguments(NamedTuple):
+    """Those of a launch in their order: the ``leading`` ones, up to the last that differs between calls, are places in
+    the pool or constants; the ``rest`` are constants."""
+
+    leading: tuple[tuple[bool, Any], ...]
+    rest: tuple[Any, ...]
+
+
+def _played(program: Program, pool: _Pool, launches: Sequence[Any]) -> Player:
+    owned = [_maker(program, buffer) for buffer in program.owned]
+    answer = [None if each is None else program.place(each) for each in program.answer]
+    offsets, nbytes = program.offsets, max(1, program.workspace_bytes)
+    only = None if program.several else answer[0]
+    runtime, computed, constants = knobs.runtime, pool.computed, pool.constants
+    device = program.device
+    workspace_of = _empty(device, (nbytes,), (1,), torch.uint8)
+
+    def play(operands: Sequence[Any], addresses: list, stream: int) -> Any:
+        if runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls:  # a profiler sees Triton's own launches
+            return program.run(operands)
+        values = [*operands]
+        for make in owned:
+            tensor = make(values)
+            values.append(tensor)
+            addresses.append(tensor.data_ptr())
+        if offsets:
+            workspace = workspace_of()
+            base = workspace.data_ptr()
+            addresses += [base + offset for offset in offsets]
+        for compute in computed:
+            addresses.append(compute(addresses))
+        addresses += constants
+        for launch in launches:
+            launch(addresses, stream)
+        if only is not None:
+            return values[only]
+        return tuple([None if place is None else values[place] for place in answer])
+
+    return play
+
+
+def _maker(program: Program, buffer: Buffer) -> Callable[[list], torch.Tensor]:
+    if buffer.zero or buffer.source is not None or buffer.lent is not None:
+        return partial(program.filled, buffer)
+    empty = _empty(buffer.device, buffer.shape, buffer.stride(), buffer.dtype)
+    return lambda values: empty()
+
+
+def _empty(device: torch.device, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Callable[[], Any]:
+    """Makes new tensors on the device, which is the current one. A deterministic run has torch fill them."""
+    quick = getattr(_GUARDS, f"_empty_strided_{device.type}", None)
+    if quick is None or torch.are_deterministic_algorithms_enabled():
+        return partial(torch.empty_strided, size, stride, dtype=dtype, device=device)
+    return partial(quick, size, stride, dtype)
+
+
+def _launched_alone(compiled: Any) -> bool:
+    """Whether the kernel serves every later launch with arguments of its kind, and its launcher allocates nothing.
+
+    AMD's backend looks at the size of each tensor's storage too. The interpreter has no compiled kernel.
+    """
+    target = getattr(getattr(compiled, "metadata", None), "target", None)
+    if target is None or target.backend != "cuda" or not hasattr(compiled.run, "launch"):
+        return False
+    needs = ("global_scratch_size", "profile_scratch_size", "gsan_enabled")
+    return not any(getattr(compiled.run, name, 0) for name in needs)
+
+
+def _arguments(kernel: Kernel, compiled: Any, pool: _Pool) -> _Arguments | None:
+    """The launcher's, by position; None where the compiler passes a descriptor in another way than as a tensor map."""
+    parameters, facts = kernel.function.params, iter(getattr(compiled.metadata, "tensordesc_meta", None) or ())
+    ordered: list[tuple[bool, Any]] = []
+    for each in parameters:
+        value = kernel.arguments.get(each.name, each.default if each.has_default else None)
+        if isinstance(value, Descriptor):
+            known = next(facts, None)
+            if known is None:
+                return None
+            ordered += [(True, pool.tensor_map(value, known)), *((False, n) for n in (*value.shape, *value.strides))]
+        elif isinstance(value, Buffer):
+            ordered.append((True, pool.address(value)))
+        else:
+            ordered.append((False, value))
+    last = max((index for index, (varies, _) in enumerate(ordered) if varies), default=-1)
+    return _Arguments(tuple(ordered[: last + 1]), tuple(value for _, value in ordered[last + 1 :]))
+
+
+def _maps(descriptor: Descriptor, facts: Any) -> Callable[[int], Any]:
+    """From an address to the tensor map of such a descriptor, as the driver's utilities fill it."""
+    from triton.backends.nvidia import driver
+
+    more = [None] * (len(inspect.signature(driver.make_tensordesc_arg).parameters) - 2)
+    template, known = descriptor.made(descriptor.buffer.like), dict[int, Any]()
+
+    def tensor_map(address: int) -> Any:
+        found = known.get(address)
+        if found is None:
+            here = copy(template)
+            here.base = _At(address)
+            found = driver.make_tensordesc_arg(here, facts, *more)[0]
+            if len(known) >= MOST_MAPS:
+                known.pop(next(iter(known)), None)
+            known[address] = found
+        return found
+
+    return tensor_map
+
+
+class _At(NamedTuple):
+    """As much of a tensor as a tensor map is made of."""
+
+    address: int
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+def _in_c(compiled: Any) -> Any:
+    """Triton's launcher in C, behind the Python that makes tensor maps."""
+    launch = compiled.run.launch
+    return inspect.getclosurevars(launch).nonlocals["launcher"] if inspect.isfunction(launch) else launch
+
+
+def _facts(compiled: Any) -> tuple:
+    run = compiled.run
+    return compiled.function, run.launch_cooperative_grid, run.launch_pdl
+
+
+def _for_3_6(grid, compiled: Any, pick: Callable[[list], tuple], rest: tuple) -> Launch:
+    x, y, z = (*grid, 1, 1)[:3]
+    run, facts = _in_c(compiled), (*_facts(compiled), None, None, compiled.packed_metadata, None, None, None)
+
+    def launch(addresses: list, stream: int) -> None:
+        run(x, y, z, stream, *facts, *pick(addresses), *rest)
+
+    return launch
+
+
+def _for_3_9(grid, compiled: Any, pick: Callable[[list], tuple], rest: tuple) -> Launch:
+    x, y, z = (*grid, 1, 1)[:3]
+    run, signature = _in_c(compiled), (compiled.run.arg_annotations, compiled.run.kernel_signature)
+    facts = (*_facts(compiled), compiled.packed_metadata, None, None, None, None, None, *signature)
+
+    def launch(addresses: list, stream: int) -> None:
+        run(x, y, z, stream, *facts, (*pick(addresses), *rest))
+
+    return launch
+
+
+LAUNCHERS: dict[tuple[int, int], Callable[..., Launch]] = {(3, 6): _for_3_6, (3, 9): _for_3_9}
