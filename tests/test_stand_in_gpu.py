@@ -181,7 +181,7 @@ def test_a_tensor_of_the_cpu_among_those_of_the_device_is_refused(beside):
             calls = [
                 lambda x, weight: torch.conv_transpose3d(x, weight, None, 2),
                 lambda x, weight: tritonconv.conv_transpose3d(x, weight, None, 2),
-                lambda x, weight: gather.launch(problem, gather.default(problem, x.device), x, weight, None),
+                lambda x, weight: gather.compute(problem, gather.default(problem, x.device), x, weight, None),
             ]
             for call in calls:
                 assert call(x.cuda(), weight.cuda()).device == torch.device("cuda", 0)

@@ -142,16 +142,16 @@ class Plan:
         data, weight = (self.choice(name).variant for name in PASSES[1:])
         if data.launches is not None and weight.launches is not None:
             return self._replay(self._backward_launches, "backward")
-        apart = self.backward_data, self.backward_weight
         prepare = data.prepare if data.prepare is weight.prepare else None
 
         def in_two_calls(x, weight, grad_y, need_bias, packed=None):
             grad_y = self._operand(self.choice("backward_data"), grad_y)
             if prepare is None:
-                return apart[0](grad_y, weight, packed), *apart[1](x, grad_y, need_bias)
+                return self.backward_data(grad_y, weight, packed), *self.backward_weight(x, grad_y, need_bias)
             with _no_autocast(grad_y):
                 prepared = prepare(self.problem, grad_y)
-            return apart[0](grad_y, weight, packed, prepared), *apart[1](x, grad_y, need_bias, prepared)
+            grad_x = self.backward_data(grad_y, weight, packed, prepared)
+            return grad_x, *self.backward_weight(x, grad_y, need_bias, prepared)
 
         return in_two_calls
 
