@@ -24,6 +24,8 @@ from tritonconv.errors import ArgumentError, ArgumentTypeError
 
 # Runs of a model until one asks for no kernel that is not compiled: one, or two or three where something is new.
 MOST_RUNS = 8
+# Where the classes live that spread a model over GPUs, and hook its backward.
+PARALLEL = ("torch.nn.parallel.", "torch.distributed.")
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -95,7 +97,7 @@ def _check_model(model: object) -> None:
             raise ArgumentError(
                 f"graphed: {what} is under torch.compile, whose mode='reduce-overhead' makes graphs of its own"
             )
-        if any(each.__module__.startswith(("torch.nn.parallel.", "torch.distributed.")) for each in type(module).__mro__):
+        if any(each.__module__.startswith(PARALLEL) for each in type(module).__mro__):
             raise ArgumentError(
                 f"graphed: {what} is a {type(module).__name__}; capture the module inside it, then wrap that"
             )
@@ -148,12 +150,20 @@ def _run_until_compiled(model: nn.Module, sample: Sequence[torch.Tensor]) -> boo
     """
     from tritonconv.kernels import triton_background
 
-    for _ in range(MOST_RUNS):
-        wait_until_compiled()
-        before = triton_background.submitted
-        recorded = bool(_step(model, sample))
-        if triton_background.submitted == before:
-            return recorded
+    device = sample[0].device
+    # As torch's own runs, on a side stream: a node of autograd that is left over from the default one ends a capture.
+    here, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    side.wait_stream(here)
+    try:
+        for _ in range(MOST_RUNS):
+            wait_until_compiled()
+            before = triton_background.submitted
+            with torch.cuda.stream(side):
+                recorded = bool(_step(model, sample))
+            if triton_background.submitted == before:
+                return recorded
+    finally:
+        here.wait_stream(side)
     raise ArgumentError(f"graphed: model asks for new kernels in each of {MOST_RUNS} runs of one sample")
 
 
@@ -196,7 +206,8 @@ class CapturedForward:
         self.model, self.sample, self.records, self.backward = model, sample, records, bool(gradients)
         self.places = {each.data_ptr() for each in gradients if each is not None and each.numel()}
         self.replay: Callable[..., Any] = model.forward  # torch's; the model's own where its mode has changed
-        self.training, self.autocast, self.laid_out = model.training, _autocast(), [_as_laid_out(each) for each in sample]
+        self.training, self.autocast = model.training, _autocast()
+        self.laid_out = [_as_laid_out(each) for each in sample]
         self.modules = dict(model.named_modules())
         self.parameters = [each for each in model.parameters() if each.requires_grad]
         self.needs_gradient = bool(self.parameters) or any(each.requires_grad for each in sample)
