@@ -1,4 +1,4 @@
-"""For tests of captured models: code beside the stand-in for a GPU, and a block of a U-Net's decoder that it begins with."""
+"""For tests of captured models: code beside the stand-in for a GPU, with a block of a U-Net's decoder."""
 
 from __future__ import annotations
 

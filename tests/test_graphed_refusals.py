@@ -1,4 +1,4 @@
-"""What no CUDA graph can be made of, and the calls that a captured model refuses: each is an error that says why."""
+"""Models that no CUDA graph can be made of, and calls that a captured model refuses: each error says why."""
 
 from __future__ import annotations
 
