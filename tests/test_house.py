@@ -35,7 +35,7 @@ LAYERS = (
     ("dispatch",),
     ("autograd", "operators", "guards", "autocast"),
     ("functional", "explain"),
-    ("layer", "matlab", "convert"),
+    ("layer", "matlab", "convert", "graphed"),
     # The wall: from here on what measures, which no call imports.
     ("lab.flags", "lab.markdown"),
     ("lab.bench", "lab.inspection"),

@@ -272,6 +272,18 @@ def test_the_tests_for_a_gpu_pass(beside):
     assert f"{len(names)} passed" in out
 
 
+def test_those_of_captured_models_pass(beside):
+    names = [
+        f"test_a_captured_layer_is_bitwise_the_eager_one[{SHARED}]",
+        f"test_two_streams_at_once[{SHARED}]",
+        "test_a_captured_model_trains_bitwise_as_the_eager_one",
+    ]
+    chosen = [TESTS / f"test_graphed_gpu.py::{name}" for name in names]
+    code, out = beside(TESTS / "stand_in_gpu.py", "pytest", "-p", "no:cacheprovider", *chosen)
+    assert code == 0, out
+    assert f"{len(chosen)} passed" in out
+
+
 def test_those_of_large_tensors_pass_on_small_ones(beside):
     code, out = beside(
         *script(
