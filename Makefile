@@ -16,7 +16,8 @@ PIP = $(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints
 # A process per core, but no more than 14: on a GPU each holds a context, and torch, of a gigabyte.
 PYTEST = -m pytest -n auto --maxprocesses 14 --dist loadgroup
 GPU_TESTS = tests/test_gpu.py tests/test_giants.py tests/test_nonfinite.py tests/test_sanitize.py \
-	tests/test_replay.py tests/test_transpose.py tests/test_direct_launch.py tests/test_divider.py tests/test_gpu_arrival.py
+	tests/test_graphed_gpu.py tests/test_replay.py tests/test_transpose.py tests/test_direct_launch.py \
+	tests/test_divider.py tests/test_gpu_arrival.py
 KERNEL_TESTS = tests/test_triton_kernels.py tests/test_triton_layers.py tests/test_fused_backward.py \
 	tests/test_skipped_taps.py tests/test_arrival.py
 

@@ -17,14 +17,17 @@ _changed = threading.Condition()
 _waiting: deque[Task] = deque()
 _thread: threading.Thread | None = None
 
+submitted = 0  # tasks so far
+
 
 def submit(task: Task) -> None:
     """Has the task run behind those before it; it must not raise.
 
     Raises RuntimeError where no thread can be started; the task is then left.
     """
-    global _thread
+    global _thread, submitted
     with _changed:
+        submitted += 1
         _waiting.append(task)
         if _thread is None or not _thread.is_alive():
             # No daemon: a thread that is killed inside LLVM would take the interpreter's end down with it.

@@ -41,15 +41,16 @@ def copying(base: Variant, copied: tuple[str, ...], gathered: str) -> Variant:
         overlap = any(axis.kernel > axis.stride for axis in problem.axes)
         return problem.layout == "ncdhw" and overlap and getattr(problem, gathered) // problem.groups >= LEAST_CHANNELS
 
-    assert base.launches is not None
+    original = base.launches
+    assert original is not None  # only Triton kernels read what they have had copied
 
-    @wraps(base.launches)
+    @wraps(original)
     def launches(problem, config, *operands, **more):
         plain = {key: value for key, value in config.items() if key != COPY}
         if config.get(COPY):
             places = LARGE[base.pass_name]
             operands = tuple(channels_last(each) if place in places else each for place, each in enumerate(operands))
-        return base.launches(problem, plain, *operands, **more)
+        return original(problem, plain, *operands, **more)
 
     def space(problem: Problem, device: torch.device) -> tuple[Config, ...]:
         configs = [{**config, COPY: 0} for config in base.space(problem, device)]

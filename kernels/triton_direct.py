@@ -12,6 +12,7 @@ hold against ``kernel[grid]``; any other takes this public way.
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Sequence
 from copy import copy
 from functools import partial
@@ -34,7 +35,7 @@ Launch = Callable[[list, int], None]
 # torch.empty_strided without its parsing of names and its dispatch, as the code that torch.compile makes has it.
 _GUARDS = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
 
-MOST_MAPS = 64  # tensor maps of one argument: the tensors of a training step come back at the same addresses
+MOST_MAPS = 64  # addresses of one operand: the tensors of a training step come back at the same ones
 
 
 def player(program: Program, compiled: Sequence[Any]) -> Player | None:
@@ -54,56 +55,75 @@ def player(program: Program, compiled: Sequence[Any]) -> Player | None:
 
 
 class _Pool:
-    """The values that a launch picks its arguments from: the addresses of the program's values, and what is appended.
+    """The list that launches pick their arguments from: the addresses of the program's values and of views, then tensor
+    maps, then constants.
 
-    ``computed`` are functions of the addresses so far, each of which appends one: of a view, or a tensor map.
+    ``views`` are (place of the base among the values, offset in bytes); ``maps`` are by the place of the base, each an
+    offset in bytes and a function that makes the map of an address.
     """
 
     def __init__(self, program: Program) -> None:
         self.program = program
-        self.size = program.count
-        self.computed: list[Callable[[list], Any]] = []
+        self.views: list[tuple[int, int]] = []
+        self.maps: dict[int, list[tuple[int, Callable[[int], Any]]]] = {}
         self.constants: list[Any] = []
 
-    def address(self, buffer: Buffer) -> int:
-        """Where the buffer's address is."""
-        place, offset = self.program.place(buffer), buffer.offset
-        return self._append(lambda addresses: addresses[place] + offset) if offset else place
+    def address(self, buffer: Buffer) -> _Place:
+        view = self.program.place(buffer), buffer.offset
+        if not view[1]:
+            return lambda: view[0]
+        self.views.append(view)
+        index = len(self.views) - 1
+        return lambda: self.program.count + index
 
-    def tensor_map(self, descriptor: Descriptor, facts: Any) -> int:
-        place, make = self.address(descriptor.buffer), _maps(descriptor, facts)
-        return self._append(lambda addresses: make(addresses[place]))
+    def tensor_map(self, descriptor: Descriptor, facts: Any) -> _Place:
+        place = self.program.place(descriptor.buffer)
+        group = self.maps.setdefault(place, [])
+        group.append((descriptor.buffer.offset, partial(_tensor_map, descriptor.made(descriptor.buffer.like), facts)))
+        index = len(group) - 1
 
-    def picker(self, leading: Sequence[tuple[bool, Any]]) -> Callable[[list], tuple]:
-        """Takes a launch's leading arguments from the pool, at whose end their constants are."""
+        def found() -> int:
+            before = itertools.takewhile(lambda base: base != place, self.maps)
+            return self.program.count + len(self.views) + sum(len(self.maps[base]) for base in before) + index
+
+        return found
+
+    def picker(self, leading: Sequence[_Place | _Constant]) -> Callable[[list], tuple]:
+        """Takes the leading arguments of a launch. It is for a pool that has all its views and maps."""
+        first = self.program.count + len(self.views) + sum(map(len, self.maps.values()))
         places = []
-        for varies, value in leading:
-            if not varies:
-                self.constants.append(value)
-            places.append(value if varies else self.size + len(self.computed) + len(self.constants) - 1)
-        return itemgetter(*places) if len(places) > 1 else lambda addresses: tuple(addresses[at] for at in places)
+        for each in leading:
+            if isinstance(each, _Constant):
+                self.constants.append(each.value)
+                places.append(first + len(self.constants) - 1)
+            else:
+                places.append(each())
+        return itemgetter(*places) if len(places) > 1 else lambda pool: tuple(pool[place] for place in places)
 
-    def _append(self, function: Callable[[list], Any]) -> int:
-        self.computed.append(function)
-        return self.size + len(self.computed) - 1
+
+_Place = Callable[[], int]  # where in the pool, once that has all its parts
+
+
+class _Constant(NamedTuple):
+    value: Any
 
 
 class _Arguments(NamedTuple):
-    """Those of a launch in their order: the ``leading`` ones, up to the last that differs between calls, are places in
-    the pool or constants; the ``rest`` are constants."""
+    """Those of a launch in their order: the ``leading`` ones, up to the last that differs between calls, and the
+    ``rest``, which are constants."""
 
-    leading: tuple[tuple[bool, Any], ...]
+    leading: Sequence[_Place | _Constant]
     rest: tuple[Any, ...]
 
 
-def _played(program: Program, pool: _Pool, launches: Sequence[Any]) -> Player:
+def _played(program: Program, pool: _Pool, launches: Sequence[Launch]) -> Player:
     owned = [_maker(program, buffer) for buffer in program.owned]
     answer = [None if each is None else program.place(each) for each in program.answer]
     offsets, nbytes = program.offsets, max(1, program.workspace_bytes)
     only = None if program.several else answer[0]
-    runtime, computed, constants = knobs.runtime, pool.computed, pool.constants
-    device = program.device
-    workspace_of = _empty(device, (nbytes,), (1,), torch.uint8)
+    runtime, views, constants = knobs.runtime, pool.views, pool.constants
+    described = [(place, _maps_at(group)) for place, group in pool.maps.items()]
+    workspace_of = _empty(program.device, (nbytes,), (1,), torch.uint8)
 
     def play(operands: Sequence[Any], addresses: list, stream: int) -> Any:
         if runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls:  # a profiler sees Triton's own launches
@@ -117,8 +137,10 @@ def _played(program: Program, pool: _Pool, launches: Sequence[Any]) -> Player:
             workspace = workspace_of()
             base = workspace.data_ptr()
             addresses += [base + offset for offset in offsets]
-        for compute in computed:
-            addresses.append(compute(addresses))
+        if views:
+            addresses += [addresses[place] + offset for place, offset in views]
+        for place, maps_at in described:
+            addresses += maps_at(addresses[place])
         addresses += constants
         for launch in launches:
             launch(addresses, stream)
@@ -158,42 +180,45 @@ def _launched_alone(compiled: Any) -> bool:
 
 def _arguments(kernel: Kernel, compiled: Any, pool: _Pool) -> _Arguments | None:
     """The launcher's, by position; None where the compiler passes a descriptor in another way than as a tensor map."""
-    parameters, facts = kernel.function.params, iter(getattr(compiled.metadata, "tensordesc_meta", None) or ())
-    ordered: list[tuple[bool, Any]] = []
-    for each in parameters:
+    facts = iter(getattr(compiled.metadata, "tensordesc_meta", None) or ())
+    ordered: list[_Place | _Constant] = []
+    for each in kernel.function.params:
         value = kernel.arguments.get(each.name, each.default if each.has_default else None)
         if isinstance(value, Descriptor):
             known = next(facts, None)
             if known is None:
                 return None
-            ordered += [(True, pool.tensor_map(value, known)), *((False, n) for n in (*value.shape, *value.strides))]
-        elif isinstance(value, Buffer):
-            ordered.append((True, pool.address(value)))
+            ordered += [pool.tensor_map(value, known), *map(_Constant, (*value.shape, *value.strides))]
         else:
-            ordered.append((False, value))
-    last = max((index for index, (varies, _) in enumerate(ordered) if varies), default=-1)
-    return _Arguments(tuple(ordered[: last + 1]), tuple(value for _, value in ordered[last + 1 :]))
+            ordered.append(pool.address(value) if isinstance(value, Buffer) else _Constant(value))
+    count = max((index for index, each in enumerate(ordered) if not isinstance(each, _Constant)), default=-1) + 1
+    return _Arguments(ordered[:count], tuple(each.value for each in ordered[count:] if isinstance(each, _Constant)))
 
 
-def _maps(descriptor: Descriptor, facts: Any) -> Callable[[int], Any]:
-    """From an address to the tensor map of such a descriptor, as the driver's utilities fill it."""
-    from triton.backends.nvidia import driver
+def _maps_at(group: Sequence[tuple[int, Callable[[int], Any]]]) -> Callable[[int], list]:
+    """From the address of a base to the tensor maps of its descriptors."""
+    known: dict[int, list] = {}
 
-    more = [None] * (len(inspect.signature(driver.make_tensordesc_arg).parameters) - 2)
-    template, known = descriptor.made(descriptor.buffer.like), dict[int, Any]()
-
-    def tensor_map(address: int) -> Any:
-        found = known.get(address)
-        if found is None:
-            here = copy(template)
-            here.base = _At(address)
-            found = driver.make_tensordesc_arg(here, facts, *more)[0]
+    def maps_at(address: int) -> list:
+        maps = known.get(address)
+        if maps is None:
+            maps = [make(address + offset) for offset, make in group]
             if len(known) >= MOST_MAPS:
                 known.pop(next(iter(known)), None)
-            known[address] = found
-        return found
+            known[address] = maps
+        return maps
 
-    return tensor_map
+    return maps_at
+
+
+def _tensor_map(template: Any, facts: Any, address: int) -> Any:
+    """The tensor map of a descriptor like ``template`` at the address, as Triton has the driver encode it."""
+    from triton.backends.nvidia import driver
+
+    here = copy(template)
+    here.base = _At(address)
+    more = [None] * (len(inspect.signature(driver.make_tensordesc_arg).parameters) - 2)
+    return driver.make_tensordesc_arg(here, facts, *more)[0]
 
 
 class _At(NamedTuple):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -149,7 +150,9 @@ def operands_of(problem: Problem, pass_name: str, device: torch.device) -> tuple
     return dict(zip((*PASSES, JOINT), operands, strict=True))[pass_name]
 
 
-def compute(launches: Callable[..., Any], operands: Sequence[Any], more: Mapping[str, Any]) -> Any:
+def compute(
+    launches: Callable[..., Any], operands: Sequence[Any], more: Mapping[str, Any] = MappingProxyType({})
+) -> Any:
     """Works launches out for these operands and runs them once; ``more`` are operands by name."""
     positional = len(operands)
     program = Program.of(

@@ -92,7 +92,6 @@ class Variant:
     idea: str
     backend: str
     launch: Callable[..., Any] | None = None
-    launches: Callable[..., Any] | None = None
     supports: Callable[[Problem, torch.device], str | None] = field(default=_serves)
     space: Callable[[Problem, torch.device], tuple[Config, ...]] = field(default=_one_config)
     default: Callable[[Problem, torch.device], Config] = field(default=_no_config)
@@ -105,6 +104,7 @@ class Variant:
     workspace_bytes: Callable[[Problem], int] = field(default=_no_workspace)
     work: Callable[[Problem, Config], Work] | None = None
     hazard: Callable[[Problem, Config, Toolchain], str | None] | None = None
+    launches: Callable[..., Any] | None = None
 
     def compute(self, problem: Problem, config: Config, *operands: Any, **more: Any) -> Any:
         """The pass on tensors; ``more``: ``out``, a tensor for y, where the variant takes one."""

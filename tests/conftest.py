@@ -22,6 +22,8 @@ if not torch.cuda.is_available():
 # No test sees the choices that were tuned on this machine, and none changes them.
 os.environ["TRITONCONV_CACHE"] = tempfile.mkdtemp(prefix="tritonconv-tests-")
 
+from plan_calls import in_one_program, watch_pass
+
 from tritonconv import dispatch
 from tritonconv.lab.bench import roofs, runner
 from tritonconv.problem import PASSES
@@ -104,18 +106,14 @@ def launches(monkeypatch):
     """The names of the variants that ran, in order."""
     names = []
 
-    def record(method, *passes):
-        run = getattr(dispatch.Plan, method)
+    def ran(*passes):
+        return lambda plan, *operands: names.extend(plan.choice(name).variant.name for name in passes)
 
-        def recorded(plan, *args):
-            names.extend(plan.choice(pass_name).variant.name for pass_name in passes)
-            return run(plan, *args)
-
-        monkeypatch.setattr(dispatch.Plan, method, recorded)
-
-    for pass_name in PASSES:
-        record(pass_name, pass_name)
-    record("joint_backward", *PASSES[1:])
+    for name in PASSES:
+        watch_pass(monkeypatch, name, ran(name))
+    watch_pass(monkeypatch, "forward_and_pack", ran("forward"))
+    both = ran(*PASSES[1:])
+    watch_pass(monkeypatch, "backward", lambda plan, *operands: in_one_program(plan) and both(plan))
     return names
 
 

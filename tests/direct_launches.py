@@ -1,19 +1,24 @@
-"""Run by test_direct_launch.py, without the interpreter: prints, per variant, how its replayed launches compare.
+"""Run by test_direct_launch.py beside the stub driver: prints, per variant, how its repeated launches compare.
 
-Kernels are compiled for sm_90; a driver that only writes down what it is asked to launch takes the GPU's place.
+The first run of a program goes through ``kernel[grid]``, the second past it. Both end at Triton's launcher in C, whose
+arguments are written down in its place.
 """
 
 from __future__ import annotations
 
+from functools import partial
+
+import stub_driver
 import torch
 import triton
-from triton.runtime.jit import JITFunction
+from triton import knobs
+from triton.backends.nvidia import driver
+from triton.compiler.compiler import LazyDict
 
 from tritonconv import Problem
 from tritonconv.kernels.registry import variant
-from tritonconv.kernels.targets import TARGETS
-from tritonconv.kernels.triton_replay import Replay
-from tritonconv.lab.inspection.compiling import GPU, TargetDriver
+from tritonconv.kernels.triton_program import JOINT, Program, operands_of
+from tritonconv.lab.inspection.compiling import GPU
 
 HALF = torch.float16
 SHUFFLE = Problem(1, 32, 16, (3, 4, 5), (2, 2, 2), (2, 2, 2), (0, 0, 0), (6, 8, 10), dtype=HALF, bias=True)
@@ -26,75 +31,100 @@ CASES = (
     ("backward_weight_fused", SHUFFLE),  # partial sums, the bias too; and the whole backward at once
 )
 launched: list[tuple] = []
+maps: list[tuple] = []
 
 
-def told(value, places):
-    """An argument as it can be compared between two calls; tensors by their place, new ones in order of appearance."""
-    if isinstance(value, torch.Tensor):
-        return "tensor", places.setdefault(value.data_ptr(), len(places)), value.dtype
-    if hasattr(value, "block_shape"):
-        return told(value.base, places), tuple(value.shape), tuple(value.strides), tuple(value.block_shape)
-    return value
+class Launcher:
+    """Stands where Triton's launcher in C does."""
+
+    def __call__(self, *arguments):
+        launched.append(_flat(arguments))
 
 
-class Utilities:
-    """As much of the driver's utilities as loading a kernel asks for."""
-
-    def get_device_properties(self, device):
-        return {"max_shared_mem": 232448, "multiprocessor_count": 132}
-
-    def load_binary(self, name, binary, shared, device):
-        return 1, name, 0, 0, 1024  # module, function, registers, spills, most threads
-
-    def unload_module(self, module):
-        pass
+class TensorMap(tuple):
+    """What a tensor map would be made of."""
 
 
-class Driver(TargetDriver):
-    utils = Utilities()
-
-    def launcher_cls(self, src, metadata):
-        def launch(x, y, z, stream, function, packed_metadata, launch_metadata, enter, leave, *arguments):
-            launched.append(((x, y, z), stream, function, arguments))
-
-        return launch
+def _flat(values) -> tuple:
+    return tuple(each for value in values for each in (_flat(value) if type(value) in (tuple, list) else (value,)))
 
 
-def calls(launch, problem, config, operands):
-    """The launches of a first call, through Triton's own launcher, and of a second one, which may not use it."""
-    replay, own, found = Replay(launch, problem, config), JITFunction.run, []
-    for call in range(2):
-        launched.clear()
-        if call == 1:
-            JITFunction.run = None
-        results = replay(*operands)
-        JITFunction.run = own
-        places = {each.data_ptr(): place for place, each in enumerate(operands) if isinstance(each, torch.Tensor)}
-        kept = [(*head, [told(each, places) for each in arguments]) for *head, arguments in launched]
-        results = [results] if isinstance(results, torch.Tensor) else results
-        found.append((kept, [None if each is None else (each.shape, each.stride(), each.dtype) for each in results]))
-    return found
+def _fill(*arguments):
+    maps.append(arguments)
+    return TensorMap(_flat(arguments))
+
+
+def stand_between() -> None:
+    wrap = driver.wrap_handle_tensordesc
+    driver.wrap_handle_tensordesc = lambda launcher, *more: wrap(Launcher(), *more)
+    utils = triton.runtime.driver.active.utils
+    for name in ("fill_tma_descriptor", "fill_tma_descriptor_tiled"):
+        if hasattr(utils, name):
+            setattr(utils, name, _fill)
+
+
+def told(first: tuple, second: tuple, places: dict[int, int], others: dict[int, int]) -> list:
+    """The arguments of the second launch that are not those of the first: addresses are compared by what they are of,
+    new memory by the order of appearance."""
+
+    def label(value, known):
+        if isinstance(value, torch.Tensor):
+            value = value.data_ptr()
+        return known.setdefault(value, len(known))
+
+    differ = []
+    for one, other in zip(first, second, strict=True):
+        if isinstance(one, TensorMap):
+            same = label(one[0], places) == label(other[0], others) and one[1:] == other[1:]
+        elif isinstance(one, torch.Tensor):
+            same = label(one, places) == label(other, others) and type(other) is int
+        else:  # without a profiler no hook is handed over, nor what it would be told
+            same = one is other or one == other or (other is None and isinstance(one, (LazyDict, knobs.HookChain)))
+        if not same:
+            differ.append((one, other))
+    return differ
 
 
 def main() -> None:
-    triton.runtime.driver.set_active(Driver(TARGETS["sm_90"]))
+    stub_driver.install()
+    stand_between()
     for name, problem in CASES:
         record = variant(name)
         config = record.default(problem, GPU)
-        x, y = (torch.empty(shape, dtype=HALF).contiguous(memory_format=problem.memory_format)
-                for shape in (problem.x_shape, problem.y_shape))  # fmt: skip
-        weight, bias = torch.empty(problem.weight_shape, dtype=HALF), torch.empty(problem.c_out, dtype=HALF)
-        wanted = {
-            "forward": (x, weight, bias if problem.bias else None),
-            "backward_data": (y, weight),
-            "backward_weight": (x, y, problem.bias),
-        }[record.pass_name]
-        made = [(name, record.launch, wanted)]
-        if record.joint is not None:
-            made.append((f"{name} joint", record.joint, (x, weight, y, problem.bias)))
-        for title, launch, operands in made:
-            first, second = calls(launch, problem, config, operands)
-            print(title, len(first[0]), "same" if first == second else f"differ: {first} {second}")
+        for launches, passes in ((record.launches, record.pass_name), (record.joint, JOINT)):
+            if launches is None:
+                continue
+            operands = operands_of(problem, passes, torch.device("cpu"))
+            program = Program.of(partial(launches, problem, config), operands)
+            known = {each.data_ptr(): at for at, each in enumerate(operands) if isinstance(each, torch.Tensor)}
+            results = []
+            launched.clear()
+            results.append(program.run(operands))
+            first = [*launched]
+            assert program.direct is not None, name
+            for _ in range(2):
+                launched.clear()
+                made = len(maps)
+                addresses = [each.data_ptr() if isinstance(each, torch.Tensor) else None for each in operands]
+                results.append(program.direct(operands, addresses, 0))
+            places, others = dict(known), dict(known)
+            differ = [told(*both, places, others) for both in zip(first, launched, strict=True)]
+            kinds = [
+                [None if each is None else (each.shape, each.stride(), each.dtype) for each in _several(result)]
+                for result in results
+            ]
+            same = not any(differ) and kinds[0] == kinds[1] == kinds[2]
+            kept = len(maps) - made <= sum(each.place is None for each in _described(program))
+            print(name, passes, len(first), "same" if same and kept else f"differ: {differ} {kinds}")
+
+
+def _several(result) -> tuple:
+    return result if isinstance(result, tuple) else (result,)
+
+
+def _described(program) -> list:
+    values = (each for kernel in program.kernels for each in kernel.arguments.values())
+    return [each.buffer.base for each in values if hasattr(each, "block")]
 
 
 if __name__ == "__main__":

@@ -133,7 +133,7 @@ class CUDAGraph:
 
 
 @contextlib.contextmanager
-def graph(captured: CUDAGraph) -> Iterator[None]:
+def graph(captured: CUDAGraph, pool=None) -> Iterator[None]:
     now.graph = captured
     try:
         yield
@@ -213,6 +213,7 @@ CUDA = {
     "Event": Event,
     "CUDAGraph": CUDAGraph,
     "graph": graph,
+    "is_current_stream_capturing": lambda: now.graph is not None,
     "_sleep": sleep,
     "_lazy_init": lambda: None,
 }
@@ -224,6 +225,7 @@ def install() -> None:
     native.stand_in_guard()
     for name, value in CUDA.items():
         setattr(torch.cuda, name, value)
+    torch.cuda.graphs.graph_pool_handle = lambda: None
     torch.backends.cudnn.version = lambda: None
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # what is assigned to .data would lose its host
     install.library = _memory()  # its kernels live as long

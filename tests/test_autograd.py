@@ -11,11 +11,11 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from plan_calls import watch_pass
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
 import tritonconv
-from tritonconv import dispatch
 from tritonconv.problem import PASSES
 
 OURS, TORCH = tritonconv.conv_transpose3d, F.conv_transpose3d
@@ -66,15 +66,11 @@ def launches(monkeypatch):
     """(pass, need_bias or None) of every launch, in order."""
     seen = []
 
-    def recorded(pass_name, method):
-        def run(plan, *args):
-            seen.append((pass_name, args[2] if pass_name == "backward_weight" else None))
-            return method(plan, *args)
-
-        return run
+    def note(pass_name):
+        return lambda plan, *args: seen.append((pass_name, args[2] if pass_name == "backward_weight" else None))
 
     for pass_name in PASSES:
-        monkeypatch.setattr(dispatch.Plan, pass_name, recorded(pass_name, getattr(dispatch.Plan, pass_name)))
+        watch_pass(monkeypatch, pass_name, note(pass_name))
     return seen
 
 

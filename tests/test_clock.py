@@ -143,8 +143,10 @@ def test_what_the_first_eager_call_pays_for_is_no_part_of_the_wall_time(machine)
 
 def test_the_columns_of_a_cell_are_each_of_their_own_clock(machine, monkeypatch):
     """Ours has half of torch's GPU time and twice its host time; a graph has one launch and no gaps."""
-    calls = {"torch": machine.call(40e-6, host=50e-6), "ours": machine.call(20e-6, host=100e-6)}
-    graphs = {calls["torch"]: machine.call(39e-6), calls["ours"]: machine.call(19e-6)}
+    calls = {"torch": machine.call(40e-6, host=50e-6), "torch_compile": machine.call(30e-6, host=70e-6),
+             "ours": machine.call(20e-6, host=100e-6)}  # fmt: skip
+    graphs = {calls["torch"]: machine.call(39e-6), calls["torch_compile"]: machine.call(29e-6),
+              calls["ours"]: machine.call(19e-6)}  # fmt: skip
     monkeypatch.setattr(gpu, "captured", lambda call, device: graphs.get(call))
     measured = measure(calls, "torch", CUDA, GpuClock(CUDA), 0.02)
     row = {"timing": measured.first, **measured.fields("ours", "torch")}
@@ -154,6 +156,10 @@ def test_the_columns_of_a_cell_are_each_of_their_own_clock(machine, monkeypatch)
     assert (
         spread(row, WALL).runs >= 3 and row["sm_mhz"] == 1980 and row["late_samples"] == row["graph_late_samples"] == 0
     )
+
+    compiled = measured.fields("torch_compile", "torch")
+    assert ratio(compiled, GRAPH).median == pytest.approx(39 / 29, rel=0.03)  # graph against graph
+    assert ratio(compiled, WALL).median == pytest.approx(5 / 7, rel=0.03)
 
     del graphs[calls["torch"]]  # what is left has nothing to be held against
     assert columns_of([measure(calls, "torch", CUDA, GpuClock(CUDA), 0.02).fields("ours", "torch")]) == [GPU, WALL]

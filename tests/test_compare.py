@@ -64,7 +64,7 @@ def test_compare_holds_one_column_against_the_same_one(tmp_path, capsys):
     both = {f"graph_{tail}": 1.0 for tail in ("ms", "p20_ms", "p80_ms")} | {"graph_runs": 5}
     new = write(tmp_path / "c.jsonl", [columns_row("a", 2.0, 9.0, **both)])
     assert cli.main(["compare", str(old), str(new)]) == 0
-    assert "by that of a CUDA graph" in capsys.readouterr().out
+    assert "by the GPU time of a CUDA graph of it" in capsys.readouterr().out
     slower = write(tmp_path / "d.jsonl", [columns_row("a", 1.0, 9.0)])
     assert cli.main(["compare", str(slower), str(new)]) == 1
     assert "by the GPU time of an eager call" in capsys.readouterr().out

@@ -23,8 +23,10 @@ NAMES = form_names(record for record in tritonconv.variants() if record.backend 
 COMMON = """
 import dataclasses, json, sys
 import torch
-from tritonconv.lab.inspection.compiling import GPU, META, TARGETS, compiling_for
+from tritonconv.lab.inspection.compiling import GPU, META, TARGETS, compile_launch, compiling_for
 from tritonconv.kernels import triton_launch
+from tritonconv.kernels.triton_buffers import new, operand
+from tritonconv.kernels.triton_program import Program
 from variant_cases import form
 from tritonconv.problem import Problem, output_size
 
@@ -46,18 +48,7 @@ def served(name, **sizes):
 
 def compiled(record, problem, config=None):
     config = record.default(problem, GPU) if config is None else config
-    options = {"dtype": problem.dtype, "device": META}
-    x = torch.empty(problem.x_shape, memory_format=problem.memory_format, **options)
-    grad_y = torch.empty(problem.y_shape, memory_format=problem.memory_format, **options)
-    weight, bias = torch.empty(problem.weight_shape, **options), torch.empty(problem.c_out, **options)
-    with triton_launch.compile_only() as found:
-        if record.pass_name == "forward":
-            record.launch(problem, config, x, weight, bias)
-        elif record.pass_name == "backward_data":
-            record.launch(problem, config, grad_y, weight)
-        else:
-            record.launch(problem, config, x, grad_y, True)
-    return config, [kernel.result() if hasattr(kernel, "result") else kernel for _, _, kernel in found]
+    return config, [kernel for name, kernel in compile_launch(record, problem, config) if "joint" not in name]
 """
 
 
@@ -137,7 +128,7 @@ def test_offsets_of_64_bits_and_sizes_of_one_compile(layout):
                         record, problem = served(name, n=n, size=size, layout={layout!r})
                     except AssertionError:
                         continue
-                    if n > 1 and triton_launch.wide(torch.empty(problem.y_shape, device=META)) is False:
+                    if n > 1 and triton_launch.wide(operand(torch.empty(problem.y_shape, device=META), 0)) is False:
                         wrong.append(f"{{name}}: not beyond 32 bits")
                     try:
                         compiled(record, problem)
@@ -157,18 +148,23 @@ def test_copies_and_sums_of_volumes_compile_twice_for_sizes_of_one_order():
         from tritonconv.kernels.triton_reduce import sum_volumes
         from tritonconv.kernels.triton_transpose import channels_last
         counts = []
+
+        def summed(partial):
+            _, n, *size, channels = partial.shape
+            out = new((n, channels, *size), partial, torch.bfloat16)
+            sum_volumes(partial, out)
+            return out
+
         with compiling_for(TARGETS["sm_90"]):
             for make in (
-                lambda size: channels_last(torch.empty(1, 48, *size, dtype=torch.bfloat16, device=META)),
-                lambda size: sum_volumes(torch.empty(3, 1, *size, 48, device=META),
-                                         torch.empty(1, 48, *size, dtype=torch.bfloat16, device=META)),
+                lambda size: (channels_last, torch.empty(1, 48, *size, dtype=torch.bfloat16, device=META)),
+                lambda size: (summed, torch.empty(3, 1, *size, 48, device=META)),
             ):
                 kernels = set()
                 for size in ((16, 16, 16), (15, 17, 16), (15, 15, 19), (16, 16, 15), (17, 17, 15)):
-                    with triton_launch.compile_only() as found:
-                        make(size)
-                    kernel = found[0][2]
-                    kernels.add((kernel.result() if hasattr(kernel, "result") else kernel).hash)
+                    launches, operands = make(size)
+                    (kernel,) = Program.of(launches, [operands]).compile()
+                    kernels.add(kernel.hash)
                 counts.append(len(kernels))
         print(json.dumps(counts))
         """

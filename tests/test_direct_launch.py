@@ -1,30 +1,28 @@
-"""The replayed launch of a compiled kernel is Triton's own: same kernel, grid, stream and arguments."""
+"""A repeated launch is Triton's own: the same kernel, grid, stream and arguments reach the launcher in C."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import shutil
 from pathlib import Path
 
 import pytest
+import stub_driver
 
 from tritonconv.kernels.registry import have_triton
 
-ROOT = Path(__file__).resolve().parent.parent
+needs = pytest.mark.skipif(not have_triton() or shutil.which("cc") is None, reason="needs Triton and a C compiler")
 
 
-@pytest.mark.skipif(not have_triton(), reason="needs Triton's compiler")
-def test_a_replayed_launch_is_the_one_that_triton_makes():
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "0"}
-    command = [sys.executable, str(ROOT / "tests" / "direct_launches.py")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+@needs
+def test_a_repeated_launch_is_the_one_that_triton_makes():
+    script = Path(__file__).with_name("direct_launches.py")
+    done = stub_driver.run_beside(script, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
-        "forward_shuffle 1 same",
-        "backward_data_gemm 2 same",
-        "forward_boxes 2 same",
-        "backward_data_boxes 2 same",
-        "backward_weight_fused 2 same",
+        "forward_shuffle forward 1 same",
+        "backward_data_gemm backward_data 2 same",
+        "forward_boxes forward 2 same",
+        "backward_data_boxes backward_data 2 same",
+        "backward_weight_fused backward_weight 2 same",
         "backward_weight_fused joint 2 same",
     ]

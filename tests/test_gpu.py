@@ -257,12 +257,12 @@ def test_calls_run_torchs_own_until_the_kernels_are_compiled(tmp_path, monkeypat
         want = [y.detach(), *torch.autograd.grad(y, (x, layer.weight), grad_y)]
         plan = dispatch.plan(problem, x.device)
         found = step(layer, x, grad_y)
-        assert not (plan._forward.kept or plan._backward_data.kept or plan._backward_weight.kept)
+        assert not any(kind.runs for replay in plan.replays.values() for kind in replay.kept.values())
         for got, right in zip(found, want, strict=True):
             torch.testing.assert_close(got, right, atol=0.02 * right.abs().max().item(), rtol=0)
         assert tritonconv.wait_until_compiled(300)
         found = step(layer, x, grad_y)
-        assert plan._forward.kept and plan._backward_data.kept and plan._backward_weight.kept
+        assert all(kind.runs for replay in plan.replays.values() for kind in replay.kept.values())
         for got, right in zip(found, want, strict=True):
             torch.testing.assert_close(got, right, atol=0.02 * right.abs().max().item(), rtol=0)
         twice(lambda: step(layer, x, grad_y))

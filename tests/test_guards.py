@@ -8,6 +8,7 @@ import threading
 
 import pytest
 import torch
+from plan_calls import watch_pass
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -254,25 +255,20 @@ def test_with_a_filled_store_eager_and_compiled_run_the_same_variants(launches, 
 def test_the_joint_backward_runs_in_a_compiled_graph_too(monkeypatch):
     ran = []
 
-    def record(name):
-        run = getattr(dispatch.Plan, name)
-        monkeypatch.setattr(dispatch.Plan, name, lambda plan, *args: ran.append(name) or run(plan, *args))
-
-    for name in (*PASSES, "joint_backward"):
-        record(name)
+    for name in (*PASSES, "forward_and_pack", "backward"):
+        watch_pass(monkeypatch, name, lambda plan, *operands, name=name: ran.append(name))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     layer, x = tritonconv.ConvTranspose3d(4, 4, 2, stride=2).to(device), torch.randn(1, 4, 2, 2, 2, device=device)
     with tritonconv.use(*FUSED):
         for call in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
             call(x.requires_grad_()).sum().backward()
-    assert ran == ["forward", "joint_backward"] * 2
+    assert ran == ["forward", "backward"] * 2
 
 
 @pytest.mark.parametrize("needs", [n for n in itertools.product((False, True), repeat=3) if any(n)], ids=str)
 def test_a_compiled_backward_computes_only_what_is_needed(launches, monkeypatch, needs):
     asked = []
-    run = dispatch.Plan.backward_weight
-    monkeypatch.setattr(dispatch.Plan, "backward_weight", lambda plan, *args: asked.append(args[2]) or run(plan, *args))
+    watch_pass(monkeypatch, "backward_weight", lambda plan, x, grad_y, need_bias, *more: asked.append(need_bias))
     shapes = (1, 4, 3, 3, 3), (4, 4, 3, 3, 3), (4,)
     leaves = [torch.randn(shape, requires_grad=need) for shape, need in zip(shapes, needs, strict=True)]
     call = torch.compile(tritonconv.conv_transpose3d, backend="aot_eager", fullgraph=True)

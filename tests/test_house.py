@@ -35,7 +35,7 @@ LAYERS = (
     ("dispatch",),
     ("autograd", "operators", "guards", "autocast"),
     ("functional", "explain"),
-    ("layer", "matlab", "convert"),
+    ("layer", "matlab", "convert", "graphed"),
     # The wall: from here on what measures, which no call imports.
     ("lab.flags", "lab.markdown"),
     ("lab.bench", "lab.inspection"),
@@ -231,6 +231,6 @@ def test_variants_list_themselves_by_file():
     assert set(listed) == {*registry._torchs(), *(registry._kernels() if registry.have_triton() else ())}
     for name, record in listed.items():
         assert record.backend == "torch" or record.deterministic, name
-        stem = record.launch.__module__.rpartition(".")[2]
+        stem = (record.launch or record.launches).__module__.rpartition(".")[2]
         idea = name.removeprefix(f"{record.pass_name}_")
         assert stem == (idea if record.backend == "torch" else registry._kernels()[name])

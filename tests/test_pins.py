@@ -93,7 +93,7 @@ def test_a_pinned_kernel_waits_for_the_compiler(tmp_path, monkeypatch):
     )
     tritonconv.pin_choices(tmp_path / "choices.json")
     made = dispatch.plan(PROBLEM, CUDA)
-    assert made.choice("forward").variant.name == record.name and made._forward.standby is None
+    assert made.choice("forward").variant.name == record.name and made.forward.standby is None
 
 
 @pytest.mark.parametrize(

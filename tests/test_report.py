@@ -15,7 +15,9 @@ from tests.test_results import ENVIRONMENT, result
 from tritonconv.errors import ResultsError
 from tritonconv.lab import cli, markdown
 from tritonconv.lab.bench.results import Run, Writer, read
-from tritonconv.plots import best, charts, html, landscape, percent, scaling
+from tritonconv.lab.bench.standings import standings
+from tritonconv.lab.bench.summary import summary
+from tritonconv.plots import best, charts, html, landscape, percent, scaling, section
 
 HEAD = {"suite": "unet", "pass": "forward", "dtype": "float32", "layout": "ncdhw"}
 COMMANDS = {"landscape": "tritonconv tune", "overhead": "tritonconv bench --overhead", "scaling": "--sizes"}
@@ -236,3 +238,35 @@ def test_a_run_is_a_section_of_a_markdown_file(tmp_path, capsys):
     (tmp_path / "none.md").write_text("no markers")
     assert cli.main(["report", str(run.path), "--markdown", str(tmp_path / "none.md")]) == 2
     assert "report: begin" in capsys.readouterr().err
+
+
+def test_graphs_stand_against_graphs_beside_eager_calls_for_both_passes(tmp_path):
+    """In the summary, the page and the section: each column by its own times, torch.compile among the best of torch."""
+    ms = {
+        ("forward", "torch"): (4.0, 3.0, 9.0), ("forward", "torch_compile"): (5.0, 2.0, 8.0),
+        ("forward", "tritonconv"): (2.0, 1.0, 16.0), ("forward_backward", "torch"): (8.0, 6.0, 12.0),
+        ("forward_backward", "torch_compile"): (9.0, 9.0, 15.0), ("forward_backward", "tritonconv"): (2.0, 2.0, 10.0),
+    }  # fmt: skip
+    with Writer(tmp_path) as writer:
+        writer.write("environment", {**ENVIRONMENT, "device": "cuda", "device_name": "a GPU"})
+        for (pass_name, variant), times in ms.items():
+            row = timed("up", variant, times[0], timing="gpu")
+            columns = {f"{name}_ms": each for name, each in zip(("gpu", "graph", "wall"), times, strict=True)}
+            writer.write("result", {**row, "pass": pass_name, "class": "k = s", **columns})
+        writer.write("end", {"reason": "complete"})
+    run = read(writer.path)
+    ratios = {
+        ("gpu", "forward"): "2.00", ("gpu", "forward_backward"): "4.00", ("graph", "forward"): "2.00",
+        ("graph", "forward_backward"): "3.00", ("wall", "forward"): "0.50", ("wall", "forward_backward"): "1.20",
+    }  # fmt: skip
+    said = {tuple(line.split()[:2]): line.split()[4] for line in summary(run).splitlines() if line.count("none") == 1
+            and line.split()[0] in ("gpu", "graph", "wall")}  # fmt: skip
+    assert said == ratios
+    text = section.section(run, standings(run.of_models()), every_layer=False)
+    for (column, pass_name), ratio in ratios.items():
+        label = pass_name if column == "gpu" else f"{pass_name} ({column})"
+        assert f"| {label} | float32 | all | 1 | {ratio} |" in text
+    assert "(graph) by the GPU time of a CUDA graph of it" in text
+    page = html.page(run, {})
+    assert "By the GPU time of a CUDA graph of it, over the best torch" in page
+    assert "torch graph ms" in page

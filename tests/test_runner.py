@@ -58,7 +58,7 @@ def sabotage(monkeypatch):
 
     def spoil(name: str, change) -> None:
         record = registry.variant(name)
-        broken = dataclasses.replace(record, launch=lambda *args: change(record.launch(*args)))
+        broken = dataclasses.replace(record, launches=None, launch=lambda *args: change(record.compute(*args)))
         monkeypatch.setitem(registry._records(), name, broken)
 
     return spoil

@@ -51,9 +51,9 @@ def given(monkeypatch):
 
         def launch(problem, config, *operands):
             launched.append(config["num_stages"])
-            return own.launch(problem, config, *operands)
+            return own.compute(problem, config, *operands)
 
-        record = without_hazards(dataclasses.replace(own, launch=launch, hazard=hazard))
+        record = without_hazards(dataclasses.replace(own, launches=None, launch=launch, hazard=hazard))
         monkeypatch.setitem(registry._records(), KERNEL, record)
         monkeypatch.setattr(safety, "toolchain_of", lambda device: target)
         dispatch.forget()

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from odd_cases import odd, whole_config
@@ -22,18 +24,17 @@ def test_exact(name):
     (x, weight, bias, grad_y), exact = operands(case, torch.float16, problem.layout)
     config = whole_config(record, problem)
     calls = {
-        "forward": [(record.launch, (x, weight, bias), exact["forward"])],
-        "backward_data": [(record.launch, (grad_y, weight), exact["backward_data"])],
-        "backward_weight": [(record.launch, (x, grad_y, True), exact["backward_weight"])],
+        "forward": [(record.launches, (x, weight, bias), exact["forward"])],
+        "backward_data": [(record.launches, (grad_y, weight), exact["backward_data"])],
+        "backward_weight": [(record.launches, (x, grad_y, True), exact["backward_weight"])],
     }[record.pass_name]
     if record.joint is not None:
         calls.append((record.joint, (x, weight, grad_y, True), exact["backward_data"] + exact["backward_weight"]))
-    for launch, given, wanted in calls:
-        replay = Replay(launch, problem, config)  # the second call goes past Triton's launcher
+    for launches, given, wanted in calls:
+        replay = Replay(partial(launches, problem, config))  # the second call repeats the program
         found = twice(lambda replay=replay, given=given: [*_several(replay(*given))])
         assert all(map(same, found, wanted)) and len(found) == len(wanted)
-        (kept,) = replay.kept.values()
-        assert kept is not None
+        assert (replay.counts.anew, replay.counts.repeated) == (1, 1)
 
 
 def _several(result) -> tuple:

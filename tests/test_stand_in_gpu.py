@@ -181,7 +181,7 @@ def test_a_tensor_of_the_cpu_among_those_of_the_device_is_refused(beside):
             calls = [
                 lambda x, weight: torch.conv_transpose3d(x, weight, None, 2),
                 lambda x, weight: tritonconv.conv_transpose3d(x, weight, None, 2),
-                lambda x, weight: gather.launch(problem, gather.default(problem, x.device), x, weight, None),
+                lambda x, weight: gather.compute(problem, gather.default(problem, x.device), x, weight, None),
             ]
             for call in calls:
                 assert call(x.cuda(), weight.cuda()).device == torch.device("cuda", 0)
@@ -270,6 +270,18 @@ def test_the_tests_for_a_gpu_pass(beside):
     code, out = beside(TESTS / "stand_in_gpu.py", "pytest", "-p", "no:cacheprovider", *chosen)
     assert code == 0, out
     assert f"{len(names)} passed" in out
+
+
+def test_those_of_captured_models_pass(beside):
+    names = [
+        f"test_a_captured_layer_is_bitwise_the_eager_one[{SHARED}]",
+        f"test_two_streams_at_once[{SHARED}]",
+        "test_a_captured_model_trains_bitwise_as_the_eager_one",
+    ]
+    chosen = [TESTS / f"test_graphed_gpu.py::{name}" for name in names]
+    code, out = beside(TESTS / "stand_in_gpu.py", "pytest", "-p", "no:cacheprovider", *chosen)
+    assert code == 0, out
+    assert f"{len(chosen)} passed" in out
 
 
 def test_those_of_large_tensors_pass_on_small_ones(beside):

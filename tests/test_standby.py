@@ -25,6 +25,7 @@ from tritonconv.problem import PASSES
 
 triton_replay = pytest.importorskip("tritonconv.kernels.triton_replay")
 from tritonconv.kernels import triton_background  # noqa: E402
+from tritonconv.kernels.triton_program import Program  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -46,7 +47,7 @@ def compiler(monkeypatch):
 @pytest.fixture
 def interpreted(compiler, monkeypatch):
     """``compile`` makes nothing: the interpreter needs no kernels."""
-    monkeypatch.setattr(triton_replay.Compiled, "compile", lambda self: setattr(self, "ready", True))
+    monkeypatch.setattr(triton_replay.Kind, "compile", lambda self: setattr(self, "ready", True))
     return compiler
 
 
@@ -83,8 +84,8 @@ def same(left, right) -> bool:
 @pytest.mark.parametrize("names", [KERNELS, FUSED], ids=["apart", "fused"])
 def test_torchs_own_runs_until_the_kernels_are_compiled(interpreted, monkeypatch, names):
     ran = []
-    real = triton_replay.Replay._first
-    monkeypatch.setattr(triton_replay.Replay, "_first", lambda *args: ran.append("first") or real(*args))
+    real = Program.run
+    monkeypatch.setattr(Program, "run", lambda *args: ran.append("kernels") or real(*args))
     plan, right = plan_of(names), want()
     assert same(outputs(plan), right) and not ran
     submitted = len(interpreted)
@@ -92,18 +93,20 @@ def test_torchs_own_runs_until_the_kernels_are_compiled(interpreted, monkeypatch
     assert same(outputs(plan), right) and not ran and len(interpreted) == submitted  # each kind is asked for once
     for task in interpreted:
         task()
-    assert same(outputs(plan), right) and "first" in ran
-    ran.clear()
-    assert same(outputs(plan), right) and "first" not in ran  # replayed
+    assert same(outputs(plan), right) and ran
+    anew = [replay.counts.anew for replay in plan.replays.values()]
+    assert same(outputs(plan), right)
+    assert [replay.counts.anew for replay in plan.replays.values()] == anew
+    assert sum(replay.counts.stood_in for replay in plan.replays.values()) == 2 * submitted
 
 
 def test_a_kernel_that_cannot_be_compiled_is_one_warning_and_torchs_own(compiler, monkeypatch):
-    def no_compiler(*operands, **more):
+    def no_compiler(program):
         raise RuntimeError("Failed to find C compiler.\nPlease set CC")
 
     plan, right = plan_of(), want()
     assert same(outputs(plan), right)
-    monkeypatch.setattr(triton_replay, "compile_only", no_compiler)
+    monkeypatch.setattr(Program, "compile", no_compiler)
     for task in compiler:
         task()  # in the thread nothing is raised, and nothing is told
     count = len(compiler)
@@ -120,10 +123,10 @@ def test_a_launch_that_fails_is_one_warning_and_torchs_own(interpreted, monkeypa
     for task in interpreted:
         task()
 
-    def refused(self, key, operands):
+    def refused(program, operands):
         raise RuntimeError("out of resource: shared memory, Required: 300000, Hardware limit: 232448")
 
-    monkeypatch.setattr(triton_replay.Replay, "_first", refused)
+    monkeypatch.setattr(Program, "run", refused)
     with pytest.warns(KernelWarning, match="out of resource") as told:
         assert same(outputs(plan), right)
     assert same(outputs(plan), right)
@@ -137,10 +140,10 @@ def test_a_failure_keeps_no_tensor(compiler, monkeypatch):
     (task,) = compiler
     task.__self__.ready = True
 
-    def refused(self, key, operands):
+    def refused(program, operands):
         raise RuntimeError("out of resource")
 
-    monkeypatch.setattr(triton_replay.Replay, "_first", refused)
+    monkeypatch.setattr(Program, "run", refused)
     with pytest.warns(KernelWarning, match="out of resource"):
         plan.forward(x, weight, bias)
     gone = weakref.ref(x)
@@ -169,19 +172,19 @@ def test_a_lack_of_memory_is_raised_as_torch_raises_it(interpreted, monkeypatch)
     for task in interpreted:
         task()
 
-    def full(self, key, operands):
+    def full(program, operands):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(triton_replay.Replay, "_first", full)
+    monkeypatch.setattr(Program, "run", full)
     with pytest.raises(torch.OutOfMemoryError):
         outputs(plan)
 
 
 def test_a_driver_that_is_not_there_is_one_warning_and_torchs_own(compiler, monkeypatch):
-    def nothing(dtype):
+    def nothing(*operands):
         raise RuntimeError("0 active drivers ([]). There should only be one.")
 
-    monkeypatch.setattr(triton_replay, "precision", nothing)
+    monkeypatch.setattr(Program, "of", nothing)
     with pytest.warns(KernelWarning, match="active drivers") as told:
         assert same(outputs(plan_of()), want())
     assert len(told) == 1
@@ -191,13 +194,13 @@ def test_what_is_forced_or_deterministic_waits_for_the_compiler(compiler, monkey
     name_gpu(monkeypatch)
     with tritonconv.use(*KERNELS):
         forced = dispatch.plan(UP, CUDA)
-        assert forced._forward.standby is None and forced._backward_weight.standby is None
+        assert forced.forward.standby is None and forced.backward_weight.standby is None
     sizes = (2, 64, 32, (64,) * 3, (2,) * 3, (2,) * 3, (0,) * 3, (128,) * 3)
     problem = Problem(*sizes, dtype=torch.bfloat16, layout="ndhwc")  # of the shipped table
-    assert dispatch.plan(problem, CUDA)._forward.standby is not None
+    assert dispatch.plan(problem, CUDA).forward.standby is not None
     torch.use_deterministic_algorithms(True)
     try:
-        assert dispatch.plan(problem, CUDA)._forward.standby is None
+        assert dispatch.plan(problem, CUDA).forward.standby is None
     finally:
         torch.use_deterministic_algorithms(False)
         monkeypatch.undo()
@@ -205,23 +208,13 @@ def test_what_is_forced_or_deterministic_waits_for_the_compiler(compiler, monkey
 
 
 def test_of_endless_kinds_of_operands_the_latest_are_remembered(interpreted, monkeypatch):
-    monkeypatch.setattr(triton_replay, "MOST_COMPILED", 2)
+    monkeypatch.setattr(triton_replay, "MOST_KEPT", 2)
     plan = plan_of()
     x, weight, bias, _ = operands()
     volumes = (x.new_zeros(1, 8, 2, 3, width) for width in range(2, 9))
     for volume in volumes:
         plan.forward(volume[..., :2], weight, bias)
-    assert len(interpreted) == 7 and len(plan._forward.compiled) == 2
-
-
-def test_the_compiler_is_given_shapes_and_no_memory(compiler):
-    x, weight, bias, _ = operands()
-    plan = plan_of()
-    plan.forward(x.transpose(3, 4), weight, bias)
-    (task,) = compiler
-    made = task.__self__
-    assert all(each.device.type == "meta" for each in made.operands)
-    assert made.operands[0].stride() == x.transpose(3, 4).stride()
+    assert len(interpreted) == 7 and len(plan.forward.kept) == 2
 
 
 def test_the_compiler_makes_what_the_launch_then_finds():
@@ -242,7 +235,7 @@ with compiling_for(TARGETS["sm_90"]):
     operands = [torch.ones(shape, dtype=torch.bfloat16) for shape in (problem.x_shape, problem.weight_shape)]
     plan.forward(*operands, None)
     assert tritonconv.wait_until_compiled(100)
-    (made,) = plan._forward.compiled.values()
+    (made,) = plan.forward.kept.values()
 assert made.error is None and made.ready, made.error
 (kernels, *_), = forward_phases.forward_phases_kernel.device_caches.values()
 assert len(kernels) == 1

@@ -9,11 +9,25 @@ from variant_cases import DEVICE, same
 from tritonconv.problem import LAYOUTS
 
 triton_reduce = pytest.importorskip("tritonconv.kernels.triton_reduce")
+from tritonconv.kernels.triton_buffers import new  # noqa: E402
+from tritonconv.kernels.triton_program import compute  # noqa: E402
+
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def partials(*shape: int) -> torch.Tensor:
     return torch.randint(-9, 10, shape, generator=torch.Generator().manual_seed(7)).to(DEVICE, torch.float32)
+
+
+def sums(partial, bias_partial, shape):
+    """(grad_weight, grad_bias) of the partial results."""
+
+    def launches(given, given_bias):
+        grad_weight, grad_bias = new(shape, given), new(given_bias.shape[1:], given)
+        triton_reduce.sum_weights(given, grad_weight, given_bias, grad_bias)
+        return grad_weight, grad_bias
+
+    return compute(launches, (partial, bias_partial))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -22,8 +36,13 @@ def partials(*shape: int) -> torch.Tensor:
 @pytest.mark.parametrize("splits", [1, 37])  # in one step, and in several
 def test_volumes(splits, channels, size, layout):
     partial = partials(splits, 2, *size, channels)
-    out = torch.empty(2, channels, *size, device=DEVICE, dtype=torch.float16).to(memory_format=LAYOUTS[layout])
-    triton_reduce.sum_volumes(partial, out)
+
+    def launches(given):
+        result = new((2, channels, *size), given, torch.float16, LAYOUTS[layout])
+        triton_reduce.sum_volumes(given, result)
+        return result
+
+    out = compute(launches, (partial,))
     assert same(out, partial.double().sum(0).permute(0, 4, 1, 2, 3).cpu())
 
 
@@ -33,9 +52,7 @@ def test_volumes(splits, channels, size, layout):
 def test_weights_and_bias(splits, channels, groups):
     c_in, c_out = channels
     partial, bias_partial = partials(splits, groups, 6, c_out, c_in), partials(splits, groups * c_out)
-    grad_weight = torch.empty(groups * c_in, c_out, 1, 2, 3, device=DEVICE)
-    grad_bias = torch.empty(groups * c_out, device=DEVICE)
-    triton_reduce.sum_weights(partial, grad_weight, bias_partial, grad_bias)
+    grad_weight, grad_bias = sums(partial, bias_partial, (groups * c_in, c_out, 1, 2, 3))
     exact = partial.double().sum(0)  # (groups, taps, c_out, c_in)
     assert same(grad_weight, exact.permute(0, 3, 2, 1).reshape(grad_weight.shape).cpu())
     assert same(grad_bias, bias_partial.double().sum(0).cpu())
@@ -43,8 +60,7 @@ def test_weights_and_bias(splits, channels, groups):
 
 def test_a_long_bias_takes_several_programs():
     partial, bias_partial = partials(2, 1, 1, 1, 1), partials(2, 300)
-    grad_weight, grad_bias = torch.empty(1, 1, 1, 1, 1, device=DEVICE), torch.empty(300, device=DEVICE)
-    triton_reduce.sum_weights(partial, grad_weight, bias_partial, grad_bias)
+    grad_weight, grad_bias = sums(partial, bias_partial, (1, 1, 1, 1, 1))
     assert same(grad_weight, partial.double().sum(0)[None].cpu()) and same(
         grad_bias, bias_partial.double().sum(0).cpu()
     )

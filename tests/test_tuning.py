@@ -77,7 +77,7 @@ def broken(monkeypatch):
     """Puts another launch into a variant."""
 
     def put(name: str, launch) -> None:
-        record = dataclasses.replace(registry.variant(name), launch=launch)
+        record = dataclasses.replace(registry.variant(name), launches=None, launch=launch)
         monkeypatch.setitem(registry._records(), name, record)
 
     return put

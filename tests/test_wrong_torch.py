@@ -108,7 +108,7 @@ def test_torch_cannot_win_where_its_answer_is_wrong(clockless, wrong_torch, prob
 def test_nothing_is_stored_where_neither_torch_nor_a_variant_is_right(clockless, wrong_torch, broken):  # noqa: F811
     wrong_torch("y", STEP.size[2])
     for record in registry.variants("forward"):
-        right = record.launch
+        right = record.compute
         broken(record.name, lambda asked, *args, right=right: right(asked, *args) * (1.01 if asked == STEP else 1))
     report = tritonconv.tune(STEP)
     assert not entries() and not report.winners  # no training step has a right y either

@@ -16,6 +16,7 @@ from tritonconv.errors import (
 from tritonconv.explain import explain
 from tritonconv.forced import use
 from tritonconv.functional import conv_transpose3d
+from tritonconv.graphed import graphed
 from tritonconv.kernels.registry import variants
 from tritonconv.kernels.variant import Variant
 from tritonconv.layer import ConvTranspose3d, LazyConvTranspose3d
@@ -45,6 +46,7 @@ __all__ = [
     "conv_transpose3d",
     "convert",
     "explain",
+    "graphed",
     "param_groups",
     "pin_choices",
     "restore",

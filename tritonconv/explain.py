@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from tritonconv.autocast import cast_arguments
 from tritonconv.device import current
 from tritonconv.dispatch import Plan, plan, plan_for
 from tritonconv.kernels.registry import triton_fault, variants
+from tritonconv.plan import REPLAYED
 from tritonconv.problem import PASSES, Problem
 from tritonconv.switches import torch_only
 
@@ -76,6 +78,7 @@ def _show(made: Plan) -> Explanation:
         lines.append(f"  because: {choice.reason}")
         if choice.variant.spreads_nonfinite:
             lines.append(f"  NaN and infinities: {choice.variant.spreads_nonfinite}")
+        lines += [f"  {line}" for line in _launched(made, pass_name)]
         if choice.outdated:
             lines.append(
                 f"  {choice.variant.name} has changed since it was measured; `tritonconv tune` measures it again"
@@ -94,6 +97,26 @@ def _show(made: Plan) -> Explanation:
     explanation = Explanation(made, None, "\n".join(lines))
     print(explanation)
     return explanation
+
+
+def _launched(made: Plan, pass_name: str) -> Iterator[str]:
+    """The kernels of a Triton choice, and how the calls so far found their launches."""
+    choice = made.choice(pass_name)
+    if choice.variant.launches is None:
+        return
+    kernels, nbytes = made.launched(pass_name)
+    held = f", {nbytes / 1e6:.3g} MB of workspace" if nbytes else ""
+    yield f"launches for operands dense in this layout: {', '.join(kernels) or 'none'}{held}"
+    for name, replay in made.replays.items():
+        counts = replay.counts
+        if pass_name in REPLAYED[name] and any((counts.repeated, counts.anew, counts.stood_in)):
+            yield (
+                f"calls ({name.replace('_', ' ')}): {counts.repeated} repeated, {counts.anew} worked out anew, "
+                f"{counts.stood_in} answered by torch's own meanwhile"
+            )
+    if pass_name == "forward" and made.kept_order is not None:
+        size = math.prod(made.problem.weight_shape) * made.problem.dtype.itemsize
+        yield f"keeps the packed weight for its backward: {size / 1e6:.3g} MB"
 
 
 def tune_command(problem: Problem, device: torch.device) -> str | None:

@@ -19,11 +19,14 @@ from tritonconv.kernels.weight_orders import AS_GIVEN
 from tritonconv.problem import PASSES, Problem
 
 if TYPE_CHECKING:
+    from tritonconv.kernels.triton_program import Program
     from tritonconv.kernels.triton_replay import Replay
 
 # Of a packed weight that is kept from a forward to its backward. To pack it anew moves twice as much: 16 us at the
 # 4 TB/s of an H200's memory, and such a layer's products take far longer.
 MOST_KEPT_BYTES = 32 << 20
+# The passes that the function of a name runs: see :attr:`Plan.replays`.
+REPLAYED = {name: (name,) for name in PASSES} | {"forward_and_pack": PASSES[:1], "backward": PASSES[1:]}
 
 
 class Plan:
@@ -45,7 +48,7 @@ class Plan:
     ) -> None:
         self.problem, self.device, self.standby = problem, device, standby
         self._choose, self.chosen = choose, dict(chosen)
-        self.replays: dict[str, Replay] = {}  # by pass, and "backward" for both gradients
+        self.replays: dict[str, Replay] = {}  # of Triton choices, by the names of the functions below
 
     def choice(self, pass_name: str) -> Selection:
         """Raises VariantNotApplicable where a forced variant does not serve the problem."""
@@ -142,16 +145,16 @@ class Plan:
         data, weight = (self.choice(name).variant for name in PASSES[1:])
         if data.launches is not None and weight.launches is not None:
             return self._replay(self._backward_launches, "backward")
-        apart = self.backward_data, self.backward_weight
         prepare = data.prepare if data.prepare is weight.prepare else None
 
         def in_two_calls(x, weight, grad_y, need_bias, packed=None):
             grad_y = self._operand(self.choice("backward_data"), grad_y)
             if prepare is None:
-                return apart[0](grad_y, weight, packed), *apart[1](x, grad_y, need_bias)
+                return self.backward_data(grad_y, weight, packed), *self.backward_weight(x, grad_y, need_bias)
             with _no_autocast(grad_y):
                 prepared = prepare(self.problem, grad_y)
-            return apart[0](grad_y, weight, packed, prepared), *apart[1](x, grad_y, need_bias, prepared)
+            grad_x = self.backward_data(grad_y, weight, packed, prepared)
+            return grad_x, *self.backward_weight(x, grad_y, need_bias, prepared)
 
         return in_two_calls
 
@@ -200,7 +203,8 @@ class Plan:
             with _no_autocast(x):
                 return launch(problem, config, of(x), of(grad_y), need_bias, *prepared)
 
-        return dict(zip(PASSES, (forward, backward_data, backward_weight), strict=True))[choice.variant.pass_name]
+        functions: tuple[Callable[..., Any], ...] = forward, backward_data, backward_weight
+        return functions[PASSES.index(choice.variant.pass_name)]
 
     def _operand(self, choice: Selection, tensor: torch.Tensor) -> torch.Tensor:
         return tensor if choice.variant.backend == "triton" else to_layout(tensor, self.problem.memory_format)
@@ -208,26 +212,36 @@ class Plan:
     def compile(self, pass_name: str) -> bool:
         """Compiles the Triton kernels of a pass's choice for dense operands in the problem's layout; runs nothing.
         Returns whether the kernels are ready."""
-        from tritonconv.kernels.triton_program import Program, operands_of  # needs Triton
-
-        choice = self.choice(pass_name)
-        if choice.variant.launches is None:
+        if self.choice(pass_name).variant.launches is None:
             return False
         try:
             with current(self.device):
-                launches = partial(choice.variant.launches, self.problem, choice.config)
-                Program.of(launches, operands_of(self.problem, pass_name, torch.device("meta"))).compile()
+                self._program(pass_name).compile()
         except Exception:
             return False
         return True
 
+    def launched(self, pass_name: str) -> tuple[tuple[str, ...], int]:
+        """(the names of the kernels of a pass's Triton choice, the bytes of their workspace) for operands as in
+        :meth:`compile`."""
+        with current(self.device):
+            program = self._program(pass_name)
+        return tuple(kernel.name for kernel in program.kernels), program.workspace_bytes
+
+    def _program(self, pass_name: str) -> Program:
+        from tritonconv.kernels.triton_program import Program, operands_of  # needs Triton
+
+        choice = self.choice(pass_name)
+        assert choice.variant.launches is not None  # the caller looked
+        launches = partial(choice.variant.launches, self.problem, choice.config)
+        return Program.of(launches, operands_of(self.problem, pass_name, torch.device("meta")))
+
     def _standby(self, name: str) -> Callable[..., Any] | None:
         """torch's own operation in the place of the Triton launches of a pass or of the whole backward; None where the
         calls wait for the compiler."""
-        names = PASSES[1:] if name == "backward" else ("forward",) if name == "forward_and_pack" else (name,)
-        if not self.standby or any(self.choice(each).forced for each in names):
+        if not self.standby or any(self.choice(each).forced for each in REPLAYED[name]):
             return None
-        own = [self._torchs_own(each) for each in names]
+        own = [self._torchs_own(each) for each in REPLAYED[name]]
         if len(own) == 1:
             return own[0]
         return lambda x, weight, grad_y, need_bias, packed=None: (

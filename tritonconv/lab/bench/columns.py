@@ -4,6 +4,9 @@
 - ``graph``: the same of the replay of a CUDA graph of the call, which has no launches of its own;
 - ``wall``: wall time of an eager call, the host in it: what a user waits for. A CPU has this column alone.
 
+Each holds for every contestant and pass alike: torch's, torch.compile's and our forward are captured, and so are their
+training steps with the backward. A speed-up is graph against graph, or eager against eager.
+
 Older rows have one column with quantiles, which ``timing`` names, and the others as medians. Of these,
 ``events`` (an eager call between two events, with the host in it) is none of the three.
 """
@@ -15,7 +18,11 @@ from collections.abc import Iterable, Mapping
 from tritonconv.lab.bench.timing import Spread
 
 COLUMNS = GPU, GRAPH, WALL = "gpu", "graph", "wall"
-SAID = {GPU: "the GPU time of an eager call", GRAPH: "that of a CUDA graph", WALL: "the wall time of an eager call"}
+SAID = {
+    GPU: "the GPU time of an eager call",
+    GRAPH: "the GPU time of a CUDA graph of it",
+    WALL: "the wall time of an eager call",
+}
 
 SPEEDUP = ("speedup", "speedup_p20", "speedup_p80")
 Row = Mapping[str, object]
