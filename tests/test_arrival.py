@@ -54,7 +54,7 @@ def split(record, problem, splits: int, **more: int) -> dict[str, int]:
 
 
 def counted() -> int:
-    """What the counters hold, all together."""
+    """The sum of all counters."""
     return sum(int(buffer.sum()) for buffer in arrival._buffers.values())
 
 
