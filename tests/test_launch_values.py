@@ -1,4 +1,4 @@
-"""Launch values: what a replay finds for operands is what would be worked out afresh for them, in 10,000 random calls."""
+"""Launch values: a replay finds for operands the value that would be worked out afresh, in 10,000 random calls."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_a_replayed_value_is_the_one_that_would_be_worked_out(monkeypatch):
     torch.manual_seed(19)
     run, seen = Program.run, []
     monkeypatch.setattr(Program, "run", lambda program, operands: seen.append(program) or program)
-    monkeypatch.setattr(triton_direct, "player", lambda program, compiled: None)  # a program of no kernel has one
+    monkeypatch.setattr(triton_direct, "player", lambda program: None)  # a program of no kernel has one
     plans = []
     while len(plans) < PLANS:
         problem, record = a_problem(draw), draw.choice(RECORDS)
