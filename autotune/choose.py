@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ from tritonconv.autotune.first import first
 from tritonconv.autotune.key import Key, device_name
 from tritonconv.autotune.sources import revision
 from tritonconv.autotune.store import Entry, Table
+from tritonconv.bounded import remember
 from tritonconv.errors import ArgumentError, StoreWarning, VariantNotApplicable
 from tritonconv.kernels.registry import variant, warn_without_triton
 from tritonconv.kernels.safety import unsafe
@@ -145,15 +146,18 @@ def untuned(problem: Problem, device: torch.device, pass_name: str) -> Selection
     return torchs if _fault(modelled.variant, modelled.config, problem, device) else modelled
 
 
+MOST_FIRSTS = 4096
 _firsts: dict[tuple, tuple[Selection, Problem]] = {}
 
 
 def _first(problem: Problem, device: torch.device, pass_name: str) -> Selection:
     """The model's first choice, cached by key: ranking the configs takes longer than a layer does."""
     key = Key.of(problem, pass_name), device
-    if key not in _firsts:
-        _firsts[key] = Selection(*first(problem, device, pass_name, ceilings_of(device))), problem
-    selection, estimated = _firsts[key]
+    known = _firsts.get(key)
+    if known is None:
+        made = Selection(*first(problem, device, pass_name, ceilings_of(device)))
+        known = remember(_firsts, key, (made, problem), MOST_FIRSTS)
+    selection, estimated = known
     return selection if estimated == problem else selection._replace(reason=f"{selection.reason}, for {estimated}")
 
 
@@ -215,7 +219,7 @@ def config_fault(record: Variant, config: Config, problem: Problem, device: torc
     return unsafe(record, problem, config, device)
 
 
-@cache
+@lru_cache(1024)
 def _warn_once(text: str) -> None:
     warnings.warn(text, StoreWarning, stacklevel=2)
 

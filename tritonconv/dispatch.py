@@ -20,6 +20,7 @@ from tritonconv.arguments import geometry, plain, problem_of
 from tritonconv.autotune import model, pins
 from tritonconv.autotune.choose import Selection, ceilings_of, choose, untuned
 from tritonconv.autotune.choose import forget as forget_tables
+from tritonconv.bounded import remember
 from tritonconv.errors import VariantNotApplicable
 from tritonconv.forced import forced
 from tritonconv.kernels.registry import variant, variants
@@ -48,7 +49,7 @@ def plan(problem: Problem, device: torch.device) -> Plan:
         choose_pass = partial(_choose, problem, device, named, deterministic)
         # A deterministic run waits for the compiler, so that its first call already has the final bits.
         standby = device.type == "cuda" and not deterministic
-        entry = _remember(_by_problem, key, Plan(problem, device, choose_pass, standby=standby))
+        entry = remember(_by_problem, key, Plan(problem, device, choose_pass, standby=standby), MAX_PLANS)
     return entry
 
 
@@ -72,7 +73,7 @@ def plan_for(x, weight, bias, arguments: tuple) -> Plan | None:
     if entry is None:
         entry = _plan_anew(x, weight, bias, arguments)
         if entry is not None:
-            _remember(_by_call, key, entry)
+            remember(_by_call, key, entry, MAX_PLANS)
     return entry
 
 
@@ -110,13 +111,6 @@ def drop(which: Callable[[Plan], bool]) -> None:
             if which(entry):
                 memory.pop(key, None)
     generation += 1
-
-
-def _remember(memory: dict[tuple, Plan], key: tuple, entry: Plan) -> Plan:
-    if len(memory) >= MAX_PLANS:  # endless new image sizes must not grow memory without bound
-        memory.clear()
-    memory[key] = entry
-    return entry
 
 
 def _choose(problem, device, named, deterministic, pass_name) -> Selection:

@@ -9,20 +9,24 @@ is traced anew exactly when the choice for one of its own calls has changed.
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import count
 
 import torch
 
 from tritonconv import dispatch, fallback
 from tritonconv.arguments import geometry, problem_of
 from tritonconv.autocast import lowered_dtype
+from tritonconv.bounded import remember
 from tritonconv.errors import ArgumentError, ArgumentTypeError, StoreError, VariantNotApplicable
 from tritonconv.forced import Forced, forced
 from tritonconv.problem import PASSES, Problem
 
 _deterministic = torch._C._get_deterministic_algorithms
 
+# The newest calls. A graph whose call is forgotten is traced anew: its guard finds no attribute.
 _names: dict[tuple[Problem, torch.device, bool], str] = {}
 _calls: dict[str, tuple[Problem, torch.device, bool]] = {}
+_numbers = count()
 
 
 def guard_of_call(recorded: bool, arguments: tuple, *facts: tuple) -> tuple | None:
@@ -51,8 +55,8 @@ def guard_of_call(recorded: bool, arguments: tuple, *facts: tuple) -> tuple | No
     if not problem.torch_crop.exact or problem.dtype not in fallback.DTYPES:
         return None
     call = problem, device, recorded and any(needs)
-    name = _names.setdefault(call, f"call_{len(_names)}")
-    _calls[name] = call
+    name = _names.get(call) or remember(_names, call, f"call_{next(_numbers)}", dispatch.MAX_PLANS)
+    remember(_calls, name, call, dispatch.MAX_PLANS)
     return name, problem.layout, *problem.torch_arguments
 
 
