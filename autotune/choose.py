@@ -71,24 +71,25 @@ class Source(NamedTuple):
     words: str = ""
 
 
-def choose(problem: Problem, device: torch.device, pass_name: str) -> Selection:
-    """The variant, its config and the reason.
+def choose(problem: Problem, device: torch.device, pass_name: str, graphs: bool = False) -> Selection:
+    """The variant, its config and the reason: for an eager call, or for a call in a CUDA graph.
 
     Raises VariantNotApplicable where a pinned variant does not serve the problem, StoreError where the file of the
     pinned choices cannot be read, ArgumentError where :func:`~tritonconv.switches.torch_only` does.
     """
     if torch_only():
         return Selection(variant(rules.FALLBACK[pass_name]), NO_CONFIG, REASON)
-    pinned = pins.find(problem, device, pass_name)
+    pinned = pins.find(problem, device, pass_name, graphs)
     if pinned is not None:
         return _pinned(*pinned, problem, device)
     if _wants_kernels(device):
         warn_without_triton()
     if problem.n and problem.c_out:
         for entry, words, near in _entries(Key.of(problem, pass_name), device):
-            record = _usable(entry, problem, device)
-            if record is not None and (not near or _plausible(record, entry, problem, device)):
-                return Selection(record, entry.config, _reason(entry, words), entry)
+            for each in entry.choices(graphs):
+                record = _usable(each, problem, device)
+                if record is not None and (not near or _plausible(record, each, problem, device)):
+                    return Selection(record, each.config, _reason(each, entry, words), each)
     return untuned(problem, device, pass_name)
 
 
@@ -224,11 +225,17 @@ def _warn_once(text: str) -> None:
     warnings.warn(text, StoreWarning, stacklevel=2)
 
 
-def _reason(entry: Entry, where: str) -> str:
-    return (
-        f"tuned on {where}, {entry.utc[:10]}: {entry.timed.replace('_', ' + ')} of {entry.problem} "
-        f"{entry.ms:.3g} ms, torch's own {entry.torch_ms:.3g} ms"
+def _reason(chosen: Entry, entry: Entry, where: str) -> str:
+    """The reason for one of an entry's choices."""
+    timed = (
+        f"tuned on {where}, {chosen.utc[:10]}: {chosen.timed.replace('_', ' + ')} of {chosen.problem} "
+        f"{chosen.ms:.3g} ms, torch's own {chosen.torch_ms:.3g} ms"
     )
+    if entry.eager is None or chosen.host_ms is None:
+        return timed
+    if (chosen.variant, chosen.config) == (entry.eager.variant, entry.eager.config):
+        return f"{timed}; for eager calls: the longer of that and the host's {chosen.host_ms:.3g} ms is the least"
+    return f"{timed}; for CUDA graphs, where the host's {chosen.host_ms:.3g} ms do not count"
 
 
 def sources_of(device: torch.device) -> tuple[Source, ...]:

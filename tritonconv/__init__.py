@@ -22,6 +22,7 @@ from tritonconv.layer import ConvTranspose3d, LazyConvTranspose3d
 from tritonconv.matlab.factors import param_groups
 from tritonconv.matlab.layer import TransposedConv3dLayer
 from tritonconv.problem import Problem
+from tritonconv.switches import for_graphs
 
 if TYPE_CHECKING:
     from tritonconv.autotune.tuning.api import tune
@@ -45,6 +46,7 @@ __all__ = [
     "conv_transpose3d",
     "convert",
     "explain",
+    "for_graphs",
     "param_groups",
     "pin_choices",
     "restore",
