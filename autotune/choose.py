@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ from tritonconv.autotune.first import first
 from tritonconv.autotune.key import Key, device_name
 from tritonconv.autotune.sources import revision
 from tritonconv.autotune.store import Entry, Table
+from tritonconv.bounded import remember
 from tritonconv.errors import ArgumentError, StoreWarning, VariantNotApplicable
 from tritonconv.kernels.registry import variant, warn_without_triton
 from tritonconv.kernels.safety import unsafe
@@ -65,24 +66,25 @@ class Source(NamedTuple):
     words: str = ""
 
 
-def choose(problem: Problem, device: torch.device, pass_name: str) -> Selection:
-    """The variant, its config and the reason.
+def choose(problem: Problem, device: torch.device, pass_name: str, graphs: bool = False) -> Selection:
+    """The variant, its config and the reason: for an eager call, or for a call in a CUDA graph.
 
     Raises VariantNotApplicable where a pinned variant does not serve the problem, StoreError where the file of the
     pinned choices cannot be read, ArgumentError where :func:`~tritonconv.switches.torch_only` does.
     """
     if torch_only():
         return Selection(variant(rules.FALLBACK[pass_name]), NO_CONFIG, REASON)
-    pinned = pins.find(problem, device, pass_name)
+    pinned = pins.find(problem, device, pass_name, graphs)
     if pinned is not None:
         return _pinned(*pinned, problem, device)
     if _wants_kernels(device):
         warn_without_triton()
     if problem.n and problem.c_out:
         for entry, words, near in _entries(Key.of(problem, pass_name), device):
-            record = _usable(entry, problem, device)
-            if record is not None and (not near or _plausible(record, entry, problem, device)):
-                return Selection(record, entry.config, _reason(entry, words), entry)
+            for each in entry.choices(graphs):
+                record = _usable(each, problem, device)
+                if record is not None and (not near or _plausible(record, each, problem, device)):
+                    return Selection(record, each.config, _reason(each, entry, words), each)
     return untuned(problem, device, pass_name)
 
 
@@ -140,15 +142,18 @@ def untuned(problem: Problem, device: torch.device, pass_name: str) -> Selection
     return torchs if _fault(modelled.variant, modelled.config, problem, device) else modelled
 
 
+MOST_FIRSTS = 4096
 _firsts: dict[tuple, tuple[Selection, Problem]] = {}
 
 
 def _first(problem: Problem, device: torch.device, pass_name: str) -> Selection:
     """The model's first choice, cached by key: ranking the configs takes longer than a layer does."""
     key = Key.of(problem, pass_name), device
-    if key not in _firsts:
-        _firsts[key] = Selection(*first(problem, device, pass_name, ceilings_of(device))), problem
-    selection, estimated = _firsts[key]
+    known = _firsts.get(key)
+    if known is None:
+        made = Selection(*first(problem, device, pass_name, ceilings_of(device)))
+        known = remember(_firsts, key, (made, problem), MOST_FIRSTS)
+    selection, estimated = known
     return selection if estimated == problem else selection._replace(reason=f"{selection.reason}, for {estimated}")
 
 
@@ -211,16 +216,22 @@ def config_fault(record: Variant, config: Config, problem: Problem, device: torc
     return unsafe(record, problem, config, device)
 
 
-@cache
+@lru_cache(1024)
 def _warn_once(text: str) -> None:
     warnings.warn(text, StoreWarning, stacklevel=2)
 
 
-def _reason(entry: Entry, where: str) -> str:
-    return (
-        f"tuned on {where}, {entry.utc[:10]}: {entry.timed.replace('_', ' + ')} of {entry.problem} "
-        f"{entry.ms:.3g} ms, torch's own {entry.torch_ms:.3g} ms"
+def _reason(chosen: Entry, entry: Entry, where: str) -> str:
+    """The reason for one of an entry's choices."""
+    timed = (
+        f"tuned on {where}, {chosen.utc[:10]}: {chosen.timed.replace('_', ' + ')} of {chosen.problem} "
+        f"{chosen.ms:.3g} ms, torch's own {chosen.torch_ms:.3g} ms"
     )
+    if entry.eager is None or chosen.host_ms is None:
+        return timed
+    if (chosen.variant, chosen.config) == (entry.eager.variant, entry.eager.config):
+        return f"{timed}; for eager calls: the longer of that and the host's {chosen.host_ms:.3g} ms is the least"
+    return f"{timed}; for CUDA graphs, where the host's {chosen.host_ms:.3g} ms do not count"
 
 
 def sources_of(device: torch.device) -> tuple[Source, ...]:

@@ -38,16 +38,23 @@ def pin(path: Path | None) -> None:
     _pinned = path
 
 
-def text(problem: Problem, device: torch.device) -> str:
-    """The file's key for a problem on a kind of device."""
-    return f"{problem} on {device.type}"
+def text(problem: Problem, device: torch.device, graphs: bool = False) -> str:
+    """The file's key for a problem on a kind of device: of eager calls, or of those in CUDA graphs."""
+    return f"{problem} on {device.type}{' in CUDA graphs' if graphs else ''}"
 
 
-def find(problem: Problem, device: torch.device, pass_name: str) -> tuple[str, Config] | None:
-    """The pinned variant and config. Raises StoreError where TRITONCONV_CHOICES names a file that is not one."""
+def find(problem: Problem, device: torch.device, pass_name: str, graphs: bool = False) -> tuple[str, Config] | None:
+    """The pinned variant and config; in a CUDA graph those of eager calls where the file has no others.
+
+    Raises StoreError where TRITONCONV_CHOICES names a file that is not one.
+    """
     named = os.environ.get(VARIABLE)
     path = _pinned if _pinned is not None else Path(os.path.expanduser(named)) if named else None
-    return None if path is None else _load(path).get(text(problem, device), {}).get(pass_name)
+    if path is None:
+        return None
+    choices = _load(path)
+    own = choices.get(text(problem, device, graphs), {}).get(pass_name)
+    return own if own is not None or not graphs else choices.get(text(problem, device), {}).get(pass_name)
 
 
 def write(choices: Choices, path: Path) -> None:

@@ -34,12 +34,25 @@ Known = dict[str, Any] | None  # ceilings as JSON, where any were measured
 
 
 @dataclass(frozen=True)
+class Eager:
+    """The choice for eager calls, where it is not the entry's own; its fields are as there."""
+
+    variant: str
+    config: Mapping[str, int]
+    ms: float
+    host_ms: float
+    source: str
+
+
+@dataclass(frozen=True)
 class Entry:
-    """One stored choice. Times in ms, of the choice and of torch's own in the same rounds.
+    """One stored choice: the fastest on the device. Times in ms, of the choice and of torch's own in the same rounds.
 
     ``problem`` says in words what was measured, ``timed`` which part of it (a gradient is timed in a training step),
     ``versions`` what with; ``source`` is the variant's revision then (:mod:`tritonconv.autotune.sources`). ``rivals``
-    is how many candidates it was chosen from: a tuner that knows more of them chooses anew.
+    is how many candidates it was chosen from: a tuner that knows more of them chooses anew. ``host_ms`` is the host's
+    time for the call that was timed, None where it is the same (a CPU) or was not taken; ``eager`` is the choice whose
+    larger time of the two is the least, None where that is this one.
     """
 
     variant: str
@@ -52,24 +65,57 @@ class Entry:
     utc: str
     versions: Mapping[str, str | None] = field(default_factory=dict)
     rivals: int = 0
+    host_ms: float | None = None
+    eager: Eager | None = None
 
     @classmethod
     def from_json(cls, data: Any) -> Entry:
         """Raises ValueError for anything that :meth:`to_json` did not make."""
         try:
             entry = cls(**data)
+            eager = None if entry.eager is None else Eager(**data["eager"])
         except TypeError as error:
             raise ValueError(str(error)) from None
-        texts = (entry.variant, entry.source, entry.problem, entry.timed, entry.utc)
-        config_ok = isinstance(entry.config, dict) and all(type(value) is int for value in entry.config.values())
-        times = (entry.ms, entry.torch_ms)
-        times_ok = type(entry.rivals) is int and all(
-            isinstance(each, (int, float)) and 0 < each < float("inf") for each in times
+        sound = (
+            all(type(each) is str for each in (entry.problem, entry.timed, entry.utc))
+            and isinstance(entry.versions, dict)
+            and type(entry.rivals) is int
+            and _is_time(entry.torch_ms)
+            and (entry.host_ms is None or _is_time(entry.host_ms))
+            and (eager is None or _is_time(eager.host_ms))
+            and all(_is_choice(each) for each in (entry, eager) if each is not None)
         )
-        if not (config_ok and times_ok and isinstance(entry.versions, dict) and all(type(t) is str for t in texts)):
+        if not sound:
             raise ValueError(f"not an entry: {data!r}")
-        name, config = renamed(entry.variant, entry.config)
-        return replace(entry, variant=name, config=config)
+        return replace(entry, **_today(entry), eager=None if eager is None else replace(eager, **_today(eager)))
+
+    def to_json(self) -> dict[str, Any]:
+        """Without the fields that are None."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    def choices(self, graphs: bool) -> tuple[Entry, ...]:
+        """The choice that holds in a CUDA graph or, without ``graphs``, in an eager call; then the other, if there is
+        one. Each is an entry without ``eager``."""
+        own = replace(self, eager=None)
+        if self.eager is None:
+            return (own,)
+        eager = replace(own, **vars(self.eager))
+        return (own, eager) if graphs else (eager, own)
+
+
+def _is_choice(choice: Entry | Eager) -> bool:
+    config_ok = isinstance(choice.config, dict) and all(type(value) is int for value in choice.config.values())
+    return config_ok and _is_time(choice.ms) and type(choice.variant) is str and type(choice.source) is str
+
+
+def _is_time(ms: Any) -> bool:
+    return isinstance(ms, (int, float)) and 0 < ms < float("inf")
+
+
+def _today(choice: Entry | Eager) -> dict[str, Any]:
+    """The variant and config that a stored one stands for today."""
+    name, config = renamed(choice.variant, choice.config)
+    return {"variant": name, "config": config}
 
 
 @dataclass
@@ -88,7 +134,7 @@ class Table:
         return Table(self.device, {**lower.entries, **self.entries}, self.ceilings or lower.ceilings)
 
     def text(self) -> str:
-        entries = {key: asdict(self.entries[key]) for key in sorted(self.entries)}
+        entries = {key: self.entries[key].to_json() for key in sorted(self.entries)}
         data = {"format": FORMAT, "device": self.device, "ceilings": self.ceilings, "entries": entries}
         return json.dumps(data, indent=1, allow_nan=False) + "\n"
 

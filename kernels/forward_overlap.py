@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import replace
-from functools import cache
+from functools import lru_cache
 
 import torch
 import triton
@@ -210,7 +210,7 @@ def supports(problem: Problem, device: torch.device) -> str | None:
     return None
 
 
-@cache
+@lru_cache(4096)
 def box(cells: Triple, reads: Triple, block_m: int, least_w: int) -> Triple:
     """(BLOCK_D, BLOCK_H, BLOCK_W) whose boxes cover the cells with the fewest voxels, halos included."""
     powers = [2**each for each in range(block_m.bit_length())]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from functools import cache, partial
+from functools import lru_cache, partial
 
 import torch
 import triton
@@ -173,7 +173,7 @@ def taps_first(weight: Buffer, order: int, block: tuple[int, int]) -> Descriptor
     return Descriptor(weight, (taps, weight.shape[1], weight.shape[0]), (tap, c_out, 1), (1, *block))
 
 
-@cache
+@lru_cache(4096)
 def box_of(size: Triple, block_m: int) -> Triple:
     """(BLOCK_D, BLOCK_H, BLOCK_W), powers of two whose product is ``block_m``, that covers ``size`` with least waste.
 

@@ -40,7 +40,7 @@ class Buffer:
         self.like, self.device, self.place, self.source, self.zero, self.lent = like, device, place, source, zero, lent
         self.base: Buffer = self if base is None else base
         self.begins_aligned = aligned
-        self.writer: Kernel | None = None
+        self.writer: KernelLaunch | None = None
         self.copies: dict[Any, Buffer] = {}
         self.shape, self.dtype = tuple(like.shape), like.dtype
         self.stride, self.numel, self.is_contiguous = like.stride, like.numel, like.is_contiguous
@@ -98,7 +98,7 @@ class Descriptor:
 
 
 @dataclass(frozen=True, eq=False)
-class Kernel:
+class KernelLaunch:
     """One launch: Triton's function, its grid and its arguments by name. Of the buffers among them it writes some."""
 
     function: Any

@@ -17,16 +17,14 @@ from collections.abc import Callable, Sequence
 from copy import copy
 from functools import partial
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from triton import knobs
 
-from tritonconv.kernels.triton_buffers import Buffer, Descriptor, Kernel
+from tritonconv.kernels.triton_buffers import Buffer, Descriptor, KernelLaunch
+from tritonconv.kernels.triton_program import Program
 from tritonconv.kernels.triton_target import triton_version
-
-if TYPE_CHECKING:
-    from tritonconv.kernels.triton_program import Program
 
 # Takes the operands, their addresses (of what is no tensor: anything), which it appends to, and the CUDA stream.
 Player = Callable[[Sequence[Any], list, int], Any]
@@ -38,8 +36,9 @@ _GUARDS = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
 MOST_MAPS = 64  # addresses of one operand: the tensors of a training step come back at the same ones
 
 
-def player(program: Program, compiled: Sequence[Any]) -> Player | None:
-    """Runs a program whose kernels are ``compiled``; None where Triton's own launches must."""
+def player(program: Program) -> Player | None:
+    """Runs a program that has run once, with the kernels of that run; None where Triton's own launches must."""
+    compiled = program.compiled
     launcher = LAUNCHERS.get(triton_version())
     views = any(each is not None and each is not each.base for each in program.answer)
     if launcher is None or views or not all(map(_launched_alone, compiled)):
@@ -178,7 +177,7 @@ def _launched_alone(compiled: Any) -> bool:
     return not any(getattr(compiled.run, name, 0) for name in needs)
 
 
-def _arguments(kernel: Kernel, compiled: Any, pool: _Pool) -> _Arguments | None:
+def _arguments(kernel: KernelLaunch, compiled: Any, pool: _Pool) -> _Arguments | None:
     """The launcher's, by position; None where the compiler passes a descriptor in another way than as a tensor map."""
     facts = iter(getattr(compiled.metadata, "tensordesc_meta", None) or ())
     ordered: list[_Place | _Constant] = []

@@ -13,7 +13,7 @@ from triton.compiler.compiler import make_backend
 
 from tritonconv.kernels import triton_compiled
 from tritonconv.kernels.targets import MULTIPROCESSORS
-from tritonconv.kernels.triton_buffers import Buffer, Kernel, copied, new
+from tritonconv.kernels.triton_buffers import Buffer, KernelLaunch, copied, new
 from tritonconv.kernels.triton_device import FAR
 from tritonconv.kernels.triton_target import INTERPRETED, driver_fault, registers_in_flight, target
 from tritonconv.kernels.variant import Config
@@ -149,7 +149,7 @@ def launch(kernel, grid: int | tuple[int, ...], config: Config, written: Sequenc
         arguments["WAIT"] = registers_in_flight()
     arguments["enable_fp_fusion"] = True
     filled = tuple(each.base for each in written if each is not None)
-    made = Kernel(kernel, (grid,) if isinstance(grid, int) else grid, arguments, filled)
+    made = KernelLaunch(kernel, (grid,) if isinstance(grid, int) else grid, arguments, filled)
     for buffer in filled:
         buffer.writer = made
 

@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 
-from tritonconv.kernels import triton_direct
-from tritonconv.kernels.triton_buffers import Buffer, Descriptor, Kernel, operand
+from tritonconv.kernels.triton_buffers import Buffer, Descriptor, KernelLaunch, operand
 from tritonconv.problem import PASSES, Problem
 
 JOINT = "joint"  # both gradients
@@ -34,7 +33,7 @@ class Program:
         self.device = operands[self.first].device
         self.several = isinstance(results, tuple)
         self.answer: tuple[Buffer | None, ...] = results if self.several else (results,)
-        self.kernels: list[Kernel] = []
+        self.kernels: list[KernelLaunch] = []
         self.owned: list[Buffer] = []
         for result in self.answer:
             if result is not None:
@@ -52,7 +51,7 @@ class Program:
         sizes = [math.ceil(part.nbytes / SEGMENT) * SEGMENT for part in self.parts]
         self.offsets = [sum(sizes[:index]) for index in range(len(sizes))]
         self.workspace_bytes = sum(sizes)
-        self.direct: triton_direct.Player | None = None  # after the first run, where Triton's launcher is known
+        self.compiled: list[Any] = []  # of the last run: the kernels that Triton launched, None in the interpreter
 
     @classmethod
     def of(cls, launches: Callable[..., Any], operands: Iterable[Any]) -> Program:
@@ -94,8 +93,7 @@ class Program:
         for kernel in self.kernels:
             arguments = {name: self._argument(value, values) for name, value in kernel.arguments.items()}
             compiled.append(kernel.function[kernel.grid](**arguments))
-        if self.direct is None:
-            self.direct = triton_direct.player(self, compiled)
+        self.compiled = compiled
         results = tuple(None if each is None else self._tensor(each, values) for each in self.answer)
         return results if self.several else results[0]
 

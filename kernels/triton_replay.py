@@ -19,7 +19,7 @@ import torch
 
 from tritonconv.device import current, current_index
 from tritonconv.errors import KernelWarning
-from tritonconv.kernels import triton_background
+from tritonconv.kernels import triton_background, triton_direct
 from tritonconv.kernels.triton_buffers import ALIGNMENT
 from tritonconv.kernels.triton_launch import stream_of
 from tritonconv.kernels.triton_program import Program
@@ -39,7 +39,7 @@ class Replay:
     def __init__(self, launches: Callable[..., Any], standby: Callable[..., Any] | None = None) -> None:
         self.launches = launches
         self.standby = None if INTERPRETED else standby  # which compiles nothing
-        self.kept: dict[tuple, Kind] = {}
+        self.kept: dict[tuple, KeptProgram] = {}
         self.counts = Counts()
 
     def __call__(self, *operands: Any) -> Any:
@@ -63,57 +63,57 @@ class Replay:
                 return self(*operands)
         if dtype is torch.float32:
             key.append(float32_precision())
-        kind = self.kept.get(tuple(key))
-        if kind is not None:
-            play = kind.play
+        known = self.kept.get(tuple(key))
+        if known is not None:
+            play = known.play
             if play is not None:
                 self.counts.repeated += 1
                 return play(operands, addresses, stream_of(index))
-        return self._slowly(tuple(key), kind, operands, device)
+        return self._slowly(tuple(key), known, operands, device)
 
-    def _slowly(self, key: tuple, kind: Kind | None, operands: tuple, device: torch.device) -> Any:
+    def _slowly(self, key: tuple, known: KeptProgram | None, operands: tuple, device: torch.device) -> Any:
         """A call whose kind is new, or has a program that Triton's own launches run."""
-        if kind is None:
+        if known is None:
             if any(map(_lazy, operands)):
                 return self(*map(_materialised, operands))
-            kind = self._new_kind(key, operands, device)
+            known = self._keep(key, operands, device)
         if self.standby is None:
-            return self._run(kind, operands)
-        if kind.ready and not _capturing(device):  # loading a kernel may end a capture
+            return self._run(known, operands)
+        if known.ready and not _capturing(device):  # loading a kernel may end a capture
             try:
-                return self._run(kind, operands)
+                return self._run(known, operands)
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:
-                kind.ready, kind.error = False, _said(error)
-        if kind.error is not None:
-            _warn_once(kind.error)
+                known.ready, known.error = False, _said(error)
+        if known.error is not None:
+            _warn_once(known.error)
         self.counts.stood_in += 1
         return self.standby(*operands)
 
-    def _new_kind(self, key: tuple, operands: tuple, device: torch.device) -> Kind:
-        kind = Kind(device)
+    def _keep(self, key: tuple, operands: tuple, device: torch.device) -> KeptProgram:
+        known = KeptProgram(device)
         self.counts.anew += 1
         if self.standby is None:
-            kind.program = Program.of(self.launches, operands)
+            known.program = Program.of(self.launches, operands)
         else:
             try:
-                kind.program = Program.of(self.launches, operands)
-                triton_background.submit(kind.compile)
+                known.program = Program.of(self.launches, operands)
+                triton_background.submit(known.compile)
             except Exception as error:  # Triton has no driver; or no thread can be started: the program ends
-                kind.error = _said(error)
+                known.error = _said(error)
         if len(self.kept) >= MOST_KEPT:  # the kinds of operands change: the oldest have had their time
             self.kept.pop(next(iter(self.kept)), None)
-        self.kept[key] = kind
-        return kind
+        self.kept[key] = known
+        return known
 
-    def _run(self, kind: Kind, operands: tuple) -> Any:
-        assert kind.program is not None  # of a kind that is ready, or without standby
-        if kind.runs:
+    def _run(self, known: KeptProgram, operands: tuple) -> Any:
+        assert known.program is not None  # of a kind that is ready, or without standby
+        if known.runs:
             self.counts.repeated += 1
-        kind.runs = True
-        results = kind.program.run(operands)
-        kind.play = kind.program.direct
+        known.runs = True
+        results = known.program.run(operands)
+        known.play = triton_direct.player(known.program)
         return results
 
 
@@ -127,7 +127,7 @@ class Counts:
     stood_in: int = 0
 
 
-class Kind:
+class KeptProgram:
     """The program of one kind of operands: ``ready`` once its kernels are compiled, or in words the ``error`` that was
     raised; ``play`` runs it from the second time on.
 

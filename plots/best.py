@@ -6,12 +6,13 @@ Which is the best torch, and which our best: :mod:`tritonconv.lab.bench.standing
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import geometric_mean
 
 from matplotlib.figure import Figure
 
 from tritonconv.errors import ResultsError
 from tritonconv.lab.bench.results import BASELINE, COMPILED, OURS, Run
-from tritonconv.lab.bench.standings import by_pass, mean, standings
+from tritonconv.lab.bench.standings import by_pass, standings
 from tritonconv.plots import figures, style
 
 MADE_BY = "tritonconv bench"
@@ -38,7 +39,7 @@ def draw(run: Run) -> Figure:
             colour = style.BLUE if value >= 1 else style.VERMILLION
             axes.plot([1, value], [index, index], color=colour, linewidth=1.0, solid_capstyle="butt", zorder=2)
             axes.plot(value, index, "o" if value >= 1 else "v", color=colour, markersize=3.2, zorder=3)
-        average = mean(each.values())
+        average = geometric_mean(each.values())
         axes.axvline(1, color="black", linewidth=0.9)
         axes.axvline(average, color=style.BLUE, linewidth=0.9, linestyle=(0, (4, 2)))
         axes.annotate(

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.text import Text
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
 from tritonconv.lab.bench.results import Run
@@ -45,6 +46,7 @@ class Frame:
         self.foot = 0.1 + len(self.footer) * style.FOOTER_LINE
         self.height = TITLE + self.rows * (above + size[1] + BELOW) + self.foot
         self.figure, self.canvas = style.new_figure(self.width, self.height)
+        self.titles: list[Text] = []  # of the panels
         text = self.figure.text(
             0.12 / self.width, 1 - 0.1 / self.height, title, fontsize=10.5, fontweight="bold", va="top"
         )
@@ -60,10 +62,7 @@ class Frame:
         start = self.names + column * (self.left + self.size[0]) + self.left
         box = (start / self.width, low / self.height, self.size[0] / self.width, self.size[1] / self.height)
         axes = self.figure.add_axes(box)
-        longest = max((len(line) for line in title.split("\n")), default=0)
-        # A bold letter is about 0.6 of its size wide, and a title may begin over the names.
-        fits = self.size[0] * 72 / (0.66 * longest) if longest else 8.5
-        axes.set_title(title, loc="left", fontweight="bold", fontsize=max(6, min(8.5, fits)), pad=pad)
+        self.titles.append(axes.set_title(title, loc="left", fontweight="bold", pad=pad))
         axes.set_axisbelow(True)
         return axes
 
@@ -76,6 +75,12 @@ class Frame:
         )  # fmt: skip
 
     def done(self) -> Figure:
+        """The figure with its footer, and the titles of all panels in the size in which the longest fits."""
+        longest = max(len(line) for title in self.titles for line in title.get_text().split("\n"))
+        # A bold letter is about 0.6 of its size wide, and a title may begin over the names.
+        fits = self.size[0] * 72 / (0.66 * longest) if longest else 8.5
+        for title in self.titles:
+            title.set_fontsize(max(6, min(8.5, fits)))
         style.draw_footer(self.figure, self.footer)
         return self.figure
 

@@ -9,13 +9,14 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
+from statistics import geometric_mean
 from typing import TypeVar
 
 from tritonconv.errors import ResultsError
 from tritonconv.lab.bench import counters, noise
 from tritonconv.lab.bench.columns import SAID, columns_of, median
 from tritonconv.lab.bench.results import BASELINE, OURS, Run
-from tritonconv.lab.bench.standings import Standing, by_column, by_pass, grouped, mean, standings
+from tritonconv.lab.bench.standings import Standing, by_column, by_pass, grouped, standings
 from tritonconv.plots import style
 from tritonconv.plots.page import PAGE
 
@@ -120,7 +121,7 @@ def _means(run: Run) -> str:
     ours = [row for row in run.of_models() if row["variant"] == OURS and row["speedup"] is not None]
     for key, mine in grouped(ours, "pass", "dtype", "layout").items():
         for kind, same in _classes(mine, mine):
-            rows.append([*key, kind, len(same), mean(row["speedup"] for row in same)])
+            rows.append([*key, kind, len(same), geometric_mean(row["speedup"] for row in same)])
     text = _after(
         f"Speed-up over {BASELINE} in the same memory format, from calls made next to each other:",
         table(["pass", "dtype", "layout", "class", "layers", "geometric mean"], rows, 2),
@@ -138,7 +139,7 @@ def means_of(ranked: Sequence[Standing]) -> list[list[Cell]]:
         for kind, same in _classes(each, [one.ours for one in each]):
             ratios = [one.ratio for one in same]
             below, torchs = sum(ratio < 1 for ratio in ratios), sum(one.torch_chosen for one in same)
-            rows.append([*key, kind, len(same), mean(ratios), min(ratios), below, torchs])
+            rows.append([*key, kind, len(same), geometric_mean(ratios), min(ratios), below, torchs])
     return rows
 
 

@@ -49,11 +49,10 @@ def _figure(run: Run, groups: Sequence[Group]) -> Figure:
     for line, rows in enumerate(groups):
         first = rows[0]
         where = f"{first['layer']}\n{style.title(first['pass'], first['layout'].upper(), first['dtype'])}"
-        axes = frame.panel(2 * line, where)
         (name,), most = max(grouped(rows, "variant").items(), key=lambda pair: len(pair[1]))
         tiles = _tiles(most)
+        axes = frame.panel(2 * line, where if tiles is None else f"{where}, {name}")
         if tiles is not None:
-            axes.set_title(f"{where}, {name}", loc="left", fontweight="bold", fontsize=7)
             _map(axes, most, tiles)
         else:
             _bars(axes, sorted(rows, key=lambda row: row["median_ms"])[:24])
@@ -113,7 +112,7 @@ def _ranks(axes: Axes, rows: Group) -> None:
     axes.plot(measured, predicted, "o", color=style.BLUE, markersize=4, zorder=2)
     flat = np.ptp(measured) == 0 or np.ptp(predicted) == 0
     spearman = 0.0 if flat else float(np.corrcoef(measured, predicted)[0, 1])
-    axes.set_title(f"rank correlation {spearman:.2f}", loc="left", fontsize=8)
+    axes.set_title(f"rank correlation {spearman:.2f}", loc="left")
     axes.set_xlim(0.5, len(rows) + 0.5)
     axes.set_ylim(0.5, len(rows) + 0.5)
     axes.grid(color="#E4E4E4", linewidth=0.5)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tritonconv.errors import ResultsError
-from tritonconv.lab import markdown
+from tritonconv.lab import markdown, text_table
 from tritonconv.lab.bench.columns import SAID
 from tritonconv.lab.bench.results import Run
 from tritonconv.lab.bench.standings import Standing, by_column, by_pass, standings
@@ -31,18 +31,19 @@ def section(run: Run, ranked: Sequence[Standing], every_layer: bool) -> str:
     means = means_of(ranked)
     for column, others in list(by_column(run.of_models()).items())[1:]:
         means += [[f"{name} ({column})", *rest] for name, *rest in means_of(others)]
-    text = [_caption(run), _table(MEANS, means, 3)]
+    text = [_caption(run), _table(MEANS, means, 5)]
     for (pass_name, dtype), each in by_pass(ranked).items() if every_layer else ():
         rows = _table(STANDING, [standing_cells(one) for one in sorted(each, key=lambda one: one.ratio)], 4)
         text.append(f"#### {style.PASS_NAMES.get(pass_name, pass_name)}, {dtype}: the slowest first\n\n{rows}")
     return "\n\n".join(text) + "\n"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[Cell]], texts: int) -> str:
+def _table(head: Sequence[str], rows: Sequence[Sequence[Cell]], numbers: int) -> str:
     def cell(name: str, value: Cell) -> str:
         return f"{value:.2f}" if name in RATIOS else shown(value)
 
-    return markdown.table(head, [[cell(*pair) for pair in zip(head, row, strict=True)] for row in rows], texts)
+    cells = ([cell(*pair) for pair in zip(head, row, strict=True)] for row in rows)
+    return "\n".join(text_table.lines([head, *cells], numbers, markdown=True))
 
 
 def _caption(run: Run) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import geometric_mean
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from tritonconv.errors import ResultsError
 from tritonconv.lab.bench.results import BASELINE, OURS, Run
-from tritonconv.lab.bench.standings import grouped, mean
+from tritonconv.lab.bench.standings import grouped
 from tritonconv.plots import figures, style
 
 MADE_BY = "tritonconv bench"
@@ -48,7 +49,8 @@ def _lines(rows: Sequence[Mapping]) -> list[str]:
     """The suites and below each its layers by speed-up, from top to bottom."""
     lines: list[str] = []
     for (suite,), of_suite in grouped(rows, "suite").items():
-        means = {name: mean(row["speedup"] for row in same) for (name,), same in grouped(of_suite, "layer").items()}
+        layers = grouped(of_suite, "layer").items()
+        means = {name: geometric_mean(row["speedup"] for row in same) for (name,), same in layers}
         lines += [suite, *sorted(means, key=lambda name: -means[name])]
     return lines
 
@@ -78,7 +80,7 @@ def _panel(axes: Axes, rows: Sequence[Mapping], lines: Sequence[str], limits: tu
                 row["speedup"], y, marker, markersize=3.4 if marker == "o" else 3.0, markeredgewidth=0.7,
                 color=colour, markerfacecolor="white" if reaches_one else colour, zorder=3,
             )  # fmt: skip
-        average = mean(row["speedup"] for row in mine)
+        average = geometric_mean(row["speedup"] for row in mine)
         axes.axvline(average, color=colour, linewidth=0.9, linestyle=(0, (4, 2)), zorder=1)
         text = f"{style.LAYOUT_NAMES[layout].split(' ')[0]}: geometric mean {average:.2f} ({len(mine)} layers)"
         height = 1 + (0.06 + (len(layouts) - 1 - step) * HEAD_LINE) / (len(lines) * ROW)

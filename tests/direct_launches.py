@@ -17,6 +17,7 @@ from triton.compiler.compiler import LazyDict
 
 from tritonconv import Problem
 from tritonconv.kernels.registry import variant
+from tritonconv.kernels.triton_direct import player
 from tritonconv.kernels.triton_program import JOINT, Program, operands_of
 from tritonconv.lab.inspection.compiling import GPU
 
@@ -42,7 +43,7 @@ class Launcher:
 
 
 class TensorMap(tuple):
-    """What a tensor map would be made of."""
+    """The facts of a tensor map in its place."""
 
 
 def _flat(values) -> tuple:
@@ -101,12 +102,13 @@ def main() -> None:
             launched.clear()
             results.append(program.run(operands))
             first = [*launched]
-            assert program.direct is not None, name
+            play = player(program)
+            assert play is not None, name
             for _ in range(2):
                 launched.clear()
                 made = len(maps)
                 addresses = [each.data_ptr() if isinstance(each, torch.Tensor) else None for each in operands]
-                results.append(program.direct(operands, addresses, 0))
+                results.append(play(operands, addresses, 0))
             places, others = dict(known), dict(known)
             differ = [told(*both, places, others) for both in zip(first, launched, strict=True)]
             kinds = [

@@ -209,8 +209,8 @@ def test_a_graph_that_is_recorded_holds_no_standby(monkeypatch, launches):
     monkeypatch.setattr(dispatch, "wait_until_compiled", lambda: waits.append(list(launches)))
     real = dispatch.plan
 
-    def standing_by(problem, device):
-        made = real(problem, device)
+    def standing_by(*call):
+        made = real(*call)
         made.standby = True
         return made
 
@@ -288,7 +288,7 @@ def test_derivatives_of_an_operator_share_the_plan_of_its_call(monkeypatch):
     """Also where an operand of the derivative has another layout, or there is no bias any more."""
     planned = []
     real = dispatch.plan
-    monkeypatch.setattr(dispatch, "plan", lambda problem, device: planned.append(problem) or real(problem, device))
+    monkeypatch.setattr(dispatch, "plan", lambda problem, *more: planned.append(problem) or real(problem, *more))
     x = torch.randn(1, 2, 2, 2, 2, dtype=torch.float64).to(memory_format=LAST).requires_grad_()
     weight, bias = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((2, 3, 2, 3, 2), (3,)))
     with tritonconv.use(*PHASES):

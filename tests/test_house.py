@@ -25,7 +25,7 @@ BESIDE = {"Makefile", "LICENSE", "constraints.txt"}
 # Lower never imports higher; modules of one layer may import each other. A module belongs to the longest name here that
 # begins its own.
 LAYERS = (
-    ("errors", "switches", "flops", "precision"),
+    ("errors", "switches", "flops", "precision", "bounded"),
     ("problem", "device"),
     ("arguments",),
     ("kernels",),
@@ -37,7 +37,7 @@ LAYERS = (
     ("functional", "explain"),
     ("layer", "matlab", "convert", "graphed"),
     # The wall: from here on what measures, which no call imports.
-    ("lab.flags", "lab.markdown"),
+    ("lab.flags", "lab.markdown", "lab.text_table"),
     ("lab.bench", "lab.inspection"),
     ("autotune.tuning", "lab.profiling"),
     ("lab.verification", "lab.campaign", "lab.predictions"),
@@ -49,7 +49,8 @@ WALL = RANK["lab.flags"]
 MODULES = 50  # of the product that the import loads
 # The plots read results files: of the project they see the reader and the errors.
 PLOTS_SEE = {"plots", "errors", *(f"lab.{name}" for name in (
-    "markdown", "bench.results", "bench.standings", "bench.counters", "bench.columns", "bench.noise"))}  # fmt: skip
+    "markdown", "text_table",
+    "bench.results", "bench.standings", "bench.counters", "bench.columns", "bench.noise"))}  # fmt: skip
 
 
 def tracked() -> list[str]:

@@ -10,12 +10,13 @@ import pytest
 pytest.importorskip("matplotlib")
 
 from matplotlib.axes import Axes
+from matplotlib.text import Text
 
 from tests.test_results import ENVIRONMENT, ROOF, result
 from tritonconv.errors import ResultsError
 from tritonconv.lab import cli
 from tritonconv.lab.bench.results import Run, Writer, read
-from tritonconv.plots import charts, labels, roofline, speedup, style
+from tritonconv.plots import charts, figures, labels, roofline, speedup, style
 
 COPY = {"name": "copy_memory", "what": "copy in memory", "dtype": None, "value": 2e10, "unit": "byte/s"}
 PEAK = {**ROOF, "value": 3e11, "what": "float32 matrix product"}
@@ -123,6 +124,15 @@ def test_an_early_end_is_said(tmp_path, monkeypatch):
     for chart in (roofline, speedup):
         with monkeypatch.context() as context:
             assert "ended early" in texts(context, chart, write(tmp_path, 2, reason="budget"), tmp_path)
+
+
+def test_the_titles_of_all_panels_have_one_size(tmp_path):
+    frame = figures.Frame(write(tmp_path, 1), "Two panels", [], size=(2.0, 1.0), panels=2, columns=2)
+    titles = "forward", "forward + backward, NDHWC, float32"
+    for index, title in enumerate(titles):
+        frame.panel(index, title)
+    texts = [text for text in frame.done().findobj(Text) if text.get_text() in titles]
+    assert len(texts) == 2 and texts[0].get_fontsize() == texts[1].get_fontsize() < 8.5
 
 
 def test_nothing_to_draw_is_an_error(tmp_path):

@@ -47,7 +47,7 @@ def compiler(monkeypatch):
 @pytest.fixture
 def interpreted(compiler, monkeypatch):
     """``compile`` makes nothing: the interpreter needs no kernels."""
-    monkeypatch.setattr(triton_replay.Kind, "compile", lambda self: setattr(self, "ready", True))
+    monkeypatch.setattr(triton_replay.KeptProgram, "compile", lambda self: setattr(self, "ready", True))
     return compiler
 
 

@@ -23,6 +23,7 @@ from tritonconv.layer import ConvTranspose3d, LazyConvTranspose3d
 from tritonconv.matlab.factors import param_groups
 from tritonconv.matlab.layer import TransposedConv3dLayer
 from tritonconv.problem import Problem
+from tritonconv.switches import for_graphs
 
 if TYPE_CHECKING:
     from tritonconv.autotune.tuning.api import tune
@@ -46,6 +47,7 @@ __all__ = [
     "conv_transpose3d",
     "convert",
     "explain",
+    "for_graphs",
     "graphed",
     "param_groups",
     "pin_choices",

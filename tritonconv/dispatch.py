@@ -20,13 +20,15 @@ from tritonconv.arguments import geometry, plain, problem_of
 from tritonconv.autotune import model, pins
 from tritonconv.autotune.choose import Selection, ceilings_of, choose, untuned
 from tritonconv.autotune.choose import forget as forget_tables
+from tritonconv.bounded import remember
+from tritonconv.device import current
 from tritonconv.errors import VariantNotApplicable
 from tritonconv.forced import forced
 from tritonconv.kernels.registry import variant, variants
 from tritonconv.kernels.variant import Config
 from tritonconv.plan import Plan
 from tritonconv.problem import Problem
-from tritonconv.switches import torch_only
+from tritonconv.switches import graphs, torch_only
 
 MAX_PLANS = 4096
 
@@ -39,16 +41,19 @@ _by_call: dict[tuple, Plan] = {}
 _by_problem: dict[tuple, Plan] = {}
 
 
-def plan(problem: Problem, device: torch.device) -> Plan:
-    """The plan of a problem on a device, under the variants forced by :func:`tritonconv.use`."""
-    named, deterministic = forced.get(), _deterministic()
-    key = (problem, device, named, deterministic)
+def plan(problem: Problem, device: torch.device, in_graph: bool = False) -> Plan:
+    """The plan of a problem on a device, under the variants forced by :func:`tritonconv.use`.
+
+    ``in_graph``: of a call in a CUDA graph, as inside :func:`tritonconv.for_graphs`.
+    """
+    named, deterministic, in_graph = forced.get(), _deterministic(), in_graph or graphs.get()
+    key = (problem, device, named, deterministic, in_graph)
     entry = _by_problem.get(key)
     if entry is None:
-        choose_pass = partial(_choose, problem, device, named, deterministic)
+        choose_pass = partial(_choose, problem, device, named, deterministic, in_graph)
         # A deterministic run waits for the compiler, so that its first call already has the final bits.
         standby = device.type == "cuda" and not deterministic
-        entry = _remember(_by_problem, key, Plan(problem, device, choose_pass, standby=standby))
+        entry = remember(_by_problem, key, Plan(problem, device, choose_pass, standby=standby), MAX_PLANS)
     return entry
 
 
@@ -64,7 +69,7 @@ def plan_for(x, weight, bias, arguments: tuple) -> Plan | None:
             x.shape, x.stride(), x.dtype, x.device,
             weight.shape, weight.stride(), weight.dtype, weight.device,
             None if bias is None else (bias.shape, bias.dtype, bias.device),
-            numbers, forced.get(), _deterministic(),
+            numbers, forced.get(), _deterministic(), graphs.get(),
         )  # fmt: skip
         entry = _by_call.get(key)
     except RuntimeError:  # a sparse tensor has no strides, and no variant serves it
@@ -72,7 +77,7 @@ def plan_for(x, weight, bias, arguments: tuple) -> Plan | None:
     if entry is None:
         entry = _plan_anew(x, weight, bias, arguments)
         if entry is not None:
-            _remember(_by_call, key, entry)
+            remember(_by_call, key, entry, MAX_PLANS)
     return entry
 
 
@@ -112,14 +117,7 @@ def drop(which: Callable[[Plan], bool]) -> None:
     generation += 1
 
 
-def _remember(memory: dict[tuple, Plan], key: tuple, entry: Plan) -> Plan:
-    if len(memory) >= MAX_PLANS:  # endless new image sizes must not grow memory without bound
-        memory.clear()
-    memory[key] = entry
-    return entry
-
-
-def _choose(problem, device, named, deterministic, pass_name) -> Selection:
+def _choose(problem, device, named, deterministic, in_graph, pass_name) -> Selection:
     for name, items in named:
         record = variant(name)
         if record.pass_name == pass_name:
@@ -128,7 +126,7 @@ def _choose(problem, device, named, deterministic, pass_name) -> Selection:
                 raise VariantNotApplicable(f"{name} was forced but does not serve {problem}: {why_not}")
             config = record.default(problem, device) if items is None else dict(items)
             return Selection(record, config, "forced by tritonconv.use", forced=True)
-    chosen = choose(problem, device, pass_name)
+    chosen = choose(problem, device, pass_name, in_graph)
     if deterministic and not chosen.variant.deterministic and device.type != "cpu" and not torch_only():
         because = f"torch.use_deterministic_algorithms is on and {chosen.variant.name} is not deterministic"
         return next(_deterministics(problem, device, pass_name, because), chosen)
@@ -148,6 +146,15 @@ def _deterministics(problem, device, pass_name, because) -> Iterator[Selection]:
                 yield Selection(record, record.default(problem, device), because)
 
 
+def choice_now(problem: Problem, device: torch.device, pass_name: str, in_graph: bool) -> Selection:
+    """The choice that an eager call has now, or one in a CUDA graph; no plan is made for it.
+
+    Raises VariantNotApplicable where a forced variant does not serve the problem.
+    """
+    with current(device):
+        return _choose(problem, device, forced.get(), _deterministic(), in_graph, pass_name)
+
+
 def plan_of(problem: Problem, device: torch.device, **chosen: Selection) -> Plan:
     """An uncached plan for the tuner: ``chosen`` by pass, the other passes without any stored entry; no standby."""
     return Plan(problem, device, partial(untuned, problem, device), chosen)
@@ -165,14 +172,15 @@ def forget() -> None:
 def save_choices(path: str | os.PathLike) -> int:
     """Writes the choices of this process's calls to a file for :func:`pin_choices`; returns the number of problems.
 
-    The file holds a variant and a config by problem, kind of device and pass. It omits choices that
-    :func:`tritonconv.use` forced, and calls from before the choices changed last (a tuning run, :func:`pin_choices`).
-    It includes kernels that are still being compiled. Raises StoreError where the file cannot be written.
+    The file holds a variant and a config by problem, kind of device and pass, those for CUDA graphs by themselves. It
+    omits choices that :func:`tritonconv.use` forced, and calls from before the choices changed last (a tuning run,
+    :func:`pin_choices`). It includes kernels that are still being compiled. Raises StoreError where the file cannot be
+    written.
     """
     choices: dict[str, dict[str, tuple[str, Config]]] = {}
-    for (_, _, named, _), entry in list(_by_problem.items()):
+    for (problem, device, named, _, in_graph), entry in list(_by_problem.items()):
         if not named and entry.chosen:
-            passes = choices.setdefault(pins.text(entry.problem, entry.device), {})
+            passes = choices.setdefault(pins.text(problem, device, in_graph), {})
             passes.update({name: (choice.variant.name, choice.config) for name, choice in entry.chosen.items()})
     pins.write(choices, Path(path))
     return len(choices)

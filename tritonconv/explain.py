@@ -12,11 +12,13 @@ from tritonconv import fallback
 from tritonconv.arguments import geometry
 from tritonconv.autocast import cast_arguments
 from tritonconv.device import current
-from tritonconv.dispatch import Plan, plan, plan_for
+from tritonconv.dispatch import Plan, choice_now, plan, plan_for
 from tritonconv.kernels.registry import triton_fault, variants
 from tritonconv.plan import REPLAYED
 from tritonconv.problem import PASSES, Problem
-from tritonconv.switches import torch_only
+from tritonconv.switches import graphs, torch_only
+
+CALLS = {True: "in CUDA graphs", False: "in eager calls"}  # of the choices that do not hold here
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,11 @@ def _show(made: Plan) -> Explanation:
         choice = made.choice(pass_name)
         lines.append(f"{pass_name}: {choice.variant.name} ({choice.variant.idea})")
         lines.append(f"  because: {choice.reason}")
+        other = choice_now(problem, made.device, pass_name, in_graph=not graphs.get())
+        if (other.variant, other.config) != (choice.variant, choice.config):
+            config = "".join(f" {key}={value}" for key, value in other.config.items())
+            lines.append(f"  {CALLS[not graphs.get()]}: {other.variant.name}{config}")
+            lines.append(f"  because: {other.reason}")
         if choice.variant.spreads_nonfinite:
             lines.append(f"  NaN and infinities: {choice.variant.spreads_nonfinite}")
         lines += [f"  {line}" for line in _launched(made, pass_name)]

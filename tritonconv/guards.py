@@ -9,20 +9,27 @@ is traced anew exactly when the choice for one of its own calls has changed.
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import count
+from typing import Any
 
 import torch
 
 from tritonconv import dispatch, fallback
 from tritonconv.arguments import geometry, problem_of
 from tritonconv.autocast import lowered_dtype
+from tritonconv.bounded import remember
 from tritonconv.errors import ArgumentError, ArgumentTypeError, StoreError, VariantNotApplicable
 from tritonconv.forced import Forced, forced
 from tritonconv.problem import PASSES, Problem
+from tritonconv.switches import graphs
 
 _deterministic = torch._C._get_deterministic_algorithms
 
-_names: dict[tuple[Problem, torch.device, bool], str] = {}
-_calls: dict[str, tuple[Problem, torch.device, bool]] = {}
+# The newest calls. A graph whose call is forgotten is traced anew: its guard finds no attribute.
+Call = tuple[Problem, torch.device, bool, bool]  # whether it has gradients, whether a CUDA graph will hold it
+_names: dict[Call, str] = {}
+_calls: dict[str, Call] = {}
+_numbers = count()
 
 
 def guard_of_call(recorded: bool, arguments: tuple, *facts: tuple) -> tuple | None:
@@ -50,9 +57,9 @@ def guard_of_call(recorded: bool, arguments: tuple, *facts: tuple) -> tuple | No
         return None
     if not problem.torch_crop.exact or problem.dtype not in fallback.DTYPES:
         return None
-    call = problem, device, recorded and any(needs)
-    name = _names.setdefault(call, f"call_{len(_names)}")
-    _calls[name] = call
+    call = problem, device, recorded and any(needs), _records_graphs()
+    name = _names.get(call) or remember(_names, call, f"call_{next(_numbers)}", dispatch.MAX_PLANS)
+    remember(_calls, name, call, dispatch.MAX_PLANS)
     return name, problem.layout, *problem.torch_arguments
 
 
@@ -63,14 +70,27 @@ def __getattr__(name: str) -> str:
     """``"torch"`` where all passes that the call needs are torch's own, else a description of the choices."""
     if name not in _calls:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return _choice(name, dispatch.generation, forced.get(), _deterministic())
+    return _choice(name, dispatch.generation, forced.get(), _deterministic(), graphs.get())
+
+
+def _records_graphs() -> bool:
+    """Whether the compiler that traces this call will record CUDA graphs: ``mode="reduce-overhead"``, or inductor's
+    switch. False where torch does not say."""
+    try:
+        from torch._dynamo.symbolic_convert import InstructionTranslator
+        from torch._inductor import config
+
+        compiler: Any = InstructionTranslator.current_tx().output.compiler_fn
+        return bool(compiler.config.get("triton.cudagraphs", config.triton.cudagraphs))  # of inductor alone
+    except (ImportError, AttributeError):
+        return False
 
 
 @lru_cache(dispatch.MAX_PLANS)
-def _choice(name: str, generation: int, named: Forced, deterministic: bool) -> str:
-    problem, device, gradients = _calls[name]
+def _choice(name: str, generation: int, named: Forced, deterministic: bool, in_block: bool) -> str:
+    problem, device, gradients, in_graph = _calls[name]
     try:
-        plan = dispatch.plan(problem, device)
+        plan = dispatch.plan(problem, device, in_graph)
         if (plan.torch_alone if gradients else plan.torch_forward) is not None:
             return "torch"
         chosen = [plan.choice(name) for name in (PASSES if gradients else PASSES[:1])]

@@ -22,6 +22,7 @@ from tritonconv.dispatch import Plan
 from tritonconv.forced import Forced, forced
 from tritonconv.kernels.torch_layout import bias_gradient
 from tritonconv.problem import LAYOUTS, Axis, Problem, TorchCrop
+from tritonconv.switches import graphs
 
 _deterministic = torch._C._get_deterministic_algorithms
 
@@ -48,18 +49,19 @@ _library.define(
 
 
 @lru_cache(dispatch.MAX_PLANS)
-def _planned(state: tuple[int, Forced, bool], device, dtype, n, c_in, c_out, geometry, layout, biased) -> Plan:
+def _planned(state: tuple[int, Forced, bool, bool], device, dtype, n, c_in, c_out, geometry, layout, biased) -> Plan:
     size, out_size, kernel, stride, crop, dilation, groups = geometry
     problem = Problem(
         n=n, c_in=c_in, c_out=c_out, size=size, kernel=kernel, stride=stride, crop=crop, out_size=out_size,
         dilation=dilation, groups=groups, dtype=dtype, layout=layout, bias=biased,
     )  # fmt: skip
-    return dispatch.plan(problem, device)
+    return dispatch.plan(problem, device, state[-1])
 
 
 def _plan(tensor, c_in, c_out, geometry, layout, biased) -> Plan:
     """The plan of a call; ``tensor`` has its batch, device and dtype. ``state`` is all else that a plan depends on."""
-    state = dispatch.generation, forced.get(), _deterministic()
+    in_graph = graphs.get() or (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+    state = dispatch.generation, forced.get(), _deterministic(), in_graph
     fixed = (*map(tuple, geometry[:6]), geometry[6])
     return _planned(state, tensor.device, tensor.dtype, tensor.shape[0], c_in, c_out, fixed, layout, biased)
 
@@ -67,20 +69,31 @@ def _plan(tensor, c_in, c_out, geometry, layout, biased) -> Plan:
 def _forward(x, weight, bias, size, out_size, kernel, stride, crop, dilation, groups, layout=None, biased=None):
     geometry = size, out_size, kernel, stride, crop, dilation, groups
     plan = _plan(x, x.shape[1], weight.shape[1] * groups, geometry, *_of_the_call(x, weight, bias, layout, biased))
-    return _run(plan, _FORWARD, partial(plan.forward, x, weight, bias))
+    return _run(plan, _FORWARD, lambda each: each.forward(x, weight, bias))
 
 
-def _run(plan: Plan, name: str, call: Callable[[], Any]) -> Any:
-    """The result of a call, the first one of a plan not before its kernels are compiled.
+def _run(plan: Plan, name: str, call: Callable[[Plan], Any]) -> Any:
+    """The result of a plan's call, the first one not before its kernels are compiled, and those for a CUDA graph.
 
     A CUDA graph of the compiled function is recorded at the second call, and would keep torch's stand-in for good.
     """
-    result = call()
+    result = call(plan)
     if plan.standby and plan not in _compiled_plans[name] and not torch.cuda.is_current_stream_capturing():
         _compiled_plans[name].add(plan)
+        others = _others_for_graphs(plan)
+        for each in others:
+            call(each)
         dispatch.wait_until_compiled()
-        result = call()
+        for each in (*others, plan):
+            result = call(each)
     return result
+
+
+def _others_for_graphs(plan: Plan) -> tuple[Plan, ...]:
+    """The plan of the same call in a CUDA graph, where it has other choices for the passes that have run."""
+    other = dispatch.plan(plan.problem, plan.device, True)
+    same = all(other.choice(name)[:2] == chosen[:2] for name, chosen in list(plan.chosen.items()))
+    return () if same else (other,)
 
 
 def _of_the_call(x, weight, bias, layout, biased):
@@ -91,7 +104,7 @@ def _backward(grad_y, x, weight, *arguments):
     *geometry, layout, biased, wanted = arguments
     c_in = x.shape[1] if weight is None else weight.shape[0]
     plan = _plan(grad_y, c_in, grad_y.shape[1], geometry, layout, biased)
-    grad_x, grad_weight, grad_bias = _run(plan, _BACKWARD, partial(gradients, grad_y, x, weight, wanted, plan))
+    grad_x, grad_weight, grad_bias = _run(plan, _BACKWARD, partial(gradients, grad_y, x, weight, wanted))
     if grad_weight is not None:
         grad_weight = grad_weight.contiguous()  # as the fake kernel says
     return [gradient for gradient in (grad_x, grad_weight, grad_bias) if gradient is not None]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +107,7 @@ def _on_rank_0(session: Session, tasks: list[Task], progress: Progress) -> Repor
         try:
             report = session.run(tasks, progress)
             entries = store.read(report.device, session.folder).entries
-            message = [(report.device, {key: asdict(entry) for key, entry in entries.items()}, None)]
+            message = [(report.device, {key: entry.to_json() for key, entry in entries.items()}, None)]
         except Exception as error:
             failure, message = error, [(None, {}, f"{type(error).__name__}: {error}")]
     torch.distributed.broadcast_object_list(message, src=0)

@@ -27,6 +27,7 @@ from tritonconv.autotune.key import Key, device_name
 from tritonconv.autotune.tuning.contest import Candidate, Contest, Effort, OutOfTime, candidates
 from tritonconv.autotune.tuning.journal import Journal
 from tritonconv.autotune.tuning.tuner import ProblemTuner, Winner
+from tritonconv.bounded import remember
 from tritonconv.device import current
 from tritonconv.dispatch import plan_of
 from tritonconv.errors import StoreError
@@ -76,6 +77,7 @@ class Kind:
         return not candidate.is_kernel or launched.compile(name)
 
 
+MOST_KINDS = 4096
 _kinds: dict[tuple, Kind] = {}
 
 
@@ -95,7 +97,7 @@ def offer(problem: Problem, device: torch.device) -> None:
     key = kind_of(problem), device
     kind = _kinds.get(key)
     if kind is None:
-        kind = _kinds[key] = Kind(problem, device)
+        kind = remember(_kinds, key, Kind(problem, device), MOST_KINDS)
         if _rank() != 0:
             kind.done = True
             choose.forget()  # what rank 0 has stored meanwhile is read anew
@@ -180,7 +182,7 @@ def _winners(kind: Kind, deadline: float) -> list[Winner]:
         forward = tuner.forward()
         if forward is not None:
             found.append(forward)
-            found += tuner.gradients(forward.selection)
+            found += tuner.gradients(forward)
     return found
 
 

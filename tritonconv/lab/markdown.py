@@ -1,8 +1,8 @@
-"""Tables in Markdown files: sections between two markers, each replaced on its own by the command that makes it."""
+"""Sections of Markdown files, between two markers, each replaced on its own by the command that makes it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,6 @@ HEADING = "### "
 def markers(command: str) -> tuple[str, str]:
     """The lines between which a command writes."""
     return f"<!-- tritonconv {command}: begin -->", f"<!-- tritonconv {command}: end -->"
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], texts: int) -> str:
-    """A table whose first ``texts`` columns are text and flush left."""
-    rule = ["---" if index < texts else "---:" for index in range(len(head))]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *rows))
 
 
 def parts(path: Path, command: str) -> tuple[str, str, str]:

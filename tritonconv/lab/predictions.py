@@ -17,8 +17,8 @@ from tritonconv.autotune.ceilings import Ceilings, from_roofs, nominal
 from tritonconv.autotune.tuning import calibrate, held_out
 from tritonconv.errors import ArgumentError, ResultsError
 from tritonconv.kernels.registry import have_triton, variants
+from tritonconv.lab import text_table
 from tritonconv.lab.bench.results import Run
-from tritonconv.lab.bench.summary import columns
 from tritonconv.problem import Problem
 
 LEAST = 3  # candidates: two are ranked right by chance half of the time
@@ -78,7 +78,7 @@ def fitted(run: Run, figures: bool, path: Path | None) -> str:
             fits = held_out.fits(trials, ceilings)
             for candidates, served in (("all that was measured", lambda _: True), (held_out.SAFE, held_out.safe)):
                 scores = held_out.table(held_out.scores(fits, served))
-                lines += ["", f"Chosen among {candidates}:", *columns(scores, numbers=6)]
+                lines += ["", f"Chosen among {candidates}:", *text_table.lines(scores, numbers=6)]
         if path:
             versions = {name: run.environment.get(name) for name in ("torch", "triton", "cuda")}
             fit = held_out.fit(trials, ceilings, versions | {"run": run.run})
@@ -148,7 +148,7 @@ def factors_of(run: Run) -> list[str]:
     for kind, ratios in sorted(calibrate.ratios(counts, ceilings).items()):
         spread = [f"{value:.2f}" for value in np.percentile(ratios, (20, 50, 80))]
         lines.append([kind, str(len(ratios)), *spread])
-    return columns(lines, numbers=4)
+    return text_table.lines(lines, numbers=4)
 
 
 def rankings_of(run: Run) -> Iterator[Ranking]:
@@ -205,4 +205,4 @@ def table(rankings: Iterable[Ranking]) -> list[str]:
         near = [sum(ranking.loss <= limit for ranking in same) / len(same) for limit in (1.0, 1.1, 1.5)]
         middle = median(ranking.correlation for ranking in same)
         lines.append([device, pass_name, str(len(same)), f"{middle:.2f}", *(f"{share:.0%}" for share in near)])
-    return columns(lines, numbers=5)
+    return text_table.lines(lines, numbers=5)

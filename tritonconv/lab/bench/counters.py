@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from tritonconv.lab.bench.summary import columns
+from tritonconv.lab import text_table
 
 # Counters by their names in ncu, in the order of the columns.
 COLUMNS = {
@@ -39,7 +39,7 @@ def cells(row: Mapping) -> list[str | float | None]:
 def lines(rows: Iterable[Mapping]) -> list[str]:
     """The table of one cell."""
     found = [[_shown(value) for value in cells(row)] for row in rows]
-    return columns([list(HEAD), *found], numbers=len(HEAD) - 1)
+    return text_table.lines([list(HEAD), *found], numbers=len(HEAD) - 1)
 
 
 def _shown(value: str | float | None) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from statistics import geometric_mean
 
 from tritonconv.lab.bench.columns import columns_of, median
 from tritonconv.lab.bench.results import BASELINE, COMPILED, OURS
@@ -70,14 +69,9 @@ def grouped(rows: Iterable[Mapping], *names: str) -> dict[tuple, list[Mapping]]:
     return groups
 
 
-def by_pass(found: Iterable[Standing]) -> dict[tuple[str, str], list[Standing]]:
+def by_pass(ranked: Iterable[Standing]) -> dict[tuple[str, str], list[Standing]]:
     """By (pass, dtype)."""
     groups: dict[tuple[str, str], list[Standing]] = {}
-    for each in found:
-        groups.setdefault((each.ours["pass"], each.ours["dtype"]), []).append(each)
+    for standing in ranked:
+        groups.setdefault((standing.ours["pass"], standing.ours["dtype"]), []).append(standing)
     return groups
-
-
-def mean(ratios: Iterable[float]) -> float:
-    """The geometric mean."""
-    return geometric_mean(ratios)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import geometric_mean
 
+from tritonconv.lab import text_table
 from tritonconv.lab.bench import noise
 from tritonconv.lab.bench.classes import CLASSES
 from tritonconv.lab.bench.columns import SAID, columns_of
 from tritonconv.lab.bench.results import BASELINE, OURS, Run
-from tritonconv.lab.bench.standings import by_column, by_pass, mean, standings
+from tritonconv.lab.bench.standings import by_column, by_pass, standings
 from tritonconv.lab.bench.workloads import ALL
 
 # Slower than this, and with the 80th percentile of the paired ratios below it too, counts as slower than torch.
@@ -34,7 +37,7 @@ class Group:
 
     @property
     def geomean(self) -> float:
-        return mean(row["speedup"] for row in self.rows)
+        return geometric_mean(row["speedup"] for row in self.rows)
 
     @property
     def layers(self) -> int:
@@ -88,21 +91,22 @@ def fast_p(ratios: Sequence[float], p: float) -> float:
 
 def _in_classes(run: Run) -> list[str]:
     """Geometric means per class of layer and pass, our best layout against the best torch."""
-    found = standings(run.of_models())
-    if not found:
+    ranked = standings(run.of_models())
+    if not ranked:
         return []
     wrong = {(row["layer"], row.get("dtype"), row["pass"]) for row in run.errors if row["variant"] == OURS}
+    wrong_in = Counter(pass_name for *_, pass_name in wrong)
     lines = [["class", "pass", "layers", "geomean", *(f"fast_{p:g}" for p in FAST_P)]]
-    passes = dict.fromkeys(one.ours["pass"] for one in found)
-    for name, pass_name in [*itertools.product((*CLASSES, "?"), passes), *(("all", each) for each in passes)]:
-        of_class = [one for one in found if name in ("all", one.ours.get("class", "?"))]
+    passes = dict.fromkeys(one.ours["pass"] for one in ranked)
+    for name, pass_name in [*itertools.product((*CLASSES, "?"), passes), *(("all", name) for name in passes)]:
+        of_class = [one for one in ranked if name in ("all", one.ours.get("class", "?"))]
         ratios = [one.ratio for one in of_class if one.ours["pass"] == pass_name]
         if ratios:
             # A wrong answer is not fast.
-            values = ratios + [0.0] * (sum(each == pass_name for _, _, each in wrong) if name == "all" else 0)
+            values = ratios + [0.0] * (wrong_in[pass_name] if name == "all" else 0)
             shares = [f"{fast_p(values, p):.0%}" for p in FAST_P]
-            lines.append([name, pass_name, str(len(ratios)), f"{mean(ratios):.2f}", *shares])
-    return columns(lines, numbers=2 + len(FAST_P))
+            lines.append([name, pass_name, str(len(ratios)), f"{geometric_mean(ratios):.2f}", *shares])
+    return text_table.lines(lines, numbers=2 + len(FAST_P))
 
 
 def _in_columns(run: Run) -> list[str]:
@@ -113,12 +117,14 @@ def _in_columns(run: Run) -> list[str]:
     rows = [["column", "pass", "dtype", "layers", "geomean", "slower", "null rows"]]
     for column, standing in by.items():
         band = noise.band(run.nulls, column)
-        for key, each in by_pass(standing).items():
-            below = sum(one.ratio < (band.low if band else 1) for one in each)
-            shown = str(band) if band else "none"
-            rows.append([column, *key, str(len(each)), f"{mean(one.ratio for one in each):.2f}", str(below), shown])
+        for key, ranked in by_pass(standing).items():
+            ratios = [one.ratio for one in ranked]
+            below = sum(ratio < (band.low if band else 1) for ratio in ratios)
+            interval = str(band) if band else "none"
+            rows.append([column, *key, str(len(ratios)), f"{geometric_mean(ratios):.2f}", str(below), interval])
     legend = "; ".join(f"{column}: {SAID[column]}" for column in by) + "; slower: below what the null rows show"
-    return ["", "our best layout against the best torch, by column:", "", *columns(rows, numbers=4), "", legend]
+    title = "our best layout against the best torch, by column:"
+    return ["", title, "", *text_table.lines(rows, numbers=4), "", legend]
 
 
 def summary(run: Run) -> str:
@@ -175,7 +181,7 @@ def _table(rows: Sequence[Group]) -> list[str]:
         for g in rows
     ]
     unnamed = all(group.variant == OURS for group in rows)
-    return columns([line[unnamed:] for line in (head, *cells)], numbers=4)
+    return text_table.lines([line[unnamed:] for line in (head, *cells)], numbers=4)
 
 
 def _worst(rows: Sequence[Mapping]) -> list[str]:
@@ -184,12 +190,4 @@ def _worst(rows: Sequence[Mapping]) -> list[str]:
         note = "overlaps 1" if overlaps_one(row) else f"below {FLOOR:g}" if below_floor(row) else ""
         interval = f"{row['speedup_p20']:.2f} to {row['speedup_p80']:.2f}"
         cells.append([f"{row['speedup']:.2f}", interval, row["layout"], row["layer"], note])
-    return columns(cells, numbers=0)
-
-
-def columns(rows: Sequence[Sequence[str]], numbers: int) -> list[str]:
-    """Rows of text in aligned columns; the last ``numbers`` columns are set flush right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    sides = "<" * (len(widths) - numbers) + ">" * numbers
-    cells = (zip(row, sides, widths, strict=True) for row in rows)
-    return ["  ".join(f"{cell:{side}{width}}" for cell, side, width in row).rstrip() for row in cells]
+    return text_table.lines(cells, numbers=0)

@@ -14,13 +14,13 @@ from tritonconv.autotune.tuning import calibrate
 from tritonconv.errors import ArgumentError, VariantNotApplicable
 from tritonconv.kernels.registry import variant, variants
 from tritonconv.kernels.variant import Variant
-from tritonconv.lab import flags
+from tritonconv.lab import flags, text_table
 from tritonconv.lab.bench import call_overhead, results, roofs
 from tritonconv.lab.bench.calls import FORWARD_BACKWARD
 from tritonconv.lab.bench.progress import progress
 from tritonconv.lab.bench.recording import recording
 from tritonconv.lab.bench.runner import bench
-from tritonconv.lab.bench.summary import columns, summary
+from tritonconv.lab.bench.summary import summary
 from tritonconv.lab.bench.workloads import ALL, SCALES, at_sizes, suites, workloads
 from tritonconv.lab.commands.common import (
     INTERRUPTED,
@@ -167,7 +167,7 @@ def _overhead(options: argparse.Namespace, device: torch.device) -> int:
                          for row in rows if row["pass"] == name]  # fmt: skip
                 lines.append([name, str(rows[0]["dtype"]), *cells, f"{difference:+.1f}"])
                 worst = max(worst, difference)
-    print("\n".join(columns(lines, numbers=3)))
+    print("\n".join(text_table.lines(lines, numbers=3)))
     print(f"\nresults: {writer.path}")
     return WRONG if worst > (options.limit or call_overhead.LIMIT_US) else OK
 
@@ -183,7 +183,7 @@ def _roofs(options: argparse.Namespace, device: torch.device) -> int:
     for row in rows:
         factor, unit = (1e-9, f"G{row['unit']}") if row["unit"] != "us" else (1, "us per launch")
         lines.append([row["what"], f"{row['value'] * factor:.4g}", f"{row['median'] * factor:.4g}", unit])
-    print("\n".join(columns(lines, numbers=3)))
+    print("\n".join(text_table.lines(lines, numbers=3)))
     ceilings = from_roofs(rows, writer.environment, device)
     if ceilings is not None:
         calibrate.keep(ceilings, device, options.store)

@@ -14,12 +14,12 @@ import torch
 
 from tritonconv.autotune import store
 from tritonconv.autotune.key import device_name
-from tritonconv.lab import flags
+from tritonconv.lab import flags, text_table
 from tritonconv.lab.bench import results, spent
 from tritonconv.lab.bench.calls import FORWARD_BACKWARD
 from tritonconv.lab.bench.failures import context_is_lost, one_line
 from tritonconv.lab.bench.progress import progress
-from tritonconv.lab.bench.summary import columns, summary
+from tritonconv.lab.bench.summary import summary
 from tritonconv.lab.bench.workloads import at_sizes, workloads
 from tritonconv.lab.campaign import STORE, Campaign, install
 from tritonconv.lab.commands.common import (
@@ -99,7 +99,7 @@ def run(options: argparse.Namespace) -> int:
         shown.close()
     print(summary(results.load(options.output)))
     print("\n" + "\n".join(outcome.steps))
-    print("\nwhere the seconds went:\n\n" + "\n".join(columns(spent.lines(outcome.spent), numbers=1)))
+    print("\nwhere the seconds went:\n\n" + "\n".join(text_table.lines(spent.lines(outcome.spent), numbers=1)))
     print(f"\nresults: {outcome.path}")
     print(_installed(options, device))
     if outcome.reason == "budget":

@@ -18,10 +18,9 @@ from tritonconv.kernels.registry import triton_fault
 from tritonconv.kernels.targets import TARGETS
 from tritonconv.kernels.triton_compiled import VARIABLE, CompiledFolder
 from tritonconv.kernels.variant import Variant
-from tritonconv.lab import flags
+from tritonconv.lab import flags, text_table
 from tritonconv.lab.bench.calls import ALL_PASSES, FORWARD_BACKWARD
 from tritonconv.lab.bench.options import Options
-from tritonconv.lab.bench.summary import columns
 from tritonconv.lab.bench.workloads import ALL, SCALES, Workload, suites
 from tritonconv.lab.inspection.launches import launches_of
 from tritonconv.problem import LAYOUTS
@@ -153,7 +152,7 @@ def layer_lines(layers: Iterable[Workload], scale: str) -> list[str]:
     for layer in layers:
         sizes = str(layer.problem(scale=scale)).replace(" float32 ncdhw", "")
         rows.append([layer.name, layer.suite, sizes, layer.used_in, layer.source])
-    return columns(rows, numbers=0)
+    return text_table.lines(rows, numbers=0)
 
 
 def load_variant_files(options: argparse.Namespace) -> tuple[Variant, ...]:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import geometric_mean
 from typing import NamedTuple
 
 from tritonconv.errors import ArgumentError, ResultsError
-from tritonconv.lab import flags
+from tritonconv.lab import flags, text_table
 from tritonconv.lab.bench import results
 from tritonconv.lab.bench.columns import COLUMNS, SAID, WALL, ratio, spread
 from tritonconv.lab.bench.results import BASELINE, Run
-from tritonconv.lab.bench.standings import mean
-from tritonconv.lab.bench.summary import columns
 from tritonconv.lab.commands.common import OK, WRONG
 
 HELP = "compare two results files; the exit code is 1 where B is slower beyond noise"
@@ -67,7 +66,7 @@ def run(options: argparse.Namespace) -> int:
     for title, rows in (("slower beyond noise", regressions), ("faster beyond noise", faster)):
         print(f"\n{title}: {len(rows)} of {len(changes)}")
         cells = [[f"  {each.ratio:.3f}", *(str(each.row[key]) for key in KEY)] for each in rows[:SHOWN]]
-        print("\n".join(columns(cells, numbers=0) if cells else ["  none"]))
+        print("\n".join(text_table.lines(cells, numbers=0) if cells else ["  none"]))
     return WRONG if regressions else OK
 
 
@@ -101,5 +100,5 @@ def _means(changes: list[Change]) -> list[str]:
         ratios.setdefault((each.row["pass"], each.row["dtype"], each.row["variant"]), []).append(each.ratio)
     lines = [["pass", "dtype", "variant", "rows", "geomean", "least", "most"]]
     for kind, mine in sorted(ratios.items()):
-        lines.append([*kind, str(len(mine)), *(f"{each:.3f}" for each in (mean(mine), min(mine), max(mine)))])
-    return columns(lines, numbers=4)
+        lines.append([*kind, str(len(mine)), *(f"{each:.3f}" for each in (geometric_mean(mine), min(mine), max(mine)))])
+    return text_table.lines(lines, numbers=4)

@@ -15,10 +15,9 @@ from tritonconv.errors import ArgumentError
 from tritonconv.kernels.registry import triton_fault, variants
 from tritonconv.kernels.targets import TARGETS
 from tritonconv.kernels.variant import Variant
-from tritonconv.lab import flags
+from tritonconv.lab import flags, text_table
 from tritonconv.lab.bench.environment import version
 from tritonconv.lab.bench.progress import progress
-from tritonconv.lab.bench.summary import columns
 from tritonconv.lab.commands.common import FLAGS, OK, WRONG, add_flags, folder, layouts_of, listed
 from tritonconv.lab.inspection import accesses, interpreted, jobs, records, tables, verdicts
 from tritonconv.lab.inspection.compiling import Job, check_compiler, compile_job
@@ -149,7 +148,7 @@ def _accesses(options: argparse.Namespace, chosen: Sequence[Variant]) -> int:
         poor = [each for each in measured if each.efficiency < POOR]
         rows = [each.cells() for each in (measured if options.all else poor)]
         if rows:
-            print("\n".join(columns([accesses.HEAD, *rows], numbers=3)))
+            print("\n".join(text_table.lines([accesses.HEAD, *rows], numbers=3)))
         print(f"\n{len(measured)} accesses of {len(launches)} launches for {target}, {len(poor)} below {POOR}")
     return OK
 

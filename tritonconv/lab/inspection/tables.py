@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from tritonconv.kernels.registry import variants
-from tritonconv.lab import markdown
-from tritonconv.lab.bench.summary import columns
+from tritonconv.lab import markdown, text_table
 from tritonconv.lab.inspection.jobs import SAMPLE_LAYERS
 from tritonconv.lab.inspection.records import Inspection, Record, faults, grouped
 from tritonconv.precision import PRECISIONS
@@ -99,12 +98,12 @@ def show(inspection: Inspection) -> None:
     ideas = {record.name: record.idea for record in variants()}
     for (name,), records in grouped(inspection.records, "variant").items():
         rows = [[str(cell(record)) for cell in COMPILED.values()] + measured(record, MEASURED) for record in records]
-        lines = columns([(*COMPILED, *MEASURED), *rows], numbers=len(COMPILED) + len(MEASURED) - TEXTS)
+        lines = text_table.lines([(*COMPILED, *MEASURED), *rows], numbers=len(COMPILED) + len(MEASURED) - TEXTS)
         print("\n".join([f"{name}: {ideas[name]}" if name in ideas else name, *(f"  {line}" for line in lines), ""]))
     layers = {class_of(record): record for record in inspection.records}
     rows = [[name, record.layer, record.problem.rsplit(f" {record.dtype}", 1)[0]] for name, record in layers.items()]
     if rows:
-        print("\n".join(["layers:", *(f"  {line}" for line in columns(rows, numbers=0)), "", LEGEND]))
+        print("\n".join(["layers:", *(f"  {line}" for line in text_table.lines(rows, numbers=0)), "", LEGEND]))
 
 
 def verdict(inspection: Inspection) -> str:
@@ -143,7 +142,8 @@ def section(inspection: Inspection) -> str:
     """The table of one Triton version: a row per variant and target, in the order of the run."""
     records = [record for record in inspection.records if record.default]
     rows = [_row(group) for group in grouped(records, "variant", "target").values()]
-    return f"{_caption(inspection, records)}\n\n{markdown.table(HEAD, rows, 4)}\n"
+    lines = text_table.lines([HEAD, *rows], len(HEAD) - 4, markdown=True)
+    return "\n".join([_caption(inspection, records), "", *lines, ""])
 
 
 def _caption(inspection: Inspection, records: list[Record]) -> str:
