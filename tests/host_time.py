@@ -86,7 +86,7 @@ class Layer:
         assert [each.supports(problem, GPU) for each in records] == [None] * 3
         chosen = {each.pass_name: Selection(each, each.default(problem, GPU), "measured") for each in records}
         self.plan = dispatch.Plan(problem, CPU, None, chosen)
-        dispatch._by_problem[problem, CPU, (), False] = self.plan
+        dispatch._by_problem[problem, CPU, (), False, False] = self.plan
         x = torch.ones(problem.x_shape, dtype=DTYPE).contiguous(memory_format=problem.memory_format)
         self.operands = x, torch.ones(problem.weight_shape, dtype=DTYPE), torch.ones(c_out, dtype=DTYPE)
         self.leaves = tuple(t.clone().requires_grad_() for t in self.operands)
