@@ -43,27 +43,23 @@ LEAST_STEPS = 8  # of BLOCK_K that a program is worth
 WORTH_SKIPPING = 0.9  # of the steps: a program finds out which taps to skip in about one of them
 
 
-@triton.jit(launch_metadata=accounting, do_not_specialize=(*RUN_TIME, "splits"))
-def backward_data_gemm_kernel(
-    grad_y_ptr,  # (n, c_out, od, oh, ow)
-    w_ptr,  # (c_in, c_out, taps)
-    grad_x_ptr,  # (splits, n, c_in, d, h, w)
-    n, d_in, h_in, w_in, d_out, h_out, w_out, d_crop, h_crop, w_crop,
-    splits, split_stride, grad_y_strides, w_strides, grad_x_strides,
+@triton.jit
+def store_data_tile(
+    pid, tiles_m, grad_y_ptr, w_ptr, grad_x_ptr, n, size, out_size, crop, splits, split_stride,
+    grad_y_strides, w_strides, grad_x_strides,
     C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
     PACK: tl.constexpr, SKIP: tl.constexpr,
     Y_VOXELS_INNER: tl.constexpr, X_VOXELS_INNER: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr, GROUP_M: tl.constexpr,
-    UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    grad_y_strides = aligned(grad_y_strides, UNITS, 0)
-    w_strides = aligned(w_strides, UNITS, 1)
-    grad_x_strides = aligned(grad_x_strides, UNITS, 2)
-    size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
+    """Writes the tile of grad_x, or a chunk's part of it, of the program ``pid``.
+
+    The arguments are those of :func:`backward_data_gemm_kernel`; ``tiles_m`` tiles cover the voxels.
+    """
     COLUMNS: tl.constexpr = ceil_div(PACK * C_IN, BLOCK_N)
-    tiles_m = voxel_tiles(n, size, BLOCK_M, BLOCK_W, WIDE)
-    pid, split = tl.program_id(0), 0
+    split = 0
     if SPLIT:
         split, pid = pid % splits, pid // splits
         grad_x_ptr += widened(split, WIDE) * split_stride
@@ -85,6 +81,32 @@ def backward_data_gemm_kernel(
     mask_n = offs_n < PACK * C_IN
     rows = offset(grad_x_strides, image, 0, d, h, w)  # (BLOCK_M,)
     store_tile(grad_x_ptr, rows, (group * C_IN + offs_n) * grad_x_strides[1], acc, mask_m, mask_n, X_VOXELS_INNER)
+
+
+@triton.jit(launch_metadata=accounting, do_not_specialize=(*RUN_TIME, "splits"))
+def backward_data_gemm_kernel(
+    grad_y_ptr,  # (n, c_out, od, oh, ow)
+    w_ptr,  # (c_in, c_out, taps)
+    grad_x_ptr,  # (splits, n, c_in, d, h, w)
+    n, d_in, h_in, w_in, d_out, h_out, w_out, d_crop, h_crop, w_crop,
+    splits, split_stride, grad_y_strides, w_strides, grad_x_strides,
+    C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
+    PACK: tl.constexpr, SKIP: tl.constexpr,
+    Y_VOXELS_INNER: tl.constexpr, X_VOXELS_INNER: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr, GROUP_M: tl.constexpr,
+    UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    grad_y_strides = aligned(grad_y_strides, UNITS, 0)
+    w_strides = aligned(w_strides, UNITS, 1)
+    grad_x_strides = aligned(grad_x_strides, UNITS, 2)
+    size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
+    tiles_m = voxel_tiles(n, size, BLOCK_M, BLOCK_W, WIDE)
+    store_data_tile(
+        tl.program_id(0), tiles_m, grad_y_ptr, w_ptr, grad_x_ptr, n, size, out_size, crop, splits, split_stride,
+        grad_y_strides, w_strides, grad_x_strides, C_IN, C_OUT, GROUPS, KERNEL, STRIDE, DILATION, PACK, SKIP,
+        Y_VOXELS_INNER, X_VOXELS_INNER, SPLIT, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_W, GROUP_M, WIDE, PRECISION,
+    )  # fmt: skip
 
 
 def launches(problem, config, grad_y, weight):

@@ -37,45 +37,29 @@ from tritonconv.problem import Problem
 LOAD_INSTRUCTIONS = 20  # every step finds its voxels anew
 
 
-@triton.jit(launch_metadata=accounting, do_not_specialize=(*RUN_TIME, "splits"))
-def backward_weight_splitk_kernel(
-    x_ptr,  # (n, c_in, d, h, w)
-    grad_y_ptr,  # (n, c_out, od, oh, ow)
-    grad_w_ptr,  # (splits, c_in, c_out, taps)
-    grad_b_ptr,  # (splits, c_out) or None
-    arrivals_ptr,  # (programs of one split,) int32, zeros: the last one of a tile adds up its partials; or None
-    total_w_ptr,  # (c_in, c_out, taps), dense, or None without arrivals
-    total_b_ptr,  # (c_out,), or None
-    n, d_in, h_in, w_in, d_out, h_out, w_out, d_crop, h_crop, w_crop,
-    splits, x_strides, grad_y_strides, grad_w_strides,
-    C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
-    KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
+@triton.constexpr_function
+def weight_tiles(KERNEL, C_OUT, C_IN, GROUPS, BLOCK_M, BLOCK_N):
+    """How many tiles grad_weight has: programs of one split."""
+    return ceil_div(math.prod(int(taps) for taps in KERNEL) * C_OUT, BLOCK_M) * ceil_div(C_IN, BLOCK_N) * GROUPS
+
+
+@triton.jit
+def store_weight_tile(
+    x_ptr, grad_y_ptr, grad_w_ptr, arrivals_ptr, total_w_ptr, n, size, out_size, crop, tile, first_tile, split, splits,
+    x_strides, grad_y_strides, grad_w_strides,
+    C_IN: tl.constexpr, C_OUT: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr,
-    BIAS_V: tl.constexpr, BIAS_C: tl.constexpr, BIAS_W: tl.constexpr,
-    Y_VOXELS_INNER: tl.constexpr, X_VOXELS_INNER: tl.constexpr,
-    UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    Y_VOXELS_INNER: tl.constexpr, X_VOXELS_INNER: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    x_strides = aligned(x_strides, UNITS, 0)
-    grad_y_strides = aligned(grad_y_strides, UNITS, 1)
-    grad_w_strides = aligned(grad_w_strides, UNITS, 2)
-    size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
+    """Writes a chunk's sum of one tile of grad_weight; with arrivals, that of all chunks too.
+
+    The arguments are those of :func:`backward_weight_splitk_kernel`; ``tile + first_tile`` is the place of the tile's
+    counter.
+    """
     ROWS: tl.constexpr = product(KERNEL) * C_OUT
     SAME_TAP: tl.constexpr = C_OUT % 8 == 0  # of the channels that one load takes: cheap to mask one by one
     TILES_M: tl.constexpr = ceil_div(ROWS, BLOCK_M)
     TILES_N: tl.constexpr = ceil_div(C_IN, BLOCK_N)
-    TILES: tl.constexpr = TILES_M * TILES_N * GROUPS
-    BIAS_TILES: tl.constexpr = 0 if grad_b_ptr is None else ceil_div(C_OUT * GROUPS, BIAS_C)
-    pid = tl.program_id(0)
-    split, tile = pid // (TILES + BIAS_TILES), pid % (TILES + BIAS_TILES)
-    if grad_b_ptr is not None:  # noqa: SIM102
-        if tile < BIAS_TILES:
-            store_channel_sums(
-                grad_y_ptr, grad_b_ptr, arrivals_ptr, total_b_ptr, n, out_size, grad_y_strides, tile, split, splits,
-                C_OUT * GROUPS, Y_VOXELS_INNER, BIAS_V, BIAS_C, BIAS_W, WIDE,
-            )  # fmt: skip
-            return
-
-    tile -= BIAS_TILES
     group = tile // (TILES_M * TILES_N)
     offs_m = tile % TILES_M * BLOCK_M + tl.arange(0, BLOCK_M)  # (tap, output channel)
     offs_n = tile // TILES_M % TILES_N * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -120,7 +104,7 @@ def backward_weight_splitk_kernel(
     grad_w_ptrs = grad_w_ptr + rows[:, None] + (ci * grad_w_strides[1])[None, :]
     tl.store(grad_w_ptrs, acc.to(grad_w_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
     if arrivals_ptr is not None:  # noqa: SIM102
-        if last_to_arrive(arrivals_ptr, tile + BIAS_TILES, splits):
+        if last_to_arrive(arrivals_ptr, tile + first_tile, splits):
             places = (co * grad_w_strides[2] + tap * grad_w_strides[3])[:, None] + (ci * grad_w_strides[1])[None, :]
             mask = mask_m[:, None] & mask_n[None, :]
             step = widened(grad_w_strides[0], WIDE)
@@ -128,6 +112,48 @@ def backward_weight_splitk_kernel(
             rows, columns = co * product(KERNEL) + tap, ci * (C_OUT * product(KERNEL))
             total_w_ptrs = total_w_ptr + rows[:, None] + columns[None, :]
             tl.store(total_w_ptrs, sums.to(total_w_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(launch_metadata=accounting, do_not_specialize=(*RUN_TIME, "splits"))
+def backward_weight_splitk_kernel(
+    x_ptr,  # (n, c_in, d, h, w)
+    grad_y_ptr,  # (n, c_out, od, oh, ow)
+    grad_w_ptr,  # (splits, c_in, c_out, taps)
+    grad_b_ptr,  # (splits, c_out) or None
+    arrivals_ptr,  # (programs of one split,) int32, zeros: the last one of a tile adds up its partials; or None
+    total_w_ptr,  # (c_in, c_out, taps), dense, or None without arrivals
+    total_b_ptr,  # (c_out,), or None
+    n, d_in, h_in, w_in, d_out, h_out, w_out, d_crop, h_crop, w_crop,
+    splits, x_strides, grad_y_strides, grad_w_strides,
+    C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr,
+    BIAS_V: tl.constexpr, BIAS_C: tl.constexpr, BIAS_W: tl.constexpr,
+    Y_VOXELS_INNER: tl.constexpr, X_VOXELS_INNER: tl.constexpr,
+    UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    x_strides = aligned(x_strides, UNITS, 0)
+    grad_y_strides = aligned(grad_y_strides, UNITS, 1)
+    grad_w_strides = aligned(grad_w_strides, UNITS, 2)
+    size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
+    TILES: tl.constexpr = weight_tiles(KERNEL, C_OUT, C_IN, GROUPS, BLOCK_M, BLOCK_N)
+    BIAS_TILES: tl.constexpr = 0 if grad_b_ptr is None else ceil_div(C_OUT * GROUPS, BIAS_C)
+    pid = tl.program_id(0)
+    split, tile = pid // (TILES + BIAS_TILES), pid % (TILES + BIAS_TILES)
+    if grad_b_ptr is not None:  # noqa: SIM102
+        if tile < BIAS_TILES:
+            store_channel_sums(
+                grad_y_ptr, grad_b_ptr, arrivals_ptr, total_b_ptr, n, out_size, grad_y_strides, tile, split, splits,
+                C_OUT * GROUPS, Y_VOXELS_INNER, BIAS_V, BIAS_C, BIAS_W, WIDE,
+            )  # fmt: skip
+            return
+
+    store_weight_tile(
+        x_ptr, grad_y_ptr, grad_w_ptr, arrivals_ptr, total_w_ptr, n, size, out_size, crop,
+        tile - BIAS_TILES, BIAS_TILES, split, splits, x_strides, grad_y_strides, grad_w_strides,
+        C_IN, C_OUT, KERNEL, STRIDE, DILATION, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_W,
+        Y_VOXELS_INNER, X_VOXELS_INNER, WIDE, PRECISION,
+    )  # fmt: skip
 
 
 def gemm(problem: Problem) -> SplitGemm:
