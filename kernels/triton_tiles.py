@@ -107,7 +107,7 @@ def around(base: Config, problem: Problem, along: str = "BLOCK_M", **more: tuple
     for changed in itertools.chain(_neighbours(base, more), _grid(base, more)):
         if "BLOCK_W" in changed:
             changed["BLOCK_W"] = min(changed["BLOCK_W"], changed[along])
-        if changed not in configs and _sensible(changed, problem.dtype.itemsize):
+        if changed not in configs and sensible(changed, problem.dtype.itemsize):
             configs.append(changed)
     return tuple(configs)
 
@@ -140,7 +140,8 @@ def _area(base: Config, key: str, value: int) -> int:
     return changed["BLOCK_M"] * changed["BLOCK_N"]
 
 
-def _sensible(config: Config, itemsize: int) -> bool:
+def sensible(config: Config, itemsize: int) -> bool:
+    """Whether the tiles fit the target, fill a product and spill no addresses."""
     m, n, k = (config[key] for key in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
     if not fits(config, itemsize) or (m + n) * k * itemsize > MOST_LOADED * config["num_warps"]:
         return False

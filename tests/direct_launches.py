@@ -30,6 +30,7 @@ CASES = (
     ("forward_boxes", HALO),  # a packed weight, descriptors
     ("backward_data_boxes", HALO),  # of views
     ("backward_weight_fused", SHUFFLE),  # partial sums, the bias too; and the whole backward at once
+    ("backward_weight_together", HALO),
 )
 launched: list[tuple] = []
 maps: list[tuple] = []

@@ -41,6 +41,9 @@ CLASSES = {
     "k3 s2": ("forward_phases backward_data_gemm backward_weight_cells", (16, 16, 3, 1, 1, "ndhwc")),
     "k3 s2, packed": ("forward_phases_packed backward_data_packed backward_weight_splitk", (16, 4, 3, 1, 1, "ncdhw")),
     "k3 s2, gather": ("forward_gather backward_data_gemm backward_weight_splitk", (16, 16, 3, 1, 1, "ncdhw")),
+    "k3 s2, together": (
+        "forward_gather backward_data_together backward_weight_together", (16, 16, 3, 1, 1, "ncdhw"),
+    ),
     "k4 s2, boxes": ("forward_boxes backward_data_boxes backward_weight_splitk", (16, 16, 4, 1, 1, "ndhwc")),
     "k4 s2 to 1": ("forward_overlap backward_data_packed backward_weight_splitk", (16, 1, 4, 1, 1, "ndhwc")),
     "depthwise k3 s2": (
@@ -86,6 +89,7 @@ class Layer:
         assert [each.supports(problem, GPU) for each in records] == [None] * 3
         chosen = {each.pass_name: Selection(each, each.default(problem, GPU), "measured") for each in records}
         self.plan = dispatch.Plan(problem, CPU, None, chosen)
+        dispatch.forget()  # another class may have the same layer
         dispatch._by_problem[problem, CPU, (), False, False] = self.plan
         x = torch.ones(problem.x_shape, dtype=DTYPE).contiguous(memory_format=problem.memory_format)
         self.operands = x, torch.ones(problem.weight_shape, dtype=DTYPE), torch.ones(c_out, dtype=DTYPE)

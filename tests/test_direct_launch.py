@@ -25,4 +25,6 @@ def test_a_repeated_launch_is_the_one_that_triton_makes():
         "backward_data_boxes backward_data 2 same",
         "backward_weight_fused backward_weight 2 same",
         "backward_weight_fused joint 2 same",
+        "backward_weight_together backward_weight 1 same",
+        "backward_weight_together joint 1 same",
     ]

@@ -158,18 +158,22 @@ class Plan:
 
         return in_two_calls
 
-    def _data_launches(self, grad_y, weight, packed=None):
+    def _keep_packed(self, weight, packed) -> None:
         from tritonconv.kernels.triton_weights import keep_packed  # needs Triton
 
+        if packed is not None:
+            keep_packed(weight, self.choice("backward_data").config["WEIGHT"], packed)
+
+    def _data_launches(self, grad_y, weight, packed=None):
         choice = self.choice("backward_data")
         assert choice.variant.launches is not None  # the caller looked
-        if packed is not None:
-            keep_packed(weight, choice.config["WEIGHT"], packed)
+        self._keep_packed(weight, packed)
         return choice.variant.launches(self.problem, choice.config, grad_y, weight)
 
     def _backward_launches(self, x, weight, grad_y, need_bias, packed=None):
         data, own = self.choice("backward_data").variant, self.choice("backward_weight")
         if data.joint is not None and data.joint is own.variant.joint:
+            self._keep_packed(weight, packed)
             return data.joint(self.problem, own.config, x, weight, grad_y, need_bias)
         assert own.variant.launches is not None  # the caller looked
         grad_x = self._data_launches(grad_y, weight, packed)
