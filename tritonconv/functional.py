@@ -15,6 +15,7 @@ from tritonconv.arguments import check_types, geometry
 from tritonconv.dispatch import plan_for
 from tritonconv.errors import ArgumentTypeError, VariantNotApplicable
 from tritonconv.forced import forced_variants, restore_forced
+from tritonconv.private import any_autocast
 
 
 def conv_transpose3d(input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1):
@@ -52,7 +53,7 @@ def conv_transpose3d(input, weight, bias=None, stride=1, padding=0, output_paddi
 
 
 def _eager(input, weight, bias, arguments):
-    if autocast.any_autocast():
+    if any_autocast():
         input, weight, bias = autocast.cast_arguments_once(input, weight, bias)
     if input.dim() == 4:
         return _eager(input.unsqueeze(0), weight, bias, arguments).squeeze(0)
