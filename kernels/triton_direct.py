@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from triton import knobs
 
+from tritonconv.bounded import remember
 from tritonconv.kernels.triton_buffers import Buffer, Descriptor, KernelLaunch
 from tritonconv.kernels.triton_program import Program
 from tritonconv.kernels.triton_target import triton_version
@@ -201,10 +202,7 @@ def _maps_at(group: Sequence[tuple[int, Callable[[int], Any]]]) -> Callable[[int
     def maps_at(address: int) -> list:
         maps = known.get(address)
         if maps is None:
-            maps = [make(address + offset) for offset, make in group]
-            if len(known) >= MOST_MAPS:
-                known.pop(next(iter(known)), None)
-            known[address] = maps
+            maps = remember(known, address, [make(address + offset) for offset, make in group], MOST_MAPS)
         return maps
 
     return maps_at

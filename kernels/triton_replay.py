@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from tritonconv.bounded import remember
 from tritonconv.device import current, current_index
 from tritonconv.errors import KernelWarning
 from tritonconv.kernels import triton_background, triton_direct
@@ -102,10 +103,7 @@ class Replay:
                 triton_background.submit(known.compile)
             except Exception as error:  # Triton has no driver; or no thread can be started: the program ends
                 known.error = _said(error)
-        if len(self.kept) >= MOST_KEPT:  # the kinds of operands change: the oldest have had their time
-            self.kept.pop(next(iter(self.kept)), None)
-        self.kept[key] = known
-        return known
+        return remember(self.kept, key, known, MOST_KEPT)
 
     def _run(self, known: KeptProgram, operands: tuple) -> Any:
         assert known.program is not None  # of a kind that is ready, or without standby

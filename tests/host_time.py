@@ -27,7 +27,7 @@ from tritonconv.problem import output_size
 
 PER_CALL, PER_LAUNCH = 1.0, 0.6  # the most, in units of a bare Function.apply
 BATCHES, CALLS = 25, 60
-PASSES = {"forward": 1, "recorded": 1, "step": 2}  # and how often each calls us: a step has a forward and a backward
+PASSES = ("forward", "recorded", "step")
 CPU, GPU, DTYPE = torch.device("cpu"), torch.device("cuda", 0), torch.float16
 # The variants, and (c_in, c_out, kernel, crop, groups, layout): one layer of each class.
 CLASSES = {
@@ -86,7 +86,7 @@ class Layer:
         assert [each.supports(problem, GPU) for each in records] == [None] * 3
         chosen = {each.pass_name: Selection(each, each.default(problem, GPU), "measured") for each in records}
         self.plan = dispatch.Plan(problem, CPU, None, chosen)
-        dispatch._by_problem[problem, CPU, (), False] = self.plan
+        dispatch._by_problem[problem, CPU, (), False, False] = self.plan
         x = torch.ones(problem.x_shape, dtype=DTYPE).contiguous(memory_format=problem.memory_format)
         self.operands = x, torch.ones(problem.weight_shape, dtype=DTYPE), torch.ones(c_out, dtype=DTYPE)
         self.leaves = tuple(t.clone().requires_grad_() for t in self.operands)
@@ -132,7 +132,7 @@ def measure(names: list[str]) -> int:
     print(f"| {' | '.join(HEADER)} |\n|{'---|' * len(HEADER)}")
     for layer in names:
         made = Layer(layer)
-        for pass_name, count in PASSES.items():
+        for pass_name in PASSES:
             calls = made.calls(pass_name)
             with torch.set_grad_enabled(pass_name != "forward"):
                 calls[2]()
@@ -144,7 +144,7 @@ def measure(names: list[str]) -> int:
                 rounds = [[seconds(call) for call in calls] for _ in range(BATCHES)]
                 gc.enable()
             bare, floor, ours = (min(times) * 1e6 for times in zip(*rounds, strict=True))
-            above, most = (ours - floor) / bare, PER_CALL * count + PER_LAUNCH * launches
+            above, most = (ours - floor) / bare, PER_CALL + PER_LAUNCH * launches
             above_limit += above > most
             numbers = f"{bare:.1f} | {floor:.1f} | {ours:.1f} | {above:.2f} | {most:.1f}"
             print(f"| {layer} | {pass_name} | {launches} | {numbers} |", flush=True)

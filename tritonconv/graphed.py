@@ -21,6 +21,7 @@ from tritonconv.arguments import layout_of
 from tritonconv.device import current
 from tritonconv.dispatch import wait_until_compiled
 from tritonconv.errors import ArgumentError, ArgumentTypeError
+from tritonconv.switches import for_graphs
 
 # Runs of a model until one asks for no kernel that is not compiled: one, or two or three where something is new.
 MOST_RUNS = 8
@@ -39,6 +40,7 @@ def graphed(model: Model, *sample: torch.Tensor) -> Model:
     converted (:func:`tritonconv.convert`), in the mode (``train()`` or ``eval()``) that the graphs are for. In the
     other mode it runs eagerly, and so do its copies (``deepcopy``, pickle).
 
+    Of a tuned layer the kernels are those with the least GPU time (:func:`tritonconv.for_graphs`).
     The model runs on copies of the sample until every kernel of tritonconv is compiled, then torch captures it. The
     graphs keep the kernels that serve it now, whatever is tuned, pinned or forced later. Buffers (a batch norm's
     means) and ``.grad`` are as before. No other thread may use the GPU meanwhile.
@@ -68,7 +70,7 @@ def graphed(model: Model, *sample: torch.Tensor) -> Model:
     _check_sample(model, sample)
     device, records = sample[0].device, torch.is_grad_enabled()
     # Outside torch.inference_mode: its tensors could not be written in a later call.
-    with current(device), torch.inference_mode(False), torch.set_grad_enabled(records):
+    with current(device), for_graphs(), torch.inference_mode(False), torch.set_grad_enabled(records):
         own = tuple(each.detach().clone().requires_grad_(each.requires_grad) for each in sample)
         buffers = [(each, each.clone()) for each in model.buffers()]
         try:
