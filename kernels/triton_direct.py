@@ -150,7 +150,7 @@ def _played(program: Program, pool: _Pool, launches: Sequence[Launch]) -> Player
 
 
 def _maker(program: Program, buffer: Buffer) -> Callable[[list], torch.Tensor]:
-    if buffer.zero or buffer.source is not None:
+    if buffer.zero or buffer.source is not None or buffer.lent is not None:
         return partial(program.filled, buffer)
     empty = _empty(buffer.device, buffer.shape, buffer.stride(), buffer.dtype)
     return lambda values: empty()
