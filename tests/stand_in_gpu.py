@@ -300,13 +300,8 @@ def shrink() -> None:
     from tritonconv.lab.bench import call_overhead, clock, gpu, measure, roofs, runner, timing, workloads
 
     roofs.MEMORY_BYTES["cuda"], roofs.LARGE_MATRIX["cuda"], roofs.SMALL_MATRIX = 1 << 20, 64, 32
-    clock.FLUSH_BYTES, clock.MOST_WALL_CALLS, gpu.WARM_CALLS, call_overhead.CALLS, runner.MOST_CELL_SECONDS = (
-        1 << 10,
-        1,
-        1,
-        2,
-        0.1,
-    )
+    clock.FLUSH_BYTES, clock.MOST_WALL_CALLS, gpu.WARM_CALLS = 1 << 10, 1, 1
+    call_overhead.CALLS, runner.MOST_CELL_SECONDS = 2, 0.1
     # By the clock of the device every round takes as long, and none is warmer.
     one_round = {"few_rounds": 1, "min_rounds": 1, "max_rounds": 1}
     measure.interleave = lambda *args, **rounds: timing.interleave(*args, **one_round)

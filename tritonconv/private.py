@@ -38,7 +38,8 @@ current_gpu = private("_C._cuda_getDevice", lambda: torch.cuda.current_device())
 raw_stream = private("_C._cuda_getCurrentRawStream", lambda index: torch.cuda.current_stream(index).cuda_stream)
 # (backend, operation) -> what torch.backends.<backend>.<operation>.fp32_precision reads, in a fortieth of its time.
 fp32_precision = private(
-    "_C._get_fp32_precision_getter", lambda backend, operation: torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+    "_C._get_fp32_precision_getter",
+    lambda backend, operation: torch.backends.cudnn.conv.fp32_precision,  # type: ignore[attr-defined]
 )
 # torch.empty_strided of (size, stride, dtype) on the current device, as torch.compile's code calls it; None where it is
 # missing.
