@@ -25,7 +25,7 @@ from tritonconv.kernels.triton_buffers import ALIGNMENT
 from tritonconv.kernels.triton_program import Program
 from tritonconv.kernels.triton_target import INTERPRETED
 from tritonconv.precision import float32_precision
-from tritonconv.private import current_gpu, raw_stream
+from tritonconv.private import current_gpu, dead_wrapper, raw_stream, unwrap_if_dead
 
 MOST_KEPT = 64  # kinds of operands of one plan
 ALIGNED, UNALIGNED, NO_MEMORY = 0, 1, 2
@@ -52,7 +52,12 @@ class Replay:
                 key.append(operand)
                 addresses.append(None)
             else:
-                address = operand.data_ptr()
+                try:
+                    address = operand.data_ptr()
+                except RuntimeError:
+                    if not dead_wrapper(operand):
+                        raise
+                    return self(*map(_unwrapped, operands))
                 alignment = NO_MEMORY if not address else UNALIGNED if address % ALIGNMENT else ALIGNED
                 key += (operand.stride(), alignment, operand.is_neg())
                 addresses.append(address)
@@ -166,6 +171,11 @@ def _warn_once(text: str) -> None:
         KernelWarning,
         stacklevel=2,
     )
+
+
+def _unwrapped(operand: Any) -> Any:
+    """The tensor inside one that left a torch.func transform, whose memory is not its own."""
+    return unwrap_if_dead(operand) if isinstance(operand, torch.Tensor) else operand
 
 
 def _lazy(operand: Any) -> bool:

@@ -26,6 +26,9 @@ dispatch_modes = private("_C._len_torch_dispatch_stack", lambda: 1)
 tracing = private("_C._get_tracing_state", lambda: torch.jit.is_tracing() or None)
 # A tensor of torch's old vmap, that of batched gradients (is_grads_batched=True).
 old_vmap = private("_C._functorch.is_legacy_batchedtensor", lambda tensor: False)
+# A tensor that was kept beyond the torch.func transform that wrapped it, and the tensor inside.
+dead_wrapper = private("_C._functorch.is_dead_tensor_wrapper", lambda tensor: False)
+unwrap_if_dead = private("_C._functorch.unwrap_if_dead", lambda tensor: tensor)
 deterministic = private("_C._get_deterministic_algorithms", torch.are_deterministic_algorithms_enabled)
 any_autocast = private(
     "_C._is_any_autocast_enabled", lambda: torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu")
