@@ -80,7 +80,9 @@ def test_the_gpus_time_is_that_of_the_kernels_however_slow_the_host_is(machine):
     call = machine.call(10e-6, 20e-6, 30e-6, host=150e-6)
     assert watch(call) == pytest.approx(0.060)
     assert watch.readings()["late_samples"] == 0
+    assert watch.host_ms == pytest.approx(0.450)
     assert watch(machine.call(2e-6)) == pytest.approx(0.002)
+    assert watch.host_ms == pytest.approx(0.005)
 
 
 def test_a_wait_between_clearing_and_start_is_noticed_and_would_be_timed(machine, monkeypatch):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from itertools import count
+from typing import Any
 
 import torch
 
@@ -79,8 +80,8 @@ def _records_graphs() -> bool:
         from torch._dynamo.symbolic_convert import InstructionTranslator
         from torch._inductor import config
 
-        options = InstructionTranslator.current_tx().output.compiler_fn.config  # of inductor alone
-        return bool(options.get("triton.cudagraphs", config.triton.cudagraphs))
+        compiler: Any = InstructionTranslator.current_tx().output.compiler_fn
+        return bool(compiler.config.get("triton.cudagraphs", config.triton.cudagraphs))  # of inductor alone
     except (ImportError, AttributeError):
         return False
 

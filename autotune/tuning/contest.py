@@ -223,9 +223,11 @@ class Contest:
     def _rounds(
         self, calls: Mapping[str, Call], watch: Watch, seconds: float, few_rounds=3, min_rounds=7, max_rounds=200
     ) -> Times:
-        """Interleaved, on a GPU behind a warm-up."""
-        rounds = {"few_rounds": few_rounds, "min_rounds": min_rounds, "max_rounds": max_rounds}
-        times, self._readings = measure.rounds(calls, watch, self.clock, seconds, **rounds)
+        """Interleaved, on a GPU behind a warm-up and with the host's times."""
+        clock = self.clock
+        how = {"few_rounds": few_rounds, "min_rounds": min_rounds, "max_rounds": max_rounds}
+        how |= {} if clock is None else {"host": lambda: clock.host_ms}
+        times, self._readings = measure.rounds(calls, watch, clock, seconds, **how)
         return times
 
     def null_rows(self, seconds: float) -> list[dict[str, object]]:
@@ -298,4 +300,5 @@ class Contest:
             torch_ms=times.spread(BASELINE).median,
             sm_mhz=self._readings.get("sm_mhz"),
             late_samples=self._readings.get("late_samples", 0),
+            host_ms=times.host_ms(candidate.label),
         )

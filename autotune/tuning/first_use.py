@@ -182,7 +182,7 @@ def _winners(kind: Kind, deadline: float) -> list[Winner]:
         forward = tuner.forward()
         if forward is not None:
             found.append(forward)
-            found += tuner.gradients(forward.selection)
+            found += tuner.gradients(forward)
     return found
 
 

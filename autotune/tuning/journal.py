@@ -20,7 +20,8 @@ from tritonconv.kernels.registry import renamed
 
 OK, WRONG, FAILED = "ok", "wrong", "failed"
 SCREEN, FINAL = "screen", "final"  # stages
-MEASURED = ("median_ms", "p20_ms", "p80_ms", "n_runs", "speedup", "sm_mhz", "late_samples")  # in a results file
+# In a results file.
+MEASURED = ("median_ms", "p20_ms", "p80_ms", "n_runs", "speedup", "sm_mhz", "late_samples", "host_ms")
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,17 @@ class Timing:
     torch_ms: float | None = None
     sm_mhz: float | None = None  # of a GPU's multiprocessors meanwhile
     late_samples: int = 0  # in which the host was too late, so that its time is in them
+    host_ms: float | None = None  # for the call
 
     @property
     def identity(self) -> str:
         parts = (self.problem, self.pass_name, self.variant, self.config, self.source, self.stage, self.versions)
         return json.dumps(parts, sort_keys=True)
+
+    @property
+    def eager_ms(self) -> float:
+        """The time of an eager call that ran: the longer of the device's and the host's, as far as they are known."""
+        return max(self.median_ms or 0.0, self.host_ms or 0.0)
 
     @property
     def row(self) -> dict[str, object]:

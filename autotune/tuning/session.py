@@ -11,7 +11,7 @@ from time import perf_counter
 import torch
 
 from tritonconv import dispatch
-from tritonconv.autotune import ceilings, choose, model, store
+from tritonconv.autotune import ceilings, model, store
 from tritonconv.autotune.key import Key, device_name
 from tritonconv.autotune.sources import revision
 from tritonconv.autotune.store import Entry, Table
@@ -189,17 +189,11 @@ class Session:
         self._nulls(task, contest)
         noise = self.report.noise
         tuner = ProblemTuner(contest, fields, share, noise.noise if noise else 1.0)
-        forward = found["forward"]
-        if forward is None:
-            winner = tuner.forward()
-            if winner is None:
-                selection = choose.untuned(task.problem, self.device, "forward")
-            else:
-                self._keep(task, winner)
-                selection = winner.selection
-        else:
-            selection = dispatch.Selection(variant(forward.variant), forward.config, "stored")
-        for winner in tuner.gradients(selection):
+        stored = found["forward"]
+        forward = tuner.forward() if stored is None else Winner.stored("forward", stored)
+        if stored is None and forward is not None:
+            self._keep(task, forward)
+        for winner in tuner.gradients(forward):
             self._keep(task, winner)
 
     def _nulls(self, task: Task, contest: Contest) -> None:
@@ -222,11 +216,15 @@ class Session:
         entry = None if self.again else table.find(Key.of(problem, pass_name))
         if entry is None or dict(entry.versions) != self.versions or MORE * entry.rivals < rivals:
             return None
+        if self.device.type == "cuda" and entry.host_ms is None:  # from before the choice for eager calls
+            return None
+        both = entry.choices(graphs=True)
         try:
-            known = revision(variant(entry.variant)) == entry.source
+            known = all(revision(variant(each.variant)) == each.source for each in both)
         except ArgumentError:
             return None
-        return entry if known and not self._failed_since(entry, pass_name, problem) else None
+        failed = any(self._failed_since(each, pass_name, problem) for each in both)
+        return entry if known and not failed else None
 
     def _failed_since(self, entry: Entry, pass_name: str, problem: Problem) -> bool:
         """A later final lost the GPU to the stored choice, on this problem or on that of the entry."""
@@ -244,6 +242,7 @@ class Session:
         report.winners = [each for each in report.winners if each[0] != task or each[1].pass_name != winner.pass_name]
         report.winners.append((task, winner))
         fields = {"variant": entry.variant, "config": entry.config, "median_ms": entry.ms, "torch_ms": entry.torch_ms}
+        fields |= {name: value for name, value in entry.to_json().items() if name in ("host_ms", "eager")}
         self.write("tuned", {**head(task, winner.pass_name), **fields, "candidates": winner.candidates, "key": key})
 
     def _rows(self, task: Task, contest: Contest) -> None:

@@ -63,7 +63,8 @@ class Report:
         for task, winner in self.winners:
             config = " ".join(f"{key}={value}" for key, value in winner.selection.config.items())
             what = f"{winner.selection.variant.name} {config}".rstrip()
-            lines.append(f"  {task.layer} {task.problem.layout} {winner.pass_name}: {what}")
+            other = f"; in eager calls {winner.eager.variant}" if winner.eager is not None else ""
+            lines.append(f"  {task.layer} {task.problem.layout} {winner.pass_name}: {what}{other}")
         if self.known:
             lines.append(
                 f"{len(self.known)} problems were tuned before, by themselves or by one of their kind and size"

@@ -4,6 +4,10 @@ The two gradients are decided together because variants may share work (``Varian
 time of one alone does not show. A challenger must beat the choice that holds without tuning beyond noise: even the 20th
 percentile of the ratios within a round is above 1, and their median beyond what null rows show. Where torch's own beats
 the winner so, torch's own is stored.
+
+That winner is the fastest on the device, and runs in CUDA graphs. An eager call takes the longer of the device's time
+and the host's, which grows with its launches: by that measure a challenger must beat the winner in the same way to be
+stored beside it, for eager calls.
 """
 
 from __future__ import annotations
@@ -12,11 +16,12 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from typing import NamedTuple
 
 from tritonconv.autotune.choose import Selection, untuned
 from tritonconv.autotune.rules import FALLBACK
 from tritonconv.autotune.sources import revision
-from tritonconv.autotune.store import Entry
+from tritonconv.autotune.store import Eager, Entry
 from tritonconv.autotune.tuning.contest import Candidate, Contest, Members
 from tritonconv.autotune.tuning.journal import FINAL, SCREEN, WRONG, Timing
 from tritonconv.dispatch import plan_of
@@ -30,6 +35,7 @@ from tritonconv.problem import PASSES
 
 FINALISTS = 3
 PAIRS = 4
+HOST_NOISE = 1.05  # the host's time for a call varies more than the device's
 # Shares of a problem's time.
 SCREENING, FORWARD_FINAL = 0.6, 0.15
 FORWARD, GRADIENTS = PASSES[:1], PASSES[1:]
@@ -42,7 +48,8 @@ Ran = list[tuple[Candidate, Timing]]
 class Winner:
     """The choice to store for one pass; ``timed`` is the pass that was timed.
 
-    ``rivals`` is the number of candidates, ``candidates`` of those that ran.
+    ``rivals`` is the number of candidates, ``candidates`` of those that ran. ``host_ms`` and ``eager`` are those of
+    the entry.
     """
 
     pass_name: str
@@ -52,6 +59,15 @@ class Winner:
     candidates: int
     timed: str
     rivals: int = 0
+    host_ms: float | None = None
+    eager: Eager | None = None
+
+    @classmethod
+    def stored(cls, pass_name: str, entry: Entry) -> Winner:
+        """Raises ArgumentError where the entry's variant is not there."""
+        selection = Selection(variant(entry.variant), entry.config, "stored")
+        measured = entry.timed, entry.rivals, entry.host_ms, entry.eager
+        return cls(pass_name, selection, entry.ms, entry.torch_ms, 0, *measured)
 
     @property
     def torch_won(self) -> bool:
@@ -69,7 +85,18 @@ class Winner:
             utc=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             versions=versions,
             rivals=self.rivals,
+            host_ms=self.host_ms,
+            eager=self.eager,
         )
+
+
+class Decision(NamedTuple):
+    """The labels of the fastest call on the device and of the fastest eager call, and their winners by pass."""
+
+    best: str
+    eager: str
+    times: Times
+    winners: list[Winner]
 
 
 class ProblemTuner:
@@ -89,32 +116,51 @@ class ProblemTuner:
     def forward(self) -> Winner | None:
         """None where no answer is right, not even torch's. Raises OutOfTime, as :meth:`gradients` does."""
         ran = self._ran(FORWARD)
-        proposed = [(candidate,) for candidate, _ in ran[FORWARD[0]][:FINALISTS]]
-        _, winners = self._decided(FORWARD, proposed, ran, FORWARD_FINAL)
-        return winners[0] if winners else None
+        found = ran[FORWARD[0]]
+        proposed = [(candidate,) for candidate, _ in [*found[:FINALISTS], *_most_eager(found)]]
+        decision = self._decided(FORWARD, proposed, ran, FORWARD_FINAL)
+        return decision.winners[0] if decision else None
 
-    def gradients(self, forward: Selection) -> tuple[Winner, ...]:
-        """The winners of the two gradients, after those of all three passes where torch alone wins the whole step.
+    def gradients(self, forward: Winner | None) -> tuple[Winner, ...]:
+        """The winners of the two gradients, and the forward's anew where torch alone wins the whole step.
 
-        Empty where no answer is right, not even torch's.
+        All steps are timed with the forward's winner on the device; None stands for what runs untuned. Empty where no
+        answer is right, not even torch's.
         """
         ran = self._ran(GRADIENTS)
         share = 1 - SCREENING - FORWARD_FINAL
-        best, winners = self._decided(GRADIENTS, self._pairs(ran), ran, share, forward=forward)
-        if best == BASELINE and forward.variant.name != FALLBACK[FORWARD[0]]:
-            rivals = len(self.fields[FORWARD[0]])
-            step = winners[0].ms, winners[0].torch_ms
-            winners.append(Winner(FORWARD[0], _native(FORWARD[0]), *step, 0, FORWARD_BACKWARD, rivals))
-        return tuple(winners)
+        first = forward.selection if forward else untuned(self.case.problem, self.case.device, FORWARD[0])
+        decision = self._decided(GRADIENTS, self._pairs(ran), ran, share, forward=first)
+        if decision is None:
+            return ()
+        return (*decision.winners, *self._forward_anew(decision, first, forward.eager if forward else None))
+
+    def _forward_anew(self, decision: Decision, first: Selection, eager: Eager | None) -> list[Winner]:
+        """The forward's winner where torch's own step beats all others, on the device or in eager calls."""
+        native = _native(FORWARD[0])
+        was = first, first if eager is None else Selection(variant(eager.variant), eager.config, "for eager calls")
+        both = [
+            native if label == BASELINE else each
+            for label, each in zip((decision.best, decision.eager), was, strict=True)
+        ]
+        if [each.variant for each in both] == [each.variant for each in was]:
+            return []
+        chosen, quick = both
+        other = None if quick.variant is chosen.variant else _eager(quick, decision.times, decision.eager)
+        step, rivals = decision.winners[0], len(self.fields[FORWARD[0]])
+        measured = FORWARD_BACKWARD, rivals, step.host_ms, other
+        return [Winner(FORWARD[0], chosen, step.ms, step.torch_ms, 0, *measured)]
 
     def _ran(self, passes: Sequence[str]) -> dict[str, Ran]:
         return {name: self.contest.screen(name, self.fields[name], self.screening[name]) for name in passes}
 
     def _decided(
         self, passes: Sequence[str], proposed: Sequence[Group], ran: Mapping[str, Ran], share: float, **more: Selection
-    ) -> tuple[str | None, list[Winner]]:
-        """The label of the best, and a winner for each pass: of the proposed groups, of the choice that holds without
-        tuning and of torch's own. None and no winner where no answer is right."""
+    ) -> Decision | None:
+        """A winner for each pass: of the proposed groups, of the choice that holds without tuning and of torch's own.
+
+        None where no answer is right.
+        """
         timed = FORWARD_BACKWARD if len(passes) > 1 else passes[0]
         holder = tuple(Candidate(untuned(self.case.problem, self.case.device, name), 0.0) for name in passes)
         groups = {_label(group): group for group in (holder, *proposed)}
@@ -125,18 +171,24 @@ class ProblemTuner:
         if len(passes) == 1:
             for label in right:
                 self.contest.keep(timed, groups[label][0], FINAL, times)
-        best = self._best(times, _label(holder), list(right), timed)
+        best = self._best(times, _label(holder), list(right), timed, self.noise)
         if best is None:
-            return None, []
-        found = groups[best] if best != BASELINE else tuple(Candidate(_native(name), 0.0) for name in passes)
-        ms, torch_ms = times.spread(best).median, times.spread(BASELINE).median
-        return best, [
-            Winner(name, each.selection, ms, torch_ms, len(ran[name]), timed, len(self.fields[name]))
-            for name, each in zip(passes, found, strict=True)
-        ]
+            return None
+        eager = best
+        if times.hosts:
+            eager = self._best(times.eager(), best, list(right), timed, max(self.noise, HOST_NOISE)) or best
+        groups[BASELINE] = tuple(Candidate(_native(name), 0.0) for name in passes)
+        ms, torch_ms, host_ms = times.spread(best).median, times.spread(BASELINE).median, times.host_ms(best)
+        winners = []
+        for name, each, quick in zip(passes, groups[best], groups[eager], strict=True):
+            other = None if quick.label == each.label else _eager(quick.selection, times, eager)
+            measured = timed, len(self.fields[name]), host_ms, other
+            winners.append(Winner(name, each.selection, ms, torch_ms, len(ran[name]), *measured))
+        return Decision(best, eager, times, winners)
 
     def _pairs(self, ran: Mapping[str, Ran]) -> list[Group]:
-        """The best of each gradient, and the pairs that share work, cheapest first by their times apart."""
+        """The best of each gradient, also for eager calls, and the pairs that share work, cheapest first by their times
+        apart."""
         data, weight = (ran[name] for name in GRADIENTS)
         if not data or not weight:
             return []
@@ -148,20 +200,21 @@ class ProblemTuner:
             if joint or (mine.prepare is not None and mine.prepare is theirs.prepare):
                 shared.append(((first.median_ms or 0.0) + (second.median_ms or 0.0), (left, right)))
         best += [pair for _, pair in sorted(shared, key=lambda each: each[0])[: PAIRS - 2]]
+        best += [(left, right) for (left, _), (right, _) in zip(_most_eager(data), _most_eager(weight), strict=True)]
         if self.case.torch_is_safe:
             best.append(tuple(Candidate(_native(name), 0.0) for name in GRADIENTS))
         return best
 
-    def _best(self, times: Times, holder: str, labels: list[str], pass_name: str) -> str | None:
+    def _best(self, times: Times, holder: str, labels: list[str], pass_name: str, noise: float) -> str | None:
         """The winner's label: challengers in the order of their speed, torch's own last, where its answer is right."""
         ordered = sorted(labels, key=lambda label: -times.speedup(label, BASELINE).median)
         eligible = [*ordered, BASELINE] if self.case.trusts_torch(pass_name) else ordered
         if not eligible:
             return None
-        best = holder if holder in labels else eligible[0]
+        best = holder if holder in eligible else eligible[0]
         for label in eligible:
             over = times.speedup(label, best)
-            if label != best and over.p20 > 1 and over.median > self.noise:
+            if label != best and over.p20 > 1 and over.median > noise:
                 best = label
         return best
 
@@ -204,6 +257,19 @@ class ProblemTuner:
 
 def _label(group: Group) -> str:
     return " + ".join(each.label for each in group)
+
+
+def _most_eager(ran: Ran) -> Ran:
+    """The candidate whose eager call takes least, alone in a list; none where none ran."""
+    return sorted(ran, key=lambda pair: pair[1].eager_ms)[:1]
+
+
+def _eager(selection: Selection, times: Times, label: str) -> Eager:
+    """A choice for eager calls, with the times of the call that was timed."""
+    host_ms = times.host_ms(label)
+    assert host_ms is not None  # else the choice is the device's own
+    source = revision(selection.variant)
+    return Eager(selection.variant.name, dict(selection.config), times.spread(label).median, host_ms, source)
 
 
 def _native(pass_name: str) -> Selection:

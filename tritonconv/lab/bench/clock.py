@@ -37,19 +37,21 @@ class GpuClock:
     A sleep kernel holds the GPU back while the host enqueues the overwriting, the first event, the call and the second
     event; nothing waits in between. A sample whose first event was over before the call was enqueued has the host in
     it: it is taken again behind a longer sleep. ``late`` counts the samples that stayed so, as those of a call that
-    itself waits for the GPU do. ``mhz`` holds the frequency of the multiprocessors before some of the samples: the
-    cycles of a long sleep by its time.
+    itself waits for the GPU do. ``host_ms`` is the host's time for the last call, which it only enqueues. ``mhz`` holds
+    the frequency of the multiprocessors before some of the samples: the cycles of a long sleep by its time.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._l2 = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
         self._hold_s, self._cycles_per_s = LEAST_HOLD_S, CYCLES_PER_S
         self.samples = self.late = 0
+        self.host_ms = 0.0
         self.mhz: list[float] = []
 
     def __call__(self, call: Call) -> float:
         for _ in range(TRIES):
             ms, host_s, in_time = self._sample(call)
+            self.host_ms = host_s * 1e3
             if in_time:
                 self._hold_s = max(LEAST_HOLD_S, HOLD * host_s, DECAY * self._hold_s)
                 return ms

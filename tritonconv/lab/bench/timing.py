@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -51,13 +51,26 @@ def quantile(values: Sequence[float], share: float) -> float:
 
 @dataclass(frozen=True)
 class Times:
-    """Milliseconds per round of each candidate; the lists are equally long and belong together by index."""
+    """Milliseconds per round of each candidate; the lists are equally long and belong together by index.
+
+    ``hosts`` is the host's time for the same calls, empty where the clock does not tell it apart.
+    """
 
     rounds: Mapping[str, Sequence[float]]
+    hosts: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
     def spread(self, name: str) -> Spread:
         """The times of one candidate in ms."""
         return Spread.of(self.rounds[name])
+
+    def host_ms(self, name: str) -> float | None:
+        """The median of the host's times for one candidate; None where they were not taken."""
+        return Spread.of(self.hosts[name]).median if name in self.hosts else None
+
+    def eager(self) -> Times:
+        """The times of eager calls, back to back: the longer of the device's and the host's in each round."""
+        hosts = {name: self.hosts.get(name, times) for name, times in self.rounds.items()}
+        return Times({name: list(map(max, times, hosts[name])) for name, times in self.rounds.items()}, self.hosts)
 
     def speedup(self, name: str, baseline: str) -> Spread:
         """How many times faster than ``baseline``: of the ratios within a round."""
@@ -73,20 +86,23 @@ def interleave(
     min_rounds: int = MIN_ROUNDS,
     max_rounds: int = MAX_ROUNDS,
     clock: Callable[[], float] = time.perf_counter,
+    host: Callable[[], float] | None = None,
 ) -> Times:
     """Times the candidates in turns for about ``seconds``; the candidates are expected to be warm.
 
-    ``stopwatch`` runs a call and returns its ms. No round is started that would end after ``seconds``, judged by the
-    mean round so far, but ``min_rounds`` are run as long as they would end within twice that, and ``few_rounds``
-    however long they take; never more than ``max_rounds``. Raises ArgumentError where there is nothing to run.
+    ``stopwatch`` runs a call and returns its ms, ``host`` the host's ms for the call that ran last. No round is started
+    that would end after ``seconds``, judged by the mean round so far, but ``min_rounds`` are run as long as they would
+    end within twice that, and ``few_rounds`` however long they take; never more than ``max_rounds``. Raises
+    ArgumentError where there is nothing to run.
     """
     if not candidates or not 1 <= few_rounds <= min_rounds <= max_rounds:
         raise ArgumentError(
             f"interleave: needs candidates and 1 <= few_rounds <= min_rounds <= max_rounds, got {len(candidates)} "
             f"candidates, few_rounds={few_rounds}, min_rounds={min_rounds}, max_rounds={max_rounds}"
         )
-    rounds: dict[str, list[float]] = {name: [] for name in candidates}
     names = list(candidates)
+    rounds: dict[str, list[float]] = {name: [] for name in names}
+    hosts: dict[str, list[float]] = {name: [] for name in names} if host is not None else {}
     begin = clock()
     for done in range(max_rounds):
         if done >= few_rounds:
@@ -97,7 +113,9 @@ def interleave(
         order = names[first:] + names[:first]
         for name in reversed(order) if done % 2 else order:
             rounds[name].append(stopwatch(candidates[name]))
-    return Times(rounds)
+            if host is not None:
+                hosts[name].append(host())
+    return Times(rounds, hosts)
 
 
 def warm_up(
