@@ -147,8 +147,8 @@ def latest(folder: Path) -> Path:
     pointer = folder / LATEST
     if pointer.exists():
         return pointer.resolve()
-    found = files(folder)
-    return next((path for path in reversed(found) if not path.name.startswith(PROFILE)), found[-1])
+    paths = files(folder)
+    return next((path for path in reversed(paths) if not path.name.startswith(PROFILE)), paths[-1])
 
 
 def load(path: Path) -> Run:
@@ -157,7 +157,7 @@ def load(path: Path) -> Run:
         return read(path)
     newest = latest(path)
     paths = written(path, CAMPAIGN) if newest.name.startswith(CAMPAIGN) else [newest]
-    runs = [read(each) for each in paths]
+    runs = list(map(read, paths))
     device = runs[-1].environment["device_name"]
     profiles = [run for run in map(read, written(path, PROFILE)) if run.environment["device_name"] == device]
     return merged([*profiles, *runs]) if profiles or len(runs) > 1 else runs[0]
@@ -165,10 +165,10 @@ def load(path: Path) -> Run:
 
 def files(folder: Path) -> list[Path]:
     """The results files of a folder, oldest first. Raises ResultsError for none."""
-    found = written(folder)
-    if not found:
+    paths = written(folder)
+    if not paths:
         raise ResultsError(f"results: no results file in {folder.resolve()}; run tritonconv bench, or name a file")
-    return found
+    return paths
 
 
 def written(folder: Path, prefix: str = "") -> list[Path]:
@@ -244,11 +244,11 @@ def _of_today(row: dict) -> dict:
     """The row with the names and configs that its variants have today."""
     chosen, config = row.get("chosen", {}), row.get("config") or {}
     if "chosen" not in row and "variant" in row:
-        row["variant"], found = renamed(row["variant"], config)
-        row |= {"config": found} if "config" in row else {}
-    for key, name in chosen.items():
-        chosen[key], found = renamed(name, config.get(key, {}))
-        config |= {key: found} if key in config else {}
+        row["variant"], config = renamed(row["variant"], config)
+        row |= {"config": config} if "config" in row else {}
+    for pass_name, name in chosen.items():
+        chosen[pass_name], of_pass = renamed(name, config.get(pass_name, {}))
+        config |= {pass_name: of_pass} if pass_name in config else {}
     return row
 
 

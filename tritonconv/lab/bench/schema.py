@@ -60,5 +60,5 @@ def check(row: Any) -> None:
             raise ValueError(f"{key} expects {names}, got {value!r}")
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{key} expects a finite number, got {value!r}")
-        if key in _ABOVE_0 and value <= 0:
+        if key in _ABOVE_0 and row[key] <= 0:
             raise ValueError(f"{key} must be above 0, got {value!r}")
