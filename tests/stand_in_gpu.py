@@ -38,6 +38,7 @@ from stand_in_facts import CAPABILITY, NAME, PROPERTIES, own_store
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+COMPILER = os.environ.get("CXX", "g++")
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 # Microseconds on the clock of the device: kernels win, so that they are chosen, captured and benchmarked.
 PRODUCT, OTHER, LAUNCH = 1000, 1, 10
@@ -216,7 +217,6 @@ CUDA = {
     "graph": graph,
     "is_current_stream_capturing": lambda: now.graph is not None,
     "_sleep": sleep,
-    "is_current_stream_capturing": lambda: now.graph is not None,
     "_lazy_init": lambda: None,
 }
 
@@ -321,15 +321,7 @@ def build(folder: Path) -> Path:
     torchs, library = Path(torch.__file__).parent, folder / "libstand_in_gpu.so"
     subprocess.run(
         [
-            *(
-                os.environ.get("CXX", "g++"),
-                "-std=c++20",
-                "-shared",
-                "-fPIC",
-                "-I",
-                torchs / "include",
-                Path(__file__).with_suffix(".cpp"),
-            ),
+            *(COMPILER, "-std=c++20", "-shared", "-fPIC", "-I", torchs / "include", Path(__file__).with_suffix(".cpp")),
             *("-o", library, "-L", torchs / "lib", f"-Wl,-rpath,{torchs / 'lib'}", "-lc10", "-ltorch_cpu"),
         ],
         check=True,
