@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 
 from tritonconv.kernels.triton_buffers import Buffer
-from tritonconv.kernels.triton_launch import stream_of
 from tritonconv.kernels.variant import Config
+from tritonconv.private import raw_stream
 
 ARRIVE = "ARRIVE"  # of a config, 0 where it is absent: 1 sums in the main launch
 # Whether the tuner tries ARRIVE=1. It may once test_gpu_arrival.py has passed on a GPU.
@@ -74,7 +74,7 @@ def counters(count: int, device: torch.device) -> torch.Tensor:
     has its own, zeroed inside the graph: a replay may run beside anything else. So has one of more than COUNTERS tiles.
     ``device`` is the current one.
     """
-    stream = stream_of(device.index)
+    stream = 0 if device.index is None else raw_stream(device.index)
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     if count > COUNTERS or stream == PER_THREAD or capturing:
         return torch.zeros(count, dtype=torch.int32, device=device)

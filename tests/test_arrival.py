@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 
 import pytest
 import torch
-from variant_cases import DEVICE, Case, complaints, run
+from variant_cases import DEVICE, Case, complaints, expected, run, same
 
 from tritonconv.autotune.choose import config_fault
 from tritonconv.kernels.registry import variant
@@ -110,6 +111,20 @@ def test_the_bits_are_those_of_a_second_launch_that_adds_in_index_order(label, m
             assert all(map(torch.equal, apart, together))
             found.append(together)
     assert not all(torch.equal(*pair) for pair in zip(*found[1:], strict=True))
+
+
+def test_both_gradients_at_once():
+    """One launch writes grad_x, and its last program the sums."""
+    case, record = CASES["fused"], record_of("fused")
+    problem = case.problem(torch.float16, "ncdhw")
+    (x, weight, _), grad_y, _, wanted = expected(case, True)
+    operands = [each.to(DEVICE, torch.float16) for each in (x, weight, grad_y)]
+    with products_in("tf32"):
+        config = split(record, problem, 3, ARRIVE=1)
+        program = Program.of(partial(record.joint, problem, config), (*operands, True))
+        assert len(program.kernels) == 1
+        assert all(map(same, program.run((*operands, True)), wanted))
+    assert counted() == 0
 
 
 def test_launches_of_a_stream_share_counters_and_large_ones_have_their_own():
