@@ -7,7 +7,7 @@ from torch import nn
 from torch.fx import Proxy
 
 from tritonconv import registries, symbolic
-from tritonconv.errors import ArgumentError
+from tritonconv.errors import ArgumentError, ArgumentTypeError
 from tritonconv.functional import conv_transpose3d
 
 _is_scripting = torch.jit.is_scripting
@@ -60,6 +60,12 @@ class LazyConvTranspose3d(nn.LazyConvTranspose3d):
 
     cls_to_become = ConvTranspose3d
     forward = ConvTranspose3d.forward
+
+    def initialize_parameters(self, input: torch.Tensor, *args: object, **kwargs: object) -> None:
+        """Makes the parameters for the channels of ``input``. Raises ArgumentTypeError for a proxy of torch.fx."""
+        if isinstance(input, Proxy):
+            raise ArgumentTypeError("LazyConvTranspose3d: torch.fx gives no channels; run one forward first")
+        super().initialize_parameters(input, *args, **kwargs)  # type: ignore[arg-type]
 
 
 registries.register_layers(nn.ConvTranspose3d, ConvTranspose3d)

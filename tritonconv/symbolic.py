@@ -17,9 +17,9 @@ _TORCHS = nn.ConvTranspose3d.__new__(nn.ConvTranspose3d)  # the tracers look at 
 def node_of(layer: nn.Module, input: Proxy, *arguments) -> Proxy | None:
     """The call of ``layer`` as one node of the tracer; None where its operations are to be recorded.
 
-    Those are recorded where torch's layer is no leaf, where the layer is the root, where it has hooks (a tracer runs
-    them, and around a node they would run again), and for torch's quantization, which knows the operation and torch's
-    layer. Raises ArgumentTypeError for an ``output_size`` in the last two cases, where torch's layer records it.
+    Those are recorded where torch's layer is no leaf, where the layer is the root, and where it has hooks: a tracer runs
+    them, and around a node they would run again. Raises ArgumentTypeError for hooks and an ``output_size``, which
+    torch's layer records, and for torch's quantization, which quantizes and fuses layers of exactly torch's class.
     """
     tracer = input.tracer
     if not isinstance(tracer, Tracer) or layer is tracer.root:
@@ -27,13 +27,14 @@ def node_of(layer: nn.Module, input: Proxy, *arguments) -> Proxy | None:
     path = tracer.path_of_module(layer)
     if not tracer.is_leaf_module(_TORCHS, path):
         return None
-    quantizes = type(tracer).__module__.startswith("torch.ao.")
-    if quantizes or layer._forward_pre_hooks or layer._forward_hooks:
+    if type(tracer).__module__.startswith("torch.ao."):
+        raise _refusal(layer, path, f"{type(tracer).__name__} knows torch's layer alone")
+    if layer._forward_pre_hooks or layer._forward_hooks:
         if any(argument is not None for argument in arguments):
-            why = f"{type(tracer).__name__} knows torch's layer alone" if quantizes else "the layer has hooks"
-            raise ArgumentTypeError(
-                f"{type(layer).__name__}: torch.fx cannot record output_size in {path!r}, for {why}; call "
-                "tritonconv.restore(model) first"
-            )
+            raise _refusal(layer, path, "with hooks torch.fx cannot record output_size")
         return None
     return tracer.create_proxy("call_module", path, (input, *arguments), {})
+
+
+def _refusal(layer: nn.Module, path: str, why: str) -> ArgumentTypeError:
+    return ArgumentTypeError(f"{type(layer).__name__} {path!r}: {why}; call tritonconv.restore(model) first")

@@ -197,11 +197,11 @@ class TransposedConv3dLayer(LazyModuleMixin, Factors):
 
     def initialize_parameters(self, input: torch.Tensor) -> None:
         """Makes the parameters that have no values yet, for the channels of ``input``; none if the call must fail."""
+        if isinstance(input, Proxy):
+            raise ArgumentTypeError(f"{OP}: torch.fx gives no channels; run one forward first, or give num_channels")
         missing = self._missing()
         if not missing:
             return
-        if isinstance(input, Proxy):
-            raise ArgumentTypeError(f"{OP}: torch.fx gives no channels; run one forward first, or give num_channels")
         self._check(input, None if is_lazy(self.weight) else self.weight.shape[0])
         dtype, device = self.weight.dtype, self.weight.device
         if input.device != device:
