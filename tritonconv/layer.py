@@ -39,7 +39,7 @@ class ConvTranspose3d(nn.ConvTranspose3d):
                 input, self.weight, self.bias, self.stride, self.padding, scripted, self.groups, self.dilation  # type: ignore[arg-type]
             )  # fmt: skip
         else:
-            if isinstance(input, Proxy):
+            if type(input) is not torch.Tensor and isinstance(input, Proxy):
                 node = symbolic.node_of(self, input, output_size)
                 if node is not None:
                     return node

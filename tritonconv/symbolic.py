@@ -17,8 +17,8 @@ _TORCHS = nn.ConvTranspose3d.__new__(nn.ConvTranspose3d)  # the tracers look at 
 def node_of(layer: nn.Module, input: Proxy, *arguments) -> Proxy | None:
     """The call of ``layer`` as one node of the tracer; None where its operations are to be recorded.
 
-    Those are recorded where torch's layer is no leaf, where the layer is the root, and where it has hooks: a tracer runs
-    them, and around a node they would run again. Raises ArgumentTypeError for hooks and an ``output_size``, which
+    Those are recorded where torch's layer is no leaf, where the layer is the root, and where it has hooks: a tracer
+    runs them, and around a node they would run again. Raises ArgumentTypeError for hooks and an ``output_size``, which
     torch's layer records, and for torch's quantization, which quantizes and fuses layers of exactly torch's class.
     """
     tracer = input.tracer

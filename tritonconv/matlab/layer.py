@@ -181,7 +181,7 @@ class TransposedConv3dLayer(LazyModuleMixin, Factors):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """``(n, c, h, w, d)`` or ``(c, h, w, d)`` in, ``num_filters`` channels out."""
-        if isinstance(input, Proxy):
+        if type(input) is not torch.Tensor and isinstance(input, Proxy):
             node = symbolic.node_of(self, input)
             if node is not None:
                 return node
