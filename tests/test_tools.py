@@ -183,6 +183,32 @@ def test_a_counters_table_has_our_class_as_soon_as_it_is_imported(package, modul
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("layer", [(2, 2, 0), (3, 2, 1), (1, 1, 0)], ids=["k2 s2", "k3 s2", "k1 s1"])
+def test_a_formulation_calls_no_function_that_ptflops_counts_besides_the_layer(layer, monkeypatch):
+    kernel, stride, padding = layer
+    model = tritonconv.ConvTranspose3d(4, 3, kernel, stride, padding)
+    x, ran = image(2, 3, 2, channels=4), 0
+    want = model(x)
+
+    def counted(*operands, **more):
+        raise AssertionError("counted besides the layer")
+
+    for name in ("matmul", "mm", "bmm", "addmm", "mul", "add"):
+        monkeypatch.setattr(torch, name, counted)
+        monkeypatch.setattr(torch.Tensor, name, counted)
+    monkeypatch.setattr(torch, "baddbmm", counted)
+    for variant in tritonconv.variants():
+        if variant.backend == "torch" and variant.pass_name == "forward":
+            with tritonconv.use(variant.name), torch.no_grad():
+                try:
+                    y = model(x)
+                except tritonconv.VariantNotApplicable:
+                    continue
+            ran += 1
+            torch.testing.assert_close(y, want)
+    assert ran >= 3
+
+
 # ------------------------------------------------------------------ quantization and fusion
 
 
