@@ -17,9 +17,9 @@ PIP = $(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints
 PYTEST = -m pytest -n auto --maxprocesses 14 --dist loadgroup
 GPU_TESTS = tests/test_gpu.py tests/test_giants.py tests/test_nonfinite.py tests/test_sanitize.py \
 	tests/test_graphed_gpu.py tests/test_replay.py tests/test_transpose.py tests/test_direct_launch.py \
-	tests/test_divider.py
+	tests/test_divider.py tests/test_gpu_arrival.py
 KERNEL_TESTS = tests/test_triton_kernels.py tests/test_triton_layers.py tests/test_fused_backward.py \
-	tests/test_skipped_taps.py
+	tests/test_skipped_taps.py tests/test_arrival.py
 
 .PHONY: bench test test-oldest test-gpu test-gpu-all sanitize have-sanitizer lint clean
 

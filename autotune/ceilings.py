@@ -115,7 +115,7 @@ def from_roofs(rows: Iterable[Mapping], environment: Mapping, device: torch.devi
     if COPY_MEMORY not in best or not matrix:
         return None
     caches = [best[name] for name in (COPY_CACHE, COPY_L2) if name in best]
-    found = replace(
+    ceilings = replace(
         base,
         device=environment["device_name"],
         matrix={**({} if device.type == "cpu" else base.matrix), **matrix},
@@ -126,8 +126,8 @@ def from_roofs(rows: Iterable[Mapping], environment: Mapping, device: torch.devi
         measured=True,
     )
     if device.type == "cpu":  # an FMA loop of torch's reaches about a quarter of the matrix rate
-        return replace(found, vector=max(matrix.values()) / 4)
-    return found
+        return replace(ceilings, vector=max(matrix.values()) / 4)
+    return ceilings
 
 
 def _renamed(kind: str) -> str:
@@ -140,10 +140,10 @@ def _renamed(kind: str) -> str:
 def from_json(data: Mapping[str, Any]) -> Ceilings | None:
     """The inverse of :meth:`Ceilings.to_json`; None for anything else."""
     try:
-        found = Ceilings(**data)
-        found = replace(found, factors={_renamed(kind): factor for kind, factor in found.factors.items()})
-        rates = (found.vector, found.memory, found.cache, found.multiprocessors, *found.matrix.values())
-        rates += tuple(found.factors.values())
-        return found if found.matrix and all(rate > 0 for rate in rates) else None
+        ceilings = Ceilings(**data)
+        ceilings = replace(ceilings, factors={_renamed(kind): factor for kind, factor in ceilings.factors.items()})
+        rates = (ceilings.vector, ceilings.memory, ceilings.cache, ceilings.multiprocessors, *ceilings.matrix.values())
+        rates += tuple(ceilings.factors.values())
+        return ceilings if ceilings.matrix and all(rate > 0 for rate in rates) else None
     except (TypeError, AttributeError):
         return None

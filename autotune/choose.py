@@ -200,10 +200,11 @@ def _fault(record: Variant, config: Config, problem: Problem, device: torch.devi
 def config_fault(record: Variant, config: Config, problem: Problem, device: torch.device) -> str | None:
     """The reason why a launch cannot take a config, None where it can.
 
-    A launch takes the keys of the variant's default, tiles and warps that are powers of two, and no negative number.
+    A launch takes the keys of the variant's default and its options, tiles and warps that are powers of two, and no
+    negative number.
     """
     usual = record.default(problem, device)
-    if config.keys() != usual.keys():
+    if config.keys() - record.options != usual.keys():
         return f"its keys are {', '.join(sorted(config)) or 'none'}, expected {', '.join(sorted(usual)) or 'none'}"
     for name, value in config.items():
         if type(value) is not int or value < 0:

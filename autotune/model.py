@@ -147,12 +147,12 @@ def pruned_space(record: Variant, problem: Problem, device: torch.device) -> tup
 
 def around(record: Variant, problem: Problem, device: torch.device, start: Config) -> list[Config]:
     """The part of :func:`pruned_space` with the form of ``start``, which comes first."""
-    same = (each for each in record.space(problem, device) if form(record, each) == form(record, start))
+    same = (config for config in record.space(problem, device) if form(record, config) == form(record, start))
     space = [start, *(config for config in same if config != start)]
     if len(space) <= MOST_CONFIGS:
         return space
-    found = [config for config, _ in _best(record, problem, space, REFERENCE, MOST_CONFIGS)]
-    return [start, *(config for config in found if config != start)]
+    best = [config for config, _ in _best(record, problem, space, REFERENCE, MOST_CONFIGS)]
+    return [start, *(config for config in best if config != start)]
 
 
 def _best(
@@ -163,18 +163,18 @@ def _best(
     ranked = [(config, estimate(record, problem, config, ceilings)) for config in space]
     ranked = _ranked([pair for index, pair in enumerate(ranked) if index == 0 or pair[1].ms < math.inf])
     other = next((pair for pair in ranked if pair[1].work.pipelined != ranked[0][1].work.pipelined), None)
-    chosen = [ranked[0], *([other] if other else []), *(pair for pair in ranked if pair[0] == default)]
-    chosen += [*_one_of_each_tile(ranked), *ranked]
-    return _ranked(list({id(pair): pair for pair in chosen}.values())[:most])
+    pairs = [ranked[0], *([other] if other else []), *(pair for pair in ranked if pair[0] == default)]
+    pairs += [*_one_of_each_tile(ranked), *ranked]
+    return _ranked(list({id(pair): pair for pair in pairs}.values())[:most])
 
 
 def _one_of_each_tile(ranked: list[tuple[Config, Estimate]]) -> list[tuple[Config, Estimate]]:
     """The best config of each tile, among those about as good as the first."""
-    found: dict[tuple, tuple[Config, Estimate]] = {}
+    tiles: dict[tuple, tuple[Config, Estimate]] = {}
     for pair in ranked:
         if pair[1].ms <= SIMILAR * ranked[0][1].ms:
-            found.setdefault((pair[0].get("BLOCK_M"), pair[0].get("BLOCK_N")), pair)
-    return list(found.values())
+            tiles.setdefault((pair[0].get("BLOCK_M"), pair[0].get("BLOCK_N")), pair)
+    return list(tiles.values())
 
 
 def _ranked(pairs: list[tuple[Config, Estimate]]) -> list[tuple[Config, Estimate]]:
@@ -185,12 +185,12 @@ def rank(
     problem: Problem, device: torch.device, pass_name: str, ceilings: Ceilings
 ) -> list[tuple[Variant, Config, Estimate]]:
     """Every variant that serves the problem with its best config, best first."""
-    found = []
+    ranking = []
     for record in variants(pass_name):
         if record.supports(problem, device) is None:
             config, guess = candidates(record, problem, device, ceilings)[0]
-            found.append((record, config, guess))
-    return sorted(found, key=lambda each: each[2].ms)
+            ranking.append((record, config, guess))
+    return sorted(ranking, key=lambda row: row[2].ms)
 
 
 def correlation(predicted: Sequence[float], measured: Sequence[float]) -> float:

@@ -59,42 +59,42 @@ def places(record: Variant) -> list[Place]:
 
 def _reached(begin: list[Place]) -> list[Place]:
     """The definitions of these names and of all that they use, in ``kernels/`` or in the variant's own file."""
-    found: dict[Place, None] = {}
+    reached: dict[Place, None] = {}
     waiting = list(begin)
     while waiting:
         place = waiting.pop()
-        if place not in found and place.name in _definitions(place.module):
-            found[place] = None
+        if place not in reached and place.name in _definitions(place.module):
+            reached[place] = None
             waiting += _uses(place)
-    return list(found)
+    return list(reached)
 
 
 @cache
 def _uses(place: Place) -> tuple[Place, ...]:
     definitions, imported = _definitions(place.module), _imports(place.module)
-    found: dict[Place, None] = {}
+    used: dict[Place, None] = {}
     local = _local_names(_node(place))
     for node in ast.walk(_node(place)):
         if isinstance(node, ast.Name):
             if node.id in local:
                 continue
             if node.id in definitions:
-                found[Place(place.module, node.id)] = None
+                used[Place(place.module, node.id)] = None
             elif node.id in imported:
-                found[imported[node.id]] = None
+                used[imported[node.id]] = None
         elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in imported:
             package, name = imported[node.value.id]
             if package == PACKAGE:  # ``from tritonconv.kernels import forward_phases``
-                found[Place(f"{PACKAGE}.{name}", node.attr)] = None
-    return tuple(each for each in found if each.module not in APART and _is_ours(each.module))
+                used[Place(f"{PACKAGE}.{name}", node.attr)] = None
+    return tuple(place for place in used if place.module not in APART and _is_ours(place.module))
 
 
 def _local_names(node: ast.stmt) -> set[str]:
     """The arguments of a function and what it assigns, whatever else in the module has such a name."""
     if not isinstance(node, ast.FunctionDef):
         return set()
-    names = {each.id for each in ast.walk(node) if isinstance(each, ast.Name) and isinstance(each.ctx, ast.Store)}
-    return names | {each.arg for each in ast.walk(node) if isinstance(each, ast.arg)}
+    names = {part.id for part in ast.walk(node) if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)}
+    return names | {part.arg for part in ast.walk(node) if isinstance(part, ast.arg)}
 
 
 def _is_ours(module: str) -> bool:
@@ -117,24 +117,24 @@ def _tree(module: str) -> ast.Module:
 @cache
 def _definitions(module: str) -> dict[str, ast.stmt]:
     """The top-level functions, classes and assignments of a module, by name."""
-    found: dict[str, ast.stmt] = {}
+    definitions: dict[str, ast.stmt] = {}
     for node in _tree(module).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            found[node.name] = node
+            definitions[node.name] = node
         elif isinstance(node, (ast.Assign, ast.AnnAssign)):
             for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
-                found |= {each.id: node for each in ast.walk(target) if isinstance(each, ast.Name)}
-    return found
+                definitions |= {part.id: node for part in ast.walk(target) if isinstance(part, ast.Name)}
+    return definitions
 
 
 @cache
 def _imports(module: str) -> dict[str, Place]:
     """The names that a module imports from ``kernels/``, within functions too."""
-    found: dict[str, Place] = {}
+    imported: dict[str, Place] = {}
     for node in ast.walk(_tree(module)):
         if isinstance(node, ast.ImportFrom) and node.module and (node.module + ".").startswith(f"{PACKAGE}."):
-            found |= {alias.asname or alias.name: Place(node.module, alias.name) for alias in node.names}
-    return found
+            imported |= {alias.asname or alias.name: Place(node.module, alias.name) for alias in node.names}
+    return imported
 
 
 def _node(place: Place) -> ast.stmt:
@@ -144,7 +144,7 @@ def _node(place: Place) -> ast.stmt:
 def _on_device(definition: ast.stmt) -> bool:
     """A function that Triton compiles or evaluates while it does: its decorator is one of Triton's."""
     decorators = definition.decorator_list if isinstance(definition, ast.FunctionDef) else []
-    return any(ast.unparse(each).startswith("triton.") for each in decorators)
+    return any(ast.unparse(decorator).startswith("triton.") for decorator in decorators)
 
 
 def _on_host(definition: ast.stmt) -> bool:
@@ -170,8 +170,8 @@ def _canonical(node: object) -> Iterator[str]:
                 yield from _canonical(value)
     elif isinstance(node, list):
         yield "["
-        for each in node:
-            yield from _canonical(each)
+        for part in node:
+            yield from _canonical(part)
         yield "]"
     else:
         yield repr(node)

@@ -19,8 +19,17 @@ import triton.language as tl
 from tritonconv.kernels import triton_phases as phases
 from tritonconv.kernels import triton_tiles as tiles
 from tritonconv.kernels.targets import MULTIPROCESSORS
+from tritonconv.kernels.triton_arrival import (
+    ARRIVE,
+    ahead,
+    arrivals,
+    arrives,
+    last_to_arrive,
+    sum_in_order,
+    with_arrivals,
+)
 from tritonconv.kernels.triton_buffers import Buffer, new
-from tritonconv.kernels.triton_device import aligned, dividers, inside, multiple, voxel_tiles, voxels
+from tritonconv.kernels.triton_device import aligned, dividers, inside, multiple, product, voxel_tiles, voxels, widened
 from tritonconv.kernels.triton_launch import accounting, empty, geometry, precision, refusal, wide
 from tritonconv.kernels.triton_launch import launch as run
 from tritonconv.kernels.triton_phases import decoded, fine_dividers, load_phases, phases_first
@@ -59,6 +68,9 @@ def fused_backward_kernel(
     grad_x_ptr,  # (n, c_in, d, h, w) or None
     partial_ptr,  # (splits, groups, taps, c_out, c_in), dense float32, or None
     bias_partial_ptr,  # (splits, groups*c_out), dense float32, or None
+    arrivals_ptr,  # (groups,) int32, zeros: the last program of a group adds up its partials; or None
+    total_ptr,  # (groups, c_in, c_out, taps), dense, or None without arrivals
+    total_bias_ptr,  # (groups*c_out,), or None
     n, d_in, h_in, w_in, d_out, h_out, w_out, d_crop, h_crop, w_crop,
     x_strides, w_strides, grad_y_strides, grad_x_strides,
     C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
@@ -125,13 +137,27 @@ def fused_backward_kernel(
         of_channel = (channel[:, None] == offs_o[None, :]) & mask_n[:, None]
         folded = tl.sum(tl.where(of_channel, sums[:, None], 0.0), axis=0)  # over the taps
         tl.store(bias_partial_ptr + place * C_OUT + offs_o, folded, mask=offs_o < C_OUT)
+    if arrivals_ptr is not None:  # noqa: SIM102
+        if last_to_arrive(arrivals_ptr, group, SPLITS):
+            TAPS: tl.constexpr = product(KERNEL)
+            step = widened(GROUPS * TAPS * C_OUT * C_IN, WIDE)
+            places = (((group * TAPS + tap) * C_OUT + channel) * C_IN)[:, None] + offs_c[None, :]
+            weights = sum_in_order(partial_ptr, step, SPLITS, places, mask_w, ahead(BLOCK_N * BLOCK_C))
+            rows, columns = channel * TAPS + tap, (group * C_IN + offs_c) * (C_OUT * TAPS)
+            total_ptrs = total_ptr + rows[:, None] + columns[None, :]
+            tl.store(total_ptrs, weights.to(total_ptr.dtype.element_ty), mask=mask_w)
+            if bias_partial_ptr is not None:
+                offs_b, mask_o = group * C_OUT + offs_o, offs_o < C_OUT
+                biases = sum_in_order(bias_partial_ptr, GROUPS * C_OUT, SPLITS, offs_b, mask_o, ahead(BLOCK_O))
+                tl.store(total_bias_ptr + offs_b, biases.to(total_bias_ptr.dtype.element_ty), mask=mask_o)
 
 
 def backward(problem, config, x, weight, grad_y, need_bias):
     """(grad_x, grad_weight, grad_bias): grad_x needs ``weight``, the other two need ``x``; without it they are None."""
     grad_x = grad_weight = grad_bias = partial = bias_partial = None
     config = dict(config)
-    order = config.pop("WEIGHT")
+    order, arrive = config.pop("WEIGHT"), x is not None and arrives(config)
+    config.pop(ARRIVE, None)
     groups, c_in, c_out = problem.groups, problem.c_in // problem.groups, problem.c_out // problem.groups
     if weight is not None:
         grad_x = empty(problem, problem.x_shape, grad_y, zero=not grad_y.numel())
@@ -148,13 +174,16 @@ def backward(problem, config, x, weight, grad_y, need_bias):
             fused_backward_kernel,
             config["SPLITS"] * groups,
             config,
-            (grad_x, partial, bias_partial),
+            (grad_x, partial, bias_partial, *((grad_weight, grad_bias) if arrive else ())),
             x_ptr=x,
             w_ptr=weight,
             grad_y_ptr=grad_y,
             grad_x_ptr=grad_x,
             partial_ptr=partial,
             bias_partial_ptr=bias_partial,
+            arrivals_ptr=arrivals(groups, x) if arrive else None,
+            total_ptr=grad_weight if arrive else None,
+            total_bias_ptr=grad_bias if arrive else None,
             **geometry(problem),
             x_strides=() if x is None else x.stride(),
             w_strides=() if weight is None else oriented(weight, "backward_data"),
@@ -169,7 +198,7 @@ def backward(problem, config, x, weight, grad_y, need_bias):
             WIDE=far,
             PRECISION=precision(problem.dtype),
         )
-    if x is not None:
+    if x is not None and not (arrive and grad_y.numel()):
         sum_weights(partial, grad_weight, bias_partial, grad_bias)  # type: ignore[arg-type]
     return grad_x, grad_weight, grad_bias
 
@@ -260,6 +289,13 @@ def space(problem: Problem, device: torch.device) -> tuple[Config, ...]:
     return tuple(configs)
 
 
+def space_weight(problem: Problem, device: torch.device) -> tuple[Config, ...]:
+    """Also of both gradients at once."""
+    configs = space(problem, device)
+    tile_bytes = 4 * _block_n(problem, configs[0]["ROWS"]) * _block_c(problem)
+    return tuple(each for config in configs for each in with_arrivals(config, tile_bytes))
+
+
 def workspace_bytes(problem: Problem) -> int:
     """The partial sums of the largest number of splits in :func:`space`, in bytes."""
     elements = math.prod(problem.weight_shape) + problem.c_out
@@ -272,7 +308,7 @@ def work(problem: Problem, config: Config, pass_name: str) -> Work:
     tile = {**config, "BLOCK_N": _block_c(problem), "BLOCK_K": _block_n(problem, config["ROWS"])}
     steps = tiles.tiles_of(problem.n, problem.size, config) * problem.groups
     partial = 8.0 * splits * math.prod(problem.weight_shape) if pass_name == "backward_weight" else 0.0
-    launches = 2 if pass_name == "backward_weight" else 1
+    launches = 2 if pass_name == "backward_weight" and not arrives(config) else 1
     counts = tap_gemm(problem, pass_name, tile, splits * problem.groups, steps, partial, launches)
     return replace(counts, shared_bytes=_shared_bytes(problem, config["ROWS"], rows))
 
@@ -287,15 +323,16 @@ def launch_weight(problem, config, x, grad_y, need_bias):
 
 _variant = partial(
     Variant, idea="kernel = stride: all three gradients from one read of grad_y", backend="triton", supports=supports,
-    space=space, default=default, joint=backward,
+    default=default, joint=backward,
 )  # fmt: skip
 VARIANTS = [  # each is one half: both together are one launch
     _variant(
-        "backward_data_fused", "backward_data", launches=launch_data,
+        "backward_data_fused", "backward_data", launches=launch_data, space=space,
         work=lambda problem, config: work(problem, config, "backward_data"),
     ),
     _variant(
-        "backward_weight_fused", "backward_weight", launches=launch_weight, workspace_bytes=workspace_bytes,
+        "backward_weight_fused", "backward_weight", launches=launch_weight, space=space_weight, options=(ARRIVE,),
+        workspace_bytes=workspace_bytes,
         work=lambda problem, config: work(problem, config, "backward_weight"),
     ),
 ]  # fmt: skip

@@ -16,6 +16,15 @@ import triton.language as tl
 
 from tritonconv.kernels import triton_depthwise as depthwise
 from tritonconv.kernels.targets import MULTIPROCESSORS
+from tritonconv.kernels.triton_arrival import (
+    ARRIVE,
+    ahead,
+    arrivals,
+    arrives,
+    last_to_arrive,
+    sum_in_order,
+    with_arrivals,
+)
 from tritonconv.kernels.triton_buffers import new
 from tritonconv.kernels.triton_depthwise import any_tap, far, filled, lanes, replaced, within
 from tritonconv.kernels.triton_device import ceil_div, constant, inside, widened
@@ -85,6 +94,9 @@ def backward_weight_depthwise_kernel(
     grad_y_ptr,  # (n, c_out, od, oh, ow)
     partial_ptr,  # (splits, taps, c_out) float32
     bias_partial_ptr,  # (splits, c_out) float32, or None
+    arrivals_ptr,  # (programs of one split,) int32, zeros: the last one of a tile adds up its partials; or None
+    total_ptr,  # (c_out, taps), dense, or None without arrivals
+    total_bias_ptr,  # (c_out,), or None
     n, d_in, h_in, w_in, d_out, h_out, w_out, d_crop, h_crop, w_crop,
     splits, x_strides, y_strides,
     C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
@@ -141,6 +153,17 @@ def backward_weight_depthwise_kernel(
         for tap in tl.static_range(constant(KERNEL[1] * KERNEL[2])):
             at = (split * KERNEL[0] + tap_d) * (KERNEL[1] * KERNEL[2]) + tap
             tl.store(partial_ptr + at * CHANNELS + channel, tl.sum(acc[tap], 0)[None, :], mask=mask_c)
+        if arrivals_ptr is not None:
+            TAPS: tl.constexpr = KERNEL[1] * KERNEL[2]
+            BLOCK_T: tl.constexpr = triton.next_power_of_2(TAPS)
+            tap = tl.arange(0, BLOCK_T)[:, None]
+            at = tap_d * TAPS + tap
+            if last_to_arrive(arrivals_ptr, pid % (BLOCKS_C * ROLES), splits):
+                places, mask = at * CHANNELS + channel, (tap < TAPS) & mask_c
+                step = widened(KERNEL[0] * TAPS * CHANNELS, WIDE)
+                sums = sum_in_order(partial_ptr, step, splits, places, mask, ahead(BLOCK_T * BLOCK_C))
+                total_ptrs = total_ptr + channel * (KERNEL[0] * TAPS) + at
+                tl.store(total_ptrs, sums.to(total_ptr.dtype.element_ty), mask=mask)
     else:
         if bias_partial_ptr is not None:
             total = zero
@@ -154,6 +177,10 @@ def backward_weight_depthwise_kernel(
                         place // PLACES[1], place % PLACES[1], STRIDE,
                     )  # fmt: skip
             tl.store(bias_partial_ptr + split * CHANNELS + channel, tl.sum(total, 0)[None, :], mask=mask_c)
+            if arrivals_ptr is not None:  # noqa: SIM102
+                if last_to_arrive(arrivals_ptr, pid % (BLOCKS_C * ROLES), splits):
+                    sums = sum_in_order(bias_partial_ptr, CHANNELS, splits, channel, mask_c, ahead(BLOCK_C))
+                    tl.store(total_bias_ptr + channel, sums.to(total_bias_ptr.dtype.element_ty), mask=mask_c)
 
 
 def launches(problem, config, x, grad_y, need_bias):
@@ -163,18 +190,23 @@ def launches(problem, config, x, grad_y, need_bias):
     if nothing:
         return grad_weight, grad_bias
     config = dict(config)
-    splits, taps, channels = config.pop("SPLITS"), math.prod(problem.kernel), problem.c_out
+    arrive, splits = arrives(config), config.pop("SPLITS")
+    config.pop(ARRIVE, None)
+    taps, channels, tiles = math.prod(problem.kernel), problem.c_out, _tiles(problem, config, need_bias)
     partial = new((splits, 1, taps, 1, channels), x, torch.float32)
     bias_partial = new((splits, channels), x, torch.float32) if need_bias else None
     run(
         backward_weight_depthwise_kernel,
-        splits * (problem.kernel[0] + need_bias) * math.ceil(channels / config["BLOCK_C"]),
+        splits * tiles,
         config,
-        (partial, bias_partial),
+        (partial, bias_partial, *((grad_weight, grad_bias) if arrive else ())),
         x_ptr=x,
         grad_y_ptr=grad_y,
         partial_ptr=partial,
         bias_partial_ptr=bias_partial,
+        arrivals_ptr=arrivals(tiles, x) if arrive else None,
+        total_ptr=grad_weight if arrive else None,
+        total_bias_ptr=grad_bias if arrive else None,
         **geometry(problem),
         splits=splits,
         x_strides=x.stride(),
@@ -182,9 +214,15 @@ def launches(problem, config, x, grad_y, need_bias):
         **depthwise.phase_windows(problem),
         WIDE=wide(x, grad_y, partial, of=problem),
     )
-    by_channel = grad_weight.view(lambda tensor: tensor.view(channels, 1, *problem.kernel))
-    sum_weights(partial, by_channel, bias_partial, grad_bias)
+    if not arrive:
+        by_channel = grad_weight.view(lambda tensor: tensor.view(channels, 1, *problem.kernel))
+        sum_weights(partial, by_channel, bias_partial, grad_bias)
     return grad_weight, grad_bias
+
+
+def _tiles(problem: Problem, config, need_bias: bool) -> int:
+    """How many programs one split has."""
+    return (problem.kernel[0] + need_bias) * math.ceil(problem.c_out / config["BLOCK_C"])
 
 
 def supports(problem: Problem, device: torch.device) -> str | None:
@@ -211,7 +249,9 @@ def default(problem: Problem, device: torch.device):
 
 def space(problem: Problem, device: torch.device):
     base = default(problem, device)
-    return depthwise.around(base, SPLITS=(max(1, base["SPLITS"] // 2), base["SPLITS"] * 2))
+    configs = depthwise.around(base, SPLITS=(max(1, base["SPLITS"] // 2), base["SPLITS"] * 2))
+    taps = problem.kernel[1] * problem.kernel[2]
+    return tuple(each for c in configs for each in with_arrivals(c, 4 * taps * c["BLOCK_C"]))
 
 
 def workspace_bytes(problem: Problem) -> int:
@@ -221,14 +261,15 @@ def workspace_bytes(problem: Problem) -> int:
 
 def work(problem: Problem, config) -> Work:
     splits, taps = config["SPLITS"], math.prod(problem.kernel)
-    programs = splits * (problem.kernel[0] + problem.bias) * math.ceil(problem.c_out / config["BLOCK_C"])
+    programs, launches = splits * _tiles(problem, config, problem.bias), 1 if arrives(config) else 2
     moved = 8.0 * splits * (taps + 1) * problem.c_out
-    return depthwise.work(problem, "backward_weight", config, programs, taps // problem.kernel[0], moved, launches=2)
+    return depthwise.work(problem, "backward_weight", config, programs, taps // problem.kernel[0], moved, launches)
 
 
 VARIANT = Variant(
     "backward_weight_depthwise", "backward_weight",
     "one input channel per group: FMAs, split over voxels, summed in a fixed order", "triton",
     launches=launches, supports=supports, space=space, default=default, spreads_nonfinite=SPREADS_VOXELS,
+    options=(ARRIVE,),
     workspace_bytes=workspace_bytes, work=work,
 )  # fmt: skip

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from tritonconv.kernels import triton_taps
+from tritonconv.kernels.triton_arrival import ARRIVE, ahead, last_to_arrive, sum_in_order
 from tritonconv.kernels.triton_channels_last import copying
 from tritonconv.kernels.triton_device import (
     aligned,
@@ -42,6 +43,9 @@ def backward_weight_splitk_kernel(
     grad_y_ptr,  # (n, c_out, od, oh, ow)
     grad_w_ptr,  # (splits, c_in, c_out, taps)
     grad_b_ptr,  # (splits, c_out) or None
+    arrivals_ptr,  # (programs of one split,) int32, zeros: the last one of a tile adds up its partials; or None
+    total_w_ptr,  # (c_in, c_out, taps), dense, or None without arrivals
+    total_b_ptr,  # (c_out,), or None
     n, d_in, h_in, w_in, d_out, h_out, w_out, d_crop, h_crop, w_crop,
     splits, x_strides, grad_y_strides, grad_w_strides,
     C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
@@ -66,8 +70,8 @@ def backward_weight_splitk_kernel(
     if grad_b_ptr is not None:  # noqa: SIM102
         if tile < BIAS_TILES:
             store_channel_sums(
-                grad_y_ptr, grad_b_ptr, n, out_size, grad_y_strides, tile, split, splits, C_OUT * GROUPS,
-                Y_VOXELS_INNER, BIAS_V, BIAS_C, BIAS_W, WIDE,
+                grad_y_ptr, grad_b_ptr, arrivals_ptr, total_b_ptr, n, out_size, grad_y_strides, tile, split, splits,
+                C_OUT * GROUPS, Y_VOXELS_INNER, BIAS_V, BIAS_C, BIAS_W, WIDE,
             )  # fmt: skip
             return
 
@@ -115,6 +119,15 @@ def backward_weight_splitk_kernel(
     rows = widened(split, WIDE) * grad_w_strides[0] + co * grad_w_strides[2] + tap * grad_w_strides[3]
     grad_w_ptrs = grad_w_ptr + rows[:, None] + (ci * grad_w_strides[1])[None, :]
     tl.store(grad_w_ptrs, acc.to(grad_w_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
+    if arrivals_ptr is not None:  # noqa: SIM102
+        if last_to_arrive(arrivals_ptr, tile + BIAS_TILES, splits):
+            places = (co * grad_w_strides[2] + tap * grad_w_strides[3])[:, None] + (ci * grad_w_strides[1])[None, :]
+            mask = mask_m[:, None] & mask_n[None, :]
+            step = widened(grad_w_strides[0], WIDE)
+            sums = sum_in_order(grad_w_ptr, step, splits, places, mask, ahead(BLOCK_M * BLOCK_N))
+            rows, columns = co * product(KERNEL) + tap, ci * (C_OUT * product(KERNEL))
+            total_w_ptrs = total_w_ptr + rows[:, None] + columns[None, :]
+            tl.store(total_w_ptrs, sums.to(total_w_ptr.dtype.element_ty), mask=mask)
 
 
 def gemm(problem: Problem) -> SplitGemm:
@@ -134,7 +147,7 @@ VARIANT = copying(Variant(
     "backward_weight_splitk", "backward_weight",
     "one GEMM over all voxels, split into chunks; the bias gradient in the same launch", "triton",
     launches=launches, supports=supports, space=lambda problem, device: gemm(problem).space(gemm(problem).default()),
-    default=lambda problem, device: gemm(problem).default(), spreads_nonfinite=SPREADS_VOXELS,
+    default=lambda problem, device: gemm(problem).default(), spreads_nonfinite=SPREADS_VOXELS, options=(ARRIVE,),
     workspace_bytes=lambda problem: gemm(problem).workspace_bytes(),
     work=lambda problem, config: gemm(problem).work(config, LOAD_INSTRUCTIONS),
 ), ("x", "y"), "c_out")  # fmt: skip

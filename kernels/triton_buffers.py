@@ -23,6 +23,7 @@ class Buffer:
 
     The memory is an operand's (``place`` among the operands), or new; a view has another buffer's, its ``base``. A
     kernel fills new memory, the ``writer``; or torch does, with a copy of the buffer ``source`` or with ``zero``.
+    Memory that outlives the call is ``lent``: this function of the device hands it out at each run.
     """
 
     def __init__(
@@ -34,8 +35,9 @@ class Buffer:
         source: Buffer | None = None,
         zero: bool = False,
         aligned: bool = True,
+        lent: Callable[[torch.device], torch.Tensor] | None = None,
     ) -> None:
-        self.like, self.device, self.place, self.source, self.zero = like, device, place, source, zero
+        self.like, self.device, self.place, self.source, self.zero, self.lent = like, device, place, source, zero, lent
         self.base: Buffer = self if base is None else base
         self.begins_aligned = aligned
         self.writer: KernelLaunch | None = None

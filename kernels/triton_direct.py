@@ -26,13 +26,11 @@ from tritonconv.bounded import remember
 from tritonconv.kernels.triton_buffers import Buffer, Descriptor, KernelLaunch
 from tritonconv.kernels.triton_program import Program
 from tritonconv.kernels.triton_target import triton_version
+from tritonconv.private import empty_on
 
 # Takes the operands, their addresses (of what is no tensor: anything), which it appends to, and the CUDA stream.
 Player = Callable[[Sequence[Any], list, int], Any]
 Launch = Callable[[list, int], None]
-
-# torch.empty_strided without its parsing of names and its dispatch, as the code that torch.compile makes has it.
-_GUARDS = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
 
 MOST_MAPS = 64  # addresses of one operand: the tensors of a training step come back at the same ones
 
@@ -152,7 +150,7 @@ def _played(program: Program, pool: _Pool, launches: Sequence[Launch]) -> Player
 
 
 def _maker(program: Program, buffer: Buffer) -> Callable[[list], torch.Tensor]:
-    if buffer.zero or buffer.source is not None:
+    if buffer.zero or buffer.source is not None or buffer.lent is not None:
         return partial(program.filled, buffer)
     empty = _empty(buffer.device, buffer.shape, buffer.stride(), buffer.dtype)
     return lambda values: empty()
@@ -160,7 +158,7 @@ def _maker(program: Program, buffer: Buffer) -> Callable[[list], torch.Tensor]:
 
 def _empty(device: torch.device, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Callable[[], Any]:
     """Makes new tensors on the device, which is the current one. A deterministic run has torch fill them."""
-    quick = getattr(_GUARDS, f"_empty_strided_{device.type}", None)
+    quick = empty_on.get(device.type)
     if quick is None or torch.are_deterministic_algorithms_enabled():
         return partial(torch.empty_strided, size, stride, dtype=dtype, device=device)
     return partial(quick, size, stride, dtype)

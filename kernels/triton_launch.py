@@ -152,13 +152,3 @@ def launch(kernel, grid: int | tuple[int, ...], config: Config, written: Sequenc
     made = KernelLaunch(kernel, (grid,) if isinstance(grid, int) else grid, arguments, filled)
     for buffer in filled:
         buffer.writer = made
-
-
-_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
-
-
-def stream_of(index: int | None) -> int:
-    """The handle of the CUDA stream that launches on the device of this index go to; 0 without an index, on a CPU."""
-    if index is None:
-        return 0
-    return torch.cuda.current_stream(index).cuda_stream if _raw_stream is None else _raw_stream(index)

@@ -24,8 +24,8 @@ class Program:
     """The kernels behind ``results``: one buffer, or a tuple of buffers and None, in the places of the answer.
 
     ``operands`` are the buffers and other values that the launches were made of. The values of a run have places: first
-    the operands; then the ``owned`` tensors, each with memory of its own, which are the caller's or filled by torch;
-    then the ``parts`` of one workspace.
+    the operands; then the ``owned`` tensors, each with memory of its own, which are the caller's, filled by torch, or
+    lent; then the ``parts`` of one workspace.
     """
 
     def __init__(self, results: Any, operands: Sequence[Any]) -> None:
@@ -39,6 +39,9 @@ class Program:
             if result is not None:
                 self._schedule(result.base)
                 self._own(result.base)
+        for buffer in (each.base for kernel in self.kernels for each in kernel.buffers()):
+            if buffer.lent is not None:
+                self._own(buffer)
         self.parts: list[Buffer] = []
         for buffer in (each.base for kernel in self.kernels for each in kernel.buffers()):
             if buffer.place is None and buffer not in self.owned and buffer not in self.parts:
@@ -95,8 +98,10 @@ class Program:
         return results if self.several else results[0]
 
     def filled(self, buffer: Buffer, values: Sequence[Any]) -> torch.Tensor:
-        """New memory for an owned buffer, with zeros or a copy in it where it is to have them."""
+        """Memory for an owned buffer, with zeros or a copy in it where it is to have them."""
         device = values[self.first].device
+        if buffer.lent is not None:
+            return buffer.lent(device)
         tensor = torch.empty_strided(buffer.shape, buffer.stride(), dtype=buffer.dtype, device=device)
         if buffer.zero:
             tensor.zero_()

@@ -18,14 +18,14 @@ from typing import Any
 import torch
 
 from tritonconv.bounded import remember
-from tritonconv.device import current, current_index
+from tritonconv.device import current
 from tritonconv.errors import KernelWarning
 from tritonconv.kernels import triton_background, triton_direct
 from tritonconv.kernels.triton_buffers import ALIGNMENT
-from tritonconv.kernels.triton_launch import stream_of
 from tritonconv.kernels.triton_program import Program
 from tritonconv.kernels.triton_target import INTERPRETED
 from tritonconv.precision import float32_precision
+from tritonconv.private import current_gpu, dead_wrapper, raw_stream, unwrap_if_dead
 
 MOST_KEPT = 64  # kinds of operands of one plan
 ALIGNED, UNALIGNED, NO_MEMORY = 0, 1, 2
@@ -52,14 +52,19 @@ class Replay:
                 key.append(operand)
                 addresses.append(None)
             else:
-                address = operand.data_ptr()
+                try:
+                    address = operand.data_ptr()
+                except RuntimeError:
+                    if not dead_wrapper(operand):
+                        raise
+                    return self(*map(_unwrapped, operands))
                 alignment = NO_MEMORY if not address else UNALIGNED if address % ALIGNMENT else ALIGNED
                 key += (operand.stride(), alignment, operand.is_neg())
                 addresses.append(address)
                 first = operand
         device, dtype = first.device, first.dtype
         index = device.index
-        if index is not None and index != current_index():
+        if index is not None and index != current_gpu():
             with torch.cuda.device(device):  # whose limits the launches ask for, too
                 return self(*operands)
         if dtype is torch.float32:
@@ -69,7 +74,7 @@ class Replay:
             play = known.play
             if play is not None:
                 self.counts.repeated += 1
-                return play(operands, addresses, stream_of(index))
+                return play(operands, addresses, 0 if index is None else raw_stream(index))
         return self._slowly(tuple(key), known, operands, device)
 
     def _slowly(self, key: tuple, known: KeptProgram | None, operands: tuple, device: torch.device) -> Any:
@@ -166,6 +171,11 @@ def _warn_once(text: str) -> None:
         KernelWarning,
         stacklevel=2,
     )
+
+
+def _unwrapped(operand: Any) -> Any:
+    """The tensor inside one that left a torch.func transform, whose memory is not its own."""
+    return unwrap_if_dead(operand) if isinstance(operand, torch.Tensor) else operand
 
 
 def _lazy(operand: Any) -> bool:

@@ -15,6 +15,15 @@ import triton.language as tl
 
 from tritonconv.kernels import triton_tiles as tiles
 from tritonconv.kernels.targets import MULTIPROCESSORS
+from tritonconv.kernels.triton_arrival import (
+    ARRIVE,
+    ahead,
+    arrivals,
+    arrives,
+    last_to_arrive,
+    sum_in_order,
+    with_arrivals,
+)
 from tritonconv.kernels.triton_buffers import new
 from tritonconv.kernels.triton_device import chunk, dividers, offset, voxel_tiles, voxels, widened
 from tritonconv.kernels.triton_launch import geometry, precision, wide
@@ -35,11 +44,11 @@ LARGEST_SCATTER = 1 << 18
 
 @triton.jit
 def store_channel_sums(
-    grad_y_ptr, grad_b_ptr, n, out_size, grad_y_strides, tile, split, splits, CHANNELS: tl.constexpr,
-    VOXELS_INNER: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr,
-    WIDE: tl.constexpr,
+    grad_y_ptr, grad_b_ptr, arrivals_ptr, total_b_ptr, n, out_size, grad_y_strides, tile, split, splits,
+    CHANNELS: tl.constexpr, VOXELS_INNER: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_W: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Writes the sums of grad_y over the chunk's output voxels of BLOCK_C channels."""
+    """Writes the sums of grad_y over the chunk's output voxels of BLOCK_C channels; with arrivals, those of all too."""
     channel = widened(tile * BLOCK_C + tl.arange(0, BLOCK_C), WIDE)
     mask = channel < CHANNELS
     first, last = chunk(split, splits, voxel_tiles(n, out_size, BLOCK_V, BLOCK_W, WIDE))
@@ -54,6 +63,10 @@ def store_channel_sums(
         acc += tl.load(rows + (channel * grad_y_strides[1])[None, :], mask=wanted, other=0.0).to(tl.float32)
     sums = tl.sum(acc, 0).to(grad_b_ptr.dtype.element_ty)
     tl.store(grad_b_ptr + split * CHANNELS + channel, sums, mask=mask)
+    if arrivals_ptr is not None:  # noqa: SIM102
+        if last_to_arrive(arrivals_ptr, tile, splits):
+            sums = sum_in_order(grad_b_ptr, CHANNELS, splits, channel, mask, ahead(BLOCK_C))
+            tl.store(total_b_ptr + channel, sums.to(total_b_ptr.dtype.element_ty), mask=mask)
 
 
 class SplitGemm(NamedTuple):
@@ -105,8 +118,9 @@ class SplitGemm(NamedTuple):
         configs = {}
         for changed in tiles.around(base, self.problem, "BLOCK_K", num_warps=(4, 8), BLOCK_W=(0, base["BLOCK_K"])):
             for waves in (WAVES, 1, 2 * WAVES, 4 * WAVES):  # other tiles are other programs
-                config = {**changed, "SPLITS": self.splits(changed, waves)}
-                configs[tuple(config.items())] = config
+                counted = {**changed, "SPLITS": self.splits(changed, waves)}
+                for config in with_arrivals(counted, 4 * counted["BLOCK_M"] * counted["BLOCK_N"]):
+                    configs[tuple(config.items())] = config
         return tuple(configs.values())
 
     def workspace_bytes(self) -> int:
@@ -118,7 +132,7 @@ class SplitGemm(NamedTuple):
     def work(self, config: Config, per_load: int) -> Work:
         """``per_load``: instructions of a load in the kernel's loop."""
         problem, splits = self.problem, config["SPLITS"]
-        twice = through_partials(problem, splits)
+        partials = through_partials(problem, splits)
         each = 4 if splits > 1 else problem.dtype.itemsize
         return tap_gemm(
             problem,
@@ -126,8 +140,8 @@ class SplitGemm(NamedTuple):
             config,
             splits * self.programs(config, problem.bias),
             self.programs(config, False) * max(self.steps(config), splits),
-            moved=2.0 * each * splits * math.prod(problem.weight_shape) if twice else 0.0,
-            launches=2 if twice else 1,
+            moved=2.0 * each * splits * math.prod(problem.weight_shape) if partials else 0.0,
+            launches=2 if partials and not arrives(config) else 1,
             apart=(problem.stride[2], 1),
             per_load=per_load,
         )
@@ -141,7 +155,8 @@ class SplitGemm(NamedTuple):
         if nothing:
             return grad_weight, grad_bias
         config = dict(config)
-        splits = config.pop("SPLITS")
+        arrive, splits = arrives(config), config.pop("SPLITS")
+        config.pop(ARRIVE, None)
         by_row = grad_weight.view(lambda tensor: tensor.flatten(2).permute(2, 1, 0)[None, None])
         partial, bias_partial = by_row, grad_bias  # (splits, groups, taps, c_out, c_in), as the tiles lie
         if through_partials(problem, splits):
@@ -153,11 +168,14 @@ class SplitGemm(NamedTuple):
             kernel,
             splits * self.programs(config, need_bias),
             config,
-            (partial, bias_partial),
+            (partial, bias_partial, *((grad_weight, grad_bias) if arrive else ())),
             x_ptr=x,
             grad_y_ptr=grad_y,
             grad_w_ptr=partial,
             grad_b_ptr=bias_partial,
+            arrivals_ptr=arrivals(self.programs(config, need_bias), x) if arrive else None,
+            total_w_ptr=grad_weight if arrive else None,
+            total_b_ptr=grad_bias if arrive else None,
             **geometry(problem),
             splits=splits,
             x_strides=x.stride(),
@@ -168,7 +186,7 @@ class SplitGemm(NamedTuple):
             WIDE=wide(x, grad_y, partial, of=problem),
             PRECISION=precision(problem.dtype),
         )
-        if through_partials(problem, splits):
+        if through_partials(problem, splits) and not arrive:
             sum_weights(partial, grad_weight, *((bias_partial, grad_bias) if splits > 1 else ()))
         return grad_weight, grad_bias
 

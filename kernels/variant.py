@@ -65,6 +65,8 @@ class Variant:
     ``supports`` returns None, or the reason why the variant cannot serve the problem on the device; by default it
     serves all. ``workspace_bytes`` bounds the temporary memory besides inputs and outputs.
 
+    ``options`` are keys that a config may have beside those of the default; an absent one stands for 0.
+
     ``copied`` is the default config of those that copy operands first (key COPY), None where the space has none.
 
     ``prepare`` (problem, grad_y) -> tensor is work on grad_y that a backward_data and a backward_weight variant share
@@ -93,6 +95,7 @@ class Variant:
     supports: Callable[[Problem, torch.device], str | None] = field(default=_serves)
     space: Callable[[Problem, torch.device], tuple[Config, ...]] = field(default=_one_config)
     default: Callable[[Problem, torch.device], Config] = field(default=_no_config)
+    options: tuple[str, ...] = ()
     copied: Callable[[Problem, torch.device], Config | None] | None = None
     prepare: Callable[[Problem, torch.Tensor], torch.Tensor] | None = None
     joint: Callable[..., Any] | None = None

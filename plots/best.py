@@ -29,17 +29,17 @@ def draw(run: Run) -> Figure:
         "format. Dashed: geometric mean."
     ]
     frame = figures.frame_of_layers(run, f"{OURS} against the best torch", notes, panels, 2.2, columns=len(panels))
-    values = [value for each in panels.values() for value in each.values()]
+    values = [value for layers in panels.values() for value in layers.values()]
     low, high = min(0.8, min(values) / 1.1), max(2.0, max(values) * 1.12)
-    for column, ((pass_name, dtype), each) in enumerate(panels.items()):
+    for column, ((pass_name, dtype), layers) in enumerate(panels.items()):
         axes = frame.panel(column, style.title(pass_name, dtype), pad=13)
-        ordered = sorted(each.items(), key=lambda pair: -pair[1])
+        ordered = sorted(layers.items(), key=lambda pair: -pair[1])
         figures.names_down(axes, [name for name, _ in ordered])
         for index, (_, value) in enumerate(ordered):
             colour = style.BLUE if value >= 1 else style.VERMILLION
             axes.plot([1, value], [index, index], color=colour, linewidth=1.0, solid_capstyle="butt", zorder=2)
             axes.plot(value, index, "o" if value >= 1 else "v", color=colour, markersize=3.2, zorder=3)
-        average = geometric_mean(each.values())
+        average = geometric_mean(layers.values())
         axes.axvline(1, color="black", linewidth=0.9)
         axes.axvline(average, color=style.BLUE, linewidth=0.9, linestyle=(0, (4, 2)))
         axes.annotate(

@@ -135,8 +135,8 @@ def _means(run: Run) -> str:
 def means_of(ranked: Sequence[Standing]) -> list[list[Cell]]:
     """Rows under MEANS: by pass and dtype, of all layers and then of each class."""
     rows: list[list[Cell]] = []
-    for key, each in by_pass(ranked).items():
-        for kind, same in _classes(each, [one.ours for one in each]):
+    for key, of_pass in by_pass(ranked).items():
+        for kind, same in _classes(of_pass, [one.ours for one in of_pass]):
             ratios = [one.ratio for one in same]
             below, torchs = sum(ratio < 1 for ratio in ratios), sum(one.torch_chosen for one in same)
             rows.append([*key, kind, len(same), geometric_mean(ratios), min(ratios), below, torchs])
@@ -147,7 +147,7 @@ def _classes(all_of_them: Sequence[T], rows: Sequence[Mapping]) -> Iterator[tupl
     """``all`` of them, then those of each class of layers, which their rows say."""
     yield "all", all_of_them
     for kind in sorted({row.get("class") or "" for row in rows} - {""}):
-        yield kind, [each for each, row in zip(all_of_them, rows, strict=True) if row.get("class") == kind]
+        yield kind, [item for item, row in zip(all_of_them, rows, strict=True) if row.get("class") == kind]
 
 
 def _after(caption: str, text: str) -> str:
@@ -164,7 +164,7 @@ def _picture(name: str, paths: Sequence[Path]) -> str:
 
 
 def _against_the_best(run: Run) -> str:
-    rows = [[each.ours["pass"], each.ours["dtype"], *standing_cells(each)] for each in standings(run.of_models())]
+    rows = [[one.ours["pass"], one.ours["dtype"], *standing_cells(one)] for one in standings(run.of_models())]
     caption = "The fastest torch in any memory format, and our fastest: a ratio of medians."
     return _after(caption, table(("pass", "dtype", *STANDING), rows, 4))
 
@@ -259,10 +259,10 @@ def _counters(run: Run) -> str:
 
 def _checks(run: Run) -> str:
     rows: list[list[Cell]] = []
-    for key, each in grouped(run.checks, "variant", "dtype").items():
-        shares = [row["max_error"] / row["tolerance"] for row in each if row["tolerance"] > 0]
+    for key, checks in grouped(run.checks, "variant", "dtype").items():
+        shares = [row["max_error"] / row["tolerance"] for row in checks if row["tolerance"] > 0]
         if shares:
-            rows.append([*key, len(each), max(shares)])
+            rows.append([*key, len(checks), max(shares)])
     caption = "Variants held against float64 on one layer per class; the worst error as a share of the allowed one."
     return _after(caption, table(["variant", "dtype", "answers", "worst error / allowed"], rows, 2))
 

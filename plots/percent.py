@@ -30,10 +30,10 @@ def draw(run: Run) -> Figure:
         "100 %: a smaller cache held the data, or other programs slowed the roof down."
     ]
     frame = figures.frame_of_layers(run, "Share of the attainable roof", notes, panels, width=2.0, columns=2)
-    most = max([100.0, *(value for each in panels.values() for pair in each.values() for value in pair.values())])
-    for index, ((pass_name, dtype, layout), each) in enumerate(panels.items()):
+    most = max([100.0, *(value for layers in panels.values() for pair in layers.values() for value in pair.values())])
+    for index, ((pass_name, dtype, layout), layers) in enumerate(panels.items()):
         axes = frame.panel(index, style.title(pass_name, layout.upper(), dtype))
-        ordered = sorted(each.items(), key=lambda pair: -pair[1].get(OURS, 0.0))
+        ordered = sorted(layers.items(), key=lambda pair: -pair[1].get(OURS, 0.0))
         figures.names_down(axes, [name for name, _ in ordered])
         for line, (_, pair) in enumerate(ordered):
             axes.plot(list(pair.values()), [line] * len(pair), color="#B5B5B5", linewidth=0.8, zorder=2)

@@ -53,11 +53,11 @@ def draw(run: Run) -> Figure:
         len(kinds) * len(layouts), len(layouts), left=0.62, right=2.35 if many else 0.2,
     )  # fmt: skip
     limits = _limits(run, rows)
-    for line, ((pass_name, dtype), each) in enumerate(kinds.items()):
+    for line, ((pass_name, dtype), of_kind) in enumerate(kinds.items()):
         for column, layout in enumerate(layouts):
             title = style.title(pass_name, style.LAYOUT_NAMES[layout], dtype)
             axes = frame.panel(line * len(layouts) + column, title)
-            mine = [row for row in each if row["layout"] == layout]
+            mine = [row for row in of_kind if row["layout"] == layout]
             _panel(axes, frame.canvas, run, mine, numbers, limits, dtype, many)
     _legend(frame, rows)
     if many:

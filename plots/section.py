@@ -32,8 +32,8 @@ def section(run: Run, ranked: Sequence[Standing], every_layer: bool) -> str:
     for column, others in list(by_column(run.of_models()).items())[1:]:
         means += [[f"{name} ({column})", *rest] for name, *rest in means_of(others)]
     text = [_caption(run), _table(MEANS, means, 5)]
-    for (pass_name, dtype), each in by_pass(ranked).items() if every_layer else ():
-        rows = _table(STANDING, [standing_cells(one) for one in sorted(each, key=lambda one: one.ratio)], 4)
+    for (pass_name, dtype), of_pass in by_pass(ranked).items() if every_layer else ():
+        rows = _table(STANDING, [standing_cells(one) for one in sorted(of_pass, key=lambda one: one.ratio)], 4)
         text.append(f"#### {style.PASS_NAMES.get(pass_name, pass_name)}, {dtype}: the slowest first\n\n{rows}")
     return "\n\n".join(text) + "\n"
 

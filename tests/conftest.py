@@ -22,8 +22,10 @@ if not torch.cuda.is_available():
 # No test sees the choices that were tuned on this machine, and none changes them.
 os.environ["TRITONCONV_CACHE"] = tempfile.mkdtemp(prefix="tritonconv-tests-")
 
+from beside_torch import PHASES
 from plan_calls import in_one_program, watch_pass
 
+import tritonconv
 from tritonconv import dispatch
 from tritonconv.lab.bench import roofs, runner
 from tritonconv.problem import PASSES
@@ -99,6 +101,13 @@ def own_store(tmp_path, monkeypatch):
 def poisoned():
     with poisoned_memory():
         yield
+
+
+@pytest.fixture(params=[(), PHASES], ids=["rules", "forced"])
+def variants(request):
+    """The variants that are in force in the test: none, so that the rules choose, or ours of all passes."""
+    with tritonconv.use(*request.param):
+        yield request.param
 
 
 @pytest.fixture

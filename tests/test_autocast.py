@@ -7,23 +7,16 @@ import weakref
 
 import pytest
 import torch
+from beside_torch import PHASES
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.profiler import ProfilerActivity, profile
 
 import tritonconv
 from tritonconv import autocast
-from tritonconv.problem import PASSES
 
-PHASES = tuple(f"{name}_torch_phases" for name in PASSES)
 BF16, F16 = torch.bfloat16, torch.float16
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(params=[(), PHASES], ids=["rules", "forced"])
-def variants(request):
-    with tritonconv.use(*request.param):
-        yield request.param
 
 
 def layers():

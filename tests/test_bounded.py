@@ -38,6 +38,7 @@ FILLED = {
     "autotune.choose": {"_firsts": "remember", "_adopted": "device, and kind of layer that was tuned"},
     "autotune.tuning.first_use": {"_kinds": "remember"},
     "kernels.registry": {"_files": "variant"},
+    "kernels.triton_arrival": {"_buffers": "device, and stream of torch's few"},
     "kernels.triton_compiled": {"_active": "folder"},
     "autocast": {"_probes": "device", "_casts": "device"},
     "convert": {"_SUBCLASSES": "class"},

@@ -10,7 +10,7 @@ import itertools
 
 import pytest
 import torch
-import torch.nn.functional as F
+from beside_torch import HYPER, OURS, PHASES, TORCH, close, f64, operands, ours, theirs
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
 from torch.func import grad, jvp, vmap
@@ -20,37 +20,10 @@ import tritonconv
 from tritonconv import dispatch, operators
 from tritonconv.problem import PASSES
 
-OURS, TORCH = tritonconv.conv_transpose3d, F.conv_transpose3d
-PHASES = tuple(f"{name}_torch_phases" for name in PASSES)
-HYPER = {"stride": 2, "padding": 1, "output_padding": 1}
-f64 = torch.float64
-
 
 @pytest.fixture(autouse=True)
 def _fresh_compiler():
     torch._dynamo.reset()
-
-
-@pytest.fixture(params=[(), PHASES], ids=["rules", "forced"])
-def variants(request):
-    with tritonconv.use(*request.param):
-        yield request.param
-
-
-def operands(n=2, size=(2, 3, 2), dtype=f64):
-    return torch.randn(n, 3, *size, dtype=dtype), torch.randn(3, 4, 3, 4, 3, dtype=dtype), torch.randn(4, dtype=dtype)
-
-
-def ours(x, weight, bias=None):
-    return OURS(x, weight, bias, **HYPER)
-
-
-def theirs(x, weight, bias=None):
-    return TORCH(x, weight, bias, **HYPER)
-
-
-def close(got, want):
-    torch.testing.assert_close(got, want, rtol=1e-10 if want.dtype in (f64, torch.complex128) else 1e-4, atol=1e-5)
 
 
 def targets(graph):

@@ -11,6 +11,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
+from beside_torch import PHASES
 from torch.utils.checkpoint import checkpoint
 
 import tritonconv
@@ -24,7 +25,6 @@ from tritonconv.problem import PASSES, output_size
 
 LAST = torch.channels_last_3d
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-PHASES = tuple(f"{name}_torch_phases" for name in PASSES)
 X, WEIGHT, BIAS = torch.ones(1, 2, 2, 3, 2), torch.ones(2, 3, 3, 3, 3), torch.ones(3)
 
 

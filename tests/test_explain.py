@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from beside_torch import PHASES
 from named_gpu import count_gpus, name_gpu
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
@@ -22,7 +23,6 @@ from tritonconv.problem import PASSES
 explanations = sys.modules["tritonconv.explain"]
 
 CPU = torch.device("cpu")
-PHASES = tuple(f"{name}_torch_phases" for name in PASSES)
 X, WEIGHT = torch.ones(1, 2, 2, 3, 2), torch.ones(2, 3, 3, 3, 3)
 
 

@@ -8,6 +8,7 @@ import threading
 
 import pytest
 import torch
+from beside_torch import PHASES
 from plan_calls import watch_pass
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
@@ -23,7 +24,6 @@ from tritonconv.autotune.store import Entry, Table
 from tritonconv.kernels.registry import have_triton, variant
 from tritonconv.problem import PASSES, Problem
 
-PHASES = tuple(f"{name}_torch_phases" for name in PASSES)
 NATIVE = tuple(f"{name}_torch_native" for name in PASSES)
 FUSED = ("forward_shuffle", "backward_data_fused", "backward_weight_fused")
 GEOMETRY = (2, 2, 2), (4, 5, 4), (2, 3, 2), (2, 2, 2), (0, 0, 0), (1, 1, 1), 1

@@ -73,3 +73,19 @@ def test_the_formulations_in_torchs_operations_do_so_too(launches):
     x = torch.fft.fftn(torch.randn(1, 2, 4, 4, 4), dim=(2, 3, 4)).conj().imag
     assert x.is_neg()
     torch.testing.assert_close(layer(x), torch.conv_transpose3d(x, layer.weight, layer.bias, 2))
+
+
+@pytest.mark.parametrize("names", [("forward_phases", "backward_data_gemm", "backward_weight_splitk"), ()], ids=str)
+def test_a_tensor_that_left_a_transform(names):
+    """torch.func wraps its tensors; one that is kept beyond the transform has no memory of its own."""
+    left = []
+    torch.func.grad(lambda x: left.append(x * 1) or x.sum())(torch.randn(1, 4, 2, 3, 4, device=DEVICE))
+    weight = torch.randn(4, 3, 2, 2, 2, device=DEVICE, requires_grad=True)
+    with tritonconv.use(*names):
+        y = tritonconv.conv_transpose3d(left[0], weight, stride=2)
+        (grad_weight,) = torch.autograd.grad(y.square().sum(), weight)
+        with torch.no_grad():
+            assert torch.allclose(tritonconv.conv_transpose3d(left[0], weight, stride=2), y)
+    want = torch.conv_transpose3d(left[0], weight, stride=2)
+    assert torch.allclose(y, want, atol=1e-5)
+    assert torch.allclose(grad_weight, torch.autograd.grad(want.square().sum(), weight)[0], atol=1e-3)

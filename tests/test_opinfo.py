@@ -9,16 +9,15 @@ import itertools
 
 import pytest
 import torch
+from beside_torch import PHASES
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.common_modules import module_db
 
 import tritonconv
-from tritonconv.problem import PASSES
 
 OP = next(op for op in op_db if op.name == "nn.functional.conv_transpose3d")
 MODULES = {info.module_cls.__name__: info for info in module_db if "ConvTranspose3d" in info.name}
 OURS = {"ConvTranspose3d": tritonconv.ConvTranspose3d, "LazyConvTranspose3d": tritonconv.LazyConvTranspose3d}
-PHASES = tuple(f"{name}_torch_phases" for name in PASSES)
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex128, torch.complex64]
 WIDE = {torch.complex64: torch.complex128, torch.complex128: torch.complex128}
 

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 
 from tritonconv.errors import ResultsError
-from tritonconv.lab.bench import results
+from tritonconv.lab.bench import results, schema
 from tritonconv.lab.bench.results import Writer, latest, read
 from tritonconv.lab.bench.summary import groups, overlaps_one, summary
 
 ENVIRONMENT = {
-    "schema": results.SCHEMA, "run": "bench-x", "utc": "2026-01-02T03:04:05+00:00", "device": "cpu",
+    "schema": schema.SCHEMA, "run": "bench-x", "utc": "2026-01-02T03:04:05+00:00", "device": "cpu",
     "device_name": "Some CPU", "threads": 2, "torch": "2.13.0", "triton": None, "scale": "cpu", "scale_rule": "small",
     "commit": None,
 }  # fmt: skip

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from tool_combinations import TOOLS, combinations, process_group
+from tool_combinations import combinations, process_group
+from tools_tried import TOOLS
 
 
 @pytest.mark.filterwarnings("ignore")

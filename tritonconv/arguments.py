@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from tritonconv.errors import ArgumentError, ArgumentTypeError
+from tritonconv.errors import ArgumentError, ArgumentTypeError, EmptyOutputError
 from tritonconv.problem import Problem, Triple, output_size
 
 OP = "conv_transpose3d"
@@ -155,7 +155,8 @@ def check_shapes(x, weight, bias, geo: Geometry):
     out = output_size(x.shape[2:], weight.shape[2:], geo.stride, geo.crop, geo.back, geo.output_padding, geo.dilation)
     for extent in out:
         if extent < 1:
-            raise ArgumentError(
+            kind = EmptyOutputError if min(out) == 0 and geo.crop == geo.back else ArgumentError
+            raise kind(
                 f"{OP}: the output would be empty, size {tuple(out)}: padding (begin {geo.crop}, end {geo.back}) "
                 f"crops all of it; {shapes}, stride {geo.stride}, dilation {geo.dilation}"
             )

@@ -14,8 +14,6 @@ import torch
 
 from tritonconv.fallback import DEVICES
 
-any_autocast = torch._C._is_any_autocast_enabled
-
 
 def cast_arguments(input, weight, bias):
     """The operands as torch's autocast hands them to a convolution: all real floats but float64 in its dtype."""

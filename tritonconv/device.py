@@ -24,15 +24,6 @@ def current(device: torch.device) -> Iterator[None]:
         yield
 
 
-# torch.cuda.current_device without its look whether CUDA is there: whoever asks has a tensor on it.
-_current_device = getattr(torch._C, "_cuda_getDevice", None)
-
-
-def current_index() -> int:
-    """The index of the current GPU, in a process that has a tensor on one."""
-    return torch.cuda.current_device() if _current_device is None else _current_device()
-
-
 @cache
 def cpu_name() -> str:
     """The CPU's model name as Linux shows it, else what Python knows."""

@@ -27,6 +27,7 @@ from tritonconv.forced import forced
 from tritonconv.kernels.registry import variant, variants
 from tritonconv.kernels.variant import Config
 from tritonconv.plan import Plan
+from tritonconv.private import deterministic as deterministic_algorithms
 from tritonconv.problem import Problem
 from tritonconv.switches import graphs, torch_only
 
@@ -34,8 +35,6 @@ MAX_PLANS = 4096
 
 # Rises when later calls may get other plans: a result derived from a plan is then stale.
 generation = 0
-
-_deterministic = torch._C._get_deterministic_algorithms
 
 _by_call: dict[tuple, Plan] = {}
 _by_problem: dict[tuple, Plan] = {}
@@ -46,7 +45,7 @@ def plan(problem: Problem, device: torch.device, in_graph: bool = False) -> Plan
 
     ``in_graph``: of a call in a CUDA graph, as inside :func:`tritonconv.for_graphs`.
     """
-    named, deterministic, in_graph = forced.get(), _deterministic(), in_graph or graphs.get()
+    named, deterministic, in_graph = forced.get(), deterministic_algorithms(), in_graph or graphs.get()
     key = (problem, device, named, deterministic, in_graph)
     entry = _by_problem.get(key)
     if entry is None:
@@ -69,7 +68,7 @@ def plan_for(x, weight, bias, arguments: tuple) -> Plan | None:
             x.shape, x.stride(), x.dtype, x.device,
             weight.shape, weight.stride(), weight.dtype, weight.device,
             None if bias is None else (bias.shape, bias.dtype, bias.device),
-            numbers, forced.get(), _deterministic(), graphs.get(),
+            numbers, forced.get(), deterministic_algorithms(), graphs.get(),
         )  # fmt: skip
         entry = _by_call.get(key)
     except RuntimeError:  # a sparse tensor has no strides, and no variant serves it
@@ -152,7 +151,7 @@ def choice_now(problem: Problem, device: torch.device, pass_name: str, in_graph:
     Raises VariantNotApplicable where a forced variant does not serve the problem.
     """
     with current(device):
-        return _choose(problem, device, forced.get(), _deterministic(), in_graph, pass_name)
+        return _choose(problem, device, forced.get(), deterministic_algorithms(), in_graph, pass_name)
 
 
 def plan_of(problem: Problem, device: torch.device, **chosen: Selection) -> Plan:

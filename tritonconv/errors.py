@@ -11,6 +11,10 @@ class ArgumentError(ValueError, RuntimeError):
     """A value or a shape that the operation refuses."""
 
 
+class EmptyOutputError(ArgumentError):
+    """An output with an axis of no planes. torch answers such a call in some dtypes and refuses it in others."""
+
+
 class ArgumentTypeError(TypeError, RuntimeError):
     """A type or a dtype that the operation refuses."""
 

@@ -13,6 +13,7 @@ from tritonconv.arguments import geometry
 from tritonconv.autocast import cast_arguments
 from tritonconv.device import current
 from tritonconv.dispatch import Plan, choice_now, plan, plan_for
+from tritonconv.errors import EmptyOutputError
 from tritonconv.kernels.registry import triton_fault, variants
 from tritonconv.plan import REPLAYED
 from tritonconv.problem import PASSES, Problem
@@ -48,9 +49,14 @@ def explain(input, weight=None, bias=None, stride=1, padding=0, output_padding=0
     args = (stride, padding, output_padding, groups, dilation)
     batched = input.unsqueeze(0) if input.dim() == 4 else input
     reason = fallback.reason(input, weight, bias)
-    entry = plan_for(batched, weight, bias, args) if reason is None else None
-    if entry is not None:
-        return _show(entry)
+    try:
+        entry = plan_for(batched, weight, bias, args) if reason is None else None
+        if entry is not None:
+            return _show(entry)
+    except EmptyOutputError as refusal:
+        explanation = Explanation(None, str(refusal), f"torch answers this call, or refuses it: {refusal}")
+        print(explanation)
+        return explanation
     fallback.call_of(batched, weight, bias, geometry(*args))
     explanation = Explanation(None, reason, f"torch itself serves this call: {reason}")
     print(explanation)

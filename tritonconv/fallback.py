@@ -10,18 +10,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch.autograd import forward_ad
 
 from tritonconv.arguments import Geometry, check_shapes, geometry
 from tritonconv.errors import ArgumentError
 from tritonconv.kernels import torch_native
 from tritonconv.kernels.torch_layout import bias_gradient
+from tritonconv.private import dispatch_modes, forward_mode, old_vmap, tracing, transforms
 from tritonconv.problem import TorchCrop, Triple
-
-_transforms = torch._C._functorch.peek_interpreter_stack
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_tracing = torch._C._get_tracing_state
-old_vmap = torch._C._functorch.is_legacy_batchedtensor  # of batched gradients (is_grads_batched=True)
 
 DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 DEVICES = frozenset(("cpu", "cuda"))
@@ -59,11 +54,6 @@ def torch_crop(geo: Geometry) -> TorchCrop:
     return TorchCrop.of(geo.crop, net, geo.stride, geo.dilation)  # type: ignore[arg-type]
 
 
-def tracing() -> bool:
-    """torch.jit.trace records the call, or an exporter that is built on it."""
-    return _tracing() is not None
-
-
 def traced(x, weight, bias, arguments):
     """The call as torch.jit.trace records it: unchecked, for a size that is compared becomes a constant.
 
@@ -84,7 +74,7 @@ def traced(x, weight, bias, arguments):
 
 def transformed() -> bool:
     """A functorch transform or forward-mode differentiation is active; a registered operator would lose tangents."""
-    return _transforms() is not None or forward_ad._current_level >= 0
+    return transforms() is not None or forward_mode()
 
 
 def exporting() -> bool:
@@ -104,10 +94,10 @@ def plain(first: torch.Tensor, second: torch.Tensor, third: torch.Tensor | None 
         type(first) in PLAIN_TYPES
         and type(second) in PLAIN_TYPES
         and (third is None or type(third) in PLAIN_TYPES)
-        and _transforms() is None
-        and forward_ad._current_level < 0
-        and _dispatch_modes() == 0
-        and _tracing() is None
+        and transforms() is None
+        and not forward_mode()
+        and dispatch_modes() == 0
+        and tracing() is None
         and not (old_vmap(first) or old_vmap(second) or (third is not None and old_vmap(third)))
     )
 
@@ -128,13 +118,13 @@ def unserved(*tensors: torch.Tensor | None) -> str | None:
 
 def reason(*tensors: torch.Tensor | None) -> str | None:
     """Why a call goes to torch itself, in words; None where the variants serve it."""
-    if _transforms() is not None:
+    if transforms() is not None:
         return "a torch.func transform is active"
-    if forward_ad._current_level >= 0:
+    if forward_mode():
         return "forward-mode differentiation is active"
-    if _dispatch_modes() > 0:
+    if dispatch_modes() > 0:
         return "a torch dispatch mode is active (fake tensors, FLOP counter, make_fx)"
-    if tracing():
+    if tracing() is not None:
         return "torch.jit.trace or an exporter is tracing"
     if any(old_vmap(tensor) for tensor in tensors if tensor is not None):
         return "batched gradients are computed"

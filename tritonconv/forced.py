@@ -13,6 +13,7 @@ import torch
 from tritonconv.autotune.choose import Selection
 from tritonconv.errors import ArgumentError
 from tritonconv.kernels.registry import variant
+from tritonconv.private import backward_pass
 
 # (variant, its config as items, None for the default), sorted by name.
 Forced = tuple[tuple[str, tuple[tuple[str, int], ...] | None], ...]
@@ -78,7 +79,7 @@ def restore_forced(weight: torch.Tensor) -> contextlib.AbstractContextManager[No
         return None
     if not _trained or key not in _trained:
         return None
-    if torch._C._current_graph_task_id() == -1:
+    if backward_pass() == -1:
         del _trained[key]
         return None
     _, named = _trained[key]

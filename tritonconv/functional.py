@@ -13,8 +13,9 @@ import torch
 from tritonconv import autocast, autograd, fallback, guards, operators
 from tritonconv.arguments import check_types, geometry
 from tritonconv.dispatch import plan_for
-from tritonconv.errors import ArgumentTypeError, VariantNotApplicable
+from tritonconv.errors import ArgumentTypeError, EmptyOutputError, VariantNotApplicable
 from tritonconv.forced import forced_variants, restore_forced
+from tritonconv.private import any_autocast
 
 
 def conv_transpose3d(input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1):
@@ -35,7 +36,8 @@ def conv_transpose3d(input, weight, bias=None, stride=1, padding=0, output_paddi
         (torch's formula with the two crops apart); channels_last_3d if input or weight is.
 
     Raises:
-        ArgumentError (a ValueError and a RuntimeError): a value or a shape is refused.
+        ArgumentError (a ValueError and a RuntimeError): a value or a shape is refused. An output with an axis of no
+            planes is refused where torch refuses it, which depends on the dtype and the device.
         ArgumentTypeError (a TypeError and a RuntimeError): a type or a dtype is refused.
         VariantNotApplicable: a variant forced by ``tritonconv.use`` does not serve the call.
     """
@@ -52,11 +54,14 @@ def conv_transpose3d(input, weight, bias=None, stride=1, padding=0, output_paddi
 
 
 def _eager(input, weight, bias, arguments):
-    if autocast.any_autocast():
+    if any_autocast():
         input, weight, bias = autocast.cast_arguments_once(input, weight, bias)
     if input.dim() == 4:
         return _eager(input.unsqueeze(0), weight, bias, arguments).squeeze(0)
-    plan = plan_for(input, weight, bias, arguments)
+    try:
+        plan = plan_for(input, weight, bias, arguments)
+    except EmptyOutputError as refusal:
+        return _empty(input, weight, bias, arguments, refusal)
     if plan is None:
         return _by_torch(input, weight, bias, arguments)
     if autograd.needs_gradient(input, weight, bias):
@@ -70,6 +75,17 @@ def _eager(input, weight, bias, arguments):
     return _in_layout(torch.conv_transpose3d(input, weight, bias, *direct), plan.problem.layout)
 
 
+def _empty(input, weight, bias, arguments, refusal):
+    """An output with an axis of no planes: torch's answer, or the refusal where torch has none."""
+    geo = geometry(*arguments)
+    try:
+        return torch.conv_transpose3d(
+            input, weight, bias, geo.stride, geo.crop, geo.output_padding, geo.groups, geo.dilation
+        )
+    except RuntimeError:
+        raise refusal from None
+
+
 def _in_layout(y, layout):
     # torch answers some channels_last_3d calls on the CPU in NCDHW.
     return y if layout == "ncdhw" else y.contiguous(memory_format=torch.channels_last_3d)
@@ -81,7 +97,7 @@ def _by_torch(input, weight, bias, arguments):
         bias, (torch.Tensor, type(None))
     ):
         return _not_tensors(operands, geometry(*arguments))
-    if fallback.tracing():
+    if fallback.tracing() is not None:
         return fallback.traced(input, weight, bias, arguments)
     geo = geometry(*arguments)
     if not fallback.is_dtensor(input):

@@ -20,10 +20,9 @@ from tritonconv.autocast import lowered_dtype
 from tritonconv.bounded import remember
 from tritonconv.errors import ArgumentError, ArgumentTypeError, StoreError, VariantNotApplicable
 from tritonconv.forced import Forced, forced
+from tritonconv.private import deterministic as deterministic_algorithms
 from tritonconv.problem import PASSES, Problem
 from tritonconv.switches import graphs
-
-_deterministic = torch._C._get_deterministic_algorithms
 
 # The newest calls. A graph whose call is forgotten is traced anew: its guard finds no attribute.
 Call = tuple[Problem, torch.device, bool, bool]  # whether it has gradients, whether a CUDA graph will hold it
@@ -70,7 +69,7 @@ def __getattr__(name: str) -> str:
     """``"torch"`` where all passes that the call needs are torch's own, else a description of the choices."""
     if name not in _calls:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return _choice(name, dispatch.generation, forced.get(), _deterministic(), graphs.get())
+    return _choice(name, dispatch.generation, forced.get(), deterministic_algorithms(), graphs.get())
 
 
 def _records_graphs() -> bool:

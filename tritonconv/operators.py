@@ -21,10 +21,9 @@ from tritonconv.autograd import backward_of_backward, gradients
 from tritonconv.dispatch import Plan
 from tritonconv.forced import Forced, forced
 from tritonconv.kernels.torch_layout import bias_gradient
+from tritonconv.private import deterministic as deterministic_algorithms
 from tritonconv.problem import LAYOUTS, Axis, Problem, TorchCrop
 from tritonconv.switches import graphs
-
-_deterministic = torch._C._get_deterministic_algorithms
 
 # torch's caches of compiled graphs on the disk find a backward graph by the name and the arguments of the forward
 # operator: where the derivatives below are put together otherwise, the operators need other names.
@@ -61,7 +60,7 @@ def _planned(state: tuple[int, Forced, bool, bool], device, dtype, n, c_in, c_ou
 def _plan(tensor, c_in, c_out, geometry, layout, biased) -> Plan:
     """The plan of a call; ``tensor`` has its batch, device and dtype. ``state`` is all else that a plan depends on."""
     in_graph = graphs.get() or (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
-    state = dispatch.generation, forced.get(), _deterministic(), in_graph
+    state = dispatch.generation, forced.get(), deterministic_algorithms(), in_graph
     fixed = (*map(tuple, geometry[:6]), geometry[6])
     return _planned(state, tensor.device, tensor.dtype, tensor.shape[0], c_in, c_out, fixed, layout, biased)
 

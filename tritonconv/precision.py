@@ -10,18 +10,18 @@ from typing import Any
 
 import torch
 
+from tritonconv.private import fp32_precision
+
 TF32, IEEE = "tf32", "ieee"
 # The dtype of the tensors by the precision of their products, which float32 alone has a choice of.
 PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16, TF32: torch.float32, IEEE: torch.float32}
 
 _convolutions: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
-_getter = getattr(torch._C, "_get_fp32_precision_getter", None)  # what the switch reads, in a fortieth of its time
 
 
 def float32_precision() -> str:
     """``tf32`` or ``ieee``: the precision of float32 products in convolutions now."""
-    switch = _convolutions.fp32_precision if _getter is None else _getter("cuda", "conv")
-    return TF32 if switch == TF32 else IEEE
+    return TF32 if fp32_precision("cuda", "conv") == TF32 else IEEE
 
 
 def switches() -> dict[str, str]:

@@ -35,6 +35,7 @@ from tritonconv.kernels import triton_background
 from tritonconv.lab.bench import gpu
 from tritonconv.lab.bench.case import Case
 from tritonconv.lab.bench.rows import versions_of
+from tritonconv.private import backward_pass
 from tritonconv.problem import PASSES, Problem
 
 VARIABLE, NEVER = "TRITONCONV_TUNE", "never"
@@ -123,7 +124,7 @@ def _wanted(problem: Problem, device: torch.device) -> bool:
         and problem.c_out
         and not torch.are_deterministic_algorithms_enabled()
         and not torch.compiler.is_compiling()
-        and torch._C._current_graph_task_id() == -1  # not in a backward pass
+        and backward_pass() == -1  # not in a backward pass
         and not torch.cuda.is_current_stream_capturing()
         and any(pins.find(problem, device, name) is None for name in PASSES)
     )

@@ -120,22 +120,22 @@ class Campaign:
     def _roofs(self) -> list[dict]:
         """The roofs of earlier runs, and those that they lack, which are measured; puts them into the store."""
         self.ledger.step("roofs")
-        found = list(self.earlier.roofs) if self.earlier else []
-        names = {(row["name"], row["dtype"]) for row in found}
+        rows = list(self.earlier.roofs) if self.earlier else []
+        names = {(row["name"], row["dtype"]) for row in rows}
         lacking = [dtype for dtype in self.options.dtypes if not self._products(dtype) <= names]
         if lacking or (LAUNCH, None) not in names:  # of the copies and the launch, which come first, that is the last
-            each = min(0.5, self.shares.roofs * self.seconds / (3 + 2 * len(lacking)))
+            seconds = min(0.5, self.shares.roofs * self.seconds / (3 + 2 * len(lacking)))
             measured = [self.writer.write("roof", {**row, "when": "start"})
-                        for row in roofs.measure(self.device, lacking, each)]  # fmt: skip
+                        for row in roofs.measure(self.device, lacking, seconds)]  # fmt: skip
             self.steps.append(f"roofs: {len(measured)} measured")
-            found += measured
+            rows += measured
         else:
             self.steps.append("roofs: known from an earlier run")
-        ceilings = from_roofs(found, self.writer.environment, self.device)
+        ceilings = from_roofs(rows, self.writer.environment, self.device)
         if ceilings is not None:
             calibrate.keep(ceilings, self.device)
             dispatch.forget()
-        return found
+        return rows
 
     def _products(self, dtype: torch.dtype) -> set[tuple[str, str]]:
         """The roofs of matrix products that a dtype has here."""
@@ -219,8 +219,8 @@ class Campaign:
         """This run has the row's cell, which would run the same now: the same choices, sources and versions."""
         options, dtype = self.options, getattr(torch, row["dtype"])
         layer = next((layer for layer in options.layers if layer.name == row["layer"]), None)
-        asked = dtype in options.dtypes and row["layout"] in options.layouts and row["pass"] in options.passes
-        if layer is None or not asked or row.get("versions") != self.versions:
+        wanted = dtype in options.dtypes and row["layout"] in options.layouts and row["pass"] in options.passes
+        if layer is None or not wanted or row.get("versions") != self.versions:
             return False
         if row["variant"] in (BASELINE, COMPILED):
             return True
@@ -245,14 +245,14 @@ def install(folder: Path, device: torch.device) -> int:
 
     Raises StoreError where that store cannot be written; the campaign's folder is as it was.
     """
-    found = store.own(device_name(device), folder / STORE)
-    if found.entries or found.ceilings:
-        measured = from_json(found.ceilings or {})
+    table = store.own(device_name(device), folder / STORE)
+    if table.entries or table.ceilings:
+        measured = from_json(table.ceilings or {})
         if measured is not None:
             calibrate.keep(measured, device)
-        store.merge(store.Table(found.device, found.entries))
+        store.merge(store.Table(table.device, table.entries))
         dispatch.forget()
-    return len(found.entries)
+    return len(table.entries)
 
 
 @contextlib.contextmanager

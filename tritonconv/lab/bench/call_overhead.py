@@ -63,7 +63,7 @@ def measure(
 def excess(rows: list[dict]) -> dict[str, float]:
     """Microseconds per call of ours over torch's, by pass."""
     medians = {(row["pass"], row["variant"]): row["median_us"] for row in rows}
-    return {each: medians[each, OURS] - medians[each, BASELINE] for each in PASSES if (each, OURS) in medians}
+    return {name: medians[name, OURS] - medians[name, BASELINE] for name in PASSES if (name, OURS) in medians}
 
 
 def _batch(layer: nn.Module, pass_name: str) -> Callable[[], None]:

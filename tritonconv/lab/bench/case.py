@@ -153,7 +153,7 @@ class Judge:
         ``at_size`` step 2 is left out.
         """
         case = self.case
-        refused = any(each.supports(self.small.problem, case.device) is not None for each in variants)
+        refused = any(record.supports(self.small.problem, case.device) is not None for record in variants)
         small = case if refused else self.small
         with gpu.cudnn_benchmark(case.device, wanted=small is case):
             exact, errors = self._exact(small)

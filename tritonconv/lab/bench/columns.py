@@ -39,16 +39,16 @@ def ratio(row: Row, column: str) -> Spread | None:
 
 
 def _quantiles(row: Row, column: str, names: Iterable[str], older: Iterable[str]) -> Spread | None:
-    found = [row.get(f"{column}_{name}") for name in (*names, "runs")]
-    if None in found and column == row.get("timing", WALL):
-        found = [row.get(name) for name in (*older, "n_runs")]
-    return None if None in found else Spread(*found)  # type: ignore[arg-type]
+    values = [row.get(f"{column}_{name}") for name in (*names, "runs")]
+    if None in values and column == row.get("timing", WALL):
+        values = [row.get(name) for name in (*older, "n_runs")]
+    return None if None in values else Spread(*values)  # type: ignore[arg-type]
 
 
 def median(row: Row, column: str) -> float | None:
     """The median in ms of a column, also of an older row, which has no quantiles of it."""
-    found = row.get(f"{column}_ms", row.get("median_ms") if column == row.get("timing", WALL) else None)
-    return found if isinstance(found, (int, float)) else None
+    ms = row.get(f"{column}_ms", row.get("median_ms") if column == row.get("timing", WALL) else None)
+    return ms if isinstance(ms, (int, float)) else None
 
 
 def columns_of(rows: Iterable[Row]) -> list[str]:

@@ -45,8 +45,8 @@ def launched(record: Variant | None, problem: Problem, device: torch.device, pas
     """The choices that a variant by itself, or the public operation, runs now, by pass."""
     if record is not None:
         return {pass_name: Selection(record, record.default(problem, device), "by itself")}
-    made = plan(problem, device)
-    return {name: made.choice(name) for name in (PASSES if pass_name == FORWARD_BACKWARD else (pass_name,))}
+    choice = plan(problem, device).choice
+    return {name: choice(name) for name in (PASSES if pass_name == FORWARD_BACKWARD else (pass_name,))}
 
 
 def served(record: Variant | None, problem: Problem, device: torch.device, pass_name: str) -> dict[str, object]:
@@ -59,9 +59,9 @@ def served(record: Variant | None, problem: Problem, device: torch.device, pass_
 def chosen_fields(chosen: Mapping[str, Selection]) -> dict[str, object]:
     """A contestant's choices as fields of a row; while they are the same, a later run would measure the same again."""
     return {
-        "chosen": {name: each.variant.name for name, each in chosen.items()},
-        "config": {name: dict(each.config) for name, each in chosen.items()},
-        "sources": {name: revision(each.variant) for name, each in chosen.items()},
+        "chosen": {name: selection.variant.name for name, selection in chosen.items()},
+        "config": {name: dict(selection.config) for name, selection in chosen.items()},
+        "sources": {name: revision(selection.variant) for name, selection in chosen.items()},
     }
 
 

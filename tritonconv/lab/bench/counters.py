@@ -32,14 +32,14 @@ def moved_bytes(counters: Mapping[str, float], duration_us: float) -> float | No
 def cells(row: Mapping) -> list[str | float | None]:
     """The columns of a row: the kernel, its time, the megabytes (10^6) it moved, and its counters."""
     counters, moved = row["counters"], moved_bytes(row["counters"], row["duration_us"])
-    found = [counters.get(name) for name in COLUMNS.values()]
-    return [row["kernel"][:MOST_NAME], row["duration_us"], None if moved is None else moved / 1e6, *found]
+    values = [counters.get(name) for name in COLUMNS.values()]
+    return [row["kernel"][:MOST_NAME], row["duration_us"], None if moved is None else moved / 1e6, *values]
 
 
 def lines(rows: Iterable[Mapping]) -> list[str]:
     """The table of one cell."""
-    found = [[_shown(value) for value in cells(row)] for row in rows]
-    return text_table.lines([list(HEAD), *found], numbers=len(HEAD) - 1)
+    body = [[_shown(value) for value in cells(row)] for row in rows]
+    return text_table.lines([list(HEAD), *body], numbers=len(HEAD) - 1)
 
 
 def _shown(value: str | float | None) -> str:

@@ -29,7 +29,7 @@ def reference(problem: Problem, x, weight, bias, grad_y, outputs: Iterable[str])
     product = _depthwise_product if c_in == c_out == 1 else torch.einsum
     of_x, of_y = (n, groups, c_in, *problem.size), (n, groups, c_out, *problem.out_size)
     new = partial(torch.zeros, dtype=torch.float64, device=x.device)
-    found: dict[str, torch.Tensor] = {}
+    answers: dict[str, torch.Tensor] = {}
     with _one_thread(problem):
         # Voxels last but for the channels of a group: (n, d, h, w, groups, c), so that a tap is a batched GEMM.
         # Nothing is made that no output needs: at full size a tensor in float64 is large.
@@ -54,14 +54,14 @@ def reference(problem: Problem, x, weight, bias, grad_y, outputs: Iterable[str])
         if "y" in wanted:
             if bias is not None:
                 y += bias.detach().to(torch.float64).view(groups, c_out)
-            found["y"] = y.permute(0, 4, 5, 1, 2, 3).reshape(problem.y_shape)
+            answers["y"] = y.permute(0, 4, 5, 1, 2, 3).reshape(problem.y_shape)
         if "grad_x" in wanted:
-            found["grad_x"] = grad_x.permute(0, 4, 5, 1, 2, 3).reshape(problem.x_shape)
+            answers["grad_x"] = grad_x.permute(0, 4, 5, 1, 2, 3).reshape(problem.x_shape)
         if "grad_weight" in wanted:
-            found["grad_weight"] = grad_weight.permute(3, 4, 5, 0, 1, 2).reshape(problem.weight_shape)
+            answers["grad_weight"] = grad_weight.permute(3, 4, 5, 0, 1, 2).reshape(problem.weight_shape)
         if "grad_bias" in wanted and bias is not None:
-            found["grad_bias"] = grad_y.detach().sum((0, 2, 3, 4), dtype=torch.float64)
-    return found
+            answers["grad_bias"] = grad_y.detach().sum((0, 2, 3, 4), dtype=torch.float64)
+    return answers
 
 
 def reference_in_tf32(problem: Problem, x, weight, bias, grad_y, outputs: Iterable[str]) -> dict[str, torch.Tensor]:

@@ -79,7 +79,7 @@ def reduced(problem: Problem, device: torch.device) -> Problem:
     """
     on_gpu = device.type == "cuda"
     size, n = list(problem.size), min(problem.n, LARGEST_BATCH)
-    found = resized(problem, problem.size, n)
+    best = resized(problem, problem.size, n)
     for axis in (2, 1, 0):  # the strides of an axis hold the sizes of those behind it
         whole = size[axis]
         least = min(LARGEST_AXES[axis], whole)
@@ -88,13 +88,14 @@ def reduced(problem: Problem, device: torch.device) -> Problem:
                 small = resized(problem, tuple(size), n)  # type: ignore[arg-type]
                 alike = size[axis] not in size[axis + 1 :] and _compiled_in(small, axis) == _compiled_in(problem, axis)
                 if alike or not on_gpu:
-                    found = small
+                    best = small
                     break
         else:
             size[axis] = whole
-    while not on_gpu and math.prod(found.weight_shape) > LARGEST_WEIGHT and found.groups == 1 and found.c_in % 2 == 0:
-        found = replace(found, c_in=found.c_in // 2)
-    return found
+    halves = not on_gpu and problem.groups == 1
+    while halves and math.prod(best.weight_shape) > LARGEST_WEIGHT and best.c_in % 2 == 0:
+        best = replace(best, c_in=best.c_in // 2)
+    return best
 
 
 def _compiled_in(problem: Problem, axis: int) -> tuple:
@@ -131,14 +132,14 @@ def errors(problem: Problem, torchs: Outputs, exact: Outputs, cut: Outputs) -> d
     ``cut``: the outputs of :func:`float64.reference_in_tf32`, or none where TF32 is not permitted. An
     error too large for a sum that was rounded in any way counts as that of the exact output in the dtype.
     """
-    found = {}
+    credit = {}
     for name, want in exact.items():
-        least = max(distance(each, want) for each in (want.to(problem.dtype), cut.get(name, want)))
+        least = max(distance(rounded, want) for rounded in (want.to(problem.dtype), cut.get(name, want)))
         rounding = CREDIBLE * torch.finfo(problem.dtype).eps * math.sqrt(terms(problem, name))
         largest = 2 * least + min(rounding, CREDIBLE_SHARE) * _largest(want)
         error = distance(torchs[name], want)
-        found[name] = max(error, least) if error <= largest else least
-    return found
+        credit[name] = max(error, least) if error <= largest else least
+    return credit
 
 
 def against_reference(problem: Problem, mine: Outputs, torchs: Errors, exact: Outputs) -> Verdict:

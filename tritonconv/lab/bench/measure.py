@@ -33,16 +33,16 @@ class Measured:
 
     def fields(self, name: str, baseline: str) -> dict[str, object]:
         """Per column the times in ms and the ratio to the baseline of the same rounds; and the clocks' readings."""
-        found: dict[str, object] = {}
+        fields: dict[str, object] = {}
         for column, times in self.times.items():
             if name in times.rounds:
                 mine = times.spread(name)
                 ratio = times.speedup(name, baseline)[:3] if baseline in times.rounds else [None] * 3
                 of_column = ("ms", "p20_ms", "p80_ms", "runs", *SPEEDUP)
-                found |= {f"{column}_{key}": value for key, value in zip(of_column, (*mine, *ratio), strict=True)}
+                fields |= {f"{column}_{key}": value for key, value in zip(of_column, (*mine, *ratio), strict=True)}
         for column, readings in self.clock.items():
-            found |= readings if column == self.first else {f"{column}_late_samples": readings["late_samples"]}
-        return found
+            fields |= readings if column == self.first else {f"{column}_late_samples": readings["late_samples"]}
+        return fields
 
 
 def rounds(

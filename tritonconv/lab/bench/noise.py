@@ -36,8 +36,8 @@ def band(rows: Iterable[Mapping], column: str, name: str | None = None) -> Band 
 
     Of more than two rows the outermost tenth at each end does not count, which another program may have hit.
     """
-    found = [columns.ratio(row, column) for row in rows if name is None or row["variant"] == name]
-    medians = [each.median for each in found if each is not None and math.isfinite(each.median)]
+    ratios = [columns.ratio(row, column) for row in rows if name is None or row["variant"] == name]
+    medians = [ratio.median for ratio in ratios if ratio is not None and math.isfinite(ratio.median)]
     if not medians:
         return None
     outer = OUTER if len(medians) > 2 else 0.0

@@ -23,17 +23,17 @@ def calls(case: Case, pass_name: str) -> dict[str, TensorCall]:
 
     A gradient by itself has no public operation, and so no road of ours.
     """
-    found = {AGAIN: case.torch(pass_name)}
+    contestants = {AGAIN: case.torch(pass_name)}
     passes = {"forward": ("forward",), FORWARD_BACKWARD: PASSES}.get(pass_name)
     if passes is not None:
         call = operation_call(conv_transpose3d, case.problem, case.tensors, pass_name)
-        found[OUR_ROAD] = in_force(call, *(FALLBACK[name] for name in passes))
-    for name in list(found):
+        contestants[OUR_ROAD] = in_force(call, *(FALLBACK[name] for name in passes))
+    for name in list(contestants):
         try:
-            found[name]()
+            contestants[name]()
         except VariantNotApplicable:  # torch's own is wrong here, and known to be
-            del found[name]
-    return found
+            del contestants[name]
+    return contestants
 
 
 def fields(name: str, measured: Measured) -> dict[str, object]:

@@ -11,7 +11,8 @@ import torch
 
 from tritonconv.lab.bench.environment import environment
 from tritonconv.lab.bench.failures import one_line
-from tritonconv.lab.bench.results import SCHEMA, Writer
+from tritonconv.lab.bench.results import Writer
+from tritonconv.lab.bench.schema import SCHEMA
 
 
 @contextlib.contextmanager

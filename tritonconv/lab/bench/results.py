@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import os
 import re
 import secrets
@@ -21,8 +20,8 @@ from typing import Any
 
 from tritonconv.errors import ResultsError
 from tritonconv.kernels.registry import renamed
+from tritonconv.lab.bench.schema import SCHEMA, check
 
-SCHEMA = 1
 LATEST = "latest.jsonl"
 PREFIX, CAMPAIGN, PROFILE = "bench-", "campaign-", "profile-"
 NAME = re.compile(r"[a-z]+-\d{8}T\d{6}Z-[0-9a-f]+\.jsonl$")
@@ -31,40 +30,6 @@ SAME = ("layer", "pass", "dtype", "layout", "variant", "config", "stage", "launc
 # The lists of a run whose rows are about a layer, a pass, a dtype and a layout.
 OF_LAYERS = ("results", "nulls", "timings", "tuned", "overheads", "profiles", "checks")
 BASELINE, OURS, COMPILED = "torch", "tritonconv", "torch_compile"
-
-_CELL = "layer pass dtype layout variant"
-# The fields that a reader relies on, by kind; a row may carry more. With "?" null is a value too.
-REQUIRED = {
-    "environment": "schema run utc device device_name threads torch triton? scale scale_rule commit?",
-    "roof": "name what dtype? value unit",
-    "result": f"{_CELL} suite median_ms p20_ms p80_ms n_runs flops bytes speedup? speedup_p20? speedup_p80?",
-    # It differs from torch in nothing that a clock should see, and was timed beside it: see nulls.py.
-    "null": f"{_CELL} timing",
-    # A variant whose answer was held against float64, and not timed.
-    "check": f"{_CELL} max_error tolerance",
-    # One candidate of the tuner: a variant with one config. ``stage`` is "screen" or "final"; predicted_ms the model's.
-    "timing": f"{_CELL} suite config stage median_ms p20_ms p80_ms n_runs predicted_ms? speedup?",
-    # The tuner's choice for one pass of a layer; torch_ms is torch's own in the same rounds.
-    "tuned": f"{_CELL} suite config median_ms torch_ms",
-    # Time of the Python and the launches of one call on a tiny layer; variant is torch's or ours.
-    "overhead": f"{_CELL} median_us p20_us p80_us n_runs",
-    # The counters of ncu for one kernel of a call, by "name [unit]".
-    "profile": f"{_CELL} kernel launch duration_us counters",
-    "skip": "layer pass variant message",
-    "error": "layer pass variant status message",
-    "end": "reason",
-}
-KINDS = tuple(REQUIRED)
-_NUMBERS = (int, float)
-_TIMES = ("median_ms", "p20_ms", "p80_ms", "n_runs", "torch_ms", "median_us", "p20_us", "p80_us", "duration_us")
-_ABOVE_0 = {*_TIMES, "value", "bytes"}
-# The types of fields that are no text.
-_TYPES: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys((*_ABOVE_0, "flops", "speedup", "speedup_p20", "speedup_p80", "predicted_ms"), _NUMBERS),
-    **dict.fromkeys(("max_error", "tolerance"), _NUMBERS),
-    **dict.fromkeys(("schema", "threads", "n_runs", "launch"), (int,)),
-    **dict.fromkeys(("config", "counters"), (dict,)),
-}
 
 
 class Writer:
@@ -182,8 +147,8 @@ def latest(folder: Path) -> Path:
     pointer = folder / LATEST
     if pointer.exists():
         return pointer.resolve()
-    found = files(folder)
-    return next((path for path in reversed(found) if not path.name.startswith(PROFILE)), found[-1])
+    paths = files(folder)
+    return next((path for path in reversed(paths) if not path.name.startswith(PROFILE)), paths[-1])
 
 
 def load(path: Path) -> Run:
@@ -192,7 +157,7 @@ def load(path: Path) -> Run:
         return read(path)
     newest = latest(path)
     paths = written(path, CAMPAIGN) if newest.name.startswith(CAMPAIGN) else [newest]
-    runs = [read(each) for each in paths]
+    runs = list(map(read, paths))
     device = runs[-1].environment["device_name"]
     profiles = [run for run in map(read, written(path, PROFILE)) if run.environment["device_name"] == device]
     return merged([*profiles, *runs]) if profiles or len(runs) > 1 else runs[0]
@@ -200,10 +165,10 @@ def load(path: Path) -> Run:
 
 def files(folder: Path) -> list[Path]:
     """The results files of a folder, oldest first. Raises ResultsError for none."""
-    found = written(folder)
-    if not found:
+    paths = written(folder)
+    if not paths:
         raise ResultsError(f"results: no results file in {folder.resolve()}; run tritonconv bench, or name a file")
-    return found
+    return paths
 
 
 def written(folder: Path, prefix: str = "") -> list[Path]:
@@ -279,38 +244,17 @@ def _of_today(row: dict) -> dict:
     """The row with the names and configs that its variants have today."""
     chosen, config = row.get("chosen", {}), row.get("config") or {}
     if "chosen" not in row and "variant" in row:
-        row["variant"], found = renamed(row["variant"], config)
-        row |= {"config": found} if "config" in row else {}
-    for key, name in chosen.items():
-        chosen[key], found = renamed(name, config.get(key, {}))
-        config |= {key: found} if key in config else {}
+        row["variant"], config = renamed(row["variant"], config)
+        row |= {"config": config} if "config" in row else {}
+    for pass_name, name in chosen.items():
+        chosen[pass_name], of_pass = renamed(name, config.get(pass_name, {}))
+        config |= {pass_name: of_pass} if pass_name in config else {}
     return row
-
-
-def _check(row: Any) -> None:
-    """Raises ValueError for a row without what a reader relies on."""
-    kind = row.get("kind") if isinstance(row, dict) else row
-    if not isinstance(row, dict) or kind not in KINDS:
-        raise ValueError(f"kind expects one of {', '.join(KINDS)}, got {kind!r}")
-    for field_ in REQUIRED[kind].split():
-        key, types = field_.rstrip("?"), _TYPES.get(field_.rstrip("?"), (str,))
-        if key not in row:
-            raise ValueError(f"the {kind} row has no {key!r}")
-        value = row[key]
-        if value is None and key != field_:
-            continue
-        if not isinstance(value, types) or isinstance(value, bool):
-            names = " or ".join([*(each.__name__ for each in types), *(["null"] if key != field_ else [])])
-            raise ValueError(f"{key} expects {names}, got {value!r}")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{key} expects a finite number, got {value!r}")
-        if key in _ABOVE_0 and row[key] <= 0:
-            raise ValueError(f"{key} must be above 0, got {value!r}")
 
 
 def _with_row(run: Run | None, path: Path, row: dict) -> Run:
     """The run with a row more, a new one of the first. Raises ValueError for a row that is wrong."""
-    _check(row)
+    check(row)
     kind = row["kind"]
     if run is None:
         if kind != "environment":

@@ -49,10 +49,10 @@ def layer_fields(layer: Workload, duplicates: Iterable[str], problem: Problem) -
 
 def versions_of(device: torch.device) -> dict[str, str | None]:
     """The versions that a time depends on besides the device and our own sources; on a GPU also the clock's."""
-    found: dict[str, str | None] = {"torch": torch.__version__, "triton": version("triton")}
+    versions: dict[str, str | None] = {"torch": torch.__version__, "triton": version("triton")}
     if device.type == "cuda":
-        found |= {"cuda": torch.version.cuda, "clock": CLOCK}
-    return found
+        versions |= {"cuda": torch.version.cuda, "clock": CLOCK}
+    return versions
 
 
 def measured_fields(
@@ -95,7 +95,7 @@ def measured_fields(
         "max_error": one.verdict.max_error,
         "torch_error": one.verdict.torch_error,
         "tolerance": one.verdict.tolerance,
-        "deterministic": all(each.variant.deterministic for each in one.chosen.values()) if one.chosen else None,
+        "deterministic": all(choice.variant.deterministic for choice in one.chosen.values()) if one.chosen else None,
         "baseline": BASELINE,
         "speedup": ratio.median if ratio else None,
         "speedup_p20": ratio.p20 if ratio else None,
@@ -105,7 +105,7 @@ def measured_fields(
 
 def executed_flops(one: Contestant, problem: Problem) -> float | None:
     """The FLOPs that the variants execute, padding and masked taps included; None where one of them does not say."""
-    counts = [each.variant.work(problem, each.config) for each in one.chosen.values() if each.variant.work]
+    counts = [choice.variant.work(problem, choice.config) for choice in one.chosen.values() if choice.variant.work]
     if not counts or len(counts) < len(one.chosen):
         return None
     return float(sum(count.flops for count in counts))

@@ -132,17 +132,17 @@ class _Bench:
 
     def _kernels(self) -> Iterator[Request]:
         """The launches of the cells' contestants, each once."""
-        options, found = self.options, set()
+        options, jobs = self.options, set()
         for cell in self._order():
             problem, pass_name = cell.problem, cell.pass_name
-            single = [each for each in options.variants if each.pass_name == pass_name]
+            single = [record for record in options.variants if record.pass_name == pass_name]
             for record in single if options.only_compiled else (None, *single):
                 if record is None or why_not(record, problem, options.device) is None:
-                    for each in launched(record, problem, options.device, pass_name).values():
-                        job = each.variant.name, problem, tuple(sorted(each.config.items()))
-                        if each.variant.backend == "triton" and job not in found:
-                            found.add(job)
-                            yield each.variant.name, problem, each.config
+                    for selection in launched(record, problem, options.device, pass_name).values():
+                        job = selection.variant.name, problem, tuple(sorted(selection.config.items()))
+                        if selection.variant.backend == "triton" and job not in jobs:
+                            jobs.add(job)
+                            yield selection.variant.name, problem, selection.config
 
     def run(self) -> None:
         for name, why in self.left_out.items():

@@ -32,9 +32,11 @@ class Ledger:
     def rounded(self) -> Spent:
         """Until now, to a hundredth of a second; steps and kinds that took less are left out."""
         self._count()
-        kinds = {step: {kind: round(s, 2) for kind, s in found.items()} for step, found in self.seconds.items()}
-        kept = {step: {kind: s for kind, s in found.items() if s} for step, found in kinds.items()}
-        return {step: found for step, found in kept.items() if found}
+        steps = {
+            step: {kind: round(s, 2) for kind, s in kinds.items() if round(s, 2)}
+            for step, kinds in self.seconds.items()
+        }
+        return {step: kinds for step, kinds in steps.items() if kinds}
 
     @contextlib.contextmanager
     def on(self, kind: str) -> Iterator[None]:
@@ -73,10 +75,11 @@ def on(kind: str) -> contextlib.AbstractContextManager[None]:
 def lines(spent: Mapping[str, Mapping[str, float]]) -> list[list[str]]:
     """A table of text: a row per kind of work, the largest first, a column per step, and the sums."""
     steps = list(spent)
-    kinds = {kind: sum(found.get(kind, 0.0) for found in spent.values()) for found in spent.values() for kind in found}
+    kinds = dict.fromkeys(kind for seconds in spent.values() for kind in seconds)
+    totals = {kind: sum(seconds.get(kind, 0.0) for seconds in spent.values()) for kind in kinds}
     rows = [["seconds", *steps, "all"]]
-    for kind in sorted(kinds, key=lambda each: -kinds[each]):
-        each = [spent[step].get(kind, 0.0) for step in steps]
-        rows.append([kind, *(f"{s:.1f}" for s in each), f"{kinds[kind]:.1f}"])
+    for kind in sorted(kinds, key=lambda kind: -totals[kind]):
+        cells = [spent[step].get(kind, 0.0) for step in steps]
+        rows.append([kind, *(f"{s:.1f}" for s in cells), f"{totals[kind]:.1f}"])
     sums = [sum(spent[step].values()) for step in steps]
     return [*rows, ["all", *(f"{s:.1f}" for s in sums), f"{sum(sums):.1f}"]]

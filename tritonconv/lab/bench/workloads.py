@@ -127,15 +127,15 @@ def at_sizes(layer: Workload, sizes: Iterable[int]) -> tuple[Workload, ...]:
 
     A size whose output would be empty is left out.
     """
-    found = []
+    layers = []
     for size in sizes:
-        small = replace(layer, name=f"{layer.name}@{size}", n=1, size=(size,) * 3, family=layer.name)
+        sized = replace(layer, name=f"{layer.name}@{size}", n=1, size=(size,) * 3, family=layer.name)
         try:
-            small.problem()
+            sized.problem()
         except ArgumentError:
             continue
-        found.append(small)
-    return tuple(found)
+        layers.append(sized)
+    return tuple(layers)
 
 
 def resized(problem: Problem, size: Triple, n: int | None = None) -> Problem:
@@ -191,13 +191,13 @@ def workloads(suite: str | Iterable[str] = ALL, only: str = "") -> tuple[Workloa
         if name not in suites():
             raise ArgumentError(f"suite expects one of {', '.join(suites())}, got {name!r}")
     layers = tuple(layer for layer in _data()[1] if ALL in wanted or layer.suite in wanted)
-    found = tuple(layer for layer in layers if only in layer.name)
-    if not found:
+    named = tuple(layer for layer in layers if only in layer.name)
+    if not named:
         raise ArgumentError(
             f"only={only!r} matches none of the {len(layers)} layers of suite {','.join(wanted)}; "
             f"among them are {', '.join(_near(only, layers))}"
         )
-    return found
+    return named
 
 
 def workload(name: str) -> Workload:

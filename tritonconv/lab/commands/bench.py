@@ -174,10 +174,10 @@ def _overhead(options: argparse.Namespace, device: torch.device) -> int:
 
 def _roofs(options: argparse.Namespace, device: torch.device) -> int:
     dtypes, target = dtypes_of(options, *ROOF_DTYPES), options.output or RESULTS
-    each = (options.seconds or DEVICE_SECONDS) / (2 + 2 * len(dtypes))
+    seconds = (options.seconds or DEVICE_SECONDS) / (2 + 2 * len(dtypes))
     with recording(target, "roofs-", device, options.command, scale="given", scale_rule="no layers") as writer:
         rows: list[dict[str, Any]] = [
-            writer.write("roof", {**row, "when": "start"}) for row in roofs.measure(device, dtypes, each)
+            writer.write("roof", {**row, "when": "start"}) for row in roofs.measure(device, dtypes, seconds)
         ]
     lines = [["roof", "best", "median", "unit"]]
     for row in rows:

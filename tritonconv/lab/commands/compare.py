@@ -50,22 +50,22 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     paths = (options.before, options.after)
     before, after = (results.read(results.latest(path) if path.is_dir() else path) for path in paths)
-    names = [each.environment["device_name"] for each in (before, after)]
+    names = [side.environment["device_name"] for side in (before, after)]
     if names[0] != names[1] and not options.any_device:
         raise ArgumentError(f"A was measured on {names[0]}, B on {names[1]} (--any-device compares them all the same)")
     by_speedup = "cpu" in (before.environment["device"], after.environment["device"])
     changes = compare(before, after, by_speedup)
     if not changes:
         raise ResultsError("compare: A and B have no row in common, or none that was timed alike")
-    regressions = [each for each in changes if each.beyond and each.ratio < 1 / (1 + options.threshold)]
+    regressions = [change for change in changes if change.beyond and change.ratio < 1 / (1 + options.threshold)]
     column = column_of(before, after, by_speedup)
     measure = "speed-up over torch in B over that in A" if by_speedup else "time in A over time in B"
     print(f"A {before.run}\nB {after.run}\n{measure}, by {SAID[column or WALL]}; above 1: B is faster\n")
     print("\n".join(_means(changes)))
-    faster = [each for each in reversed(changes) if each.beyond and each.ratio > 1 + options.threshold]
+    faster = [change for change in reversed(changes) if change.beyond and change.ratio > 1 + options.threshold]
     for title, rows in (("slower beyond noise", regressions), ("faster beyond noise", faster)):
         print(f"\n{title}: {len(rows)} of {len(changes)}")
-        cells = [[f"  {each.ratio:.3f}", *(str(each.row[key]) for key in KEY)] for each in rows[:SHOWN]]
+        cells = [[f"  {change.ratio:.3f}", *(str(change.row[key]) for key in KEY)] for change in rows[:SHOWN]]
         print("\n".join(text_table.lines(cells, numbers=0) if cells else ["  none"]))
     return WRONG if regressions else OK
 
@@ -91,14 +91,15 @@ def compare(before: Run, after: Run, by_speedup: bool) -> list[Change]:
         change = b.median / a.median if by_speedup else a.median / b.median
         apart = b.p80 < a.p20 or b.p20 > a.p80
         changes.append(Change(new, change, apart))
-    return sorted(changes, key=lambda each: (each.ratio, str(each.row["layer"])))
+    return sorted(changes, key=lambda change: (change.ratio, str(change.row["layer"])))
 
 
 def _means(changes: list[Change]) -> list[str]:
     ratios: dict[tuple[str, str, str], list[float]] = {}
-    for each in changes:
-        ratios.setdefault((each.row["pass"], each.row["dtype"], each.row["variant"]), []).append(each.ratio)
+    for change in changes:
+        ratios.setdefault((change.row["pass"], change.row["dtype"], change.row["variant"]), []).append(change.ratio)
     lines = [["pass", "dtype", "variant", "rows", "geomean", "least", "most"]]
     for kind, mine in sorted(ratios.items()):
-        lines.append([*kind, str(len(mine)), *(f"{each:.3f}" for each in (geometric_mean(mine), min(mine), max(mine)))])
+        means = (f"{ratio:.3f}" for ratio in (geometric_mean(mine), min(mine), max(mine)))
+        lines.append([*kind, str(len(mine)), *means])
     return text_table.lines(lines, numbers=4)

@@ -71,9 +71,9 @@ def tasks_asked_for(options: argparse.Namespace, device: torch.device, scale: st
     if options.x is not None:
         return tasks_of(_given(options)), "given"
     layers = [
-        each
-        for each in workloads(options.suite or options.default_suites, options.only)
-        if left_out(each, scale) is None
+        layer
+        for layer in workloads(options.suite or options.default_suites, options.only)
+        if left_out(layer, scale) is None
     ]
     tasks = [
         Task(layer.problem(dtype, layout, scale), layer.name, layer.suite)
@@ -110,10 +110,10 @@ def _of_model(options: argparse.Namespace, device: torch.device) -> list[Problem
     problems: dict[Problem, None] = {}
     for dtype in dtypes_of(options, options.default_dtype) if options.dtype else [None]:
         typed = model if dtype is None else model.to(dtype)
-        own = next((each.dtype for each in typed.parameters() if each.is_floating_point()), torch.float32)
+        own = next((tensor.dtype for tensor in typed.parameters() if tensor.is_floating_point()), torch.float32)
         for layout in flags.once(options.layout, ("ncdhw",)):
             inputs = [torch.randn(shape, device=device).to(own) for shape in options.input]
-            laid = [each.to(memory_format=LAYOUTS[layout]) if each.dim() == 5 else each for each in inputs]
+            laid = [tensor.to(memory_format=LAYOUTS[layout]) if tensor.dim() == 5 else tensor for tensor in inputs]
             problems |= dict.fromkeys(problem for problem, _ in problems_of(typed, *laid))
     if not problems:
         raise ArgumentError(

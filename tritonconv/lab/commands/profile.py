@@ -128,9 +128,9 @@ def _all(cells, options, writer, versions, shown) -> tuple[int, str]:
         try:
             launches = ncu.count(options.ncu, cell.command(), min(left, MOST_SECONDS))
             rows = [
-                writer.write("profile", {**first, "kernel": each.kernel, "launch": index,
-                                         "duration_us": each.duration_us, "counters": each.counters})
-                for index, each in enumerate(launches)
+                writer.write("profile", {**first, "kernel": launch.kernel, "launch": index,
+                                         "duration_us": launch.duration_us, "counters": launch.counters})
+                for index, launch in enumerate(launches)
             ]  # fmt: skip
             _show(cell, rows)
         except ResultsError as error:

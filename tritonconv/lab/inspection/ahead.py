@@ -61,7 +61,7 @@ def open_folder(path: Path, target: str) -> CompiledFolder:
         if folder.difference is not None:
             raise ArgumentError(f"{path}: {folder.difference}: choose another folder")
     # A run that is cut off before there is a manifest leaves an unfinished one.
-    elif any(not each.name.startswith(f".{MANIFEST}.") for each in path.iterdir()):
+    elif any(not entry.name.startswith(f".{MANIFEST}.") for entry in path.iterdir()):
         raise ArgumentError(f"{path}: holds no {MANIFEST}, and is not empty: choose another folder")
     else:
         folder = CompiledFolder(path.absolute(), Maker.here(), ())
@@ -146,7 +146,7 @@ def _copy(place: Path, folder: CompiledFolder, name: str, roots: Sequence[Path])
         for path in place.iterdir():
             if path.suffix in WANTED and not path.name.startswith(GROUP):
                 (unfinished / path.name).write_bytes(_portable(path, roots))
-        sizes = {each.name: each.stat().st_size for each in unfinished.iterdir()}
+        sizes = {file.name: file.stat().st_size for file in unfinished.iterdir()}
         (unfinished / f"{GROUP}{name}").write_text(json.dumps({"sizes": sizes}), encoding="utf-8")
         unfinished.chmod(0o755)  # mkdtemp's is for one user
         if folder.group(place.name, name) is None:
@@ -177,7 +177,7 @@ def _portable(path: Path, roots: Sequence[Path]) -> bytes:
 def _names_alone(value: Any) -> Any:
     """Nothing reads the paths in Triton's facts of a kernel, such as that of a library it was linked with."""
     if isinstance(value, dict):
-        return {key: _names_alone(each) for key, each in value.items()}
+        return {key: _names_alone(part) for key, part in value.items()}
     if isinstance(value, list):
-        return [_names_alone(each) for each in value]
+        return [_names_alone(part) for part in value]
     return Path(value).name if isinstance(value, str) and os.path.isabs(value) else value

@@ -27,33 +27,33 @@ State = dict[int, int]  # by the product's place: how many groups were committed
 def early_writes(code: str) -> tuple[str, ...]:
     """Of nvdisasm's listing the instructions that write a register of a product in flight, in the order of the text."""
     listing = instructions(code)
-    read = {place: _operand_a(each) for place, each in enumerate(listing) if each.name.startswith("HGMMA")}
+    read = {place: _operand_a(line) for place, line in enumerate(listing) if line.name.startswith("HGMMA")}
     if not any(read.values()):
         return ()
     before: dict[int, State] = {0: {}}
     waiting = [0]
     while waiting:
         place = waiting.pop()
-        each = listing[place]
-        after = _after(before[place], place, each, place in read)
-        for follower in _followers(place, each, len(listing)):
+        line = listing[place]
+        after = _after(before[place], place, line, place in read)
+        for follower in _followers(place, line, len(listing)):
             known = before.get(follower)
             joined = dict(after) if known is None else _joined(known, after)
             if joined != known:
                 before[follower] = joined
                 waiting.append(follower)
     return tuple(
-        f"{each.name} {each.text}"
-        for place, each in enumerate(listing)
-        if (mine := _written(each)) and any(mine & read[product] for product in before.get(place, ()))
+        f"{line.name} {line.text}"
+        for place, line in enumerate(listing)
+        if (mine := _written(line)) and any(mine & read[product] for product in before.get(place, ()))
     )
 
 
-def _after(state: State, place: int, each: Instruction, product: bool) -> State:
+def _after(state: State, place: int, line: Instruction, product: bool) -> State:
     if product:
         state = {**state, place: OPEN}
-        return {where: age + 1 for where, age in state.items()} if "gsb0" in each.text else state
-    left = _WAIT.search(each.text) if each.name.startswith("WARPGROUP.DEPBAR") else None
+        return {where: age + 1 for where, age in state.items()} if "gsb0" in line.text else state
+    left = _WAIT.search(line.text) if line.name.startswith("WARPGROUP.DEPBAR") else None
     if left is None:
         return state
     return {where: age for where, age in state.items() if age < int(left[1], 16)}
@@ -64,26 +64,26 @@ def _joined(one: State, other: State) -> State:
     return {place: min(state[place] for state in (one, other) if place in state) for place in {*one, *other}}
 
 
-def _followers(place: int, each: Instruction, end: int) -> list[int]:
+def _followers(place: int, line: Instruction, end: int) -> list[int]:
     """The places that may come next."""
     followers = []
-    leaves = each.name.startswith(("BRA", "EXIT", "RET"))
+    leaves = line.name.startswith(("BRA", "EXIT", "RET"))
     # A branch may name its condition behind its name.
-    if place + 1 < end and (not leaves or each.guard or "UP" in each.text.split("`")[0]):
+    if place + 1 < end and (not leaves or line.guard or "UP" in line.text.split("`")[0]):
         followers.append(place + 1)
-    if each.name.startswith("BRA") and each.target is not None and each.target < end:
-        followers.append(each.target)
+    if line.name.startswith("BRA") and line.target is not None and line.target < end:
+        followers.append(line.target)
     return followers
 
 
-def _operand_a(each: Instruction) -> set[int]:
-    product = _PRODUCT.match(each.text)
+def _operand_a(line: Instruction) -> set[int]:
+    product = _PRODUCT.match(line.text)
     return _registers(product[1], A_REGISTERS) if product and product[1] else set()
 
 
-def _written(each: Instruction) -> set[int]:
-    result = None if each.name.startswith(_READS) else _RESULT.match(each.text)
-    width = 4 if _FOUR.search(each.name) else 2 if _TWO.search(each.name) else 1
+def _written(line: Instruction) -> set[int]:
+    result = None if line.name.startswith(_READS) else _RESULT.match(line.text)
+    width = 4 if _FOUR.search(line.name) else 2 if _TWO.search(line.name) else 1
     return _registers(result[1], width) if result else set()
 
 

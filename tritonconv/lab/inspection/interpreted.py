@@ -134,10 +134,10 @@ def accesses_of(job: Job, layouts: Layouts) -> list[Access]:
             (*sectors(addresses, mask, itemsize, layout), copied)
             for layout, copied in layouts.get((kind, addresses.shape), ())
         ]
-        counts = [each for each in counts if each[1]]
+        counts = [count for count in counts if count[1]]
         if counts:
             # Two tiles of one shape may have two layouts: the compiler gave each the one that suits its addresses.
-            fewest, touched, requests, lane_bytes, copied = max(counts, key=lambda each: each[0] / each[1])
+            fewest, touched, requests, lane_bytes, copied = max(counts, key=lambda count: count[0] / count[1])
             key = kind, addresses.shape, copied, lane_bytes
             sums[key] = sums.get(key, 0) + np.array([requests, touched, fewest])
     return [Access(job.variant, job.layer.name, job.layout, *key, *figures.tolist()) for key, figures in sums.items()]

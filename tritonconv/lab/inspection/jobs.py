@@ -73,8 +73,8 @@ def job_list(
 def _with_more(job: Job, record: Variant, candidates: bool) -> list[Job]:
     """With the default config, the one that copies operands first, or all of the pruned space."""
     default, *copies = record.starts(job.problem, GPU)
-    others = [each for each in pruned_space(record, job.problem, GPU) if each != default] if candidates else copies
-    return [job] + [replace(job, config=dict(each)) for each in others]
+    configs = pruned_space(record, job.problem, GPU) if candidates else copies
+    return [job] + [replace(job, config=dict(config)) for config in configs if config != default]
 
 
 def run(

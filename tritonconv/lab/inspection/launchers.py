@@ -71,9 +71,9 @@ def _find_library(driver: Any) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / LIBRARY).exists():
         names = sorted(set(DRIVER_CALL.findall(driver.make_launcher({}, {}, None))))
-        source, made = folder / f"{os.getpid()}.c", folder / f"{os.getpid()}.so"
+        source, library = folder / f"{os.getpid()}.c", folder / f"{os.getpid()}.so"
         source.write_text("".join(f"void {name}(void) {{}}\n" for name in names))
         compiler = os.environ.get("CC", "gcc")
-        subprocess.run([compiler, "-shared", "-fPIC", f"-Wl,-soname,{LIBRARY}", source, "-o", made], check=True)
-        made.replace(folder / LIBRARY)
+        subprocess.run([compiler, "-shared", "-fPIC", f"-Wl,-soname,{LIBRARY}", source, "-o", library], check=True)
+        library.replace(folder / LIBRARY)
     knobs.nvidia.libcuda_path = str(folder)

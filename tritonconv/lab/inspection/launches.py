@@ -75,7 +75,7 @@ class Launch:
             key: tuple(each) if isinstance(each, list) else each for key, each in row["problem"].items()
         }
         row["problem"] = Problem(**fields | {"dtype": getattr(torch, fields["dtype"])})
-        row["kernels"] = tuple(Kernel(**each) for each in row["kernels"])
+        row["kernels"] = tuple(Kernel(**kernel) for kernel in row["kernels"])
         row["modules"] = tuple((key, name) for key, name in row["modules"])
         row["variant"], row["config"] = renamed(row["variant"], row["config"])
         texts = [row["variant"], row["precision"], row["target"], *row["config"]]
@@ -108,9 +108,9 @@ class Launches:
         self._has_files = cache(lambda key, name: folder.group(key, name) is not None)
         for line in _lines(folder.path / LAUNCHES):
             with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                each = Launch.of(line.decode())
-                identity = _identity(each.variant, each.problem, each.config, each.precision, each.target)
-                self._by_identity[identity] = each  # in the place of one from other sources
+                launch = Launch.of(line.decode())
+                identity = _identity(launch.variant, launch.problem, launch.config, launch.precision, launch.target)
+                self._by_identity[identity] = launch  # in the place of one from other sources
 
     def __iter__(self) -> Iterator[Launch]:
         return iter(self._by_identity.values())

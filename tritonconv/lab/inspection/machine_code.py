@@ -83,7 +83,7 @@ def stack_is_used(code: str) -> bool:
 
 def sass_counts(code: str) -> dict[str, Any]:
     """Instruction counts of nvdisasm's listing."""
-    words = [each.name.split(".") for each in instructions(code)]
+    words = [line.name.split(".") for line in instructions(code)]
     names = Counter(word[0] for word in words)
     return {
         "instructions": len(words),
@@ -101,11 +101,11 @@ def loop_counts(code: str) -> dict[str, int]:
     instructions, and its loads of one or two bytes per thread; zeros where there is none."""
     listing = instructions(code)
     # Where the code ends for good: a jump back across it belongs to a wait out of line, and is no loop.
-    ends = [place for place, each in enumerate(listing) if each.name.startswith("EXIT") and not each.guard]
+    ends = [place for place, line in enumerate(listing) if line.name.startswith("EXIT") and not line.guard]
     backward = [
-        range(each.target, place + 1)
-        for place, each in enumerate(listing)
-        if each.name.startswith("BRA") and each.target is not None and each.target <= place
+        range(line.target, place + 1)
+        for place, line in enumerate(listing)
+        if line.name.startswith("BRA") and line.target is not None and line.target <= place
     ]
 
     def products(loop: range) -> int:

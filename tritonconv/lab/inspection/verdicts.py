@@ -56,7 +56,7 @@ def _configs(record: Variant, job: Job) -> tuple[Config, ...]:
         configs = pruned_space(record, job.problem, GPU)
     if not work_of(record, job.problem, configs[0]).matrix:
         return ()
-    return tuple({class_of(each): each for each in reversed(configs)}.values())
+    return tuple({class_of(config): config for config in reversed(configs)}.values())
 
 
 def class_of(config: Config) -> tuple[tuple[str, int], ...]:
@@ -85,8 +85,8 @@ def _early_write(name: str, kernel: Any, target: Target, seconds: dict[str, floa
 def verdicts(records: Iterable[Record], revisions: Mapping[str, str]) -> Verdicts:
     """The verdicts of compiled jobs; a launch of several kernels has the worst of theirs."""
     launches: dict[tuple, list[Record]] = {}
-    for each in records:
-        launches.setdefault((each.variant, class_name(each), tuple(each.config.items())), []).append(each)
+    for record in records:
+        launches.setdefault((record.variant, class_name(record), tuple(record.config.items())), []).append(record)
     by_variant: Verdicts = {}
     for (name, kind, config), kernels in launches.items():
         of_variant = by_variant.setdefault(name, {"revision": revisions[name], "classes": {}})
@@ -100,9 +100,9 @@ def class_name(record: Record) -> str:
 
 
 def _worst(kernels: Sequence[Record]) -> str:
-    if any(each.error is not None for each in kernels):
+    if any(record.error is not None for record in kernels):
         return BROKEN
-    return UNSAFE if any(each.early_write for each in kernels) else SAFE
+    return UNSAFE if any(record.early_write for record in kernels) else SAFE
 
 
 def configs_of(by_variant: Verdicts, verdict: str) -> list[tuple[str, str, Config]]:

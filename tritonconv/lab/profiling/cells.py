@@ -68,39 +68,40 @@ def worst_of(run: Run, count: int, passes: Sequence[str] = (), only: str = "") -
     follows, in its memory format. Where dispatch chose torch's own call, our fastest Triton variant stands for ours.
     """
     groups: dict[tuple[str, str, str], list[Standing]] = {}
-    for each in standings(run.of_models()):
-        row = each.ours
+    for standing in standings(run.of_models()):
+        row = standing.ours
         if only in row["layer"] and (not passes or row["pass"] in passes):
-            groups.setdefault((layer_class(row["problem"]), row["pass"], row["dtype"]), []).append(each)
-    chosen = (each for group in groups.values() for each in sorted(group, key=_urgency)[:count])
-    return list(dict.fromkeys(cell for each in chosen for cell in _cells_of(each, run)))
+            groups.setdefault((layer_class(row["problem"]), row["pass"], row["dtype"]), []).append(standing)
+    first = (standing for group in groups.values() for standing in sorted(group, key=_urgency)[:count])
+    return list(dict.fromkeys(cell for standing in first for cell in _cells_of(standing, run)))
 
 
-def _urgency(each: Standing) -> tuple[bool, float]:
-    return each.ratio >= 1 and not each.torch_chosen, each.ours.get("percent_of_roof") or each.ratio
+def _urgency(standing: Standing) -> tuple[bool, float]:
+    return standing.ratio >= 1 and not standing.torch_chosen, standing.ours.get("percent_of_roof") or standing.ratio
 
 
-def _cells_of(each: Standing, run: Run) -> Iterator[ProfiledCell]:
-    if each.torch_chosen:
-        for name in PASSES if each.ours["pass"] == FORWARD_BACKWARD else (each.ours["pass"],):
-            nearest = _nearest(each.ours, name, run)
+def _cells_of(standing: Standing, run: Run) -> Iterator[ProfiledCell]:
+    if standing.torch_chosen:
+        for name in PASSES if standing.ours["pass"] == FORWARD_BACKWARD else (standing.ours["pass"],):
+            nearest = _nearest(standing.ours, name, run)
             if nearest is not None:
                 yield _cell(nearest, run, nearest["variant"], f"lost: {_times(nearest)}", nearest["config"])
                 yield _cell(nearest, run, BASELINE, "chosen")
         return
-    roof = each.ours.get("percent_of_roof")
+    roof = standing.ours.get("percent_of_roof")
     share = f", {roof:.0f} % of the roof" if roof else ""
-    yield _cell(each.ours, run, OURS, f"{_times(each.ours)}, {each.ratio:.2f} times as fast as the best torch{share}")
-    if each.ratio < 1:
-        yield _cell(each.torch, run, BASELINE, f"faster: {_times(each.torch)}")
+    faster = f"{standing.ratio:.2f} times as fast as the best torch"
+    yield _cell(standing.ours, run, OURS, f"{_times(standing.ours)}, {faster}{share}")
+    if standing.ratio < 1:
+        yield _cell(standing.torch, run, BASELINE, f"faster: {_times(standing.torch)}")
 
 
 def _nearest(row: Mapping, pass_name: str, run: Run) -> Mapping | None:
     """The tuner's fastest timing of a Triton kernel in a pass of the row's cell."""
     where = {"layer": row["layer"], "dtype": row["dtype"], "layout": row["layout"], "pass": pass_name}
-    mine = [each for each in run.timings if all(each[key] == value for key, value in where.items())]
+    mine = [row for row in run.timings if all(row[key] == value for key, value in where.items())]
     names = {record.name for record in variants(pass_name) if record.backend == "triton"}
-    return min((each for each in mine if each["variant"] in names), key=lambda each: each["median_ms"], default=None)
+    return min((row for row in mine if row["variant"] in names), key=lambda row: row["median_ms"], default=None)
 
 
 def _times(row: Mapping) -> str:

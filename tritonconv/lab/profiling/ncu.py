@@ -74,10 +74,10 @@ def count(ncu: str, command: Sequence[str], seconds: float) -> list[KernelCounte
                 kill(tool)
                 tool.communicate()
         text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
-    found = list(read(text))
-    if tool.returncode or not found:
+    kernels = list(read(text))
+    if tool.returncode or not kernels:
         raise ResultsError(f"ncu: exit code {tool.returncode}: {_reason(text, output)}")
-    return found
+    return kernels
 
 
 def read(text: str) -> Iterator[KernelCounters]:
