@@ -48,9 +48,14 @@ def forward(problem: Call, x, weight, bias, operation=F.conv_transpose3d):
     """
     crop = problem.torch_crop
     y = operation(x, weight, bias, problem.stride, crop.padding, crop.output_padding, problem.groups, problem.dilation)
+    return cut(y, crop)
+
+
+def cut(y, crop: TorchCrop):
+    """torch's answer without the planes that its padding and output padding cannot express."""
     if not crop.exact:
-        for axis, (first, size) in enumerate(zip(crop.front, problem.out_size, strict=True), start=2):
-            y = y.narrow(axis, first, size)
+        for axis, (first, last) in enumerate(zip(crop.front, crop.back, strict=True), start=2):
+            y = y.narrow(axis, first, y.shape[axis] - first - last)
     return y
 
 

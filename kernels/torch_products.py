@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from tritonconv.private import addmm, bmm
+
 # MKL's product of fewer FLOPs takes no longer than oneDNN's: 14 and 19 us for 2.0e6, 24 and 26 for 4.2e6 (as above).
 ENOUGH_FLOPS = 5_000_000
 
@@ -25,7 +27,7 @@ def product(left: torch.Tensor, right: torch.Tensor, bias: torch.Tensor | None =
         return _onednn(left, right, bias)
     if _by_convolution(left, right):
         return _product_by_convolution(left, right, bias)
-    return left @ right if bias is None else torch.addmm(bias, left, right)
+    return left @ right if bias is None else addmm(bias, left, right)
 
 
 def products(matrix: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
@@ -48,7 +50,7 @@ def products(matrix: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
         return found
     if _by_convolution(matrix, images):
         return F.conv1d(images, matrix.unsqueeze(2))
-    return torch.bmm(matrix.expand(images.shape[0], *matrix.shape), images)
+    return bmm(matrix.expand(images.shape[0], *matrix.shape), images)
 
 
 def sum_of_products(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -60,7 +62,7 @@ def sum_of_products(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         return found
     if _by_convolution(left, right):
         return _sum_by_convolution(left, right)
-    return torch.bmm(left, right.transpose(1, 2)).sum(0)
+    return bmm(left, right.transpose(1, 2)).sum(0)
 
 
 def _by_convolution(left: torch.Tensor, right: torch.Tensor) -> bool:

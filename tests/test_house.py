@@ -25,7 +25,7 @@ BESIDE = {"Makefile", "LICENSE", "constraints.txt"}
 # Lower never imports higher; modules of one layer may import each other. A module belongs to the longest name here that
 # begins its own.
 LAYERS = (
-    ("errors", "switches", "flops", "private", "precision", "bounded"),
+    ("errors", "switches", "registries", "symbolic", "private", "precision", "bounded"),
     ("problem", "device"),
     ("arguments",),
     ("kernels",),

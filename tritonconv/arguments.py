@@ -169,7 +169,10 @@ def check_types(x, weight, bias) -> None:
         if tensor is None:
             continue
         if tensor.dtype != x.dtype:
-            raise ArgumentTypeError(f"{OP}: {name} is {tensor.dtype} but input is {x.dtype}; they must be the same")
+            hint = "; quantize after tritonconv.restore(model)" if x.is_quantized else ""
+            raise ArgumentTypeError(
+                f"{OP}: {name} is {tensor.dtype} but input is {x.dtype}; they must be the same{hint}"
+            )
         if tensor.device != x.device:
             raise ArgumentError(f"{OP}: {name} is on {tensor.device} but input is on {x.device}; they must be the same")
 

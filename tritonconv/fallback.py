@@ -6,11 +6,12 @@ numbers, tracing, fake tensors and tensor subclasses exactly as torch has them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
-from tritonconv.arguments import Geometry, check_shapes
+from tritonconv.arguments import Geometry, check_shapes, geometry
 from tritonconv.errors import ArgumentError
 from tritonconv.kernels import torch_native
 from tritonconv.kernels.torch_layout import bias_gradient
@@ -41,13 +42,34 @@ class SymbolicCall(NamedTuple):
 def call_of(x, weight, bias, geo: Geometry) -> SymbolicCall:
     """Checks a batched call and records it without asking for concrete sizes."""
     out = check_shapes(x, weight, bias, geo)
-    if geo.crop == geo.back:  # torch's own arguments, which may be symbolic too: nothing to compare
-        crop = TorchCrop(geo.crop, geo.output_padding, (0, 0, 0), (0, 0, 0))
-    else:
-        net = tuple(b - q for b, q in zip(geo.back, geo.output_padding, strict=True))
-        crop = TorchCrop.of(geo.crop, net, geo.stride, geo.dilation)  # type: ignore[arg-type]
     size, weight_shape = tuple(x.shape[2:]), tuple(weight.shape)
-    return SymbolicCall(size, geo.stride, crop, out, geo.dilation, geo.groups, weight_shape)
+    return SymbolicCall(size, geo.stride, torch_crop(geo), out, geo.dilation, geo.groups, weight_shape)
+
+
+def torch_crop(geo: Geometry) -> TorchCrop:
+    """The crops of a call in torch's terms."""
+    if geo.crop == geo.back:  # torch's own arguments, which may be symbolic too: nothing to compare
+        return TorchCrop(geo.crop, geo.output_padding, (0, 0, 0), (0, 0, 0))
+    net = tuple(b - q for b, q in zip(geo.back, geo.output_padding, strict=True))
+    return TorchCrop.of(geo.crop, net, geo.stride, geo.dilation)  # type: ignore[arg-type]
+
+
+def traced(x, weight, bias, arguments):
+    """The call as torch.jit.trace records it: unchecked, for a size that is compared becomes a constant.
+
+    torch's arguments go to torch as they are: an output padding that was computed from sizes is recorded so.
+    """
+    padding = arguments[1]
+    if not (isinstance(padding, Sequence) and any(isinstance(entry, Sequence) for entry in padding)):
+        return torch.nn.functional.conv_transpose3d(x, weight, bias, *arguments)
+    if x.dim() == 4:
+        return traced(x.unsqueeze(0), weight, bias, arguments).squeeze(0)
+    geo = geometry(*arguments)
+    crop = torch_crop(geo)
+    y = torch.nn.functional.conv_transpose3d(
+        x, weight, bias, geo.stride, crop.padding, crop.output_padding, geo.groups, geo.dilation
+    )  # type: ignore[call-arg]
+    return torch_native.cut(y, crop)
 
 
 def transformed() -> bool:

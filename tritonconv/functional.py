@@ -92,12 +92,14 @@ def _in_layout(y, layout):
 
 
 def _by_torch(input, weight, bias, arguments):
-    geo = geometry(*arguments)
     operands = {"input": input, "weight": weight, "bias": bias}
     if not all(isinstance(t, torch.Tensor) for t in (input, weight)) or not isinstance(
         bias, (torch.Tensor, type(None))
     ):
-        return _not_tensors(operands, geo)
+        return _not_tensors(operands, geometry(*arguments))
+    if fallback.tracing() is not None:
+        return fallback.traced(input, weight, bias, arguments)
+    geo = geometry(*arguments)
     if not fallback.is_dtensor(input):
         input, weight, bias = autocast.cast_arguments(input, weight, bias)
         check_types(input, weight, bias)

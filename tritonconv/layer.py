@@ -1,14 +1,21 @@
 """``torch.nn.ConvTranspose3d`` with another forward: same arguments, state_dict, RNG draws and repr."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
 from torch import nn
+from torch.fx import Proxy
 
-from tritonconv.errors import ArgumentError
+from tritonconv import registries, symbolic
+from tritonconv.errors import ArgumentError, ArgumentTypeError
 from tritonconv.functional import conv_transpose3d
+
+_is_scripting = torch.jit.is_scripting
+
+
+@torch.jit.unused  # TorchScript knows no f-string
+def _refuse_padding_mode(mode: str) -> None:
+    raise ArgumentError(f"ConvTranspose3d: supports only padding_mode='zeros', got {mode!r}")
 
 
 class ConvTranspose3d(nn.ConvTranspose3d):
@@ -23,16 +30,29 @@ class ConvTranspose3d(nn.ConvTranspose3d):
         Raises ArgumentError or ValueError as torch's layer refuses.
         """
         if self.padding_mode != "zeros":
-            raise ArgumentError(f"ConvTranspose3d: supports only padding_mode='zeros', got {self.padding_mode!r}")
-        output_padding: Sequence[int] = self.output_padding
-        if output_size is not None:
-            # torch annotates lists where its own layer passes tuples
-            output_padding = self._output_padding(
+            _refuse_padding_mode(self.padding_mode)
+        if _is_scripting():  # torch.jit.script compiles this branch alone, and parses the other: no f-string in it
+            scripted = self._output_padding(
                 input, output_size, self.stride, self.padding, self.kernel_size, 3, self.dilation  # type: ignore[arg-type]
             )  # fmt: skip
-        return conv_transpose3d(
-            input, self.weight, self.bias, self.stride, self.padding, output_padding, self.groups, self.dilation
-        )
+            y = nn.functional.conv_transpose3d(
+                input, self.weight, self.bias, self.stride, self.padding, scripted, self.groups, self.dilation  # type: ignore[arg-type]
+            )  # fmt: skip
+        else:
+            if type(input) is not torch.Tensor and isinstance(input, Proxy):
+                node = symbolic.node_of(self, input, output_size)
+                if node is not None:
+                    return node
+            output_padding: Sequence[int] = self.output_padding
+            if output_size is not None:
+                # torch annotates lists where its own layer passes tuples
+                output_padding = self._output_padding(
+                    input, output_size, self.stride, self.padding, self.kernel_size, 3, self.dilation  # type: ignore[arg-type]
+                )  # fmt: skip
+            y = conv_transpose3d(
+                input, self.weight, self.bias, self.stride, self.padding, output_padding, self.groups, self.dilation
+            )
+        return y
 
 
 class LazyConvTranspose3d(nn.LazyConvTranspose3d):
@@ -40,3 +60,12 @@ class LazyConvTranspose3d(nn.LazyConvTranspose3d):
 
     cls_to_become = ConvTranspose3d
     forward = ConvTranspose3d.forward
+
+    def initialize_parameters(self, input: torch.Tensor, *args: object, **kwargs: object) -> None:
+        """Makes the parameters for the channels of ``input``. Raises ArgumentTypeError for a proxy of torch.fx."""
+        if isinstance(input, Proxy):
+            raise ArgumentTypeError("LazyConvTranspose3d: torch.fx gives no channels; run one forward first")
+        super().initialize_parameters(input, *args, **kwargs)  # type: ignore[arg-type]
+
+
+registries.register_layers(nn.ConvTranspose3d, ConvTranspose3d)

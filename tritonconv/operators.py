@@ -15,7 +15,7 @@ from weakref import WeakSet
 
 import torch
 
-from tritonconv import dispatch, fallback, flops
+from tritonconv import dispatch, fallback, registries
 from tritonconv.arguments import layout_of
 from tritonconv.autograd import backward_of_backward, gradients
 from tritonconv.dispatch import Plan
@@ -216,4 +216,4 @@ def _register_vmap(name, function):
 _register_vmap(_FORWARD, _torch_forward)
 _register_vmap(_BACKWARD, _torch_backward)
 
-flops.register(forward, backward)
+registries.register_operators(forward, backward)

@@ -44,6 +44,10 @@ fp32_precision = private(
     "_C._get_fp32_precision_getter",
     lambda backend, operation: torch.backends.cudnn.conv.fp32_precision,  # type: ignore[attr-defined]
 )
+# torch.bmm and torch.addmm themselves: a counter of layers (ptflops) replaces those while it counts, and would count
+# the products of a layer besides the layer.
+bmm = private("_C._VariableFunctions.bmm", torch.bmm)
+addmm = private("_C._VariableFunctions.addmm", torch.addmm)
 # torch.empty_strided of (size, stride, dtype) on the current device, as torch.compile's code calls it; None where it is
 # missing.
 empty_on = {kind: private(f"_C._dynamo.guards._empty_strided_{kind}", None) for kind in ("cpu", "cuda")}

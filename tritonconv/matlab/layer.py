@@ -16,10 +16,12 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.fx import Proxy
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import UninitializedParameter, is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
+from tritonconv import symbolic
 from tritonconv.errors import ArgumentError, ArgumentTypeError
 from tritonconv.functional import conv_transpose3d
 from tritonconv.matlab.arguments import LEARNABLES, OP, cropping_of, integer, plain, property_list, row
@@ -179,6 +181,10 @@ class TransposedConv3dLayer(LazyModuleMixin, Factors):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """``(n, c, h, w, d)`` or ``(c, h, w, d)`` in, ``num_filters`` channels out."""
+        if type(input) is not torch.Tensor and isinstance(input, Proxy):
+            node = symbolic.node_of(self, input)
+            if node is not None:
+                return node
         # The operation refuses the same inputs; asking again in MATLAB's words costs nothing where all is well.
         try:
             return conv_transpose3d(input, self.weight, self.bias, *self._geometry)
@@ -186,8 +192,13 @@ class TransposedConv3dLayer(LazyModuleMixin, Factors):
             self._check(input, self.weight.shape[0])
             raise
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise ArgumentTypeError(f"{OP}: torch.jit.script cannot compile it; torch.jit.trace and torch.export record it")
+
     def initialize_parameters(self, input: torch.Tensor) -> None:
         """Makes the parameters that have no values yet, for the channels of ``input``; none if the call must fail."""
+        if isinstance(input, Proxy):
+            raise ArgumentTypeError(f"{OP}: torch.fx gives no channels; run one forward first, or give num_channels")
         missing = self._missing()
         if not missing:
             return
