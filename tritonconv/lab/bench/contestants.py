@@ -68,7 +68,7 @@ def chosen_fields(chosen: Mapping[str, Selection]) -> dict[str, object]:
 def contestant(name: str, record: Variant | None, case: Case, pass_name: str, at_size: bool) -> Contestant:
     """Prepares and judges a contestant; ``record`` is the variant to force, None for torch and the public operation.
 
-    Without ``at_size`` it is not held against torch at full size: where torch cannot run the cell.
+    ``at_size`` is false where torch cannot run the cell: then the answer is not held against torch's at full size.
     """
     call, chosen = prepared(name, record, case, pass_name)
     begin = perf_counter()

@@ -16,7 +16,7 @@ WARM_CALLS = 3  # before a capture: autotuning and lazy allocations do not belon
 def cudnn_benchmark(device: torch.device, wanted: bool = True) -> Iterator[None]:
     """Inside the block cuDNN chooses its algorithms by trying them: the baseline on a GPU is torch at its best.
 
-    Not ``wanted``: it takes the first that its rules name, which is enough where nothing is timed.
+    Where ``wanted`` is false, it takes the first that its rules name, which is enough where nothing is timed.
     """
     if device.type != "cuda":
         yield

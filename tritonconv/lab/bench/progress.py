@@ -12,7 +12,7 @@ SECONDS_BETWEEN_LINES = 5.0
 
 
 class Progress:
-    """How many cells there are, and each one that is done. This one shows nothing; the block of it ends the display."""
+    """Counts the cells that are done; the end of its block ends the display. This class shows nothing."""
 
     def begin(self, cells: int) -> None:
         pass

@@ -163,8 +163,8 @@ def load_variant_files(options: argparse.Namespace) -> tuple[Variant, ...]:
 def use_compiled(options: argparse.Namespace, device: torch.device) -> None:
     """Has this process, and those that it starts, take kernels from the folder of --compiled; says on stderr how many.
 
-    From no other folder: where it does not fit, that of the environment is not taken either. Raises ArgumentError for
-    a folder that is not one.
+    They take them from no other folder: where this one does not fit, that of the environment is not taken either.
+    Raises ArgumentError for a folder that is not one of compiled kernels.
     """
     if options.compiled is None:
         return

@@ -23,9 +23,9 @@ from tritonconv.problem import LAYOUTS, Problem
 
 
 def add_problems(parser: argparse.ArgumentParser, scale: str, dtype: str = "float32", of_models: bool = False) -> None:
-    """``scale`` is what the help says of the default of --scale.
+    """Adds the flags. ``scale`` describes the default of --scale in the help, and ``dtype`` is the default of --dtype.
 
-    ``dtype`` is the default of --dtype, and ``of_models`` leaves other suites out of that of --suite.
+    With ``of_models`` the default of --suite is the suites of models alone.
     """
     parser.set_defaults(default_dtype=dtype, default_suites=model_suites() if of_models else (ALL,))
     add_flags(parser, "only", suite="those of models" if of_models else "all", scale=scale)

@@ -86,8 +86,8 @@ def run(
 ) -> list[Record]:
     """Compiles all jobs and returns their records in the order of the jobs; calls ``step`` after each.
 
-    ``compiled``, a function of a module, makes the records of one job. With one process it is this one; with more a
-    crash of the compiler is a record of the job that caused it.
+    ``compiled``, a function of a module, makes the records of one job. With ``processes`` 1 the jobs run in this
+    process; with more, a crash of the compiler becomes a record of the job that caused it.
     """
     by_job: list[list[Record]] = [[] for _ in jobs]
     here = ((index, compiled(job)) for index, job in enumerate(jobs))

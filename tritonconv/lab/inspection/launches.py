@@ -119,9 +119,9 @@ class Launches:
         return len(self._by_identity)
 
     def has(self, name: str, problem: Problem, config: Config, precision: str, target: str) -> bool:
-        """Whether a launch of a variant for a target is there, compiled by this Triton from the sources that are here.
+        """Whether a launch is there with all its files, compiled by this Triton from the sources that are here.
 
-        With all its files. ``precision`` is that of float32 products: ``tf32`` or ``ieee``.
+        ``precision`` is that of float32 products: ``tf32`` or ``ieee``.
         """
         if self.folder.difference is not None:
             return False

@@ -50,7 +50,7 @@ class Answer:
 def ensure_compiler(
     compiler: Precompiler | None, device: torch.device
 ) -> contextlib.AbstractContextManager[Precompiler]:
-    """The compiler of an outer block, which ends it; None: one for the device, for this block."""
+    """The given compiler, which an outer block ends; where it is None, one for the device, which this block ends."""
     return Precompiler(target_of(device), ahead=read_active()) if compiler is None else contextlib.nullcontext(compiler)
 
 
@@ -81,7 +81,7 @@ class Precompiler(Workers):
         self.target, self.ahead = target, ahead
 
     def start(self, requests: Iterable[Request]) -> list[Future[Answer]]:
-        """Begins with them behind those that wait already; float32 is multiplied as torch's switch says now."""
+        """Puts the requests behind those that wait already; float32 is multiplied as torch's switch says now."""
         return [] if self.target is None else [self._start(*request, self.target) for request in requests]
 
     def _start(self, name: str, problem: Problem, config: Config, target: str) -> Future[Answer]:

@@ -53,7 +53,7 @@ class Workers:
         return self
 
     def submit(self, function: Callable[..., Result], *arguments: Any, lost: Callable[[str], Result]) -> Future[Result]:
-        """The result of ``function`` (of a module) in a process; where none comes, that of ``lost`` of the reason."""
+        """The result of ``function`` (of a module) in a process, or ``lost(reason)`` where that ends without one."""
         return self._threads.submit(self._answer, (function, arguments), lost)
 
     def __exit__(self, *error: object) -> None:
