@@ -83,14 +83,13 @@ class OnGpu(torch.Tensor):
         target = kwargs.get("device")
         to_cpu = target is not None and torch.device(target).type == "cpu"
         call = partial(op, *_hosts(args), **_hosts(kwargs) | ({} if target is None else {"device": CPU}))
-        name = op.overloadpacket.__name__
-        found = _run(call, PRODUCT if "conv" in name or name.endswith("mm") else OTHER)
+        name, back = op.overloadpacket.__name__, [each.alias_info for each in op._schema.returns]
+        view = any(back) and not any(each.is_write for each in back if each)  # no kernel: nothing for the device
+        found = _run(call, 0 if view else PRODUCT if "conv" in name or name.endswith("mm") else OTHER)
         if mixed or to_cpu or not _tensors(found):
             synchronize()
-        if to_cpu:
-            return found
         wrapped = tree_map_only(torch.Tensor, lambda each: each if isinstance(each, OnGpu) else OnGpu(each), found)
-        return return_and_correct_aliasing(op, args, kwargs, wrapped)
+        return found if to_cpu else return_and_correct_aliasing(op, args, kwargs, wrapped)
 
 
 def _elsewhere(value) -> bool:
@@ -108,7 +107,7 @@ def _tensors(tree) -> list[torch.Tensor]:
 def _run(call: Callable, us: int):
     """The answer of a call on the device, which takes so long; a graph that is being captured keeps it."""
     now.us += us
-    now.host_us += HOST_LAUNCH if us == LAUNCH else HOST
+    now.host_us += HOST_LAUNCH if us == LAUNCH else HOST if us else 0
     found = call()
     if now.graph is not None:
         now.graph.calls.append((call, us, _tensors(found)))
@@ -308,7 +307,7 @@ def shrink() -> None:
     call_overhead.CALLS, runner.MOST_CELL_SECONDS = 2, 0.1
     # By the clock of the device every round takes as long, and none is warmer.
     one = {"few_rounds": 1, "min_rounds": 1, "max_rounds": 1}
-    measure.interleave = lambda *args, **rounds: timing.interleave(*args, **one)
+    measure.interleave = lambda *args, **rounds: timing.interleave(*args, **rounds | one)
     measure.warm_up, timing.MOST_WARM_ROUNDS = (lambda *args: 0), 1
     workloads.CPU_GFLOP, workloads.CPU_BATCH, verification.CHECKED_AXES = 0.0, 1, 2
     verification.SAMPLE_LAYERS = {"k2s2": "segresnet_deconv_up2"}

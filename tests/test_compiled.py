@@ -19,6 +19,8 @@ import tritonconv
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = form_names(record for record in tritonconv.variants() if record.backend == "triton")
+# Without the halves of backward_together, which launch the kernels of two others by themselves, for short problems.
+ALONE = [name for name in NAMES if not name.endswith("_together")]
 
 COMMON = """
 import dataclasses, json, sys
@@ -111,7 +113,7 @@ def test_a_new_image_size_compiles_nothing():
                     anew.append(name)
         print(json.dumps(anew))
         """,
-        *NAMES,
+        *ALONE,
     )
     assert anew == []
 
@@ -190,7 +192,7 @@ def test_channels_that_8_divides_are_loaded_as_wide_as_those_that_16_divides():
                 narrow[name] = counts
         print(json.dumps(narrow))
         """,
-        *NAMES,
+        *ALONE,
     )
     narrow = {name: counts for name, counts in narrow.items() if counts}
     assert {"forward_phases", "backward_data_gemm", "backward_weight_splitk", "backward_weight_cells"} <= set(narrow)

@@ -45,8 +45,9 @@ def judged(label: str, layout: str) -> list[Variant]:
 
 
 def test_every_variant_has_a_giant():
+    """But the two halves of backward_together, which serve short problems alone, in the tiles of two that have one."""
     found = {record.name for label in GIANT for layout in LAYOUTS for record in judged(label, layout)}
-    assert found == set(NAMES)
+    assert found == {name for name in NAMES if not name.endswith("_together")}
 
 
 def integers(shape, layout: str) -> torch.Tensor:
