@@ -15,6 +15,7 @@ import json
 import os
 import re
 import secrets
+import stat
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -207,6 +208,7 @@ def merge(table: Table, folder: Path | None = None, ceilings: Callable[[Known], 
         new = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         try:
             with new.open("w", encoding="utf-8") as file:
+                new.chmod(shared_mode(path))
                 file.write(whole.text())
                 file.flush()
                 os.fsync(file.fileno())
@@ -219,19 +221,35 @@ def merge(table: Table, folder: Path | None = None, ceilings: Callable[[Known], 
             raise StoreError(f"cannot write {path}: {error}") from None
 
 
+def shared_mode(path: Path) -> int:
+    """The permissions of a file of the store: who may write into its folder may write it."""
+    return stat.S_IMODE(path.parent.stat().st_mode) & 0o666
+
+
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Holds the lock of a file of the store and makes its folder. Raises StoreError where that cannot be had."""
-    from filelock import FileLock, Timeout
+    from filelock import Timeout
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock", timeout=LOCK_SECONDS):
+        with _lock(path):
             yield
-    except Timeout:
-        raise StoreError(f"{path}.lock was held by another process for {LOCK_SECONDS} s") from None
+    except Timeout as error:
+        raise StoreError(f"{error.lock_file} was held by another process for {LOCK_SECONDS} s") from None
     except OSError as error:
         raise StoreError(f"cannot write into {path.parent}: {error}") from None
+
+
+def _lock(path: Path) -> contextlib.AbstractContextManager[Any]:
+    """Acquired; on a file system without locks a file that is there stands for one."""
+    from filelock import FileLock, SoftFileLock
+
+    how: Any = {"timeout": LOCK_SECONDS, "mode": shared_mode(path)}
+    try:
+        return FileLock(f"{path}.lock", **how).acquire()
+    except NotImplementedError:
+        return SoftFileLock(f"{path}.held", **how).acquire()
 
 
 def _load(path: Path, device: str) -> tuple[Table, bool]:

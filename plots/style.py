@@ -5,8 +5,9 @@ Nothing here opens a window or keeps state in pyplot; the same results give the 
 
 from __future__ import annotations
 
+import contextlib
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +61,13 @@ def new_figure(width: float, height: float) -> tuple[Figure, FigureCanvasAgg]:
     return figure, FigureCanvasAgg(figure)
 
 
-def style():
-    """The context in which a chart is drawn and saved."""
-    return matplotlib.rc_context(RC)
+@contextlib.contextmanager
+def style() -> Iterator[None]:
+    """The context in which a chart is drawn and saved: our own, whatever a user's matplotlibrc says."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(RC)
+        yield
 
 
 def variant_colour(name: str, others: Sequence[str] = ()) -> str:

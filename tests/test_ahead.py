@@ -266,7 +266,7 @@ def test_edited_sources_are_told_apart(copied, tmp_path):
 
 
 def test_on_a_cpu_a_folder_is_of_no_use_and_does_no_harm(made, capsys, tmp_path):
-    done = cli.main(["tune", *ASKED[:-2], "--dtype", "float32", "--seconds", "0.1", "--device", "cpu", "--compiled",
+    done = cli.main(["tune", *ASKED[:-2], "--dtype", "float32", "--seconds", "9", "--device", "cpu", "--compiled",
                      str(made), "--store", str(tmp_path), "--output", str(tmp_path), "--quiet"])  # fmt: skip
     assert done == 0
     assert f"tritonconv tune: {made}: kernels for sm_90 serve no cpu" in capsys.readouterr().err

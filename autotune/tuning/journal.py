@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tritonconv.autotune.store import locked, path_of
+from tritonconv.autotune.store import locked, path_of, shared_mode
 from tritonconv.errors import StoreError, StoreWarning
 from tritonconv.kernels.registry import renamed
 
@@ -133,6 +133,8 @@ class Journal:
     def _write(self, timing: Timing) -> None:
         line = json.dumps(asdict(timing), allow_nan=False) + "\n"
         with locked(self.path), self.path.open("ab") as file:
+            if not file.tell():
+                self.path.chmod(shared_mode(self.path))
             if file.tell() and not self._ends_a_line():
                 line = "\n" + line  # behind a line that a kill cut short
             file.write(line.encode())

@@ -7,11 +7,14 @@ Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 1 a res
 from __future__ import annotations
 
 import argparse
+import errno
+import io
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
-from tritonconv.errors import ArgumentError, ResultsError
+from tritonconv.errors import ArgumentError, ResultsError, StoreError, shortened
 from tritonconv.lab.commands import bench, campaign, compare, explain, inspect, profile, report, tune
 from tritonconv.lab.commands import compile as compile_
 from tritonconv.lab.commands import list as list_
@@ -41,6 +44,9 @@ GONE = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
+    for stream in (sys.stdout, sys.stderr):  # of a narrow encoding, as C or cp1252: what it lacks is escaped
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given and given[0] in GONE:
         print(f"tritonconv {given[0]}: `tritonconv {GONE[given[0]]}` took its place", file=sys.stderr)
@@ -53,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.given, options.command = given, ("tritonconv", *given)
     try:
         return COMMANDS[options.name].run(options)
-    except (ArgumentError, ResultsError) as error:
+    except (ArgumentError, ResultsError, StoreError) as error:
         print(f"tritonconv {options.name}: {error}", file=sys.stderr)
         return USAGE
     except KeyboardInterrupt:
@@ -62,10 +68,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  what Python would still flush at exit has no reader
         return 0
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        print(f"tritonconv {options.name}: {shortened(str(error))}", file=sys.stderr)
+        return USAGE
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse's, whose messages are no longer than ours."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(shortened(message))
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="tritonconv",
         description="Measures and tunes 3-D transposed convolution on the layers of real models.",
         epilog="exit codes: 0 done; 1 a result was wrong or could not be had; 2 bad usage or input; 130 interrupted",

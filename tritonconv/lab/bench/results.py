@@ -48,7 +48,7 @@ class Writer:
             folder.mkdir(parents=True, exist_ok=True)
             self._file = self.path.open("x", encoding="utf-8")
         except OSError as error:
-            raise ResultsError(f"output: cannot write results into {folder}: {error}") from None
+            raise ResultsError(f"argument --output: cannot write results into {folder}: {error}") from None
         self._rows = 0
         self.environment: dict[str, object] = {}
         self.end: dict[str, object] = {"reason": "complete"}
@@ -223,6 +223,8 @@ def read(path: Path) -> Run:
     run: Run | None = None
     cut_off: list[str] = []
     for number, line in enumerate(io.StringIO(text), start=1):
+        if not line.strip():  # an editor's, or of files that were put together
+            continue
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import textwrap
 from typing import Any
 
@@ -28,6 +29,7 @@ from tritonconv.lab.commands.common import (
     RESULTS,
     WRONG,
     add_flags,
+    check_store,
     device_of,
     dtypes_of,
     folder,
@@ -126,10 +128,15 @@ def _layers(options: argparse.Namespace, device: torch.device) -> int:
     use_compiled(options, device)
     with progress(options.quiet) as shown:
         outcome = bench(wanted, options.output or RESULTS, shown)
-    print(summary(results.read(outcome.path)))
+    found = results.read(outcome.path)
+    print(summary(found))
     print(f"\nresults: {outcome.path}")
     if outcome.reason == "interrupted":
         return INTERRUPTED
+    if not found.results:
+        why = "the budget was used up" if outcome.reason == "budget" else "what failed and what was left out is above"
+        print(f"tritonconv bench: nothing was measured: {why}", file=sys.stderr)
+        return WRONG
     return WRONG if outcome.errors else OK
 
 
@@ -173,6 +180,7 @@ def _overhead(options: argparse.Namespace, device: torch.device) -> int:
 
 
 def _roofs(options: argparse.Namespace, device: torch.device) -> int:
+    check_store(device, options.store)
     dtypes, target = dtypes_of(options, *ROOF_DTYPES), options.output or RESULTS
     seconds = (options.seconds or DEVICE_SECONDS) / (2 + 2 * len(dtypes))
     with recording(target, "roofs-", device, options.command, scale="given", scale_rule="no layers") as writer:

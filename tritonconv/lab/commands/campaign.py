@@ -27,6 +27,7 @@ from tritonconv.lab.commands.common import (
     OK,
     WRONG,
     add_flags,
+    check_store,
     device_of,
     folder,
     load_variant_files,
@@ -85,6 +86,8 @@ def run(options: argparse.Namespace) -> int:
     sized = (each for layer in layers if layer.name in FAMILIES for each in at_sizes(layer, SIZES[kind]))
     wanted = run_of(options, device, (*layers, *sized), "bfloat16" if kind == "gpu" else "float32", added)
     use_compiled(options, device)
+    if options.install:
+        check_store(device, instead="(with --no-install) --output")
     begin, shown = perf_counter(), progress(options.quiet, unit="steps", first="verifying")
     try:
         outcome = Campaign(wanted, options.output, shown).run()
@@ -97,7 +100,8 @@ def run(options: argparse.Namespace) -> int:
         _go_on(options.given, left)
     finally:
         shown.close()
-    print(summary(results.load(options.output)))
+    found = results.load(options.output)
+    print(summary(found))
     print("\n" + "\n".join(outcome.steps))
     print("\nwhere the seconds went:\n\n" + "\n".join(text_table.lines(spent.lines(outcome.spent), numbers=1)))
     print(f"\nresults: {outcome.path}")
@@ -106,6 +110,9 @@ def run(options: argparse.Namespace) -> int:
         print("the budget was used up; the same command goes on from here")
     if outcome.reason == "interrupted":
         return INTERRUPTED
+    if not (found.results or found.tuned or found.checks):
+        print(f"tritonconv campaign: nothing was measured in {options.seconds:g} s", file=sys.stderr)
+        return WRONG
     return WRONG if outcome.errors else OK
 
 

@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 
-from tritonconv.errors import ArgumentError
+from tritonconv.autotune import store
+from tritonconv.autotune.key import device_name
+from tritonconv.errors import ArgumentError, StoreError
 from tritonconv.kernels import registry, triton_compiled
 from tritonconv.kernels.registry import triton_fault
 from tritonconv.kernels.targets import TARGETS
@@ -158,6 +160,14 @@ def layer_lines(layers: Iterable[Workload], scale: str) -> list[str]:
 def load_variant_files(options: argparse.Namespace) -> tuple[Variant, ...]:
     """The records of --variant-file, registered. Raises ArgumentError that names the file."""
     return tuple(record for path in options.variant_files for record in registry.load(path))
+
+
+def check_store(device: torch.device, folder: Path | None = None, instead: str = "--store") -> None:
+    """Raises ArgumentError where a store cannot be written: before anything is measured for it."""
+    try:
+        store.merge(store.Table(device_name(device)), folder)
+    except StoreError as error:
+        raise ArgumentError(f"{error}; TRITONCONV_CACHE or {instead} names another folder") from None
 
 
 def use_compiled(options: argparse.Namespace, device: torch.device) -> None:

@@ -187,6 +187,8 @@ def _verdicts(options: argparse.Namespace, chosen: Sequence[Variant]) -> int:
 
 def _triton_variants(names: list[str]) -> tuple[Variant, ...]:
     kernels = {record.name: record for record in variants() if record.backend == "triton"}
+    if not kernels:
+        raise ArgumentError(f"there is no Triton variant: {triton_fault()}")
     for name in names:
         if name not in kernels:
             if triton_fault() is not None:

@@ -17,6 +17,7 @@ from tritonconv.autotune.tuning.session import tasks_of
 from tritonconv.autotune.tuning.tasks import Task
 from tritonconv.errors import ArgumentError
 from tritonconv.lab import flags
+from tritonconv.lab.bench.failures import one_line
 from tritonconv.lab.bench.workloads import ALL, distinct, in_order, left_out, workloads
 from tritonconv.lab.commands.common import add_flags, dtypes_of, layouts_of, model_suites
 from tritonconv.problem import LAYOUTS, Problem
@@ -98,15 +99,7 @@ def _given(options: argparse.Namespace) -> Iterator[Problem]:
 
 
 def _of_model(options: argparse.Namespace, device: torch.device) -> list[Problem]:
-    module, _, factory = options.model.partition(":")
-    with _working_folder_first():
-        try:
-            make = getattr(importlib.import_module(module), factory)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise ArgumentError(f"argument --model: {options.model!r}: {error}") from None
-    model = make().to(device)
-    if not isinstance(model, torch.nn.Module):
-        raise ArgumentError(f"argument --model: {options.model} returned {type(model).__name__}, not a torch.nn.Module")
+    model = _model(options.model).to(device)
     problems: dict[Problem, None] = {}
     for dtype in dtypes_of(options, options.default_dtype) if options.dtype else [None]:
         typed = model if dtype is None else model.to(dtype)
@@ -114,12 +107,44 @@ def _of_model(options: argparse.Namespace, device: torch.device) -> list[Problem
         for layout in flags.once(options.layout, ("ncdhw",)):
             inputs = [torch.randn(shape, device=device).to(own) for shape in options.input]
             laid = [tensor.to(memory_format=LAYOUTS[layout]) if tensor.dim() == 5 else tensor for tensor in inputs]
-            problems |= dict.fromkeys(problem for problem, _ in problems_of(typed, *laid))
+            try:
+                seen = problems_of(typed, *laid)
+            except Exception as error:
+                shapes = ", ".join("x".join(map(str, shape)) for shape in options.input)
+                raise ArgumentError(f"argument --model: {options.model} does not run on --input {shapes}: "
+                                    f"{one_line(error)}") from error  # fmt: skip
+            problems |= dict.fromkeys(problem for problem, _ in seen)
     if not problems:
         raise ArgumentError(
             f"argument --model: {options.model} ran no 3-D transposed convolution that tritonconv serves"
         )
     return list(problems)
+
+
+def _model(named: str) -> torch.nn.Module:
+    """The model that MODULE:FACTORY names. Raises ArgumentError that says which of the two is not as expected."""
+    module, _, factory = named.partition(":")
+    expected = "expected MODULE:FACTORY, a function without arguments that returns a torch.nn.Module"
+    if not module or not factory:
+        raise ArgumentError(f"argument --model: got {named!r}, {expected}")
+    with _working_folder_first():
+        try:
+            holder = importlib.import_module(module)
+        except (Exception, SystemExit) as error:
+            raise ArgumentError(f"argument --model: module {module!r} cannot be imported: {one_line(error)}") from error
+    if not hasattr(holder, factory):
+        raise ArgumentError(f"argument --model: module {module!r} has no attribute {factory!r}; {expected}")
+    make = getattr(holder, factory)
+    if isinstance(make, torch.nn.Module) or not callable(make):
+        kind = type(make).__name__
+        raise ArgumentError(f"argument --model: attribute {factory!r} of module {module!r} is a {kind}; {expected}")
+    try:
+        model = make()
+    except Exception as error:
+        raise ArgumentError(f"argument --model: {named} raised {one_line(error)}; {expected}") from error
+    if not isinstance(model, torch.nn.Module):
+        raise ArgumentError(f"argument --model: {named} returned a {type(model).__name__}; {expected}")
+    return model
 
 
 @contextlib.contextmanager

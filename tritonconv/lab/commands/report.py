@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -92,7 +93,7 @@ def _write(options: argparse.Namespace, path: Path) -> None:
         pictures = charts.draw(chosen, target, options.charts)
         page = html.write(chosen, target, pictures)
     except OSError as error:
-        raise ResultsError(f"output: cannot write into {target}: {error}") from None
+        raise ResultsError(f"argument --output: cannot write into {target}: {error}") from None
     print("\n".join(map(str, [*(each for paths in pictures.values() for each in paths), page])))
     if options.markdown is not None:
         section.update(whole, options.markdown, options.every_layer)
@@ -100,11 +101,21 @@ def _write(options: argparse.Namespace, path: Path) -> None:
 
 
 def _drawing() -> ModuleType:
-    """The module of the charts. Raises ArgumentError where matplotlib is not installed."""
+    """The module of the charts. Raises ArgumentError where matplotlib is not installed.
+
+    Nothing is shown, so the backend of the environment is of no account: a notebook's may not be installed here, and
+    matplotlib would refuse to be imported.
+    """
+    backend = os.environ.pop("MPLBACKEND", None)
     try:
         import matplotlib  # noqa: F401
 
         from tritonconv.plots import charts
     except ImportError as error:
         raise ArgumentError(f"drawing needs matplotlib ({error}): pip install 'tritonconv[bench]'") from None
+    except ValueError as error:
+        raise ArgumentError(f"matplotlib cannot be imported: a matplotlibrc of yours is damaged: {error}") from None
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
     return charts

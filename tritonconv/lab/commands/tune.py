@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 from tritonconv.autotune.tuning.session import Session
+from tritonconv.autotune.tuning.tasks import BUDGET
 from tritonconv.lab.bench.failures import disqualifies, one_line
 from tritonconv.lab.bench.progress import progress
 from tritonconv.lab.bench.recording import recording
@@ -14,6 +16,7 @@ from tritonconv.lab.commands.common import (
     RESULTS,
     WRONG,
     add_flags,
+    check_store,
     device_of,
     load_variant_files,
     scale_for,
@@ -51,6 +54,7 @@ def run(options: argparse.Namespace) -> int:
     device = device_of(options.device)
     tasks, scale = tasks_asked_for(options, device, scale_for(options.scale, device))
     use_compiled(options, device)
+    check_store(device, options.store)
     failed: dict[str, object] = {}
     rule = SCALES.get(scale, "the sizes that were given")
     with (
@@ -76,4 +80,8 @@ def run(options: argparse.Namespace) -> int:
     for name, message in failed.items():
         print(f"failed: {name}: {message}")
     print(f"results: {writer.path}")
+    if not (report.winners or report.known or failed):
+        why = "the budget was used up" if report.reason == BUDGET else "there is nothing to time"
+        print(f"tritonconv tune: nothing was tuned: {why}", file=sys.stderr)
+        return WRONG
     return WRONG if failed else OK
