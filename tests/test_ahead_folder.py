@@ -15,7 +15,7 @@ from tritonconv import Problem
 from tritonconv.autotune import ceilings
 from tritonconv.autotune.choose import Selection
 from tritonconv.autotune.tuning import compiled_ahead
-from tritonconv.autotune.tuning.contest import Candidate, Effort, candidates
+from tritonconv.autotune.tuning.candidates import Candidate, Effort, candidates
 from tritonconv.errors import ArgumentError
 from tritonconv.kernels import triton_compiled
 from tritonconv.kernels.registry import have_triton, variant

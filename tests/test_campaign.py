@@ -297,7 +297,9 @@ def test_a_cell_that_loses_the_gpu_is_not_begun_again(tmp_path, monkeypatch, cap
     real = getattr(cell, where)
     with monkeypatch.context() as broken:
         broken.setattr(
-            cell, where, lambda *args: (lose if args[0] == "tritonconv" or where != "contestant" else real)(*args)
+            cell,
+            where,
+            lambda *args, **how: (lose if args[0] == "tritonconv" or where != "contestant" else real)(*args),
         )
         for count in (1, 2):  # one of each pass
             with pytest.raises(RuntimeError, match="illegal memory access"):

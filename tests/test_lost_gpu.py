@@ -13,7 +13,8 @@ from tritonconv.autotune import choose
 from tritonconv.autotune.key import device_name
 from tritonconv.autotune.sources import revision
 from tritonconv.autotune.tuning import journal
-from tritonconv.autotune.tuning.contest import Candidate, Contest
+from tritonconv.autotune.tuning.candidates import Candidate
+from tritonconv.autotune.tuning.contest import Contest
 from tritonconv.kernels import registry
 from tritonconv.lab.bench import case, measure
 from tritonconv.lab.bench.results import BASELINE

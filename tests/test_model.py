@@ -17,7 +17,7 @@ from tritonconv.autotune.key import Key
 from tritonconv.autotune.serving import Part
 from tritonconv.autotune.sources import revision
 from tritonconv.autotune.store import Entry, Table
-from tritonconv.autotune.tuning.contest import candidates
+from tritonconv.autotune.tuning.candidates import candidates
 from tritonconv.autotune.tuning.session import EFFORTS, WHOLE
 from tritonconv.kernels import registry
 from tritonconv.kernels.registry import variant, variants

@@ -226,7 +226,7 @@ def test_a_cell_without_memory_is_a_row_and_the_run_goes_on(tmp_path, monkeypatc
     ("error", "rows"), [(TypeError("a mistake"), 0), (RuntimeError("CUDA error: misaligned address"), 1)]
 )
 def test_what_is_no_lack_of_memory_ends_the_run(tmp_path, monkeypatch, error, rows):
-    def raises(*args):
+    def raises(*args, **how):
         raise error
 
     monkeypatch.setattr(cell, "measure", raises)

@@ -8,7 +8,7 @@ from itertools import zip_longest
 import torch
 
 from tritonconv.autotune import ceilings
-from tritonconv.autotune.tuning.contest import Candidate, Effort, WasCompiled, candidates
+from tritonconv.autotune.tuning.candidates import Candidate, Effort, WasCompiled, candidates
 from tritonconv.kernels.targets import TARGETS
 from tritonconv.lab.bench import gate
 from tritonconv.lab.inspection.compiling import GPU, compiling_for

@@ -1,12 +1,11 @@
-"""The candidates of a pass, and their times: each beside torch's own in the same rounds, each stored at once."""
+"""The times of candidates: each beside torch's own in the same rounds, each stored at once, the best of them right."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -14,135 +13,31 @@ from tritonconv.autotune import model
 from tritonconv.autotune.ceilings import Ceilings
 from tritonconv.autotune.choose import Selection
 from tritonconv.autotune.sources import revision
-from tritonconv.autotune.tuning.journal import FAILED, OK, SCREEN, Journal, Timing
-from tritonconv.dispatch import plan_of
-from tritonconv.kernels.registry import variants
-from tritonconv.kernels.variant import Config, Variant
-from tritonconv.lab.bench import measure, nulls, spent
+from tritonconv.autotune.tuning.candidates import Candidate
+from tritonconv.autotune.tuning.journal import FAILED, OK, SCREEN, WRONG, Journal, Timing
+from tritonconv.dispatch import Plan, plan_of
+from tritonconv.lab.bench import gate, measure, nulls, spent
 from tritonconv.lab.bench.calls import TensorCall
-from tritonconv.lab.bench.case import Case
+from tritonconv.lab.bench.case import CHANGED, Case
 from tritonconv.lab.bench.clock import cpu_stopwatch, first_column, gpu_clock
-from tritonconv.lab.bench.contestants import why_not
+from tritonconv.lab.bench.conduct import Operands
 from tritonconv.lab.bench.failures import context_is_lost, disqualifies, one_line
 from tritonconv.lab.bench.measure import Watch
 from tritonconv.lab.bench.results import BASELINE
 from tritonconv.lab.bench.timing import Call, Times
-from tritonconv.problem import Problem
 
 # A first call so many times slower than torch's second is not timed again.
 HOPELESS = 8.0
+FINALISTS = 3  # of a pass, whose answers must be right
+CACHED_BYTES = 64 << 20  # what a CPU may keep in its caches
 OVERTIME = 2.0  # overrun factor after which a screening leaves out the remaining configs
+
+
+Members = Sequence[tuple[str, Candidate]]  # the candidates of one call, each with the pass it is for
 
 
 class OutOfTime(Exception):
     """The budget is used up; everything measured is stored."""
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A variant with one config; ``predicted_ms`` is the model's."""
-
-    selection: Selection
-    predicted_ms: float
-
-    @property
-    def label(self) -> str:
-        config = " ".join(f"{key}={value}" for key, value in self.selection.config.items())
-        return f"{self.selection.variant.name} {config}".strip()
-
-    @property
-    def is_kernel(self) -> bool:
-        """A Triton kernel, which must be compiled."""
-        return self.selection.variant.backend == "triton"
-
-
-Ranked = list[tuple[Config, model.Estimate]]
-WasCompiled = Callable[[Variant, Config], bool]  # the launch of a config was compiled ahead
-Members = Sequence[tuple[str, Candidate]]  # the candidates of one call, each with the pass it is for
-
-
-class Effort(NamedTuple):
-    """How many candidates a problem has: at most ``configs`` of a variant's form, in about ``seconds`` in all.
-
-    A Triton kernel must be compiled, so a variant takes part if the model expects at most ``far`` times the time of the
-    best kernel, and a further config of it if the model expects at most ``near`` times that. The same holds for
-    formulations in torch's operations on a GPU, where cuDNN tries its algorithms for each of their convolutions; if
-    ``formulations`` is false, none takes part. With ``ahead``, in a pass that has kernels compiled ahead, only those
-    take part.
-    """
-
-    configs: int
-    near: float
-    far: float
-    seconds: float
-    formulations: bool = True
-    ahead: bool = False
-
-
-def candidates(
-    problem: Problem,
-    device: torch.device,
-    pass_name: str,
-    ceilings: Ceilings,
-    effort: Effort,
-    was_compiled: WasCompiled | None = None,
-) -> list[Candidate]:
-    """The candidates from every variant that serves the problem: first each one's best by the model.
-
-    ``was_compiled`` tells which configs were compiled ahead; None where nothing was.
-    """
-    records = [record for record in variants(pass_name) if why_not(record, problem, device) is None]
-    best = (
-        _compiled_ahead(records, problem, device, ceilings, effort, was_compiled)
-        if effort.ahead and was_compiled is not None
-        else {}
-    )
-    if not best:
-        best = {record: model.candidates(record, problem, device, ceilings, effort.configs) for record in records}
-    found = [
-        (place, Candidate(Selection(record, config, "candidate"), guess.ms))
-        for record, pairs in best.items()
-        for place, (config, guess) in _placed(record, pairs)
-    ]
-    kernels = [each.predicted_ms for _, each in found if each.is_kernel]
-    if kernels:  # on a CPU there are none, and each formulation takes part
-        found = [
-            (place, each)
-            for place, each in found
-            if (each.is_kernel or effort.formulations)
-            and each.predicted_ms <= (effort.near if place else effort.far) * min(kernels)
-        ]
-    return [each for _, each in sorted(found, key=lambda pair: (pair[0], pair[1].predicted_ms))]
-
-
-def _compiled_ahead(
-    records: Sequence[Variant], problem: Problem, device: torch.device, ceilings: Ceilings, effort: Effort, was_compiled
-) -> dict[Variant, Ranked]:
-    """The best configs of kernels that were compiled ahead; empty where none was.
-
-    The rates of this device may rank the configs in another order than the rates that chose what to compile, so this
-    looks at all configs.
-    """
-    found = {}
-    for record in records:
-        if record.backend == "triton":
-            ranked = model.candidates(record, problem, device, ceilings, model.MOST_CANDIDATES)
-            mine = [pair for pair in ranked if was_compiled(record, pair[0])]
-            mine = [pair for place, pair in _placed(record, mine) if place < effort.configs]
-            if mine:
-                found[record] = mine
-    return found
-
-
-def _placed(
-    record: Variant, ranked: list[tuple[Config, model.Estimate]]
-) -> Iterator[tuple[int, tuple[Config, model.Estimate]]]:
-    """Each with its place among those of its form."""
-    before: Counter[str] = Counter()
-    for pair in ranked:
-        form = model.form(record, pair[0])
-        yield before[form], pair
-        before[form] += 1
 
 
 @dataclass
@@ -156,6 +51,7 @@ class Contest:
     deadline: float = float("inf")
     again: bool = False
     measured: list[tuple[Timing, float]] = field(default_factory=list)
+    mistakes: set[str] = field(default_factory=set)  # identities of timings whose candidate raised no lack of memory
     reused: int = 0
 
     def __post_init__(self) -> None:
@@ -165,7 +61,7 @@ class Contest:
         self._readings: Mapping[str, Any] = {}  # the clock's, of the last rounds
 
     def screen(self, pass_name: str, candidates: Sequence[Candidate], seconds: float) -> list[tuple[Candidate, Timing]]:
-        """The candidates that ran, in about ``seconds``, fastest against torch first.
+        """The candidates that ran, in about ``seconds``, fastest against torch first; of these FINALISTS are right.
 
         When the time is over, only the best config by the model of each variant's form is still tried. Raises OutOfTime
         at the deadline.
@@ -179,7 +75,46 @@ class Contest:
                 timed.append((each, self._screen_one(pass_name, each, seconds / len(candidates))))
             tried.add(form)
         ran = [(each, timing) for each, timing in timed if timing.status == OK]
-        return sorted(ran, key=lambda pair: -(pair[1].speedup or 0.0))
+        return self._right(pass_name, sorted(ran, key=lambda pair: -(pair[1].speedup or 0.0)))
+
+    def _right(self, pass_name: str, ran: list[tuple[Candidate, Timing]]) -> list[tuple[Candidate, Timing]]:
+        """Without those of the fastest whose answer or conduct is wrong: none takes the place of a right one."""
+        judge = self.case.judge(pass_name)
+        found: list[tuple[Candidate, Timing]] = []
+        for each, timing in ran:
+            if len(found) < FINALISTS:
+                wrong = self.fault([(pass_name, each)], lambda plan: judge.at_size(self.case.call(plan, pass_name)))
+                if wrong is not None:
+                    self.keep(pass_name, each, SCREEN, message=wrong, status=WRONG)
+                    continue
+            found.append((each, timing))
+        return found
+
+    @property
+    def memory_rate(self) -> float | None:
+        """Bytes/s of the memory that the data fits in; None on a CPU whose roofs were not measured."""
+        rates, device = self.ceilings, self.case.device
+        if device.type == "cpu" and not rates.measured:
+            return None
+        l2 = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
+        near = self.case.problem.bytes() <= max(CACHED_BYTES, l2)
+        return max(rates.cache, rates.memory) if near else rates.memory
+
+    def fault(self, members: Members, verdict: Callable[[Plan], gate.Verdict], **more: Selection) -> str | None:
+        """Why the plan of the members, and of ``more`` in other passes, is not taken: its verdict, or what it raised.
+
+        None where it is right. Raises where it lost the GPU.
+        """
+        chosen = {name: each.selection for name, each in members}
+        try:
+            with spent.on(spent.GATE):
+                found = verdict(plan_of(self.case.problem, self.case.device, **more, **chosen))
+        except Exception as error:
+            if context_is_lost(error):
+                self.keep_loss(members, error)
+                raise
+            return one_line(error)
+        return None if found.ok else str(found)
 
     def _screen_one(self, pass_name: str, candidate: Candidate, seconds: float) -> Timing:
         like = self._timing(pass_name, candidate, SCREEN)
@@ -193,6 +128,7 @@ class Contest:
         made, self._readings = False, {}
         try:
             call, base = self.case.call(plan, pass_name), self.case.baseline(pass_name)
+            self._time_baseline(pass_name, base)
             made = True
             calls = {BASELINE: base, candidate.label: call}
             times = self._pair(pass_name, calls, candidate.label, seconds)
@@ -201,17 +137,25 @@ class Contest:
             timing = self._timing(pass_name, candidate, SCREEN, message=one_line(error))
             if context_is_lost(error):
                 self._keep(timing, candidate)  # the next run passes it over
-            if not disqualifies(error):
                 raise
+            if not disqualifies(error):
+                if not made:
+                    raise
+                self.mistakes.add(timing.identity)
+        changed = self.case.put_back()
+        if changed:
+            timing = self._timing(pass_name, candidate, SCREEN, message=CHANGED.format(changed), status=WRONG)
         if made:  # else there was no memory for the tensors, which says nothing of the candidate
             self._keep(timing, candidate)
         return timing
 
-    def _pair(self, pass_name: str, calls: dict[str, TensorCall], label: str, seconds: float) -> Times:
+    def _time_baseline(self, pass_name: str, base: TensorCall) -> None:
         if pass_name not in self._baseline_ms:
             with spent.on(spent.TRIALS):
-                self.watch(calls[BASELINE])
-            self._baseline_ms[pass_name] = self.watch(calls[BASELINE])
+                self.watch(base)
+            self._baseline_ms[pass_name] = self.watch(base)
+
+    def _pair(self, pass_name: str, calls: dict[str, TensorCall], label: str, seconds: float) -> Times:
         with spent.on(spent.COMPILING):
             first = self.watch(calls[label])  # compiles, where there is something to compile
         if first > HOPELESS * self._baseline_ms[pass_name]:
@@ -223,11 +167,12 @@ class Contest:
     def _rounds(
         self, calls: Mapping[str, Call], watch: Watch, seconds: float, few_rounds=3, min_rounds=7, max_rounds=200
     ) -> Times:
-        """Interleaved, on a GPU behind a warm-up and with the host's times."""
+        """Interleaved, on a GPU behind a warm-up and with the host's times; operands change from round to round."""
         clock = self.clock
         how = {"few_rounds": few_rounds, "min_rounds": min_rounds, "max_rounds": max_rounds}
         how |= {} if clock is None else {"host": lambda: clock.host_ms}
-        times, self._readings = measure.rounds(calls, watch, clock, seconds, **how)
+        with Operands(self.case.tensors) as operands:
+            times, self._readings = measure.rounds(calls, watch, clock, seconds, before=operands.change, **how)
         return times
 
     def null_rows(self, seconds: float) -> list[dict[str, object]]:
@@ -281,7 +226,9 @@ class Contest:
         self._keep(self._timing(pass_name, candidate, stage, times, **failure), candidate)
 
     def _keep(self, timing: Timing, candidate: Candidate) -> None:
+        """In the place of an earlier timing of the same."""
         self.journal.add(timing)
+        self.measured = [pair for pair in self.measured if pair[0].identity != timing.identity]
         self.measured.append((timing, candidate.predicted_ms))
 
     def _timing(self, pass_name, candidate, stage, times=None, message="", status=FAILED) -> Timing:

@@ -24,7 +24,8 @@ import torch
 from tritonconv import dispatch
 from tritonconv.autotune import choose, pins, store
 from tritonconv.autotune.key import Key, device_name
-from tritonconv.autotune.tuning.contest import Candidate, Contest, Effort, OutOfTime, candidates
+from tritonconv.autotune.tuning.candidates import Candidate, Effort, candidates
+from tritonconv.autotune.tuning.contest import Contest, OutOfTime
 from tritonconv.autotune.tuning.journal import Journal
 from tritonconv.autotune.tuning.tuner import ProblemTuner, Winner
 from tritonconv.bounded import remember
@@ -42,7 +43,7 @@ VARIABLE, NEVER = "TRITONCONV_TUNE", "never"
 SECONDS = 3.0  # of one kind, in the one call that tunes it
 TIMING = 0.5  # of these seconds; the gate and cuDNN's trials take the others
 FREE_SHARE = 0.25  # of a GPU's free memory that the tensors of a kind may take
-COPIES = 4  # of a problem's tensors that are there at once: operands, torch's answers, the candidate's, float64
+COPIES = 5  # of a problem's tensors that are there at once: operands, torch's answers, the candidate's twice, float64
 EFFORT = Effort(2, 1.5, 2.5, SECONDS, formulations=False)
 NOISE = 1.03  # a challenger must be faster by more; null rows would take too long here
 

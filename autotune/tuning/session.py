@@ -16,14 +16,16 @@ from tritonconv.autotune.key import Key, device_name
 from tritonconv.autotune.sources import revision
 from tritonconv.autotune.store import Entry, Table
 from tritonconv.autotune.tuning import calibrate
+from tritonconv.autotune.tuning.candidates import Candidate, Effort, candidates
 from tritonconv.autotune.tuning.compiled_ahead import compiled_first, was_compiled
-from tritonconv.autotune.tuning.contest import Candidate, Contest, Effort, OutOfTime, candidates
-from tritonconv.autotune.tuning.journal import OK, SCREEN, Journal, Timing
+from tritonconv.autotune.tuning.contest import Contest, OutOfTime
+from tritonconv.autotune.tuning.journal import OK, SCREEN, WRONG, Journal, Timing
 from tritonconv.autotune.tuning.tasks import BUDGET, Report, Task
 from tritonconv.autotune.tuning.tuner import ProblemTuner, Winner
 from tritonconv.device import current
 from tritonconv.errors import ArgumentError
 from tritonconv.kernels.registry import variant
+from tritonconv.kernels.variant import Variant
 from tritonconv.lab.bench import gpu, rows, spent
 from tritonconv.lab.bench.case import Case
 from tritonconv.lab.bench.failures import context_is_lost, disqualifies, one_line
@@ -71,6 +73,9 @@ class Session:
     factors: dict[str, float] = field(default_factory=dict, init=False)  # of the cost model, from what was timed
     beside: list[float] = field(default_factory=list, init=False)  # seconds of each problem besides the timing
     ranked: dict[Problem, dict[str, list[Candidate]]] = field(default_factory=dict, init=False)
+    # Errors of variants that are no candidates for it, by pass and variant; each is told once in a run.
+    mistakes: dict[Problem, dict[tuple[str, str], str]] = field(default_factory=dict, init=False)
+    told: set[tuple[Problem, str, str]] = field(default_factory=set, init=False)
 
     def run(self, tasks: Iterable[Task], progress: Progress) -> Report:
         """Raises StoreError before anything is measured where the store cannot be written."""
@@ -137,8 +142,7 @@ class Session:
             self.report.round = 1 + self._efforts().index(self.effort), len(self._efforts())
             return False
         except Exception as error:
-            self.report.errors += 1
-            self.write("error", {**head(task, ALL), "variant": ALL, "status": "error", "message": one_line(error)})
+            self._error(task, ALL, ALL, one_line(error))
             if not self.goes_on or context_is_lost(error):
                 raise
         finally:
@@ -173,7 +177,15 @@ class Session:
         """The candidates by pass, ranked once for each effort."""
         if problem not in self.ranked:
             ahead = was_compiled(problem, self.device)
-            found = {name: candidates(problem, self.device, name, self.ceilings, self.effort, ahead) for name in PASSES}
+            mistakes = self.mistakes.setdefault(problem, {})
+
+            def raised(record: Variant, error: Exception) -> None:
+                mistakes.setdefault((record.pass_name, record.name), one_line(error))
+
+            found = {
+                name: candidates(problem, self.device, name, self.ceilings, self.effort, ahead, raised)
+                for name in PASSES
+            }
             self.ranked[problem] = {name: compiled_first(each, ahead) for name, each in found.items()}
         return self.ranked[problem]
 
@@ -243,12 +255,28 @@ class Session:
         report.winners.append((task, winner))
         fields = {"variant": entry.variant, "config": entry.config, "median_ms": entry.ms, "torch_ms": entry.torch_ms}
         fields |= {name: value for name, value in entry.to_json().items() if name in ("host_ms", "eager")}
+        fields |= {"warning": winner.warning} if winner.warning else {}
         self.write("tuned", {**head(task, winner.pass_name), **fields, "candidates": winner.candidates, "key": key})
+
+    def _error(self, task: Task, pass_name: str, name: str, message: str) -> None:
+        self.report.errors += name == ALL
+        self._tell(task, pass_name, name, message)
+        self.write("error", {**head(task, pass_name), "variant": name, "status": "error", "message": message})
+
+    def _tell(self, task: Task, pass_name: str, name: str, message: str) -> None:
+        self.report.faults.append(f"{name} on {task.layer} {task.problem.layout} ({pass_name}): {message}")
 
     def _rows(self, task: Task, contest: Contest) -> None:
         for pass_name, faults in contest.case.torch_faults.items():
             message = "; ".join(faults.values())
             self.write("error", {**head(task, pass_name), "variant": BASELINE, "status": "wrong", "message": message})
+        for (pass_name, name), message in self.mistakes.get(task.problem, {}).items():
+            if (task.problem, pass_name, name) not in self.told:
+                self.told.add((task.problem, pass_name, name))
+                self._error(task, pass_name, name, message)
+        for timing, _ in contest.measured:
+            if timing.status == WRONG or timing.identity in contest.mistakes:
+                self._tell(task, timing.pass_name, timing.variant, timing.message)
         self.report.timings += len(contest.measured)
         self.report.reused += contest.reused
         for timing, predicted in contest.measured:

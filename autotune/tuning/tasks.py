@@ -10,6 +10,7 @@ from tritonconv.lab.bench.noise import Band, band
 from tritonconv.problem import Problem
 
 COMPLETE, BUDGET = "complete", "budget"
+MOST_FAULTS = 10  # that the text of a report names
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Report:
     reused: int = 0
     null_rows: list[dict[str, object]] = field(default_factory=list)  # their fields
     table: Path | None = None
+    faults: list[str] = field(default_factory=list)  # of variants: what was wrong, and what raised
 
     @property
     def torch_won(self) -> int:
@@ -69,6 +71,10 @@ class Report:
             lines.append(
                 f"{len(self.known)} problems were tuned before, by themselves or by one of their kind and size"
             )
+        for line in self.faults[:MOST_FAULTS]:
+            lines.append(f"  left out: {line}")
+        if len(self.faults) > MOST_FAULTS:
+            lines.append(f"  left out: {len(self.faults) - MOST_FAULTS} more, in the results file")
         lines.append(f"{self.timings} timings taken, {self.reused} found in the journal")
         if self.noise is not None:
             lines.append(f"torch against itself, in {self.noise.rows} null rows: {self.noise}; only more counts")

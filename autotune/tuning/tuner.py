@@ -22,18 +22,19 @@ from tritonconv.autotune.choose import Selection, untuned
 from tritonconv.autotune.rules import FALLBACK
 from tritonconv.autotune.sources import revision
 from tritonconv.autotune.store import Eager, Entry
-from tritonconv.autotune.tuning.contest import Candidate, Contest, Members
+from tritonconv.autotune.tuning.candidates import Candidate
+from tritonconv.autotune.tuning.contest import FINALISTS, Contest, Members
 from tritonconv.autotune.tuning.journal import FINAL, SCREEN, WRONG, Timing
 from tritonconv.dispatch import plan_of
 from tritonconv.kernels.registry import variant
 from tritonconv.kernels.variant import COPY, NO_CONFIG
+from tritonconv.lab.bench import roofs
 from tritonconv.lab.bench.calls import FORWARD_BACKWARD, TensorCall
-from tritonconv.lab.bench.failures import context_is_lost, disqualifies, one_line
+from tritonconv.lab.bench.case import CHANGED_BY_ONE
 from tritonconv.lab.bench.results import BASELINE
 from tritonconv.lab.bench.timing import Times
 from tritonconv.problem import PASSES
 
-FINALISTS = 3
 PAIRS = 4
 HOST_NOISE = 1.05  # the host's time for a call varies more than the device's
 # Shares of a problem's time.
@@ -49,7 +50,7 @@ class Winner:
     """The choice to store for one pass; ``timed`` is the pass that was timed.
 
     ``rivals`` is the number of candidates, ``candidates`` of those that ran. ``host_ms`` and ``eager`` are those of
-    the entry.
+    the entry; ``warning`` says that it is faster than its memory.
     """
 
     pass_name: str
@@ -61,6 +62,7 @@ class Winner:
     rivals: int = 0
     host_ms: float | None = None
     eager: Eager | None = None
+    warning: str = ""
 
     @classmethod
     def stored(cls, pass_name: str, entry: Entry) -> Winner:
@@ -148,7 +150,7 @@ class ProblemTuner:
         chosen, quick = both
         other = None if quick.variant is chosen.variant else _eager(quick, decision.times, decision.eager)
         step, rivals = decision.winners[0], len(self.fields[FORWARD[0]])
-        measured = FORWARD_BACKWARD, rivals, step.host_ms, other
+        measured = FORWARD_BACKWARD, rivals, step.host_ms, other, step.warning
         return [Winner(FORWARD[0], chosen, step.ms, step.torch_ms, 0, *measured)]
 
     def _ran(self, passes: Sequence[str]) -> dict[str, Ran]:
@@ -171,18 +173,20 @@ class ProblemTuner:
         if len(passes) == 1:
             for label in right:
                 self.contest.keep(timed, groups[label][0], FINAL, times)
-        best = self._best(times, _label(holder), list(right), timed, self.noise)
-        if best is None:
+        best, eager = self._fastest(times, _label(holder), list(right), timed)
+        if any(self._beyond(times, label, timed) for label in (best, eager)):  # a second look
+            times = self.contest.final({BASELINE: torchs, **right}, members, share * self.seconds)
+            best, eager = self._fastest(times, _label(holder), list(right), timed)
+        while self._spoilt(timed, right, members, best, eager):
+            best, eager = self._fastest(times, _label(holder), list(right), timed)
+        if best is None or eager is None:
             return None
-        eager = best
-        if times.hosts:
-            eager = self._best(times.eager(), best, list(right), timed, max(self.noise, HOST_NOISE)) or best
         groups[BASELINE] = tuple(Candidate(_native(name), 0.0) for name in passes)
         ms, torch_ms, host_ms = times.spread(best).median, times.spread(BASELINE).median, times.host_ms(best)
-        winners = []
+        winners, warning = [], self._beyond(times, best, timed)
         for name, each, quick in zip(passes, groups[best], groups[eager], strict=True):
             other = None if quick.label == each.label else _eager(quick.selection, times, eager)
-            measured = timed, len(self.fields[name]), host_ms, other
+            measured = timed, len(self.fields[name]), host_ms, other, warning
             winners.append(Winner(name, each.selection, ms, torch_ms, len(ran[name]), *measured))
         return Decision(best, eager, times, winners)
 
@@ -205,6 +209,35 @@ class ProblemTuner:
         if self.case.torch_is_safe:
             best.append(tuple(Candidate(_native(name), 0.0) for name in GRADIENTS))
         return best
+
+    def _fastest(self, times: Times, holder: str, labels: list[str], timed: str) -> tuple[str | None, str | None]:
+        """The labels of the fastest call on the device and of the fastest eager call; None where no answer is right."""
+        best = self._best(times, holder, labels, timed, self.noise)
+        if best is None or not times.hosts:
+            return best, best
+        return best, self._best(times.eager(), best, labels, timed, max(self.noise, HOST_NOISE)) or best
+
+    def _spoilt(
+        self, timed: str, right: dict[str, TensorCall], members: Mapping[str, Members], *labels: str | None
+    ) -> bool:
+        """Whether one of the labels, or what changed operands meanwhile, is wrong behind its timing: it is stored as
+        such, and no longer ``right``."""
+        changed = self.case.put_back()
+        looked = right if changed else {label: right[label] for label in labels if label in right}
+        red = {label: str(verdict) for label, verdict in self.case.judge(timed).look_again(looked).items()}
+        if changed and not red:
+            red = dict.fromkeys(right, CHANGED_BY_ONE.format(changed))
+        for label, message in red.items():
+            self._keep_wrong(members[label], message)
+            del right[label]
+        return bool(red)
+
+    def _beyond(self, times: Times, label: str | None, timed: str) -> str:
+        """A warning where a call is faster than its memory (:func:`roofs.beyond`); else ""."""
+        if label is None:
+            return ""
+        rate = self.contest.memory_rate
+        return roofs.beyond(self.case.problem, timed, times.spread(label).median, rate)
 
     def _best(self, times: Times, holder: str, labels: list[str], pass_name: str, noise: float) -> str | None:
         """The winner's label: challengers in the order of their speed, torch's own last, where its answer is right."""
@@ -235,19 +268,10 @@ class ProblemTuner:
         """
         if any(self.contest.refuses(*each) for each in members):
             return None
-        chosen = {name: each.selection for name, each in members}
-        plan = plan_of(self.case.problem, self.case.device, **more, **chosen)
-        try:
-            verdict = self.case.verdict(plan, pass_name)
-            wrong = None if verdict.ok else str(verdict)
-        except Exception as error:
-            if context_is_lost(error):
-                self.contest.keep_loss(members, error)
-            if not disqualifies(error):
-                raise
-            wrong = one_line(error)
+        wrong = self.contest.fault(members, lambda plan: self.case.verdict(plan, pass_name), **more)
         if wrong is None:
-            return self.case.call(plan, pass_name)
+            chosen = {name: each.selection for name, each in members}
+            return self.case.call(plan_of(self.case.problem, self.case.device, **more, **chosen), pass_name)
         self._keep_wrong(members, wrong)
         return None
 

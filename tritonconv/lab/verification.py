@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 
@@ -15,7 +15,7 @@ from tritonconv.autotune.sources import revision
 from tritonconv.autotune.tuning.tasks import Task
 from tritonconv.dispatch import plan_of
 from tritonconv.kernels.registry import variants
-from tritonconv.kernels.variant import COPY
+from tritonconv.kernels.variant import COPY, Variant
 from tritonconv.lab.bench import gate, rows, spent
 from tritonconv.lab.bench.case import Case
 from tritonconv.lab.bench.contestants import why_not
@@ -58,11 +58,12 @@ class Verification:
         ]
         known = {_identity(row): row["kind"] for row in lasting if row.get("versions") == self.versions}
         # Kernels before formulations in torch's operations.
-        served = checks_of(self.options.dtypes, self.options.layouts, self.options.device)
+        served = list(checks_of(self.options.dtypes, self.options.layouts, self.options.device, self._raised))
         checks = sorted(served, key=lambda each: each[1].variant.backend != "triton")
         answers = [(each, known.get(_identity(_head(*each)))) for each in checks]
         waiting = [each for each, kind in answers if kind is None]
-        self.errors = failed = sum(kind == "error" for _, kind in answers)
+        failed = sum(kind == "error" for _, kind in answers)
+        self.errors += failed
         self.progress.begin(len(waiting))
         deadline, checked = perf_counter() + seconds, 0
         started = self.compiler.start(
@@ -81,6 +82,12 @@ class Verification:
         rest = f" ({failed} of them known before)" if failed else ""
         rest += f", {len(waiting) - checked} left for another run" if checked < len(waiting) else ""
         return f"verify: {checked} answers held against float64, {self.errors} wrong or failed{rest}"
+
+    def _raised(self, task: Task, record: Variant, error: Exception) -> None:
+        """The row of a variant that raised when it was asked whether it serves a problem, and with which config."""
+        self.errors += 1
+        fields = rows.head(task.layer, task.suite, record.pass_name, task.problem)
+        self.writer.write("error", {**fields, "variant": record.name, "status": "error", "message": one_line(error)})
 
     def _check(self, task: Task, chosen: Selection) -> None:
         row = {**_head(task, chosen), "versions": self.versions, "problem": sizes_of(task.problem)}
@@ -117,18 +124,30 @@ def _identity(row: Mapping) -> str:
 
 
 def checks_of(
-    dtypes: Iterable[torch.dtype], layouts: Sequence[str], device: torch.device
+    dtypes: Iterable[torch.dtype],
+    layouts: Sequence[str],
+    device: torch.device,
+    raised: Callable[[Task, Variant, Exception], None] | None = None,
 ) -> Iterator[tuple[Task, Selection]]:
     """The checks: the variants that serve a layer of each class, each with its default config and the one that copies
-    operands first."""
+    operands first.
+
+    A variant that raises is passed to ``raised``, and has none; without ``raised`` its error propagates.
+    """
     for dtype in dtypes:
         for layer in (workload(name) for name in dict.fromkeys(SAMPLE_LAYERS.values())):
             for layout in layouts:
                 task = Task(_small(layer.problem(dtype, layout)), layer.name, layer.suite)
                 for record in variants():
-                    if why_not(record, task.problem, device) is None:
-                        starts = record.starts(task.problem, device)
-                        yield from ((task, Selection(record, config, "verified")) for config in starts)
+                    try:
+                        served = why_not(record, task.problem, device) is None
+                        starts = record.starts(task.problem, device) if served else ()
+                    except Exception as error:
+                        if raised is None:
+                            raise
+                        raised(task, record, error)
+                        continue
+                    yield from ((task, Selection(record, config, "verified")) for config in starts)
 
 
 def _small(problem: Problem) -> Problem:

@@ -5,6 +5,7 @@ A call takes nothing and returns its outputs as a tuple, in the order of :data:`
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from tritonconv.problem import LAYOUTS, PASSES, Problem
+from tritonconv.problem import LAYOUTS, PASSES, Axis, Problem
 
 TensorCall = Callable[[], tuple]
 
@@ -102,4 +103,33 @@ def torch_call(problem: Problem, tensors: Tensors, pass_name: str) -> TensorCall
 def work(problem: Problem, pass_name: str) -> tuple[int, int]:
     """(useful FLOPs, compulsory bytes) of a pass; ``forward_backward`` is the sum of the three."""
     passes = PASSES if pass_name == FORWARD_BACKWARD else (pass_name,)
-    return problem.flops * len(passes), sum(problem.bytes(name) for name in passes)
+    return problem.flops * len(passes), sum(problem.bytes(name) - _unread(problem, name) for name in passes)
+
+
+def _unread(problem: Problem, pass_name: str) -> int:
+    """Bytes of the operands of a pass that no product needs: a kernel of 1 and stride 2 meets an eighth of grad_y."""
+    axes = [_met(axis) for axis in problem.axes]
+    shapes = {"x": problem.x_shape, "weight": problem.weight_shape, "grad_y": problem.y_shape}
+    read = {"forward": ("x", "weight"), "backward_data": ("grad_y", "weight"), "backward_weight": ("x", "grad_y")}
+    unread = 0
+    for name in read[pass_name]:
+        if name == "grad_y" and problem.bias and pass_name == "backward_weight":  # all of it is summed
+            continue
+        met = math.prod(axis[list(shapes).index(name)] for axis in axes)
+        unread += math.prod(shapes[name][:2]) * (math.prod(shapes[name][2:]) - met)
+    return unread * problem.dtype.itemsize
+
+
+def _met(axis: Axis) -> tuple[int, int, int]:
+    """How many inputs, taps and outputs of an axis have a product that lands inside the output."""
+    inputs: set[int] = set()
+    outputs: set[int] = set()
+    taps = 0
+    for tap in range(axis.kernel):
+        shift = axis.dilation * tap - axis.crop
+        low = max(0, -(shift // axis.stride))
+        landing = range(low, min(axis.size, (axis.out - 1 - shift) // axis.stride + 1))
+        inputs.update(landing)
+        outputs.update(each * axis.stride + shift for each in landing)
+        taps += bool(landing)
+    return len(inputs), taps, len(outputs)

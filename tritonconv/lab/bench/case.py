@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -14,10 +15,12 @@ from tritonconv.autotune.rules import FALLBACK
 from tritonconv.dispatch import Plan, plan_of
 from tritonconv.kernels.registry import variant
 from tritonconv.kernels.variant import Variant
-from tritonconv.lab.bench import float64, gate, gpu, spent
+from tritonconv.lab.bench import conduct, float64, gate, gpu, spent
 from tritonconv.lab.bench.calls import FORWARD_BACKWARD, TensorCall, Tensors, make_tensors, torch_call, training_step
 from tritonconv.problem import LAYOUTS, PASSES, Problem
 
+CHANGED = "the call changes its operand {}"
+CHANGED_BY_ONE = "one of the calls that were timed together changes {}, and it is not known which"
 WRONG = "{}: torch's own is wrong at this size: max error {:.3g} against float64"
 EVERY_OUTPUT = frozenset(gate.OUTPUTS[FORWARD_BACKWARD])
 
@@ -35,6 +38,7 @@ class Case:
     seed: int | None = None
     outputs: frozenset[str] = EVERY_OUTPUT
     _tensors: dict[Problem, Tensors] = field(default_factory=dict, repr=False)
+    _sums: dict[Problem, conduct.Checksums] = field(default_factory=dict, repr=False)
     _float64: dict[tuple, dict[str, torch.Tensor]] = field(default_factory=dict, repr=False)
     _judges: dict[str, Judge] = field(default_factory=dict, init=False, repr=False)
 
@@ -44,16 +48,33 @@ class Case:
 
     @property
     def tensors(self) -> Tensors:
-        problem, plain = self.problem, replace(self.problem, layout="ncdhw")
+        problem = self.problem
         if problem not in self._tensors:
-            layouts = (self._tensors.get(replace(plain, layout=each)) for each in LAYOUTS)
+            layouts = (self._tensors.get(replace(problem, layout=each)) for each in LAYOUTS)
             same = next((each for each in layouts if each is not None), None)
-            seed = zlib.crc32(str(plain).encode()) if self.seed is None else self.seed
             with spent.on(spent.TENSORS):
-                self._tensors[problem] = (
-                    same.in_layout(problem.layout) if same else make_tensors(problem, self.device, seed)
-                )
+                made = same.in_layout(problem.layout) if same else self._drawn()
+                self._tensors[problem], self._sums[problem] = made, conduct.checksums(made)
         return self._tensors[problem]
+
+    def _drawn(self) -> Tensors:
+        seed = zlib.crc32(str(replace(self.problem, layout="ncdhw")).encode()) if self.seed is None else self.seed
+        return make_tensors(self.problem, self.device, seed)
+
+    def put_back(self) -> str:
+        """Draws operands anew whose values have changed; their names, "" where none has."""
+        if self.problem not in self._sums:
+            return ""
+        now, before = conduct.checksums(self.tensors), self._sums[self.problem]
+        changed = [name for name in now if now[name] != before[name]]
+        if changed:
+            fresh, own = conduct.named(self._drawn()), conduct.named(self.tensors)
+            for name in changed:
+                if own[name].shape == fresh[name].shape:
+                    own[name].copy_(fresh[name])
+                else:
+                    own[name].data = fresh[name]
+        return " and ".join(changed)
 
     def exact(self, pass_name: str) -> gate.Outputs:
         """The outputs of a pass in float64."""
@@ -154,28 +175,51 @@ class Judge:
         """
         case = self.case
         refused = any(record.supports(self.small.problem, case.device) is not None for record in variants)
-        small = case if refused else self.small
-        with gpu.cudnn_benchmark(case.device, wanted=small is case):
-            exact, errors = self._exact(small)
-            verdict = gate.against_reference(small.problem, self._named(call_of(small)()), errors, exact)
-        if not verdict.ok or small is case or not at_size:
-            return verdict
-        second = self.at_size(call_of(case))
-        return verdict if second.ok else second
+        small, looked = case if refused else self.small, False
+        try:
+            with gpu.cudnn_benchmark(case.device, wanted=small is case):
+                exact, errors = self._exact(small)
+                verdict = gate.against_reference(small.problem, self._named(call_of(small)()), errors, exact)
+            looked = verdict.ok and at_size
+            if looked:
+                second = self.at_size(call_of(case))
+                verdict = verdict if second.ok else second
+        finally:
+            changed = small.put_back() or ("" if looked else case.put_back())
+        return self._broken(CHANGED.format(changed)) if changed else verdict
 
     def recheck(self, calls: Mapping[str, TensorCall]) -> dict[str, gate.Verdict]:
         """The red verdicts, by name, of contestants that passed: they may agree with a wrong answer of torch."""
+        return self.look_again(calls) if self.torch_faults else {}
+
+    def look_again(self, calls: Mapping[str, TensorCall]) -> dict[str, gate.Verdict]:
+        """The red verdicts, by name, of calls that passed step 2 before: what they do since may be something else."""
         with spent.on(spent.GATE):
-            verdicts = {name: self.at_size(call) for name, call in calls.items()} if self.torch_faults else {}
+            verdicts = {name: self.at_size(call) for name, call in calls.items()}
         return {name: verdict for name, verdict in verdicts.items() if not verdict.ok}
 
     def at_size(self, call: TensorCall) -> gate.Verdict:
-        """Step 2 alone, for a call at full size."""
+        """Step 2 alone, for a call at full size, on operands that it has not seen; its conduct counts too."""
+        case = self.case
         if not self._relative:
-            with gpu.cudnn_benchmark(self.case.device, wanted=self.small is self.case):
+            with gpu.cudnn_benchmark(case.device, wanted=self.small is case):
                 self._exact(self.small)
-        mine, torchs = self._named(call()), self._torchs(self.case)
-        return gate.worst([self._output(name, mine, want) for name, want in torchs.items()])
+        torchs: dict[str, torch.Tensor] = {}
+        with conduct.Operands(case.tensors) as operands:
+            names = gate.OUTPUTS[self.pass_name]
+            mine = conduct.answer(call, names, case.problem, operands, lambda: torchs.update(self._torchs(case)))
+            verdict = gate.worst([self._output(name, mine.outputs, want) for name, want in torchs.items()])
+        changed = case.put_back()  # also by the calls before
+        if changed:
+            return self._broken(CHANGED.format(changed))
+        if mine.fault:
+            return self._broken(mine.fault, mine.output)
+        late = "" if verdict.ok else mine.late()
+        return self._broken(conduct.LATE, late) if late else verdict
+
+    def _broken(self, message: str, output: str = "") -> gate.Verdict:
+        """The red verdict on a call whose conduct is wrong."""
+        return gate.Verdict(output or gate.OUTPUTS[self.pass_name][0], math.inf, 0.0, 0.0, message)
 
     def _exact(self, small: Case) -> tuple[gate.Outputs, gate.Errors]:
         """The outputs in float64, and torch's errors."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 from time import perf_counter
@@ -19,15 +19,16 @@ import torch
 from tritonconv.kernels.variant import Variant
 from tritonconv.lab.bench import gpu, nulls, spent
 from tritonconv.lab.bench.calls import TensorCall
-from tritonconv.lab.bench.case import Case
+from tritonconv.lab.bench.case import CHANGED_BY_ONE, Case
 from tritonconv.lab.bench.clock import GpuClock, gpu_clock
+from tritonconv.lab.bench.conduct import Operands
 from tritonconv.lab.bench.contestants import Contestant, chosen_fields, contestant, served, why_not
 from tritonconv.lab.bench.environment import OtherPrograms
 from tritonconv.lab.bench.failures import context_is_lost, disqualifies
-from tritonconv.lab.bench.measure import measure
+from tritonconv.lab.bench.measure import Measured, measure
 from tritonconv.lab.bench.options import Options
 from tritonconv.lab.bench.results import BASELINE, COMPILED, OURS, Writer
-from tritonconv.lab.bench.rows import head, layer_fields, measured_fields, versions_of
+from tritonconv.lab.bench.rows import executed_flops, head, layer_fields, measured_fields, versions_of, warning_of
 from tritonconv.lab.bench.workloads import ALL, Workload
 from tritonconv.problem import Problem
 
@@ -76,18 +77,27 @@ class CellTimer:
         """None on a CPU."""
         return gpu_clock(self.options.device)
 
-    def measure(self, cell: Cell, seconds: float) -> None:
-        """Gates and times a cell in about ``seconds``. A lost GPU is written as a row, then raised."""
+    def measure(self, cell: Cell, seconds: float, leave_out: Set[str] = frozenset()) -> None:
+        """Gates and times a cell in about ``seconds``, contestants of some names left out, and writes its rows.
+
+        A lost GPU is written as a row, then raised.
+        """
         begin = perf_counter()
         self.others.since_last()
-        passed = self._gated(cell)
+        passed = self._gated(cell, leave_out)
         if not passed:
             return
         try:
             rows = self._timed(cell, passed, seconds - (perf_counter() - begin))
         except Exception as error:
-            if not (disqualifies(error) or context_is_lost(error)):  # a mistake in the program
-                raise
+            if not (disqualifies(error) or context_is_lost(error)):
+                raising = self._raising(cell, passed)
+                if not raising:  # a mistake in the program
+                    raise
+                for name, each in raising.items():
+                    self._failed(cell, name, None, each)
+                self.measure(cell, seconds, leave_out={*leave_out, *raising})
+                return
             self._failed(cell, COMPILED if self.options.only_compiled else ALL, None, error)
             if context_is_lost(error):
                 raise
@@ -98,7 +108,7 @@ class CellTimer:
         for kind, row in rows:
             self.writer.write(kind, {**cell.head, **row, **others, "status": "ok", "message": ""})
 
-    def _gated(self, cell: Cell) -> dict[str, Contestant]:
+    def _gated(self, cell: Cell, leave_out: Set[str]) -> dict[str, Contestant]:
         """The contestants whose outputs are right; for every other a row is written."""
         options, problem = self.options, cell.problem
         single = [record for record in options.variants if record.pass_name == cell.pass_name]
@@ -107,12 +117,15 @@ class CellTimer:
         asked = {BASELINE: True, OURS: not options.only_compiled, COMPILED: options.compiled or options.only_compiled}
         names = [name for name, wanted in asked.items() if wanted]
         for name, record in [*zip(names, itertools.repeat(None)), *((each.name, each) for each in single)]:
-            refused = why_not(record, problem, options.device) if record else None
-            if refused is not None:
-                self.writer.write("skip", {**cell.head, "variant": name, "message": refused})
+            if name in leave_out:
                 continue
             try:
+                refused = why_not(record, problem, options.device) if record else None
+                if refused is not None:
+                    self.writer.write("skip", {**cell.head, "variant": name, "message": refused})
+                    continue
                 one = contestant(name, record, cell.case, cell.pass_name, runs_torch)
+                executed_flops(one, problem)  # what raises does so here
             except Exception as error:  # what fails is a row of its own, and the run goes on
                 self._failed(cell, name, record, error)
                 if context_is_lost(error):  # every later cell would fail too
@@ -146,9 +159,13 @@ class CellTimer:
                 beside = nulls.calls(cell.case, cell.pass_name)
         calls = {name: one.call for name, one in passed.items()} | beside
         # The gate has run every call at size, so all are warm. A slow cell takes its extra time from later cells.
-        measured = measure(calls, BASELINE, device, self.clock, seconds)
+        measured = self._measured(cell, calls, seconds)
+        honest = self._honest(cell, passed)
+        if any(warning_of(one, measured, problem, cell.pass_name, self.roofs) for one in honest.values()):
+            calls = {name: call for name, call in calls.items() if name in honest or name in beside}
+            measured = self._measured(cell, calls, seconds)  # a second look
         rows: list[tuple[str, dict]] = []
-        for one in passed.values():
+        for one in honest.values():
             if self.options.only_compiled and one.name != COMPILED:
                 continue
             row = layer_fields(cell.layer, cell.duplicates, problem)
@@ -161,6 +178,32 @@ class CellTimer:
         for name in beside:
             rows.append(("null", {"text": str(problem), **nulls.fields(name, measured)}))
         return rows
+
+    def _raising(self, cell: Cell, passed: Mapping[str, Contestant]) -> dict[str, Exception]:
+        """The errors of the calls that raise now, by contestant; they passed the gate before."""
+        found: dict[str, Exception] = {}
+        for name, one in passed.items():
+            try:
+                one.call()
+            except Exception as error:
+                found[name] = error
+        return found
+
+    def _measured(self, cell: Cell, calls: Mapping[str, TensorCall], seconds: float) -> Measured:
+        """Times the calls, whose operands change from round to round."""
+        with Operands(cell.case.tensors) as operands:
+            return measure(calls, BASELINE, cell.case.device, self.clock, seconds, before=operands.change)
+
+    def _honest(self, cell: Cell, passed: Mapping[str, Contestant]) -> dict[str, Contestant]:
+        """Those whose answers are right after the timing too; for every other a row is written."""
+        changed, judge = cell.case.put_back(), cell.case.judge(cell.pass_name)
+        calls = {name: one.call for name, one in passed.items() if name != BASELINE}
+        red = {name: str(verdict) for name, verdict in judge.look_again(calls).items()}
+        if changed and not red:
+            red = dict.fromkeys(passed, CHANGED_BY_ONE.format(changed))
+        for name, message in red.items():
+            self._wrong(cell, name, message)
+        return {name: one for name, one in passed.items() if name not in red}
 
     def _failed(self, cell: Cell, name: str, record: Variant | None, error: Exception) -> None:
         """Writes the row of a contestant, or of a cell, that raised. If the GPU is lost, the row says what lost it, so

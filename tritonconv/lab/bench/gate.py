@@ -10,7 +10,8 @@
    An error that no order of summation explains earns no credit: then torch's is at least what rounding makes it.
 2. On the tensors that are timed, each output is held against torch's, within ``4 x (torch's relative error in this
    output from step 1 + eps * sqrt(K)) * scale``: an index that goes wrong only at size is caught without a float64
-   convolution at size. Where the two disagree, float64 decides for that output, within the same limit of each.
+   convolution at size. Where the two disagree, float64 decides for that output, within the same limit of each. The
+   operands have other values than in the calls before, and the call's conduct is watched (``conduct.py``).
 
 The procedure is :class:`tritonconv.lab.bench.case.Judge`.
 """

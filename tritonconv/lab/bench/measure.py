@@ -50,7 +50,7 @@ def rounds(
 ) -> tuple[Times, Mapping[str, Any]]:
     """Interleaved in about ``seconds``, on a GPU behind a warm-up, and its clock's readings meanwhile.
 
-    ``how`` are the numbers of rounds of :func:`~tritonconv.lab.bench.timing.interleave`.
+    ``how`` are the numbers of rounds of :func:`~tritonconv.lab.bench.timing.interleave`, and its ``before``.
     """
     with spent.on(spent.TIMING), garbage_waits():
         if clock is None:
@@ -61,23 +61,23 @@ def rounds(
 
 
 def measure(
-    calls: Mapping[str, Call], baseline: str, device: torch.device, clock: GpuClock | None, seconds: float
+    calls: Mapping[str, Call], baseline: str, device: torch.device, clock: GpuClock | None, seconds: float, **how: Any
 ) -> Measured:
     """Times the calls, which are warm, by every clock of the device for about ``seconds`` in all.
 
-    ``clock`` is that of a GPU, None for a CPU. A call that cannot be captured has no graph column; where the baseline
-    is such a call, none has.
+    ``clock`` is that of a GPU, None for a CPU; ``how`` as of :func:`rounds`. A call that cannot be captured has no
+    graph column; where the baseline is such a call, none has.
     """
     if clock is None:
-        return Measured({WALL: rounds(calls, cpu_stopwatch, None, seconds)[0]}, {})
+        return Measured({WALL: rounds(calls, cpu_stopwatch, None, seconds, **how)[0]}, {})
     times, readings = {}, {}
-    times[GPU], readings[GPU] = rounds(calls, clock, clock, SHARES[GPU] * seconds)
+    times[GPU], readings[GPU] = rounds(calls, clock, clock, SHARES[GPU] * seconds, **how)
     graphs = _graphs(calls, device)
     if graphs and (baseline in graphs or baseline not in calls):
-        times[GRAPH], readings[GRAPH] = rounds(graphs, clock, clock, SHARES[GRAPH] * seconds)
+        times[GRAPH], readings[GRAPH] = rounds(graphs, clock, clock, SHARES[GRAPH] * seconds, **how)
     del graphs  # and their memory
     wall = WallClock.for_call(device, next(iter(calls.values())))
-    times[WALL], _ = rounds(calls, wall, clock, SHARES[WALL] * seconds)
+    times[WALL], _ = rounds(calls, wall, clock, SHARES[WALL] * seconds, **how)
     return Measured(times, readings)
 
 

@@ -19,9 +19,11 @@ import torch
 from tritonconv.autotune.ceilings import COPY_CACHE, COPY_L2, COPY_MEMORY, LAUNCH, MATMUL
 from tritonconv.kernels.torch_products import product
 from tritonconv.lab.bench import gpu
+from tritonconv.lab.bench.calls import work
 from tritonconv.lab.bench.clock import WallClock, stopwatch_for
 from tritonconv.lab.bench.timing import Call, quantile
 from tritonconv.precision import IEEE, TF32
+from tritonconv.problem import Problem
 
 CACHE_BYTES = 16 << 20
 MEMORY_BYTES = {"cpu": 256 << 20, "cuda": 4 << 30}
@@ -32,6 +34,9 @@ SLOW_MS = 50.0
 MIN_RUNS = 3
 LAUNCHES, MOST_LAUNCH_SECONDS = 100, 0.2
 
+# A result so many times as fast as the roof of its memory is not believed without a second look.
+BEYOND = 1.3
+L2_OF_COPY = 2  # L2, by the working set of its copies
 L2_COPIES = 100  # in one timed graph: the flush before it is then of no account
 
 
@@ -142,19 +147,46 @@ def attainable(
 
     ``tf32``: convolutions of float32 multiply in TF32, as on a GPU by default.
 
-    Where two copy roofs were measured, the one whose working set is nearer to ``working_set`` bytes (by ratio) holds.
-    Of a roof measured twice the better value counts.
+    ``working_set``: of :func:`memory_rate`. Of a roof measured twice the better value counts.
     """
     rows = list(roofs)
+    copy = memory_rate(rows, working_set)
     if dtype == "float32" and tf32 and any(row["name"] == MATMUL and row["dtype"] == TF32 for row in rows):
         dtype = TF32
     peak = max((row["value"] for row in rows if row["name"] == MATMUL and row["dtype"] == dtype), default=None)
+    if peak is None or copy is None or moved <= 0:
+        return None
+    return min(peak, flops / moved * copy)
+
+
+def memory_rate(roofs: Iterable[Mapping], working_set: float) -> float | None:
+    """Bytes/s of the memory whose roof was measured with the working set nearest to these bytes; None without one."""
     copies: dict[float, float] = {}
-    for row in rows:
+    for row in roofs:
         if row["name"] in (COPY_CACHE, COPY_MEMORY):
             size = row["working_set_bytes"]
             copies[size] = max(row["value"], copies.get(size, 0.0))
-    if peak is None or not copies or moved <= 0:
+    if not copies:
         return None
-    nearest = min(copies, key=lambda size: abs(math.log(size / max(working_set, 1.0))))
-    return min(peak, flops / moved * copies[nearest])
+    return copies[min(copies, key=lambda size: abs(math.log(size / max(working_set, 1.0))))]
+
+
+def fastest_rate(roofs: Iterable[Mapping], working_set: float) -> float | None:
+    """The same, or that of a GPU's L2 where the data fits in it: results stay there, also behind a flush."""
+    rows = list(roofs)
+    rate = memory_rate(rows, working_set)
+    in_l2 = [row["value"] for row in rows
+             if row["name"] == COPY_L2 and working_set <= L2_OF_COPY * row["working_set_bytes"]]  # fmt: skip
+    return max(in_l2 if rate is None else [rate, *in_l2], default=None)
+
+
+def beyond(problem: Problem, pass_name: str, ms: float, rate: float | None) -> str:
+    """A warning where a pass in so many ms is more than BEYOND times as fast as its bytes can be had at ``rate``, in
+    bytes/s; "" where it is not, and without a rate."""
+    if rate is None or work(problem, pass_name)[1] <= BEYOND * rate * ms * 1e-3:
+        return ""
+    moved = work(problem, pass_name)[1] / (ms * 1e-3)
+    return (
+        f"{moved / rate:.3g} times as fast as memory gives its bytes: {moved / 1e9:.3g} GB/s, the roof is "
+        f"{rate / 1e9:.3g} GB/s"
+    )

@@ -74,6 +74,7 @@ def measured_fields(
     spread = times.spread(one.name)
     seconds = spread.median * 1e-3
     executed = executed_flops(one, problem)
+    warning = warning_of(one, measured, problem, head["pass"], measured_roofs)
     ratio = times.speedup(one.name, BASELINE) if BASELINE in times.rounds else None
     return {
         "variant": one.name,
@@ -90,6 +91,7 @@ def measured_fields(
         "timing": measured.first,
         **measured.fields(one.name, BASELINE),
         "compile_s": max(0.0, one.first_s - seconds),
+        **({"warning": warning} if warning else {}),
         "percent_of_roof": 100 * flops / seconds / allowed if allowed else None,
         "gate_output": one.verdict.output,
         "max_error": one.verdict.max_error,
@@ -101,6 +103,19 @@ def measured_fields(
         "speedup_p20": ratio.p20 if ratio else None,
         "speedup_p80": ratio.p80 if ratio else None,
     }
+
+
+def warning_of(
+    one: Contestant, measured: Measured, problem: Problem, pass_name: str, measured_roofs: Iterable[Mapping]
+) -> str:
+    """Where a column's time is too good for the memory (:func:`roofs.beyond`): the column, and how much; else ""."""
+    rate = roofs.fastest_rate(measured_roofs, problem.bytes())
+    for column, times in measured.times.items():
+        if one.name in times.rounds:
+            found = roofs.beyond(problem, pass_name, times.spread(one.name).median, rate)
+            if found:
+                return f"{column}: {found}"
+    return ""
 
 
 def executed_flops(one: Contestant, problem: Problem) -> float | None:

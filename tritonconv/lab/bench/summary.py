@@ -163,6 +163,9 @@ def summary(run: Run) -> str:
             lines += [f"{OURS} in the cells where they kept at most {QUIET} cores busy:", "", *_table(quiet)]
     for error in run.errors:
         lines.append(f"{error['status']}: {error['variant']} on {error['layer']} ({error['pass']}): {error['message']}")
+    for row in (*run.results, *run.tuned):
+        if row.get("warning"):
+            lines.append(f"warning: {row['variant']} on {row['layer']} ({row['pass']}): {row['warning']}")
     whole = [row for row in run.skips if row["variant"] == ALL]
     lines += [f"left out: {row['layer']}: {row['message']}" for row in whole]
     if len(run.skips) > len(whole):

@@ -87,10 +87,12 @@ def interleave(
     max_rounds: int = MAX_ROUNDS,
     clock: Callable[[], float] = time.perf_counter,
     host: Callable[[], float] | None = None,
+    before: Callable[[], object] = lambda: None,
 ) -> Times:
     """Times the candidates in turns for about ``seconds``; the candidates are expected to be warm.
 
-    ``stopwatch`` runs a call and returns its ms, ``host`` the host's ms for the call that ran last. No round is started
+    ``stopwatch`` runs a call and returns its ms, ``host`` the host's ms for the call that ran last; ``before`` is run
+    before each round, outside its times. No round is started
     that would end after ``seconds``, judged by the mean round so far, but ``min_rounds`` are run as long as they would
     end within twice that, and ``few_rounds`` however long they take; never more than ``max_rounds``. Raises
     ArgumentError where there is nothing to run.
@@ -111,6 +113,7 @@ def interleave(
                 break
         first = done // 2 % len(names)
         order = names[first:] + names[:first]
+        before()
         for name in reversed(order) if done % 2 else order:
             rounds[name].append(stopwatch(candidates[name]))
             if host is not None:
