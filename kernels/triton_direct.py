@@ -16,7 +16,6 @@ import itertools
 from collections.abc import Callable, Sequence
 from copy import copy
 from functools import partial
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -37,24 +36,23 @@ MOST_MAPS = 64  # addresses of one operand: the tensors of a training step come 
 
 def player(program: Program) -> Player | None:
     """Runs a program that has run once, with the kernels of that run; None where Triton's own launches must."""
-    compiled = program.compiled
     launcher = LAUNCHERS.get(triton_version())
+    kernels = list(zip(program.kernels, program.compiled, strict=True))
     views = any(each is not None and each is not each.base for each in program.answer)
-    if launcher is None or views or not all(map(_launched_alone, compiled)):
+    if launcher is None or views or not all(_launched_alone(*each) for each in kernels):
         return None
     pool = _Pool(program)
-    arguments = [_arguments(*both, pool) for both in zip(program.kernels, compiled, strict=True)]
+    arguments = [_arguments(*each, pool) for each in kernels]
     launches = [
-        launcher(kernel.grid, each, pool.picker(given.leading), given.rest)
-        for kernel, each, given in zip(program.kernels, compiled, arguments, strict=True)
-        if given is not None
+        _launch(kernel.grid, *launcher(compiled), template, [(index, place()) for index, place in varying])
+        for (kernel, compiled), (template, varying) in zip(kernels, arguments, strict=True)
     ]
-    return _played(program, pool, launches) if len(launches) == len(compiled) else None
+    return _played(program, pool, launches)
 
 
 class _Pool:
-    """The list that launches pick their arguments from: the addresses of the program's values and of views, then tensor
-    maps, then constants.
+    """The list that launches take their varying arguments from: addresses of the program's values and of views, then
+    tensor maps.
 
     ``views`` are (place of the base among the values, offset in bytes); ``maps`` are by the place of the base, each an
     offset in bytes and a function that makes the map of an address.
@@ -64,54 +62,29 @@ class _Pool:
         self.program = program
         self.views: list[tuple[int, int]] = []
         self.maps: dict[int, list[tuple[int, Callable[[int], Any]]]] = {}
-        self.constants: list[Any] = []
 
     def address(self, buffer: Buffer) -> _Place:
-        view = self.program.place(buffer), buffer.offset
-        if not view[1]:
-            return lambda: view[0]
-        self.views.append(view)
-        index = len(self.views) - 1
-        return lambda: self.program.count + index
+        place, offset = self.program.place(buffer), buffer.offset
+        if not offset:
+            return lambda: place
+        self.views.append((place, offset))
+        index = self.program.count + len(self.views) - 1
+        return lambda: index
 
     def tensor_map(self, descriptor: Descriptor, facts: Any) -> _Place:
-        place = self.program.place(descriptor.buffer)
-        group = self.maps.setdefault(place, [])
+        base = self.program.place(descriptor.buffer)
+        group = self.maps.setdefault(base, [])
         group.append((descriptor.buffer.offset, partial(_tensor_map, descriptor.made(descriptor.buffer.like), facts)))
         index = len(group) - 1
 
-        def found() -> int:
-            before = itertools.takewhile(lambda base: base != place, self.maps)
-            return self.program.count + len(self.views) + sum(len(self.maps[base]) for base in before) + index
+        def place() -> int:
+            before = itertools.takewhile(lambda each: each != base, self.maps)
+            return self.program.count + len(self.views) + sum(len(self.maps[each]) for each in before) + index
 
-        return found
-
-    def picker(self, leading: Sequence[_Place | _Constant]) -> Callable[[list], tuple]:
-        """Takes the leading arguments of a launch. It is for a pool that has all its views and maps."""
-        first = self.program.count + len(self.views) + sum(map(len, self.maps.values()))
-        places = []
-        for each in leading:
-            if isinstance(each, _Constant):
-                self.constants.append(each.value)
-                places.append(first + len(self.constants) - 1)
-            else:
-                places.append(each())
-        return itemgetter(*places) if len(places) > 1 else lambda pool: tuple(pool[place] for place in places)
+        return place
 
 
 _Place = Callable[[], int]  # where in the pool, once that has all its parts
-
-
-class _Constant(NamedTuple):
-    value: Any
-
-
-class _Arguments(NamedTuple):
-    """Those of a launch in their order: the ``leading`` ones, up to the last that differs between calls, and the
-    ``rest``, which are constants."""
-
-    leading: Sequence[_Place | _Constant]
-    rest: tuple[Any, ...]
 
 
 def _played(program: Program, pool: _Pool, launches: Sequence[Launch]) -> Player:
@@ -119,7 +92,7 @@ def _played(program: Program, pool: _Pool, launches: Sequence[Launch]) -> Player
     answer = [None if each is None else program.place(each) for each in program.answer]
     offsets, nbytes = program.offsets, max(1, program.workspace_bytes)
     only = None if program.several else answer[0]
-    runtime, views, constants = knobs.runtime, pool.views, pool.constants
+    runtime, views = knobs.runtime, pool.views
     described = [(place, _maps_at(group)) for place, group in pool.maps.items()]
     workspace_of = _empty(program.device, (nbytes,), (1,), torch.uint8)
 
@@ -139,7 +112,6 @@ def _played(program: Program, pool: _Pool, launches: Sequence[Launch]) -> Player
             addresses += [addresses[place] + offset for place, offset in views]
         for place, maps_at in described:
             addresses += maps_at(addresses[place])
-        addresses += constants
         for launch in launches:
             launch(addresses, stream)
         if only is not None:
@@ -164,8 +136,9 @@ def _empty(device: torch.device, size: Sequence[int], stride: Sequence[int], dty
     return partial(quick, size, stride, dtype)
 
 
-def _launched_alone(compiled: Any) -> bool:
-    """Whether the kernel serves every later launch with arguments of its kind, and its launcher allocates nothing.
+def _launched_alone(kernel: KernelLaunch, compiled: Any) -> bool:
+    """Whether the compiled kernel serves every later launch with arguments of its kind, its launcher allocates nothing,
+    and its descriptors are tensor maps.
 
     AMD's backend looks at the size of each tensor's storage too. The interpreter has no compiled kernel.
     """
@@ -173,24 +146,32 @@ def _launched_alone(compiled: Any) -> bool:
     if target is None or target.backend != "cuda" or not hasattr(compiled.run, "launch"):
         return False
     needs = ("global_scratch_size", "profile_scratch_size", "gsan_enabled")
-    return not any(getattr(compiled.run, name, 0) for name in needs)
+    described = sum(isinstance(each, Descriptor) for each in kernel.arguments.values())
+    facts = _facts_of_maps(compiled)
+    return not any(getattr(compiled.run, name, 0) for name in needs) and None not in facts and len(facts) == described
 
 
-def _arguments(kernel: KernelLaunch, compiled: Any, pool: _Pool) -> _Arguments | None:
-    """The launcher's, by position; None where the compiler passes a descriptor in another way than as a tensor map."""
-    facts = iter(getattr(compiled.metadata, "tensordesc_meta", None) or ())
-    ordered: list[_Place | _Constant] = []
+def _facts_of_maps(compiled: Any) -> tuple:
+    """Of each descriptor among the arguments, as the compiler wants its tensor map."""
+    return tuple(getattr(compiled.metadata, "tensordesc_meta", None) or ())
+
+
+def _arguments(kernel: KernelLaunch, compiled: Any, pool: _Pool) -> tuple[list, list[tuple[int, _Place]]]:
+    """(the launcher's arguments by position, the places of those that vary and where these come from)."""
+    facts = iter(_facts_of_maps(compiled))
+    template: list[Any] = []
+    varying: list[tuple[int, _Place]] = []
     for each in kernel.function.params:
         value = kernel.arguments.get(each.name, each.default if each.has_default else None)
         if isinstance(value, Descriptor):
-            known = next(facts, None)
-            if known is None:
-                return None
-            ordered += [pool.tensor_map(value, known), *map(_Constant, (*value.shape, *value.strides))]
+            varying.append((len(template), pool.tensor_map(value, next(facts))))
+            template += [None, *value.shape, *value.strides]
+        elif isinstance(value, Buffer):
+            varying.append((len(template), pool.address(value)))
+            template.append(None)
         else:
-            ordered.append(pool.address(value) if isinstance(value, Buffer) else _Constant(value))
-    count = max((index for index, each in enumerate(ordered) if not isinstance(each, _Constant)), default=-1) + 1
-    return _Arguments(ordered[:count], tuple(each.value for each in ordered[count:] if isinstance(each, _Constant)))
+            template.append(value)
+    return template, varying
 
 
 def _maps_at(group: Sequence[tuple[int, Callable[[int], Any]]]) -> Callable[[int], list]:
@@ -236,25 +217,35 @@ def _facts(compiled: Any) -> tuple:
     return compiled.function, run.launch_cooperative_grid, run.launch_pdl
 
 
-def _for_3_6(grid, compiled: Any, pick: Callable[[list], tuple], rest: tuple) -> Launch:
-    x, y, z = (*grid, 1, 1)[:3]
-    run, facts = _in_c(compiled), (*_facts(compiled), None, None, compiled.packed_metadata, None, None, None)
+# By Triton's version, for a compiled kernel: its launcher, what stands between the stream and the kernel's arguments
+# (scratch memory, metadata, hooks: none), and whether the arguments follow one by one or as one list.
 
-    def launch(addresses: list, stream: int) -> None:
-        run(x, y, z, stream, *facts, *pick(addresses), *rest)
+
+def _of_3_6(compiled: Any) -> tuple[Any, tuple, bool]:
+    return _in_c(compiled), (*_facts(compiled), None, None, compiled.packed_metadata, None, None, None), True
+
+
+def _of_3_9(compiled: Any) -> tuple[Any, tuple, bool]:
+    signature = compiled.run.arg_annotations, compiled.run.kernel_signature
+    between = (*_facts(compiled), compiled.packed_metadata, None, None, None, None, None, *signature)
+    return _in_c(compiled), between, False
+
+
+LAUNCHERS: dict[tuple[int, int], Callable[[Any], tuple[Any, tuple, bool]]] = {(3, 6): _of_3_6, (3, 9): _of_3_9}
+
+
+def _launch(
+    grid: tuple, run: Any, between: tuple, one_by_one: bool, template: list, varying: Sequence[tuple[int, int]]
+) -> Launch:
+    x, y, z = (*grid, 1, 1)[:3]
+
+    def launch(pool: list, stream: int) -> None:
+        arguments = template.copy()
+        for index, place in varying:
+            arguments[index] = pool[place]
+        if one_by_one:
+            run(x, y, z, stream, *between, *arguments)
+        else:
+            run(x, y, z, stream, *between, arguments)
 
     return launch
-
-
-def _for_3_9(grid, compiled: Any, pick: Callable[[list], tuple], rest: tuple) -> Launch:
-    x, y, z = (*grid, 1, 1)[:3]
-    run, signature = _in_c(compiled), (compiled.run.arg_annotations, compiled.run.kernel_signature)
-    facts = (*_facts(compiled), compiled.packed_metadata, None, None, None, None, None, *signature)
-
-    def launch(addresses: list, stream: int) -> None:
-        run(x, y, z, stream, *facts, (*pick(addresses), *rest))
-
-    return launch
-
-
-LAUNCHERS: dict[tuple[int, int], Callable[..., Launch]] = {(3, 6): _for_3_6, (3, 9): _for_3_9}

@@ -93,9 +93,12 @@ def plain(arguments: tuple) -> tuple:
 
 def _is_plain(values: tuple) -> bool:
     for value in values:
-        kind = type(value)
-        if kind is not int and not (kind is tuple and _is_plain(value)):
-            return False
+        if type(value) is not int:
+            if type(value) is not tuple:
+                return False
+            for entry in value:  # each call comes by here: a function for each tuple would take longer
+                if type(entry) is not int and not (type(entry) is tuple and _is_plain(entry)):
+                    return False
     return True
 
 

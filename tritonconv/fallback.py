@@ -74,7 +74,7 @@ def traced(x, weight, bias, arguments):
 
 def transformed() -> bool:
     """A functorch transform or forward-mode differentiation is active; a registered operator would lose tangents."""
-    return transforms() is not None or forward_mode()
+    return transforms() is not None or forward_mode._current_level >= 0
 
 
 def exporting() -> bool:
@@ -95,7 +95,7 @@ def plain(first: torch.Tensor, second: torch.Tensor, third: torch.Tensor | None 
         and type(second) in PLAIN_TYPES
         and (third is None or type(third) in PLAIN_TYPES)
         and transforms() is None
-        and not forward_mode()
+        and forward_mode._current_level < 0
         and dispatch_modes() == 0
         and tracing() is None
         and not (old_vmap(first) or old_vmap(second) or (third is not None and old_vmap(third)))
@@ -120,7 +120,7 @@ def reason(*tensors: torch.Tensor | None) -> str | None:
     """Why a call goes to torch itself, in words; None where the variants serve it."""
     if transforms() is not None:
         return "a torch.func transform is active"
-    if forward_mode():
+    if forward_mode._current_level >= 0:
         return "forward-mode differentiation is active"
     if dispatch_modes() > 0:
         return "a torch dispatch mode is active (fake tensors, FLOP counter, make_fx)"

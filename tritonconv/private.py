@@ -6,6 +6,7 @@ that sends the call to torch itself, which is right everywhere.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -51,8 +52,5 @@ addmm = private("_C._VariableFunctions.addmm", torch.addmm)
 # torch.empty_strided of (size, stride, dtype) on the current device, as torch.compile's code calls it; None where it is
 # missing.
 empty_on = {kind: private(f"_C._dynamo.guards._empty_strided_{kind}", None) for kind in ("cpu", "cuda")}
-
-
-def forward_mode() -> bool:
-    """Forward-mode differentiation is active."""
-    return getattr(forward_ad, "_current_level", 0) >= 0
+# ``forward_mode._current_level``: the level of forward-mode differentiation, below 0 outside it.
+forward_mode: Any = forward_ad if hasattr(forward_ad, "_current_level") else SimpleNamespace(_current_level=0)
