@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -59,14 +55,12 @@ def beside_stand_in(tmp_path_factory):
 
     if torch.cuda.is_available() or shutil.which(stand_in_gpu.COMPILER) is None:
         pytest.skip(f"needs {stand_in_gpu.COMPILER}, and no GPU: test_graphed_gpu.py asks that")
-    folder = tmp_path_factory.mktemp("stand_in_gpu")
-    library = str(stand_in_gpu.build(folder))
-    own = {**os.environ, "STAND_IN_GPU": library, "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}"}
+    from stand_in_process import python_beside, script
+
+    run_python = python_beside(tmp_path_factory.mktemp("stand_in_gpu"))
 
     def run(code: str) -> str:
-        whole = f"import stand_in_gpu\nstand_in_gpu.install()\n{HEAD}\n{textwrap.dedent(code)}"
-        command = [sys.executable, "-c", whole]
-        done = subprocess.run(command, env=own, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
+        done = run_python(*script(code, HEAD))
         assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
         return done.stdout
 

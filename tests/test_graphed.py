@@ -149,3 +149,50 @@ def test_a_capture_without_gradients_and_one_under_autocast(beside):
     assert "capture inside torch.autocast('cuda', cache_enabled=False)" in cached
     assert recorded.startswith("ArgumentError graphed model: was captured under torch.no_grad()")
     assert autocast.endswith("autocast is off, and was torch.float16 in the capture")
+
+
+def test_a_captured_call_and_an_eager_one_have_a_choice_each(beside):
+    out = beside(
+        """
+        stand_in_gpu.PRODUCT, stand_in_gpu.HOST_LAUNCH = 15, 40  # a launch of ours takes 10 on the device
+        from tritonconv.autotune.key import device_name
+        from tritonconv.autotune import store
+
+        stand_in_gpu.shrink()
+        layer = tritonconv.ConvTranspose3d(16, 8, 2, stride=2, bias=False, device="cuda", dtype=torch.float16)
+        x = torch.ones(1, 16, 4, 4, 4, dtype=torch.float16, device="cuda")
+        print(str(tritonconv.tune(layer, x)).count("; in eager calls forward_torch_native"))
+        stored = store.own(device_name(x.device)).entries.values()
+        forward = next(each for each in stored if each.timed == "forward")
+        print(*(f"{ms:.3f}" for each in (forward, forward.eager) for ms in (each.ms, each.host_ms)))
+        graph = torch.cuda.CUDAGraph()
+        with torch.no_grad(), tritonconv.for_graphs():
+            layer(x)
+            with torch.cuda.graph(graph):
+                y = layer(x)
+        print([us for _, us, _ in graph.calls if us > 1])
+        before = stand_in_gpu.now.us
+        with torch.no_grad():
+            eager = layer(x)
+        print(stand_in_gpu.now.us - before, torch.equal(eager, y))
+
+        from tritonconv.dispatch import watch
+        from tritonconv.lab.bench.contestants import contestant
+        from tritonconv.lab.bench.case import Case
+        from tritonconv.lab.bench.clock import GpuClock
+        from tritonconv.lab.bench.measure import measure
+
+        with watch() as problems, torch.no_grad():
+            layer(x)
+        case = Case(*problems[0])
+        ours, torchs = (contestant(name, None, case, "forward", False) for name in ("tritonconv", "torch"))
+        calls, graphs = {one.name: one.call for one in (ours, torchs)}, {ours.name: ours.in_graph.call}
+        measured = measure(calls, "torch", x.device, GpuClock(x.device), 0.01, in_graph=graphs)
+        fields = measured.fields(ours.name, "torch")
+        print(ours.fields["chosen"]["forward"], ours.fields["graph_chosen"]["forward"] != "forward_torch_native")
+        print(*(f"{fields[name]:.3f}" for name in ("gpu_ms", "graph_ms")), torchs.in_graph)
+        """
+    )
+    *lines, chosen, times = out.splitlines()
+    assert lines == ["1", "0.010 0.040 0.015 0.004", "[10]", "15.0 True"]
+    assert chosen == "forward_torch_native True" and times == "0.015 0.010 None"  # each column by its own choice

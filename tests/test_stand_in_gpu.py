@@ -5,11 +5,7 @@ A campaign from its first step to its last, training steps, and one case of each
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
-import textwrap
 from collections import Counter
 from pathlib import Path
 
@@ -20,6 +16,7 @@ pytest.importorskip("triton")
 
 import stand_in_gpu
 import stand_in_ncu
+from stand_in_process import python_beside, script
 
 from tritonconv.kernels.registry import variant
 from tritonconv.lab.bench import results
@@ -36,26 +33,14 @@ SHARED = "forward_shuffle+backward_data_fused+backward_weight_fused"
 @pytest.fixture(scope="module")
 def beside(tmp_path_factory):
     """Runs Python with arguments in a process that may have the stand-in: (exit code, standard output)."""
-    folder = tmp_path_factory.mktemp("stand_in_gpu")
-    own = {
-        **os.environ,
-        "STAND_IN_GPU": str(stand_in_gpu.build(folder)),
-        "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}",
-        "TRITONCONV_CACHE": str(folder / "cache"),
-    }
+    run_python = python_beside(tmp_path_factory.mktemp("stand_in_gpu"))
 
     def run(*arguments: object) -> tuple[int, str]:
-        command = [sys.executable, *map(str, arguments)]
-        done = subprocess.run(command, env=own, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
+        done = run_python(*arguments)
         print(done.stdout, done.stderr, sep="\n")  # pytest shows it where the test fails
         return done.returncode, done.stdout
 
     return run
-
-
-def script(code: str) -> tuple[str, str]:
-    """The arguments of Python for a piece of code that has the stand-in."""
-    return "-c", f"import stand_in_gpu\nstand_in_gpu.install()\n{textwrap.dedent(code)}"
 
 
 def test_a_campaign_goes_through_all_its_steps(beside, tmp_path, ncu):
@@ -255,39 +240,6 @@ def test_a_graph_makes_its_calls_again_and_waits_for_nothing(beside):
     )
     assert code == 0
     assert out.splitlines() == ["10.0 10.0 10.0", *["None"] * 4]
-
-
-def test_a_captured_call_and_an_eager_one_have_a_choice_each(beside):
-    code, out = beside(
-        *script(
-            """
-            stand_in_gpu.PRODUCT, stand_in_gpu.HOST_LAUNCH = 15, 40  # a launch of ours takes 10 on the device
-            import torch, tritonconv
-            from tritonconv.autotune.key import device_name
-            from tritonconv.autotune import store
-
-            stand_in_gpu.shrink()
-            layer = tritonconv.ConvTranspose3d(16, 8, 2, stride=2, bias=False, device="cuda", dtype=torch.float16)
-            x = torch.ones(1, 16, 4, 4, 4, dtype=torch.float16, device="cuda")
-            print(str(tritonconv.tune(layer, x)).count("; in eager calls forward_torch_native"))
-            stored = store.own(device_name(x.device)).entries.values()
-            forward = next(each for each in stored if each.timed == "forward")
-            print(*(f"{ms:.3f}" for each in (forward, forward.eager) for ms in (each.ms, each.host_ms)))
-            graph = torch.cuda.CUDAGraph()
-            with torch.no_grad(), tritonconv.for_graphs():
-                layer(x)
-                with torch.cuda.graph(graph):
-                    y = layer(x)
-            print([us for _, us, _ in graph.calls if us > 1])
-            before = stand_in_gpu.now.us
-            with torch.no_grad():
-                eager = layer(x)
-            print(stand_in_gpu.now.us - before, torch.equal(eager, y))
-            """
-        )
-    )
-    assert code == 0
-    assert out.splitlines() == ["1", "0.010 0.040 0.015 0.004", "[10]", "15.0 True"]
 
 
 def test_the_tests_for_a_gpu_pass(beside):

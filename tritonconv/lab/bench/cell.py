@@ -22,7 +22,7 @@ from tritonconv.lab.bench.calls import TensorCall
 from tritonconv.lab.bench.case import CHANGED_BY_ONE, Case
 from tritonconv.lab.bench.clock import GpuClock, gpu_clock
 from tritonconv.lab.bench.conduct import Operands
-from tritonconv.lab.bench.contestants import Contestant, chosen_fields, contestant, served, why_not
+from tritonconv.lab.bench.contestants import Contestant, contestant, served, why_not
 from tritonconv.lab.bench.environment import OtherPrograms
 from tritonconv.lab.bench.failures import context_is_lost, disqualifies
 from tritonconv.lab.bench.measure import Measured, measure
@@ -158,19 +158,21 @@ class CellTimer:
             with spent.on(spent.TRIALS):
                 beside = nulls.calls(cell.case, cell.pass_name)
         calls = {name: one.call for name, one in passed.items()} | beside
+        graphs = {name: one.in_graph.call for name, one in passed.items() if one.in_graph is not None}
         # The gate has run every call at size, so all are warm. A slow cell takes its extra time from later cells.
-        measured = self._measured(cell, calls, seconds)
+        measured = self._measured(cell, calls, graphs, seconds)
         honest = self._honest(cell, passed)
         if any(warning_of(one, measured, problem, cell.pass_name, self.roofs) for one in honest.values()):
             calls = {name: call for name, call in calls.items() if name in honest or name in beside}
-            measured = self._measured(cell, calls, seconds)  # a second look
+            graphs = {name: call for name, call in graphs.items() if name in honest}
+            measured = self._measured(cell, calls, graphs, seconds)  # a second look
         rows: list[tuple[str, dict]] = []
         for one in honest.values():
             if self.options.only_compiled and one.name != COMPILED:
                 continue
             row = layer_fields(cell.layer, cell.duplicates, problem)
             row |= measured_fields(one, measured, problem, cell.head, self.roofs)
-            row |= {**chosen_fields(one.chosen), "versions": self.versions}
+            row |= {**one.fields, "versions": self.versions}
             if self.clock is not None:
                 with spent.on(spent.TIMING):
                     row |= {"l2_flushed": True, "peak_bytes": gpu.peak_bytes(one.call, device)}
@@ -189,10 +191,13 @@ class CellTimer:
                 found[name] = error
         return found
 
-    def _measured(self, cell: Cell, calls: Mapping[str, TensorCall], seconds: float) -> Measured:
-        """Times the calls, whose operands change from round to round."""
+    def _measured(
+        self, cell: Cell, calls: Mapping[str, TensorCall], graphs: Mapping[str, TensorCall], seconds: float
+    ) -> Measured:
+        """Times the calls, whose operands change from round to round; ``graphs`` as ``in_graph`` of :func:`measure`."""
         with Operands(cell.case.tensors) as operands:
-            return measure(calls, BASELINE, cell.case.device, self.clock, seconds, before=operands.change)
+            where = BASELINE, cell.case.device, self.clock
+            return measure(calls, *where, seconds, in_graph=graphs, before=operands.change)
 
     def _honest(self, cell: Cell, passed: Mapping[str, Contestant]) -> dict[str, Contestant]:
         """Those whose answers are right after the timing too; for every other a row is written."""

@@ -1,7 +1,8 @@
 """The columns of a row's times, in ms per call. A reader never takes one for another.
 
 - ``gpu``: GPU time of an eager call, between two events, the host out of it;
-- ``graph``: the same of the replay of a CUDA graph of the call, which has no launches of its own;
+- ``graph``: the same of the replay of a CUDA graph of the call, which has no launches of its own; where other kernels
+  are chosen for a graph, of these, which the fields ``graph_chosen`` and ``graph_config`` name;
 - ``wall``: wall time of an eager call, the host in it: what a user waits for. A CPU has this column alone.
 
 Each holds for every contestant and pass alike: torch's, torch.compile's and our forward are captured, and so are their

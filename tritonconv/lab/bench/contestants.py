@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 
 import torch
 import torch.nn.functional as F
 
 from tritonconv.autotune.sources import revision
-from tritonconv.dispatch import Selection, plan, wait_until_compiled
+from tritonconv.dispatch import Selection, choice_now, plan, wait_until_compiled
 from tritonconv.forced import in_force, pinned, use
 from tritonconv.functional import conv_transpose3d
 from tritonconv.kernels.variant import Variant
@@ -25,13 +25,22 @@ from tritonconv.problem import PASSES, Problem
 @dataclass(frozen=True)
 class Contestant:
     """A contestant of a cell: the choices that it runs by pass (none for torch), its call at size, the gate's verdict,
-    and the seconds of its first call, compilation included."""
+    and the seconds of its first call, compilation included.
+
+    ``in_graph`` is the same in a CUDA graph, where other choices hold there: the public operation's.
+    """
 
     name: str
     chosen: Mapping[str, Selection]
     call: TensorCall
     verdict: gate.Verdict
     first_s: float
+    in_graph: Contestant | None = None
+
+    @property
+    def fields(self) -> dict[str, object]:
+        """Its choices as fields of a row."""
+        return chosen_fields(self.chosen, {} if self.in_graph is None else self.in_graph.chosen)
 
 
 def why_not(record: Variant, problem: Problem, device: torch.device) -> str | None:
@@ -49,20 +58,37 @@ def launched(record: Variant | None, problem: Problem, device: torch.device, pas
     return {name: choice(name) for name in (PASSES if pass_name == FORWARD_BACKWARD else (pass_name,))}
 
 
+def launched_in_graph(problem: Problem, device: torch.device, pass_name: str) -> dict[str, Selection]:
+    """As :func:`launched`, of the public operation in a CUDA graph; nothing where that launches the same."""
+    if device.type != "cuda":
+        return {}
+    eager = launched(None, problem, device, pass_name)
+    chosen = {name: choice_now(problem, device, name, in_graph=True) for name in eager}
+    alike = all(
+        (each.variant, each.config) == (eager[name].variant, eager[name].config) for name, each in chosen.items()
+    )
+    return {} if alike else chosen
+
+
 def served(record: Variant | None, problem: Problem, device: torch.device, pass_name: str) -> dict[str, object]:
     """The same as fields of a row (:func:`chosen_fields`); for a variant by itself only its source."""
     if record is not None:
         return {"sources": {pass_name: revision(record)}}
-    return chosen_fields(launched(None, problem, device, pass_name))
+    here = problem, device, pass_name
+    return chosen_fields(launched(None, *here), launched_in_graph(*here))
 
 
-def chosen_fields(chosen: Mapping[str, Selection]) -> dict[str, object]:
-    """A contestant's choices as fields of a row; while they are the same, a later run would measure the same again."""
-    return {
-        "chosen": {name: selection.variant.name for name, selection in chosen.items()},
-        "config": {name: dict(selection.config) for name, selection in chosen.items()},
-        "sources": {name: revision(selection.variant) for name, selection in chosen.items()},
-    }
+def chosen_fields(chosen: Mapping[str, Selection], in_graph: Mapping[str, Selection]) -> dict[str, object]:
+    """A contestant's choices as fields of a row; while they are the same, a later run would measure the same again.
+
+    Those of the graph column have fields of their own where they are others.
+    """
+    fields: dict[str, object] = {}
+    for prefix, selections in (("", chosen), *((("graph_", in_graph),) if in_graph else ())):
+        fields[f"{prefix}chosen"] = {name: each.variant.name for name, each in selections.items()}
+        fields[f"{prefix}config"] = {name: dict(each.config) for name, each in selections.items()}
+        fields[f"{prefix}sources"] = {name: revision(each.variant) for name, each in selections.items()}
+    return fields
 
 
 def contestant(name: str, record: Variant | None, case: Case, pass_name: str, at_size: bool) -> Contestant:
@@ -70,7 +96,19 @@ def contestant(name: str, record: Variant | None, case: Case, pass_name: str, at
 
     ``at_size`` is false where torch cannot run the cell: then the answer is not held against torch's at full size.
     """
-    call, chosen = prepared(name, record, case, pass_name)
+    own = _judged(name, case, pass_name, at_size, *prepared(name, record, case, pass_name))
+    in_graph = launched_in_graph(case.problem, case.device, pass_name) if name == OURS else {}
+    if not in_graph or not own.verdict.ok:
+        return own
+    with pinned(*in_graph.values()):
+        call = in_force(_call(case, pass_name, public=True))
+    other = _judged(name, case, pass_name, at_size, call, in_graph)
+    return replace(own, in_graph=other, verdict=own.verdict if other.verdict.ok else other.verdict)
+
+
+def _judged(
+    name: str, case: Case, pass_name: str, at_size: bool, call: TensorCall, chosen: Mapping[str, Selection]
+) -> Contestant:
     begin = perf_counter()
     with spent.on({BASELINE: spent.TRIALS, COMPILED: spent.TORCH_COMPILE}.get(name, spent.COMPILING)):
         call()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -61,18 +62,25 @@ def rounds(
 
 
 def measure(
-    calls: Mapping[str, Call], baseline: str, device: torch.device, clock: GpuClock | None, seconds: float, **how: Any
+    calls: Mapping[str, Call],
+    baseline: str,
+    device: torch.device,
+    clock: GpuClock | None,
+    seconds: float,
+    in_graph: Mapping[str, Call] = MappingProxyType({}),
+    **how: Any,
 ) -> Measured:
     """Times the calls, which are warm, by every clock of the device for about ``seconds`` in all.
 
-    ``clock`` is that of a GPU, None for a CPU; ``how`` as of :func:`rounds`. A call that cannot be captured has no
+    ``clock`` is that of a GPU, None for a CPU; ``how`` as of :func:`rounds`. ``in_graph`` holds calls that are captured
+    in the place of those of the same name. A call that cannot be captured has no
     graph column; where the baseline is such a call, none has.
     """
     if clock is None:
         return Measured({WALL: rounds(calls, cpu_stopwatch, None, seconds, **how)[0]}, {})
     times, readings = {}, {}
     times[GPU], readings[GPU] = rounds(calls, clock, clock, SHARES[GPU] * seconds, **how)
-    graphs = _graphs(calls, device)
+    graphs = _graphs({**calls, **in_graph}, device)
     if graphs and (baseline in graphs or baseline not in calls):
         times[GRAPH], readings[GRAPH] = rounds(graphs, clock, clock, SHARES[GRAPH] * seconds, **how)
     del graphs  # and their memory
