@@ -32,9 +32,8 @@ from tritonconv.kernels.variant import SPREADS_VOXELS, SPREADS_WEIGHT, Config, V
 from tritonconv.kernels.work import Work
 from tritonconv.problem import Problem
 
-WAVES = (
-    4  # programs of both gradients per multiprocessor, without splits, of which each is a part: of more they fill it
-)
+# Programs of both gradients per multiprocessor, without splits, of which each is a part: more of them fill it.
+WAVES = 4
 LARGEST_TILE = 128 * 64  # sums: half of what backward_data_gemm and backward_weight_splitk begin with
 # Keys that both halves have are those of backward_weight; with this prefix they are those of backward_data.
 PREFIX = "D_"

@@ -135,3 +135,16 @@ def quick(monkeypatch) -> None:
     monkeypatch.setattr(runner, "CELL_SECONDS", 0.001)
     monkeypatch.setattr(dispatch, "_by_call", {})
     monkeypatch.setattr(dispatch, "_by_problem", {})
+
+
+@pytest.fixture
+def standing_by(monkeypatch) -> None:
+    """Plans are those of a GPU: torch's own stands in until their kernels are compiled."""
+    real = dispatch.plan
+
+    def plan(*call):
+        made = real(*call)
+        made.standby = True
+        return made
+
+    monkeypatch.setattr(dispatch, "plan", plan)

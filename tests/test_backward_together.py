@@ -6,9 +6,8 @@ from functools import partial
 
 import pytest
 import torch
-from variant_cases import DEVICE, Case, expected, same
+from variant_cases import DEVICE, Case, inputs_of, ran_in_backward, same
 
-import tritonconv
 from tritonconv import dispatch
 from tritonconv.autotune.choose import Selection
 from tritonconv.kernels import backward_data_gemm as gemm
@@ -32,13 +31,6 @@ CASES = {
     "mixed strides": Case(n=1, channels=(3, 17), size=(2, 3, 2), kernel=(3, 2, 4), stride=(2, 1, 3), front=(1, 0, 2)),
     "batch 0": Case(n=0, channels=(16, 16), size=2, stride=2),
 }
-
-
-def inputs_of(case, layout, dtype):
-    inputs, grad_y, _, gradients = expected(case, True)
-    dense = {"dtype": dtype, "device": DEVICE, "memory_format": LAYOUTS[layout]}
-    weight, bias = (t.to(DEVICE, dtype) for t in inputs[1:])
-    return inputs[0].to(**dense), weight, bias, grad_y.to(**dense), gradients
 
 
 def configs_of(problem):
@@ -103,26 +95,14 @@ def test_autograd_takes_the_joint_call_where_both_halves_are_chosen(launches, mo
         together, "run", lambda kernel, *more, **named: joined.append(kernel) or run(kernel, *more, **named)
     )
     case = CASES["k3 s2 p1 q1"]
-    x, weight, bias, grad_y, wanted = inputs_of(case, "ndhwc", torch.float32)
-    leaves = [t.requires_grad_() for t in (x, weight, bias)]
-    with tritonconv.use(*NAMES):
-        y = case.call(*leaves)
-    launches.clear()
-    assert all(map(same, torch.autograd.grad(y, leaves, grad_y), wanted))
-    assert launches == list(NAMES)
+    assert ran_in_backward(NAMES, case, "ndhwc", launches) == list(NAMES)
     assert joined == [together.backward_together_kernel]
 
 
 def test_beside_another_variant_each_half_runs_alone(launches):
     case = CASES["groups"]
-    x, weight, bias, grad_y, wanted = inputs_of(case, "ncdhw", torch.float32)
-    leaves = [t.requires_grad_() for t in (x, weight, bias)]
     for names in ((NAMES[0], "backward_weight_splitk"), ("backward_data_gemm", NAMES[1])):
-        with tritonconv.use(*names):
-            y = case.call(*leaves)
-        launches.clear()
-        assert all(map(same, torch.autograd.grad(y, leaves, grad_y), wanted))
-        assert launches == list(names)
+        assert ran_in_backward(names, case, "ncdhw", launches) == list(names)
 
 
 def test_the_weight_that_the_forward_packed_is_not_packed_again():

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from variant_cases import DEVICE, Case, expected, same
+from variant_cases import DEVICE, Case, inputs_of, ran_in_backward, same
 
 import tritonconv
 from tritonconv import dispatch
@@ -57,13 +57,6 @@ def arguments(monkeypatch):
     return seen
 
 
-def inputs_of(case, layout, dtype):
-    inputs, grad_y, _, gradients = expected(case, True)
-    dense = {"dtype": dtype, "device": DEVICE, "memory_format": LAYOUTS[layout]}
-    weight, bias = (t.to(DEVICE, dtype) for t in inputs[1:])
-    return inputs[0].to(**dense), weight, bias, grad_y.to(**dense), gradients
-
-
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("label", FUSED)
@@ -91,13 +84,7 @@ def test_one_read_of_grad_y_gives_all_gradients(label, layout, arguments):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_autograd_takes_the_joint_call_where_both_halves_are_chosen(layout, arguments, launches):
     case = FUSED["several tiles and splits"]
-    x, weight, bias, grad_y, wanted = inputs_of(case, layout, torch.float32)
-    leaves = [t.requires_grad_() for t in (x, weight, bias)]
-    with tritonconv.use(*NAMES):
-        y = case.call(*leaves)
-    launches.clear()
-    assert all(map(same, torch.autograd.grad(y, leaves, grad_y), wanted))
-    assert launches == list(NAMES)
+    assert ran_in_backward(NAMES, case, layout, launches) == list(NAMES)
     assert len(arguments) == 2
     assert {"x_ptr", "w_ptr", "grad_y_ptr", "grad_x_ptr", "partial_ptr", "bias_partial_ptr"} <= set(arguments[0])
 
@@ -117,14 +104,8 @@ def test_a_half_reads_only_what_it_needs(needed, arguments):
 
 def test_beside_another_variant_each_half_runs_alone(launches):
     case = FUSED["groups"]
-    x, weight, bias, grad_y, wanted = inputs_of(case, "ncdhw", torch.float32)
-    leaves = [t.requires_grad_() for t in (x, weight, bias)]
     for names in ((NAMES[0], "backward_weight_torch_native"), ("backward_data_torch_native", NAMES[1])):
-        with tritonconv.use(*names):
-            y = case.call(*leaves)
-        launches.clear()
-        assert all(map(same, torch.autograd.grad(y, leaves, grad_y), wanted))
-        assert launches == list(names)
+        assert ran_in_backward(names, case, "ncdhw", launches) == list(names)
 
 
 def test_what_does_not_fit_the_chip_says_so():

@@ -202,19 +202,11 @@ def test_an_unknown_attribute_is_an_attribute_error():
     assert not hasattr(guards, "call_of_nobody")
 
 
-def test_a_graph_that_is_recorded_holds_no_standby(monkeypatch, launches):
+def test_a_graph_that_is_recorded_holds_no_standby(monkeypatch, launches, standing_by):
     """The first run waits for the kernels: a CUDA graph is recorded at the second one."""
     waits, capturing = [], []
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: bool(capturing))
     monkeypatch.setattr(dispatch, "wait_until_compiled", lambda: waits.append(list(launches)))
-    real = dispatch.plan
-
-    def standing_by(*call):
-        made = real(*call)
-        made.standby = True
-        return made
-
-    monkeypatch.setattr(dispatch, "plan", standing_by)
     layer, x = small()
     with tritonconv.use(*PHASES):
         call = torch.compile(layer, backend="aot_eager", fullgraph=True)

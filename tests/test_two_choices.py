@@ -253,19 +253,11 @@ def test_a_compiler_that_does_not_say_records_no_graphs():
     torch.testing.assert_close(call(X), torch.conv_transpose3d(X, WEIGHT, stride=2))
 
 
-def test_the_first_run_of_an_operator_prepares_what_a_capture_will_run(monkeypatch, launches):
+def test_the_first_run_of_an_operator_prepares_what_a_capture_will_run(monkeypatch, launches, standing_by):
     """A CUDA graph is recorded at the second run, where nothing can be compiled any more."""
     tuned(entry())
     waits = []
     monkeypatch.setattr(dispatch, "wait_until_compiled", lambda: waits.append(list(launches)))
-    real = dispatch.plan
-
-    def standing_by(*call):
-        made = real(*call)
-        made.standby = True
-        return made
-
-    monkeypatch.setattr(dispatch, "plan", standing_by)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     operators._planned.cache_clear()
     geometry = (8, 8, 8), (16, 16, 16), (2, 2, 2), (2, 2, 2), (0, 0, 0), (1, 1, 1), 1

@@ -301,3 +301,22 @@ def random_case(rng: random.Random) -> Case:
     groups = rng.choice((1, 1, 1, 2, 3))
     channels = (3, 3) if groups == 3 else (groups * rng.choice((1, 2, 5)), groups * rng.choice((1, 2, 5)))
     return Case(rng.choice((1, 2)), channels, *zip(*axes, strict=True), groups)
+
+
+def inputs_of(case, layout, dtype):
+    """x, weight, bias, grad_y in a layout and a dtype, and the exact (grad_x, grad_weight, grad_bias)."""
+    inputs, grad_y, _, gradients = expected(case, True)
+    dense = {"dtype": dtype, "device": DEVICE, "memory_format": LAYOUTS[layout]}
+    weight, bias = (t.to(DEVICE, dtype) for t in inputs[1:])
+    return inputs[0].to(**dense), weight, bias, grad_y.to(**dense), gradients
+
+
+def ran_in_backward(names, case, layout, launches) -> list[str]:
+    """The variants that ran in the backward of a call with those of these names, whose gradients are exact."""
+    x, weight, bias, grad_y, wanted = inputs_of(case, layout, torch.float32)
+    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+    with tritonconv.use(*names):
+        y = case.call(*leaves)
+    launches.clear()
+    assert all(map(same, torch.autograd.grad(y, leaves, grad_y), wanted))
+    return list(launches)
