@@ -17,11 +17,11 @@ from tritonconv.kernels.registry import variants
 from tritonconv.kernels.triton_buffers import Buffer, Descriptor
 from tritonconv.kernels.triton_program import Program, operands_of
 from tritonconv.kernels.triton_replay import MOST_KEPT, Replay
-from tritonconv.lab.inspection.compiling import products_in
+from tritonconv.lab.inspection.compiling import GPU, products_in
 from tritonconv.problem import output_size
 
 CALLS, PLAYED, PLANS = 10_000, 200, 120
-DTYPES = (torch.float16, torch.float32)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 RECORDS = [record for record in variants() if record.backend == "triton"]
 
 
@@ -88,23 +88,25 @@ def test_a_replayed_value_is_the_one_that_would_be_worked_out(monkeypatch):
     plans = []
     while len(plans) < PLANS:
         problem, record = a_problem(draw), draw.choice(RECORDS)
-        if record.supports(problem, DEVICE) is None:
-            config = draw.choice(record.space(problem, DEVICE))
+        if record.supports(problem, GPU) is None:
+            config = draw.choice(record.space(problem, GPU))
             launches = partial(record.launches, problem, config)
             plans.append((problem, record, launches, Replay(launches)))
-    played = 0
+    played = due = 0
     for call in range(CALLS):
         problem, record, launches, replay = draw.choice(plans)
         like = operands_of(problem, record.pass_name, torch.device("meta"))
         operands = tuple(another(each, draw) if isinstance(each, torch.Tensor) else each for each in like)
         precision = draw.choice(("tf32", "ieee")) if problem.dtype is torch.float32 else "float16"
         with products_in(precision):
-            if record.supports(problem, DEVICE) is not None:
+            if record.supports(problem, GPU) is not None:
                 continue
             kept, fresh = replay(*operands), Program.of(launches, operands)
         assert kept is seen[-1] and told(kept) == told(fresh), (record.name, str(problem))
         assert len(replay.kept) <= MOST_KEPT
-        if call % (CALLS // PLAYED) == 0:
+        due += call % (CALLS // PLAYED) == 0
+        if due and record.supports(problem, DEVICE) is None:  # the interpreter computes bfloat16 wrongly
+            due -= 1
             results, wanted = (run(each, operands) for each in (kept, fresh))
             several = isinstance(results, tuple)
             pairs = zip(results, wanted, strict=True) if several else ((results, wanted),)
