@@ -187,18 +187,7 @@ def _without_overlap(record: Variant) -> Variant:
     """
     if record.backend != "triton":
         return record
-    names = (
-        "launch",
-        "launches",
-        "supports",
-        "space",
-        "default",
-        "copied",
-        "joint",
-        "workspace_bytes",
-        "work",
-        "hazard",
-    )
+    names = "launch", "launches", "joint", "supports", "space", "default", "copied", "workspace_bytes", "work", "hazard"
     functions: dict[str, Any] = {
         name: _called_without_overlap(each) for name in names if (each := getattr(record, name)) is not None
     }

@@ -21,6 +21,7 @@ import torch
 from tritonconv import fallback
 from tritonconv.dispatch import Plan
 from tritonconv.kernels.torch_layout import bias_gradient
+from tritonconv.private import function_base
 
 
 def needs_gradient(x, weight, bias=None) -> bool:
@@ -124,5 +125,4 @@ class _Backward(torch.autograd.Function):
 
 
 # ``Function.apply`` without its look for functorch's transforms: a call under one goes to :mod:`tritonconv.fallback`.
-_apply = getattr(torch._C, "_FunctionBase", None)
-differentiable_forward = _Forward.apply if _apply is None else super(torch.autograd.Function, _Forward).apply
+differentiable_forward = super(torch.autograd.Function, _Forward).apply if function_base else _Forward.apply

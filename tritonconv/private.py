@@ -36,6 +36,8 @@ any_autocast = private(
 )
 # The backward pass that this thread runs; -1 outside one.
 backward_pass = private("_C._current_graph_task_id", lambda: -1)
+# The class in C below torch.autograd.Function, whose ``apply`` it calls; None where it is missing.
+function_base = private("_C._FunctionBase", None)
 # The index of the current GPU, in a process that has a tensor on one; the public way also looks whether CUDA is there.
 current_gpu = private("_C._cuda_getDevice", lambda: torch.cuda.current_device())
 # The handle of a GPU's current stream, by the GPU's index.
