@@ -109,6 +109,15 @@ def sum_weights(
     _sum(partial, grad_weight, (splits, groups, taps * c_out, c_in), True, (taps, c_out), bias_partial, grad_bias)
 
 
+def sum_parts(partial: Buffer, out: Buffer, bias_partial: Buffer | None = None, bias_out: Buffer | None = None) -> None:
+    """Writes ``partial.sum(0)``, partial (splits, *out.shape), both dense and contiguous, into ``out``.
+
+    In one launch and a fixed order, rounded once; ``bias_partial`` (splits, channels) into ``bias_out`` rides along.
+    """
+    inner = math.gcd(out.numel(), ROW)
+    _sum(partial, out, (partial.shape[0], 1, out.numel() // inner, inner), False, (0, 0), bias_partial, bias_out)
+
+
 def _sum(partial, out, shape, transposed, taps=(0, 0), bias_partial=None, bias_out=None) -> None:
     splits, batch, flat, inner = shape
     assert partial.is_contiguous() and partial.numel() == splits * out.numel()

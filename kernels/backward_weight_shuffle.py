@@ -1,0 +1,273 @@
+"""Backward-weight where kernel = stride: grad_weight and grad_bias from one read of grad_y and of x.
+
+Each element of grad_y belongs to one voxel i of x and one tap t: ``grad_weight[ci, co, t] = sum over i of x[i, ci] *
+grad_y[i*stride + t, co]``. One program owns BLOCK_M rows (tap, output channel), all of them where they fit a tile, x
+BLOCK_N input channels, and one chunk of the voxels, the depth. No tap leaves the volume, so masks ask for the voxel
+alone. The sums are stored in the order of the weight, in which the partials of several chunks are added as they lie.
+
+Words: *rows* are in one of two orders.
+
+* ROWS = 0: (tap, channel). grad_y is loaded (voxel, row), and the product is (rows, input channels).
+* ROWS = 1: (tap_d, tap_h, channel, tap_w), where w is grad_y's contiguous axis. Whole rows of grad_y along w are loaded
+  and their taps are parted in registers, so the product is the transposed one, (input channels, rows): its right
+  operand comes from shared memory.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from tritonconv.kernels import triton_shuffle_tiles as shuffle
+from tritonconv.kernels.triton_arrival import ARRIVE, ahead, arrivals, last_to_arrive, sum_in_order
+from tritonconv.kernels.triton_buffers import new
+from tritonconv.kernels.triton_device import (
+    FAR,
+    aligned,
+    ceil_div,
+    chunk,
+    dividers,
+    load_voxels,
+    multiple,
+    offset,
+    product,
+    voxel_tiles,
+    voxels,
+    widened,
+)
+from tritonconv.kernels.triton_launch import WIDE_FROM, precision, refusal, wide
+from tritonconv.kernels.triton_launch import launch as run
+from tritonconv.kernels.triton_reduce import sum_parts
+from tritonconv.kernels.triton_shuffle_tiles import tile_taps
+from tritonconv.kernels.triton_target import STEP, compute_capability
+from tritonconv.kernels.variant import Variant
+from tritonconv.problem import Problem
+
+LEAST_COLUMNS = 16  # of a product
+MOST_TAPS = 256
+RUN_TIME = ("n", "d_in", "h_in", "w_in", "splits")
+
+
+def accounting(grid, kernel, args):
+    """As ``triton_launch.accounting``, of a kernel that takes only the sizes of x."""
+    x, size, taps = args["x_ptr"], (args["d_in"], args["h_in"], args["w_in"]), tuple(args["KERNEL"])
+    out = tuple(s * k for s, k in zip(size, taps, strict=True))
+    problem = Problem(
+        args["n"], args["C_IN"] * args["GROUPS"], args["C_OUT"] * args["GROUPS"], size, taps, taps, (0, 0, 0), out,
+        (1, 1, 1), args["GROUPS"], x.dtype, bias=args.get("grad_b_ptr") is not None,
+    )  # fmt: skip
+    flops = f"flops{8 * x.dtype.itemsize}"
+    return {"name": f"{kernel.name} {problem}", flops: problem.flops, "bytes": problem.bytes("backward_weight")}
+
+
+@triton.jit
+def by_channel_and_tap(acc, TAPS: tl.constexpr, ACROSS: tl.constexpr, ROWS: tl.constexpr):
+    """The sums of a tile as (input channels, (output channel, tap)), as a weight lies."""
+    M: tl.constexpr = acc.shape[1] if ROWS else acc.shape[0]
+    N: tl.constexpr = acc.shape[0] if ROWS else acc.shape[1]
+    if ROWS:
+        weights = acc.reshape(N, TAPS // ACROSS, M // TAPS, ACROSS).permute(0, 2, 1, 3)
+    else:
+        weights = acc.reshape(TAPS, M // TAPS, N).permute(2, 1, 0)
+    return weights.reshape(N, M)
+
+
+@triton.jit(launch_metadata=accounting, do_not_specialize=RUN_TIME)
+def backward_weight_shuffle_kernel(
+    x_ptr,  # (n, c_in, d, h, w)
+    grad_y_ptr,  # (n, c_out, d*kd, h*kh, w*kw)
+    grad_w_ptr,  # (splits, c_in, c_out, taps), dense
+    grad_b_ptr,  # (splits, c_out), dense, or None
+    arrivals_ptr,  # (programs of one split,) int32, zeros: the last one of a tile adds up its partials; or None
+    total_w_ptr,  # (c_in, c_out, taps), dense, or None without arrivals
+    total_b_ptr,  # (c_out,), or None
+    n, d_in, h_in, w_in, splits, x_strides, grad_y_strides,
+    C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr, KERNEL: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr,
+    VOXELS_INNER: tl.constexpr,  # of x and of grad_y: see load_voxels
+    W_STEP: tl.constexpr,  # divides w_in
+    ONES: tl.constexpr,  # columns of a product with ones that sums grad_y; or 0
+    UNITS: tl.constexpr, WIDE: tl.constexpr, FAR_IDS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A program owns BLOCK_M rows (tap, output channel) x BLOCK_N input channels of grad_weight, and one of ``splits``
+    chunks of the n*d*h*w voxels of x, the depth; that of the first input channels owns its channels' bias too.
+
+    Voxels count in 32 bits unless FAR_IDS, also where their offsets take 64 (WIDE).
+    """
+    x_strides = aligned(x_strides, UNITS, 0)
+    grad_y_strides = aligned(grad_y_strides, UNITS, 1)
+    ALL: tl.constexpr = product(KERNEL)
+    TAPS: tl.constexpr = tile_taps(KERNEL, C_OUT, BLOCK_M, ROWS)
+    CHANNELS: tl.constexpr = BLOCK_M // TAPS
+    ACROSS: tl.constexpr = KERNEL[2]
+    TAP_TILES: tl.constexpr = ceil_div(ALL, TAPS)
+    CHANNEL_TILES: tl.constexpr = ceil_div(C_OUT, CHANNELS)
+    TILES_N: tl.constexpr = ceil_div(C_IN, BLOCK_N)
+    TILES: tl.constexpr = TAP_TILES * CHANNEL_TILES * TILES_N * GROUPS
+    pid = tl.program_id(0)
+    split, tile = pid // TILES, pid % TILES
+    tap_tile, channel_tile = tile % TAP_TILES, tile // TAP_TILES % CHANNEL_TILES
+    tile_n = tile // (TAP_TILES * CHANNEL_TILES) % TILES_N
+    group = widened(tile // (TAP_TILES * CHANNEL_TILES * TILES_N), WIDE)
+
+    # A row's tap and channel; with ROWS a row stands for ACROSS of them, one beside the other along w.
+    SIDE: tl.constexpr = ACROSS if ROWS else 1
+    lane = tl.arange(0, BLOCK_M // SIDE)
+    tap = tap_tile * TAPS + lane // CHANNELS * SIDE
+    channel = channel_tile * CHANNELS + lane % CHANNELS
+    mask_m = (channel < C_OUT) & (tap < ALL)
+    td, th = widened(tap // (KERNEL[1] * KERNEL[2]), WIDE), widened(tap // KERNEL[2] % KERNEL[1], WIDE)
+    tw = 0 if ROWS else widened(tap % KERNEL[2], WIDE)
+    ci = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = ci < C_IN
+    y_lanes = offset(grad_y_strides, 0, group * C_OUT + widened(channel, WIDE), td, th, tw)  # (BLOCK_M / SIDE,)
+    x_lanes = (group * C_IN + widened(ci, WIDE)) * x_strides[1]  # (BLOCK_N,)
+
+    size = (d_in, h_in, w_in)
+    fine = (d_in, h_in, w_in * SIDE)
+    by, by_fine = None, None
+    if not FAR_IDS and BLOCK_W == 0:
+        by, by_fine = dividers(size, BLOCK_W), dividers(fine, BLOCK_W)
+    if ROWS:
+        acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        sums = tl.zeros((BLOCK_M // SIDE, BLOCK_K * SIDE // 8), tl.float32)
+    else:
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        sums = tl.zeros((BLOCK_M, ONES if ONES else 1), tl.float32)
+        ones = tl.full((BLOCK_K, ONES if ONES else 1), 1.0, x_ptr.dtype.element_ty)
+    first, last = chunk(split, splits, voxel_tiles(n, size, BLOCK_K, BLOCK_W, FAR_IDS))
+    for tile_k in range(first, last):
+        image, d, h, w, mask_k = voxels(tile_k, n, size, BLOCK_K, BLOCK_W, FAR_IDS, by)
+        x_rows = offset(x_strides, widened(image, WIDE), 0, widened(d, WIDE), widened(h, WIDE), widened(w, WIDE))
+        if ROWS:
+            mask_k = (image < n) & (w < multiple(w_in, W_STEP))
+            x_mask = mask_n[:, None] & mask_k[None, :]
+            x_tile = tl.load(x_ptr + (x_lanes[:, None] + x_rows[None, :]), mask=x_mask, other=0.0)
+            image, d, h, w, _ = voxels(tile_k, n, fine, BLOCK_K * SIDE, BLOCK_W * SIDE, FAR_IDS, by_fine)
+            image, d, h, w = widened(image, WIDE), widened(d, WIDE), widened(h, WIDE), widened(w, WIDE)
+            y_columns = offset(grad_y_strides, image, 0, d * KERNEL[0], h * KERNEL[1], w)
+            y_mask = mask_m[:, None] & ((image < n) & (w < multiple(w_in, W_STEP) * SIDE))[None, :]
+            rows_tile = tl.load(grad_y_ptr + (y_lanes[:, None] + y_columns[None, :]), mask=y_mask, other=0.0)
+            # As integers: next to a product the compiler takes the reshape for one of shared memory, and fails.
+            parted = rows_tile.to(tl.int16, bitcast=True).reshape(BLOCK_M // SIDE, BLOCK_K, SIDE).permute(1, 0, 2)
+            parted = parted.reshape(BLOCK_K, BLOCK_M).to(x_ptr.dtype.element_ty, bitcast=True)
+            acc = tl.dot(x_tile, parted, acc, input_precision=PRECISION)
+            if grad_b_ptr is not None:  # of neighbours in one thread: the rest after the loop
+                sums += tl.sum(rows_tile.reshape(BLOCK_M // SIDE, BLOCK_K * SIDE // 8, 8).to(tl.float32), 2)
+        else:
+            image, d, h, w = widened(image, WIDE), widened(d, WIDE), widened(h, WIDE), widened(w, WIDE)
+            y_rows = offset(grad_y_strides, image, 0, d * KERNEL[0], h * KERNEL[1], w * KERNEL[2])
+            y_mask, x_mask = mask_k[:, None] & mask_m[None, :], mask_k[:, None] & mask_n[None, :]
+            grad_y_tile = load_voxels(grad_y_ptr + (y_rows[:, None] + y_lanes[None, :]), y_mask, VOXELS_INNER[1])
+            x_tile = load_voxels(x_ptr + (x_rows[:, None] + x_lanes[None, :]), x_mask, VOXELS_INNER[0])
+            acc = tl.dot(tl.trans(grad_y_tile), x_tile, acc, input_precision=PRECISION)
+            if grad_b_ptr is not None:
+                if ONES:  # exact products, and no element of the tile passes through a register
+                    sums = tl.dot(tl.trans(grad_y_tile), ones, sums)
+                else:
+                    sums += tl.sum(grad_y_tile.to(tl.float32), 0)[:, None]
+
+    weights = by_channel_and_tap(acc.to(grad_w_ptr.dtype.element_ty), TAPS, ACROSS, ROWS)  # (BLOCK_N, BLOCK_M)
+    column = tl.arange(0, BLOCK_M)
+    if TAPS == ALL:  # neighbours in memory
+        place = channel_tile * BLOCK_M + column
+        mask_w = mask_n[:, None] & (place < C_OUT * ALL)[None, :]
+    else:
+        channel_w, tap_w = channel_tile * CHANNELS + column // TAPS, tap_tile * TAPS + column % TAPS
+        place = channel_w * ALL + tap_w
+        mask_w = mask_n[:, None] & ((channel_w < C_OUT) & (tap_w < ALL))[None, :]
+    places = ((group * C_IN + ci) * (C_OUT * ALL))[:, None] + place[None, :]
+    step = widened(GROUPS * C_IN * C_OUT * ALL, WIDE)
+    tl.store(grad_w_ptr + (split * step + places), weights, mask=mask_w)
+    if grad_b_ptr is not None:
+        if not ROWS and ONES:  # all columns are alike
+            sums = tl.where(tl.arange(0, ONES)[None, :] == 0, sums, 0.0)
+        biases = tl.sum(tl.sum(sums, 1).reshape(BLOCK_M // SIDE // CHANNELS, CHANNELS), 0)  # (CHANNELS,)
+        channel_b = channel_tile * CHANNELS + tl.arange(0, CHANNELS)
+        mask_b = channel_b + tile_n * C_OUT < C_OUT  # of the first input channels alone
+        place_b = group * C_OUT + channel_b
+        bias_ptrs = grad_b_ptr + ((split * TAP_TILES + tap_tile) * (GROUPS * C_OUT) + place_b)
+        tl.store(bias_ptrs, biases.to(grad_b_ptr.dtype.element_ty), mask=mask_b)
+    if arrivals_ptr is not None:  # noqa: SIM102
+        if last_to_arrive(arrivals_ptr, tile, splits):
+            weights = sum_in_order(grad_w_ptr, step, splits, places, mask_w, ahead(BLOCK_M * BLOCK_N))
+            tl.store(total_w_ptr + places, weights.to(total_w_ptr.dtype.element_ty), mask=mask_w)
+            if grad_b_ptr is not None:
+                biases = sum_in_order(grad_b_ptr, GROUPS * C_OUT, splits, place_b, mask_b, ahead(CHANNELS))
+                tl.store(total_b_ptr + place_b, biases.to(total_b_ptr.dtype.element_ty), mask=mask_b)
+
+
+def launches(problem, config, x, grad_y, need_bias):
+    nothing = x.numel() == 0 or grad_y.numel() == 0
+    grad_weight = new(problem.weight_shape, x, zero=nothing)
+    grad_bias = new((problem.c_out,), x, zero=nothing) if need_bias else None
+    if nothing:
+        return grad_weight, grad_bias
+    config, split_programs = dict(config), shuffle.programs(problem, config)
+    arrive, splits = shuffle.sums_itself(problem, config), config.pop("SPLITS")
+    tap_parts = shuffle.tap_tiles(problem, config)
+    config.pop(ARRIVE, None)
+    partial, bias_partial = grad_weight, grad_bias
+    if splits > 1:
+        partial = new((splits, *problem.weight_shape), x, torch.float32)
+    if need_bias and splits * tap_parts > 1:
+        bias_partial = new((splits * tap_parts, problem.c_out), x, torch.float32)
+    run(
+        backward_weight_shuffle_kernel,
+        splits * split_programs,
+        config,
+        (partial, bias_partial, *((grad_weight, grad_bias) if arrive else ())),
+        x_ptr=x,
+        grad_y_ptr=grad_y,
+        grad_w_ptr=partial,
+        grad_b_ptr=bias_partial,
+        arrivals_ptr=arrivals(split_programs, x) if arrive else None,
+        total_w_ptr=grad_weight if arrive else None,
+        total_b_ptr=grad_bias if arrive else None,
+        n=problem.n,
+        **dict(zip(("d_in", "h_in", "w_in"), problem.size, strict=True)),
+        splits=splits,
+        x_strides=x.stride(),
+        grad_y_strides=grad_y.stride(),
+        C_IN=problem.c_in // problem.groups,
+        C_OUT=problem.c_out // problem.groups,
+        GROUPS=problem.groups,
+        KERNEL=problem.kernel,
+        VOXELS_INNER=(x.stride(1) != 1 and config["BLOCK_W"] == 0, grad_y.stride(1) != 1),
+        W_STEP=STEP if config["BLOCK_W"] and problem.size[2] % STEP == 0 else 1,
+        ONES=_ones(problem) if need_bias else 0,
+        WIDE=wide(x, grad_y, partial),
+        FAR_IDS=math.prod(grad_y.shape) // problem.c_out >= WIDE_FROM or max(grad_y.shape[2:]) >= FAR // 2,
+        PRECISION=precision(problem.dtype),
+    )
+    if splits > 1 and not arrive:
+        together = need_bias and tap_parts == 1
+        sum_parts(partial, grad_weight, *((bias_partial, grad_bias) if together else ()))
+    if need_bias and tap_parts > 1:
+        sum_parts(bias_partial, grad_bias)
+    return grad_weight, grad_bias
+
+
+def _ones(problem: Problem) -> int:
+    """ONES: TF32 would round grad_y, and for sm_80 Triton loads a tile of two products through registers."""
+    return LEAST_COLUMNS if problem.dtype.itemsize == 2 and not 0 < compute_capability() < 90 else 0
+
+
+def supports(problem: Problem, device: torch.device) -> str | None:
+    why_not = refusal(problem, device)
+    if why_not is None and not problem.tiles_exactly:
+        why_not = "each element of grad_y has one tap only where kernel = stride and nothing is cropped"
+    if why_not is None and math.prod(problem.kernel) > MOST_TAPS:
+        why_not = f"a tile holds {MOST_TAPS} taps, not {math.prod(problem.kernel)}"
+    return why_not
+
+
+VARIANT = Variant(
+    "backward_weight_shuffle", "backward_weight",
+    "kernel = stride: one GEMM over all taps and voxels, the bias gradient in the same pass", "triton",
+    launches=launches, supports=supports, space=shuffle.space, default=shuffle.default, options=(ARRIVE,),
+    workspace_bytes=shuffle.workspace_bytes, work=shuffle.work,
+)  # fmt: skip
