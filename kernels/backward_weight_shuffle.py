@@ -75,6 +75,13 @@ def by_channel_and_tap(acc, TAPS: tl.constexpr, ACROSS: tl.constexpr, ROWS: tl.c
     return weights.reshape(N, M)
 
 
+@triton.jit
+def in_steps(strides, STEP: tl.constexpr):
+    """``strides`` with STEP, which divides all but the last, in sight of the compiler."""
+    n, c, d, h = strides[0], strides[1], strides[2], strides[3]
+    return multiple(n, STEP), multiple(c, STEP), multiple(d, STEP), multiple(h, STEP), strides[4]
+
+
 @triton.jit(launch_metadata=accounting, do_not_specialize=RUN_TIME)
 def backward_weight_shuffle_kernel(
     x_ptr,  # (n, c_in, d, h, w)
@@ -88,7 +95,7 @@ def backward_weight_shuffle_kernel(
     C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr, KERNEL: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr,
     VOXELS_INNER: tl.constexpr,  # of x and of grad_y: see load_voxels
-    W_STEP: tl.constexpr,  # divides w_in
+    W_STEP: tl.constexpr,  # with ROWS: divides w_in and the strides across w, those of grad_y KERNEL[2] times
     ONES: tl.constexpr,  # columns of a product with ones that sums grad_y; or 0
     UNITS: tl.constexpr, WIDE: tl.constexpr, FAR_IDS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -99,6 +106,9 @@ def backward_weight_shuffle_kernel(
     """
     x_strides = aligned(x_strides, UNITS, 0)
     grad_y_strides = aligned(grad_y_strides, UNITS, 1)
+    if ROWS:
+        x_strides = in_steps(x_strides, W_STEP)
+        grad_y_strides = in_steps(grad_y_strides, W_STEP * KERNEL[2])
     ALL: tl.constexpr = product(KERNEL)
     TAPS: tl.constexpr = tile_taps(KERNEL, C_OUT, BLOCK_M, ROWS)
     CHANNELS: tl.constexpr = BLOCK_M // TAPS
@@ -237,7 +247,7 @@ def launches(problem, config, x, grad_y, need_bias):
         GROUPS=problem.groups,
         KERNEL=problem.kernel,
         VOXELS_INNER=(x.stride(1) != 1 and config["BLOCK_W"] == 0, grad_y.stride(1) != 1),
-        W_STEP=STEP if config["BLOCK_W"] and problem.size[2] % STEP == 0 else 1,
+        W_STEP=_width_step(problem, x, grad_y) if config["ROWS"] and config["BLOCK_W"] else 1,
         ONES=_ones(problem) if need_bias else 0,
         WIDE=wide(x, grad_y, partial),
         FAR_IDS=math.prod(grad_y.shape) // problem.c_out >= WIDE_FROM or max(grad_y.shape[2:]) >= FAR // 2,
@@ -246,9 +256,16 @@ def launches(problem, config, x, grad_y, need_bias):
     if splits > 1 and not arrive:
         together = need_bias and tap_parts == 1
         sum_parts(partial, grad_weight, *((bias_partial, grad_bias) if together else ()))
-    if need_bias and tap_parts > 1:
+    if bias_partial is not None and grad_bias is not None and tap_parts > 1:
         sum_parts(bias_partial, grad_bias)
     return grad_weight, grad_bias
+
+
+def _width_step(problem: Problem, x, grad_y) -> int:
+    """W_STEP: few values, so that a new image size seldom compiles anew."""
+    taps = problem.kernel[2]
+    across = (s // taps if s % taps == 0 else 1 for s in grad_y.stride()[:4])
+    return math.gcd(STEP, problem.size[2], *x.stride()[:4], *across)
 
 
 def _ones(problem: Problem) -> int:

@@ -6,6 +6,7 @@ x in chunks (SPLITS).
 
 from __future__ import annotations
 
+import itertools
 import math
 from functools import lru_cache
 
@@ -20,7 +21,14 @@ from tritonconv.kernels.work import Work, parts, tap_gemm
 from tritonconv.problem import Problem
 
 FEWEST_CHANNELS = 4  # of a tile where there are so many: 8 bytes in NDHWC, the least that is worth a copy of its own
+BLOCK_K = 32  # voxels of a step: two programs of the largest tiles with one column tile fit a multiprocessor of sm_90
 LEAST_VOXELS = 128  # that a chunk is worth
+FEWEST_UNSPLIT = 4  # multiprocessors for each program, at most, of a launch without chunks
+RESIDENT = 2  # programs of a multiprocessor
+CACHE_RATE, MEMORY_RATE = 5.95e12, 4.25e12  # bytes/s of an H200's L2 and memory (autotune/tables/nvidia_h200.v2.json)
+# Not measured: the share of these rates that one program of a multiprocessor reaches; the part of the shorter time of
+# the two that the longer does not hide; a step that nothing hides, 250 cycles; a second launch in a graph, its gap too.
+ALONE, UNHIDDEN, STEP_SECONDS, SECOND_LAUNCH_SECONDS = 0.95, 0.25, 0.14e-6, 3e-6
 
 
 @triton.constexpr_function
@@ -61,59 +69,69 @@ def sums_itself(problem: Problem, config: Config) -> bool:
 
 
 def default(problem: Problem, device: torch.device) -> Config:
-    half, groups = problem.dtype.itemsize == 2, problem.groups
-    c_in, c_out = problem.c_in // groups, problem.c_out // groups
-    across = problem.kernel[2]
+    """Of few tile sizes and numbers of chunks those that :func:`seconds` counts least for; of equals the largest."""
+    return min(_candidates(problem), key=lambda config: seconds(problem, config))
+
+
+def _candidates(problem: Problem) -> list[Config]:
+    half, groups, across = problem.dtype.itemsize == 2, problem.groups, problem.kernel[2]
     rows = int(half and problem.layout == "ncdhw" and 1 < across <= 16 and across & (across - 1) == 0)
-    places = triton.next_power_of_2(math.prod(problem.kernel))
-    most = 256 if half else 64
-    block_m = tiles.power_of_two(places * c_out, 64, most)
-    if half and parts(c_out * places, 128) * 128 < parts(c_out * places, block_m) * block_m:
-        block_m = 128  # fewer rows that stand for nothing
-    block_n = tiles.power_of_two(c_in, 64 if rows else 16, 128 if half else 64)
-    block_k = 32
-    base = {
-        "BLOCK_M": block_m,
-        "BLOCK_N": block_n,
-        "BLOCK_K": block_k,
-        "BLOCK_W": tiles.block_w(problem, problem.size, block_k),
-        "ROWS": rows,
-        "num_warps": 8,
-        "num_stages": 4,
-    }
-    # Few voxels: narrower tiles, until there are programs enough without chunks that are not worth their start.
-    while _enough(problem, base) < MULTIPROCESSORS * 3 // 4:
-        if base["BLOCK_N"] > 64:
-            base["BLOCK_N"] //= 2
-        elif base["BLOCK_M"] > max(64, 4 * places):
-            base["BLOCK_M"] //= 2
-        else:
-            break
-    base["num_warps"] = 8 if base["BLOCK_M"] * base["BLOCK_N"] >= 128 * 128 else 4
-    return {**base, "SPLITS": splits_of(problem, base)}
+    most_m = triton.next_power_of_2(math.prod(problem.kernel)) * problem.c_out // groups
+    block_m = tiles.power_of_two(most_m, 64, 256 if half else 64)
+    block_n = tiles.power_of_two(problem.c_in // groups, 64 if rows else 16, 128 if half else 64)
+    configs: list[Config] = []
+    for m, n in itertools.product((block_m, block_m // 2), (block_n, block_n // 2, block_n // 4)):
+        if m < min(64, block_m) or n < min(64 if rows else 32, block_n):
+            continue
+        config = {
+            "BLOCK_M": m,
+            "BLOCK_N": n,
+            "BLOCK_K": BLOCK_K,
+            "BLOCK_W": tiles.block_w(problem, problem.size, BLOCK_K),
+            "ROWS": rows,
+            "num_warps": 8 if m * n >= 128 * 128 else 4,
+            "num_stages": 4,
+        }
+        configs += [{**config, "SPLITS": splits} for splits in chunks(problem, config)[:3]]
+    return configs
 
 
-def _enough(problem: Problem, config: Config) -> int:
-    return programs(problem, config) * _most_splits(problem, config)
+def seconds(problem: Problem, config: Config) -> float:
+    """A count of an H200's time by which the default is chosen: bytes of tiles and partials at the rate of its L2, or
+    the steps of the programs that stand in line, and the second launch."""
+    splits, each = config["SPLITS"], max(1, programs(problem, config))
+    in_line = parts(splits * each, RESIDENT * MULTIPROCESSORS)
+    longest = parts(steps(problem, config), splits)
+    loaded = (config["BLOCK_M"] + config["BLOCK_N"]) * config["BLOCK_K"] * problem.dtype.itemsize
+    busy = min(ALONE, RESIDENT * splits * each / MULTIPROCESSORS)
+    if splits * each >= RESIDENT * MULTIPROCESSORS:
+        busy = 1.0
+    cached, memory = each * splits * longest * loaded / CACHE_RATE, problem.bytes("backward_weight") / MEMORY_RATE
+    moved = max(cached, memory) + UNHIDDEN * min(cached, memory)
+    loop = max(moved / busy, in_line * longest * STEP_SECONDS)
+    if splits == 1:
+        return loop
+    return loop + SECOND_LAUNCH_SECONDS + 8.0 * splits * math.prod(problem.weight_shape) / CACHE_RATE
 
 
-def _most_splits(problem: Problem, config: Config) -> int:
-    return max(1, steps(problem, config) * config["BLOCK_K"] // LEAST_VOXELS)
-
-
-def splits_of(problem: Problem, config: Config, waves: int = 1) -> int:
-    """SPLITS: as many chunks as fill the waves, each worth its start."""
-    return max(1, min(waves * MULTIPROCESSORS // programs(problem, config), _most_splits(problem, config)))
+def chunks(problem: Problem, config: Config) -> tuple[int, ...]:
+    """SPLITS that are worth a trial: as many as give each multiprocessor 1, 2 or 4 programs; 1 where tiles are many."""
+    each, most = max(1, programs(problem, config)), steps(problem, config) * config["BLOCK_K"] // LEAST_VOXELS
+    counts = [max(1, min(waves * MULTIPROCESSORS // each, most)) for waves in (1, 2, 4)]
+    if FEWEST_UNSPLIT * each >= MULTIPROCESSORS:
+        counts.insert(0, 1)
+    return tuple(dict.fromkeys(counts))
 
 
 def space(problem: Problem, device: torch.device) -> tuple[Config, ...]:
-    """The configs around the default, each with the chunks of so many waves."""
-    configs, base = {}, default(problem, device)
+    """The configs around the default, each with several numbers of chunks."""
+    base = default(problem, device)
+    configs = {tuple(base.items()): base}
     for changed in tiles.around(base, problem, "BLOCK_K", num_warps=(4, 8), ROWS=(0, 1) if base["ROWS"] else ()):
-        for waves in (1, 2, 4):  # other tiles are other programs
-            counted = {**changed, "SPLITS": splits_of(problem, changed, waves)}
-            tile_bytes = 4 * counted["BLOCK_M"] * counted["BLOCK_N"]
+        for splits in chunks(problem, changed):  # other tiles are other programs
+            counted = {**changed, "SPLITS": splits}
             whole = tap_tiles(problem, counted) == 1
+            tile_bytes = 4 * counted["BLOCK_M"] * counted["BLOCK_N"]
             for config in with_arrivals(counted, tile_bytes) if whole else (counted,):
                 configs[tuple(config.items())] = config
     return tuple(configs.values())
