@@ -78,7 +78,8 @@ def _candidates(problem: Problem) -> list[Config]:
     rows = int(half and problem.layout == "ncdhw" and 1 < across <= 16 and across & (across - 1) == 0)
     most_m = triton.next_power_of_2(math.prod(problem.kernel)) * problem.c_out // groups
     block_m = tiles.power_of_two(most_m, 64, 256 if half else 64)
-    block_n = tiles.power_of_two(problem.c_in // groups, 64 if rows else 16, 128 if half else 64)
+    narrow = not half or (problem.layout == "ncdhw" and _block_w(problem) == 0)  # loads of an element each
+    block_n = tiles.power_of_two(problem.c_in // groups, 64 if rows else 16, 64 if narrow else 128)
     configs: list[Config] = []
     for m, n in itertools.product((block_m, block_m // 2), (block_n, block_n // 2, block_n // 4)):
         if m < min(64, block_m) or n < min(64 if rows else 32, block_n):
@@ -87,13 +88,21 @@ def _candidates(problem: Problem) -> list[Config]:
             "BLOCK_M": m,
             "BLOCK_N": n,
             "BLOCK_K": BLOCK_K,
-            "BLOCK_W": tiles.block_w(problem, problem.size, BLOCK_K),
+            "BLOCK_W": _block_w(problem),
             "ROWS": rows,
-            "num_warps": 8 if m * n >= 128 * 128 else 4,
+            "num_warps": 8 if m * n >= 128 * 128 or m == 256 else 4,
             "num_stages": 4,
         }
         configs += [{**config, "SPLITS": splits} for splits in chunks(problem, config)[:3]]
     return configs
+
+
+def _block_w(problem: Problem) -> int:
+    """BLOCK_W: in NDHWC a whole step along w where w nearly fills it, so that no voxel of it is located by itself."""
+    if problem.layout == "ncdhw":
+        return tiles.block_w(problem, problem.size, BLOCK_K)
+    width = problem.size[2]
+    return BLOCK_K if parts(width, BLOCK_K) * BLOCK_K * 8 <= width * 9 else 0
 
 
 def seconds(problem: Problem, config: Config) -> float:
@@ -127,7 +136,8 @@ def space(problem: Problem, device: torch.device) -> tuple[Config, ...]:
     """The configs around the default, each with several numbers of chunks."""
     base = default(problem, device)
     configs = {tuple(base.items()): base}
-    for changed in tiles.around(base, problem, "BLOCK_K", num_warps=(4, 8), ROWS=(0, 1) if base["ROWS"] else ()):
+    more = {"num_warps": (4, 8), "ROWS": (0, 1) if base["ROWS"] else (), "BLOCK_W": (0, base["BLOCK_K"])}
+    for changed in tiles.around(base, problem, "BLOCK_K", **more):
         for splits in chunks(problem, changed):  # other tiles are other programs
             counted = {**changed, "SPLITS": splits}
             whole = tap_tiles(problem, counted) == 1

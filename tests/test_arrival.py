@@ -33,6 +33,9 @@ CASES = {
     "fused": Case(channels=(20, 3), size=(3, 2, 9), kernel=2, stride=2),
     "fused groups": Case(channels=(4, 6), size=(2, 2, 10), kernel=2, stride=2, groups=2),
     "fused batch 0": Case(n=0, kernel=2, stride=2),
+    "shuffle": Case(channels=(20, 2), size=(3, 2, 9), kernel=2, stride=2),
+    "shuffle k1x2x2 groups": Case(channels=(6, 8), size=(2, 2, 10), kernel=(1, 2, 2), stride=(1, 2, 2), groups=2),
+    "shuffle batch 0": Case(n=0, channels=(3, 2), kernel=2, stride=2),
 }
 SMALL = {"BLOCK_K": 16, "BLOCK_M": 16, "BLOCK_W": 0}  # a few voxels are several steps then
 # Splits, with a bias or without, dtype, layout. One round of loads; one that is not full; two, and programs without a
@@ -135,7 +138,7 @@ def test_launches_of_a_stream_share_counters_and_large_ones_have_their_own():
     assert large is not one and large.numel() == arrival.COUNTERS + 1 and not large.any()
 
 
-@pytest.mark.parametrize("label", ["splitk", "cells", "depthwise", "fused"])
+@pytest.mark.parametrize("label", ["splitk", "cells", "depthwise", "fused", "shuffle"])
 def test_the_counters_are_asked_for_at_each_run(label):
     """A program is one kernel, and holds none: the next run may be on another stream, or captured."""
     record, problem = record_of(label), CASES[label].problem(torch.float16, "ndhwc")

@@ -18,6 +18,7 @@ LAYERS = {
     "backward_weight_cells": "k3s2",
     "backward_weight_depthwise": "depthwise_k3",
     "backward_weight_fused": "k2s2",
+    "backward_weight_shuffle": "k2s2",
 }
 SOURCE = """
 import dataclasses, sys
