@@ -46,8 +46,6 @@ from tritonconv.kernels.triton_target import STEP, compute_capability
 from tritonconv.kernels.variant import Variant
 from tritonconv.problem import Problem
 
-LEAST_COLUMNS = 16  # of a product
-MOST_TAPS = 256
 RUN_TIME = ("n", "d_in", "h_in", "w_in", "splits")
 
 
@@ -270,16 +268,14 @@ def _width_step(problem: Problem, x, grad_y) -> int:
 
 def _ones(problem: Problem) -> int:
     """ONES: TF32 would round grad_y, and for sm_80 Triton loads a tile of two products through registers."""
-    return LEAST_COLUMNS if problem.dtype.itemsize == 2 and not 0 < compute_capability() < 90 else 0
+    return shuffle.LEAST_COLUMNS if problem.dtype.itemsize == 2 and not 0 < compute_capability() < 90 else 0
 
 
 def supports(problem: Problem, device: torch.device) -> str | None:
-    why_not = refusal(problem, device)
-    if why_not is None and not problem.tiles_exactly:
-        why_not = "each element of grad_y has one tap only where kernel = stride and nothing is cropped"
-    if why_not is None and math.prod(problem.kernel) > MOST_TAPS:
-        why_not = f"a tile holds {MOST_TAPS} taps, not {math.prod(problem.kernel)}"
-    return why_not
+    if not problem.tiles_exactly:
+        exactly = "each element of grad_y has one tap only where kernel = stride and nothing is cropped"
+        return refusal(problem, device) or exactly
+    return refusal(problem, device)
 
 
 VARIANT = Variant(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -20,8 +21,11 @@ from tritonconv.kernels.variant import Config
 from tritonconv.kernels.work import Work, parts, tap_gemm
 from tritonconv.problem import Problem
 
-FEWEST_CHANNELS = 4  # of a tile where there are so many: 8 bytes in NDHWC, the least that is worth a copy of its own
+# Channels of a tile where there are so many: with all taps 8 bytes in NDHWC, the least that is worth a copy of its own,
+# else a sector.
+FEWEST_CHANNELS, SECTOR_CHANNELS = 4, 16
 BLOCK_K = 32  # voxels of a step: two programs of the largest tiles with one column tile fit a multiprocessor of sm_90
+LEAST_COLUMNS = 16  # of a product: the bias by one with ones
 LEAST_VOXELS = 128  # that a chunk is worth
 FEWEST_UNSPLIT = 4  # multiprocessors for each program, at most, of a launch without chunks
 RESIDENT = 2  # programs of a multiprocessor
@@ -33,12 +37,12 @@ ALONE, UNHIDDEN, STEP_SECONDS, SECOND_LAUNCH_SECONDS = 0.95, 0.25, 0.14e-6, 3e-6
 
 @triton.constexpr_function
 def tile_taps(KERNEL, C_OUT, BLOCK_M, ROWS):
-    """Taps of a tile, a power of two: all of them, or as many as leave it FEWEST_CHANNELS."""
-    taps, channels = [int(k) for k in KERNEL], int(C_OUT)
+    """Taps of a tile, a power of two: all of them where FEWEST_CHANNELS fit beside them, else few."""
+    taps, channels = [int(k) for k in KERNEL], 1 << (int(C_OUT) - 1).bit_length()
     whole = 1 << (math.prod(taps) - 1).bit_length()
-    least = taps[2] if ROWS else 1
-    room = int(BLOCK_M) // min(FEWEST_CHANNELS, 1 << (channels - 1).bit_length())
-    return min(whole, max(room, least))
+    if whole * min(FEWEST_CHANNELS, channels) <= int(BLOCK_M):
+        return whole
+    return max(int(BLOCK_M) // min(SECTOR_CHANNELS, channels), taps[2] if ROWS else 1)
 
 
 def tap_tiles(problem: Problem, config: Config) -> int:
@@ -158,8 +162,9 @@ def workspace_bytes(problem: Problem) -> int:
 
 def work(problem: Problem, config: Config) -> Work:
     splits, count = config["SPLITS"], programs(problem, config)
+    ones = LEAST_COLUMNS if problem.bias and problem.dtype.itemsize == 2 and not config["ROWS"] else 0
     apart = problem.stride[2] if problem.layout == "ncdhw" and not config["ROWS"] else 1
-    return tap_gemm(
+    counts = tap_gemm(
         problem,
         "backward_weight",
         config,
@@ -169,3 +174,4 @@ def work(problem: Problem, config: Config) -> Work:
         launches=2 if splits > 1 and not sums_itself(problem, config) else 1,
         apart=(apart, 1),
     )
+    return replace(counts, flops=counts.flops * (1 + ones / config["BLOCK_N"]))

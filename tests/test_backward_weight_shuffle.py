@@ -31,6 +31,7 @@ CASES = {
     "28 to 5, 27 taps": Case(n=1, channels=(28, 5), size=(2, 1, 8), kernel=3, stride=3),
     "48 to 24": Case(n=1, channels=(48, 24), size=(2, 2, 8), kernel=(1, 2, 2), stride=(1, 2, 2)),
     "112 to 48 in 2 groups": Case(n=1, channels=(112, 48), size=(1, 2, 8), kernel=2, stride=2, groups=2),
+    "64 taps": Case(n=1, channels=(3, 8), size=(1, 2, 8), kernel=4, stride=4),
     "one tap": Case(channels=(20, 3), size=(2, 3, 8), kernel=1),
     "rows that no step divides": Case(channels=(4, 2), size=(2, 3, 12), kernel=2, stride=2),
 }
