@@ -115,14 +115,16 @@ def sum_parts(partial: Buffer, out: Buffer, bias_partial: Buffer | None = None, 
     In one launch and a fixed order, rounded once; ``bias_partial`` (splits, channels) into ``bias_out`` rides along.
     """
     inner = math.gcd(out.numel(), ROW)
-    _sum(partial, out, (partial.shape[0], 1, out.numel() // inner, inner), False, (0, 0), bias_partial, bias_out)
+    shape = (partial.shape[0], 1, out.numel() // inner, inner)
+    _sum(partial, out, shape, False, (0, 0), bias_partial, bias_out, programs=4)  # partials are many
 
 
-def _sum(partial, out, shape, transposed, taps=(0, 0), bias_partial=None, bias_out=None) -> None:
+def _sum(partial, out, shape, transposed, taps=(0, 0), bias_partial=None, bias_out=None, programs=1) -> None:
+    """``programs``: of a multiprocessor, where the sums are few."""
     splits, batch, flat, inner = shape
     assert partial.is_contiguous() and partial.numel() == splits * out.numel()
     channels = 0 if bias_out is None else bias_out.numel()
-    most = power_of_two(max(out.numel(), channels) // MULTIPROCESSORS, 32, TILE)
+    most = power_of_two(max(out.numel(), channels) // (programs * MULTIPROCESSORS), 32, TILE)
     block_i = power_of_two(inner, 1, min(ROW, most))
     block_f = power_of_two(flat, 1, most // block_i)
     grid = batch * triton.cdiv(flat, block_f) * triton.cdiv(inner, block_i) + triton.cdiv(channels, block_f * block_i)

@@ -81,8 +81,8 @@ def _candidates(problem: Problem) -> list[Config]:
     half, groups, across = problem.dtype.itemsize == 2, problem.groups, problem.kernel[2]
     rows = int(half and problem.layout == "ncdhw" and 1 < across <= 16 and across & (across - 1) == 0)
     most_m = triton.next_power_of_2(math.prod(problem.kernel)) * problem.c_out // groups
-    block_m = tiles.power_of_two(most_m, 64, 256 if half else 64)
-    narrow = not half or (problem.layout == "ncdhw" and _block_w(problem) == 0)  # loads of an element each
+    block_m = tiles.power_of_two(most_m, 64, 256 if half else 128)
+    narrow = not half or (problem.layout == "ncdhw" and _block_w(problem, bool(rows)) == 0)  # loads of an element each
     block_n = tiles.power_of_two(problem.c_in // groups, 64 if rows else 16, 64 if narrow else 128)
     configs: list[Config] = []
     for m, n in itertools.product((block_m, block_m // 2), (block_n, block_n // 2, block_n // 4)):
@@ -92,21 +92,24 @@ def _candidates(problem: Problem) -> list[Config]:
             "BLOCK_M": m,
             "BLOCK_N": n,
             "BLOCK_K": BLOCK_K,
-            "BLOCK_W": _block_w(problem),
+            "BLOCK_W": _block_w(problem, bool(rows)),
             "ROWS": rows,
-            "num_warps": 8 if m * n >= 128 * 128 or m == 256 else 4,
-            "num_stages": 4,
+            "num_warps": 8 if m * n >= 128 * 128 // (1 if half else 2) or m == 256 else 4,
+            "num_stages": 4 if half else 3,
         }
         configs += [{**config, "SPLITS": splits} for splits in chunks(problem, config)[:3]]
     return configs
 
 
-def _block_w(problem: Problem) -> int:
-    """BLOCK_W: in NDHWC a whole step along w where w nearly fills it, so that no voxel of it is located by itself."""
-    if problem.layout == "ncdhw":
-        return tiles.block_w(problem, problem.size, BLOCK_K)
+def _block_w(problem: Problem, rows: bool) -> int:
+    """BLOCK_W: in NDHWC a whole step along w where w nearly fills it, so that no voxel of it is located by itself; with
+    ROWS also short rows, if their loads are of several voxels."""
     width = problem.size[2]
-    return BLOCK_K if parts(width, BLOCK_K) * BLOCK_K * 8 <= width * 9 else 0
+    if problem.layout == "ndhwc":
+        return BLOCK_K if parts(width, BLOCK_K) * BLOCK_K * 8 <= width * 9 else 0
+    if rows and width < 8 and width % 2 == 0:
+        return tiles.power_of_two(width, 2, 8)
+    return tiles.block_w(problem, problem.size, BLOCK_K)
 
 
 def seconds(problem: Problem, config: Config) -> float:
