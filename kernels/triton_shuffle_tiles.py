@@ -81,7 +81,7 @@ def _candidates(problem: Problem) -> list[Config]:
     half, groups, across = problem.dtype.itemsize == 2, problem.groups, problem.kernel[2]
     rows = int(half and problem.layout == "ncdhw" and 1 < across <= 16 and across & (across - 1) == 0)
     most_m = triton.next_power_of_2(math.prod(problem.kernel)) * problem.c_out // groups
-    block_m = tiles.power_of_two(most_m, 64, 256 if half else 128)
+    block_m = tiles.power_of_two(most_m, 64, 256 if half else 64)
     narrow = not half or (problem.layout == "ncdhw" and _block_w(problem, bool(rows)) == 0)  # loads of an element each
     block_n = tiles.power_of_two(problem.c_in // groups, 64 if rows else 16, 64 if narrow else 128)
     configs: list[Config] = []
@@ -94,8 +94,8 @@ def _candidates(problem: Problem) -> list[Config]:
             "BLOCK_K": BLOCK_K,
             "BLOCK_W": _block_w(problem, bool(rows)),
             "ROWS": rows,
-            "num_warps": 8 if m * n >= 128 * 128 // (1 if half else 2) or m == 256 else 4,
-            "num_stages": 4 if half else 3,
+            "num_warps": 8 if m * n >= 128 * 128 or m == 256 else 4,
+            "num_stages": 4,
         }
         configs += [{**config, "SPLITS": splits} for splits in chunks(problem, config)[:3]]
     return configs
