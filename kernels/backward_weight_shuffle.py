@@ -38,27 +38,13 @@ from tritonconv.kernels.triton_device import (
     voxels,
     widened,
 )
-from tritonconv.kernels.triton_launch import WIDE_FROM, precision, refusal, wide
+from tritonconv.kernels.triton_launch import RUN_TIME, WIDE_FROM, accounting, geometry, precision, refusal, wide
 from tritonconv.kernels.triton_launch import launch as run
 from tritonconv.kernels.triton_reduce import sum_parts
 from tritonconv.kernels.triton_shuffle_tiles import tile_taps
 from tritonconv.kernels.triton_target import STEP, compute_capability
 from tritonconv.kernels.variant import Variant
 from tritonconv.problem import Problem
-
-RUN_TIME = ("n", "d_in", "h_in", "w_in", "splits")
-
-
-def accounting(grid, kernel, args):
-    """As ``triton_launch.accounting``, of a kernel that takes only the sizes of x."""
-    x, size, taps = args["x_ptr"], (args["d_in"], args["h_in"], args["w_in"]), tuple(args["KERNEL"])
-    out = tuple(s * k for s, k in zip(size, taps, strict=True))
-    problem = Problem(
-        args["n"], args["C_IN"] * args["GROUPS"], args["C_OUT"] * args["GROUPS"], size, taps, taps, (0, 0, 0), out,
-        (1, 1, 1), args["GROUPS"], x.dtype, bias=args.get("grad_b_ptr") is not None,
-    )  # fmt: skip
-    flops = f"flops{8 * x.dtype.itemsize}"
-    return {"name": f"{kernel.name} {problem}", flops: problem.flops, "bytes": problem.bytes("backward_weight")}
 
 
 @triton.jit
@@ -80,17 +66,19 @@ def in_steps(strides, STEP: tl.constexpr):
     return multiple(n, STEP), multiple(c, STEP), multiple(d, STEP), multiple(h, STEP), strides[4]
 
 
-@triton.jit(launch_metadata=accounting, do_not_specialize=RUN_TIME)
+@triton.jit(launch_metadata=accounting, do_not_specialize=(*RUN_TIME, "splits"))
 def backward_weight_shuffle_kernel(
     x_ptr,  # (n, c_in, d, h, w)
     grad_y_ptr,  # (n, c_out, d*kd, h*kh, w*kw)
     grad_w_ptr,  # (splits, c_in, c_out, taps), dense
-    grad_b_ptr,  # (splits, c_out), dense, or None
+    grad_b_ptr,  # (splits, tiles of a channel's taps, c_out), dense, or None
     arrivals_ptr,  # (programs of one split,) int32, zeros: the last one of a tile adds up its partials; or None
     total_w_ptr,  # (c_in, c_out, taps), dense, or None without arrivals
     total_b_ptr,  # (c_out,), or None
-    n, d_in, h_in, w_in, splits, x_strides, grad_y_strides,
-    C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr, KERNEL: tl.constexpr, ROWS: tl.constexpr,
+    n, d_in, h_in, w_in, d_out, h_out, w_out, d_crop, h_crop, w_crop,
+    splits, x_strides, grad_y_strides,
+    C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr,
     VOXELS_INNER: tl.constexpr,  # of x and of grad_y: see load_voxels
     W_STEP: tl.constexpr,  # with ROWS: divides w_in and the strides across w, those of grad_y KERNEL[2] times
@@ -100,7 +88,8 @@ def backward_weight_shuffle_kernel(
     """A program owns BLOCK_M rows (tap, output channel) x BLOCK_N input channels of grad_weight, and one of ``splits``
     chunks of the n*d*h*w voxels of x, the depth; that of the first input channels owns its channels' bias too.
 
-    Voxels count in 32 bits unless FAR_IDS, also where their offsets take 64 (WIDE).
+    KERNEL is STRIDE, and nothing is cropped. Voxels count in 32 bits unless FAR_IDS, also where their offsets take 64
+    (WIDE).
     """
     x_strides = aligned(x_strides, UNITS, 0)
     grad_y_strides = aligned(grad_y_strides, UNITS, 1)
@@ -235,15 +224,10 @@ def launches(problem, config, x, grad_y, need_bias):
         arrivals_ptr=arrivals(split_programs, x) if arrive else None,
         total_w_ptr=grad_weight if arrive else None,
         total_b_ptr=grad_bias if arrive else None,
-        n=problem.n,
-        **dict(zip(("d_in", "h_in", "w_in"), problem.size, strict=True)),
+        **geometry(problem),
         splits=splits,
         x_strides=x.stride(),
         grad_y_strides=grad_y.stride(),
-        C_IN=problem.c_in // problem.groups,
-        C_OUT=problem.c_out // problem.groups,
-        GROUPS=problem.groups,
-        KERNEL=problem.kernel,
         VOXELS_INNER=(x.stride(1) != 1 and config["BLOCK_W"] == 0, grad_y.stride(1) != 1),
         W_STEP=_width_step(problem, x, grad_y) if config["ROWS"] and config["BLOCK_W"] else 1,
         ONES=_ones(problem) if need_bias else 0,
