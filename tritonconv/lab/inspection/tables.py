@@ -53,8 +53,8 @@ def kernel(record: Record) -> str:
 
 
 def counted(counts: Mapping[str, int]) -> str:
-    """``12 async 16, 4 registers 2``."""
-    return ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
+    """``12 x async 16, 4 x registers 2``."""
+    return ", ".join(f"{count} x {name}" for name, count in sorted(counts.items()))
 
 
 def kib(size: int) -> str:
