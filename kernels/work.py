@@ -103,6 +103,10 @@ def tap_gemm(
     loaded = n * k * taps_hit * _weight_bytes(problem, config)
     cached = float(steps) * (touched + loaded)
     pipelined, narrow = config["num_stages"] > 1, _narrow(problem, config)
+    # A weight as torch has it: its taps are neighbours, a tile has one of them.
+    scattered = config.get("WEIGHT") == AS_GIVEN and math.prod(problem.kernel) > 1
+    # Where one operand comes through registers, the loop waits for each product, however the other one comes.
+    waits = item < LEAST_ASYNC and (narrow or scattered)
     if (narrow or not pipelined) and pass_name != "backward_weight":
         cached = min(cached, _through_l1(problem, pass_name, programs, steps, m, touched, loaded))
     # A tile that is loaded asynchronously goes straight to shared memory; through registers it passes twice, and loads
@@ -125,7 +129,7 @@ def tap_gemm(
         warps=config["num_warps"],
         launches=launches,
         depth=steps / max(1, programs),
-        ahead=0 if narrow and item < LEAST_ASYNC else max(0, config["num_stages"] - 2),
+        ahead=0 if waits else max(0, config["num_stages"] - 2),
         pipelined=pipelined,
         sram_bytes=float(steps) * (filled + read),
         instructions=float(steps) * config["num_warps"] * (STEP_INSTRUCTIONS + loads),
