@@ -26,13 +26,14 @@ from tritonconv.kernels.triton_launch import launch as run
 from tritonconv.kernels.triton_phases import cells_of, window_of
 from tritonconv.kernels.triton_weights import oriented, packed, preferred
 from tritonconv.kernels.variant import SPREADS_WEIGHT, Config, Variant
-from tritonconv.kernels.work import Work, tap_gemm
+from tritonconv.kernels.work import WARP, Work, tap_gemm
 from tritonconv.problem import Problem
 
 DEEPEST = {2: 256, 4: 128}  # channels of x, by the bytes of an element: one step of the depth
 NARROW = 32  # such channels at most where they come one by one, through registers
 WAVES = 8  # programs per multiprocessor, at least, before one walks over more planes; about three fit at once
 FEWEST_PLANES = 4  # that a program walks over: the first one is a halo
+PER_SUM = 3.5  # instructions for each sum of a thread, folds and stores (Triton 3.6.0 and 3.9.0, sm_90)
 
 
 @triton.jit(launch_metadata=accounting, do_not_specialize=(*RUN_TIME, *Y_STRIDES))
@@ -249,7 +250,12 @@ def work(problem: Problem, config: Config) -> Work:
     again = (steps - count) * products * _block_k(problem) * item
     stored = (steps - count * halo) * voxels * products // math.prod(window(problem)) * item
     cached = counts.cache_bytes - again - count * voxels * products * item + stored
-    return replace(counts, cache_bytes=max(counts.memory_bytes, cached), shared_bytes=_shared_bytes(problem, config))
+    return replace(
+        counts,
+        cache_bytes=max(counts.memory_bytes, cached),
+        shared_bytes=_shared_bytes(problem, config),
+        instructions=counts.instructions + steps * voxels * products / WARP * PER_SUM,
+    )
 
 
 VARIANT = Variant(
