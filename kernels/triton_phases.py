@@ -21,7 +21,7 @@ from tritonconv.kernels import triton_tiles as tiles
 from tritonconv.kernels.targets import MULTIPROCESSORS
 from tritonconv.kernels.triton_device import dividers, inside, load_along, multiple, product, voxels
 from tritonconv.kernels.triton_launch import BY, division, empty
-from tritonconv.kernels.triton_target import STEP, compute_capability
+from tritonconv.kernels.triton_target import compute_capability, step_of
 from tritonconv.kernels.triton_weights import preferred
 from tritonconv.kernels.variant import Config
 from tritonconv.kernels.weight_orders import AS_GIVEN, IN_INNERMOST
@@ -245,8 +245,8 @@ def around(base: Config, problem: Problem) -> tuple[Config, ...]:
 
 
 def width_step(width: int, config) -> int:
-    """A divisor of the width for the compiler, STEP or 1: only tiles in runs along w gain from it."""
-    return STEP if config["BLOCK_W"] and width % STEP == 0 else 1
+    """``triton_target.step_of`` the width, or 1: only tiles in runs along w gain from it."""
+    return step_of(width) if config["BLOCK_W"] else 1
 
 
 def facts(problem: Problem, config, y, channels: int | None = None) -> tuple:
