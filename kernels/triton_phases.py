@@ -312,10 +312,14 @@ def forward(kernel, problem: Problem, config, x, weight, bias, out, grid=None, s
     )  # fmt: skip
 
 
-def backward_data(kernel, problem: Problem, config, grad_y, weight, channels=None):
-    """Launches a backward-data kernel over tiles of (voxels, c_in) -> grad_x; ``channels`` as in :func:`facts`."""
+def backward_data(kernel, problem: Problem, config, grad_y, weight, channels=None, grid=None):
+    """Launches a backward-data kernel over tiles of (voxels, c_in) -> grad_x.
+
+    ``grid`` programs, by default one per tile; ``channels`` as in :func:`facts`.
+    """
     grad_x = empty(problem, problem.x_shape, grad_y)
-    grid = tiles.programs(problem, problem.size, problem.c_in // problem.groups, config)
+    if grid is None:
+        grid = tiles.programs(problem, problem.size, problem.c_in // problem.groups, config)
     return triton_convolution.backward_data(
         kernel, grid, problem, config, grad_y, weight, grad_x, **division(problem.size),
         X_STEP=width_step(problem.size[2], config),
