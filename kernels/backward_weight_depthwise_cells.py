@@ -37,7 +37,7 @@ from tritonconv.kernels.variant import SPREADS_VOXELS, Variant
 from tritonconv.kernels.work import Work
 from tritonconv.problem import Problem
 
-PROGRAMS = 4  # per multiprocessor: as many as the registers hold at a time, so that all end together
+WAVES = 3  # of programs with few channels
 
 
 @triton.jit
@@ -204,7 +204,9 @@ def default(problem: Problem, device: torch.device):
     config = cells.tile(problem.layout, problem.c_out, counts, problem.n)
     columns = depthwise.programs(problem.n, problem.c_out, counts, (1, 1), config)
     blocks = math.ceil(problem.c_out / config["BLOCK_C"])
-    splits = min(columns // max(1, blocks), PROGRAMS * MULTIPROCESSORS // max(1, blocks))
+    # The partials of many channels are long: one program for each that fits at a time, so that all end together.
+    programs = cells.PROGRAMS * MULTIPROCESSORS * (1 if problem.layout == "ndhwc" else WAVES)
+    splits = min(columns, programs) // max(1, blocks)
     return {**config, "SPLITS": max(1, splits)}
 
 

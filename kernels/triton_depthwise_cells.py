@@ -1,10 +1,10 @@
 """Shared by the depthwise kernels over cells: a lane walks along d and keeps its taps and its window in registers.
 
 A *cell* is the stride_d x stride_h x stride_w neighbouring outputs at ``j*stride``, with the window of x that their
-taps reach: 8 outputs and 2 x 2 x 2 voxels for 27 taps at stride 2. The voxels of a window are its *slots*, the outputs of a
-cell its *places*; ``triton_depthwise.phase_window`` says which tap joins the two. From one cell to the next along d the
-window moves by a plane. Only that plane is loaded, and one step before it is needed: the loads of a step are on their
-way while the products of the one before are worked out.
+taps reach: 8 outputs and 2 x 2 x 2 voxels for 27 taps at stride 2. The voxels of a window are its *slots*, the outputs
+of a cell its *places*; ``triton_depthwise.phase_window`` says which tap joins the two. From one cell to the next along
+d the window moves by a plane. Only that plane is loaded, and one step before it is needed: the loads of a step are on
+their way while the products of the one before are worked out.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ from tritonconv.problem import Problem
 MOST_TAPS = 32  # float32 weights, or sums, that a thread keeps for each of its channels
 MOST_SLOTS = 32  # of a window
 MOST_PLACES = 32  # outputs of a cell
+MOST_PLANES = 32  # of a program: so many steps along d hide its start
+START = 3  # steps that the start of a program takes, by its instructions
+PROGRAMS = 4  # of 128 threads with THREAD values each, that the registers of a multiprocessor hold at a time
 THREAD = 2  # values of a tile in each thread: of more, taps and window take all registers
 ACCESS_INSTRUCTIONS = 4  # of a load or store with its address and mask
 
@@ -128,15 +131,15 @@ def counts(problem: Problem) -> tuple[int, int, int]:
     return d, h, w
 
 
-def tile(layout: str, channels: int, counts: tuple[int, int, int], n: int) -> dict[str, int]:
-    """A tile of THREAD values in each of 128 threads, and PLANES: as many as leave a GPU several times full."""
-    config = depthwise.tile(layout, channels, counts[1:], 128 * THREAD)
-    most = 16
-    while (
-        most > 1 and depthwise.programs(n, channels, counts, (1, 1), {**config, "PLANES": most}) < 8 * MULTIPROCESSORS
-    ):
-        most //= 2
-    return {**config, "PLANES": most}
+def tile(layout: str, channels: int, counts: tuple[int, int, int], n: int, each: int = THREAD) -> dict[str, int]:
+    """A tile of ``each`` values in each of 128 threads, and PLANES: that with which the last program ends first."""
+    config = depthwise.tile(layout, channels, counts[1:], 128 * each)
+
+    def steps(planes: int) -> int:
+        programs = depthwise.programs(n, channels, counts, (1, 1), {**config, "PLANES": planes})
+        return math.ceil(programs * each / (PROGRAMS * THREAD * MULTIPROCESSORS)) * (planes + START)
+
+    return {**config, "PLANES": min((1 << bits for bits in range(MOST_PLANES.bit_length())), key=steps)}
 
 
 def work(
