@@ -121,15 +121,24 @@ def default(problem: Problem, device: torch.device):
 
 
 def space(problem: Problem, device: torch.device):
-    return depthwise.around(default(problem, device), WEIGHT=(0, 1))
+    return cells.space(problem.layout, default(problem, device), _kept(problem), WEIGHT=(0, 1))
+
+
+def _loads(problem: Problem) -> int:
+    """Values of grad_y that a lane loads at each step."""
+    return min(problem.kernel[0], problem.stride[0]) * problem.kernel[1] * problem.kernel[2]
+
+
+def _kept(problem: Problem) -> float:
+    loads, sums = _loads(problem), math.ceil(problem.kernel[0] / problem.stride[0])
+    return math.prod(problem.kernel) + sums + loads * (1 + problem.dtype.itemsize / 4)
 
 
 def work(problem: Problem, config) -> Work:
-    taps, count = math.prod(problem.kernel), programs(problem, config)
-    across, planes = problem.kernel[1] * problem.kernel[2], min(problem.kernel[0], problem.stride[0])
+    count = programs(problem, config)
     return cells.work(
-        problem, "backward_data", config, columns=count, programs=count, loads=planes * across, stores=1,
-        products=taps, kept=taps + 2 * planes * across,
+        problem, "backward_data", config, columns=count, programs=count, loads=_loads(problem), stores=1,
+        products=math.prod(problem.kernel), kept=_kept(problem),
     )  # fmt: skip
 
 

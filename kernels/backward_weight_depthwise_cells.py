@@ -212,27 +212,36 @@ def default(problem: Problem, device: torch.device):
 
 def space(problem: Problem, device: torch.device):
     base = default(problem, device)
-    configs = depthwise.around(base, SPLITS=(max(1, base["SPLITS"] // 2), base["SPLITS"] * 2))
+    configs = cells.space(
+        problem.layout, base, _kept(problem), SPLITS=(max(1, base["SPLITS"] // 2), base["SPLITS"] * 2)
+    )
     taps = math.prod(problem.kernel)
     return tuple(each for c in configs for each in with_arrivals(c, 4 * (taps + 1) * c["BLOCK_C"]))
 
 
+def _loads(problem: Problem) -> int:
+    """Values of x and grad_y that a lane loads at each step."""
+    slots = cells.slots(problem)
+    return slots[1] * slots[2] + math.prod(problem.stride)
+
+
+def _kept(problem: Problem) -> float:
+    tiles = math.prod(cells.slots(problem)) + math.prod(problem.stride)
+    return math.prod(problem.kernel) + 1 + tiles + _loads(problem) * problem.dtype.itemsize / 4
+
+
 def workspace_bytes(problem: Problem) -> int:
-    splits = 2 * default(problem, torch.device("cpu"))["SPLITS"]
+    splits = 3 * default(problem, torch.device("cpu"))["SPLITS"]
     return 4 * splits * (math.prod(problem.kernel) + 1) * problem.c_out
 
 
 def work(problem: Problem, config) -> Work:
     splits, taps = config["SPLITS"], math.prod(problem.kernel)
-    programs = splits * math.ceil(problem.c_out / config["BLOCK_C"])
-    counts = cells.counts(problem)
-    columns = depthwise.programs(problem.n, problem.c_out, counts, (1, 1), config)
-    slots = cells.slots(problem)
-    loads = slots[1] * slots[2] + math.prod(problem.stride)
-    kept = taps + 1 + 2 * math.prod(slots) + math.prod(problem.stride)
+    columns = depthwise.programs(problem.n, problem.c_out, cells.counts(problem), (1, 1), config)
     return cells.work(
-        problem, "backward_weight", config, columns=columns, programs=programs, loads=loads, stores=0,
-        products=taps + problem.bias * math.prod(problem.stride) / 2, kept=kept,
+        problem, "backward_weight", config, columns=columns, loads=_loads(problem), stores=0,
+        programs=splits * math.ceil(problem.c_out / config["BLOCK_C"]),
+        products=taps + problem.bias * math.prod(problem.stride) / 2, kept=_kept(problem),
         moved=8.0 * splits * (taps + 1) * problem.c_out, launches=1 if arrives(config) else 2,
     )  # fmt: skip
 

@@ -119,16 +119,20 @@ def default(problem: Problem, device: torch.device):
 
 
 def space(problem: Problem, device: torch.device):
-    base = default(problem, device)
-    return depthwise.around(base, WEIGHT=(0, 1))
+    return cells.space(problem.layout, default(problem, device), _kept(problem), WEIGHT=(0, 1))
+
+
+def _kept(problem: Problem) -> float:
+    slots = cells.slots(problem)
+    sums, ahead = math.prod(problem.stride[1:]), slots[1] * slots[2] * problem.dtype.itemsize / 4
+    return math.prod(problem.kernel) + math.prod(slots) + sums + ahead
 
 
 def work(problem: Problem, config) -> Work:
-    slots, taps, count = cells.slots(problem), math.prod(problem.kernel), programs(problem, config)
+    slots, count = cells.slots(problem), programs(problem, config)
     return cells.work(
         problem, "forward", config, columns=count, programs=count, loads=slots[1] * slots[2],
-        stores=math.prod(problem.stride), products=taps,
-        kept=taps + 2 * math.prod(slots) + math.prod(problem.stride[1:]),
+        stores=math.prod(problem.stride), products=math.prod(problem.kernel), kept=_kept(problem),
     )  # fmt: skip
 
 

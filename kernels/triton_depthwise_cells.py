@@ -29,6 +29,8 @@ MOST_PLANES = 32  # of a program: so many steps along d hide its start
 START = 3  # steps that the start of a program takes, by its instructions
 PROGRAMS = 4  # of 128 threads with THREAD values each, that the registers of a multiprocessor hold at a time
 THREAD = 2  # values of a tile in each thread: of more, taps and window take all registers
+# By the count of :func:`registers`: of more the compiler spills. In NCDHW each value has an address.
+MOST_REGISTERS = {"ndhwc": 264, "ncdhw": 255}
 ACCESS_INSTRUCTIONS = 4  # of a load or store with its address and mask
 
 
@@ -142,28 +144,44 @@ def tile(layout: str, channels: int, counts: tuple[int, int, int], n: int, each:
     return {**config, "PLANES": min((1 << bits for bits in range(MOST_PLANES.bit_length())), key=steps)}
 
 
+def registers(config: Config, kept: float) -> int:
+    """Of a thread that keeps so many for each value of its tiles."""
+    return BASE_REGISTERS + math.ceil(_values(config) * kept)
+
+
+def _values(config: Config) -> int:
+    """Of a tile in each thread."""
+    return max(1, config["BLOCK_H"] * config["BLOCK_W"] * config["BLOCK_C"] // (config["num_warps"] * WARP))
+
+
+def space(layout: str, base: dict[str, int], kept: float, **more: tuple[int, ...]) -> tuple[Config, ...]:
+    """``base`` and those around it, with ``more`` values of other keys, whose registers hold what a thread keeps."""
+    around = depthwise.around(base, **more)
+    return tuple(config for config in around if config == base or registers(config, kept) <= MOST_REGISTERS[layout])
+
+
 def work(
     problem: Problem, pass_name: str, config: Config, columns: int, programs: int, loads: int, stores: int,
-    products: float, kept: int, moved: float = 0.0, launches: int = 1,
+    products: float, kept: float, moved: float = 0.0, launches: int = 1,
 ) -> Work:  # fmt: skip
     """Of a kernel over ``columns`` of PLANES cells, whose lanes load, store and multiply so many values at each cell.
 
-    ``kept``: registers of a thread for each value of its tiles: taps, window and sums.
+    ``kept``: registers of a thread for each value of its tiles: taps, window, sums and the loads on their way.
     """
-    values = config["BLOCK_H"] * config["BLOCK_W"] * config["BLOCK_C"]
+    lanes = config["BLOCK_H"] * config["BLOCK_W"] * config["BLOCK_C"]
     item, steps = problem.dtype.itemsize, float(columns) * config["PLANES"]
     memory = problem.bytes(pass_name) + moved
-    each = max(1, values // (config["num_warps"] * WARP))
+    each = _values(config)
     # Neighbouring channels come in one load; in NCDHW each value comes by itself.
     wide = min(each, 16 // item) if problem.layout == "ndhwc" else 1
     accesses = (ACCESS_INSTRUCTIONS * (loads + stores)) / wide
     return Work(
-        flops=2.0 * steps * values * products,
+        flops=2.0 * steps * lanes * products,
         memory_bytes=memory,
-        cache_bytes=max(memory, steps * values * item * stores),
-        sram_bytes=steps * values * item * (loads + stores),
+        cache_bytes=max(memory, steps * lanes * item * stores),
+        sram_bytes=steps * lanes * item * (loads + stores),
         programs=programs,
-        registers=BASE_REGISTERS + each * kept,
+        registers=registers(config, kept),
         warps=config["num_warps"],
         launches=launches + (1 if config.get("WEIGHT") else 0),
         matrix=False,
