@@ -241,7 +241,7 @@ def work(problem: Problem, config) -> Work:
     return cells.work(
         problem, "backward_weight", config, columns=columns, loads=_loads(problem), stores=0,
         programs=splits * math.ceil(problem.c_out / config["BLOCK_C"]),
-        products=taps + problem.bias * math.prod(problem.stride) / 2, kept=_kept(problem),
+        products=taps + problem.bias * math.prod(problem.stride), kept=_kept(problem),
         moved=8.0 * splits * (taps + 1) * problem.c_out, launches=1 if arrives(config) else 2,
     )  # fmt: skip
 

@@ -23,15 +23,15 @@ from tritonconv.kernels.work import BASE_REGISTERS, WARP, Work
 from tritonconv.problem import Problem
 
 MOST_TAPS = 32  # float32 weights, or sums, that a thread keeps for each of its channels
-MOST_SLOTS = 32  # of a window
 MOST_PLACES = 32  # outputs of a cell
 MOST_PLANES = 32  # of a program: so many steps along d hide its start
 START = 3  # steps that the start of a program takes, by its instructions
+MOST_PER_THREAD = 255  # registers that a thread can have
 PROGRAMS = 4  # of 128 threads with THREAD values each, that the registers of a multiprocessor hold at a time
 THREAD = 2  # values of a tile in each thread: of more, taps and window take all registers
 # By the count of :func:`registers`: of more the compiler spills. In NCDHW each value has an address.
 MOST_REGISTERS = {"ndhwc": 264, "ncdhw": 255}
-ACCESS_INSTRUCTIONS = 4  # of a load or store with its address and mask
+ACCESS_INSTRUCTIONS = 8  # of a load or store with its address and mask, as compiled
 
 
 @triton.constexpr_function
@@ -181,7 +181,7 @@ def work(
         cache_bytes=max(memory, steps * lanes * item * stores),
         sram_bytes=steps * lanes * item * (loads + stores),
         programs=programs,
-        registers=registers(config, kept),
+        registers=min(MOST_PER_THREAD, registers(config, kept)),
         warps=config["num_warps"],
         launches=launches + (1 if config.get("WEIGHT") else 0),
         matrix=False,
