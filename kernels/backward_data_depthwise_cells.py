@@ -19,7 +19,7 @@ from tritonconv.kernels.triton_convolution import backward_data
 from tritonconv.kernels.triton_depthwise import filled, lanes, replaced, store_places, tile_of
 from tritonconv.kernels.triton_depthwise_cells import floats, load_slots, load_taps, slot_masks
 from tritonconv.kernels.triton_device import ceil_div, constant, inside, product
-from tritonconv.kernels.triton_launch import RUN_TIME, accounting, empty, refusal
+from tritonconv.kernels.triton_launch import RUN_TIME, WIDE_FROM, accounting, empty, refusal
 from tritonconv.kernels.variant import SPREADS_WEIGHT, Variant
 from tritonconv.kernels.work import Work
 from tritonconv.problem import Problem
@@ -114,9 +114,11 @@ def supports(problem: Problem, device: torch.device) -> str | None:
 
 
 def default(problem: Problem, device: torch.device):
-    # Four channels in a thread take most of its registers, and issue two thirds of the instructions of two.
-    each = 4 if problem.layout == "ndhwc" and problem.dtype.itemsize == 2 else cells.THREAD
-    config = cells.tile(problem.layout, problem.c_in, problem.size, problem.n, each)
+    config = cells.tile(problem.layout, problem.c_in, problem.size, problem.n)
+    if problem.layout == "ndhwc" and problem.dtype.itemsize == 2:
+        # Four channels in a thread take most of its registers, and issue two thirds of the instructions of two.
+        four = cells.tile(problem.layout, problem.c_in, problem.size, problem.n, 4)
+        config = four if cells.fits(problem.layout, four, _kept(problem)) else config
     return {**config, "WEIGHT": depthwise.weight_order(problem)}
 
 
@@ -131,7 +133,8 @@ def _loads(problem: Problem) -> int:
 
 def _kept(problem: Problem) -> float:
     loads, sums = _loads(problem), math.ceil(problem.kernel[0] / problem.stride[0])
-    return math.prod(problem.kernel) + sums + loads * (1 + problem.dtype.itemsize / 4)
+    far = math.prod(problem.y_shape) >= WIDE_FROM  # offsets of 64 bits
+    return math.prod(problem.kernel) + sums + loads * (1 + problem.dtype.itemsize / 4) + far
 
 
 def work(problem: Problem, config) -> Work:

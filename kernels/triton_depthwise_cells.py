@@ -149,6 +149,11 @@ def registers(config: Config, kept: float) -> int:
     return BASE_REGISTERS + math.ceil(_values(config) * kept)
 
 
+def fits(layout: str, config: Config, kept: float) -> bool:
+    """Whether the registers of a thread hold what it keeps."""
+    return registers(config, kept) <= MOST_REGISTERS[layout]
+
+
 def _values(config: Config) -> int:
     """Of a tile in each thread."""
     return max(1, config["BLOCK_H"] * config["BLOCK_W"] * config["BLOCK_C"] // (config["num_warps"] * WARP))
@@ -157,7 +162,7 @@ def _values(config: Config) -> int:
 def space(layout: str, base: dict[str, int], kept: float, **more: tuple[int, ...]) -> tuple[Config, ...]:
     """``base`` and those around it, with ``more`` values of other keys, whose registers hold what a thread keeps."""
     around = depthwise.around(base, **more)
-    return tuple(config for config in around if config == base or registers(config, kept) <= MOST_REGISTERS[layout])
+    return tuple(config for config in around if config == base or fits(layout, config, kept))
 
 
 def work(
