@@ -41,7 +41,7 @@ def test_columns_of_cells_are_exact(pass_name, layout, planes):
     record = variant(f"{pass_name}_depthwise_cells")
 
     def configs(problem):
-        config = {**record.default(problem, DEVICE), "BLOCK_H": 2, "BLOCK_W": 2, "PLANES": planes}
+        config = {**record.default(problem, DEVICE), "BLOCK_H": 2, "BLOCK_W": 4, "PLANES": planes}
         return [config | ({"SPLITS": 2} if "SPLITS" in config else {})]
 
     for turn, case in enumerate(CASES.values()):
