@@ -32,7 +32,7 @@ def load_planes(pointers, masks, first, wanted, planes, strides, COUNT: tl.const
     tiles = ()
     for place in tl.static_range(constant(COUNT)):
         there = inside(first + place, planes) & wanted
-        tiles = tiles + load_slots(pointers, masks, first + place, there, strides, SLOTS, APART)
+        tiles = tiles + load_slots(pointers, masks, first + place, there, strides, SLOTS=SLOTS, APART=APART)
     return tiles
 
 
@@ -70,8 +70,9 @@ def backward_data_depthwise_cells_kernel(
     ALONE: tl.constexpr = (1, 1)
     APART: tl.constexpr = STRIDE[2] > 1
     image, first, h, w, channel = tile_of(
-        tl.program_id(0), n, (size[1], size[2]), size[0], PLANES, GROUPS, BLOCK_H, BLOCK_W, BLOCK_C, WIDE
-    )
+        tl.program_id(0), n, count=(size[1], size[2]), planes=size[0], PLANES=PLANES, CHANNELS=GROUPS,
+        BLOCK_H=BLOCK_H, BLOCK_W=BLOCK_W, BLOCK_C=BLOCK_C, WIDE=WIDE,
+    )  # fmt: skip
     mask_c = channel < GROUPS
     lane_h, lane_w = lanes(h, w, BLOCK_H, BLOCK_W)
     row, column = lane_h * STRIDE[1] - crop[1], lane_w * STRIDE[2] - crop[2]  # (BLOCK_M, 1): slot (0, 0)
@@ -84,17 +85,29 @@ def backward_data_depthwise_cells_kernel(
     last = tl.minimum(first + PLANES, size[0])
     plane = first * STRIDE[0] - crop[0]  # of grad_y: slot 0 of the first voxel along d
     sums = filled(zero, VOXELS)
-    before = floats(load_planes(y_tile, masks, plane, True, out_size[0], grad_y_strides, KEPT, SLOTS, APART))
-    sums = add_planes(sums, before, taps, 0, KERNEL, STRIDE[0])
+    before = load_planes(
+        y_tile, masks, plane, wanted=True, planes=out_size[0], strides=grad_y_strides,
+        COUNT=KEPT, SLOTS=SLOTS, APART=APART,
+    )  # fmt: skip
+    sums = add_planes(sums, floats(before), taps, 0, KERNEL, STRIDE[0])
     plane += KEPT
-    ahead = load_planes(y_tile, masks, plane, True, out_size[0], grad_y_strides, NEW, SLOTS, APART)
+    ahead = load_planes(
+        y_tile, masks, plane, wanted=True, planes=out_size[0], strides=grad_y_strides,
+        COUNT=NEW, SLOTS=SLOTS, APART=APART,
+    )  # fmt: skip
     for voxel in range(first, last):
         tiles = floats(ahead)
         plane += STRIDE[0]
-        ahead = load_planes(y_tile, masks, plane, voxel + 1 < last, out_size[0], grad_y_strides, NEW, SLOTS, APART)
+        ahead = load_planes(
+            y_tile, masks, plane, wanted=voxel + 1 < last, planes=out_size[0], strides=grad_y_strides,
+            COUNT=NEW, SLOTS=SLOTS, APART=APART,
+        )  # fmt: skip
         sums = add_planes(sums, tiles, taps, KEPT, KERNEL, STRIDE[0])
         x_plane = grad_x_ptr + image * grad_x_strides[0] + voxel * grad_x_strides[2]
-        store_places(sums[:1], x_plane, h, w, channel, size, grad_x_strides, mask_c, ALONE, False, BLOCK_H, BLOCK_W)
+        store_places(
+            sums[:1], x_plane, h, w, channel, size=size, out_strides=grad_x_strides, mask_c=mask_c,
+            PLACES=ALONE, INTERLEAVE=False, BLOCK_H=BLOCK_H, BLOCK_W=BLOCK_W,
+        )  # fmt: skip
         sums = sums[1:] + (zero,)  # noqa: RUF005
 
 

@@ -51,7 +51,7 @@ def load_cell(pointers, masks, cell, last, planes, strides, STRIDE: tl.constexpr
     for place in tl.static_range(constant(STRIDE[0])):
         plane = cell * STRIDE[0] + place
         there = (plane < planes) & (cell < last)
-        tiles = tiles + load_slots(pointers, masks, plane, there, strides, PLACES, APART)
+        tiles = tiles + load_slots(pointers, masks, plane, there, strides, SLOTS=PLACES, APART=APART)
     return tiles
 
 
@@ -132,14 +132,28 @@ def backward_weight_depthwise_cells_kernel(
             tiles = tiles + floats(load_slots(x_tile, x_masks, plane, there, x_strides, ACROSS))
             plane += 1
         next_x = load_slots(x_tile, x_masks, plane, inside(plane, size[0]), x_strides, ACROSS)
-        next_y = load_cell(y_tile, y_masks, first, last, out_size[0], y_strides, STRIDE, APART)
+        next_y = load_cell(
+            y_tile, y_masks, first, last=last, planes=out_size[0], strides=y_strides, STRIDE=STRIDE, APART=APART
+        )
         for cell in range(first, last):
             tiles, outputs = tiles[PLANE:] + floats(next_x), floats(next_y)
             plane += 1
             there = inside(plane, size[0]) & (cell + 1 < last)
             next_x = load_slots(x_tile, x_masks, plane, there, x_strides, ACROSS)
-            next_y = load_cell(y_tile, y_masks, cell + 1, last, out_size[0], y_strides, STRIDE, APART)
-            sums = correlated(sums, tiles, outputs, SLOTS, KERNEL, STRIDE, TAPS_D, TAPS_H, TAPS_W)
+            next_y = load_cell(
+                y_tile, y_masks, cell + 1, last=last, planes=out_size[0], strides=y_strides, STRIDE=STRIDE, APART=APART
+            )
+            sums = correlated(
+                sums,
+                tiles,
+                outputs,
+                SLOTS=SLOTS,
+                KERNEL=KERNEL,
+                PLACES=STRIDE,
+                TAPS_D=TAPS_D,
+                TAPS_H=TAPS_H,
+                TAPS_W=TAPS_W,
+            )
 
     for tap in tl.static_range(TAPS):
         tl.store(partial_ptr + (split * TAPS + tap) * GROUPS + channel, tl.sum(sums[tap], 0)[None, :], mask=mask_c)

@@ -60,8 +60,9 @@ def forward_depthwise_cells_kernel(
     PLANE: tl.constexpr = SLOTS[1] * SLOTS[2]
     count = (tl.cdiv(out_size[0], STRIDE[0]), tl.cdiv(out_size[1], STRIDE[1]), tl.cdiv(out_size[2], STRIDE[2]))
     image, first, h, w, channel = tile_of(
-        tl.program_id(0), n, (count[1], count[2]), count[0], PLANES, GROUPS, BLOCK_H, BLOCK_W, BLOCK_C, WIDE
-    )
+        tl.program_id(0), n, count=(count[1], count[2]), planes=count[0], PLANES=PLANES, CHANNELS=GROUPS,
+        BLOCK_H=BLOCK_H, BLOCK_W=BLOCK_W, BLOCK_C=BLOCK_C, WIDE=WIDE,
+    )  # fmt: skip
     mask_c = channel < GROUPS
     row, column = lanes(
         h + crop[1] // STRIDE[1] + FIRST[1], w + crop[2] // STRIDE[2] + FIRST[2], BLOCK_H, BLOCK_W
@@ -88,11 +89,15 @@ def forward_depthwise_cells_kernel(
         ahead = load_slots(x_tile, masks, plane, there, x_strides, ACROSS)
         for place_d in tl.static_range(constant(STRIDE[0])):
             out_plane = cell * STRIDE[0] + place_d
-            sums = cell_plane(start, tiles, taps, place_d, SLOTS, KERNEL, STRIDE, TAPS_D, TAPS_H, TAPS_W)
+            sums = cell_plane(
+                start, tiles, taps, PLACE_D=place_d, SLOTS=SLOTS, KERNEL=KERNEL, PLACES=STRIDE,
+                TAPS_D=TAPS_D, TAPS_H=TAPS_H, TAPS_W=TAPS_W,
+            )  # fmt: skip
             y_plane = y_ptr + image * y_strides[0] + out_plane * y_strides[2]
             store_places(
-                sums, y_plane, h, w, channel, out_size, y_strides, gated(mask_c, out_plane < out_size[0]),
-                PLACES, INTERLEAVE, BLOCK_H, BLOCK_W,
+                sums, y_plane, h, w, channel, size=out_size, out_strides=y_strides,
+                mask_c=gated(mask_c, out_plane < out_size[0]),
+                PLACES=PLACES, INTERLEAVE=INTERLEAVE, BLOCK_H=BLOCK_H, BLOCK_W=BLOCK_W,
             )  # fmt: skip
 
 
