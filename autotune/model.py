@@ -25,7 +25,7 @@ import torch
 from tritonconv.autotune.ceilings import COPIES, Ceilings, of_capability
 from tritonconv.kernels.registry import variants
 from tritonconv.kernels.targets import TARGETS
-from tritonconv.kernels.variant import COPY, Config, Variant
+from tritonconv.kernels.variant import APART, COPY, Config, Variant
 from tritonconv.kernels.work import LINE, WARP, Work, by_torch
 from tritonconv.precision import TF32, float32_precision
 from tritonconv.problem import Problem
@@ -129,7 +129,8 @@ def candidates(
     """At most ``most`` configs of each :func:`form` in the pruned space, best first.
 
     The best one of a form and, besides, the best that loads the other way (through a pipeline or not) are among them,
-    for between these two the model knows least; with three or more the default as well.
+    for between these two the model knows least; with three or more the default as well; then the best of each set of
+    packed axes (key APART).
     """
     spaces = [around(record, problem, device, start) for start in record.starts(problem, device)]
     return _ranked([pair for space in spaces for pair in _best(record, problem, space, ceilings, most)])
@@ -164,8 +165,16 @@ def _best(
     ranked = _ranked([pair for index, pair in enumerate(ranked) if index == 0 or pair[1].ms < math.inf])
     other = next((pair for pair in ranked if pair[1].work.pipelined != ranked[0][1].work.pipelined), None)
     pairs = [ranked[0], *([other] if other else []), *(pair for pair in ranked if pair[0] == default)]
-    pairs += [*_one_of_each_tile(ranked), *ranked]
+    pairs += [*_one_of_each_set(ranked), *_one_of_each_tile(ranked), *ranked]
     return _ranked(list({id(pair): pair for pair in pairs}.values())[:most])
+
+
+def _one_of_each_set(ranked: list[tuple[Config, Estimate]]) -> list[tuple[Config, Estimate]]:
+    """The best config for each number of axes whose phases have programs of their own, where configs differ in it."""
+    sets: dict[int, tuple[Config, Estimate]] = {}
+    for pair in ranked:
+        sets.setdefault(pair[0].get(APART, 0), pair)
+    return list(sets.values())
 
 
 def _one_of_each_tile(ranked: list[tuple[Config, Estimate]]) -> list[tuple[Config, Estimate]]:

@@ -1,14 +1,26 @@
-"""Forward with all phases in one tile and the taps packed into its depth: for few channels on either side.
+"""Forward with several phases in one tile and their taps packed into its depth: for few channels on either side.
 
 One program owns BLOCK_M cells x BLOCK_N columns (phase, channel) of one group. Output (cell j, phase) of an axis reads
 ``x[j - delta] * weight[stride*delta + phase]`` for delta in [0, ceil(kernel/stride)), so the depth of the GEMM is
 (window delta, c_in), flattened: three input channels fill it as well as 64, and one output channel gives a column per
 phase. Where stride does not divide kernel some (delta, phase) have no tap and multiply by zero: at k3 s2, 27 of 64
 products count; at k4 s2, all of them.
+
+APART, a key of the config, is how many axes, d first, have programs of their own for each phase, as all have in
+``forward_phases``: 0 packs all phases into the columns, 1 those along h and w, 2 those along w alone, 3 none. Along such
+an axis a program has the deltas of its phase alone, so no product is wasted, and x is read once for each tap:
+
+| APART | columns, stride 2 | voxels of x read, k3 s2 | products for one that counts, k3 s2 |
+| ---: | ---: | ---: | ---: |
+| 0 | 8 c_out | 8 | 64/27 = 2.37 |
+| 1 | 4 c_out | 12 | 48/27 = 1.78 |
+| 2 | 2 c_out | 18 | 36/27 = 1.33 |
+| 3 | c_out | 27 | 1 |
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -31,8 +43,8 @@ from tritonconv.kernels.triton_device import (
 )
 from tritonconv.kernels.triton_launch import accounting, refusal
 from tritonconv.kernels.triton_phases import cells_of, column_count, decoded, store_phases
-from tritonconv.kernels.variant import SPREADS_VOXELS, SPREADS_WEIGHT, Variant
-from tritonconv.kernels.work import Work
+from tritonconv.kernels.variant import APART, SPREADS_VOXELS, SPREADS_WEIGHT, Variant
+from tritonconv.kernels.work import Work, parts
 from tritonconv.problem import Problem
 
 MOST_WASTE = 8  # k1 s2; beyond it a kernel that knows which phases have no tap is the natural one
@@ -50,6 +62,56 @@ def window_of(KERNEL, STRIDE, SHIFT):
     return reach(KERNEL[0], STRIDE[0], 0), reach(KERNEL[1], STRIDE[1], 0), reach(KERNEL[2], STRIDE[2], SHIFT)
 
 
+@triton.constexpr_function
+def apart_of(STRIDE, APART):
+    """(d, h, w): phases that have programs of their own; 1 along an axis whose phases are columns."""
+    return tuple(int(s) if axis < APART else 1 for axis, s in enumerate(STRIDE))
+
+
+@triton.constexpr_function
+def depth_of(WINDOW, CHANNELS, APART):
+    """What divides the depth of each phase apart; the depth itself where none is."""
+    return math.prod(WINDOW[APART:]) * CHANNELS
+
+
+@triton.constexpr_function
+def columns_of(STRIDE, APART):
+    """(d, h, w): phases that are columns; 1 along an axis whose phases have programs of their own."""
+    return tuple(1 if axis < APART else int(s) for axis, s in enumerate(STRIDE))
+
+
+@triton.jit
+def axis_cells(crop, out, phi, STRIDE: tl.constexpr, APART: tl.constexpr):
+    """How many cells there are along an axis, and the first one's place among the input voxels.
+
+    APART: those that hold an output of phase ``phi``. Each phase has as many, and the last of some is outside y.
+    """
+    if APART:
+        cells, first = (out + STRIDE - 1) // STRIDE, (crop - phi + STRIDE - 1) // STRIDE
+    else:
+        cells, first = (crop + out - 1) // STRIDE - crop // STRIDE + 1, crop // STRIDE
+    return cells, first
+
+
+@triton.jit
+def deltas(phi, KERNEL: tl.constexpr, STRIDE: tl.constexpr, WINDOW: tl.constexpr, APART: tl.constexpr):
+    """How many voxels along an axis the outputs read: WINDOW, of a phase apart its taps, which may be one fewer."""
+    if APART and KERNEL % STRIDE != 0:  # noqa: SIM108
+        count = (KERNEL - phi + STRIDE - 1) // STRIDE
+    else:
+        count = WINDOW
+    return count
+
+
+@triton.jit
+def without_inner(place, count, KERNEL: tl.constexpr, STRIDE: tl.constexpr, WINDOW: tl.constexpr, APART: tl.constexpr):
+    """``place // count`` of the :func:`deltas` of an axis: divisions by constants, whatever the phase."""
+    outer = place // WINDOW
+    if APART and KERNEL % STRIDE != 0 and WINDOW > 1:
+        outer = tl.where(count < WINDOW, place // (WINDOW - 1), outer)
+    return outer
+
+
 @triton.jit(launch_metadata=accounting, do_not_specialize=phases.RUN_TIME)
 def forward_phases_packed_kernel(
     x_ptr,  # (n, c_in, d, h, w)
@@ -63,20 +125,34 @@ def forward_phases_packed_kernel(
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
     ROWS: tl.constexpr, X_VOXELS_INNER: tl.constexpr, X_STEP: tl.constexpr, FACTS: tl.constexpr, SHIFT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr, GROUP_M: tl.constexpr,
-    UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, APART: tl.constexpr,
 ):  # fmt: skip
     x_strides = aligned(x_strides, UNITS, 0)
     w_strides = aligned(w_strides, UNITS, 1)
     y_strides = aligned(y_strides, UNITS, 2)
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     WINDOW: tl.constexpr = window_of(KERNEL, STRIDE, SHIFT)
-    DEPTH: tl.constexpr = product(WINDOW) * C_IN
+    ALONE: tl.constexpr = apart_of(STRIDE, APART)
+    CELL: tl.constexpr = columns_of(STRIDE, APART)
+    DEPTH: tl.constexpr = depth_of(WINDOW, C_IN, APART)
     ONE_DELTA: tl.constexpr = C_IN % BLOCK_K == 0  # a step of the depth then stays at one place of the window
-    TILES_N: tl.constexpr = ceil_div(column_count(STRIDE, C_OUT, ROWS), BLOCK_N)
+    TILES_N: tl.constexpr = ceil_div(column_count(CELL, C_OUT, ROWS), BLOCK_N)
     crop = (crop[0], crop[1], crop[2] - SHIFT)
-    cells, first = cells_of(crop, out_size, STRIDE)
+    # The phases of a tile side by side: they read the same voxels. The first have the most taps.
+    pid = tl.program_id(0)
+    phi_d = pid // (ALONE[1] * ALONE[2]) % ALONE[0]
+    phi_h = pid // ALONE[2] % ALONE[1]
+    phi_w = pid % ALONE[2]
+    cells_d, first_d = axis_cells(crop[0], out_size[0], phi_d, STRIDE[0], APART > 0)
+    cells_h, first_h = axis_cells(crop[1], out_size[1], phi_h, STRIDE[1], APART > 1)
+    cells_w, first_w = axis_cells(crop[2], out_size[2], phi_w, STRIDE[2], APART > 2)
+    cells, first = (cells_d, cells_h, cells_w), (first_d, first_h, first_w)
+    count_d = deltas(phi_d, KERNEL[0], STRIDE[0], WINDOW[0], APART > 0)
+    count_h = deltas(phi_h, KERNEL[1], STRIDE[1], WINDOW[1], APART > 1)
+    count_w = deltas(phi_w, KERNEL[2], STRIDE[2], WINDOW[2], APART > 2)
+    depth = count_d * count_h * count_w * C_IN
     tiles_m = voxel_tiles(n, cells, BLOCK_M, BLOCK_W, WIDE)
-    tile_m, tile_n = grouped_order(tl.program_id(0), tiles_m, TILES_N * GROUPS, GROUP_M)
+    tile_m, tile_n = grouped_order(pid // product(ALONE), tiles_m, TILES_N * GROUPS, GROUP_M)
     group = tile_n // TILES_N
     tile_n = tile_n % TILES_N
     offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -96,19 +172,25 @@ def forward_phases_packed_kernel(
     x_rows = x_ptr + group * C_IN * x_strides[1] + rows  # (BLOCK_M, 1)
     width = multiple(size[2], X_STEP)
 
-    phase_d, phase_h, phase_w, channel, mask_n = decoded(offs_n, C_OUT, STRIDE, ROWS)
-    phase_w += SHIFT
+    phase_d, phase_h, phase_w, channel, mask_n = decoded(offs_n, C_OUT, CELL, ROWS)
+    phase_d, phase_h, phase_w = phase_d + phi_d, phase_h + phi_h, phase_w + (phi_w + SHIFT)
     phase_tap = (phase_d * KERNEL[1] + phase_h) * KERNEL[2] + phase_w
     w_columns = w_ptr + group * C_IN * w_strides[0] + channel * w_strides[1] + phase_tap * w_strides[2]
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for step in range(tl.cdiv(DEPTH, BLOCK_K)):
+    for step in range(tl.cdiv(depth, BLOCK_K)):
         k = step * BLOCK_K + offs_k
         c = k % C_IN
         place = step * BLOCK_K // C_IN if ONE_DELTA else k // C_IN
-        delta_d = place // (WINDOW[1] * WINDOW[2])
-        delta_h = place // WINDOW[2] % WINDOW[1]
-        delta_w = place % WINDOW[2] - (1 if SHIFT > 0 else 0)
+        if APART < 2:
+            delta_d = place // (WINDOW[1] * WINDOW[2])
+            delta_h = place // WINDOW[2] % WINDOW[1]
+            delta_w = place % WINDOW[2] - (1 if SHIFT > 0 else 0)
+        else:
+            row = without_inner(place, count_w, KERNEL[2], STRIDE[2], WINDOW[2], APART > 2)
+            delta_d = without_inner(row, count_h, KERNEL[1], STRIDE[1], WINDOW[1], True)
+            delta_h = row - delta_d * count_h
+            delta_w = place - row * count_w - (1 if SHIFT > 0 else 0)
         if WIDE:
             delta_d, delta_h, delta_w = delta_d.to(tl.int64), delta_h.to(tl.int64), delta_w.to(tl.int64)
         tap = ((delta_d * STRIDE[0] * KERNEL[1] + delta_h * STRIDE[1]) * KERNEL[2] + delta_w * STRIDE[2]) * w_strides[2]
@@ -122,13 +204,13 @@ def forward_phases_packed_kernel(
         x_mask = mask_m & inside(d - x_d, size[0]) & inside(h - x_h, size[1]) & inside(w - x_w, width)
         w_mask = mask_n[None, :]
         if DEPTH % BLOCK_K != 0:
-            x_mask = x_mask & (k < DEPTH)[None, :]
-            w_mask = w_mask & (k < DEPTH)[:, None]
-        if KERNEL[0] % STRIDE[0] != 0:
+            x_mask = x_mask & (k < depth)[None, :]
+            w_mask = w_mask & (k < depth)[:, None]
+        if KERNEL[0] % STRIDE[0] != 0 and APART < 1:
             w_mask = w_mask & (w_d * STRIDE[0] + phase_d[None, :] < KERNEL[0])
-        if KERNEL[1] % STRIDE[1] != 0:
+        if KERNEL[1] % STRIDE[1] != 0 and APART < 2:
             w_mask = w_mask & (w_h * STRIDE[1] + phase_h[None, :] < KERNEL[1])
-        if KERNEL[2] % STRIDE[2] != 0 or SHIFT > 0:
+        if (KERNEL[2] % STRIDE[2] != 0 and APART < 3) or SHIFT > 0:
             w_mask = w_mask & inside(w_w * STRIDE[2] + phase_w[None, :], KERNEL[2])
         x_tile = load_voxels(x_rows + x_columns[None, :], x_mask, X_VOXELS_INNER)  # (BLOCK_M, BLOCK_K)
         w_tile = tl.load(w_columns[None, :] + w_rows[:, None], mask=w_mask, other=0.0)  # (BLOCK_K, BLOCK_N)
@@ -136,16 +218,27 @@ def forward_phases_packed_kernel(
 
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + group * C_OUT + channel, mask=mask_n, other=0.0).to(tl.float32)[None, :]
-    origin = (first[0] * STRIDE[0] - crop[0], first[1] * STRIDE[1] - crop[1], first[2] * STRIDE[2] - crop[2])
+    origin = (
+        first[0] * STRIDE[0] + phi_d - crop[0],
+        first[1] * STRIDE[1] + phi_h - crop[1],
+        first[2] * STRIDE[2] + phi_w - crop[2],
+    )
     store_phases(
         acc, y_ptr + group * C_OUT * y_strides[1], y_strides, tile_m, n, cells, origin, out_size, tile_n,
-        C_OUT, STRIDE, STRIDE, ROWS, FACTS, BLOCK_M, BLOCK_N, BLOCK_W, WIDE, by,
+        C_OUT, CELL, STRIDE, ROWS, FACTS, BLOCK_M, BLOCK_N, BLOCK_W, WIDE, by,
     )  # fmt: skip
 
 
 def launches(problem, config, x, weight, bias, out=None):
-    late = shift(problem, config)
-    return phases.forward(forward_phases_packed_kernel, problem, config, x, weight, bias, out, shift=late, SHIFT=late)
+    late, config = shift(problem, config), {**config, APART: apart(config)}
+    return phases.forward(
+        forward_phases_packed_kernel, problem, config, x, weight, bias, out,
+        shift=late, SHIFT=late, apart=config[APART],
+    )  # fmt: skip
+
+
+def apart(config) -> int:
+    return config.get(APART, 0)
 
 
 def shift(problem: Problem, config) -> int:
@@ -156,7 +249,7 @@ def shift(problem: Problem, config) -> int:
     """
     axis = problem.axes[2]
     late = axis.crop % axis.stride
-    if not config["ROWS"] or reach(axis.kernel, axis.stride, late) > reach(axis.kernel, axis.stride, 0):
+    if not config["ROWS"] or apart(config) == 3 or reach(axis.kernel, axis.stride, late) > reach(axis.kernel, axis.stride, 0):
         return 0
     return late
 
@@ -177,9 +270,14 @@ def supports(problem: Problem, device: torch.device) -> str | None:
 
 
 def default(problem: Problem, device: torch.device):
+    return _default(problem, 0)
+
+
+def _default(problem: Problem, alone: int):
     rows = phases.whole_rows(problem)
-    depth = math.prod(window(problem)) * problem.c_in // problem.groups
-    base = phases.tile(problem, phases.cells(problem), phases.columns(problem, rows), depth)
+    depth = max(_depths(problem, alone))
+    size, columns = phases.cells(problem, apart=alone), phases.columns(problem, rows, columns_of(problem.stride, alone))
+    base = phases.tile(problem, size, columns, depth)
     if problem.c_in // problem.groups % base["BLOCK_K"]:  # an address and a mask of its own for each element
         base["BLOCK_K"] = min(base["BLOCK_K"], 32)
     return {**base, "GROUP_M": 1, "ROWS": rows, "WEIGHT": phases.weight_order(problem, rows)}
@@ -187,18 +285,31 @@ def default(problem: Problem, device: torch.device):
 
 def space(problem: Problem, device: torch.device):
     rows = (0, 1) if phases.whole_rows(problem) else ()
-    return tiles.around(
-        default(problem, device), problem, GROUP_M=(8,), WEIGHT=(0, 1, 2), num_stages=tiles.UNSTAGED, ROWS=rows
-    )
+    more = {"GROUP_M": (8,), "WEIGHT": (0, 1, 2), "num_stages": tiles.UNSTAGED, "ROWS": rows}
+    configs = tiles.around(_default(problem, 0), problem, **more)
+    for alone in (1, 2):
+        if problem.stride[alone - 1] > 1:  # along an axis of stride 1 there is one phase, wherever it is counted
+            configs += tiles.around({**_default(problem, alone), APART: alone}, problem, **more)
+    return configs
+
+
+def _depths(problem: Problem, alone: int) -> list[int]:
+    """The depth of each phase that has programs of its own; of all together, where none has."""
+    taps = [
+        [parts(k - phase, s) for phase in range(s)] if axis < alone else [reach(k, s, 0)]
+        for axis, (k, s) in enumerate(zip(problem.kernel, problem.stride, strict=True))
+    ]
+    return [math.prod(each) * problem.c_in // problem.groups for each in itertools.product(*taps)]
 
 
 def work(problem: Problem, config) -> Work:
-    depth = math.prod(window(problem)) * problem.c_in // problem.groups
-    return phases.work(problem, config, phases.cells(problem, shift(problem, config)), depth)
+    alone = apart(config)
+    size = phases.cells(problem, shift(problem, config), alone)
+    return phases.work(problem, config, size, _depths(problem, alone), columns_of(problem.stride, alone))
 
 
 VARIANT = Variant(
-    "forward_phases_packed", "forward", "all phases in one tile, taps packed into the depth: few channels", "triton",
-    launches=launches, supports=supports, space=space, default=default,
+    "forward_phases_packed", "forward", "several or all phases in one tile, taps packed into the depth: few channels", "triton",
+    launches=launches, supports=supports, space=space, default=default, options=(APART,),
     spreads_nonfinite=f"{SPREADS_WEIGHT}; {SPREADS_VOXELS}", work=work,
 )  # fmt: skip
