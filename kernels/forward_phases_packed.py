@@ -7,8 +7,8 @@ phase. Where stride does not divide kernel some (delta, phase) have no tap and m
 products count; at k4 s2, all of them.
 
 APART, a key of the config, is how many axes, d first, have programs of their own for each phase, as all have in
-``forward_phases``: 0 packs all phases into the columns, 1 those along h and w, 2 those along w alone, 3 none. Along such
-an axis a program has the deltas of its phase alone, so no product is wasted, and x is read once for each tap:
+``forward_phases``: 0 packs all phases into the columns, 1 those along h and w, 2 those along w alone, 3 none. Along
+such an axis a program has the deltas of its phase alone: no product is wasted, and x is read once for each tap.
 
 | APART | columns, stride 2 | voxels of x read, k3 s2 | products for one that counts, k3 s2 |
 | ---: | ---: | ---: | ---: |
@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import torch
 import triton
@@ -29,6 +30,15 @@ import triton.language as tl
 
 from tritonconv.kernels import triton_phases as phases
 from tritonconv.kernels import triton_tiles as tiles
+from tritonconv.kernels.triton_apart import (
+    apart_of,
+    axis_cells,
+    columns_of,
+    deltas,
+    depth_of,
+    one_depth,
+    without_inner,
+)
 from tritonconv.kernels.triton_device import (
     aligned,
     ceil_div,
@@ -40,13 +50,17 @@ from tritonconv.kernels.triton_device import (
     product,
     voxel_tiles,
     voxels,
+    widened,
 )
+from tritonconv.kernels.triton_gemm import fits_a_word
 from tritonconv.kernels.triton_launch import accounting, refusal
-from tritonconv.kernels.triton_phases import cells_of, column_count, decoded, store_phases
+from tritonconv.kernels.triton_phases import column_count, decoded, store_phases
+from tritonconv.kernels.triton_taps import voxel_words
 from tritonconv.kernels.variant import APART, SPREADS_VOXELS, SPREADS_WEIGHT, Variant
 from tritonconv.kernels.work import Work, parts
 from tritonconv.problem import Problem
 
+FEW_STEPS = tl.constexpr(4)  # of a loop without one
 MOST_WASTE = 8  # k1 s2; beyond it a kernel that knows which phases have no tap is the natural one
 
 
@@ -60,56 +74,6 @@ def reach(kernel, stride, shift):
 def window_of(KERNEL, STRIDE, SHIFT):
     """(d, h, w): input voxels that the outputs of one cell read."""
     return reach(KERNEL[0], STRIDE[0], 0), reach(KERNEL[1], STRIDE[1], 0), reach(KERNEL[2], STRIDE[2], SHIFT)
-
-
-@triton.constexpr_function
-def apart_of(STRIDE, APART):
-    """(d, h, w): phases that have programs of their own; 1 along an axis whose phases are columns."""
-    return tuple(int(s) if axis < APART else 1 for axis, s in enumerate(STRIDE))
-
-
-@triton.constexpr_function
-def depth_of(WINDOW, CHANNELS, APART):
-    """What divides the depth of each phase apart; the depth itself where none is."""
-    return math.prod(WINDOW[APART:]) * CHANNELS
-
-
-@triton.constexpr_function
-def columns_of(STRIDE, APART):
-    """(d, h, w): phases that are columns; 1 along an axis whose phases have programs of their own."""
-    return tuple(1 if axis < APART else int(s) for axis, s in enumerate(STRIDE))
-
-
-@triton.jit
-def axis_cells(crop, out, phi, STRIDE: tl.constexpr, APART: tl.constexpr):
-    """How many cells there are along an axis, and the first one's place among the input voxels.
-
-    APART: those that hold an output of phase ``phi``. Each phase has as many, and the last of some is outside y.
-    """
-    if APART:
-        cells, first = (out + STRIDE - 1) // STRIDE, (crop - phi + STRIDE - 1) // STRIDE
-    else:
-        cells, first = (crop + out - 1) // STRIDE - crop // STRIDE + 1, crop // STRIDE
-    return cells, first
-
-
-@triton.jit
-def deltas(phi, KERNEL: tl.constexpr, STRIDE: tl.constexpr, WINDOW: tl.constexpr, APART: tl.constexpr):
-    """How many voxels along an axis the outputs read: WINDOW, of a phase apart its taps, which may be one fewer."""
-    if APART and KERNEL % STRIDE != 0:  # noqa: SIM108
-        count = (KERNEL - phi + STRIDE - 1) // STRIDE
-    else:
-        count = WINDOW
-    return count
-
-
-@triton.jit
-def without_inner(place, count, KERNEL: tl.constexpr, STRIDE: tl.constexpr, WINDOW: tl.constexpr, APART: tl.constexpr):
-    """``place // count`` of the :func:`deltas` of an axis: divisions by constants, whatever the phase."""
-    outer = place // WINDOW
-    if APART and KERNEL % STRIDE != 0 and WINDOW > 1:
-        outer = tl.where(count < WINDOW, place // (WINDOW - 1), outer)
-    return outer
 
 
 @triton.jit(launch_metadata=accounting, do_not_specialize=phases.RUN_TIME)
@@ -166,45 +130,67 @@ def forward_phases_packed_kernel(
     if BLOCK_W == 0 and not ROWS and not WIDE:  # no rows along w: see dividers
         by = given_dividers(by_d, by_h, by_w, shift_d, shift_h, shift_w)
     image, d, h, w, _ = voxels(tile_m, n, cells, BLOCK_M, BLOCK_W, WIDE, by)
-    d, h, w = (d + first[0])[:, None], (h + first[1])[:, None], (w + first[2])[:, None]
-    mask_m = (image < n)[:, None]
-    rows = image[:, None] * x_strides[0] + d * x_strides[2] + h * x_strides[3] + w * x_strides[4]
-    x_rows = x_ptr + group * C_IN * x_strides[1] + rows  # (BLOCK_M, 1)
+    d, h, w, mask_m = d + first[0], h + first[1], w + first[2], image < n
+    rows = image * x_strides[0] + d * x_strides[2] + h * x_strides[3] + w * x_strides[4]
     width = multiple(size[2], X_STEP)
+    # Neighbours along w have one mask only where the compiler sees comparisons with the width, and wide loads only
+    # where no delta moves them.
+    WORDS: tl.constexpr = fits_a_word(WINDOW) and (WINDOW[2] > 1 or X_STEP == 1)
+    LATE: tl.constexpr = 1 if SHIFT > 0 else 0
+    words = mask_m
+    if WORDS:
+        words = voxel_words(
+            d - (WINDOW[0] - 1), h - (WINDOW[1] - 1), w - (WINDOW[2] - 1 - LATE), mask_m, size, WINDOW, (1, 1, 1)
+        )
 
     phase_d, phase_h, phase_w, channel, mask_n = decoded(offs_n, C_OUT, CELL, ROWS)
     phase_d, phase_h, phase_w = phase_d + phi_d, phase_h + phi_h, phase_w + (phi_w + SHIFT)
     phase_tap = (phase_d * KERNEL[1] + phase_h) * KERNEL[2] + phase_w
-    w_columns = w_ptr + group * C_IN * w_strides[0] + channel * w_strides[1] + phase_tap * w_strides[2]
+    columns = channel * w_strides[1] + phase_tap * w_strides[2]
+    x_ptr, w_ptr = x_ptr + group * C_IN * x_strides[1], w_ptr + group * C_IN * w_strides[0]
+    x_offsets = rows[:, None] + (offs_k * x_strides[1])[None, :]  # (BLOCK_M, BLOCK_K)
+    w_offsets = (offs_k * w_strides[0])[:, None] + columns[None, :]  # (BLOCK_K, BLOCK_N)
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for step in range(tl.cdiv(depth, BLOCK_K)):
+    steps = tl.cdiv(depth, BLOCK_K)
+    if product(WINDOW) * C_IN > FEW_STEPS * BLOCK_K and one_depth(KERNEL, STRIDE, APART):
+        steps = tl.maximum(steps, -n)  # what it is anyway: of a constant all steps are unrolled, in many registers
+    for step in range(steps):
         k = step * BLOCK_K + offs_k
-        c = k % C_IN
-        place = step * BLOCK_K // C_IN if ONE_DELTA else k // C_IN
-        if APART < 2:
-            delta_d = place // (WINDOW[1] * WINDOW[2])
-            delta_h = place // WINDOW[2] % WINDOW[1]
-            delta_w = place % WINDOW[2] - (1 if SHIFT > 0 else 0)
+        if ONE_DELTA:
+            c, place = step % (C_IN // BLOCK_K) * BLOCK_K, step // (C_IN // BLOCK_K)
         else:
-            row = without_inner(place, count_w, KERNEL[2], STRIDE[2], WINDOW[2], APART > 2)
-            delta_d = without_inner(row, count_h, KERNEL[1], STRIDE[1], WINDOW[1], True)
-            delta_h = row - delta_d * count_h
-            delta_w = place - row * count_w - (1 if SHIFT > 0 else 0)
-        if WIDE:
-            delta_d, delta_h, delta_w = delta_d.to(tl.int64), delta_h.to(tl.int64), delta_w.to(tl.int64)
+            c, place = k % C_IN, k // C_IN
+        row = without_inner(place, count_w, KERNEL[2], STRIDE[2], WINDOW[2], APART > 2)
+        delta_w = place - row * count_w
+        delta_d = without_inner(row, count_h, KERNEL[1], STRIDE[1], WINDOW[1], APART > 1)
+        delta_h = row - delta_d * count_h
+        delta_d, delta_h, delta_w = widened(delta_d, WIDE), widened(delta_h, WIDE), widened(delta_w - LATE, WIDE)
         tap = ((delta_d * STRIDE[0] * KERNEL[1] + delta_h * STRIDE[1]) * KERNEL[2] + delta_w * STRIDE[2]) * w_strides[2]
         back = delta_d * x_strides[2] + delta_h * x_strides[3] + delta_w * x_strides[4]
-        x_columns = c * x_strides[1] - back  # (BLOCK_K,)
-        w_rows = c * w_strides[0] + tap
+        x_moved = widened(c, WIDE) * x_strides[1] - back
+        w_moved = widened(c, WIDE) * w_strides[0] + tap
         x_d, x_h, x_w, w_d, w_h, w_w = delta_d, delta_h, delta_w, delta_d, delta_h, delta_w
-        if not ONE_DELTA:
+        if ONE_DELTA:  # the loop moves offsets that are made before it by one number
+            x_ptrs, w_ptrs = x_ptr + x_moved + x_offsets, w_ptr + w_moved + w_offsets
+        else:
+            x_ptrs = x_ptr + (rows[:, None] + x_moved[None, :])
+            w_ptrs = w_ptr + (w_moved[:, None] + columns[None, :])
             x_d, x_h, x_w = delta_d[None, :], delta_h[None, :], delta_w[None, :]
             w_d, w_h, w_w = delta_d[:, None], delta_h[:, None], delta_w[:, None]
-        x_mask = mask_m & inside(d - x_d, size[0]) & inside(h - x_h, size[1]) & inside(w - x_w, width)
+        if WORDS:
+            wanted = (1 << (WINDOW[0] - 1 - x_d)) | (1 << (WINDOW[0] + WINDOW[1] - 1 - x_h))
+            wanted = (wanted | (1 << (WINDOW[0] + WINDOW[1] + WINDOW[2] - 1 - LATE - x_w))).to(tl.int32)
+            if DEPTH % BLOCK_K != 0:
+                wanted = tl.where((k < depth)[None, :], wanted, -1)  # bits that no voxel has
+            x_mask = (words[:, None] & wanted) == wanted
+        else:
+            x_mask = mask_m[:, None] & inside(d[:, None] - x_d, size[0])
+            x_mask = x_mask & inside(h[:, None] - x_h, size[1]) & inside(w[:, None] - x_w, width)
+            if DEPTH % BLOCK_K != 0:
+                x_mask = x_mask & (k < depth)[None, :]
         w_mask = mask_n[None, :]
         if DEPTH % BLOCK_K != 0:
-            x_mask = x_mask & (k < depth)[None, :]
             w_mask = w_mask & (k < depth)[:, None]
         if KERNEL[0] % STRIDE[0] != 0 and APART < 1:
             w_mask = w_mask & (w_d * STRIDE[0] + phase_d[None, :] < KERNEL[0])
@@ -212,8 +198,8 @@ def forward_phases_packed_kernel(
             w_mask = w_mask & (w_h * STRIDE[1] + phase_h[None, :] < KERNEL[1])
         if (KERNEL[2] % STRIDE[2] != 0 and APART < 3) or SHIFT > 0:
             w_mask = w_mask & inside(w_w * STRIDE[2] + phase_w[None, :], KERNEL[2])
-        x_tile = load_voxels(x_rows + x_columns[None, :], x_mask, X_VOXELS_INNER)  # (BLOCK_M, BLOCK_K)
-        w_tile = tl.load(w_columns[None, :] + w_rows[:, None], mask=w_mask, other=0.0)  # (BLOCK_K, BLOCK_N)
+        x_tile = load_voxels(x_ptrs, x_mask, X_VOXELS_INNER)  # (BLOCK_M, BLOCK_K)
+        w_tile = tl.load(w_ptrs, mask=w_mask, other=0.0)  # (BLOCK_K, BLOCK_N)
         acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)
 
     if bias_ptr is not None:
@@ -249,9 +235,8 @@ def shift(problem: Problem, config) -> int:
     """
     axis = problem.axes[2]
     late = axis.crop % axis.stride
-    if not config["ROWS"] or apart(config) == 3 or reach(axis.kernel, axis.stride, late) > reach(axis.kernel, axis.stride, 0):
-        return 0
-    return late
+    grows = reach(axis.kernel, axis.stride, late) > reach(axis.kernel, axis.stride, 0)
+    return 0 if not config["ROWS"] or apart(config) == 3 or grows else late
 
 
 def window(problem: Problem) -> tuple[int, int, int]:
@@ -285,7 +270,7 @@ def _default(problem: Problem, alone: int):
 
 def space(problem: Problem, device: torch.device):
     rows = (0, 1) if phases.whole_rows(problem) else ()
-    more = {"GROUP_M": (8,), "WEIGHT": (0, 1, 2), "num_stages": tiles.UNSTAGED, "ROWS": rows}
+    more: dict[str, Any] = {"GROUP_M": (8,), "WEIGHT": (0, 1, 2), "num_stages": tiles.UNSTAGED, "ROWS": rows}
     configs = tiles.around(_default(problem, 0), problem, **more)
     for alone in (1, 2):
         if problem.stride[alone - 1] > 1:  # along an axis of stride 1 there is one phase, wherever it is counted
@@ -309,7 +294,7 @@ def work(problem: Problem, config) -> Work:
 
 
 VARIANT = Variant(
-    "forward_phases_packed", "forward", "several or all phases in one tile, taps packed into the depth: few channels", "triton",
+    "forward_phases_packed", "forward", "phases share a tile, taps packed into the depth: few channels", "triton",
     launches=launches, supports=supports, space=space, default=default, options=(APART,),
     spreads_nonfinite=f"{SPREADS_WEIGHT}; {SPREADS_VOXELS}", work=work,
 )  # fmt: skip

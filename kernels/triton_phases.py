@@ -20,6 +20,7 @@ import triton.language as tl
 from tritonconv.kernels import triton_convolution, triton_launch
 from tritonconv.kernels import triton_tiles as tiles
 from tritonconv.kernels.targets import MULTIPROCESSORS
+from tritonconv.kernels.triton_apart import columns_of
 from tritonconv.kernels.triton_device import dividers, inside, load_along, multiple, product, voxels
 from tritonconv.kernels.triton_launch import BY, division, empty
 from tritonconv.kernels.triton_target import STEP, compute_capability
@@ -309,10 +310,10 @@ def forward(kernel, problem: Problem, config, x, weight, bias, out, grid=None, s
     ``shift`` and ``apart`` as in :func:`cells`, ``channels`` as in :func:`facts`.
     """
     y = empty(problem, problem.y_shape, x) if out is None else out
-    size, alone = cells(problem, shift, apart), problem.stride[:apart]
+    size = cells(problem, shift, apart)
     if grid is None:
-        wide = columns(problem, config["ROWS"], (*(1 for _ in alone), *problem.stride[apart:]))
-        grid = math.prod(alone) * tiles.programs(problem, size, wide, config)
+        wide = columns(problem, config["ROWS"], columns_of(problem.stride, apart))
+        grid = math.prod(problem.stride[:apart]) * tiles.programs(problem, size, wide, config)
     return triton_convolution.forward(
         kernel, grid, problem, config, x, weight, bias, y, **division(size), **more,
         X_VOXELS_INNER=x.stride(1) != 1 and config["BLOCK_W"] == 0,
