@@ -42,6 +42,7 @@ SRAM = LINE * CLOCK  # bytes per second of one multiprocessor's L1 and shared me
 ISSUE = 4 * CLOCK  # instructions per second of its four schedulers
 BESIDE = 0.1  # of the parts beside the longest: what a pipeline does not hide; not measured
 SIMILAR = 1.25  # times the best one's time: of such configs one of each tile comes before a second of any
+SETS = 5  # of the configs one in so many is of each set of packed axes
 SPILLED = 3.0  # a spilling kernel is ranked behind its neighbours
 
 LAUNCH = "launch"
@@ -129,8 +130,8 @@ def candidates(
     """At most ``most`` configs of each :func:`form` in the pruned space, best first.
 
     The best one of a form and, besides, the best that loads the other way (through a pipeline or not) are among them,
-    for between these two the model knows least; with three or more the default as well; then the best of each set of
-    packed axes (key APART).
+    for between these two the model knows least; with three or more the default as well; then a part of them, at least
+    one, from each set of packed axes (key APART), whose order it has not been measured against.
     """
     spaces = [around(record, problem, device, start) for start in record.starts(problem, device)]
     return _ranked([pair for space in spaces for pair in _best(record, problem, space, ceilings, most)])
@@ -165,16 +166,16 @@ def _best(
     ranked = _ranked([pair for index, pair in enumerate(ranked) if index == 0 or pair[1].ms < math.inf])
     other = next((pair for pair in ranked if pair[1].work.pipelined != ranked[0][1].work.pipelined), None)
     pairs = [ranked[0], *([other] if other else []), *(pair for pair in ranked if pair[0] == default)]
-    pairs += [*_one_of_each_set(ranked), *_one_of_each_tile(ranked), *ranked]
+    pairs += [*_some_of_each_set(ranked, max(1, most // SETS)), *_one_of_each_tile(ranked), *ranked]
     return _ranked(list({id(pair): pair for pair in pairs}.values())[:most])
 
 
-def _one_of_each_set(ranked: list[tuple[Config, Estimate]]) -> list[tuple[Config, Estimate]]:
-    """The best config for each number of axes whose phases have programs of their own, where configs differ in it."""
-    sets: dict[int, tuple[Config, Estimate]] = {}
+def _some_of_each_set(ranked: list[tuple[Config, Estimate]], some: int) -> list[tuple[Config, Estimate]]:
+    """The best configs of each set of packed axes (key APART), where there are several."""
+    sets: dict[int, list[tuple[Config, Estimate]]] = {}
     for pair in ranked:
-        sets.setdefault(pair[0].get(APART, 0), pair)
-    return list(sets.values())
+        sets.setdefault(pair[0].get(APART, 0), []).append(pair)
+    return [pair for pairs in sets.values() for pair in pairs[:some]] if len(sets) > 1 else []
 
 
 def _one_of_each_tile(ranked: list[tuple[Config, Estimate]]) -> list[tuple[Config, Estimate]]:

@@ -39,6 +39,7 @@ from tritonconv.kernels.triton_apart import (
     one_depth,
     without_inner,
 )
+from tritonconv.kernels.triton_channels_last import copying, last
 from tritonconv.kernels.triton_device import (
     aligned,
     ceil_div,
@@ -269,12 +270,22 @@ def _default(problem: Problem, alone: int):
 
 
 def space(problem: Problem, device: torch.device):
+    return _space(problem, _default)
+
+
+def _default_of_copies(problem: Problem, alone: int):
+    """The tile of an NDHWC layer, in runs along w, so that whole rows of y are stored."""
+    own = _default(problem, alone)
+    return {**_default(last(problem), alone), **{key: own[key] for key in ("BLOCK_W", "ROWS", "WEIGHT")}}
+
+
+def _space(problem: Problem, default_of):
     rows = (0, 1) if phases.whole_rows(problem) else ()
     more: dict[str, Any] = {"GROUP_M": (8,), "WEIGHT": (0, 1, 2), "num_stages": tiles.UNSTAGED, "ROWS": rows}
-    configs = tiles.around(_default(problem, 0), problem, **more)
+    configs = tiles.around(default_of(problem, 0), problem, **more)
     for alone in (1, 2):
         if problem.stride[alone - 1] > 1:  # along an axis of stride 1 there is one phase, wherever it is counted
-            configs += tiles.around({**_default(problem, alone), APART: alone}, problem, **more)
+            configs += tiles.around({**default_of(problem, alone), APART: alone}, problem, **more)
     return configs
 
 
@@ -293,8 +304,10 @@ def work(problem: Problem, config) -> Work:
     return phases.work(problem, config, size, _depths(problem, alone), columns_of(problem.stride, alone))
 
 
-VARIANT = Variant(
+VARIANT = copying(Variant(
     "forward_phases_packed", "forward", "phases share a tile, taps packed into the depth: few channels", "triton",
     launches=launches, supports=supports, space=space, default=default, options=(APART,),
     spreads_nonfinite=f"{SPREADS_WEIGHT}; {SPREADS_VOXELS}", work=work,
-)  # fmt: skip
+), ("x",), "c_in", (
+    lambda problem, device: _default_of_copies(problem, 0), lambda problem, device: _space(problem, _default_of_copies),
+))  # fmt: skip

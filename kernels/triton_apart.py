@@ -20,7 +20,7 @@ def apart_of(STRIDE, APART):
 
 @triton.constexpr_function
 def depth_of(WINDOW, CHANNELS, APART):
-    """What divides the depth of each phase apart; the depth itself where none is."""
+    """A divisor of the depth of each phase apart; the depth itself where none is."""
     return math.prod(WINDOW[APART:]) * CHANNELS
 
 
