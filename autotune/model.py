@@ -166,16 +166,17 @@ def _best(
     ranked = _ranked([pair for index, pair in enumerate(ranked) if index == 0 or pair[1].ms < math.inf])
     other = next((pair for pair in ranked if pair[1].work.pipelined != ranked[0][1].work.pipelined), None)
     pairs = [ranked[0], *([other] if other else []), *(pair for pair in ranked if pair[0] == default)]
-    pairs += [*_some_of_each_set(ranked, max(1, most // SETS)), *_one_of_each_tile(ranked), *ranked]
+    pairs += [*_some_of_each_set(ranked, most // SETS), *_one_of_each_tile(ranked), *ranked]
     return _ranked(list({id(pair): pair for pair in pairs}.values())[:most])
 
 
 def _some_of_each_set(ranked: list[tuple[Config, Estimate]], some: int) -> list[tuple[Config, Estimate]]:
-    """The best configs of each set of packed axes (key APART), where there are several."""
-    sets: dict[int, list[tuple[Config, Estimate]]] = {}
+    """The best configs of each set of packed axes (key APART), where there are several: of each way to load, half."""
+    sets: dict[tuple[int, bool], list[tuple[Config, Estimate]]] = {}
     for pair in ranked:
-        sets.setdefault(pair[0].get(APART, 0), []).append(pair)
-    return [pair for pairs in sets.values() for pair in pairs[:some]] if len(sets) > 1 else []
+        sets.setdefault((pair[0].get(APART, 0), pair[1].work.pipelined), []).append(pair)
+    several = len({apart for apart, _ in sets}) > 1
+    return [pair for pairs in sets.values() for pair in pairs[: max(1, some // 2)]] if several else []
 
 
 def _one_of_each_tile(ranked: list[tuple[Config, Estimate]]) -> list[tuple[Config, Estimate]]:
