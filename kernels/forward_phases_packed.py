@@ -37,6 +37,7 @@ from tritonconv.kernels.triton_apart import (
     deltas,
     depth_of,
     one_depth,
+    places_of,
     without_inner,
 )
 from tritonconv.kernels.triton_channels_last import copying, last
@@ -61,7 +62,6 @@ from tritonconv.kernels.variant import APART, SPREADS_VOXELS, SPREADS_WEIGHT, Va
 from tritonconv.kernels.work import Work, parts
 from tritonconv.problem import Problem
 
-FEW_STEPS = tl.constexpr(4)  # of a loop without one
 MOST_WASTE = 8  # k1 s2; beyond it a kernel that knows which phases have no tap is the natural one
 
 
@@ -100,7 +100,8 @@ def forward_phases_packed_kernel(
     ALONE: tl.constexpr = apart_of(STRIDE, APART)
     CELL: tl.constexpr = columns_of(STRIDE, APART)
     DEPTH: tl.constexpr = depth_of(WINDOW, C_IN, APART)
-    ONE_DELTA: tl.constexpr = C_IN % BLOCK_K == 0  # a step of the depth then stays at one place of the window
+    CHANNELS_LAST: tl.constexpr = UNITS[0][1] == 0
+    PLACES: tl.constexpr = places_of(WINDOW, C_IN, BLOCK_K, APART)
     TILES_N: tl.constexpr = ceil_div(column_count(CELL, C_OUT, ROWS), BLOCK_N)
     crop = (crop[0], crop[1], crop[2] - SHIFT)
     # The phases of a tile side by side: they read the same voxels. The first have the most taps.
@@ -149,17 +150,25 @@ def forward_phases_packed_kernel(
     phase_tap = (phase_d * KERNEL[1] + phase_h) * KERNEL[2] + phase_w
     columns = channel * w_strides[1] + phase_tap * w_strides[2]
     x_ptr, w_ptr = x_ptr + group * C_IN * x_strides[1], w_ptr + group * C_IN * w_strides[0]
-    x_offsets = rows[:, None] + (offs_k * x_strides[1])[None, :]  # (BLOCK_M, BLOCK_K)
-    w_offsets = (offs_k * w_strides[0])[:, None] + columns[None, :]  # (BLOCK_K, BLOCK_N)
+    lane = offs_k // C_IN if PLACES > 1 else offs_k * 0  # the place of a lane behind the step's first
+    x_lanes, w_lanes = (offs_k - lane * C_IN) * x_strides[1], (offs_k - lane * C_IN) * w_strides[0]
+    if PLACES > 1:
+        x_lanes, w_lanes = x_lanes - lane * x_strides[4], w_lanes + lane * (STRIDE[2] * w_strides[2])
+    x_rows = (x_ptr + rows)[:, None]  # (BLOCK_M, 1)
+    x_offsets = rows[:, None] + x_lanes[None, :]  # (BLOCK_M, BLOCK_K)
+    w_offsets = w_lanes[:, None] + columns[None, :]  # (BLOCK_K, BLOCK_N)
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     steps = tl.cdiv(depth, BLOCK_K)
-    if product(WINDOW) * C_IN > FEW_STEPS * BLOCK_K and one_depth(KERNEL, STRIDE, APART):
-        steps = tl.maximum(steps, -n)  # what it is anyway: of a constant all steps are unrolled, in many registers
+    MANY: tl.constexpr = product(WINDOW) > 1 and product(WINDOW) * C_IN > 2 * BLOCK_K
+    if MANY and CHANNELS_LAST and one_depth(KERNEL, STRIDE, APART):
+        steps = tl.maximum(steps, -n)  # as many anyway: of a constant all steps are unrolled, in many registers
     for step in range(steps):
         k = step * BLOCK_K + offs_k
-        if ONE_DELTA:
+        if PLACES == 1:
             c, place = step % (C_IN // BLOCK_K) * BLOCK_K, step // (C_IN // BLOCK_K)
+        elif PLACES > 1:
+            c, place = step * 0, step * PLACES
         else:
             c, place = k % C_IN, k // C_IN
         row = without_inner(place, count_w, KERNEL[2], STRIDE[2], WINDOW[2], APART > 2)
@@ -172,10 +181,16 @@ def forward_phases_packed_kernel(
         x_moved = widened(c, WIDE) * x_strides[1] - back
         w_moved = widened(c, WIDE) * w_strides[0] + tap
         x_d, x_h, x_w, w_d, w_h, w_w = delta_d, delta_h, delta_w, delta_d, delta_h, delta_w
-        if ONE_DELTA:  # the loop moves offsets that are made before it by one number
-            x_ptrs, w_ptrs = x_ptr + x_moved + x_offsets, w_ptr + w_moved + w_offsets
+        if PLACES > 0:  # the loop moves offsets that are made before it by one number
+            w_ptrs = w_ptr + w_moved + w_offsets
+            if CHANNELS_LAST:  # noqa: SIM108
+                x_ptrs = x_ptr + x_moved + x_offsets
+            else:  # elements that are loaded one by one: so many offsets would not fit the registers
+                x_ptrs = x_rows + (x_lanes + x_moved)[None, :]
+            if PLACES > 1:
+                x_w, w_w = (delta_w + lane)[None, :], (delta_w + lane)[:, None]
         else:
-            x_ptrs = x_ptr + (rows[:, None] + x_moved[None, :])
+            x_ptrs = x_rows + x_moved[None, :]
             w_ptrs = w_ptr + (w_moved[:, None] + columns[None, :])
             x_d, x_h, x_w = delta_d[None, :], delta_h[None, :], delta_w[None, :]
             w_d, w_h, w_w = delta_d[:, None], delta_h[:, None], delta_w[:, None]

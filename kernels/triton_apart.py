@@ -31,6 +31,17 @@ def one_depth(KERNEL, STRIDE, APART):
 
 
 @triton.constexpr_function
+def places_of(WINDOW, CHANNELS, BLOCK_K, APART):
+    """Neighbours along w whose channels are a step of the depth: 1 in a part of one's channels, 0 where a step may be
+    anything else.
+    """
+    if CHANNELS % BLOCK_K == 0:
+        return 1
+    places = BLOCK_K // CHANNELS
+    return places if APART < 3 and BLOCK_K % CHANNELS == 0 and WINDOW[2] % places == 0 else 0
+
+
+@triton.constexpr_function
 def columns_of(STRIDE, APART):
     """(d, h, w): phases that are columns; 1 along an axis whose phases have programs of their own."""
     return tuple(1 if axis < APART else int(s) for axis, s in enumerate(STRIDE))

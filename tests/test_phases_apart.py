@@ -86,3 +86,16 @@ def test_the_work_counts_products_and_reads_of_each_set():
     for apart, products in ((0, 64), (1, 48), (2, 36)):
         counted = steps[apart].flops / (2 * 4 * cells[apart] * problem.c_in * problem.c_out)
         assert counted == pytest.approx(products, rel=0.01)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("apart", [0, 1, 2, 3])
+@pytest.mark.parametrize("block_k", [16, 32, 64])
+def test_a_step_over_a_part_of_the_channels_over_neighbours_or_over_anything(block_k, apart, layout):
+    case = Case(n=1, channels=(16, 5), size=(1, 2, 5), kernel=(3, 3, 4), stride=2, front=1, back=1)
+
+    def configs(problem):
+        return [{**each, "BLOCK_K": block_k} for turn in (1, 2) for each in configs_of(apart, turn)(problem)]
+
+    assert complaints(variant(NAME), case, torch.float32, layout, True, DEVICE, configs) == []
