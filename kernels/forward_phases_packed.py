@@ -252,7 +252,7 @@ def shift(problem: Problem, config) -> int:
     axis = problem.axes[2]
     late = axis.crop % axis.stride
     grows = reach(axis.kernel, axis.stride, late) > reach(axis.kernel, axis.stride, 0)
-    return 0 if not config["ROWS"] or apart(config) == 3 or grows else late
+    return 0 if not config["ROWS"] or apart(config) > 2 or grows else late
 
 
 def window(problem: Problem) -> tuple[int, int, int]:
