@@ -306,6 +306,7 @@ def work(problem: Problem, config: Config, pass_name: str) -> Work:
     """Of one of the two gradients alone."""
     splits, rows = config["SPLITS"], config["BLOCK_M"]
     tile = {**config, "BLOCK_N": _block_c(problem), "BLOCK_K": _block_n(problem, config["ROWS"])}
+    del tile["WEIGHT"]  # the loop loads none
     steps = tiles.tiles_of(problem.n, problem.size, config) * problem.groups
     partial = 8.0 * splits * math.prod(problem.weight_shape) if pass_name == "backward_weight" else 0.0
     launches = 2 if pass_name == "backward_weight" and not arrives(config) else 1

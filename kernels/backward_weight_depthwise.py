@@ -26,7 +26,7 @@ from tritonconv.kernels.triton_arrival import (
     with_arrivals,
 )
 from tritonconv.kernels.triton_buffers import new
-from tritonconv.kernels.triton_depthwise import any_tap, far, filled, lanes, replaced, within
+from tritonconv.kernels.triton_depthwise import any_tap, far, filled, lanes, replaced, tile_at, within
 from tritonconv.kernels.triton_device import ceil_div, constant, inside, widened
 from tritonconv.kernels.triton_launch import RUN_TIME, accounting, geometry, refusal, wide
 from tritonconv.kernels.triton_launch import launch as run
@@ -37,17 +37,6 @@ from tritonconv.problem import Problem
 
 MOST_TAPS = 64  # along h and w: float32 sums that a thread keeps for each of its channels
 WAVES = 12  # programs per multiprocessor; about four fit at once
-
-
-@triton.jit
-def tile_at(index, planes, count, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, WIDE: tl.constexpr):
-    """image, plane, h and w of the tile of this index, w fastest."""
-    tiles_h, tiles_w = tl.cdiv(count[0], BLOCK_H), tl.cdiv(count[1], BLOCK_W)
-    w = index % tiles_w * BLOCK_W
-    index = index // tiles_w
-    h = index % tiles_h * BLOCK_H
-    index = index // tiles_h
-    return widened(index // planes, WIDE), widened(index % planes, WIDE), widened(h, WIDE), widened(w, WIDE)
 
 
 @triton.jit

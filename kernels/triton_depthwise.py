@@ -110,6 +110,17 @@ def tile_of(pid, n, count, planes, PLANES: tl.constexpr, CHANNELS: tl.constexpr,
 
 
 @triton.jit
+def tile_at(index, planes, count, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, WIDE: tl.constexpr):
+    """image, plane, h and w of the tile of this index, w fastest."""
+    tiles_h, tiles_w = tl.cdiv(count[0], BLOCK_H), tl.cdiv(count[1], BLOCK_W)
+    w = index % tiles_w * BLOCK_W
+    index = index // tiles_w
+    h = index % tiles_h * BLOCK_H
+    index = index // tiles_h
+    return widened(index // planes, WIDE), widened(index % planes, WIDE), widened(h, WIDE), widened(w, WIDE)
+
+
+@triton.jit
 def lanes(h, w, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr):
     """h and w (BLOCK_H * BLOCK_W, 1) of a tile that starts at (h, w)."""
     lane = tl.arange(0, BLOCK_H * BLOCK_W)[:, None]

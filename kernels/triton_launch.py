@@ -128,12 +128,12 @@ def _is_wide(buffer: Buffer, reach: tuple[int, ...]) -> bool:
 def units(strides: tuple[int, ...]) -> tuple[int, ...]:
     """A known divisor of each stride, as a hint for the compiler: 2, 4 or 8, or 1 for nothing; 0 for a stride of 1.
 
-    The compiler finds out by itself where 16 divides, and only there: it would load 24 or 56 contiguous channels one by
-    one. No hint is given for NCDHW, or without a unit stride: there the divisors depend on the image size, and each
-    size would compile again.
+    The compiler finds out by itself where 16 divides, and only there: it would load 24 or 56 contiguous channels, or
+    rows of 40 voxels, one by one. For NCDHW the only hint is 8, and without a unit stride there is none: there the
+    divisors depend on the image size, and each further one would compile again.
     """
     unit = math.gcd(16, *(stride for stride in strides if stride != 1))
-    if 1 not in strides[:3] or unit == 16:
+    if unit == 16 or 1 not in strides or (1 not in strides[:3] and unit != 8):
         unit = 1
     return tuple(0 if stride == 1 else unit for stride in strides)
 

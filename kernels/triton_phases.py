@@ -23,7 +23,7 @@ from tritonconv.kernels.targets import MULTIPROCESSORS
 from tritonconv.kernels.triton_apart import columns_of
 from tritonconv.kernels.triton_device import dividers, inside, load_along, multiple, product, voxels
 from tritonconv.kernels.triton_launch import BY, division, empty
-from tritonconv.kernels.triton_target import STEP, compute_capability
+from tritonconv.kernels.triton_target import compute_capability, step_of
 from tritonconv.kernels.triton_weights import preferred
 from tritonconv.kernels.variant import Config
 from tritonconv.kernels.weight_orders import AS_GIVEN, IN_INNERMOST
@@ -253,8 +253,8 @@ def around(base: Config, problem: Problem) -> tuple[Config, ...]:
 
 
 def width_step(width: int, config) -> int:
-    """A divisor of the width for the compiler, STEP or 1: only tiles in runs along w gain from it."""
-    return STEP if config["BLOCK_W"] and width % STEP == 0 else 1
+    """``triton_target.step_of`` the width, or 1: only tiles in runs along w gain from it."""
+    return step_of(width) if config["BLOCK_W"] else 1
 
 
 def facts(problem: Problem, config, y, channels: int | None = None, apart: int = 0) -> tuple:
@@ -322,10 +322,14 @@ def forward(kernel, problem: Problem, config, x, weight, bias, out, grid=None, s
     )  # fmt: skip
 
 
-def backward_data(kernel, problem: Problem, config, grad_y, weight, channels=None):
-    """Launches a backward-data kernel over tiles of (voxels, c_in) -> grad_x; ``channels`` as in :func:`facts`."""
+def backward_data(kernel, problem: Problem, config, grad_y, weight, channels=None, grid=None):
+    """Launches a backward-data kernel over tiles of (voxels, c_in) -> grad_x.
+
+    ``grid`` programs, by default one per tile; ``channels`` as in :func:`facts`.
+    """
     grad_x = empty(problem, problem.x_shape, grad_y)
-    grid = tiles.programs(problem, problem.size, problem.c_in // problem.groups, config)
+    if grid is None:
+        grid = tiles.programs(problem, problem.size, problem.c_in // problem.groups, config)
     return triton_convolution.backward_data(
         kernel, grid, problem, config, grad_y, weight, grad_x, **division(problem.size),
         X_STEP=width_step(problem.size[2], config),

@@ -19,7 +19,7 @@ from tritonconv.kernels.triton_buffers import Buffer
 from tritonconv.kernels.triton_device import multiple, widened
 from tritonconv.kernels.triton_launch import launch as run
 from tritonconv.kernels.triton_launch import wide
-from tritonconv.kernels.triton_target import STEP
+from tritonconv.kernels.triton_target import step_of
 from tritonconv.kernels.triton_tiles import power_of_two
 
 TILE = 2048  # values that one program has in flight: 16 in each of its 128 threads
@@ -137,7 +137,7 @@ def _sum(partial, out, shape, transposed, taps=(0, 0), bias_partial=None, bias_o
         batch=batch,
         flat=flat,
         INNER=inner,
-        STEP=STEP if flat % STEP == 0 else 1,
+        STEP=step_of(flat),
         BIAS=channels,
         TRANSPOSED=transposed,
         TAPS=taps[0],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from contextvars import ContextVar
 from functools import cache
@@ -14,9 +15,16 @@ from tritonconv.kernels.targets import LEAST_SHARED_BYTES, NVIDIA
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 STEP = 16  # widths that it divides, as Triton's own specialisation of strides has it, permit wide masks
+LEAST_STEP = 8  # that is worth a compilation of its own: 16 bytes of two-byte elements
 
 
 _assumed: ContextVar[int | None] = ContextVar("tritonconv_assumed_capability", default=None)
+
+
+def step_of(width: int) -> int:
+    """A divisor of ``width`` for the compiler: STEP, LEAST_STEP or 1."""
+    step = math.gcd(width, STEP)
+    return step if step >= LEAST_STEP else 1
 
 
 @contextlib.contextmanager

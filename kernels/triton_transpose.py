@@ -16,7 +16,7 @@ from tritonconv.kernels.targets import MULTIPROCESSORS
 from tritonconv.kernels.triton_buffers import Buffer, new
 from tritonconv.kernels.triton_device import multiple, widened
 from tritonconv.kernels.triton_launch import launch, wide
-from tritonconv.kernels.triton_target import STEP
+from tritonconv.kernels.triton_target import STEP, step_of
 from tritonconv.kernels.triton_tiles import power_of_two
 
 SMALLEST, LARGEST = 1024, 8192  # elements of a tile: of 4 bytes 8 to 64 in each of its 128 threads
@@ -74,7 +74,7 @@ def channels_last(x: Buffer) -> Buffer:
     n, channels, *size = x.shape
     out = new(x.shape, x, memory_format=torch.channels_last_3d)
     voxels = math.prod(size)
-    _transpose(x, out, n, channels, voxels, STEP if voxels % STEP == 0 else 1)
+    _transpose(x, out, n, channels, voxels, step_of(voxels))
     return out
 
 

@@ -103,6 +103,9 @@ def tap_gemm(
     loaded = n * k * taps_hit * _weight_bytes(problem, config)
     cached = float(steps) * (touched + loaded)
     pipelined, narrow = config["num_stages"] > 1, _narrow(problem, config)
+    scattered = "WEIGHT" in config and _scattered(problem, config["WEIGHT"])
+    # Where one operand comes through registers, the loop waits for each product, however the other one comes.
+    waits = item < LEAST_ASYNC and (narrow or scattered)
     if (narrow or not pipelined) and pass_name != "backward_weight":
         cached = min(cached, _through_l1(problem, pass_name, programs, steps, m, touched, loaded))
     # A tile that is loaded asynchronously goes straight to shared memory; through registers it passes twice, and loads
@@ -125,7 +128,7 @@ def tap_gemm(
         warps=config["num_warps"],
         launches=launches,
         depth=steps / max(1, programs),
-        ahead=0 if narrow and item < LEAST_ASYNC else max(0, config["num_stages"] - 2),
+        ahead=0 if waits else max(0, config["num_stages"] - 2),
         pipelined=pipelined,
         sram_bytes=float(steps) * (filled + read),
         instructions=float(steps) * config["num_warps"] * (STEP_INSTRUCTIONS + loads),
@@ -149,6 +152,15 @@ def _moved(problem: Problem) -> bool:
 def _narrow(problem: Problem, config: Mapping[str, int]) -> bool:
     """Whether the gathered operand is loaded one element at a time, through L1."""
     return problem.layout == "ncdhw" and (_moved(problem) or not config.get("BLOCK_W"))
+
+
+def _scattered(problem: Problem, order: int) -> bool:
+    """Whether the weight is loaded one element at a time: its taps, or an odd number of channels, are neighbours."""
+    c_in, c_out = problem.c_in // problem.groups, problem.c_out // problem.groups
+    if order == AS_GIVEN:
+        return math.prod(problem.kernel) > 1
+    innermost = c_out if order == OUT_INNERMOST and c_out > 1 else c_in  # with one c_out, c_in lies innermost
+    return innermost * problem.dtype.itemsize % LEAST_ASYNC != 0
 
 
 def _through_l1(

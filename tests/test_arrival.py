@@ -30,6 +30,8 @@ CASES = {
     "depthwise": Case(channels=(5, 5), size=(2, 3, 2), kernel=5, stride=2, front=2, back=2, groups=5),
     "depthwise k3": Case(channels=(16, 16), size=(2, 1, 3), stride=2, front=1, back=1, extra=1, groups=16),
     "depthwise batch 0": Case(n=0, channels=(3, 3), size=2, kernel=2, stride=2, groups=3),
+    "depthwise_cells": Case(channels=(16, 16), size=(3, 2, 3), stride=2, front=1, back=1, extra=1, groups=16),
+    "depthwise_cells batch 0": Case(n=0, channels=(3, 3), size=2, kernel=2, stride=2, groups=3),
     "fused": Case(channels=(20, 3), size=(3, 2, 9), kernel=2, stride=2),
     "fused groups": Case(channels=(4, 6), size=(2, 2, 10), kernel=2, stride=2, groups=2),
     "fused batch 0": Case(n=0, kernel=2, stride=2),
@@ -135,7 +137,7 @@ def test_launches_of_a_stream_share_counters_and_large_ones_have_their_own():
     assert large is not one and large.numel() == arrival.COUNTERS + 1 and not large.any()
 
 
-@pytest.mark.parametrize("label", ["splitk", "cells", "depthwise", "fused"])
+@pytest.mark.parametrize("label", ["splitk", "cells", "depthwise", "depthwise_cells", "fused"])
 def test_the_counters_are_asked_for_at_each_run(label):
     """A program is one kernel, and holds none: the next run may be on another stream, or captured."""
     record, problem = record_of(label), CASES[label].problem(torch.float16, "ndhwc")

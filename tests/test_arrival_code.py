@@ -17,6 +17,7 @@ LAYERS = {
     "backward_weight_splitk": "k2s2",
     "backward_weight_cells": "k3s2",
     "backward_weight_depthwise": "depthwise_k3",
+    "backward_weight_depthwise_cells": "depthwise_k3",
     "backward_weight_fused": "k2s2",
 }
 SOURCE = """

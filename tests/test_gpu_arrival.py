@@ -26,6 +26,7 @@ CHANNELS_AND_LAYERS = {  # c_in, c_out, kernel, stride, groups
     "backward_weight_splitk": (64, 32, 3, 2, 1),
     "backward_weight_cells": (16, 32, 4, 2, 1),
     "backward_weight_depthwise": (64, 64, 3, 2, 64),
+    "backward_weight_depthwise_cells": (64, 64, 3, 2, 64),
     "backward_weight_fused": (32, 16, 2, 2, 1),
 }
 

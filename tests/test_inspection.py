@@ -48,7 +48,10 @@ GOOD = Record(
     instructions=1600,
     matrix={"HGMMA": 8},
     async_copies=30,
+    stores={"16": 12},
     loop_instructions=191,
+    loop_loads={"registers 2": 2, "async 16": 24},
+    products_in_flight=0,
 )
 
 
@@ -231,7 +234,8 @@ def test_a_row_stands_for_the_first_layer_and_counts_all():
     reduction = changed(kernel="sum_kernel", dot="", matrix={}, instructions=9000)
     other = changed(layout="ncdhw", registers=200, local_accesses=1)
     row = tables.section(inspection(other, reduction, GOOD)).splitlines()[-1]
-    assert "| HGMMA 8 | 125 | 0 | 60 | 3 | 19% | 0 | 30 | 0 | 191 | 0 | 3 | 200 | 60 | 1 |" in row
+    assert "| HGMMA 8 | 125 | 0 | 60 | 3 | 19% | 0 | 30 | 0 | 191 | 24 x async 16, 2 x registers 2 | 0 |" in row
+    assert "| 0 | 12 x 16 | 3 | 200 | 60 | 1 |" in row
 
 
 def test_the_readme_of_the_kernels_has_the_markers():

@@ -14,17 +14,24 @@ def test_reading_machine_code():
         /*0040*/              @P1  LDL R3, [R1] ;
         /*0050*/                   HGMMA.64x32x16.F32.BF16 R24, gdesc[UR4], R24 ;
         /*0060*/                   UTMALDG.5D [UR8], [UR4] ;
+        /*0070*/                   STG.E.U16 desc[UR4][R2.64], R5 ;
+        /*0080*/              @P1  STG.E.128 desc[UR4][R2.64+0x10], R8 ;
     """
     assert machine_code.sass_counts(listing) == {
-        "instructions": 7,
+        "instructions": 9,
         "matrix": {"HGMMA": 1},
         "bulk_copies": 1,
         "async_copies": 1,
         "local_accesses": 2,
         "spill_load_bytes": 4,
         "spill_store_bytes": 8,
+        "stores": {"2": 1, "16": 1},
     }
-    assert machine_code.loop_counts(listing) == {"loop_instructions": 0, "narrow_loads": 0}
+    assert machine_code.loop_counts(listing) == {
+        "loop_instructions": 0,
+        "loop_loads": {},
+        "products_in_flight": None,
+    }
     assert machine_code.stack_is_used(listing)
     frame = "LDC R1, c[0x0][0x37c] ;\nVIADD R1, R1, 0xfffffff8 ;\nIADD3 R1, R1, -0x8, RZ ;\nIMAD R10, R1X, R11, R12 ;"
     assert not machine_code.stack_is_used(frame)  # set up, and touched by nothing
@@ -48,7 +55,10 @@ def test_the_loop_that_multiplies_is_found():
         /*0030*/              @!P0 LDG.E.U16 R5, desc[UR4][R2.64] ;
         /*0040*/                   LDG.E.128.CONSTANT R8, desc[UR4][R2.64] ;
         /*0050*/                   LDG.E.U8.CONSTANT R8, desc[UR4][R2.64] ;
+        /*0058*/                   LDGSTS.E.BYPASS.128 [R8], desc[UR4][R2.64] ;
         /*0060*/                   HGMMA.64x32x16.F32.BF16 R24, gdesc[UR4], R24 ;
+        /*0068*/                   WARPGROUP.DEPBAR.LE gsb0, 0x2 ;
+        /*0069*/                   WARPGROUP.DEPBAR.LE gsb0, 0x1 ;
         /*0070*/              @P1  BRA `(.L_x_2) ;
         /*0080*/              @P1  BRA `(.L_x_3) ;
         /*0088*/                   HGMMA.64x32x16.F32.BF16 R24, gdesc[UR4], R24 ;
@@ -60,4 +70,8 @@ def test_the_loop_that_multiplies_is_found():
         /*00b0*/                   NOP ;
         /*00c0*/              @!P0 BRA `(.L_x_2) ;
     """
-    assert machine_code.loop_counts(listing) == {"loop_instructions": 5, "narrow_loads": 2}
+    assert machine_code.loop_counts(listing) == {
+        "loop_instructions": 8,
+        "loop_loads": {"registers 2": 1, "registers 16": 1, "registers 1": 1, "async 16": 1},
+        "products_in_flight": 1,
+    }

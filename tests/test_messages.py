@@ -17,7 +17,7 @@ EXAMPLE = next(path for path in sorted((ROOT / "plots" / "examples").rglob("*.js
 LONG = 10**5
 HUGE = {
     "list": [2] * LONG, "string": "2" * LONG, "tuple": (1,) * LONG, "number": 10**4000, "nested": [[0] * LONG] * 3,
-    "bytes": b"x" * LONG, "dict": {str(n): n for n in range(LONG)}, "tensor": torch.zeros(LONG),
+    "bytes": b"x" * LONG, "dict": {str(n): n for n in range(LONG)}, "tensor": torch.zeros(LONG // 100),
     "set": set(range(LONG)),
     "text of an object": type("Chatty", (), {"__repr__": lambda self: "x" * LONG})(), "nan": float("nan"), "none": None,
 }  # fmt: skip

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import first_example
 import pytest
 import torch
 
@@ -234,3 +235,17 @@ def test_a_file_system_without_locks_has_a_file_for_one(tmp_path, monkeypatch):
     Path(f"{path}.held").write_text("")
     with pytest.raises(StoreError, match=r"\.held was held by another process"):
         store.merge(store.Table("device"), tmp_path)
+
+
+# ------------------------------------------------------------------ the first example
+
+
+@pytest.mark.parametrize("name", first_example.SURROUNDINGS)
+def test_the_first_example_runs(tmp_path, name):
+    try:
+        done = first_example.run(sys.executable, name, tmp_path)
+    finally:
+        for path in (tmp_path, *tmp_path.rglob("*")):  # for pytest, which takes the folder away
+            path.chmod(0o755)
+    assert done.returncode == 0, done.stderr
+    assert "1 replaced, 0 left" in done.stdout and done.stdout.splitlines()[-1] == "(1, 32, 32, 32, 32)"

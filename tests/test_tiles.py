@@ -49,7 +49,7 @@ def test_channels_last_has_no_rows_and_a_row_is_no_longer_than_its_tile():
     assert triton_tiles.block_w(problem(HALF), (4, 4, 64), 32) == 32
 
 
-def test_what_divides_the_strides_is_told_where_the_channels_are_contiguous():
+def test_what_divides_the_strides_is_told():
     from tritonconv.kernels.triton_launch import units
 
     def strides(channels, *size):
@@ -59,6 +59,8 @@ def test_what_divides_the_strides_is_told_where_the_channels_are_contiguous():
     for channels, unit in ((64, 1), (48, 1), (24, 8), (28, 4), (6, 2), (5, 1)):
         last, first = strides(channels, 3, 5, 8)
         assert units(last) == (unit, 0, unit, unit, unit)
-        assert units(first) == (1, 1, 1, 1, 0)
+        assert units(first) == (8, 8, 8, 8, 0)
+    for width, unit in ((16, 1), (40, 8), (20, 1), (7, 1)):  # of NCDHW 8 alone: each further one would compile again
+        assert units(strides(4, 3, 4, width)[1]) == (unit, unit, unit, unit, 0)
     assert units((27 * 24, 27, 1)) == (1, 1, 0) and units((24, 1, 24 * 56)) == (8, 0, 8)
     assert units((0, 1, 0, 24, 24)) == (8, 0, 8, 8, 8)  # expanded

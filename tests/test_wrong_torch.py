@@ -100,9 +100,11 @@ def test_torch_cannot_win_where_its_answer_is_wrong(clockless, wrong_torch, prob
     assert report.errors == 0 and len(report.winners) == 3
     assert winner("forward") == "forward_torch_native"
     assert winner("backward_weight") not in ("backward_weight_torch_native", TORCH)
-    (said,) = [row for kind, row in rows if kind == "error" and row["variant"] == TORCH]
-    assert (said["pass"], said["status"]) == ("forward_backward", "wrong")
-    assert said["message"].startswith("grad_weight: torch's own is wrong at this size: max error 5.5e+22 ")
+    said = {row["pass"]: row for kind, row in rows if kind == "error" and row["variant"] == TORCH}
+    assert sorted(said) == ["backward_weight", "forward_backward"]  # each is judged by its own call
+    for row in said.values():
+        assert row["status"] == "wrong"
+        assert row["message"].startswith("grad_weight: torch's own is wrong at this size: max error 5.5e+22 ")
 
 
 def test_nothing_is_stored_where_neither_torch_nor_a_variant_is_right(clockless, wrong_torch, broken):  # noqa: F811

@@ -13,11 +13,13 @@ from typing import Any
 
 from tritonconv.lab.inspection.in_flight import early_writes
 from tritonconv.lab.inspection.listing import instructions
+from tritonconv.lab.inspection.records import ASYNC, BULK, THROUGH_REGISTERS
 from tritonconv.lab.inspection.shallow import reads_registers
 
 SECONDS_FOR_TOOL = 120.0
 
-_NARROW = re.compile(r"LDG\.(\w+\.)*[US](8|16)\b")
+_WIDTH = re.compile(r"[US]?(8|16|64|128)")
+_LEFT = re.compile(r"gsb0, 0x([0-9a-f]+)")
 _FRAME = re.compile(r"\bR1, (R1, -?0x|c\[)")  # the stack pointer, loaded or moved by a number
 _NVIDIA_MATRIX = re.compile(r"[A-Z]G?MMA|UTC[A-Z]*MMA")
 _BULK = ("UTMALDG", "UTMASTG", "UTMAREDG", "UBLKCP", "UBLKRED")
@@ -93,12 +95,13 @@ def sass_counts(code: str) -> dict[str, Any]:
         "local_accesses": names["LDL"] + names["STL"],
         "spill_load_bytes": sum(_width(word) for word in words if word[0] == "LDL"),
         "spill_store_bytes": sum(_width(word) for word in words if word[0] == "STL"),
+        "stores": dict(Counter(str(_width(word)) for word in words if word[0] in ("STG", "ST"))),
     }
 
 
-def loop_counts(code: str) -> dict[str, int]:
+def loop_counts(code: str) -> dict[str, Any]:
     """Of the innermost loop that multiplies matrices (of several the first of those that multiply most): all its
-    instructions, and its loads of one or two bytes per thread; zeros where there is none."""
+    instructions, its loads by way and width, and the products that its waits leave in flight; see ``Record``."""
     listing = instructions(code)
     # Where the code ends for good: a jump back across it belongs to a wait out of line, and is no loop.
     ends = [place for place, line in enumerate(listing) if line.name.startswith("EXIT") and not line.guard]
@@ -113,13 +116,27 @@ def loop_counts(code: str) -> dict[str, int]:
 
     loops = [loop for loop in backward if products(loop) and not any(place in loop for place in ends)]
     inner = [loop for loop in loops if not any(o != loop and o[0] >= loop[0] and o[-1] <= loop[-1] for o in loops)]
-    body = [listing[place].name for place in max(inner, key=products, default=range(0))]
-    return {"loop_instructions": len(body), "narrow_loads": sum(bool(_NARROW.match(name)) for name in body)}
+    body = [listing[place] for place in max(inner, key=products, default=range(0))]
+    waits = [_LEFT.search(line.text) for line in body if line.name.startswith("WARPGROUP.DEPBAR")]
+    left = [int(wait[1], 16) for wait in waits if wait]
+    return {
+        "loop_instructions": len(body),
+        "loop_loads": dict(Counter(way for line in body if (way := _way(line.name.split("."))))),
+        "products_in_flight": min(left) if left else None,
+    }
+
+
+def _way(word: list[str]) -> str:
+    """How a load from global memory comes, and its bytes per thread; empty for another instruction."""
+    if word[0] == "UTMALDG":
+        return BULK
+    ways = {"LDGSTS": ASYNC, "LDG": THROUGH_REGISTERS}
+    return f"{ways[word[0]]} {_width(word)}" if word[0] in ways else ""
 
 
 def _width(word: list[str]) -> int:
     """Bytes per thread of a load or store: LDL.64 has 8, LDL.U8 one, plain LDL 4."""
-    bits = [int(part.lstrip("US")) for part in word[1:] if re.fullmatch(r"[US]?(8|16|64|128)", part)]
+    bits = [int(width[1]) for part in word[1:] if (width := _WIDTH.fullmatch(part))]
     return bits[0] // 8 if bits else 4
 
 

@@ -12,6 +12,7 @@ from tritonconv.kernels.targets import TARGETS, TENSOR_MEMORY_COLUMNS
 
 SCHEMA = 1
 NO_KERNEL = ""
+ASYNC, BULK, THROUGH_REGISTERS = "async", "bulk", "registers"  # the ways of a load from global memory
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,10 @@ class Record:
     Bytes of spills are summed over the instructions of the program text, as ptxas does. ``dot`` is the product that the
     source asks for: ``"matrix"``, ``"fma"`` (float32 products in IEEE precision, which NVIDIA's matrix units do not
     have) or ``""`` (no ``tl.dot``).
+
+    The ``loop_`` fields and ``products_in_flight`` are of the innermost loop that multiplies matrices, and of NVIDIA's
+    alone. ``loop_loads`` counts its loads from global memory by way and bytes per thread: asynchronous copies
+    (``"async 16"``), bulk copies (``"bulk"``), loads through registers (``"registers 2"``).
     """
 
     variant: str
@@ -50,8 +55,10 @@ class Record:
     bulk_copies: int = 0
     async_copies: int = 0
     local_accesses: int = 0
-    loop_instructions: int = 0  # of the innermost loop that multiplies matrices, as narrow_loads; NVIDIA's alone
-    narrow_loads: int = 0
+    stores: Mapping[str, int] = field(default_factory=dict)  # to global memory, by bytes per thread; NVIDIA's alone
+    loop_instructions: int = 0
+    loop_loads: Mapping[str, int] = field(default_factory=dict)
+    products_in_flight: int | None = None  # that the loop's waits leave at least; None where none waits (sm_90 does)
     early_write: str = ""  # the first instruction that writes a register which a product in flight may read
 
 

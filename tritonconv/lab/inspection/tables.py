@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from tritonconv.kernels.registry import variants
@@ -16,8 +16,9 @@ COMMAND = "inspect"  # of the markers in the Markdown file
 LEGEND = (
     "registers per thread; spills: bytes stored and loaded by the program text; blocks per multiprocessor and the part "
     "of its threads they fill; instructions that multiply matrices, copy in bulk (TMA), copy asynchronously, touch "
-    "local memory; loop: instructions of the innermost loop that multiplies, and its loads of 1 or 2 bytes; seconds of "
-    "compilation (empty: Triton's cache had it)"
+    "local memory; loop: instructions of the innermost loop that multiplies; its loads by way and bytes per thread; "
+    "the products that it leaves in flight (0: it waits for each; empty: products that are not asynchronous); stores "
+    "by bytes per thread; seconds of compilation (empty: Triton's cache had it)"
 )
 _SHORT = {"num_warps": "warps", "num_stages": "stages"}
 _CLASS_OF = {layer: name for name, layer in SAMPLE_LAYERS.items()}
@@ -51,6 +52,11 @@ def kernel(record: Record) -> str:
     return record.kernel.replace("_kernel", "").removeprefix(record.variant).lstrip("_ ") or "-"
 
 
+def counted(counts: Mapping[str, int]) -> str:
+    """``12 x async 16, 4 x registers 2``."""
+    return ", ".join(f"{count} x {name}" for name, count in sorted(counts.items()))
+
+
 def kib(size: int) -> str:
     return f"{size / 1024:.3g}"
 
@@ -77,7 +83,9 @@ MEASURED: dict[str, Callable[[Record], object]] = {
     "local": lambda record: record.local_accesses,
     "instructions": lambda record: record.instructions,
     "loop": lambda record: record.loop_instructions,
-    "narrow": lambda record: record.narrow_loads,
+    "loop loads": lambda record: counted(record.loop_loads),
+    "in flight": lambda record: "" if record.products_in_flight is None else record.products_in_flight,
+    "stores": lambda record: counted(record.stores),
     "s": lambda record: "" if record.seconds is None else f"{record.seconds:.1f}",
 }
 TEXTS = len(COMPILED) + 1  # columns that are set flush left
