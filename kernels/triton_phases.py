@@ -218,10 +218,9 @@ def cells(problem: Problem, shift: int = 0, apart: int = 0) -> Triple:
     """
     depth, height, width = problem.crop
     axes = zip((depth, height, width - shift), problem.out_size, problem.stride, strict=True)
-    return tuple(  # type: ignore[return-value]
-        parts(out, s) if axis < apart else (crop + out - 1) // s - crop // s + 1
-        for axis, (crop, out, s) in enumerate(axes)
-    )
+    whole = [(crop + out - 1) // s - crop // s + 1 for crop, out, s in axes]
+    one = [parts(out, s) for out, s in zip(problem.out_size, problem.stride, strict=True)]
+    return (*one[:apart], *whole[apart:])  # type: ignore[return-value]
 
 
 def dilation_refusal(problem: Problem) -> str | None:
@@ -260,11 +259,10 @@ def width_step(width: int, config) -> int:
 def facts(problem: Problem, config, y, channels: int | None = None, apart: int = 0) -> tuple:
     """FACTS about y, for the compiler to load and store wide: (step, whole, dense, across).
 
-    ``step`` divides the width; ``whole`` (d, h, w): all outputs of a cell are inside y, or none is, as the one
-    of a cell along the first ``apart`` axes; ``dense``:
-    (phase_w, channel) is one contiguous stretch of a tile of ``channels``, by default all of a group's; ``across`` is
-    y's stride along w where that is its number of channels, as a constant that shows how far its multiples are aligned,
-    else 0.
+    ``step`` divides the width; ``whole`` (d, h, w): all outputs of a cell are inside y, or none is, as the one of a
+    cell along the first ``apart`` axes; ``dense``: (phase_w, channel) is one contiguous stretch of a tile of
+    ``channels``, by default all of a group's; ``across`` is y's stride along w where that is its number of channels,
+    as a constant that shows how far its multiples are aligned, else 0.
     """
     axes = zip(problem.crop, problem.out_size, problem.stride, strict=True)
     whole = tuple(axis < apart or crop % s == out % s == 0 for axis, (crop, out, s) in enumerate(axes))
@@ -339,10 +337,7 @@ def backward_data(kernel, problem: Problem, config, grad_y, weight, channels=Non
 
 
 def work(problem: Problem, config, size: Triple, depths: Sequence[int], phases: Triple | None = None) -> Work:
-    """Of :func:`forward`: tiles over cells ``size`` and the columns of ``phases`` (by default of all).
-
-    ``depths``: of an output, for each phase that has programs of its own.
-    """
+    """Of :func:`forward`: tiles over cells ``size`` and the columns of ``phases``; ``depths``: of each phase apart."""
     phases = problem.stride if phases is None else phases
     programs = tiles.programs(problem, size, columns(problem, config["ROWS"], phases), config)
     steps = programs * sum(parts(depth, config["BLOCK_K"]) for depth in depths)
