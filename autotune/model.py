@@ -25,7 +25,7 @@ import torch
 from tritonconv.autotune.ceilings import COPIES, Ceilings, of_capability
 from tritonconv.kernels.registry import variants
 from tritonconv.kernels.targets import TARGETS
-from tritonconv.kernels.variant import COPY, Config, Variant
+from tritonconv.kernels.variant import APART, COPY, Config, Variant
 from tritonconv.kernels.work import LINE, WARP, Work, by_torch
 from tritonconv.precision import TF32, float32_precision
 from tritonconv.problem import Problem
@@ -42,6 +42,7 @@ SRAM = LINE * CLOCK  # bytes per second of one multiprocessor's L1 and shared me
 ISSUE = 4 * CLOCK  # instructions per second of its four schedulers
 BESIDE = 0.1  # of the parts beside the longest: what a pipeline does not hide; not measured
 SIMILAR = 1.25  # times the best one's time: of such configs one of each tile comes before a second of any
+SETS = 5  # of the configs one in so many is of each set of packed axes
 SPILLED = 3.0  # a spilling kernel is ranked behind its neighbours
 
 LAUNCH = "launch"
@@ -129,7 +130,8 @@ def candidates(
     """At most ``most`` configs of each :func:`form` in the pruned space, best first.
 
     The best one of a form and, besides, the best that loads the other way (through a pipeline or not) are among them,
-    for between these two the model knows least; with three or more the default as well.
+    for between these two the model knows least; with three or more the default as well; then a part of them, at least
+    one, from each set of packed axes (key APART), whose order it has not been measured against.
     """
     spaces = [around(record, problem, device, start) for start in record.starts(problem, device)]
     return _ranked([pair for space in spaces for pair in _best(record, problem, space, ceilings, most)])
@@ -164,8 +166,17 @@ def _best(
     ranked = _ranked([pair for index, pair in enumerate(ranked) if index == 0 or pair[1].ms < math.inf])
     other = next((pair for pair in ranked if pair[1].work.pipelined != ranked[0][1].work.pipelined), None)
     pairs = [ranked[0], *([other] if other else []), *(pair for pair in ranked if pair[0] == default)]
-    pairs += [*_one_of_each_tile(ranked), *ranked]
+    pairs += [*_some_of_each_set(ranked, most // SETS), *_one_of_each_tile(ranked), *ranked]
     return _ranked(list({id(pair): pair for pair in pairs}.values())[:most])
+
+
+def _some_of_each_set(ranked: list[tuple[Config, Estimate]], some: int) -> list[tuple[Config, Estimate]]:
+    """The best configs of each set of packed axes (key APART), where there are several: of each way to load, half."""
+    sets: dict[tuple[int, bool], list[tuple[Config, Estimate]]] = {}
+    for pair in ranked:
+        sets.setdefault((pair[0].get(APART, 0), pair[1].work.pipelined), []).append(pair)
+    several = len({apart for apart, _ in sets}) > 1
+    return [pair for pairs in sets.values() for pair in pairs[: max(1, some // 2)]] if several else []
 
 
 def _one_of_each_tile(ranked: list[tuple[Config, Estimate]]) -> list[tuple[Config, Estimate]]:

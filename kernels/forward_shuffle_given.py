@@ -181,7 +181,7 @@ def space(problem: Problem, device: torch.device):
 
 
 def work(problem: Problem, config: Config) -> Work:
-    return phases.work(problem, config, phases.cells(problem), problem.c_in // problem.groups)
+    return phases.work(problem, config, phases.cells(problem), [problem.c_in // problem.groups])
 
 
 VARIANT = Variant(

@@ -6,6 +6,7 @@ taps overlap, each element is loaded several times, and one copy in the other or
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache, wraps
 
@@ -19,6 +20,7 @@ from tritonconv.problem import Problem
 
 LAST = torch.channels_last_3d
 LARGE = {"forward": (0,), "backward_data": (0,), "backward_weight": (0, 1)}  # x and grad_y among the operands
+Tiles = tuple[Callable[[Problem, torch.device], Config], Callable[[Problem, torch.device], tuple[Config, ...]]]
 LEAST_CHANNELS = 16  # of a group: fewer fill no 32-byte sector
 
 
@@ -29,13 +31,18 @@ def channels_last(x: Buffer) -> Buffer:
     return x.copy(LAST, lambda: triton_transpose.channels_last(x))
 
 
-def copying(base: Variant, copied: tuple[str, ...], gathered: str) -> Variant:
+def copying(base: Variant, copied: tuple[str, ...], gathered: str, tiles: Tiles | None = None) -> Variant:
     """``base`` with the key COPY in its configs: 1 runs it on channels-last copies of the operands ``copied`` of an
     NCDHW layer, in the tiles of an NDHWC layer. The default has 0.
 
     ``gathered`` (``c_in`` or ``c_out``) are the channels of the operand that the taps gather. The space has configs
-    with 1 where these fill a sector and an element is read more than once.
+    with 1 where these fill a sector and an element is read more than once. ``tiles``: the default config and the space
+    of such configs for the NCDHW problem, by default those of the base for its NDHWC twin.
     """
+    default_for, space_for = tiles or (
+        lambda problem, device: base.default(last(problem), device),
+        lambda problem, device: base.space(last(problem), device),
+    )
 
     def pays(problem: Problem) -> bool:
         overlap = any(axis.kernel > axis.stride for axis in problem.axes)
@@ -55,17 +62,17 @@ def copying(base: Variant, copied: tuple[str, ...], gathered: str) -> Variant:
     def space(problem: Problem, device: torch.device) -> tuple[Config, ...]:
         configs = [{**config, COPY: 0} for config in base.space(problem, device)]
         if pays(problem):
-            configs += [{**config, COPY: 1} for config in base.space(_last(problem), device)]
+            configs += [{**config, COPY: 1} for config in space_for(problem, device)]
         return tuple(configs)
 
     def default_of_copies(problem: Problem, device: torch.device) -> Config | None:
-        return {**base.default(_last(problem), device), COPY: 1} if pays(problem) else None
+        return {**default_for(problem, device), COPY: 1} if pays(problem) else None
 
     def work(problem: Problem, config: Config) -> Work:
         assert base.work is not None
         if not config.get(COPY):
             return base.work(problem, config)
-        counts, moved = base.work(_last(problem), config), 2 * size_of(problem, *copied)
+        counts, moved = base.work(last(problem), config), 2 * size_of(problem, *copied)
         return replace(
             counts,
             memory_bytes=counts.memory_bytes + moved,
@@ -76,12 +83,12 @@ def copying(base: Variant, copied: tuple[str, ...], gathered: str) -> Variant:
     def workspace_bytes(problem: Problem) -> int:
         most = base.workspace_bytes(problem)
         if pays(problem):
-            most = max(most, base.workspace_bytes(_last(problem)) + int(size_of(problem, *copied)))
+            most = max(most, base.workspace_bytes(last(problem)) + int(size_of(problem, *copied)))
         return most
 
     def hazard(problem: Problem, config: Config, target: Toolchain) -> str | None:
         assert base.hazard is not None
-        return base.hazard(_last(problem) if config.get(COPY) else problem, config, target)
+        return base.hazard(last(problem) if config.get(COPY) else problem, config, target)
 
     return replace(
         base,
@@ -96,5 +103,6 @@ def copying(base: Variant, copied: tuple[str, ...], gathered: str) -> Variant:
 
 
 @lru_cache(4096)  # a count calls it for each config, and the problem caches the sums over its phases
-def _last(problem: Problem) -> Problem:
+def last(problem: Problem) -> Problem:
+    """The problem in NDHWC."""
     return replace(problem, layout="ndhwc")

@@ -11,6 +11,7 @@ first = crop // stride; the cells cover every output. A tile is BLOCK_M cells x 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 
 import triton
@@ -19,6 +20,7 @@ import triton.language as tl
 from tritonconv.kernels import triton_convolution, triton_launch
 from tritonconv.kernels import triton_tiles as tiles
 from tritonconv.kernels.targets import MULTIPROCESSORS
+from tritonconv.kernels.triton_apart import columns_of
 from tritonconv.kernels.triton_device import dividers, inside, load_along, multiple, product, voxels
 from tritonconv.kernels.triton_launch import BY, division, empty
 from tritonconv.kernels.triton_target import compute_capability, step_of
@@ -209,11 +211,16 @@ def load_phases(
     return y_tile
 
 
-def cells(problem: Problem, shift: int = 0) -> Triple:
-    """(d, h, w): the host's side of :func:`cells_of`; ``shift`` outputs late along w."""
+def cells(problem: Problem, shift: int = 0, apart: int = 0) -> Triple:
+    """(d, h, w): the host's side of :func:`cells_of`; ``shift`` outputs late along w.
+
+    Along the first ``apart`` axes those of one phase: the most that any has.
+    """
     depth, height, width = problem.crop
     axes = zip((depth, height, width - shift), problem.out_size, problem.stride, strict=True)
-    return tuple((crop + out - 1) // s - crop // s + 1 for crop, out, s in axes)  # type: ignore[return-value]
+    whole = [(crop + out - 1) // s - crop // s + 1 for crop, out, s in axes]
+    one = [parts(out, s) for out, s in zip(problem.out_size, problem.stride, strict=True)]
+    return (*one[:apart], *whole[apart:])  # type: ignore[return-value]
 
 
 def dilation_refusal(problem: Problem) -> str | None:
@@ -249,16 +256,16 @@ def width_step(width: int, config) -> int:
     return step_of(width) if config["BLOCK_W"] else 1
 
 
-def facts(problem: Problem, config, y, channels: int | None = None) -> tuple:
+def facts(problem: Problem, config, y, channels: int | None = None, apart: int = 0) -> tuple:
     """FACTS about y, for the compiler to load and store wide: (step, whole, dense, across).
 
-    ``step`` divides the width; ``whole`` (d, h, w): all outputs of a cell are inside y, or none is; ``dense``:
-    (phase_w, channel) is one contiguous stretch of a tile of ``channels``, by default all of a group's; ``across`` is
-    y's stride along w where that is its number of channels, as a constant that shows how far its multiples are aligned,
-    else 0.
+    ``step`` divides the width; ``whole`` (d, h, w): all outputs of a cell are inside y, or none is, as the one of a
+    cell along the first ``apart`` axes; ``dense``: (phase_w, channel) is one contiguous stretch of a tile of
+    ``channels``, by default all of a group's; ``across`` is y's stride along w where that is its number of channels,
+    as a constant that shows how far its multiples are aligned, else 0.
     """
     axes = zip(problem.crop, problem.out_size, problem.stride, strict=True)
-    whole = tuple(crop % s == 0 and out % s == 0 for crop, out, s in axes)
+    whole = tuple(axis < apart or crop % s == out % s == 0 for axis, (crop, out, s) in enumerate(axes))
     group = problem.c_out // problem.groups
     last = y.stride(1) == 1 and not config["ROWS"]
     dense = last and y.stride(4) == group and channels in (None, group)
@@ -295,20 +302,21 @@ def tile(problem: Problem, size: Triple, wide: int, depth: int) -> dict[str, int
     }
 
 
-def forward(kernel, problem: Problem, config, x, weight, bias, out, grid=None, shift=0, channels=None, **more):
+def forward(kernel, problem: Problem, config, x, weight, bias, out, grid=None, shift=0, channels=None, apart=0, **more):
     """Launches a forward kernel over tiles of (cells, columns): ``grid`` programs, by default one per tile -> y.
 
-    ``shift`` as in :func:`cells`, ``channels`` as in :func:`facts`.
+    ``shift`` and ``apart`` as in :func:`cells`, ``channels`` as in :func:`facts`.
     """
     y = empty(problem, problem.y_shape, x) if out is None else out
-    size = cells(problem, shift)
+    size = cells(problem, shift, apart)
     if grid is None:
-        grid = tiles.programs(problem, size, columns(problem, config["ROWS"]), config)
+        wide = columns(problem, config["ROWS"], columns_of(problem.stride, apart))
+        grid = math.prod(problem.stride[:apart]) * tiles.programs(problem, size, wide, config)
     return triton_convolution.forward(
         kernel, grid, problem, config, x, weight, bias, y, **division(size), **more,
         X_VOXELS_INNER=x.stride(1) != 1 and config["BLOCK_W"] == 0,
         X_STEP=width_step(problem.size[2], config),
-        FACTS=facts(problem, config, y, channels),
+        FACTS=facts(problem, config, y, channels, apart),
     )  # fmt: skip
 
 
@@ -328,10 +336,11 @@ def backward_data(kernel, problem: Problem, config, grad_y, weight, channels=Non
     )  # fmt: skip
 
 
-def work(problem: Problem, config, size: Triple, depth: int) -> Work:
-    """Of :func:`forward`: tiles over cells ``size`` and all columns, ``depth`` per output."""
-    programs = tiles.programs(problem, size, columns(problem, config["ROWS"]), config)
-    steps = programs * parts(depth, config["BLOCK_K"])
-    products = depth * math.prod(problem.stride)  # of one cell and output channel, those with zeros included
+def work(problem: Problem, config, size: Triple, depths: Sequence[int], phases: Triple | None = None) -> Work:
+    """Of :func:`forward`: tiles over cells ``size`` and the columns of ``phases``; ``depths``: of each phase apart."""
+    phases = problem.stride if phases is None else phases
+    programs = tiles.programs(problem, size, columns(problem, config["ROWS"], phases), config)
+    steps = programs * sum(parts(depth, config["BLOCK_K"]) for depth in depths)
+    products = sum(depths) * math.prod(phases)  # of one cell and output channel, those with zeros included
     hit = math.prod(problem.kernel) * (problem.c_in // problem.groups) / products
-    return tap_gemm(problem, "forward", config, programs, steps, taps_hit=min(1.0, hit))
+    return tap_gemm(problem, "forward", config, programs * len(depths), steps, taps_hit=min(1.0, hit))
