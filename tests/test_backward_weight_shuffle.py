@@ -50,7 +50,8 @@ def configs(problem):
 def test_exact(label, layout):
     with products_in("tf32"):
         assert complaints(RECORD, CASES[label], torch.float16, layout, True, DEVICE, configs) == []
-        assert complaints(RECORD, CASES[label], torch.float32, layout, label == "1 to 2", DEVICE, configs) == []
+        few = lambda problem: configs(problem)[::2]  # noqa: E731
+        assert complaints(RECORD, CASES[label], torch.float32, layout, label == "1 to 2", DEVICE, few) == []
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

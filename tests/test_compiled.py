@@ -21,6 +21,9 @@ ROOT = Path(__file__).resolve().parent.parent
 NAMES = form_names(record for record in tritonconv.variants() if record.backend == "triton")
 # Without the halves of backward_together, which launch the kernels of two others by themselves, for short problems.
 ALONE = [name for name in NAMES if not name.endswith("_together")]
+EVERY = (
+    "every" if "EVERY_LAYER" in os.environ else ""
+)  # else a variant takes one size in one layout, the other in the other
 
 COMMON = """
 import dataclasses, json, sys
@@ -48,6 +51,9 @@ def served(name, **sizes):
             return record, problem
     raise AssertionError(name)
 
+def turns(pair, place, layout):
+    return pair if sys.argv[2] else (pair[(place + (layout == "ndhwc")) % 2],)
+
 def compiled(record, problem, config=None):
     config = record.default(problem, GPU) if config is None else config
     return config, [kernel for name, kernel in compile_launch(record, problem, config) if "joint" not in name]
@@ -72,10 +78,10 @@ def test_what_the_gate_judges_on_a_gpu_is_the_kernel_that_is_timed(layout):
         """
         from tritonconv.lab.bench.gate import reduced
 
-        names, found = [*sys.argv[2:]], []
+        names, found = sys.argv[3:], []
         with compiling_for(TARGETS["sm_90"]):
-            for name in names:
-                for size in ((32, 32, 32), (12, 34, 60)):
+            for place, name in enumerate(names):
+                for size in turns(((32, 32, 32), (12, 34, 60)), place, sys.argv[1]):
                     try:
                         record, problem = served(name, n=3, size=size, layout=sys.argv[1])
                     except AssertionError:
@@ -89,6 +95,7 @@ def test_what_the_gate_judges_on_a_gpu_is_the_kernel_that_is_timed(layout):
         print(json.dumps(found))
         """,
         layout,
+        EVERY,
         *NAMES,
     )
     assert others == []
@@ -97,7 +104,8 @@ def test_what_the_gate_judges_on_a_gpu_is_the_kernel_that_is_timed(layout):
 def test_a_new_image_size_compiles_nothing():
     """Channels a multiple of 16, channels_last_3d: whatever the divisors of the sizes, one kernel serves them all.
 
-    The copy of an NCDHW operand is compiled twice: a number of voxels that 16 divides permits wide loads.
+    The copy of an NCDHW operand is compiled twice: a number of voxels that 16 divides permits wide loads. So is a
+    kernel that stores whole rows of NCDHW.
     """
     anew = in_a_process(
         """
@@ -109,6 +117,8 @@ def test_a_new_image_size_compiles_nothing():
                     record, problem = served(name, n=n, size=size)
                     config, found = compiled(record, problem, config)
                     kernels.append(next(each for each in found if each.name != "transpose_kernel"))
+                if problem.layout == "ncdhw" and config.get("ROWS"):
+                    del kernels[1]  # whose width 16 does not divide
                 if any(kernel is not kernels[0] for kernel in kernels):
                     anew.append(name)
         print(json.dumps(anew))
@@ -121,23 +131,25 @@ def test_a_new_image_size_compiles_nothing():
 @pytest.mark.parametrize("layout", ["ncdhw", "ndhwc"])
 def test_offsets_of_64_bits_and_sizes_of_one_compile(layout):
     wrong = in_a_process(
-        f"""
+        """
         wrong = []
         with compiling_for(TARGETS["sm_90"]):
-            for name in sys.argv[1:]:
-                for n, size in ((1 << 14, (64, 32, 32)), (1, (1, 1, 1))):
+            for place, name in enumerate(sys.argv[3:]):
+                for n, size in turns(((1 << 14, (64, 32, 32)), (1, (1, 1, 1))), place, sys.argv[1]):
                     try:
-                        record, problem = served(name, n=n, size=size, layout={layout!r})
+                        record, problem = served(name, n=n, size=size, layout=sys.argv[1])
                     except AssertionError:
                         continue
                     if n > 1 and triton_launch.wide(operand(torch.empty(problem.y_shape, device=META), 0)) is False:
-                        wrong.append(f"{{name}}: not beyond 32 bits")
+                        wrong.append(f"{name}: not beyond 32 bits")
                     try:
                         compiled(record, problem)
                     except Exception as error:
-                        wrong.append(f"{{name}} {{n}} {{size}}: {{type(error).__name__}} {{str(error)[-300:]}}")
+                        wrong.append(f"{name} {n} {size}: {type(error).__name__} {str(error)[-300:]}")
         print(json.dumps(wrong))
         """,
+        layout,
+        EVERY,
         *NAMES,
     )
     assert wrong == []

