@@ -103,7 +103,8 @@ def noticed(broken: Break, names: list[str], folder: Path) -> bool:
     whole = path.read_bytes()
     path.write_bytes(whole[: broken.begin] + broken.new.encode() + whole[broken.end :])
     asked = " or ".join((f"test_{stem}", *(f"[{name}" for name in names)))
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *TESTS, "-k", asked]
+    own = [name for name in (f"tests/test_{stem}.py",) if (folder / name).exists() and name not in TESTS]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *own, *TESTS, "-k", asked]
     environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
     try:
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, timeout=SECONDS, check=False)
