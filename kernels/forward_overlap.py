@@ -156,14 +156,19 @@ def forward_overlap_kernel(
 
 
 def launches(problem, config, x, weight, bias, out=None):
+    return forward(forward_overlap_kernel, boxes(problem, config), problem, config, x, weight, bias, out)
+
+
+def forward(kernel, grid: int, problem: Problem, config, x, weight, bias, out, **more):
+    """The launch of a kernel with this one's arguments and ``more`` of its own -> y."""
     y = empty(problem, problem.y_shape, x) if out is None else out
     if y.numel() == 0:
         return y
     config = dict(config)
     weight = packed(weight, config.pop("WEIGHT"))
     run(
-        forward_overlap_kernel,
-        boxes(problem, config),
+        kernel,
+        grid,
         config,
         (y,),
         x_ptr=x,
@@ -171,6 +176,7 @@ def launches(problem, config, x, weight, bias, out=None):
         bias_ptr=bias,
         y_ptr=y,
         **geometry(problem),
+        **more,
         x_strides=x.stride(),
         w_strides=oriented(weight, "forward"),
         **dict(zip((*Y_STRIDES, "y_w"), y.stride(), strict=True)),

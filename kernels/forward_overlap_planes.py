@@ -21,10 +21,9 @@ from tritonconv.kernels import triton_tiles as tiles
 from tritonconv.kernels.forward_overlap import Y_STRIDES, columns, folded, power, window
 from tritonconv.kernels.targets import MULTIPROCESSORS
 from tritonconv.kernels.triton_device import aligned, inside, offset, product, widened
-from tritonconv.kernels.triton_launch import RUN_TIME, accounting, empty, geometry, precision, refusal, wide
-from tritonconv.kernels.triton_launch import launch as run
+from tritonconv.kernels.triton_launch import RUN_TIME, accounting, refusal
 from tritonconv.kernels.triton_phases import cells_of, window_of
-from tritonconv.kernels.triton_weights import oriented, packed, preferred
+from tritonconv.kernels.triton_weights import preferred
 from tritonconv.kernels.variant import SPREADS_WEIGHT, Config, Variant
 from tritonconv.kernels.work import WARP, Work, tap_gemm
 from tritonconv.problem import Problem
@@ -143,29 +142,8 @@ def forward_overlap_planes_kernel(
 
 
 def launches(problem, config, x, weight, bias, out=None):
-    y = empty(problem, problem.y_shape, x) if out is None else out
-    if y.numel() == 0:
-        return y
-    config = dict(config)
-    weight = packed(weight, config.pop("WEIGHT"))
-    run(
-        forward_overlap_planes_kernel,
-        programs(problem, config),
-        config,
-        (y,),
-        x_ptr=x,
-        w_ptr=weight,
-        bias_ptr=bias,
-        y_ptr=y,
-        **geometry(problem),
-        x_strides=x.stride(),
-        w_strides=oriented(weight, "forward"),
-        **dict(zip((*Y_STRIDES, "y_w"), y.stride(), strict=True)),
-        BLOCK_K=_block_k(problem),
-        WIDE=wide(x, weight, y, of=problem),
-        PRECISION=precision(problem.dtype),
-    )
-    return y
+    kernel, grid = forward_overlap_planes_kernel, programs(problem, config)
+    return forward_overlap.forward(kernel, grid, problem, config, x, weight, bias, out, BLOCK_K=_block_k(problem))
 
 
 def _block_k(problem: Problem) -> int:

@@ -54,21 +54,21 @@ def names_of(program: Program) -> list[str]:
 def test_one_grid_gives_all_gradients(label, layout):
     case, joint = CASES[label], variant(NAMES[0]).joint
     assert joint is variant(NAMES[1]).joint
-    dtype, need_bias = (torch.float16, False) if layout == "ncdhw" else (torch.float32, True)
-    x, weight, _, grad_y, wanted = inputs_of(case, layout, dtype)
-    problem = case.problem(dtype, layout)
-    assert [variant(name).supports(problem, DEVICE) for name in NAMES] == [None, None]
-    for config in configs_of(problem):
-        operands = x, weight, grad_y, need_bias
-        program = Program.of(partial(joint, problem, config), operands)
-        grad_x, grad_weight, grad_bias = program.run(operands)
-        assert same(grad_x, wanted[0])
-        assert same(grad_weight, wanted[1])
-        assert same(grad_bias, wanted[2]) if need_bias else grad_bias is None
-        names = names_of(program)
-        assert names.count(JOINT) == (1 if case.n else 0) and not APART & set(names)
-        sums = (config["D_SPLITS"] > 1) + (config["SPLITS"] > 1 and not config.get(ARRIVE))
-        assert names.count("sum_partials_kernel") == (sums if case.n else 0)
+    for dtype, need_bias in ((torch.float32, True), (torch.float16, False)):
+        x, weight, _, grad_y, wanted = inputs_of(case, layout, dtype)
+        problem = case.problem(dtype, layout)
+        assert [variant(name).supports(problem, DEVICE) for name in NAMES] == [None, None]
+        for config in configs_of(problem):
+            operands = x, weight, grad_y, need_bias
+            program = Program.of(partial(joint, problem, config), operands)
+            grad_x, grad_weight, grad_bias = program.run(operands)
+            assert same(grad_x, wanted[0])
+            assert same(grad_weight, wanted[1])
+            assert same(grad_bias, wanted[2]) if need_bias else grad_bias is None
+            names = names_of(program)
+            assert names.count(JOINT) == (1 if case.n else 0) and not APART & set(names)
+            sums = (config["D_SPLITS"] > 1) + (config["SPLITS"] > 1 and not config.get(ARRIVE))
+            assert names.count("sum_partials_kernel") == (sums if case.n else 0)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
