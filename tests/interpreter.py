@@ -7,25 +7,35 @@ integer operation in 64 bits, and works out the type of every value anew. None o
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 
-from triton.language import core, semantic
+import numpy as np
+import triton.language as tl
+from triton.language import core
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 
 OPTIONS = interpreter.interpreter_builder.options
+SEMANTIC = TritonSemantic(interpreter.interpreter_builder)
 
 
 def speed_up() -> None:
     patched: set = set()
     run_grid, patch = interpreter.GridExecutor.__call__, interpreter._patch_lang
 
+    @functools.cache
+    def modules(fn) -> frozenset:
+        return frozenset(id(value) for value in fn.__globals__.values() if value is tl or value is core)
+
     def grid_call(self, *args, **kwargs):
         patched.clear()
+        patched.add(modules(self.fn))  # by the executor itself
         return run_grid(self, *args, **kwargs)
 
     def device_call(self, *args, **kwargs):
-        if self.fn not in patched:
-            patched.add(self.fn)
+        if modules(self.fn) not in patched:
+            patched.add(modules(self.fn))
             patch(self.fn)
         return self.rewrite()(*args, **kwargs)
 
@@ -33,15 +43,15 @@ def speed_up() -> None:
     interpreter.InterpretedFunction.__call__ = device_call
     object.__setattr__(OPTIONS, "sanitize_overflow", False)
     _remember_types()
+    _remember_results()
 
 
 def _remember_types() -> None:
-    """Works out once all that follows from the name of a type or from a shape; integers of one type need no cast."""
+    """Works out once all that follows from the name of a type or from a shape."""
     np_dtype, block_type = interpreter._get_np_dtype, core.block_type.__init__
-    operands = semantic.TritonSemantic.binary_op_type_checking_impl
     np_dtypes: dict[str, object] = {}
     block_types: dict[tuple, dict[str, object]] = {}
-    shapes: dict[tuple, tuple] = {}
+    shapes: dict[str, tuple] = {}
 
     def np_dtype_of(dtype):
         if dtype.name not in np_dtypes:
@@ -56,22 +66,135 @@ def _remember_types() -> None:
         vars(self).update(block_types[key])
 
     def new_tensor(self, handle, type):
-        shape = type.shape if type.is_block() else ()
-        if shape not in shapes:
-            shapes[shape] = core.constexpr(math.prod(shape)), core.tuple([core.constexpr(size) for size in shape])
+        if type.name not in shapes:
+            shape = type.shape if type.is_block() else ()
+            shapes[type.name] = core.constexpr(math.prod(shape)), core.tuple([core.constexpr(size) for size in shape])
         self.handle, self.type, self.dtype = handle, type, type.scalar
-        self.numel, self.shape = shapes[shape]
-
-    def common_operands(self, lhs, rhs, *args, **kwargs):
-        tensors = isinstance(lhs, core.tensor) and isinstance(rhs, core.tensor)
-        if tensors and lhs.type.name == rhs.type.name and lhs.dtype.is_int():
-            return lhs, rhs
-        return operands(self, lhs, rhs, *args, **kwargs)
+        self.numel, self.shape = shapes[type.name]
 
     interpreter._get_np_dtype = np_dtype_of
     core.block_type.__init__ = new_block_type
     core.tensor.__init__ = new_tensor
-    semantic.TritonSemantic.binary_op_type_checking_impl = common_operands
+
+
+# From here on: operations of which Triton computes the first result for each combination of types, and numpy alone
+# the later ones. Only such are served as numpy does them without a cast, or with the cast that Triton makes.
+
+INTEGERS, BITS = ("int32", "int64"), ("__and__", "__or__", "__xor__")
+OPERATORS = {
+    "__add__": np.add,
+    "__radd__": np.add,
+    "__sub__": np.subtract,
+    "__rsub__": lambda own, other: np.subtract(other, own),
+    "__mul__": np.multiply,
+    "__rmul__": np.multiply,
+    "__floordiv__": lambda own, other: (own - np.fmod(own, other)) // other,  # towards zero, as in C
+    "__mod__": np.fmod,
+    "__and__": np.bitwise_and,
+    "__or__": np.bitwise_or,
+    "__xor__": np.bitwise_xor,
+    "__lshift__": np.left_shift,
+    "__rlshift__": lambda own, other: np.left_shift(other, own),
+    "__rshift__": np.right_shift,
+    "__lt__": np.less,
+    "__le__": np.less_equal,
+    "__gt__": np.greater,
+    "__ge__": np.greater_equal,
+    "__eq__": np.equal,
+    "__ne__": np.not_equal,
+}
+
+
+def _remember_results() -> None:
+    for name, function in OPERATORS.items():
+        _remember(name, _served_operator(name, function), core.tensor)
+    for name, function in (("maximum", np.maximum), ("minimum", np.minimum)):
+        _remember(name, _served_operator(name, function), tl, core)
+    _remember("__getitem__", _served_index, core.tensor)
+    _remember("to", _served_cast, core.tensor)
+    _remember("where", _served_choice, tl, core)
+
+
+def _remember(name: str, served, *places) -> None:
+    """Replaces an operation of the language. ``served(*args)`` returns the key of the result's type, a function of
+    numpy and its operands, or None where Triton itself must do it.
+    """
+    by_triton = getattr(places[0], name)
+    results: dict[object, dict[str, object]] = {}
+
+    @functools.wraps(by_triton)
+    def operation(*args, _semantic=None, **kwargs):
+        if _semantic is not None or OPTIONS.sanitize_overflow or kwargs or not (call := served(*args)):
+            return by_triton(*args, **kwargs, _semantic=_semantic or SEMANTIC)
+        key, function, operands = call
+        fields = results.get(key)
+        if fields is None:
+            result = by_triton(*args, _semantic=SEMANTIC)
+            results[key] = {**vars(result), "handle": result.handle.dtype}
+            return result
+        handle, result = object.__new__(interpreter.TensorHandle), object.__new__(core.tensor)
+        handle.data, handle.dtype, handle.attr = function(*operands), fields["handle"], {}
+        result.__dict__.update(fields)
+        result.handle = handle
+        return result
+
+    delattr(operation, core.TRITON_BUILTIN)  # the interpreter's patch of the language leaves it alone
+    for place in places:
+        setattr(place, name, operation)
+
+
+def _served_operator(name: str, function):
+    elements = {(own, other): function for own in INTEGERS for other in INTEGERS} | {("uint32", "uint32"): function}
+    if name in BITS:
+        elements["int1", "int1"] = function
+    elif name not in ("__mod__", "__floordiv__", "__lshift__", "__rlshift__", "__rshift__"):
+        elements["fp32", "fp32"] = function
+
+    def served(own, other):
+        if type(own) is not core.tensor:
+            return None
+        if type(other) is core.constexpr:
+            other = other.value
+        if type(other) is int:
+            if own.dtype.name in INTEGERS and -(2**31) <= other < 2**31:
+                return own.type.name, function, (own.handle.data, other)
+        elif type(other) is core.tensor:
+            kind = own.dtype.name, other.dtype.name
+            if name == "__add__" and kind not in elements and own.dtype.is_ptr() and kind[1] in INTEGERS:
+                size = np.uint64(max(1, own.dtype.element_ty.primitive_bitwidth // 8))
+                elements[kind] = lambda address, offset: address + size * offset.astype(np.uint64)
+            if kind in elements:
+                return (own.type.name, other.type.name), elements[kind], (own.handle.data, other.handle.data)
+        return None
+
+    return served
+
+
+def _served_index(own, index):
+    """New axes, and nothing else: a block with None between its axes."""
+    if type(index) is tuple and [part for part in index if part is not None] == [slice(None)] * len(own.shape):
+        return (own.type.name, *(part is None for part in index)), np.ndarray.__getitem__, (own.handle.data, index)
+    return None
+
+
+def _served_cast(own, dtype, *rest):
+    if own.dtype.name in ("int1", "uint32", *INTEGERS) and not rest and dtype in (tl.uint32, tl.int32, tl.int64):
+        return (own.type.name, dtype.name), np.ndarray.astype, (own.handle.data, interpreter._get_np_dtype(dtype))
+    return None
+
+
+def _served_choice(condition, x, y):
+    x, y = (value.value if type(value) is core.constexpr else value for value in (x, y))
+    kinds = [value.type.name if type(value) is core.tensor else type(value) for value in (condition, x, y)]
+    elements = {value.dtype.name for value in (x, y) if type(value) is core.tensor}
+    if type(condition) is not core.tensor or condition.dtype.name != "int1" or len(elements) != 1:
+        return None
+    if int in kinds and (elements != {"int32"} or not all(-(2**31) <= v < 2**31 for v in (x, y) if type(v) is int)):
+        return None
+    if any(kind is not int and type(kind) is not str for kind in kinds):
+        return None
+    x, y = (np.int32(value) if type(value) is int else value.handle.data for value in (x, y))
+    return tuple(kinds), np.where, (condition.handle.data, x, y)
 
 
 @contextlib.contextmanager
