@@ -120,6 +120,8 @@ def _remember(name: str, served, *places) -> None:
     numpy and its operands, or None where Triton itself must do it.
     """
     by_triton = getattr(places[0], name)
+    if not core.is_builtin(by_triton):  # done already
+        return
     results: dict[object, dict[str, object]] = {}
 
     @functools.wraps(by_triton)
@@ -130,10 +132,10 @@ def _remember(name: str, served, *places) -> None:
         fields = results.get(key)
         if fields is None:
             result = by_triton(*args, _semantic=SEMANTIC)
-            results[key] = {**vars(result), "handle": result.handle.dtype}
+            results[key] = vars(result)
             return result
         handle, result = object.__new__(interpreter.TensorHandle), object.__new__(core.tensor)
-        handle.data, handle.dtype, handle.attr = function(*operands), fields["handle"], {}
+        handle.data, handle.dtype, handle.attr = function(*operands), fields["dtype"], {}
         result.__dict__.update(fields)
         result.handle = handle
         return result
