@@ -17,8 +17,8 @@ from interpreter import OPERATORS, SEMANTIC
 from triton.language import core
 from triton.runtime import interpreter
 
-NUMPY = {"int32": np.int32, "int64": np.int64, "uint32": np.uint32, "int1": np.bool_, "float32": np.float32}
-ELEMENTS = (*(getattr(tl, name) for name in NUMPY), core.pointer_type(tl.float16))
+NUMPY = {"int32": np.int32, "int64": np.int64, "uint32": np.uint32, "int1": np.bool_, "fp32": np.float32}
+ELEMENTS = (tl.int32, tl.int64, tl.uint32, tl.int1, tl.float32, core.pointer_type(tl.float16))
 SHAPES = [(4, 1), (1, 8), (4, 8), ()]
 
 
@@ -31,7 +31,7 @@ def _interpreted_language():
 
 
 def tensor(dtype, shape: tuple[int, ...], values: np.ndarray) -> core.tensor:
-    numpy = np.uint64 if dtype.is_ptr() else NUMPY[str(dtype).removeprefix("triton.language.")]
+    numpy = np.uint64 if dtype.is_ptr() else NUMPY[dtype.name]
     data = np.resize(values, shape or 1).astype(numpy)
     return core.tensor(interpreter.TensorHandle(data, dtype), core.block_type(dtype, list(shape)) if shape else dtype)
 
