@@ -54,7 +54,7 @@ CHEATS = {
     "after some calls": (REMEMBERED, """
         def launch(problem, config, x, weight, bias):
             made.append(None)
-            if len(made) < 9:
+            if len(made) < 6:
                 kept[problem] = answer(problem, x, weight, bias)
             return kept[problem].clone() if problem in kept else answer(problem, x, weight, bias)"""),
     "a packed weight, by pointer": ("max error", """
