@@ -72,11 +72,8 @@ def test_the_scaled_layer_keeps_what_the_rule_keeps():
         kept = all(getattr(small, field) == getattr(full, field) for field in fields)
         kept &= [axis.back_crop for axis in small.axes] == [axis.back_crop for axis in full.axes]
         within = small.flops <= layer_sizes.CPU_GFLOP * 1e9 and _mbytes(small) <= layer_sizes.CPU_MBYTES
-        if not (
-            kept
-            and small.n == min(full.n, layer_sizes.CPU_BATCH)
-            and within == (layer_sizes.left_out(layer, "cpu") is None)
-        ):
+        kept &= small.n == min(full.n, layer_sizes.CPU_BATCH)
+        if not kept or within != (layer_sizes.left_out(layer, "cpu") is None):
             wrong.append(layer.name)
     assert wrong == []
 
