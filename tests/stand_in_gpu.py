@@ -300,7 +300,7 @@ def shrink() -> None:
     """Sizes meant for a GPU, or for minutes, become small enough for the interpreter."""
     from tritonconv.autotune.tuning import session
     from tritonconv.lab import campaign, verification
-    from tritonconv.lab.bench import call_overhead, clock, gpu, measure, roofs, runner, timing, workloads
+    from tritonconv.lab.bench import call_overhead, clock, gpu, layer_sizes, measure, roofs, runner, timing
 
     roofs.MEMORY_BYTES["cuda"], roofs.LARGE_MATRIX["cuda"], roofs.SMALL_MATRIX = 1 << 20, 64, 32
     clock.FLUSH_BYTES, clock.MOST_WALL_CALLS, gpu.WARM_CALLS = 1 << 10, 1, 1
@@ -309,7 +309,7 @@ def shrink() -> None:
     one = {"few_rounds": 1, "min_rounds": 1, "max_rounds": 1}
     measure.interleave = lambda *args, **rounds: timing.interleave(*args, **rounds | one)
     measure.warm_up, timing.MOST_WARM_ROUNDS = (lambda *args: 0), 1
-    workloads.CPU_GFLOP, workloads.CPU_BATCH, verification.CHECKED_AXES = 0.0, 1, 2
+    layer_sizes.CPU_GFLOP, layer_sizes.CPU_BATCH, verification.CHECKED_AXES = 0.0, 1, 2
     verification.SAMPLE_LAYERS = {"k2s2": "segresnet_deconv_up2"}
     campaign.SHARES["cuda"] = campaign.Shares(0.3, 0.002, 0.3, 0.05, 0.002)
     session.EFFORTS, session.WHOLE = (session.Effort(1, 1.0, 1.5, 0.1),), session.Effort(1, 1.0, 4.0, 0.1)

@@ -17,7 +17,8 @@ from tritonconv.kernels import registry
 from tritonconv.lab import cli
 from tritonconv.lab.bench import gpu, results, standings, summary
 from tritonconv.lab.bench.classes import CLASSES, layer_class
-from tritonconv.lab.bench.workloads import at_sizes, workload, workloads
+from tritonconv.lab.bench.layer_sizes import at_sizes
+from tritonconv.lab.bench.workloads import workload, workloads
 
 TINY = "monai_unet_spleen_32_2"
 MINE = """

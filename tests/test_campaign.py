@@ -19,7 +19,7 @@ from tritonconv.autotune.tuning import session
 from tritonconv.errors import ResultsError
 from tritonconv.forced import forced_variants
 from tritonconv.lab import campaign, cli, verification
-from tritonconv.lab.bench import cell, contestants, results, runner, workloads
+from tritonconv.lab.bench import cell, contestants, layer_sizes, results, runner
 from tritonconv.lab.bench.summary import summary
 from tritonconv.lab.bench.workloads import workload
 from tritonconv.lab.inspection import precompile
@@ -34,7 +34,7 @@ def few(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITONCONV_CACHE", str(tmp_path / "own"))
     monkeypatch.setattr(verification, "SAMPLE_LAYERS", {"k2s2": "segresnet_deconv_up2", "k3s2": "psmnet_train_64_32"})
     monkeypatch.setattr(verification, "CHECKED_AXES", 3)
-    monkeypatch.setattr(workloads, "CPU_GFLOP", 0.02)
+    monkeypatch.setattr(layer_sizes, "CPU_GFLOP", 0.02)
     monkeypatch.setitem(campaign.SHARES, "cpu", campaign.SHARES["cpu"]._replace(roofs=0.006, overhead=0.003))
     monkeypatch.setattr(session, "WHOLE", session.WHOLE._replace(seconds=0.2))
     monkeypatch.setattr(runner, "MOST_CELL_SECONDS", 0.2)

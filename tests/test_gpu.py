@@ -25,7 +25,8 @@ from tritonconv.autotune.store import Entry, Table
 from tritonconv.kernels.registry import variant
 from tritonconv.lab.bench.case import Case
 from tritonconv.lab.bench.gpu import captured
-from tritonconv.lab.bench.workloads import resized, workload
+from tritonconv.lab.bench.layer_sizes import resized
+from tritonconv.lab.bench.workloads import workload
 from tritonconv.lab.inspection.compiling import products_in
 from tritonconv.lab.inspection.jobs import SAMPLE_LAYERS
 from tritonconv.precision import PRECISIONS

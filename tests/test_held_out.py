@@ -23,7 +23,7 @@ from tritonconv.autotune.tuning import held_out
 from tritonconv.kernels import registry
 from tritonconv.lab import cli, predictions
 from tritonconv.lab.bench import results
-from tritonconv.lab.bench.workloads import resized
+from tritonconv.lab.bench.layer_sizes import resized
 from tritonconv.problem import PASSES
 
 ROWS = Path(__file__).resolve().parent.parent / "plots" / "examples" / "nvidia_h200"

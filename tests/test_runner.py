@@ -22,12 +22,12 @@ from tritonconv.autotune.store import Table
 from tritonconv.kernels import registry
 from tritonconv.lab.bench import cell, contestants, gpu, runner
 from tritonconv.lab.bench.calls import ALL_PASSES
+from tritonconv.lab.bench.layer_sizes import Workload
 from tritonconv.lab.bench.options import Options
 from tritonconv.lab.bench.progress import Progress
 from tritonconv.lab.bench.results import latest, read
 from tritonconv.lab.bench.rows import versions_of
 from tritonconv.lab.bench.summary import summary
-from tritonconv.lab.bench.workloads import Workload
 from tritonconv.problem import Problem
 
 CPU = torch.device("cpu")

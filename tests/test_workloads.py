@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from tritonconv.arguments import geometry, problem_of
 from tritonconv.errors import ArgumentError
+from tritonconv.lab.bench import layer_sizes
 from tritonconv.lab.bench import workloads as w
 from tritonconv.lab.bench.calls import laid_out
 from tritonconv.problem import LAYOUTS, Problem, output_size
@@ -29,14 +30,14 @@ def test_there_are_86_layers_with_names_and_sources_of_their_own():
 
 
 def test_every_layer_is_in_exactly_one_suite():
-    by_suite = [layer.name for suite in w.suites() if suite != w.ALL for layer in w.workloads(suite)]
+    by_suite = [layer.name for suite in w.suites() if suite not in (w.ALL, w.RANDOM) for layer in w.workloads(suite)]
     assert Counter(by_suite) == Counter(names)
     assert {"unet", "gan", "stereo", "mednext", "kernelbench"} < set(w.suites())
 
 
 def test_the_data_file_holds_nothing_that_is_not_read():
     rows = json.loads(w.DATA.read_text(encoding="utf-8"))["layers"]
-    assert all(row.keys() == w.Workload.__dataclass_fields__.keys() - {"family"} for row in rows)
+    assert all(row.keys() == layer_sizes.Workload.__dataclass_fields__.keys() - {"family"} for row in rows)
 
 
 def test_flops_and_bytes_equal_the_counts_in_the_data():
@@ -47,7 +48,7 @@ def test_flops_and_bytes_equal_the_counts_in_the_data():
     assert {name: problem.bytes() / 1e6 for name, problem in counted.items()} == mbytes
 
 
-@pytest.mark.parametrize("scale", w.SCALES)
+@pytest.mark.parametrize("scale", layer_sizes.SCALES)
 def test_torchs_arguments_come_back_from_the_problem(scale):
     given = {each.name: (each.stride, each.padding, each.output_padding, each.groups, each.dilation) for each in ALL}
     assert {layer.name: layer.problem(scale=scale).torch_arguments for layer in ALL} == given
@@ -70,17 +71,18 @@ def test_the_scaled_layer_keeps_what_the_rule_keeps():
         fields = ("c_in", "c_out", "kernel", "stride", "crop", "dilation", "groups", "bias")
         kept = all(getattr(small, field) == getattr(full, field) for field in fields)
         kept &= [axis.back_crop for axis in small.axes] == [axis.back_crop for axis in full.axes]
-        within = small.flops <= w.CPU_GFLOP * 1e9 and _mbytes(small) <= w.CPU_MBYTES
-        if not (kept and small.n == min(full.n, w.CPU_BATCH) and within == (w.left_out(layer, "cpu") is None)):
+        within = small.flops <= layer_sizes.CPU_GFLOP * 1e9 and _mbytes(small) <= layer_sizes.CPU_MBYTES
+        kept &= small.n == min(full.n, layer_sizes.CPU_BATCH)
+        if not kept or within != (layer_sizes.left_out(layer, "cpu") is None):
             wrong.append(layer.name)
     assert wrong == []
 
 
 def test_only_a_weight_over_the_limit_leaves_a_layer_out():
-    reasons = {layer.name: why for layer in ALL if (why := w.left_out(layer, "cpu"))}
+    reasons = {layer.name: why for layer in ALL if (why := layer_sizes.left_out(layer, "cpu"))}
     assert list(reasons) == ["dpot3d_patch16_768_32"]
     assert "403 MB" in reasons["dpot3d_patch16_768_32"]
-    assert not any(w.left_out(layer, "full") for layer in ALL)
+    assert not any(layer_sizes.left_out(layer, "full") for layer in ALL)
 
 
 def _mbytes(problem: Problem) -> float:
@@ -105,15 +107,15 @@ def problems(draw) -> Problem:
 @given(problems())
 @settings(max_examples=60, deadline=None)
 def test_scaling_follows_its_rule(problem):
-    small = w.scaled(problem)
+    small = layer_sizes.scaled(problem)
     assert small.n == min(problem.n, 2)
     assert all(1 <= new <= old for new, old in zip(small.size, problem.size, strict=True))
     assert all(new >= min(2, old) for new, old in zip(small.size, problem.size, strict=True))
     assert all(new == old or new in _halvings(old) for new, old in zip(small.size, problem.size, strict=True))
     assert min(small.out_size) >= 1
     assert [axis.back_crop for axis in small.axes] == [axis.back_crop for axis in problem.axes]
-    assert w.scaled(small) == small
-    if small.flops > w.CPU_GFLOP * 1e9 or _mbytes(small) > w.CPU_MBYTES:
+    assert layer_sizes.scaled(small) == small
+    if small.flops > layer_sizes.CPU_GFLOP * 1e9 or _mbytes(small) > layer_sizes.CPU_MBYTES:
         assert w._halved(small) is None
     elif small.size != problem.size:  # no step too many: one step before, the limit was passed
         assert any(_was_over(small, axis) for axis in range(3))
@@ -130,12 +132,12 @@ def _halvings(size: int) -> set[int]:
 def _was_over(small: Problem, axis: int) -> bool:
     size = list(small.size)
     size[axis] *= 2  # the axis before its last halving had this size or one less
-    before = w.resized(small, tuple(size))
-    return before.flops > w.CPU_GFLOP * 1e9 or _mbytes(before) > w.CPU_MBYTES
+    before = layer_sizes.resized(small, tuple(size))
+    return before.flops > layer_sizes.CPU_GFLOP * 1e9 or _mbytes(before) > layer_sizes.CPU_MBYTES
 
 
 def test_equal_problems_are_timed_once_and_every_layer_is_accounted_for():
-    for scale in w.SCALES:
+    for scale in layer_sizes.SCALES:
         found = w.distinct(ALL, scale)
         assert sorted([layer.name for layer, _ in found] + [name for _, same in found for name in same]) == sorted(
             names
@@ -169,3 +171,20 @@ def test_errors_name_what_was_given_and_what_is_there(call, words):
     with pytest.raises(ArgumentError) as caught:
         call()
     assert all(word in str(caught.value) for word in words)
+
+
+def test_random_layers():
+    layers = w.workloads("random", seed=7)
+    assert len(layers) == 60 and layers == w.workloads("random", seed=7) != w.workloads("random", seed=8)
+    assert not set(layers) & set(w.workloads("all")) and w.workload(layers[5].name) == layers[5]
+    shapes = {(layer.kernel, layer.stride, layer.padding, layer.dilation) for layer in ALL}
+    for layer in layers:
+        full, small = layer.problem(), layer.problem(scale="cpu")
+        assert (layer.kernel, layer.stride, layer.padding, layer.dilation) in shapes
+        assert 1 <= layer.n <= 8 and small.n == layer.n and max(layer.c_in, layer.c_out) <= 768
+        assert small.flops <= layer_sizes.CPU_GFLOP * 1e9 or min(small.size) <= 2
+        assert layer_sizes.left_out(layer, "cpu") is None and full.flops == pytest.approx(layer.gflop * 1e9)
+    assert len({layer.c_in for layer in layers}) > 10 and len({layer.kernel for layer in layers}) > 4
+    assert {layer.groups == layer.c_in for layer in layers} == {True, False}
+    with pytest.raises(ArgumentError, match="random_7_60"):
+        w.workload("random_7_60")

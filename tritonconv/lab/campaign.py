@@ -27,6 +27,7 @@ from tritonconv.autotune.tuning.tasks import Task
 from tritonconv.device import current
 from tritonconv.lab.bench import call_overhead, results, roofs, spent
 from tritonconv.lab.bench.contestants import served
+from tritonconv.lab.bench.layer_sizes import Workload, left_out
 from tritonconv.lab.bench.options import Options
 from tritonconv.lab.bench.progress import Progress
 from tritonconv.lab.bench.recording import recording
@@ -34,7 +35,7 @@ from tritonconv.lab.bench.results import BASELINE, COMPILED, OURS
 from tritonconv.lab.bench.roofs import TF32
 from tritonconv.lab.bench.rows import versions_of
 from tritonconv.lab.bench.runner import Outcome, header, measure
-from tritonconv.lab.bench.workloads import HEROES, Workload, distinct, in_order, left_out
+from tritonconv.lab.bench.workloads import HEROES, distinct, in_order
 from tritonconv.lab.inspection.launches import read_active
 from tritonconv.lab.inspection.precompile import Precompiler, target_of
 from tritonconv.lab.verification import Verification

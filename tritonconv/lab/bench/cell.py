@@ -25,11 +25,12 @@ from tritonconv.lab.bench.conduct import Operands
 from tritonconv.lab.bench.contestants import Contestant, contestant, served, why_not
 from tritonconv.lab.bench.environment import OtherPrograms
 from tritonconv.lab.bench.failures import context_is_lost, disqualifies
+from tritonconv.lab.bench.layer_sizes import Workload
 from tritonconv.lab.bench.measure import Measured, measure
 from tritonconv.lab.bench.options import Options
 from tritonconv.lab.bench.results import BASELINE, COMPILED, OURS, Writer
 from tritonconv.lab.bench.rows import executed_flops, head, layer_fields, measured_fields, versions_of, warning_of
-from tritonconv.lab.bench.workloads import ALL, Workload
+from tritonconv.lab.bench.workloads import ALL
 from tritonconv.problem import Problem
 
 

@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from tritonconv.errors import ArgumentError
-from tritonconv.lab.bench.workloads import resized
+from tritonconv.lab.bench.layer_sizes import resized
 from tritonconv.precision import TF32, float32_precision
 from tritonconv.problem import Problem
 

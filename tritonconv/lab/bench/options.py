@@ -8,7 +8,7 @@ import torch
 
 from tritonconv.kernels.variant import Variant
 from tritonconv.lab.bench.calls import FORWARD_BACKWARD
-from tritonconv.lab.bench.workloads import Workload
+from tritonconv.lab.bench.layer_sizes import Workload
 
 CPU = torch.device("cpu")
 

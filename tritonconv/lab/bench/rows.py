@@ -12,9 +12,9 @@ from tritonconv.lab.bench.classes import layer_class
 from tritonconv.lab.bench.clock import CLOCK
 from tritonconv.lab.bench.contestants import Contestant
 from tritonconv.lab.bench.environment import version
+from tritonconv.lab.bench.layer_sizes import Workload
 from tritonconv.lab.bench.measure import Measured
 from tritonconv.lab.bench.results import BASELINE
-from tritonconv.lab.bench.workloads import Workload
 from tritonconv.precision import TF32, float32_precision
 from tritonconv.problem import Problem
 

@@ -20,11 +20,12 @@ from tritonconv.lab.bench.cell import Cell, CellTimer
 from tritonconv.lab.bench.clock import method
 from tritonconv.lab.bench.contestants import launched, why_not
 from tritonconv.lab.bench.environment import OtherPrograms
+from tritonconv.lab.bench.layer_sizes import SCALES, left_out
 from tritonconv.lab.bench.options import Options
 from tritonconv.lab.bench.progress import Progress
 from tritonconv.lab.bench.recording import recording
 from tritonconv.lab.bench.results import PREFIX, Writer
-from tritonconv.lab.bench.workloads import ALL, SCALES, distinct, in_order, left_out
+from tritonconv.lab.bench.workloads import ALL, distinct, in_order
 from tritonconv.lab.inspection.precompile import Precompiler, Request, ensure_compiler
 
 # Time for one cell (s): what it gets without a budget, and the most it gets with one.

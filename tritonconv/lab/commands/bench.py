@@ -18,11 +18,12 @@ from tritonconv.kernels.variant import Variant
 from tritonconv.lab import flags, text_table
 from tritonconv.lab.bench import call_overhead, results, roofs
 from tritonconv.lab.bench.calls import FORWARD_BACKWARD
+from tritonconv.lab.bench.layer_sizes import SCALES, at_sizes
 from tritonconv.lab.bench.progress import progress
 from tritonconv.lab.bench.recording import recording
 from tritonconv.lab.bench.runner import bench
 from tritonconv.lab.bench.summary import summary
-from tritonconv.lab.bench.workloads import ALL, SCALES, at_sizes, suites, workloads
+from tritonconv.lab.bench.workloads import ALL, suites, workloads
 from tritonconv.lab.commands.common import (
     INTERRUPTED,
     OK,
@@ -78,7 +79,9 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--sizes", type=flags.counts, metavar="N[,N]",
         help="also time each layer at these cubic input sizes, batch 1: how time grows with work",
     )  # fmt: skip
-    parser.add_argument("--seed", type=flags.seed, metavar="N", help="seed of the random inputs (default: 0)")
+    parser.add_argument(
+        "--seed", type=flags.seed, metavar="N", help="seed of the random inputs, and of the suite random (default: 0)"
+    )
     add_flags(parser, "device", "variant-file", "compiled", "quiet", compile="on a GPU only", output=str(RESULTS))
     parser.add_argument("--list", action="store_true", help="list the layers that would run, and stop")
     instead = parser.add_mutually_exclusive_group()
@@ -117,7 +120,7 @@ def _check(options: argparse.Namespace) -> None:
 
 def _layers(options: argparse.Namespace, device: torch.device) -> int:
     added = load_variant_files(options)
-    layers = workloads(options.suite or ALL, options.only)
+    layers = workloads(options.suite or ALL, options.only, options.seed or 0)
     if options.sizes:
         layers = tuple(each for layer in layers for each in (layer, *at_sizes(layer, options.sizes)))
     if options.list:

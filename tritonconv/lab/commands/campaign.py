@@ -18,9 +18,10 @@ from tritonconv.lab import flags, text_table
 from tritonconv.lab.bench import results, spent
 from tritonconv.lab.bench.calls import FORWARD_BACKWARD
 from tritonconv.lab.bench.failures import context_is_lost, one_line
+from tritonconv.lab.bench.layer_sizes import at_sizes
 from tritonconv.lab.bench.progress import progress
 from tritonconv.lab.bench.summary import summary
-from tritonconv.lab.bench.workloads import at_sizes, workloads
+from tritonconv.lab.bench.workloads import workloads
 from tritonconv.lab.campaign import STORE, Campaign, install
 from tritonconv.lab.commands.common import (
     INTERRUPTED,

@@ -22,8 +22,9 @@ from tritonconv.kernels.triton_compiled import VARIABLE, CompiledFolder
 from tritonconv.kernels.variant import Variant
 from tritonconv.lab import flags, text_table
 from tritonconv.lab.bench.calls import ALL_PASSES, FORWARD_BACKWARD
+from tritonconv.lab.bench.layer_sizes import RANDOM, SCALES, Workload
 from tritonconv.lab.bench.options import Options
-from tritonconv.lab.bench.workloads import ALL, SCALES, Workload, suites
+from tritonconv.lab.bench.workloads import ALL, suites
 from tritonconv.lab.inspection.launches import launches_of
 from tritonconv.problem import LAYOUTS
 
@@ -31,7 +32,7 @@ OK, WRONG, USAGE, INTERRUPTED = 0, 1, 2, 130
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 AUTO, DEVICE = "auto", re.compile(r"cpu|cuda(:\d+)?")
 RESULTS = Path("results")
-OTHER_SUITES = ("kernelbench",)  # not layers of models: asked for by name
+OTHER_SUITES = ("kernelbench", RANDOM)  # not layers of models: asked for by name
 MOST_PROCESSES = 8  # each holds torch and a compiler: about 0.7 GB
 
 

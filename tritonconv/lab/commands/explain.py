@@ -6,7 +6,8 @@ import argparse
 
 from tritonconv.explain import explain_problem
 from tritonconv.lab import flags
-from tritonconv.lab.bench.workloads import SCALES, workload
+from tritonconv.lab.bench.layer_sizes import SCALES
+from tritonconv.lab.bench.workloads import workload
 from tritonconv.lab.commands.common import OK, add_flags, device_of, dtypes_of, load_variant_files
 
 HELP = "say which variant serves a layer, and why"

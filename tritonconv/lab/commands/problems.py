@@ -18,7 +18,8 @@ from tritonconv.autotune.tuning.tasks import Task
 from tritonconv.errors import ArgumentError
 from tritonconv.lab import flags
 from tritonconv.lab.bench.failures import one_line
-from tritonconv.lab.bench.workloads import ALL, distinct, in_order, left_out, workloads
+from tritonconv.lab.bench.layer_sizes import left_out
+from tritonconv.lab.bench.workloads import ALL, distinct, in_order, workloads
 from tritonconv.lab.commands.common import add_flags, dtypes_of, layouts_of, model_suites
 from tritonconv.problem import LAYOUTS, Problem
 

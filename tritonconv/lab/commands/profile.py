@@ -12,11 +12,12 @@ from tritonconv.errors import ArgumentError, ResultsError
 from tritonconv.lab import flags
 from tritonconv.lab.bench import counters, results
 from tritonconv.lab.bench.calls import work
+from tritonconv.lab.bench.layer_sizes import SCALES
 from tritonconv.lab.bench.progress import progress
 from tritonconv.lab.bench.recording import recording
 from tritonconv.lab.bench.results import BASELINE, OURS
 from tritonconv.lab.bench.rows import versions_of
-from tritonconv.lab.bench.workloads import ALL, SCALES, workloads
+from tritonconv.lab.bench.workloads import ALL, workloads
 from tritonconv.lab.campaign import STORE, store_of
 from tritonconv.lab.commands.common import (
     AUTO,

@@ -8,9 +8,10 @@ import sys
 from tritonconv.autotune.tuning.session import Session
 from tritonconv.autotune.tuning.tasks import BUDGET
 from tritonconv.lab.bench.failures import disqualifies, one_line
+from tritonconv.lab.bench.layer_sizes import SCALES
 from tritonconv.lab.bench.progress import progress
 from tritonconv.lab.bench.recording import recording
-from tritonconv.lab.bench.workloads import ALL, SCALES
+from tritonconv.lab.bench.workloads import ALL
 from tritonconv.lab.commands.common import (
     OK,
     RESULTS,

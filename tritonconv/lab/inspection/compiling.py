@@ -21,7 +21,7 @@ from tritonconv.kernels import triton_compiled
 from tritonconv.kernels.registry import triton_fault, variant
 from tritonconv.kernels.targets import TARGETS, Target
 from tritonconv.kernels.variant import Config, Variant
-from tritonconv.lab.bench.workloads import Workload
+from tritonconv.lab.bench.layer_sizes import Workload
 from tritonconv.lab.inspection.machine_code import resources
 from tritonconv.lab.inspection.records import Record
 from tritonconv.precision import IEEE, PRECISIONS, TF32

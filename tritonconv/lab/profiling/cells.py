@@ -20,10 +20,11 @@ from tritonconv.lab.bench.calls import FORWARD_BACKWARD
 from tritonconv.lab.bench.case import Case
 from tritonconv.lab.bench.classes import layer_class
 from tritonconv.lab.bench.contestants import prepared
+from tritonconv.lab.bench.layer_sizes import Workload
 from tritonconv.lab.bench.results import BASELINE, OURS, Run
 from tritonconv.lab.bench.rows import sizes_of
 from tritonconv.lab.bench.standings import Standing, standings
-from tritonconv.lab.bench.workloads import Workload, workload
+from tritonconv.lab.bench.workloads import workload
 from tritonconv.problem import PASSES, Problem
 
 # Runs under the tool, in a process with the module paths of this one. It does not read the caller's script.
