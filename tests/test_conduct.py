@@ -14,7 +14,7 @@ from tritonconv.autotune.key import device_name
 from tritonconv.autotune.tuning import contest, journal, session
 from tritonconv.kernels import registry
 from tritonconv.lab import cli, verification
-from tritonconv.lab.bench import calls, conduct, gate, results, roofs, runner
+from tritonconv.lab.bench import calls, conduct, gate, layer_sizes, results, roofs, runner
 from tritonconv.lab.bench.case import Case
 from tritonconv.lab.bench.workloads import workload
 from tritonconv.problem import Problem
@@ -104,6 +104,7 @@ def cheat(tmp_path, monkeypatch, quick, own_store):
     monkeypatch.setattr(registry, "_records", lambda: records)
     monkeypatch.setattr(registry, "_files", files)
     monkeypatch.setattr(session, "PROBLEM_SECONDS", 0.05)
+    monkeypatch.setattr(layer_sizes, "CPU_GFLOP", 0.02)
 
     def write(text: str) -> Path:
         path = tmp_path / "cheat.py"
