@@ -103,6 +103,9 @@ def forward_phases_kernel(
     )
     if outs_d * outs_h * outs_w == 0:  # fewer outputs than the stride: a phase may be empty
         return
+    if SPLITS > 1:  # a place in the depth is divided by the taps along h and w, so d alone says that there is none
+        taps_d = tl.where(taps_h * taps_w == 0, 0, taps_d)
+        taps_h, taps_w = tl.maximum(taps_h, 1), tl.maximum(taps_w, 1)
     image, d, h, w, mask_m = voxels(tile_m, n, (outs_d, outs_h, outs_w), BLOCK_M, BLOCK_W, WIDE)
 
     # From the last tap to the first, so that the voxels count upwards.
@@ -164,8 +167,13 @@ def largest_phase(problem: Problem) -> tuple[int, int, int]:
 
 def programs(problem: Problem, config) -> int:
     """How many programs one phase has."""
-    pack, rows = config["PACK"], tiles.tiles_of(problem.n, largest_phase(problem), config)
-    return rows * parts(pack * problem.c_out // problem.groups, config["BLOCK_N"]) * (problem.groups // pack)
+    return tiles.tiles_of(problem.n, largest_phase(problem), config) * columns_of(problem, config)
+
+
+def columns_of(problem: Problem, config) -> int:
+    """Tiles of columns, of all groups."""
+    pack = config["PACK"]
+    return parts(pack * problem.c_out // problem.groups, config["BLOCK_N"]) * (problem.groups // pack)
 
 
 def launches(problem, config, x, weight, bias, out=None):
@@ -225,9 +233,11 @@ def default(problem: Problem, device: torch.device):
 
 
 def space(problem: Problem, device: torch.device):
+    base = default(problem, device)
     configs = tiles.around(
-        default(problem, device), problem, PHASE_INNER=(0, 1), WEIGHT=(0, 1, 2), num_stages=tiles.UNSTAGED
-    )
+        base, problem, depth=base["PACK"] * problem.c_in // problem.groups,
+        PHASE_INNER=(0, 1), WEIGHT=(0, 1, 2), num_stages=tiles.UNSTAGED, GROUP_M=tiles.orders(columns_of(problem, base)),
+    )  # fmt: skip
     split = [{**config, "SPLITS": splits} for config in configs for splits in splits_worth(problem, config)]
     return (*configs, *split)
 

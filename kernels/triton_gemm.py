@@ -85,7 +85,8 @@ def implicit_gemm(
     k, md, mh, mw = 0, 0, 0, 0
     first, last = 0, taps[0] * taps[1] * taps[2] * tl.cdiv(K, BLOCK_K)
     if SPLIT:
-        taps = (taps[0], tl.maximum(taps[1], 1), tl.maximum(taps[2], 1))  # where there is none it divides all the same
+        if SKIP:
+            taps = (taps[0], tl.maximum(taps[1], 1), taps[2])  # where none is left it divides all the same
         first, last = chunk(split, splits, last)
         k, mw = first % tl.cdiv(K, BLOCK_K) * BLOCK_K, first // tl.cdiv(K, BLOCK_K)
         mh, mw = mw // taps[2], mw % taps[2]
