@@ -182,8 +182,9 @@ def splits_of(problem: Problem, config: Config) -> int:
 def space(problem: Problem, device: torch.device):
     base = default(problem, device)
     near = tiles.around(
-        base, problem, depth=base["PACK"] * problem.c_out // problem.groups,
-        WEIGHT=(0, 1, 2), SKIP=(0, 1), num_stages=tiles.UNSTAGED, GROUP_M=tiles.orders(columns_of(problem, base)),
+        base, problem, WEIGHT=(0, 1, 2), SKIP=(0, 1), num_stages=tiles.UNSTAGED,
+        BLOCK_K=tiles.depths(base["PACK"] * problem.c_out // problem.groups),
+        GROUP_M=tiles.orders(columns_of(problem, base)),
     )  # fmt: skip
     # Other tiles are other programs.
     configs = [{**changed, "SPLITS": splits_of(problem, changed)} for changed in near]

@@ -123,8 +123,13 @@ def work(problem, config) -> Work:
 def space(problem, device):
     base = default(problem, device)
     columns = parts(problem.c_out // problem.groups, base["BLOCK_N"]) * problem.groups
-    depth = problem.c_in // problem.groups
-    return tiles.around(base, problem, depth=depth, WEIGHT=(0, 1, 2), GROUP_M=tiles.orders(columns))
+    return tiles.around(
+        base,
+        problem,
+        WEIGHT=(0, 1, 2),
+        BLOCK_K=tiles.depths(problem.c_in // problem.groups),
+        GROUP_M=tiles.orders(columns),
+    )
 
 
 VARIANT = Variant(

@@ -235,8 +235,9 @@ def default(problem: Problem, device: torch.device):
 def space(problem: Problem, device: torch.device):
     base = default(problem, device)
     configs = tiles.around(
-        base, problem, depth=base["PACK"] * problem.c_in // problem.groups,
-        PHASE_INNER=(0, 1), WEIGHT=(0, 1, 2), num_stages=tiles.UNSTAGED, GROUP_M=tiles.orders(columns_of(problem, base)),
+        base, problem, PHASE_INNER=(0, 1), WEIGHT=(0, 1, 2), num_stages=tiles.UNSTAGED,
+        BLOCK_K=tiles.depths(base["PACK"] * problem.c_in // problem.groups),
+        GROUP_M=tiles.orders(columns_of(problem, base)),
     )  # fmt: skip
     split = [{**config, "SPLITS": splits} for config in configs for splits in splits_worth(problem, config)]
     return (*configs, *split)

@@ -18,7 +18,6 @@ SHARED_BYTES = LEAST_SHARED_BYTES  # a default config fits every listed target
 RIDGE = 206  # FLOP per byte from which an H200 is compute-bound: 989 TFLOP/s (bf16) by 4.8 TB/s (its data sheet)
 # Without a software pipeline loads go through L1, where what one tap read waits for the next; cp.async passes it by.
 UNSTAGED = (1,)
-WIDEST = 256  # rows or columns of a tile
 LARGEST_TILE = 256 * 128  # float32 sums: 128 registers in each of 8 warps' threads
 MOST_LOADED = 10 * 1024  # bytes that a warp loads in one step: of more the addresses and masks spill
 
@@ -69,17 +68,12 @@ def gemm(problem: Problem, size: Triple, columns: int, depth: int, programs: int
     }
 
 
-def whole_columns(columns: int) -> int:
-    """The BLOCK_N that holds all columns in one tile, or the largest: rows are then loaded once."""
-    return power_of_two(columns, 16, WIDEST)
-
-
-def whole_depth(depth: int) -> int:
-    """The BLOCK_K that pads ``depth`` least; of equals the deepest.
+def depths(channels: int) -> tuple[int]:
+    """Of BLOCK_K besides the default's: the one that pads the channels least, of equals the deepest.
 
     Of 48, 80 or 112 channels in blocks of 64 a fourth, three eighths or an eighth of the products are of zeros.
     """
-    return min((64, 32, 16), key=lambda block: parts(depth, block) * block)
+    return (min((64, 32, 16), key=lambda block: parts(channels, block) * block),)
 
 
 def orders(columns: int) -> tuple[int, ...]:
@@ -115,18 +109,15 @@ def programs(problem: Problem, size: Triple, columns: int, config: Config) -> in
     return tiles_of(problem.n, size, config) * parts(columns, config["BLOCK_N"]) * problem.groups
 
 
-def around(
-    base: Config, problem: Problem, along: str = "BLOCK_M", depth: int = 0, **more: tuple[int, ...]
-) -> tuple[Config, ...]:
+def around(base: Config, problem: Problem, along: str = "BLOCK_M", **more: tuple[int, ...]) -> tuple[Config, ...]:
     """``base`` and the configs around it that fit.
 
     Its neighbours, with halved and doubled tiles, other stages or ``more`` values of other keys, come first; then every
-    combination of tiles and stages, and of these with the weight in torch's order, for the cost model to choose from.
-    ``along`` is the block of voxels, which a row of BLOCK_W fits in; ``depth``, of a tap, has :func:`whole_depth` among
-    them.
+    combination of tiles, of stages and depths that ``more`` may add to, and of these with the weight in torch's order,
+    for the cost model to choose from. ``along`` is the block of voxels, which a row of BLOCK_W fits in.
     """
     configs = [dict(base)]
-    for changed in itertools.chain(_neighbours(base, more), _grid(base, more, depth)):
+    for changed in itertools.chain(_neighbours(base, more), _grid(base, more)):
         if "BLOCK_W" in changed:
             changed["BLOCK_W"] = min(changed["BLOCK_W"], changed[along])
         if changed not in configs and sensible(changed, problem.dtype.itemsize):
@@ -147,11 +138,11 @@ def _neighbours(base: Config, more: dict[str, tuple[int, ...]]) -> Iterator[dict
             yield {**base, key: value}
 
 
-def _grid(base: Config, more: dict[str, tuple[int, ...]], whole: int) -> Iterator[dict[str, int]]:
+def _grid(base: Config, more: dict[str, tuple[int, ...]]) -> Iterator[dict[str, int]]:
     stages = (*more.get("num_stages", ()), 2, 3, 4)
     orders = [{}] if "WEIGHT" not in more else [{}, {"WEIGHT": AS_GIVEN}]
     depths, columns = ([base[key] // 2, base[key], base[key] * 2] for key in ("BLOCK_K", "BLOCK_N"))
-    depths += [whole_depth(whole)] if whole and whole_depth(whole) not in depths else []
+    depths += more.get("BLOCK_K", ())
     for m, n, k, depth, order in itertools.product((64, 128, 256), columns, depths, stages, orders):
         changed = {**base, "BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "num_stages": depth, **order}
         if m * n <= LARGEST_TILE:

@@ -74,7 +74,7 @@ def test_what_divides_the_strides_is_told():
 def test_the_depth_of_a_step_that_pads_the_channels_least(depth, block):
     from tritonconv.kernels import triton_tiles
 
-    assert triton_tiles.whole_depth(depth) == block
+    assert triton_tiles.depths(depth) == (block,)
 
 
 @pytest.mark.parametrize(("name", "columns", "depth"), [
@@ -95,7 +95,7 @@ def test_compute_bound_layers_have_candidates_of_all_columns_and_of_an_unpadded_
                 if case.intensity() < triton_tiles.RIDGE or not 16 < n <= 256 or (layout == "ncdhw") != bool(copies):
                     continue
                 served += 1
-                block_n, block_k = triton_tiles.whole_columns(n), triton_tiles.whole_depth(k)
+                block_n, block_k = triton_tiles.power_of_two(n, 16, 256), triton_tiles.depths(k)[0]
                 if not any(
                     (config["BLOCK_N"], config["BLOCK_K"], config.get("COPY", 0)) == (block_n, block_k, copies)
                     for config in pruned_space(record, case, device)
