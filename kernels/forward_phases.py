@@ -149,16 +149,21 @@ def phase_order(problem: Problem) -> tuple[int, ...]:
     """The phases (index of the residue of o + crop, w fastest), most taps first; () where there are very many."""
     if math.prod(problem.stride) > MOST_RANKED:
         return ()
-    taps = _taps_of_phases(problem)
+    taps = [math.prod(combo) for combo in itertools.product(*_hits(problem))]
     return tuple(sorted(range(len(taps)), key=lambda phase: -taps[phase]))
 
 
-def _taps_of_phases(problem: Problem) -> list[int]:
-    hits = [
+def _hits(problem: Problem) -> list[list[int]]:
+    """Along each axis, how many taps hit an output of each phase."""
+    return [
         [sum((r * tap - phi) % s == 0 for tap in range(k)) for phi in range(s)]
         for k, s, r in zip(problem.kernel, problem.stride, problem.dilation, strict=True)
     ]
-    return [math.prod(combo) for combo in itertools.product(*hits)]
+
+
+def most_taps(problem: Problem) -> int:
+    """Of the phase that most taps hit."""
+    return math.prod(max(hits) for hits in _hits(problem))
 
 
 def largest_phase(problem: Problem) -> tuple[int, int, int]:
@@ -202,12 +207,14 @@ def splits_in(config) -> int:
     return max(1, config.get("SPLITS", 0))
 
 
-def splits_worth(problem: Problem, config) -> tuple[int, ...]:
-    """SPLITS that the tuner tries: as many as give each multiprocessor a program, and twice as many, each worth its
-    start. The deepest phase decides, for the others have ended by then."""
-    most = steps_of(problem, config, max(_taps_of_phases(problem))) // LEAST_STEPS
-    fill = MULTIPROCESSORS // max(1, math.prod(problem.stride) * programs(problem, config))
-    return tuple(sorted({min(most, splits) for splits in (fill, 2 * fill)} - {0, 1}))
+def splits_worth(problem: Problem, config) -> int:
+    """SPLITS that the tuner tries: as many as let the deepest phase end with the others, each worth its start; or 1.
+
+    Where all phases have the same taps, each multiprocessor has a program then.
+    """
+    deepest, whole = (steps_of(problem, config, taps) for taps in (most_taps(problem), problem.phase_taps))
+    fill = MULTIPROCESSORS * deepest // max(1, programs(problem, config) * whole)
+    return max(1, min(fill, deepest // LEAST_STEPS))
 
 
 def steps_of(problem: Problem, config, taps: int) -> int:
@@ -239,8 +246,8 @@ def space(problem: Problem, device: torch.device):
         BLOCK_K=tiles.depths(base["PACK"] * problem.c_in // problem.groups),
         GROUP_M=tiles.orders(columns_of(problem, base)),
     )  # fmt: skip
-    split = [{**config, "SPLITS": splits} for config in configs for splits in splits_worth(problem, config)]
-    return (*configs, *split)
+    split = [{**config, "SPLITS": splits_worth(problem, config)} for config in configs]
+    return (*configs, *(config for config in split if config["SPLITS"] > 1))
 
 
 def work(problem: Problem, config) -> Work:
@@ -254,8 +261,9 @@ def work(problem: Problem, config) -> Work:
 
 
 def workspace_bytes(problem: Problem) -> int:
-    """Of the partials: splitting stops at about two programs per multiprocessor."""
-    return 2 * MULTIPROCESSORS * tiles.LARGEST_TILE * 4
+    """Of the partials: :func:`splits_worth` stops where the deepest phase alone fills the multiprocessors."""
+    uneven = parts(most_taps(problem) * math.prod(problem.stride), max(1, problem.phase_taps))
+    return MULTIPROCESSORS * uneven * tiles.LARGEST_TILE * 4
 
 
 VARIANT = copying(Variant(

@@ -82,10 +82,11 @@ def test_the_tuner_tries_splits_where_tiles_are_few(name, some):
     for config in RECORD.space(problem, CPU):
         splits = config.get("SPLITS", 0)
         if splits:
-            tiles = math.prod(problem.stride) * forward_phases.programs(problem, config)
-            assert 1 < splits * tiles <= 2 * MULTIPROCESSORS
+            deepest, whole = (forward_phases.steps_of(problem, config, taps) for taps in (8, 27))
+            assert deepest / splits >= max(
+                forward_phases.LEAST_STEPS, forward_phases.programs(problem, config) * whole / MULTIPROCESSORS
+            )
             assert splits * math.prod(problem.y_shape) * 4 <= RECORD.workspace_bytes(problem)
-            assert forward_phases.steps_of(problem, config, 8) // splits >= forward_phases.LEAST_STEPS
 
 
 def test_the_work_counts_the_partials_and_their_launch():
