@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from tritonconv.autotune.model import pruned_space
+from tritonconv.autotune.model import around, pruned_space
 from tritonconv.kernels import registry
 from tritonconv.lab.bench.workloads import workload, workloads
 from tritonconv.problem import LAYOUTS, Problem
@@ -115,3 +115,18 @@ def test_other_orders_of_the_tiles_are_few_and_where_there_are_several_columns(n
         others = [config for config in configs if config["GROUP_M"] != 8 and not config.get("SPLITS", 0) > 1]
         assert len(others) == len(found) - 1
         assert all({**config, "GROUP_M": 8} == record.default(case, device) for config in others)
+
+
+@pytest.mark.parametrize("pass_name", ["forward", "backward_data"])
+def test_no_choice_without_a_measurement_takes_steps_of_a_quarter_of_the_depth(pass_name):
+    """The model expects most of a depth of 16 here, and no layer was timed with it."""
+    from tritonconv.autotune.ceilings import of_capability
+    from tritonconv.autotune.first import first
+    from tritonconv.kernels.triton_target import assume_capability
+
+    case, device = workload("foundationstereo_168_112").problem(HALF, "ncdhw"), torch.device("cuda")
+    with assume_capability(90):
+        record, config, _ = first(case, device, pass_name, of_capability((9, 0)))
+        _, copies = record.starts(case, device)
+        assert any(each["BLOCK_K"] == 16 for each in around(record, case, device, copies))
+    assert config["COPY"] == 1 and config["BLOCK_K"] == copies["BLOCK_K"] == 64
