@@ -2,8 +2,8 @@
 
 Variants are compared by their default configs, then the configs of the best one, by the cost model's time with the
 factors and corrections from measurements (``fit.py``). torch's own stays unless a kernel is expected to beat it by a
-margin. Only variants that were timed take part, in the forms that were, and no config that gives phases programs of
-their own (key APART): those were not timed.
+margin. Only variants that were timed take part, in the forms that were, and no config of a kind that was not: with an
+option of its variant (APART, SPLITS of a forward), or with steps of a quarter of the default's depth.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tritonconv.autotune.fit import Fit, place, shipped_fit
 from tritonconv.autotune.rules import FALLBACK
 from tritonconv.autotune.serving import HOPPER
 from tritonconv.kernels.registry import variant, variants
-from tritonconv.kernels.variant import APART, NO_CONFIG, Config, Variant
+from tritonconv.kernels.variant import NO_CONFIG, Config, Variant
 from tritonconv.problem import Problem
 
 MARGIN = 0.92  # of torch's own time that a kernel must be expected to take at most; chosen by the left-out layers
@@ -48,8 +48,8 @@ def first(problem: Problem, device: torch.device, pass_name: str, ceilings: Ceil
     ]
     if candidates:
         _, record, best = min(candidates, key=lambda candidate: candidate[0])
-        near = [config for config in model.around(record, problem, device, best) if not config.get(APART)]
-        candidates += [(expected_ms(record, config), record, config) for config in near]
+        near = model.around(record, problem, device, best)
+        candidates += [(expected_ms(record, each), record, each) for each in near if _was_timed(record, each, best)]
     torch_ms = fitted.torch_ms(problem, pass_name, ceilings)
     reason = f"nothing was tuned near this size; the cost model expects torch's own to take {torch_ms * 1e3:.3g} us"
     if not candidates:
@@ -57,6 +57,12 @@ def first(problem: Problem, device: torch.device, pass_name: str, ceilings: Ceil
     ms, record, config = min(candidates, key=lambda candidate: candidate[0])
     reason += f" and {record.name} {ms * 1e3:.3g} us"
     return (record, config, reason) if ms < MARGIN * torch_ms else (native, NO_CONFIG, reason)
+
+
+def _was_timed(record: Variant, config: Config, default: Config) -> bool:
+    """Whether some layer was timed with a config of this kind."""
+    shallow = config.get("BLOCK_K", 0) * 4 <= default.get("BLOCK_K", -1)
+    return not shallow and not any(config.get(key) for key in record.options)
 
 
 def takes_part(record: Variant, fitted: Fit, unseen: bool = False) -> bool:

@@ -137,8 +137,13 @@ def launches(problem, config, grad_y, weight):
 
 def programs(problem: Problem, config: Config) -> int:
     """How many programs one chunk of the depth has."""
-    columns = parts(config["PACK"] * problem.c_in // problem.groups, config["BLOCK_N"])
-    return tiles.tiles_of(problem.n, problem.size, config) * columns * (problem.groups // config["PACK"])
+    return tiles.tiles_of(problem.n, problem.size, config) * columns_of(problem, config)
+
+
+def columns_of(problem: Problem, config: Config) -> int:
+    """Tiles of columns, of all groups."""
+    pack = config["PACK"]
+    return parts(pack * problem.c_in // problem.groups, config["BLOCK_N"]) * (problem.groups // pack)
 
 
 def steps_of(problem: Problem, config: Config) -> int:
@@ -176,10 +181,13 @@ def splits_of(problem: Problem, config: Config) -> int:
 
 def space(problem: Problem, device: torch.device):
     base = default(problem, device)
-    configs = [
-        {**changed, "SPLITS": splits_of(problem, changed)}  # other tiles are other programs
-        for changed in tiles.around(base, problem, WEIGHT=(0, 1, 2), SKIP=(0, 1), num_stages=tiles.UNSTAGED)
-    ]
+    near = tiles.around(
+        base, problem, WEIGHT=(0, 1, 2), SKIP=(0, 1), num_stages=tiles.UNSTAGED,
+        BLOCK_K=tiles.depths(base["PACK"] * problem.c_out // problem.groups),
+        GROUP_M=tiles.orders(columns_of(problem, base)),
+    )  # fmt: skip
+    # Other tiles are other programs.
+    configs = [{**changed, "SPLITS": splits_of(problem, changed)} for changed in near]
     if base["SPLITS"] > 1:
         configs += [{**base, "SPLITS": splits} for splits in (1, base["SPLITS"] // 2, base["SPLITS"] * 2)]
     return tuple(config for i, config in enumerate(configs) if config not in configs[:i])

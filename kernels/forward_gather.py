@@ -120,9 +120,19 @@ def work(problem, config) -> Work:
     return tap_gemm(problem, "forward", config, count, steps)
 
 
+def space(problem, device):
+    base = default(problem, device)
+    columns = parts(problem.c_out // problem.groups, base["BLOCK_N"]) * problem.groups
+    return tiles.around(
+        base,
+        problem,
+        WEIGHT=(0, 1, 2),
+        BLOCK_K=tiles.depths(problem.c_in // problem.groups),
+        GROUP_M=tiles.orders(columns),
+    )
+
+
 VARIANT = Variant(
     "forward_gather", "forward", "gather over all taps with stride masks: the baseline", "triton",
-    launches=launches, supports=refusal,
-    space=lambda problem, device: tiles.around(default(problem, device), problem, WEIGHT=(0, 1, 2)), default=default,
-    spreads_nonfinite=SPREADS_WEIGHT, work=work,
+    launches=launches, supports=refusal, space=space, default=default, spreads_nonfinite=SPREADS_WEIGHT, work=work,
 )  # fmt: skip

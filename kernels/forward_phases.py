@@ -2,6 +2,10 @@
 
 One program owns BLOCK_M outputs of one phase x BLOCK_N output channels. Rows: the voxels j of the phase; columns:
 output channels; depth: the taps of the phase x input channels.
+
+A deep layer of few voxels has few tiles, and the phase with most taps has a long depth in each. There SPLITS programs,
+a key of the config, share a tile's depth; their float32 partials are added in a fixed order. Absent or 0, as in all
+entries from before, one program has the whole depth.
 """
 
 from __future__ import annotations
@@ -14,6 +18,8 @@ import triton
 import triton.language as tl
 
 from tritonconv.kernels import triton_tiles as tiles
+from tritonconv.kernels.targets import MULTIPROCESSORS
+from tritonconv.kernels.triton_buffers import new
 from tritonconv.kernels.triton_channels_last import copying
 from tritonconv.kernels.triton_convolution import forward
 from tritonconv.kernels.triton_device import (
@@ -33,12 +39,14 @@ from tritonconv.kernels.triton_device import (
 )
 from tritonconv.kernels.triton_gemm import implicit_gemm
 from tritonconv.kernels.triton_launch import RUN_TIME, accounting, empty, refusal
+from tritonconv.kernels.triton_reduce import sum_volumes
 from tritonconv.kernels.triton_target import compute_capability
 from tritonconv.kernels.triton_weights import preferred
 from tritonconv.kernels.variant import SPREADS_WEIGHT, Variant
 from tritonconv.kernels.work import Work, parts, tap_gemm
 from tritonconv.problem import Problem
 
+LEAST_STEPS = 6  # of BLOCK_K in the deepest phase that a program is worth
 MOST_RANKED = 64  # phases whose order is compiled into the kernel; more of them run in their natural order
 
 
@@ -47,12 +55,12 @@ def forward_phases_kernel(
     x_ptr,  # (n, c_in, d, h, w)
     w_ptr,  # (c_in, c_out, taps)
     bias_ptr,  # (c_out,) or None
-    y_ptr,  # (n, c_out, od, oh, ow)
+    y_ptr,  # (n, c_out, od, oh, ow); of more than one split (SPLITS, n, od, oh, ow, c_out), dense float32
     n, d_in, h_in, w_in, d_out, h_out, w_out, d_crop, h_crop, w_crop,
     x_strides, w_strides, y_strides,
     C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
-    ORDER: tl.constexpr, PHASE_INNER: tl.constexpr, PACK: tl.constexpr,
+    ORDER: tl.constexpr, PHASE_INNER: tl.constexpr, PACK: tl.constexpr, SPLITS: tl.constexpr,
     X_VOXELS_INNER: tl.constexpr, Y_VOXELS_INNER: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr, GROUP_M: tl.constexpr,
     UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
@@ -71,6 +79,10 @@ def forward_phases_kernel(
     tiles_m = voxel_tiles(n, largest, BLOCK_M, BLOCK_W, WIDE)
     tiles_n = COLUMNS * (GROUPS // PACK)
     pid = tl.program_id(0)
+    split = 0
+    if SPLITS > 1:
+        split, pid = pid % SPLITS, pid // SPLITS
+        y_ptr += widened(split * GROUPS * C_OUT, WIDE) * n * d_out * h_out * w_out
     if PHASE_INNER:
         rank, pid = pid % PHASES, pid // PHASES
     else:
@@ -91,6 +103,9 @@ def forward_phases_kernel(
     )
     if outs_d * outs_h * outs_w == 0:  # fewer outputs than the stride: a phase may be empty
         return
+    if SPLITS > 1:  # a place in the depth is divided by the taps along h and w, so d alone says that there is none
+        taps_d = tl.where(taps_h * taps_w == 0, 0, taps_d)
+        taps_h, taps_w = tl.maximum(taps_h, 1), tl.maximum(taps_w, 1)
     image, d, h, w, mask_m = voxels(tile_m, n, (outs_d, outs_h, outs_w), BLOCK_M, BLOCK_W, WIDE)
 
     # From the last tap to the first, so that the voxels count upwards.
@@ -114,13 +129,16 @@ def forward_phases_kernel(
         (-PERIOD[0], -PERIOD[1], -PERIOD[2]), SHIFT,
         (ceil_div(KERNEL[0], PERIOD[0]), ceil_div(KERNEL[1], PERIOD[1]), ceil_div(KERNEL[2], PERIOD[2])),
         KERNEL, C_IN, C_OUT, PACK, True, BLOCK_M, BLOCK_N, BLOCK_K, WIDE, PRECISION,
-        X_VOXELS_INNER,
+        X_VOXELS_INNER, split, SPLITS, SPLITS > 1,
     )  # fmt: skip
 
     mask_n = offs_n < PACK * C_OUT
     channel = group * C_OUT + offs_n
     if bias_ptr is not None:
-        acc += tl.load(bias_ptr + channel, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+        mask_b = mask_n
+        if SPLITS > 1:
+            mask_b = mask_n & (split + tl.zeros_like(offs_n) == 0)  # interpreted, a scalar's comparison is no mask
+        acc += tl.load(bias_ptr + channel, mask=mask_b, other=0.0).to(tl.float32)[None, :]
     rows = offset(
         y_strides, image, 0, first_d + d * STRIDE[0], first_h + h * STRIDE[1], first_w + w * STRIDE[2]
     )  # (BLOCK_M,)
@@ -131,12 +149,21 @@ def phase_order(problem: Problem) -> tuple[int, ...]:
     """The phases (index of the residue of o + crop, w fastest), most taps first; () where there are very many."""
     if math.prod(problem.stride) > MOST_RANKED:
         return ()
-    hits = [
+    taps = [math.prod(combo) for combo in itertools.product(*_hits(problem))]
+    return tuple(sorted(range(len(taps)), key=lambda phase: -taps[phase]))
+
+
+def _hits(problem: Problem) -> list[list[int]]:
+    """Along each axis, how many taps hit an output of each phase."""
+    return [
         [sum((r * tap - phi) % s == 0 for tap in range(k)) for phi in range(s)]
         for k, s, r in zip(problem.kernel, problem.stride, problem.dilation, strict=True)
     ]
-    taps = [math.prod(combo) for combo in itertools.product(*hits)]
-    return tuple(sorted(range(len(taps)), key=lambda phase: -taps[phase]))
+
+
+def most_taps(problem: Problem) -> int:
+    """Of the phase that most taps hit."""
+    return math.prod(max(hits) for hits in _hits(problem))
 
 
 def largest_phase(problem: Problem) -> tuple[int, int, int]:
@@ -145,19 +172,54 @@ def largest_phase(problem: Problem) -> tuple[int, int, int]:
 
 def programs(problem: Problem, config) -> int:
     """How many programs one phase has."""
-    pack, rows = config["PACK"], tiles.tiles_of(problem.n, largest_phase(problem), config)
-    return rows * parts(pack * problem.c_out // problem.groups, config["BLOCK_N"]) * (problem.groups // pack)
+    return tiles.tiles_of(problem.n, largest_phase(problem), config) * columns_of(problem, config)
+
+
+def columns_of(problem: Problem, config) -> int:
+    """Tiles of columns, of all groups."""
+    pack = config["PACK"]
+    return parts(pack * problem.c_out // problem.groups, config["BLOCK_N"]) * (problem.groups // pack)
 
 
 def launches(problem, config, x, weight, bias, out=None):
     y = empty(problem, problem.y_shape, x) if out is None else out
-    return forward(
-        forward_phases_kernel, math.prod(problem.stride) * programs(problem, config), problem, config,
-        x, weight, bias, y,
+    splits = splits_in(config) if out is None else 1  # a given y may be a slice, and sums are written side by side
+    sums, strides = y, y.stride()
+    if splits > 1:
+        n, c_out, *size = problem.y_shape
+        sums = new((splits, n, *size, c_out), x, torch.float32)
+        strides = sums.view(lambda tensor: tensor[0].permute(0, 4, 1, 2, 3)).stride()
+    grid = splits * math.prod(problem.stride) * programs(problem, config)
+    forward(
+        forward_phases_kernel, grid, problem, {**config, "SPLITS": splits}, x, weight, bias, sums,
+        y_strides=strides,
         ORDER=phase_order(problem),
         X_VOXELS_INNER=x.stride(1) != 1 and config["BLOCK_W"] == 0,
-        Y_VOXELS_INNER=y.stride(1) != 1,
+        Y_VOXELS_INNER=strides[1] != 1,
     )  # fmt: skip
+    if splits > 1 and y.numel() > 0:
+        sum_volumes(sums, y)
+    return y
+
+
+def splits_in(config) -> int:
+    """How many programs share the depth of a tile."""
+    return max(1, config.get("SPLITS", 0))
+
+
+def splits_worth(problem: Problem, config) -> int:
+    """SPLITS that the tuner tries: as many as let the deepest phase end with the others, each worth its start; or 1.
+
+    Where all phases have the same taps, each multiprocessor has a program then.
+    """
+    deepest, whole = (steps_of(problem, config, taps) for taps in (most_taps(problem), problem.phase_taps))
+    fill = MULTIPROCESSORS * deepest // max(1, programs(problem, config) * whole)
+    return max(1, min(fill, deepest // LEAST_STEPS))
+
+
+def steps_of(problem: Problem, config, taps: int) -> int:
+    """Steps of BLOCK_K over the depth of a phase with so many taps."""
+    return taps * parts(config["PACK"] * problem.c_in // problem.groups, config["BLOCK_K"])
 
 
 def default(problem: Problem, device: torch.device):
@@ -178,18 +240,34 @@ def default(problem: Problem, device: torch.device):
 
 
 def space(problem: Problem, device: torch.device):
-    return tiles.around(
-        default(problem, device), problem, PHASE_INNER=(0, 1), WEIGHT=(0, 1, 2), num_stages=tiles.UNSTAGED
-    )
+    base = default(problem, device)
+    configs = tiles.around(
+        base, problem, PHASE_INNER=(0, 1), WEIGHT=(0, 1, 2), num_stages=tiles.UNSTAGED,
+        BLOCK_K=tiles.depths(base["PACK"] * problem.c_in // problem.groups),
+        GROUP_M=tiles.orders(columns_of(problem, base)),
+    )  # fmt: skip
+    split = [{**config, "SPLITS": splits_worth(problem, config)} for config in configs]
+    return (*configs, *(config for config in split if config["SPLITS"] > 1))
 
 
 def work(problem: Problem, config) -> Work:
-    each = programs(problem, config)
-    steps = each * parts(config["PACK"] * problem.c_in // problem.groups, config["BLOCK_K"]) * problem.phase_taps
-    return tap_gemm(problem, "forward", config, each * math.prod(problem.stride), steps, apart=(1, problem.stride[2]))
+    each, splits = programs(problem, config), splits_in(config)
+    steps = each * steps_of(problem, config, problem.phase_taps)
+    partials = 2.0 * splits * math.prod(problem.y_shape) * 4 if splits > 1 else 0.0
+    return tap_gemm(
+        problem, "forward", config, splits * each * math.prod(problem.stride), steps, partials, 1 + (splits > 1),
+        apart=(1, problem.stride[2]),
+    )  # fmt: skip
+
+
+def workspace_bytes(problem: Problem) -> int:
+    """Of the partials: :func:`splits_worth` stops where the deepest phase alone fills the multiprocessors."""
+    uneven = parts(most_taps(problem) * math.prod(problem.stride), max(1, problem.phase_taps))
+    return MULTIPROCESSORS * uneven * tiles.LARGEST_TILE * 4
 
 
 VARIANT = copying(Variant(
     "forward_phases", "forward", "implicit GEMM per phase: only the taps that hit", "triton",
-    launches=launches, supports=refusal, space=space, default=default, spreads_nonfinite=SPREADS_WEIGHT, work=work,
+    launches=launches, supports=refusal, space=space, default=default, options=("SPLITS",),
+    spreads_nonfinite=SPREADS_WEIGHT, workspace_bytes=workspace_bytes, work=work,
 ), ("x",), "c_in")  # fmt: skip

@@ -12,7 +12,8 @@ from tritonconv.problem import Problem
 def forward(kernel, grid: int, problem: Problem, config: Config, x, weight, bias, y, **more) -> Buffer:
     """Has a forward kernel write y, unless it is empty -> y; ``more`` are arguments of this kernel alone."""
     if y.numel() > 0:
-        more |= {"x_ptr": x, "bias_ptr": bias, "y_ptr": y, "x_strides": x.stride(), "y_strides": y.stride()}
+        more |= {"x_ptr": x, "bias_ptr": bias, "y_ptr": y, "x_strides": x.stride()}
+        more.setdefault("y_strides", y.stride())
         _convolve(kernel, grid, problem, config, weight, "forward", x, y, more)
     return y
 

@@ -68,6 +68,19 @@ def gemm(problem: Problem, size: Triple, columns: int, depth: int, programs: int
     }
 
 
+def depths(channels: int) -> tuple[int]:
+    """Of BLOCK_K besides the default's: the one that pads the channels least, of equals the deepest.
+
+    Of 48, 80 or 112 channels in blocks of 64 a fourth, three eighths or an eighth of the products are of zeros.
+    """
+    return (min((64, 32, 16), key=lambda block: parts(channels, block) * block),)
+
+
+def orders(columns: int) -> tuple[int, ...]:
+    """Values of GROUP_M besides the default's, where so many tiles of columns leave an order to choose."""
+    return (1, 2, 4) if columns > 1 else ()
+
+
 def packed_groups(problem: Problem) -> int:
     """PACK: groups that share one tile, so that 16 channels fill the dot on both sides; divides ``groups``."""
     channels = max(1, min(problem.c_in, problem.c_out) // problem.groups)
@@ -100,8 +113,8 @@ def around(base: Config, problem: Problem, along: str = "BLOCK_M", **more: tuple
     """``base`` and the configs around it that fit.
 
     Its neighbours, with halved and doubled tiles, other stages or ``more`` values of other keys, come first; then every
-    combination of tiles and stages, and of these with the weight in torch's order, for the cost model to choose from.
-    ``along`` is the block of voxels, which a row of BLOCK_W fits in.
+    combination of tiles, of stages and depths that ``more`` may add to, and of these with the weight in torch's order,
+    for the cost model to choose from. ``along`` is the block of voxels, which a row of BLOCK_W fits in.
     """
     configs = [dict(base)]
     for changed in itertools.chain(_neighbours(base, more), _grid(base, more)):
@@ -129,6 +142,7 @@ def _grid(base: Config, more: dict[str, tuple[int, ...]]) -> Iterator[dict[str, 
     stages = (*more.get("num_stages", ()), 2, 3, 4)
     orders = [{}] if "WEIGHT" not in more else [{}, {"WEIGHT": AS_GIVEN}]
     depths, columns = ([base[key] // 2, base[key], base[key] * 2] for key in ("BLOCK_K", "BLOCK_N"))
+    depths += more.get("BLOCK_K", ())
     for m, n, k, depth, order in itertools.product((64, 128, 256), columns, depths, stages, orders):
         changed = {**base, "BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "num_stages": depth, **order}
         if m * n <= LARGEST_TILE:
