@@ -19,21 +19,13 @@ import triton.language as tl
 from tritonconv.kernels import triton_phases as phases
 from tritonconv.kernels import triton_tiles as tiles
 from tritonconv.kernels.targets import MULTIPROCESSORS
-from tritonconv.kernels.triton_arrival import (
-    ARRIVE,
-    ahead,
-    arrivals,
-    arrives,
-    last_to_arrive,
-    sum_in_order,
-    with_arrivals,
-)
-from tritonconv.kernels.triton_buffers import Buffer, new
+from tritonconv.kernels.triton_arrival import ARRIVE, ahead, arrives, last_to_arrive, sum_in_order, with_arrivals
+from tritonconv.kernels.triton_buffers import Buffer
 from tritonconv.kernels.triton_device import aligned, dividers, inside, multiple, product, voxel_tiles, voxels, widened
 from tritonconv.kernels.triton_launch import accounting, empty, geometry, precision, refusal, wide
 from tritonconv.kernels.triton_launch import launch as run
+from tritonconv.kernels.triton_partials import POINTERS, WeightGradients
 from tritonconv.kernels.triton_phases import decoded, fine_dividers, load_phases, phases_first
-from tritonconv.kernels.triton_reduce import sum_weights
 from tritonconv.kernels.triton_target import compute_capability
 from tritonconv.kernels.triton_weights import oriented, packed
 from tritonconv.kernels.variant import Config, Variant
@@ -154,36 +146,27 @@ def fused_backward_kernel(
 
 def backward(problem, config, x, weight, grad_y, need_bias):
     """(grad_x, grad_weight, grad_bias): grad_x needs ``weight``, the other two need ``x``; without it they are None."""
-    grad_x = grad_weight = grad_bias = partial = bias_partial = None
-    config = dict(config)
-    order, arrive = config.pop("WEIGHT"), x is not None and arrives(config)
-    config.pop(ARRIVE, None)
-    groups, c_in, c_out = problem.groups, problem.c_in // problem.groups, problem.c_out // problem.groups
+    c_in, c_out = problem.c_in // problem.groups, problem.c_out // problem.groups
+    sums = grad_x = None
     if weight is not None:
         grad_x = empty(problem, problem.x_shape, grad_y, zero=not grad_y.numel())
-        weight = packed(weight, order)
+        weight = packed(weight, config["WEIGHT"])
     if x is not None:
-        grad_weight = new(problem.weight_shape, x)
-        grad_bias = new((problem.c_out,), x) if need_bias else None
-        splits = config["SPLITS"] if grad_y.numel() else 0  # no splits at all sum to zeros
-        partial = new((splits, groups, math.prod(problem.kernel), c_out, c_in), x, torch.float32)
-        bias_partial = new((splits, problem.c_out), x, torch.float32) if need_bias else None
-    far = wide(x, weight, grad_y, grad_x, partial, of=problem)
+        sums = WeightGradients(problem, config, x, grad_y, need_bias)
+        sums.split_weight(problem.groups, math.prod(problem.kernel), c_out, c_in)
+        sums.split_bias(sums.splits)
     if grad_y.numel():
+        far = wide(x, weight, grad_y, grad_x, None if sums is None else sums.partial, of=problem)
         run(
             fused_backward_kernel,
-            config["SPLITS"] * groups,
-            config,
-            (grad_x, partial, bias_partial, *((grad_weight, grad_bias) if arrive else ())),
+            config["SPLITS"] * problem.groups,
+            {key: value for key, value in config.items() if key not in ("WEIGHT", ARRIVE)},
+            (grad_x, *(() if sums is None else sums.written)),
             x_ptr=x,
             w_ptr=weight,
             grad_y_ptr=grad_y,
             grad_x_ptr=grad_x,
-            partial_ptr=partial,
-            bias_partial_ptr=bias_partial,
-            arrivals_ptr=arrivals(groups, x) if arrive else None,
-            total_ptr=grad_weight if arrive else None,
-            total_bias_ptr=grad_bias if arrive else None,
+            **(dict.fromkeys(POINTERS) if sums is None else sums.pointers(problem.groups)),
             **geometry(problem),
             x_strides=() if x is None else x.stride(),
             w_strides=() if weight is None else oriented(weight, "backward_data"),
@@ -198,9 +181,7 @@ def backward(problem, config, x, weight, grad_y, need_bias):
             WIDE=far,
             PRECISION=precision(problem.dtype),
         )
-    if x is not None and not (arrive and grad_y.numel()):
-        sum_weights(partial, grad_weight, bias_partial, grad_bias)  # type: ignore[arg-type]
-    return grad_x, grad_weight, grad_bias
+    return grad_x, *((None, None) if sums is None else sums.results())
 
 
 def _whole_rows(problem: Problem, weight: Buffer, rows: int) -> bool:

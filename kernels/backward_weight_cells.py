@@ -58,13 +58,13 @@ def tapped(phase, delta, KERNEL: tl.constexpr, STRIDE: tl.constexpr):
 def backward_weight_cells_kernel(
     x_ptr,  # (n, c_in, d, h, w)
     grad_y_ptr,  # (n, c_out, od, oh, ow)
-    grad_w_ptr,  # (splits, c_in, c_out, taps)
-    grad_b_ptr,  # (splits, c_out) or None
+    partial_ptr,  # (splits, c_in, c_out, taps)
+    bias_partial_ptr,  # (splits, c_out) or None
     arrivals_ptr,  # (programs of one split,) int32, zeros: the last one of a tile adds up its partials; or None
-    total_w_ptr,  # (c_in, c_out, taps), dense, or None without arrivals
-    total_b_ptr,  # (c_out,), or None
+    total_ptr,  # (c_in, c_out, taps), dense, or None without arrivals
+    total_bias_ptr,  # (c_out,), or None
     n, d_in, h_in, w_in, d_out, h_out, w_out, d_crop, h_crop, w_crop,
-    splits, x_strides, grad_y_strides, grad_w_strides,
+    splits, x_strides, grad_y_strides, partial_strides,
     C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr,
@@ -74,7 +74,7 @@ def backward_weight_cells_kernel(
 ):  # fmt: skip
     x_strides = aligned(x_strides, UNITS, 0)
     grad_y_strides = aligned(grad_y_strides, UNITS, 1)
-    grad_w_strides = aligned(grad_w_strides, UNITS, 2)
+    partial_strides = aligned(partial_strides, UNITS, 2)
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     WINDOW: tl.constexpr = window_of(KERNEL, STRIDE)
     ROWS: tl.constexpr = product(STRIDE) * C_OUT
@@ -82,14 +82,15 @@ def backward_weight_cells_kernel(
     TILES_M: tl.constexpr = ceil_div(ROWS, BLOCK_M)
     TILES_N: tl.constexpr = ceil_div(COLUMNS, BLOCK_N)
     TILES: tl.constexpr = TILES_M * TILES_N * GROUPS
-    BIAS_TILES: tl.constexpr = 0 if grad_b_ptr is None else ceil_div(C_OUT * GROUPS, BIAS_C)
+    BIAS_TILES: tl.constexpr = 0 if bias_partial_ptr is None else ceil_div(C_OUT * GROUPS, BIAS_C)
     pid = tl.program_id(0)
     split, tile = pid // (TILES + BIAS_TILES), pid % (TILES + BIAS_TILES)
-    if grad_b_ptr is not None:  # noqa: SIM102
+    if bias_partial_ptr is not None:  # noqa: SIM102
         if tile < BIAS_TILES:
             store_channel_sums(
-                grad_y_ptr, grad_b_ptr, arrivals_ptr, total_b_ptr, n, out_size, grad_y_strides, tile, split, splits,
-                C_OUT * GROUPS, Y_VOXELS_INNER, BIAS_V, BIAS_C, BIAS_W, WIDE,
+                grad_y_ptr, bias_partial_ptr, arrivals_ptr, total_bias_ptr, n=n, out_size=out_size,
+                grad_y_strides=grad_y_strides, tile=tile, split=split, splits=splits, CHANNELS=C_OUT * GROUPS,
+                VOXELS_INNER=Y_VOXELS_INNER, BLOCK_V=BIAS_V, BLOCK_C=BIAS_C, BLOCK_W=BIAS_W, WIDE=WIDE,
             )  # fmt: skip
             return
 
@@ -154,17 +155,17 @@ def backward_weight_cells_kernel(
     tap_n = (dd * STRIDE[0] * KERNEL[1] + dh * STRIDE[1]) * KERNEL[2] + dw * STRIDE[2]
     phase, delta = (pd[:, None], ph[:, None], pw[:, None]), (dd[None, :], dh[None, :], dw[None, :])
     mask = mask_m[:, None] & mask_n[None, :] & tapped(phase, delta, KERNEL, STRIDE)
-    rows = widened(split, WIDE) * grad_w_strides[0] + co * grad_w_strides[2] + tap_m * grad_w_strides[3]
-    columns = (group * C_IN + ci) * grad_w_strides[1] + tap_n * grad_w_strides[3]
-    tl.store(grad_w_ptr + rows[:, None] + columns[None, :], acc.to(grad_w_ptr.dtype.element_ty), mask=mask)
+    rows = widened(split, WIDE) * partial_strides[0] + co * partial_strides[2] + tap_m * partial_strides[3]
+    columns = (group * C_IN + ci) * partial_strides[1] + tap_n * partial_strides[3]
+    tl.store(partial_ptr + rows[:, None] + columns[None, :], acc.to(partial_ptr.dtype.element_ty), mask=mask)
     if arrivals_ptr is not None:  # noqa: SIM102
         if last_to_arrive(arrivals_ptr, tile + BIAS_TILES, splits):
-            places = (co * grad_w_strides[2] + tap_m * grad_w_strides[3])[:, None] + columns[None, :]
-            step = widened(grad_w_strides[0], WIDE)
-            sums = sum_in_order(grad_w_ptr, step, splits, places, mask, ahead(BLOCK_M * BLOCK_N))
+            places = (co * partial_strides[2] + tap_m * partial_strides[3])[:, None] + columns[None, :]
+            step = widened(partial_strides[0], WIDE)
+            sums = sum_in_order(partial_ptr, step, splits, places, mask, ahead(BLOCK_M * BLOCK_N))
             rows, columns = co * product(KERNEL) + tap_m, (group * C_IN + ci) * (C_OUT * product(KERNEL)) + tap_n
-            total_w_ptrs = total_w_ptr + rows[:, None] + columns[None, :]
-            tl.store(total_w_ptrs, sums.to(total_w_ptr.dtype.element_ty), mask=mask)
+            total_ptrs = total_ptr + rows[:, None] + columns[None, :]
+            tl.store(total_ptrs, sums.to(total_ptr.dtype.element_ty), mask=mask)
 
 
 def gemm(problem: Problem) -> SplitGemm:

@@ -16,21 +16,11 @@ import triton.language as tl
 
 from tritonconv.kernels import triton_depthwise as depthwise
 from tritonconv.kernels.targets import MULTIPROCESSORS
-from tritonconv.kernels.triton_arrival import (
-    ARRIVE,
-    ahead,
-    arrivals,
-    arrives,
-    last_to_arrive,
-    sum_in_order,
-    with_arrivals,
-)
-from tritonconv.kernels.triton_buffers import new
+from tritonconv.kernels.triton_arrival import ARRIVE, ahead, arrives, last_to_arrive, sum_in_order, with_arrivals
 from tritonconv.kernels.triton_depthwise import any_tap, far, filled, lanes, replaced, tile_at, within
 from tritonconv.kernels.triton_device import ceil_div, constant, inside, widened
-from tritonconv.kernels.triton_launch import RUN_TIME, accounting, geometry, refusal, wide
-from tritonconv.kernels.triton_launch import launch as run
-from tritonconv.kernels.triton_reduce import sum_weights
+from tritonconv.kernels.triton_launch import RUN_TIME, accounting, refusal, wide
+from tritonconv.kernels.triton_partials import depthwise_gradients
 from tritonconv.kernels.variant import SPREADS_VOXELS, Variant
 from tritonconv.kernels.work import Work
 from tritonconv.problem import Problem
@@ -40,12 +30,12 @@ WAVES = 12  # programs per multiprocessor; about four fit at once
 
 
 @triton.jit
-def phase_tile(y_ptr, lane_h, lane_w, mask_c, size, y_strides, PLACE_H: tl.constexpr, PLACE_W: tl.constexpr,
+def phase_tile(y_ptr, lane_h, lane_w, mask_c, size, grad_y_strides, PLACE_H: tl.constexpr, PLACE_W: tl.constexpr,
                STRIDE: tl.constexpr):  # fmt: skip
     """One phase of a plane of grad_y, float32 (BLOCK_M, BLOCK_C)."""
     h, w = lane_h * STRIDE[1] + PLACE_H, lane_w * STRIDE[2] + PLACE_W
     mask = inside(h, size[1]) & within(w, size[2], True) & mask_c
-    return tl.load(y_ptr + (h * y_strides[3] + w * y_strides[4]), mask=mask, other=0.0).to(tl.float32)
+    return tl.load(y_ptr + (h * grad_y_strides[3] + w * grad_y_strides[4]), mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -87,7 +77,7 @@ def backward_weight_depthwise_kernel(
     total_ptr,  # (c_out, taps), dense, or None without arrivals
     total_bias_ptr,  # (c_out,), or None
     n, d_in, h_in, w_in, d_out, h_out, w_out, d_crop, h_crop, w_crop,
-    splits, x_strides, y_strides,
+    splits, x_strides, grad_y_strides,
     C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
     FIRST: tl.constexpr, TAPS_H: tl.constexpr, TAPS_W: tl.constexpr,
@@ -112,7 +102,7 @@ def backward_weight_depthwise_kernel(
     tiles = n * planes * tl.cdiv(count[0], BLOCK_H) * tl.cdiv(count[1], BLOCK_W)
     share = tl.cdiv(tiles, splits)
     low, high = split * share, tl.minimum((split + 1) * share, tiles)
-    y_base = grad_y_ptr + channel * y_strides[1]
+    y_base = grad_y_ptr + channel * grad_y_strides[1]
     zero = tl.zeros((BLOCK_H * BLOCK_W, BLOCK_C), tl.float32)
 
     if tap_d < KERNEL[0]:
@@ -123,12 +113,12 @@ def backward_weight_depthwise_kernel(
             out_plane = plane * STRIDE[0] - crop[0] + tap_d * DILATION[0]
             if inside(out_plane, out_size[0]):
                 lane_h, lane_w = lanes(h, w, BLOCK_H, BLOCK_W)
-                y_plane = y_base + image * y_strides[0] + out_plane * y_strides[2]
+                y_plane = y_base + image * grad_y_strides[0] + out_plane * grad_y_strides[2]
                 y_tiles = ()
                 for place in tl.static_range(constant(PLACES[0] * PLACES[1])):
                     y_tiles = y_tiles + (  # type: ignore[assignment]  # noqa: RUF005
                         phase_tile(
-                            y_plane, lane_h, lane_w, mask_c, out_size, y_strides,
+                            y_plane, lane_h, lane_w, mask_c, out_size, grad_y_strides,
                             place // PLACES[1], place % PLACES[1], STRIDE,
                         ),
                     )  # fmt: skip
@@ -159,10 +149,10 @@ def backward_weight_depthwise_kernel(
             for index in range(low, high):
                 image, plane, h, w = tile_at(index, out_size[0], count, BLOCK_H, BLOCK_W, WIDE)
                 lane_h, lane_w = lanes(h, w, BLOCK_H, BLOCK_W)
-                y_plane = y_base + image * y_strides[0] + plane * y_strides[2]
+                y_plane = y_base + image * grad_y_strides[0] + plane * grad_y_strides[2]
                 for place in tl.static_range(constant(PLACES[0] * PLACES[1])):
                     total += phase_tile(
-                        y_plane, lane_h, lane_w, mask_c, out_size, y_strides,
+                        y_plane, lane_h, lane_w, mask_c, out_size, grad_y_strides,
                         place // PLACES[1], place % PLACES[1], STRIDE,
                     )  # fmt: skip
             tl.store(bias_partial_ptr + split * CHANNELS + channel, tl.sum(total, 0)[None, :], mask=mask_c)
@@ -173,40 +163,11 @@ def backward_weight_depthwise_kernel(
 
 
 def launches(problem, config, x, grad_y, need_bias):
-    nothing = x.numel() == 0 or grad_y.numel() == 0
-    grad_weight = new(problem.weight_shape, x, zero=nothing)
-    grad_bias = new((problem.c_out,), x, zero=nothing) if need_bias else None
-    if nothing:
-        return grad_weight, grad_bias
-    config = dict(config)
-    arrive, splits = arrives(config), config.pop("SPLITS")
-    config.pop(ARRIVE, None)
-    taps, channels, tiles = math.prod(problem.kernel), problem.c_out, _tiles(problem, config, need_bias)
-    partial = new((splits, 1, taps, 1, channels), x, torch.float32)
-    bias_partial = new((splits, channels), x, torch.float32) if need_bias else None
-    run(
-        backward_weight_depthwise_kernel,
-        splits * tiles,
-        config,
-        (partial, bias_partial, *((grad_weight, grad_bias) if arrive else ())),
-        x_ptr=x,
-        grad_y_ptr=grad_y,
-        partial_ptr=partial,
-        bias_partial_ptr=bias_partial,
-        arrivals_ptr=arrivals(tiles, x) if arrive else None,
-        total_ptr=grad_weight if arrive else None,
-        total_bias_ptr=grad_bias if arrive else None,
-        **geometry(problem),
-        splits=splits,
-        x_strides=x.stride(),
-        y_strides=grad_y.stride(),
-        **depthwise.phase_windows(problem),
-        WIDE=wide(x, grad_y, partial, of=problem),
-    )
-    if not arrive:
-        by_channel = grad_weight.view(lambda tensor: tensor.view(channels, 1, *problem.kernel))
-        sum_weights(partial, by_channel, bias_partial, grad_bias)
-    return grad_weight, grad_bias
+    sums = depthwise_gradients(problem, config, x, grad_y, need_bias)
+    if not sums.nothing:
+        programs, far = _tiles(problem, config, need_bias), wide(x, grad_y, sums.partial, of=problem)
+        sums.launch(backward_weight_depthwise_kernel, programs, **depthwise.phase_windows(problem), WIDE=far)
+    return sums.results()
 
 
 def _tiles(problem: Problem, config, need_bias: bool) -> int:

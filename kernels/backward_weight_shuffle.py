@@ -22,8 +22,7 @@ import triton
 import triton.language as tl
 
 from tritonconv.kernels import triton_shuffle_tiles as shuffle
-from tritonconv.kernels.triton_arrival import ARRIVE, ahead, arrivals, last_to_arrive, sum_in_order
-from tritonconv.kernels.triton_buffers import new
+from tritonconv.kernels.triton_arrival import ARRIVE, ahead, last_to_arrive, sum_in_order
 from tritonconv.kernels.triton_device import (
     FAR,
     aligned,
@@ -38,8 +37,8 @@ from tritonconv.kernels.triton_device import (
     voxels,
     widened,
 )
-from tritonconv.kernels.triton_launch import RUN_TIME, WIDE_FROM, accounting, geometry, precision, refusal, wide
-from tritonconv.kernels.triton_launch import launch as run
+from tritonconv.kernels.triton_launch import RUN_TIME, WIDE_FROM, accounting, precision, refusal, wide
+from tritonconv.kernels.triton_partials import WeightGradients
 from tritonconv.kernels.triton_reduce import sum_parts
 from tritonconv.kernels.triton_shuffle_tiles import tile_taps
 from tritonconv.kernels.triton_target import STEP, compute_capability
@@ -70,11 +69,11 @@ def in_steps(strides, STEP: tl.constexpr):
 def backward_weight_shuffle_kernel(
     x_ptr,  # (n, c_in, d, h, w)
     grad_y_ptr,  # (n, c_out, d*kd, h*kh, w*kw)
-    grad_w_ptr,  # (splits, c_in, c_out, taps), dense
-    grad_b_ptr,  # (splits, tiles of a channel's taps, c_out), dense, or None
+    partial_ptr,  # (splits, c_in, c_out, taps), dense
+    bias_partial_ptr,  # (splits, tiles of a channel's taps, c_out), dense, or None
     arrivals_ptr,  # (programs of one split,) int32, zeros: the last one of a tile adds up its partials; or None
-    total_w_ptr,  # (c_in, c_out, taps), dense, or None without arrivals
-    total_b_ptr,  # (c_out,), or None
+    total_ptr,  # (c_in, c_out, taps), dense, or None without arrivals
+    total_bias_ptr,  # (c_out,), or None
     n, d_in, h_in, w_in, d_out, h_out, w_out, d_crop, h_crop, w_crop,
     splits, x_strides, grad_y_strides,
     C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
@@ -152,7 +151,7 @@ def backward_weight_shuffle_kernel(
             parted = rows_tile.to(tl.int16, bitcast=True).reshape(BLOCK_M // SIDE, BLOCK_K, SIDE).permute(1, 0, 2)
             parted = parted.reshape(BLOCK_K, BLOCK_M).to(x_ptr.dtype.element_ty, bitcast=True)
             acc = tl.dot(x_tile, parted, acc, input_precision=PRECISION)
-            if grad_b_ptr is not None:  # of neighbours in one thread: the rest after the loop
+            if bias_partial_ptr is not None:  # of neighbours in one thread: the rest after the loop
                 sums += tl.sum(rows_tile.reshape(BLOCK_M // SIDE, BLOCK_K * SIDE // 8, 8).to(tl.float32), 2)
         else:
             image, d, h, w = widened(image, WIDE), widened(d, WIDE), widened(h, WIDE), widened(w, WIDE)
@@ -161,13 +160,13 @@ def backward_weight_shuffle_kernel(
             grad_y_tile = load_voxels(grad_y_ptr + (y_rows[:, None] + y_lanes[None, :]), y_mask, VOXELS_INNER[1])
             x_tile = load_voxels(x_ptr + (x_rows[:, None] + x_lanes[None, :]), x_mask, VOXELS_INNER[0])
             acc = tl.dot(tl.trans(grad_y_tile), x_tile, acc, input_precision=PRECISION)
-            if grad_b_ptr is not None:
+            if bias_partial_ptr is not None:
                 if ONES:  # exact products, and no element of the tile passes through a register
                     sums = tl.dot(tl.trans(grad_y_tile), ones, sums)
                 else:
                     sums += tl.sum(grad_y_tile.to(tl.float32), 0)[:, None]
 
-    weights = by_channel_and_tap(acc.to(grad_w_ptr.dtype.element_ty), TAPS, ACROSS, ROWS)  # (BLOCK_N, BLOCK_M)
+    weights = by_channel_and_tap(acc.to(partial_ptr.dtype.element_ty), TAPS, ACROSS, ROWS)  # (BLOCK_N, BLOCK_M)
     column = tl.arange(0, BLOCK_M)
     if TAPS == ALL:  # neighbours in memory
         place = channel_tile * BLOCK_M + column
@@ -178,69 +177,47 @@ def backward_weight_shuffle_kernel(
         mask_w = mask_n[:, None] & ((channel_w < C_OUT) & (tap_w < ALL))[None, :]
     places = ((group * C_IN + ci) * (C_OUT * ALL))[:, None] + place[None, :]
     step = widened(GROUPS * C_IN * C_OUT * ALL, WIDE)
-    tl.store(grad_w_ptr + (split * step + places), weights, mask=mask_w)
-    if grad_b_ptr is not None:
+    tl.store(partial_ptr + (split * step + places), weights, mask=mask_w)
+    if bias_partial_ptr is not None:
         if not ROWS and ONES:  # all columns are alike
             sums = tl.where(tl.arange(0, ONES)[None, :] == 0, sums, 0.0)
         biases = tl.sum(tl.sum(sums, 1).reshape(BLOCK_M // SIDE // CHANNELS, CHANNELS), 0)  # (CHANNELS,)
         channel_b = channel_tile * CHANNELS + tl.arange(0, CHANNELS)
         mask_b = channel_b + tile_n * C_OUT < C_OUT  # of the first input channels alone
         place_b = group * C_OUT + channel_b
-        bias_ptrs = grad_b_ptr + ((split * TAP_TILES + tap_tile) * (GROUPS * C_OUT) + place_b)
-        tl.store(bias_ptrs, biases.to(grad_b_ptr.dtype.element_ty), mask=mask_b)
+        bias_ptrs = bias_partial_ptr + ((split * TAP_TILES + tap_tile) * (GROUPS * C_OUT) + place_b)
+        tl.store(bias_ptrs, biases.to(bias_partial_ptr.dtype.element_ty), mask=mask_b)
     if arrivals_ptr is not None:  # noqa: SIM102
         if last_to_arrive(arrivals_ptr, tile, splits):
-            weights = sum_in_order(grad_w_ptr, step, splits, places, mask_w, ahead(BLOCK_M * BLOCK_N))
-            tl.store(total_w_ptr + places, weights.to(total_w_ptr.dtype.element_ty), mask=mask_w)
-            if grad_b_ptr is not None:
-                biases = sum_in_order(grad_b_ptr, GROUPS * C_OUT, splits, place_b, mask_b, ahead(CHANNELS))
-                tl.store(total_b_ptr + place_b, biases.to(total_b_ptr.dtype.element_ty), mask=mask_b)
+            weights = sum_in_order(partial_ptr, step, splits, places, mask_w, ahead(BLOCK_M * BLOCK_N))
+            tl.store(total_ptr + places, weights.to(total_ptr.dtype.element_ty), mask=mask_w)
+            if bias_partial_ptr is not None:
+                biases = sum_in_order(bias_partial_ptr, GROUPS * C_OUT, splits, place_b, mask_b, ahead(CHANNELS))
+                tl.store(total_bias_ptr + place_b, biases.to(total_bias_ptr.dtype.element_ty), mask=mask_b)
 
 
 def launches(problem, config, x, grad_y, need_bias):
-    nothing = x.numel() == 0 or grad_y.numel() == 0
-    grad_weight = new(problem.weight_shape, x, zero=nothing)
-    grad_bias = new((problem.c_out,), x, zero=nothing) if need_bias else None
-    if nothing:
-        return grad_weight, grad_bias
-    config, split_programs = dict(config), shuffle.programs(problem, config)
-    arrive, splits = shuffle.sums_itself(problem, config), config.pop("SPLITS")
     tap_parts = shuffle.tap_tiles(problem, config)
-    config.pop(ARRIVE, None)
-    partial, bias_partial = grad_weight, grad_bias
-    if splits > 1:
-        partial = new((splits, *problem.weight_shape), x, torch.float32)
-    if need_bias and splits * tap_parts > 1:
-        bias_partial = new((splits * tap_parts, problem.c_out), x, torch.float32)
-    run(
+    if not shuffle.sums_itself(problem, config):
+        config = {**config, ARRIVE: 0}
+    sums = WeightGradients(problem, config, x, grad_y, need_bias)
+    if sums.nothing:
+        return sums.results()
+    if sums.splits > 1:
+        sums.split_weight(*problem.weight_shape)
+    if sums.splits * tap_parts > 1:
+        sums.split_bias(sums.splits * tap_parts)
+    sums.launch(
         backward_weight_shuffle_kernel,
-        splits * split_programs,
-        config,
-        (partial, bias_partial, *((grad_weight, grad_bias) if arrive else ())),
-        x_ptr=x,
-        grad_y_ptr=grad_y,
-        grad_w_ptr=partial,
-        grad_b_ptr=bias_partial,
-        arrivals_ptr=arrivals(split_programs, x) if arrive else None,
-        total_w_ptr=grad_weight if arrive else None,
-        total_b_ptr=grad_bias if arrive else None,
-        **geometry(problem),
-        splits=splits,
-        x_strides=x.stride(),
-        grad_y_strides=grad_y.stride(),
+        shuffle.programs(problem, config),
         VOXELS_INNER=(x.stride(1) != 1 and config["BLOCK_W"] == 0, grad_y.stride(1) != 1),
         W_STEP=_width_step(problem, x, grad_y) if config["ROWS"] and config["BLOCK_W"] else 1,
         ONES=_ones(problem) if need_bias else 0,
-        WIDE=wide(x, grad_y, partial),
+        WIDE=wide(x, grad_y, sums.partial),
         FAR_IDS=math.prod(grad_y.shape) // problem.c_out >= WIDE_FROM or max(grad_y.shape[2:]) >= FAR // 2,
         PRECISION=precision(problem.dtype),
     )
-    if splits > 1 and not arrive:
-        together = need_bias and tap_parts == 1
-        sum_parts(partial, grad_weight, *((bias_partial, grad_bias) if together else ()))
-    if bias_partial is not None and grad_bias is not None and tap_parts > 1:
-        sum_parts(bias_partial, grad_bias)
-    return grad_weight, grad_bias
+    return sums.results(sum_parts)
 
 
 def _width_step(problem: Problem, x, grad_y) -> int:

@@ -45,8 +45,8 @@ def weight_tiles(KERNEL, C_OUT, C_IN, GROUPS, BLOCK_M, BLOCK_N):
 
 @triton.jit
 def store_weight_tile(
-    x_ptr, grad_y_ptr, grad_w_ptr, arrivals_ptr, total_w_ptr, n, size, out_size, crop, tile, first_tile, split, splits,
-    x_strides, grad_y_strides, grad_w_strides,
+    x_ptr, grad_y_ptr, partial_ptr, arrivals_ptr, total_ptr, n, size, out_size, crop, tile, first_tile, split, splits,
+    x_strides, grad_y_strides, partial_strides,
     C_IN: tl.constexpr, C_OUT: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr,
     Y_VOXELS_INNER: tl.constexpr, X_VOXELS_INNER: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
@@ -100,31 +100,31 @@ def store_weight_tile(
         x_tile = load_lanes(x_rows + x_columns, x_mask, X_VOXELS_INNER)  # (BLOCK_N, BLOCK_K)
         acc = tl.dot(grad_y_tile, tl.trans(x_tile), acc, input_precision=PRECISION)
 
-    rows = widened(split, WIDE) * grad_w_strides[0] + co * grad_w_strides[2] + tap * grad_w_strides[3]
-    grad_w_ptrs = grad_w_ptr + rows[:, None] + (ci * grad_w_strides[1])[None, :]
-    tl.store(grad_w_ptrs, acc.to(grad_w_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
+    rows = widened(split, WIDE) * partial_strides[0] + co * partial_strides[2] + tap * partial_strides[3]
+    partial_ptrs = partial_ptr + rows[:, None] + (ci * partial_strides[1])[None, :]
+    tl.store(partial_ptrs, acc.to(partial_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
     if arrivals_ptr is not None:  # noqa: SIM102
         if last_to_arrive(arrivals_ptr, tile + first_tile, splits):
-            places = (co * grad_w_strides[2] + tap * grad_w_strides[3])[:, None] + (ci * grad_w_strides[1])[None, :]
+            places = (co * partial_strides[2] + tap * partial_strides[3])[:, None] + (ci * partial_strides[1])[None, :]
             mask = mask_m[:, None] & mask_n[None, :]
-            step = widened(grad_w_strides[0], WIDE)
-            sums = sum_in_order(grad_w_ptr, step, splits, places, mask, ahead(BLOCK_M * BLOCK_N))
+            step = widened(partial_strides[0], WIDE)
+            sums = sum_in_order(partial_ptr, step, splits, places, mask, ahead(BLOCK_M * BLOCK_N))
             rows, columns = co * product(KERNEL) + tap, ci * (C_OUT * product(KERNEL))
-            total_w_ptrs = total_w_ptr + rows[:, None] + columns[None, :]
-            tl.store(total_w_ptrs, sums.to(total_w_ptr.dtype.element_ty), mask=mask)
+            total_ptrs = total_ptr + rows[:, None] + columns[None, :]
+            tl.store(total_ptrs, sums.to(total_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(launch_metadata=accounting, do_not_specialize=(*RUN_TIME, "splits"))
 def backward_weight_splitk_kernel(
     x_ptr,  # (n, c_in, d, h, w)
     grad_y_ptr,  # (n, c_out, od, oh, ow)
-    grad_w_ptr,  # (splits, c_in, c_out, taps)
-    grad_b_ptr,  # (splits, c_out) or None
+    partial_ptr,  # (splits, c_in, c_out, taps)
+    bias_partial_ptr,  # (splits, c_out) or None
     arrivals_ptr,  # (programs of one split,) int32, zeros: the last one of a tile adds up its partials; or None
-    total_w_ptr,  # (c_in, c_out, taps), dense, or None without arrivals
-    total_b_ptr,  # (c_out,), or None
+    total_ptr,  # (c_in, c_out, taps), dense, or None without arrivals
+    total_bias_ptr,  # (c_out,), or None
     n, d_in, h_in, w_in, d_out, h_out, w_out, d_crop, h_crop, w_crop,
-    splits, x_strides, grad_y_strides, grad_w_strides,
+    splits, x_strides, grad_y_strides, partial_strides,
     C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr,
@@ -134,25 +134,28 @@ def backward_weight_splitk_kernel(
 ):  # fmt: skip
     x_strides = aligned(x_strides, UNITS, 0)
     grad_y_strides = aligned(grad_y_strides, UNITS, 1)
-    grad_w_strides = aligned(grad_w_strides, UNITS, 2)
+    partial_strides = aligned(partial_strides, UNITS, 2)
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     TILES: tl.constexpr = weight_tiles(KERNEL, C_OUT, C_IN, GROUPS, BLOCK_M, BLOCK_N)
-    BIAS_TILES: tl.constexpr = 0 if grad_b_ptr is None else ceil_div(C_OUT * GROUPS, BIAS_C)
+    BIAS_TILES: tl.constexpr = 0 if bias_partial_ptr is None else ceil_div(C_OUT * GROUPS, BIAS_C)
     pid = tl.program_id(0)
     split, tile = pid // (TILES + BIAS_TILES), pid % (TILES + BIAS_TILES)
-    if grad_b_ptr is not None:  # noqa: SIM102
+    if bias_partial_ptr is not None:  # noqa: SIM102
         if tile < BIAS_TILES:
             store_channel_sums(
-                grad_y_ptr, grad_b_ptr, arrivals_ptr, total_b_ptr, n, out_size, grad_y_strides, tile, split, splits,
-                C_OUT * GROUPS, Y_VOXELS_INNER, BIAS_V, BIAS_C, BIAS_W, WIDE,
+                grad_y_ptr, bias_partial_ptr, arrivals_ptr, total_bias_ptr, n=n, out_size=out_size,
+                grad_y_strides=grad_y_strides, tile=tile, split=split, splits=splits, CHANNELS=C_OUT * GROUPS,
+                VOXELS_INNER=Y_VOXELS_INNER, BLOCK_V=BIAS_V, BLOCK_C=BIAS_C, BLOCK_W=BIAS_W, WIDE=WIDE,
             )  # fmt: skip
             return
 
     store_weight_tile(
-        x_ptr, grad_y_ptr, grad_w_ptr, arrivals_ptr, total_w_ptr, n, size, out_size, crop,
-        tile - BIAS_TILES, BIAS_TILES, split, splits, x_strides, grad_y_strides, grad_w_strides,
-        C_IN, C_OUT, KERNEL, STRIDE, DILATION, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_W,
-        Y_VOXELS_INNER, X_VOXELS_INNER, WIDE, PRECISION,
+        x_ptr, grad_y_ptr, partial_ptr, arrivals_ptr, total_ptr, n=n, size=size, out_size=out_size, crop=crop,
+        tile=tile - BIAS_TILES, first_tile=BIAS_TILES, split=split, splits=splits,
+        x_strides=x_strides, grad_y_strides=grad_y_strides, partial_strides=partial_strides,
+        C_IN=C_IN, C_OUT=C_OUT, KERNEL=KERNEL, STRIDE=STRIDE, DILATION=DILATION,
+        BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, BLOCK_W=BLOCK_W,
+        Y_VOXELS_INNER=Y_VOXELS_INNER, X_VOXELS_INNER=X_VOXELS_INNER, WIDE=WIDE, PRECISION=PRECISION,
     )  # fmt: skip
 
 

@@ -99,12 +99,12 @@ def sum_weights(
 ) -> None:
     """Writes ``partial.sum(0)``, partial (splits, groups, taps, c_out, c_in) dense, into ``grad_weight``.
 
-    In one launch and a fixed order, rounded once; ``grad_weight`` (groups*c_in, c_out, kd, kh, kw) is contiguous.
+    In one launch and a fixed order, rounded once; ``grad_weight``, contiguous, is (groups*c_in, c_out, taps) in memory.
     ``bias_partial`` (splits, channels) into ``grad_bias`` (channels,) rides along in the same launch. No splits at all
     give zeros.
     """
     splits, groups, taps, c_out, c_in = partial.shape
-    assert tuple(grad_weight.shape[:2]) == (groups * c_in, c_out) and grad_weight.is_contiguous()
+    assert grad_weight.is_contiguous()
     assert grad_bias is None or (bias_partial is not None and bias_partial.shape == (splits, grad_bias.numel()))
     _sum(partial, grad_weight, (splits, groups, taps * c_out, c_in), True, (taps, c_out), bias_partial, grad_bias)
 
