@@ -63,6 +63,10 @@ def backward_together_kernel(
     Y_VOXELS_INNER: tl.constexpr, X_VOXELS_INNER: tl.constexpr, D_X_VOXELS_INNER: tl.constexpr,
     UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """The first ``data_programs`` programs own tiles of grad_x, BLOCK sizes D_BLOCK_*, as in
+    :func:`backward_data_gemm_kernel`; the others own those of grad_weight and grad_bias, as in
+    :func:`backward_weight_splitk_kernel`.
+    """
     x_strides = aligned(x_strides, UNITS, 0)
     grad_y_strides = aligned(grad_y_strides, UNITS, 1)
     w_strides = aligned(w_strides, UNITS, 2)

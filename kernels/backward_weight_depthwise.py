@@ -17,7 +17,7 @@ import triton.language as tl
 from tritonconv.kernels import triton_depthwise as depthwise
 from tritonconv.kernels.targets import MULTIPROCESSORS
 from tritonconv.kernels.triton_arrival import ARRIVE, ahead, arrives, last_to_arrive, sum_in_order, with_arrivals
-from tritonconv.kernels.triton_depthwise import any_tap, far, filled, lanes, replaced, tile_at, within
+from tritonconv.kernels.triton_depthwise import any_tap, distance, filled, lanes, replaced, tile_at, within
 from tritonconv.kernels.triton_device import ceil_div, constant, inside, widened
 from tritonconv.kernels.triton_launch import RUN_TIME, accounting, refusal, wide
 from tritonconv.kernels.triton_partials import depthwise_gradients
@@ -48,7 +48,7 @@ def correlated(acc, x_ptr, row, column, mask_c, size, x_strides, y_tiles,
             for slot_w in tl.static_range(constant(len(TAPS_W) // PLACES[1])):
                 if any_tap(TAPS_W, slot_w, PLACES[1]):
                     mask = mask_h & within(column + slot_w, size[2], True)
-                    moved = far(slot_h, x_strides[3]) + far(slot_w, x_strides[4])
+                    moved = distance(slot_h, x_strides[3]) + distance(slot_w, x_strides[4])
                     x_tile = tl.load(x_ptr + moved, mask=mask, other=0.0).to(tl.float32)
                     for place_h in tl.static_range(constant(PLACES[0])):
                         for place_w in tl.static_range(constant(PLACES[1])):
@@ -83,6 +83,12 @@ def backward_weight_depthwise_kernel(
     FIRST: tl.constexpr, TAPS_H: tl.constexpr, TAPS_W: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
+    """A program owns BLOCK_C channels, the columns, one of KERNEL[0] taps along d with all taps along h and w, and one
+    of ``splits`` chunks of the voxels, the depth; others own the bias gradient over the same chunks.
+
+    Rows are BLOCK_H x BLOCK_W lanes along h and w. A lane loads STRIDE[1] x STRIDE[2] outputs of a plane of grad_y, and
+    the window of x that their taps read.
+    """
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     CHANNELS: tl.constexpr = GROUPS * C_OUT
     BLOCKS_C: tl.constexpr = ceil_div(CHANNELS, BLOCK_C)
@@ -118,8 +124,8 @@ def backward_weight_depthwise_kernel(
                 for place in tl.static_range(constant(PLACES[0] * PLACES[1])):
                     y_tiles = y_tiles + (  # type: ignore[assignment]  # noqa: RUF005
                         phase_tile(
-                            y_plane, lane_h, lane_w, mask_c, out_size, grad_y_strides,
-                            place // PLACES[1], place % PLACES[1], STRIDE,
+                            y_plane, lane_h, lane_w, mask_c, size=out_size, grad_y_strides=grad_y_strides,
+                            PLACE_H=place // PLACES[1], PLACE_W=place % PLACES[1], STRIDE=STRIDE,
                         ),
                     )  # fmt: skip
                 row = lane_h + crop[1] // STRIDE[1] + FIRST[0]
@@ -127,8 +133,9 @@ def backward_weight_depthwise_kernel(
                 x_tile = x_base + image * x_strides[0] + plane * x_strides[2]
                 x_tile += row * x_strides[3] + column * x_strides[4]
                 acc = correlated(
-                    acc, x_tile, row, column, mask_c, size, x_strides, y_tiles, KERNEL, PLACES, TAPS_H, TAPS_W
-                )
+                    acc, x_tile, row, column, mask_c, size=size, x_strides=x_strides, y_tiles=y_tiles,
+                    KERNEL=KERNEL, PLACES=PLACES, TAPS_H=TAPS_H, TAPS_W=TAPS_W,
+                )  # fmt: skip
         for tap in tl.static_range(constant(KERNEL[1] * KERNEL[2])):
             at = (split * KERNEL[0] + tap_d) * (KERNEL[1] * KERNEL[2]) + tap
             tl.store(partial_ptr + at * CHANNELS + channel, tl.sum(acc[tap], 0)[None, :], mask=mask_c)
@@ -138,9 +145,9 @@ def backward_weight_depthwise_kernel(
             tap = tl.arange(0, BLOCK_T)[:, None]
             at = tap_d * TAPS + tap
             if last_to_arrive(arrivals_ptr, pid % (BLOCKS_C * ROLES), splits):
-                places, mask = at * CHANNELS + channel, (tap < TAPS) & mask_c
+                offsets, mask = at * CHANNELS + channel, (tap < TAPS) & mask_c
                 step = widened(KERNEL[0] * TAPS * CHANNELS, WIDE)
-                sums = sum_in_order(partial_ptr, step, splits, places, mask, ahead(BLOCK_T * BLOCK_C))
+                sums = sum_in_order(partial_ptr, step, splits, offsets, mask, ahead(BLOCK_T * BLOCK_C))
                 total_ptrs = total_ptr + channel * (KERNEL[0] * TAPS) + at
                 tl.store(total_ptrs, sums.to(total_ptr.dtype.element_ty), mask=mask)
     else:
@@ -152,8 +159,8 @@ def backward_weight_depthwise_kernel(
                 y_plane = y_base + image * grad_y_strides[0] + plane * grad_y_strides[2]
                 for place in tl.static_range(constant(PLACES[0] * PLACES[1])):
                     total += phase_tile(
-                        y_plane, lane_h, lane_w, mask_c, out_size, grad_y_strides,
-                        place // PLACES[1], place % PLACES[1], STRIDE,
+                        y_plane, lane_h, lane_w, mask_c, size=out_size, grad_y_strides=grad_y_strides,
+                        PLACE_H=place // PLACES[1], PLACE_W=place % PLACES[1], STRIDE=STRIDE,
                     )  # fmt: skip
             tl.store(bias_partial_ptr + split * CHANNELS + channel, tl.sum(total, 0)[None, :], mask=mask_c)
             if arrivals_ptr is not None:  # noqa: SIM102
@@ -165,8 +172,8 @@ def backward_weight_depthwise_kernel(
 def launches(problem, config, x, grad_y, need_bias):
     sums = depthwise_gradients(problem, config, x, grad_y, need_bias)
     if not sums.nothing:
-        programs, far = _tiles(problem, config, need_bias), wide(x, grad_y, sums.partial, of=problem)
-        sums.launch(backward_weight_depthwise_kernel, programs, **depthwise.phase_windows(problem), WIDE=far)
+        windows, wide_offsets = depthwise.phase_windows(problem), wide(x, grad_y, sums.partial, of=problem)
+        sums.launch(backward_weight_depthwise_kernel, _tiles(problem, config, need_bias), **windows, WIDE=wide_offsets)
     return sums.results()
 
 
@@ -190,7 +197,7 @@ def default(problem: Problem, device: torch.device):
     values = 4  # of one thread, for each of its taps
     while values > 1 and values * problem.kernel[1] * problem.kernel[2] > 100:
         values //= 2
-    config = depthwise.tile(problem.layout, problem.c_out, counts, 128 * values)
+    config = depthwise.tile_sizes(problem.layout, problem.c_out, counts, 128 * values)
     tiles = problem.n * problem.size[0]
     tiles *= math.ceil(counts[0] / config["BLOCK_H"]) * math.ceil(counts[1] / config["BLOCK_W"])
     roles = (problem.kernel[0] + 1) * math.ceil(problem.c_out / config["BLOCK_C"])

@@ -31,7 +31,7 @@ WAVES = 3  # of programs with few channels
 
 
 @triton.jit
-def load_cell(pointers, masks, cell, last, planes, strides, STRIDE: tl.constexpr, APART: tl.constexpr):
+def load_cell(pointers, masks, cell, last, planes, strides, STRIDE: tl.constexpr, SCATTERED: tl.constexpr):
     """The outputs of a cell as they are in memory, a tuple of tiles (BLOCK_M, BLOCK_C); zeros from cell ``last`` on.
 
     ``pointers``: to the first output in plane 0 of ``planes``.
@@ -41,7 +41,7 @@ def load_cell(pointers, masks, cell, last, planes, strides, STRIDE: tl.constexpr
     for place in tl.static_range(constant(STRIDE[0])):
         plane = cell * STRIDE[0] + place
         there = (plane < planes) & (cell < last)
-        tiles = tiles + load_slots(pointers, masks, plane, there, strides, SLOTS=PLACES, APART=APART)
+        tiles = tiles + load_slots(pointers, masks, plane, there, strides, SLOTS=PLACES, SCATTERED=SCATTERED)
     return tiles
 
 
@@ -83,6 +83,9 @@ def backward_weight_depthwise_cells_kernel(
     FIRST: tl.constexpr, TAPS_D: tl.constexpr, TAPS_H: tl.constexpr, TAPS_W: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, PLANES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
+    """A program owns BLOCK_C channels, the columns, with all their taps and their bias gradient, and one of ``splits``
+    chunks of the boxes of PLANES x BLOCK_H x BLOCK_W cells, the depth. Rows are the cells of a plane of the box.
+    """
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     BLOCKS_C: tl.constexpr = ceil_div(GROUPS, BLOCK_C)
     TAPS: tl.constexpr = product(KERNEL)
@@ -90,21 +93,21 @@ def backward_weight_depthwise_cells_kernel(
     ACROSS: tl.constexpr = (SLOTS[1], SLOTS[2])
     PLANE: tl.constexpr = SLOTS[1] * SLOTS[2]
     PLACES: tl.constexpr = (STRIDE[1], STRIDE[2])
-    APART: tl.constexpr = STRIDE[2] > 1
+    SCATTERED: tl.constexpr = STRIDE[2] > 1
     block_c, split = tl.program_id(0) % BLOCKS_C, tl.program_id(0) // BLOCKS_C
     channel = widened(block_c * BLOCK_C + tl.arange(0, BLOCK_C)[None, :], WIDE)  # (1, BLOCK_C)
     split = widened(split, WIDE)
     mask_c = channel < GROUPS
     count = (tl.cdiv(out_size[0], STRIDE[0]), tl.cdiv(out_size[1], STRIDE[1]), tl.cdiv(out_size[2], STRIDE[2]))
-    chunks = tl.cdiv(count[0], PLANES)
-    columns = n * chunks * tl.cdiv(count[1], BLOCK_H) * tl.cdiv(count[2], BLOCK_W)
+    walks = tl.cdiv(count[0], PLANES)
+    columns = n * walks * tl.cdiv(count[1], BLOCK_H) * tl.cdiv(count[2], BLOCK_W)
     low, high = chunk(split, splits, columns)
     zero = tl.zeros((BLOCK_H * BLOCK_W, BLOCK_C), tl.float32)
 
     sums = filled(zero, TAPS + (bias_partial_ptr is not None))
     for index in range(low, high):
-        image, chunk_d, h, w = tile_at(index, chunks, (count[1], count[2]), BLOCK_H, BLOCK_W, WIDE)
-        first = chunk_d * PLANES
+        image, walk_d, h, w = tile_at(index, walks, (count[1], count[2]), BLOCK_H, BLOCK_W, WIDE)
+        first = walk_d * PLANES
         last = tl.minimum(first + PLANES, count[0])
         lane_h, lane_w = lanes(h, w, BLOCK_H, BLOCK_W)
         out_h, out_w = lane_h * STRIDE[1], lane_w * STRIDE[2]
@@ -122,8 +125,9 @@ def backward_weight_depthwise_cells_kernel(
             plane += 1
         next_x = load_slots(x_tile, x_masks, plane, inside(plane, size[0]), x_strides, ACROSS)
         next_y = load_cell(
-            y_tile, y_masks, first, last=last, planes=out_size[0], strides=grad_y_strides, STRIDE=STRIDE, APART=APART
-        )
+            y_tile, y_masks, first, last=last, planes=out_size[0], strides=grad_y_strides,
+            STRIDE=STRIDE, SCATTERED=SCATTERED,
+        )  # fmt: skip
         for cell in range(first, last):
             tiles, outputs = tiles[PLANE:] + floats(next_x), floats(next_y)
             plane += 1
@@ -131,7 +135,7 @@ def backward_weight_depthwise_cells_kernel(
             next_x = load_slots(x_tile, x_masks, plane, there, x_strides, ACROSS)
             next_y = load_cell(
                 y_tile, y_masks, cell + 1, last=last, planes=out_size[0], strides=grad_y_strides,
-                STRIDE=STRIDE, APART=APART,
+                STRIDE=STRIDE, SCATTERED=SCATTERED,
             )  # fmt: skip
             sums = correlated(
                 sums, tiles, outputs, SLOTS=SLOTS, KERNEL=KERNEL, PLACES=STRIDE,
@@ -158,8 +162,8 @@ def backward_weight_depthwise_cells_kernel(
 def launches(problem, config, x, grad_y, need_bias):
     sums = depthwise_gradients(problem, config, x, grad_y, need_bias)
     if not sums.nothing:
-        programs, far = math.ceil(problem.c_out / config["BLOCK_C"]), wide(x, grad_y, sums.partial, of=problem)
-        sums.launch(backward_weight_depthwise_cells_kernel, programs, **cells.windows(problem), WIDE=far)
+        blocks, wide_offsets = math.ceil(problem.c_out / config["BLOCK_C"]), wide(x, grad_y, sums.partial, of=problem)
+        sums.launch(backward_weight_depthwise_cells_kernel, blocks, **cells.windows(problem), WIDE=wide_offsets)
     return sums.results()
 
 
@@ -169,7 +173,7 @@ def supports(problem: Problem, device: torch.device) -> str | None:
 
 def default(problem: Problem, device: torch.device):
     counts = cells.counts(problem)
-    config = cells.tile(problem.layout, problem.c_out, counts, problem.n)
+    config = cells.tile_sizes(problem.layout, problem.c_out, counts, problem.n)
     columns = depthwise.programs(problem.n, problem.c_out, counts, (1, 1), config)
     blocks = math.ceil(problem.c_out / config["BLOCK_C"])
     # The partials of many channels are long: one program for each that fits at a time, so that all end together.

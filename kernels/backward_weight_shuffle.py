@@ -74,10 +74,8 @@ def backward_weight_shuffle_kernel(
     arrivals_ptr,  # (programs of one split,) int32, zeros: the last one of a tile adds up its partials; or None
     total_ptr,  # (c_in, c_out, taps), dense, or None without arrivals
     total_bias_ptr,  # (c_out,), or None
-    n, d_in, h_in, w_in, d_out, h_out, w_out, d_crop, h_crop, w_crop,
-    splits, x_strides, grad_y_strides,
-    C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
-    KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr, ROWS: tl.constexpr,
+    n, d_in, h_in, w_in, splits, x_strides, grad_y_strides,
+    C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr, KERNEL: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr,
     VOXELS_INNER: tl.constexpr,  # of x and of grad_y: see load_voxels
     W_STEP: tl.constexpr,  # with ROWS: divides w_in and the strides across w, those of grad_y KERNEL[2] times
@@ -87,8 +85,8 @@ def backward_weight_shuffle_kernel(
     """A program owns BLOCK_M rows (tap, output channel) x BLOCK_N input channels of grad_weight, and one of ``splits``
     chunks of the n*d*h*w voxels of x, the depth; that of the first input channels owns its channels' bias too.
 
-    KERNEL is STRIDE, and nothing is cropped. Voxels count in 32 bits unless FAR_IDS, also where their offsets take 64
-    (WIDE).
+    KERNEL is the stride too, and nothing is cropped. Voxels count in 32 bits unless FAR_IDS, also where their offsets
+    take 64 (WIDE).
     """
     x_strides = aligned(x_strides, UNITS, 0)
     grad_y_strides = aligned(grad_y_strides, UNITS, 1)
@@ -169,31 +167,31 @@ def backward_weight_shuffle_kernel(
     weights = by_channel_and_tap(acc.to(partial_ptr.dtype.element_ty), TAPS, ACROSS, ROWS)  # (BLOCK_N, BLOCK_M)
     column = tl.arange(0, BLOCK_M)
     if TAPS == ALL:  # neighbours in memory
-        place = channel_tile * BLOCK_M + column
-        mask_w = mask_n[:, None] & (place < C_OUT * ALL)[None, :]
+        offs_w = channel_tile * BLOCK_M + column
+        mask_w = mask_n[:, None] & (offs_w < C_OUT * ALL)[None, :]
     else:
         channel_w, tap_w = channel_tile * CHANNELS + column // TAPS, tap_tile * TAPS + column % TAPS
-        place = channel_w * ALL + tap_w
+        offs_w = channel_w * ALL + tap_w
         mask_w = mask_n[:, None] & ((channel_w < C_OUT) & (tap_w < ALL))[None, :]
-    places = ((group * C_IN + ci) * (C_OUT * ALL))[:, None] + place[None, :]
+    offsets = ((group * C_IN + ci) * (C_OUT * ALL))[:, None] + offs_w[None, :]
     step = widened(GROUPS * C_IN * C_OUT * ALL, WIDE)
-    tl.store(partial_ptr + (split * step + places), weights, mask=mask_w)
+    tl.store(partial_ptr + (split * step + offsets), weights, mask=mask_w)
     if bias_partial_ptr is not None:
         if not ROWS and ONES:  # all columns are alike
             sums = tl.where(tl.arange(0, ONES)[None, :] == 0, sums, 0.0)
         biases = tl.sum(tl.sum(sums, 1).reshape(BLOCK_M // SIDE // CHANNELS, CHANNELS), 0)  # (CHANNELS,)
         channel_b = channel_tile * CHANNELS + tl.arange(0, CHANNELS)
         mask_b = channel_b + tile_n * C_OUT < C_OUT  # of the first input channels alone
-        place_b = group * C_OUT + channel_b
-        bias_ptrs = bias_partial_ptr + ((split * TAP_TILES + tap_tile) * (GROUPS * C_OUT) + place_b)
+        offs_b = group * C_OUT + channel_b
+        bias_ptrs = bias_partial_ptr + ((split * TAP_TILES + tap_tile) * (GROUPS * C_OUT) + offs_b)
         tl.store(bias_ptrs, biases.to(bias_partial_ptr.dtype.element_ty), mask=mask_b)
     if arrivals_ptr is not None:  # noqa: SIM102
         if last_to_arrive(arrivals_ptr, tile, splits):
-            weights = sum_in_order(partial_ptr, step, splits, places, mask_w, ahead(BLOCK_M * BLOCK_N))
-            tl.store(total_ptr + places, weights.to(total_ptr.dtype.element_ty), mask=mask_w)
+            weights = sum_in_order(partial_ptr, step, splits, offsets, mask_w, ahead(BLOCK_M * BLOCK_N))
+            tl.store(total_ptr + offsets, weights.to(total_ptr.dtype.element_ty), mask=mask_w)
             if bias_partial_ptr is not None:
-                biases = sum_in_order(bias_partial_ptr, GROUPS * C_OUT, splits, place_b, mask_b, ahead(CHANNELS))
-                tl.store(total_bias_ptr + place_b, biases.to(total_bias_ptr.dtype.element_ty), mask=mask_b)
+                biases = sum_in_order(bias_partial_ptr, GROUPS * C_OUT, splits, offs_b, mask_b, ahead(CHANNELS))
+                tl.store(total_bias_ptr + offs_b, biases.to(total_bias_ptr.dtype.element_ty), mask=mask_b)
 
 
 def launches(problem, config, x, grad_y, need_bias):

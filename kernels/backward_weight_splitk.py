@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from tritonconv.kernels import triton_taps
-from tritonconv.kernels.triton_arrival import ARRIVE, ahead, last_to_arrive, sum_in_order
+from tritonconv.kernels.triton_arrival import ARRIVE
 from tritonconv.kernels.triton_channels_last import copying
 from tritonconv.kernels.triton_device import (
     aligned,
@@ -29,8 +29,8 @@ from tritonconv.kernels.triton_device import (
     widened,
 )
 from tritonconv.kernels.triton_launch import RUN_TIME, accounting, refusal
-from tritonconv.kernels.triton_split_gemm import SplitGemm, store_channel_sums
-from tritonconv.kernels.triton_taps import in_spans, spans, tap_lanes, voxel_words
+from tritonconv.kernels.triton_split_gemm import SplitGemm, store_channel_sums, store_weights, strided
+from tritonconv.kernels.triton_taps import lanes_inside, spans, tap_lanes
 from tritonconv.kernels.variant import SPREADS_VOXELS, Variant
 from tritonconv.problem import Problem
 
@@ -51,21 +51,21 @@ def store_weight_tile(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr,
     Y_VOXELS_INNER: tl.constexpr, X_VOXELS_INNER: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Writes a chunk's sum of one tile of grad_weight; with arrivals, that of all chunks too.
+    """The work of one program on a tile of grad_weight: rows (tap, output channel) x columns (input channel), summed
+    over the voxels of its chunk.
 
     The arguments are those of :func:`backward_weight_splitk_kernel`; ``tile + first_tile`` is the place of the tile's
     counter.
     """
-    ROWS: tl.constexpr = product(KERNEL) * C_OUT
-    SAME_TAP: tl.constexpr = C_OUT % 8 == 0  # of the channels that one load takes: cheap to mask one by one
-    TILES_M: tl.constexpr = ceil_div(ROWS, BLOCK_M)
+    M: tl.constexpr = product(KERNEL) * C_OUT
+    TILES_M: tl.constexpr = ceil_div(M, BLOCK_M)
     TILES_N: tl.constexpr = ceil_div(C_IN, BLOCK_N)
     group = tile // (TILES_M * TILES_N)
     offs_m = tile % TILES_M * BLOCK_M + tl.arange(0, BLOCK_M)  # (tap, output channel)
     offs_n = tile // TILES_M % TILES_N * BLOCK_N + tl.arange(0, BLOCK_N)
     group, offs_m, offs_n = widened(group, WIDE), widened(offs_m, WIDE), widened(offs_n, WIDE)
-    tap, td, th, tw, co, wanted = tap_lanes(offs_m, C_OUT, KERNEL)
-    mask_m, mask_n = offs_m < ROWS, offs_n < C_IN
+    tap, td, th, tw, co, words = tap_lanes(offs_m, C_OUT, KERNEL)
+    mask_m, mask_n = offs_m < M, offs_n < C_IN
     ci = group * C_IN + offs_n
     vd, vh, vw = td * DILATION[0], th * DILATION[1], tw * DILATION[2]
     # The voxels are the last axis of both operands, so that the lanes of a warp run along them wherever the channels
@@ -81,18 +81,13 @@ def store_weight_tile(
     # Of i*stride - crop + tap the loop adds only i*stride.
     cut = (widened(crop[0], WIDE), widened(crop[1], WIDE), widened(crop[2], WIDE))
     grad_y_rows -= cut[0] * grad_y_strides[2] + cut[1] * grad_y_strides[3] + cut[2] * grad_y_strides[4]
-    y_strides = (
-        grad_y_strides[0], grad_y_strides[1], widened(grad_y_strides[2], WIDE) * STRIDE[0],
-        widened(grad_y_strides[3], WIDE) * STRIDE[1], widened(grad_y_strides[4], WIDE) * STRIDE[2],
-    )  # fmt: skip
+    y_strides = strided(grad_y_strides, STRIDE, WIDE)
     for tile_k in range(first, last):
         image, d, h, w, mask_k = voxels(tile_k, n, size, BLOCK_K, BLOCK_W, WIDE, by)
-        if SAME_TAP:
-            hit = in_spans(tl.where(mask_k, d, -1), h, w, lanes, WIDE)  # -1 is below every span
-        else:
-            od, oh, ow = d * STRIDE[0] - crop[0], h * STRIDE[1] - crop[1], w * STRIDE[2] - crop[2]
-            words = voxel_words(od, oh, ow, mask_k, out_size, KERNEL, DILATION)
-            hit = (words[None, :] & wanted[:, None]) == wanted[:, None]  # (BLOCK_M, BLOCK_K)
+        hit = lanes_inside(
+            d, h, w, mask_k, lanes, words, cut=crop, size=out_size,
+            CHANNELS=C_OUT, STRIDE=STRIDE, KERNEL=KERNEL, DILATION=DILATION, WIDE=WIDE,
+        )  # fmt: skip
         grad_y_columns = offset(y_strides, image, 0, d, h, w)[None, :]
         grad_y_tile = load_lanes(grad_y_rows + grad_y_columns, hit, Y_VOXELS_INNER)  # (BLOCK_M, BLOCK_K)
         x_columns = offset(x_strides, image, 0, d, h, w)[None, :]
@@ -100,18 +95,11 @@ def store_weight_tile(
         x_tile = load_lanes(x_rows + x_columns, x_mask, X_VOXELS_INNER)  # (BLOCK_N, BLOCK_K)
         acc = tl.dot(grad_y_tile, tl.trans(x_tile), acc, input_precision=PRECISION)
 
-    rows = widened(split, WIDE) * partial_strides[0] + co * partial_strides[2] + tap * partial_strides[3]
-    partial_ptrs = partial_ptr + rows[:, None] + (ci * partial_strides[1])[None, :]
-    tl.store(partial_ptrs, acc.to(partial_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
-    if arrivals_ptr is not None:  # noqa: SIM102
-        if last_to_arrive(arrivals_ptr, tile + first_tile, splits):
-            places = (co * partial_strides[2] + tap * partial_strides[3])[:, None] + (ci * partial_strides[1])[None, :]
-            mask = mask_m[:, None] & mask_n[None, :]
-            step = widened(partial_strides[0], WIDE)
-            sums = sum_in_order(partial_ptr, step, splits, places, mask, ahead(BLOCK_M * BLOCK_N))
-            rows, columns = co * product(KERNEL) + tap, ci * (C_OUT * product(KERNEL))
-            total_ptrs = total_ptr + rows[:, None] + columns[None, :]
-            tl.store(total_ptrs, sums.to(total_ptr.dtype.element_ty), mask=mask)
+    store_weights(
+        acc, partial_ptr, arrivals_ptr, total_ptr, partial_strides, tile=tile + first_tile, split=split, splits=splits,
+        co=co, tap_m=tap, ci=ci, tap_n=0, mask=mask_m[:, None] & mask_n[None, :],
+        C_OUT=C_OUT, TAPS=product(KERNEL), WIDE=WIDE,
+    )  # fmt: skip
 
 
 @triton.jit(launch_metadata=accounting, do_not_specialize=(*RUN_TIME, "splits"))
@@ -132,6 +120,11 @@ def backward_weight_splitk_kernel(
     Y_VOXELS_INNER: tl.constexpr, X_VOXELS_INNER: tl.constexpr,
     UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """A program owns one of ``splits`` chunks of the voxels of x, the depth, and of that chunk's grad_weight BLOCK_M
+    rows (tap, output channel) x BLOCK_N columns (input channel), or BIAS_C channels of its grad_bias.
+
+    A step of the former has BLOCK_K voxels, one of the bias BIAS_V voxels of grad_y in rows of BIAS_W along w.
+    """
     x_strides = aligned(x_strides, UNITS, 0)
     grad_y_strides = aligned(grad_y_strides, UNITS, 1)
     partial_strides = aligned(partial_strides, UNITS, 2)

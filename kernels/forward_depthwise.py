@@ -95,7 +95,8 @@ def supports(problem: Problem, device: torch.device) -> str | None:
 def default(problem: Problem, device: torch.device):
     places = problem.stride[1:]
     elements = max(128, min(1024, ELEMENTS[problem.layout] // (places[0] * places[1])))
-    config = depthwise.tile(problem.layout, problem.c_out, depthwise.lane_counts(problem.out_size, places), elements)
+    counts = depthwise.lane_counts(problem.out_size, places)
+    config = depthwise.tile_sizes(problem.layout, problem.c_out, counts, elements)
     if problem.dtype.itemsize == 4:  # 4 warps of float32 spill on sm_80 and sm_100
         config["num_warps"] = 8
     config["PLANES"] = depthwise.planes(problem, problem.c_out, problem.out_size, places, config)

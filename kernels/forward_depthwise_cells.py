@@ -119,7 +119,7 @@ def supports(problem: Problem, device: torch.device) -> str | None:
 
 
 def default(problem: Problem, device: torch.device):
-    config = cells.tile(problem.layout, problem.c_out, cells.counts(problem), problem.n)
+    config = cells.tile_sizes(problem.layout, problem.c_out, cells.counts(problem), problem.n)
     return {**config, "WEIGHT": depthwise.weight_order(problem)}
 
 

@@ -59,6 +59,36 @@ def store_channel_sums(
             tl.store(total_bias_ptr + channel, sums.to(total_bias_ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def strided(strides, STRIDE: tl.constexpr, WIDE: tl.constexpr):
+    """The strides of grad_y from the outputs of one input voxel to those of the next."""
+    along_d, along_h = widened(strides[2], WIDE) * STRIDE[0], widened(strides[3], WIDE) * STRIDE[1]
+    return strides[0], strides[1], along_d, along_h, widened(strides[4], WIDE) * STRIDE[2]
+
+
+@triton.jit
+def store_weights(
+    acc, partial_ptr, arrivals_ptr, total_ptr, partial_strides, tile, split, splits, co, tap_m, ci, tap_n, mask,
+    C_OUT: tl.constexpr, TAPS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Writes a chunk's sum of one tile of grad_weight; with arrivals, that of all chunks too.
+
+    Rows are output channels ``co`` and columns input channels ``ci``, both with a part of the tap, ``tap_m + tap_n``;
+    ``tile`` is the place of the tile's counter.
+    """
+    rows = widened(split, WIDE) * partial_strides[0] + co * partial_strides[2] + tap_m * partial_strides[3]
+    columns = ci * partial_strides[1] + tap_n * partial_strides[3]
+    tl.store(partial_ptr + rows[:, None] + columns[None, :], acc.to(partial_ptr.dtype.element_ty), mask=mask)
+    if arrivals_ptr is not None:  # noqa: SIM102
+        if last_to_arrive(arrivals_ptr, tile, splits):
+            offsets = (co * partial_strides[2] + tap_m * partial_strides[3])[:, None] + columns[None, :]
+            step = widened(partial_strides[0], WIDE)
+            sums = sum_in_order(partial_ptr, step, splits, offsets, mask, ahead(acc.shape[0] * acc.shape[1]))
+            rows, columns = co * TAPS + tap_m, ci * (C_OUT * TAPS) + tap_n
+            total_ptrs = total_ptr + rows[:, None] + columns[None, :]
+            tl.store(total_ptrs, sums.to(total_ptr.dtype.element_ty), mask=mask)
+
+
 class SplitGemm(NamedTuple):
     """``rows`` x ``columns`` of each group, summed over the n voxels or cells of ``size``."""
 
