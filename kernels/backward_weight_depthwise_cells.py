@@ -78,14 +78,16 @@ def backward_weight_depthwise_cells_kernel(
     total_bias_ptr,  # (c,), or None
     n, d_in, h_in, w_in, d_out, h_out, w_out, d_crop, h_crop, w_crop,
     splits, x_strides, grad_y_strides,
-    C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
-    KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
-    FIRST: tl.constexpr, TAPS_D: tl.constexpr, TAPS_H: tl.constexpr, TAPS_W: tl.constexpr,
+    GROUPS: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr,
+    FIRST: tl.constexpr, SLOT_TAPS: tl.constexpr,  # (d, h, w), as cells.windows has them
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, PLANES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """A program owns BLOCK_C channels, the columns, with all their taps and their bias gradient, and one of ``splits``
     chunks of the boxes of PLANES x BLOCK_H x BLOCK_W cells, the depth. Rows are the cells of a plane of the box.
     """
+    TAPS_D: tl.constexpr = SLOT_TAPS[0]
+    TAPS_H: tl.constexpr = SLOT_TAPS[1]
+    TAPS_W: tl.constexpr = SLOT_TAPS[2]
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     BLOCKS_C: tl.constexpr = ceil_div(GROUPS, BLOCK_C)
     TAPS: tl.constexpr = product(KERNEL)
@@ -162,8 +164,14 @@ def backward_weight_depthwise_cells_kernel(
 def launches(problem, config, x, grad_y, need_bias):
     sums = depthwise_gradients(problem, config, x, grad_y, need_bias)
     if not sums.nothing:
-        blocks, wide_offsets = math.ceil(problem.c_out / config["BLOCK_C"]), wide(x, grad_y, sums.partial, of=problem)
-        sums.launch(backward_weight_depthwise_cells_kernel, blocks, **cells.windows(problem), WIDE=wide_offsets)
+        windows, blocks = cells.windows(problem), math.ceil(problem.c_out / config["BLOCK_C"])
+        sums.launch(
+            backward_weight_depthwise_cells_kernel,
+            blocks,
+            FIRST=windows["FIRST"],
+            SLOT_TAPS=tuple(windows[f"TAPS_{axis}"] for axis in "DHW"),
+            WIDE=wide(x, grad_y, sums.partial, of=problem),
+        )
     return sums.results()
 
 
