@@ -35,6 +35,9 @@ def backward_data_depthwise_kernel(
     UNROLL_H: tl.constexpr, UNROLL_W: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, PLANES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
+    """A program owns BLOCK_H x BLOCK_W lanes of UNROLL_H x UNROLL_W voxels of grad_x, the rows, x BLOCK_C channels, the
+    columns, and PLANES planes. The depth is (output of the channel, tap).
+    """
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     PLACES: tl.constexpr = (UNROLL_H, UNROLL_W)
     count = (tl.cdiv(size[1], UNROLL_H), tl.cdiv(size[2], UNROLL_W))

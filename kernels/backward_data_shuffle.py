@@ -50,6 +50,9 @@ def backward_data_shuffle_kernel(
     VOXELS_INNER: tl.constexpr, UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
     WAIT: tl.constexpr,
 ):  # fmt: skip
+    """A program owns BLOCK_M rows (voxels of grad_x) x BLOCK_N columns (input channels) of a group; the depth is (tap,
+    output channel).
+    """
     grad_y_strides = aligned(grad_y_strides, UNITS, 0)
     w_strides = aligned(w_strides, UNITS, 1)
     grad_x_strides = aligned(grad_x_strides, UNITS, 2)

@@ -55,6 +55,9 @@ def sum_partials_kernel(
     TAPS: tl.constexpr, OTHER: tl.constexpr,  # flat is (OTHER, TAPS) in ``out``, (TAPS, OTHER) in ``partial``; or 0
     BLOCK_S: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_I: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
+    """A program owns BLOCK_F x BLOCK_I sums, and adds BLOCK_S splits at a time; those behind the last tile own the
+    bias's.
+    """
     flat = multiple(flat, FLAT_STEP)
     tiles_f, tiles_i = tl.cdiv(flat, BLOCK_F), tl.cdiv(INNER, BLOCK_I)
     tile, tiles = tl.program_id(0), batch * tiles_f * tiles_i
