@@ -48,8 +48,8 @@ def backward_together_kernel(
     grad_y_ptr,  # (n, c_out, od, oh, ow)
     w_ptr,  # (c_in, c_out, taps)
     grad_x_ptr,  # (data_splits, n, c_in, d, h, w)
-    partial_ptr,  # (splits, c_in, c_out, taps)
-    bias_partial_ptr,  # (splits, c_out) or None
+    partial_ptr,  # (splits, c_in, c_out, taps): the sums of chunks, or grad_weight itself
+    bias_partial_ptr,  # (splits, c_out): those of grad_bias, or None
     arrivals_ptr, total_ptr, total_bias_ptr,  # as those of backward_weight_splitk_kernel
     n, d_in, h_in, w_in, d_out, h_out, w_out, d_crop, h_crop, w_crop,
     data_programs, data_splits, data_split_stride, splits,

@@ -69,7 +69,7 @@ def in_steps(strides, STEP: tl.constexpr):
 def backward_weight_shuffle_kernel(
     x_ptr,  # (n, c_in, d, h, w)
     grad_y_ptr,  # (n, c_out, d*kd, h*kh, w*kw)
-    partial_ptr,  # (splits, c_in, c_out, taps), dense
+    partial_ptr,  # (splits, c_in, c_out, taps), dense: the sums of chunks, or grad_weight itself
     bias_partial_ptr,  # (splits, tiles of a channel's taps, c_out), dense, or None
     arrivals_ptr,  # (programs of one split,) int32, zeros: the last one of a tile adds up its partials; or None
     total_ptr,  # (c_in, c_out, taps), dense, or None without arrivals

@@ -106,8 +106,8 @@ def store_weight_tile(
 def backward_weight_splitk_kernel(
     x_ptr,  # (n, c_in, d, h, w)
     grad_y_ptr,  # (n, c_out, od, oh, ow)
-    partial_ptr,  # (splits, c_in, c_out, taps)
-    bias_partial_ptr,  # (splits, c_out) or None
+    partial_ptr,  # (splits, c_in, c_out, taps): the sums of chunks, or grad_weight itself
+    bias_partial_ptr,  # (splits, c_out): those of grad_bias, or None
     arrivals_ptr,  # (programs of one split,) int32, zeros: the last one of a tile adds up its partials; or None
     total_ptr,  # (c_in, c_out, taps), dense, or None without arrivals
     total_bias_ptr,  # (c_out,), or None
