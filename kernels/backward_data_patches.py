@@ -15,7 +15,6 @@ import triton
 import triton.language as tl
 
 from tritonconv.kernels import triton_patches as patch
-from tritonconv.kernels import triton_tiles as tiles
 from tritonconv.kernels.targets import MULTIPROCESSORS
 from tritonconv.kernels.triton_convolution import backward_data
 from tritonconv.kernels.triton_device import (
@@ -36,8 +35,7 @@ from tritonconv.kernels.variant import SPREADS_WEIGHT, Config, Variant
 from tritonconv.kernels.work import WARP, Work, parts, size_of
 from tritonconv.problem import Problem
 
-LEAST_DEPTH, WIDEST = 16, 64  # of a product; columns of a program, for each a register of a thread
-LONG = 64  # places of a patch; with more of them half as many columns fit the registers
+LEAST_DEPTH = 16  # of a product
 
 
 @triton.jit(launch_metadata=accounting, do_not_specialize=RUN_TIME)
@@ -133,8 +131,7 @@ def _config(problem: Problem, warps: int, block_n: int, resident: int | None = N
 
 
 def default(problem: Problem, device: torch.device):
-    widest = WIDEST if patch.places(problem) <= LONG else WIDEST // 2
-    return _config(problem, 4, tiles.power_of_two(problem.c_in, 16, widest))
+    return _config(problem, 4, patch.columns(problem))
 
 
 def space(problem: Problem, device: torch.device):

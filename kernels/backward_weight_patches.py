@@ -15,7 +15,6 @@ import triton
 import triton.language as tl
 
 from tritonconv.kernels import triton_patches as patch
-from tritonconv.kernels import triton_tiles as tiles
 from tritonconv.kernels.triton_buffers import copied, new
 from tritonconv.kernels.triton_device import ceil_div, chunk, dividers, multiple, product, voxel_tiles, widened
 from tritonconv.kernels.triton_launch import RUN_TIME, accounting, geometry, precision, wide
@@ -28,7 +27,7 @@ from tritonconv.kernels.variant import SPREADS_VOXELS, Config, Variant
 from tritonconv.kernels.work import WARP, Work, parts
 from tritonconv.problem import Problem
 
-LEAST_ROWS, WIDEST = 64, 64  # of a product on Hopper; columns of a program in the default
+LEAST_ROWS = 64  # of a product on Hopper
 
 
 @triton.jit(launch_metadata=accounting, do_not_specialize=(*RUN_TIME, "splits"))
@@ -159,12 +158,12 @@ def _sums(problem: Problem, config: Config) -> int:
 
 
 def default(problem: Problem, device: torch.device):
-    return _config(problem, 4, tiles.power_of_two(problem.c_in, 16, WIDEST))
+    return _config(problem, 4, patch.columns(problem))
 
 
 def space(problem: Problem, device: torch.device):
     base = default(problem, device)
-    widths = [n for n in (base["BLOCK_N"], base["BLOCK_N"] // 2, base["BLOCK_N"] * 2) if 16 <= n <= 2 * WIDEST]
+    widths = [n for n in (base["BLOCK_N"], base["BLOCK_N"] // 2, base["BLOCK_N"] * 2) if 16 <= n <= 2 * patch.WIDEST]
     configs = [base, *(_config(problem, warps, n) for warps in (4, 8) for n in widths)]
     configs += [_config(problem, 4, base["BLOCK_N"], waves) for waves in (1, 2, 4, 8)]
     configs += [{**base, "num_stages": stages} for stages in (2, 4)]

@@ -22,6 +22,7 @@ from tritonconv.problem import Problem
 
 MOST_CHANNELS = 5  # output channels; more are wide enough to be loaded side by side
 DEEPEST = {2: 128, 4: 64}  # places of a patch, by the bytes of an element: each has a register of a thread
+WIDEST, LONG = 64, 64  # columns of a program; places of a patch above which half as many fit the registers
 MOST_RESIDENT = 4  # programs per multiprocessor, where its registers allow
 REGISTERS = 1 << 16  # of a multiprocessor
 # Instructions of a thread in a step, for each place of its patch and each column, seen in the compiled loops (Triton
@@ -123,6 +124,11 @@ def padded(problem: Problem, least: int) -> int:
     return tiles.power_of_two(places(problem), least, max(DEEPEST.values()))
 
 
+def columns(problem: Problem) -> int:
+    """The default BLOCK_N."""
+    return tiles.power_of_two(problem.c_in, 16, WIDEST if places(problem) <= LONG else WIDEST // 2)
+
+
 def registers_of(problem: Problem, least: int, sums: int) -> int:
     """Of a thread that has one voxel's patch and so many sums, as compiled: 200 for 64 places and 64 sums."""
     return BASE_REGISTERS + padded(problem, least) + max(48, sums * 3 // 2)
@@ -147,18 +153,18 @@ def patch_work(
 
     ``moved`` and ``launches``: bytes and launches besides.
     """
-    item, columns, depth = problem.dtype.itemsize, config["BLOCK_N"], padded(problem, least)
+    item, wide, depth = problem.dtype.itemsize, config["BLOCK_N"], padded(problem, least)
     voxels_of = config["num_warps"] * WARP
-    tile, patch = voxels_of * columns * item, voxels_of * depth * item
+    tile, patch = voxels_of * wide * item, voxels_of * depth * item
     memory = problem.bytes(pass_name) + moved
     # From L2 each tile has the rows of grad_y that its voxels meet along d, and a halo along h.
     around = HALO * max(1.0, problem.kernel[0] / problem.stride[0])
-    sides = parts(problem.c_in, columns)
-    cached = size_of(problem, "x") + around * sides * size_of(problem, "y") + programs * columns * depth * item + moved
+    sides = parts(problem.c_in, wide)
+    cached = size_of(problem, "x") + around * sides * size_of(problem, "y") + programs * wide * depth * item + moved
     loaded = voxels_of * places(problem) * item * min(problem.stride[2], LINE // (WARP * item))
-    each = PER_STEP + PER_PLACE * places(problem) + PER_COLUMN * columns
+    each = PER_STEP + PER_PLACE * places(problem) + PER_COLUMN * wide
     return Work(
-        flops=2.0 * voxels_of * columns * depth * steps,
+        flops=2.0 * voxels_of * wide * depth * steps,
         memory_bytes=memory,
         cache_bytes=max(memory, cached),
         programs=programs,
@@ -166,7 +172,7 @@ def patch_work(
         registers=registers_of(problem, least, sums),
         warps=config["num_warps"],
         launches=launches,
-        depth=steps / programs,
+        depth=steps / max(1, programs),
         ahead=1,
         sram_bytes=float(steps) * (loaded + 2 * patch + 2 * tile),
         instructions=float(steps) * config["num_warps"] * each,
