@@ -96,7 +96,7 @@ def patches(
         parts = parts + (tl.zeros((BLOCK,), grad_y_ptr.dtype.element_ty),)  # type: ignore[assignment]  # noqa: RUF005
     for level in tl.static_range(levels(PLACES)):
         parts = halved(parts, PLACES >> (level + 1))
-    return tl.reshape(parts[0], (BLOCK, PLACES))
+    return tl.reshape(parts[0], (BLOCK, PLACES))  # type: ignore[misc]
 
 
 def places(problem: Problem) -> int:
