@@ -30,8 +30,8 @@ from tritonconv.kernels.triton_device import (
 from tritonconv.kernels.triton_launch import RUN_TIME, accounting, empty, multiprocessors
 from tritonconv.kernels.triton_patches import padded, patches, refused
 from tritonconv.kernels.triton_target import step_of
-from tritonconv.kernels.triton_weights import preferred
 from tritonconv.kernels.variant import SPREADS_WEIGHT, Config, Variant
+from tritonconv.kernels.weight_orders import AS_GIVEN
 from tritonconv.kernels.work import WARP, Work, parts, size_of
 from tritonconv.problem import Problem
 
@@ -125,7 +125,7 @@ def _config(problem: Problem, warps: int, block_n: int, resident: int | None = N
         "BLOCK_N": block_n,
         "num_warps": warps,
         "num_stages": 1,  # all loads of the loop are narrow: they come through registers
-        "WEIGHT": preferred(problem, "backward_data"),
+        "WEIGHT": AS_GIVEN,  # read once by a program, taps side by side
         "RESIDENT": resident or patch.resident(problem, LEAST_DEPTH, block_n, warps),
     }
 
