@@ -16,6 +16,7 @@ Words: *rows* are in one of two orders.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 import triton
@@ -38,12 +39,15 @@ from tritonconv.kernels.triton_device import (
     voxels,
     widened,
 )
+from tritonconv.kernels.triton_fold import folded, folded_outputs
+from tritonconv.kernels.triton_fold import pays as fold_pays
 from tritonconv.kernels.triton_launch import RUN_TIME, WIDE_FROM, accounting, geometry, precision, refusal, wide
 from tritonconv.kernels.triton_launch import launch as run
-from tritonconv.kernels.triton_reduce import sum_parts
+from tritonconv.kernels.triton_reduce import sum_parts, sum_volumes
 from tritonconv.kernels.triton_shuffle_tiles import tile_taps
 from tritonconv.kernels.triton_target import STEP, compute_capability
-from tritonconv.kernels.variant import Variant
+from tritonconv.kernels.variant import FOLD, Config, Variant
+from tritonconv.kernels.work import Work
 from tritonconv.problem import Problem
 
 
@@ -203,14 +207,18 @@ def launches(problem, config, x, grad_y, need_bias):
     grad_bias = new((problem.c_out,), x, zero=nothing) if need_bias else None
     if nothing:
         return grad_weight, grad_bias
-    config, split_programs = dict(config), shuffle.programs(problem, config)
-    arrive, splits = shuffle.sums_itself(problem, config), config.pop("SPLITS")
+    config, across = dict(config), 1  # taps that count as channels
+    if config.pop(FOLD, 0):
+        across = problem.kernel[2]
+        problem, grad_y = folded(problem), folded_outputs(grad_y, across)
+    split_programs = shuffle.programs(problem, config)
+    arrive, splits = across == 1 and shuffle.sums_itself(problem, config), config.pop("SPLITS")
     tap_parts = shuffle.tap_tiles(problem, config)
     config.pop(ARRIVE, None)
     partial, bias_partial = grad_weight, grad_bias
-    if splits > 1:
+    if splits * across > 1:
         partial = new((splits, *problem.weight_shape), x, torch.float32)
-    if need_bias and splits * tap_parts > 1:
+    if need_bias and splits * tap_parts * across > 1:
         bias_partial = new((splits * tap_parts, problem.c_out), x, torch.float32)
     run(
         backward_weight_shuffle_kernel,
@@ -235,12 +243,24 @@ def launches(problem, config, x, grad_y, need_bias):
         FAR_IDS=math.prod(grad_y.shape) // problem.c_out >= WIDE_FROM or max(grad_y.shape[2:]) >= FAR // 2,
         PRECISION=precision(problem.dtype),
     )
+    if across > 1:
+        _sum_folded(partial, grad_weight, bias_partial, grad_bias, across)
+        return grad_weight, grad_bias
     if splits > 1 and not arrive:
         together = need_bias and tap_parts == 1
         sum_parts(partial, grad_weight, *((bias_partial, grad_bias) if together else ()))
     if bias_partial is not None and grad_bias is not None and tap_parts > 1:
         sum_parts(bias_partial, grad_bias)
     return grad_weight, grad_bias
+
+
+def _sum_folded(partial, grad_weight, bias_partial, grad_bias, across: int) -> None:
+    """Adds partials whose taps along w, ``across``, lie before the channels, where a weight has them last."""
+    splits, c_in = partial.shape[:2]
+    parted = partial.view(lambda tensor: tensor.view(splits, c_in, across, 1, 1, -1))
+    sum_volumes(parted, grad_weight.view(lambda tensor: tensor.view(c_in, -1, across, 1, 1)))
+    if grad_bias is not None:
+        sum_parts(bias_partial.view(lambda tensor: tensor.view(-1, grad_bias.numel())), grad_bias)
 
 
 def _width_step(problem: Problem, x, grad_y) -> int:
@@ -262,9 +282,29 @@ def supports(problem: Problem, device: torch.device) -> str | None:
     return refusal(problem, device)
 
 
+def space(problem: Problem, device: torch.device):
+    configs = shuffle.space(problem, device)
+    if fold_pays(problem):
+        around = shuffle.space(folded(problem), device)
+        configs += tuple({**config, FOLD: 1} for config in around if not config.get(ARRIVE))
+    return configs
+
+
+def work(problem: Problem, config: Config) -> Work:
+    if not config.get(FOLD):
+        return shuffle.work(problem, config)
+    counts = shuffle.work(folded(problem), {**config, ARRIVE: 0})
+    return replace(counts, launches=2 + problem.bias)
+
+
+def workspace_bytes(problem: Problem) -> int:
+    most = shuffle.workspace_bytes(problem)
+    return max(most, shuffle.workspace_bytes(folded(problem))) if fold_pays(problem) else most
+
+
 VARIANT = Variant(
     "backward_weight_shuffle", "backward_weight",
     "kernel = stride: one GEMM over all taps and voxels, the bias gradient in the same pass", "triton",
-    launches=launches, supports=supports, space=shuffle.space, default=shuffle.default, options=(ARRIVE,),
-    workspace_bytes=shuffle.workspace_bytes, work=shuffle.work,
+    launches=launches, supports=supports, space=space, default=shuffle.default, options=(ARRIVE, FOLD),
+    workspace_bytes=workspace_bytes, work=work,
 )  # fmt: skip
