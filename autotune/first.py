@@ -3,7 +3,7 @@
 Variants are compared by their default configs, then the configs of the best one, by the cost model's time with the
 factors and corrections from measurements (``fit.py``). torch's own stays unless a kernel is expected to beat it by a
 margin. Only variants that were timed take part, in the forms that were, and no config that gives phases programs of
-their own (key APART): those were not timed.
+their own (key APART) or counts taps as channels (key FOLD): those were not timed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tritonconv.autotune.fit import Fit, place, shipped_fit
 from tritonconv.autotune.rules import FALLBACK
 from tritonconv.autotune.serving import HOPPER
 from tritonconv.kernels.registry import variant, variants
-from tritonconv.kernels.variant import APART, NO_CONFIG, Config, Variant
+from tritonconv.kernels.variant import APART, FOLD, NO_CONFIG, Config, Variant
 from tritonconv.problem import Problem
 
 MARGIN = 0.92  # of torch's own time that a kernel must be expected to take at most; chosen by the left-out layers
@@ -48,7 +48,11 @@ def first(problem: Problem, device: torch.device, pass_name: str, ceilings: Ceil
     ]
     if candidates:
         _, record, best = min(candidates, key=lambda candidate: candidate[0])
-        near = [config for config in model.around(record, problem, device, best) if not config.get(APART)]
+        near = [
+            config
+            for config in model.around(record, problem, device, best)
+            if not (config.get(APART) or config.get(FOLD))
+        ]
         candidates += [(expected_ms(record, config), record, config) for config in near]
     torch_ms = fitted.torch_ms(problem, pass_name, ceilings)
     reason = f"nothing was tuned near this size; the cost model expects torch's own to take {torch_ms * 1e3:.3g} us"

@@ -16,6 +16,7 @@ Words: *rows* are in one of two orders.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 import triton
@@ -37,12 +38,15 @@ from tritonconv.kernels.triton_device import (
     voxels,
     widened,
 )
+from tritonconv.kernels.triton_fold import folded, folded_outputs
+from tritonconv.kernels.triton_fold import pays as fold_pays
 from tritonconv.kernels.triton_launch import RUN_TIME, WIDE_FROM, accounting, precision, refusal, wide
 from tritonconv.kernels.triton_partials import WeightGradients
-from tritonconv.kernels.triton_reduce import sum_parts
+from tritonconv.kernels.triton_reduce import sum_parts, sum_volumes
 from tritonconv.kernels.triton_shuffle_tiles import tile_taps
 from tritonconv.kernels.triton_target import STEP, compute_capability
-from tritonconv.kernels.variant import Variant
+from tritonconv.kernels.variant import FOLD, Config, Variant
+from tritonconv.kernels.work import Work
 from tritonconv.problem import Problem
 
 
@@ -195,15 +199,19 @@ def backward_weight_shuffle_kernel(
 
 
 def launches(problem, config, x, grad_y, need_bias):
-    tap_parts = shuffle.tap_tiles(problem, config)
-    if not shuffle.sums_itself(problem, config):
-        config = {**config, ARRIVE: 0}
+    config = dict(config)
+    across = problem.kernel[2] if config.pop(FOLD, 0) else 1  # taps that count as channels
+    if across > 1 or not shuffle.sums_itself(problem, config):
+        config[ARRIVE] = 0
     sums = WeightGradients(problem, config, x, grad_y, need_bias)
     if sums.nothing:
         return sums.results()
-    if sums.splits > 1:
+    if across > 1:
+        problem, grad_y = sums.problem, sums.grad_y = folded(problem), folded_outputs(grad_y, across)
+    tap_parts = shuffle.tap_tiles(problem, config)
+    if sums.splits * across > 1:
         sums.split_weight(*problem.weight_shape)
-    if sums.splits * tap_parts > 1:
+    if sums.splits * tap_parts * across > 1:
         sums.split_bias(sums.splits * tap_parts)
     sums.launch(
         backward_weight_shuffle_kernel,
@@ -215,7 +223,19 @@ def launches(problem, config, x, grad_y, need_bias):
         FAR_IDS=math.prod(grad_y.shape) // problem.c_out >= WIDE_FROM or max(grad_y.shape[2:]) >= FAR // 2,
         PRECISION=precision(problem.dtype),
     )
+    if across > 1:
+        _sum_folded(sums.partial, sums.weight, sums.bias_partial, sums.bias, across)
+        return sums.weight, sums.bias
     return sums.results(sum_parts)
+
+
+def _sum_folded(partial, grad_weight, bias_partial, grad_bias, across: int) -> None:
+    """Adds partials whose taps along w, ``across``, lie before the channels, where a weight has them last."""
+    splits, c_in = partial.shape[:2]
+    parted = partial.view(lambda tensor: tensor.view(splits, c_in, across, 1, 1, -1))
+    sum_volumes(parted, grad_weight.view(lambda tensor: tensor.view(c_in, -1, across, 1, 1)))
+    if grad_bias is not None:
+        sum_parts(bias_partial.view(lambda tensor: tensor.view(-1, grad_bias.numel())), grad_bias)
 
 
 def _width_step(problem: Problem, x, grad_y) -> int:
@@ -237,9 +257,29 @@ def supports(problem: Problem, device: torch.device) -> str | None:
     return refusal(problem, device)
 
 
+def space(problem: Problem, device: torch.device):
+    configs = shuffle.space(problem, device)
+    if fold_pays(problem):
+        around = shuffle.space(folded(problem), device)
+        configs += tuple({**config, FOLD: 1} for config in around if not config.get(ARRIVE))
+    return configs
+
+
+def work(problem: Problem, config: Config) -> Work:
+    if not config.get(FOLD):
+        return shuffle.work(problem, config)
+    counts = shuffle.work(folded(problem), {**config, ARRIVE: 0})
+    return replace(counts, launches=2 + problem.bias)
+
+
+def workspace_bytes(problem: Problem) -> int:
+    most = shuffle.workspace_bytes(problem)
+    return max(most, shuffle.workspace_bytes(folded(problem))) if fold_pays(problem) else most
+
+
 VARIANT = Variant(
     "backward_weight_shuffle", "backward_weight",
     "kernel = stride: one GEMM over all taps and voxels, the bias gradient in the same pass", "triton",
-    launches=launches, supports=supports, space=shuffle.space, default=shuffle.default, options=(ARRIVE,),
-    workspace_bytes=shuffle.workspace_bytes, work=shuffle.work,
+    launches=launches, supports=supports, space=space, default=shuffle.default, options=(ARRIVE, FOLD),
+    workspace_bytes=workspace_bytes, work=work,
 )  # fmt: skip
