@@ -3,7 +3,7 @@
 Variants are compared by their default configs, then the configs of the best one, by the cost model's time with the
 factors and corrections from measurements (``fit.py``). torch's own stays unless a kernel is expected to beat it by a
 margin. Only variants that were timed take part, in the forms that were, and no config of a kind that was not: with an
-option of its variant (APART, SPLITS of a forward), or with steps of a quarter of the default's depth.
+option of its variant (APART, FOLD, SPLITS of a forward), or with steps of a quarter of the default's depth.
 """
 
 from __future__ import annotations

@@ -73,6 +73,9 @@ def backward_data_boxes_kernel(
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     VOXELS_LAST: tl.constexpr, UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
+    """A program owns every ``num_programs``-th tile. Rows: a box of BLOCK_D x BLOCK_H x BLOCK_W voxels of grad_x;
+    columns: BLOCK_N input channels; depth: (tap, output channel), by the phases of grad_y.
+    """
     x_strides = aligned(x_strides, UNITS, 0)
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     BLOCK_M: tl.constexpr = BLOCK_D * BLOCK_H * BLOCK_W

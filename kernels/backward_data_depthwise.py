@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from tritonconv.kernels import triton_depthwise as depthwise
-from tritonconv.kernels.triton_depthwise import add_window, far, filled, lanes, store_places, tile_of
+from tritonconv.kernels.triton_depthwise import add_window, distance, filled, lanes, store_places, tile_of
 from tritonconv.kernels.triton_launch import RUN_TIME, accounting, empty, geometry, refusal, wide
 from tritonconv.kernels.triton_launch import launch as run
 from tritonconv.kernels.triton_weights import packed, strides
@@ -35,6 +35,9 @@ def backward_data_depthwise_kernel(
     UNROLL_H: tl.constexpr, UNROLL_W: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, PLANES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
+    """A program owns BLOCK_H x BLOCK_W lanes of UNROLL_H x UNROLL_W voxels of grad_x, the rows, x BLOCK_C channels, the
+    columns, and PLANES planes. The depth is (output of the channel, tap).
+    """
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     PLACES: tl.constexpr = (UNROLL_H, UNROLL_W)
     count = (tl.cdiv(size[1], UNROLL_H), tl.cdiv(size[2], UNROLL_W))
@@ -57,7 +60,7 @@ def backward_data_depthwise_kernel(
         acc = filled(start, UNROLL_H * UNROLL_W)
         for output in range(C_OUT):
             for tap_d in range(low, high):
-                moved = (reach + tap_d * DILATION[0]) * y_strides[2] + far(output, y_strides[1])
+                moved = (reach + tap_d * DILATION[0]) * y_strides[2] + distance(output, y_strides[1])
                 weight = tap_d * (KERNEL[1] * KERNEL[2]) * w_strides[2] + output * w_strides[1]
                 acc = add_window(
                     acc, y_base + moved + y_tile, row, column, mask_c, out_size, y_strides,
@@ -110,7 +113,7 @@ def default(problem: Problem, device: torch.device):
     if problem.layout == "ncdhw":  # float32 of as many elements spills on sm_90, with Triton 3.6.0
         elements = elements * 2 // problem.dtype.itemsize
     elements = max(128, min(1024, elements))
-    config = depthwise.tile(problem.layout, problem.c_in, depthwise.lane_counts(problem.size, places), elements)
+    config = depthwise.tile_sizes(problem.layout, problem.c_in, depthwise.lane_counts(problem.size, places), elements)
     config["num_warps"] = 8  # 4 spill on sm_100
     config["PLANES"] = depthwise.planes(problem, problem.c_in, problem.size, places, config)
     return {**config, "UNROLL_H": places[0], "UNROLL_W": places[1], "WEIGHT": depthwise.weight_order(problem)}

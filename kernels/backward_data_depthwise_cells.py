@@ -27,12 +27,12 @@ from tritonconv.problem import Problem
 
 @triton.jit
 def load_planes(pointers, masks, first, wanted, planes, strides, COUNT: tl.constexpr, SLOTS: tl.constexpr,
-                APART: tl.constexpr):  # fmt: skip
+                SCATTERED: tl.constexpr):  # fmt: skip
     """COUNT of ``planes`` from ``first`` on, as they are in memory: a tuple of tiles, zeros where not ``wanted``."""
     tiles = ()
     for place in tl.static_range(constant(COUNT)):
         there = inside(first + place, planes) & wanted
-        tiles = tiles + load_slots(pointers, masks, first + place, there, strides, SLOTS=SLOTS, APART=APART)
+        tiles = tiles + load_slots(pointers, masks, first + place, there, strides, SLOTS=SLOTS, SCATTERED=SCATTERED)
     return tiles
 
 
@@ -62,13 +62,16 @@ def backward_data_depthwise_cells_kernel(
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, PLANES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
+    """A program owns BLOCK_H x BLOCK_W voxels of grad_x along h and w, the rows, x BLOCK_C channels, the columns, and
+    PLANES planes. The depth is the taps.
+    """
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     SLOTS: tl.constexpr = (KERNEL[1], KERNEL[2])
     NEW: tl.constexpr = KERNEL[0] if KERNEL[0] < STRIDE[0] else STRIDE[0]  # planes of a step; the others came before
     KEPT: tl.constexpr = KERNEL[0] - NEW
     VOXELS: tl.constexpr = ceil_div(KERNEL[0], STRIDE[0])  # whose windows hold one plane
     ALONE: tl.constexpr = (1, 1)
-    APART: tl.constexpr = STRIDE[2] > 1
+    SCATTERED: tl.constexpr = STRIDE[2] > 1
     image, first, h, w, channel = tile_of(
         tl.program_id(0), n, count=(size[1], size[2]), planes=size[0], PLANES=PLANES, CHANNELS=GROUPS,
         BLOCK_H=BLOCK_H, BLOCK_W=BLOCK_W, BLOCK_C=BLOCK_C, WIDE=WIDE,
@@ -87,20 +90,20 @@ def backward_data_depthwise_cells_kernel(
     sums = filled(zero, VOXELS)
     before = load_planes(
         y_tile, masks, plane, wanted=True, planes=out_size[0], strides=grad_y_strides,
-        COUNT=KEPT, SLOTS=SLOTS, APART=APART,
+        COUNT=KEPT, SLOTS=SLOTS, SCATTERED=SCATTERED,
     )  # fmt: skip
     sums = add_planes(sums, floats(before), taps, 0, KERNEL, STRIDE[0])
     plane += KEPT
     ahead = load_planes(
         y_tile, masks, plane, wanted=True, planes=out_size[0], strides=grad_y_strides,
-        COUNT=NEW, SLOTS=SLOTS, APART=APART,
+        COUNT=NEW, SLOTS=SLOTS, SCATTERED=SCATTERED,
     )  # fmt: skip
     for voxel in range(first, last):
         tiles = floats(ahead)
         plane += STRIDE[0]
         ahead = load_planes(
             y_tile, masks, plane, wanted=voxel + 1 < last, planes=out_size[0], strides=grad_y_strides,
-            COUNT=NEW, SLOTS=SLOTS, APART=APART,
+            COUNT=NEW, SLOTS=SLOTS, SCATTERED=SCATTERED,
         )  # fmt: skip
         sums = add_planes(sums, tiles, taps, KEPT, KERNEL, STRIDE[0])
         x_plane = grad_x_ptr + image * grad_x_strides[0] + voxel * grad_x_strides[2]
@@ -127,10 +130,10 @@ def supports(problem: Problem, device: torch.device) -> str | None:
 
 
 def default(problem: Problem, device: torch.device):
-    config = cells.tile(problem.layout, problem.c_in, problem.size, problem.n)
+    config = cells.tile_sizes(problem.layout, problem.c_in, problem.size, problem.n)
     if problem.layout == "ndhwc" and problem.dtype.itemsize == 2:
         # Four channels in a thread take most of its registers, and issue two thirds of the instructions of two.
-        four = cells.tile(problem.layout, problem.c_in, problem.size, problem.n, 4)
+        four = cells.tile_sizes(problem.layout, problem.c_in, problem.size, problem.n, 4)
         config = four if cells.fits(problem.layout, four, _kept(problem)) else config
     return {**config, "WEIGHT": depthwise.weight_order(problem)}
 

@@ -25,11 +25,13 @@ from tritonconv.kernels.triton_device import (
     voxel_tiles,
     voxels,
 )
+from tritonconv.kernels.triton_fold import folded, folded_outputs, folded_weight
+from tritonconv.kernels.triton_fold import pays as fold_pays
 from tritonconv.kernels.triton_launch import accounting
 from tritonconv.kernels.triton_phases import column_count, decoded, load_phases
 from tritonconv.kernels.triton_target import compute_capability
 from tritonconv.kernels.triton_weights import preferred
-from tritonconv.kernels.variant import Variant
+from tritonconv.kernels.variant import FOLD, Variant
 from tritonconv.kernels.weight_orders import AS_GIVEN, IN_INNERMOST, OUT_INNERMOST
 from tritonconv.kernels.work import Work, tap_gemm
 from tritonconv.problem import Problem
@@ -50,6 +52,9 @@ def backward_data_shuffle_kernel(
     VOXELS_INNER: tl.constexpr, UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
     WAIT: tl.constexpr,
 ):  # fmt: skip
+    """A program owns BLOCK_M rows (voxels of grad_x) x BLOCK_N columns (input channels) of a group; the depth is (tap,
+    output channel).
+    """
     grad_y_strides = aligned(grad_y_strides, UNITS, 0)
     w_strides = aligned(w_strides, UNITS, 1)
     grad_x_strides = aligned(grad_x_strides, UNITS, 2)
@@ -92,6 +97,10 @@ def backward_data_shuffle_kernel(
 
 
 def launches(problem, config, grad_y, weight):
+    config = dict(config)
+    if config.pop(FOLD, 0):
+        grad_y, weight = folded_outputs(grad_y, problem.kernel[2]), folded_weight(weight)
+        problem = folded(problem)
     return phases.backward_data(backward_data_shuffle_kernel, problem, config, grad_y, weight)
 
 
@@ -110,10 +119,17 @@ def default(problem: Problem, device: torch.device):
 
 
 def space(problem: Problem, device: torch.device):
-    return phases.around(default(problem, device), problem)
+    configs = phases.around(default(problem, device), problem)
+    if fold_pays(problem):  # packed so that c_in is innermost
+        other = folded(problem)
+        around = phases.around({**default(other, device), "WEIGHT": IN_INNERMOST}, other)
+        configs += tuple({**config, FOLD: 1} for config in around if config["WEIGHT"] == IN_INNERMOST)
+    return configs
 
 
 def work(problem: Problem, config) -> Work:
+    if config.get(FOLD):
+        problem = folded(problem)
     programs = tiles.programs(problem, problem.size, problem.c_in // problem.groups, config)
     depth = phases.columns(problem, config["ROWS"], problem.kernel)
     return tap_gemm(problem, "backward_data", config, programs, programs * triton.cdiv(depth, config["BLOCK_K"]))
@@ -122,5 +138,5 @@ def work(problem: Problem, config) -> Work:
 VARIANT = Variant(
     "backward_data_shuffle", "backward_data",
     "kernel <= stride: one GEMM over all taps, unshuffled while it is loaded", "triton",
-    launches=launches, supports=supports, space=space, default=default, work=work,
+    launches=launches, supports=supports, space=space, default=default, work=work, options=(FOLD,),
 )  # fmt: skip

@@ -59,6 +59,9 @@ def backward_data_shuffle_given_kernel(
     VOXELS_INNER: tl.constexpr, UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
     WAIT: tl.constexpr,
 ):  # fmt: skip
+    """A program owns BLOCK_M rows (voxels of grad_x) x BLOCK_N columns (input channels) of a group; the depth is
+    (output channel, tap), as the weight has it.
+    """
     grad_y_strides = aligned(grad_y_strides, UNITS, 0)
     grad_x_strides = aligned(grad_x_strides, UNITS, 1)
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)

@@ -19,21 +19,13 @@ import triton.language as tl
 from tritonconv.kernels import triton_phases as phases
 from tritonconv.kernels import triton_tiles as tiles
 from tritonconv.kernels.targets import MULTIPROCESSORS
-from tritonconv.kernels.triton_arrival import (
-    ARRIVE,
-    ahead,
-    arrivals,
-    arrives,
-    last_to_arrive,
-    sum_in_order,
-    with_arrivals,
-)
-from tritonconv.kernels.triton_buffers import Buffer, new
+from tritonconv.kernels.triton_arrival import ARRIVE, ahead, arrives, last_to_arrive, sum_in_order, with_arrivals
+from tritonconv.kernels.triton_buffers import Buffer
 from tritonconv.kernels.triton_device import aligned, dividers, inside, multiple, product, voxel_tiles, voxels, widened
 from tritonconv.kernels.triton_launch import accounting, empty, geometry, precision, refusal, wide
 from tritonconv.kernels.triton_launch import launch as run
+from tritonconv.kernels.triton_partials import POINTERS, WeightGradients
 from tritonconv.kernels.triton_phases import decoded, fine_dividers, load_phases, phases_first
-from tritonconv.kernels.triton_reduce import sum_weights
 from tritonconv.kernels.triton_target import compute_capability
 from tritonconv.kernels.triton_weights import oriented, packed
 from tritonconv.kernels.variant import Config, Variant
@@ -79,6 +71,12 @@ def fused_backward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr,
     SPLITS: tl.constexpr, PLAIN: tl.constexpr, UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """A program owns every SPLITS-th tile of BLOCK_M voxels of a group of x: the grad_x of each, and the sum of all for
+    grad_weight and grad_bias.
+
+    A tile of grad_y has voxels as rows and (tap, output channel) as columns, all BLOCK_N of them. They are the depth of
+    grad_x; the voxels are that of grad_weight, whose columns are the BLOCK_C input channels.
+    """
     x_strides = aligned(x_strides, UNITS, 0)
     w_strides = aligned(w_strides, UNITS, 1)
     grad_y_strides = aligned(grad_y_strides, UNITS, 2)
@@ -112,37 +110,44 @@ def fused_backward_kernel(
         by, fine = dividers(size, BLOCK_W), fine_dividers(size, KERNEL, ROWS, BLOCK_W)
     for tile in range(split, voxel_tiles(n, size, BLOCK_M, BLOCK_W, WIDE), SPLITS):
         grad_y_tile = load_phases(
-            grad_y_ptr + group * C_OUT * grad_y_strides[1], grad_y_strides, tile, n, size, (0, 0, 0), out_size, 0,
-            C_OUT, KERNEL, STRIDE, ROWS, FACTS, BLOCK_M, BLOCK_N, BLOCK_W, WIDE, fine,
+            grad_y_ptr + group * C_OUT * grad_y_strides[1], grad_y_strides, tile, n, cells=size, origin=(0, 0, 0),
+            out_size=out_size, tile_n=0, CHANNELS=C_OUT, PHASES=KERNEL, STRIDE=STRIDE, ROWS=ROWS, FACTS=FACTS,
+            BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_W=BLOCK_W, WIDE=WIDE, by=fine,
         )  # fmt: skip
         if partial_ptr is not None:
-            offsets, mask = _voxel_tile(tile, n, size, x_strides, offs_c, C_IN, X_STEP, BLOCK_M, BLOCK_W, WIDE, by)
+            offsets, mask = _voxel_tile(
+                tile, n, size, x_strides, offs_c, C=C_IN, X_STEP=X_STEP, BLOCK_M=BLOCK_M, BLOCK_W=BLOCK_W, WIDE=WIDE,
+                by=by,
+            )  # fmt: skip
             x_tile = tl.load(x_ptr + group * C_IN * x_strides[1] + offsets, mask=mask, other=0.0)
             acc = tl.dot(tl.trans(grad_y_tile), x_tile, acc, input_precision=PRECISION)
         if bias_partial_ptr is not None:
             sums += tl.sum(grad_y_tile.to(tl.float32), axis=0)
         if grad_x_ptr is not None:
             grad_x = tl.dot(grad_y_tile, w_tile, input_precision=PRECISION)  # (BLOCK_M, BLOCK_C)
-            offsets, mask = _voxel_tile(tile, n, size, grad_x_strides, offs_c, C_IN, X_STEP, BLOCK_M, BLOCK_W, WIDE, by)
+            offsets, mask = _voxel_tile(
+                tile, n, size, grad_x_strides, offs_c, C=C_IN, X_STEP=X_STEP, BLOCK_M=BLOCK_M, BLOCK_W=BLOCK_W,
+                WIDE=WIDE, by=by,
+            )  # fmt: skip
             grad_x_group = grad_x_ptr + group * C_IN * grad_x_strides[1]
             tl.store(grad_x_group + offsets, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
 
-    place = split * GROUPS + group
+    part = split * GROUPS + group
     if partial_ptr is not None:
-        rows = ((place * KERNEL[0] * KERNEL[1] * KERNEL[2] + tap) * C_OUT + channel) * C_IN
+        rows = ((part * KERNEL[0] * KERNEL[1] * KERNEL[2] + tap) * C_OUT + channel) * C_IN
         tl.store(partial_ptr + rows[:, None] + offs_c[None, :], acc, mask=mask_w)
     if bias_partial_ptr is not None:
         BLOCK_O: tl.constexpr = triton.next_power_of_2(C_OUT)
         offs_o = tl.arange(0, BLOCK_O)
         of_channel = (channel[:, None] == offs_o[None, :]) & mask_n[:, None]
         folded = tl.sum(tl.where(of_channel, sums[:, None], 0.0), axis=0)  # over the taps
-        tl.store(bias_partial_ptr + place * C_OUT + offs_o, folded, mask=offs_o < C_OUT)
+        tl.store(bias_partial_ptr + part * C_OUT + offs_o, folded, mask=offs_o < C_OUT)
     if arrivals_ptr is not None:  # noqa: SIM102
         if last_to_arrive(arrivals_ptr, group, SPLITS):
             TAPS: tl.constexpr = product(KERNEL)
             step = widened(GROUPS * TAPS * C_OUT * C_IN, WIDE)
-            places = (((group * TAPS + tap) * C_OUT + channel) * C_IN)[:, None] + offs_c[None, :]
-            weights = sum_in_order(partial_ptr, step, SPLITS, places, mask_w, ahead(BLOCK_N * BLOCK_C))
+            offsets = (((group * TAPS + tap) * C_OUT + channel) * C_IN)[:, None] + offs_c[None, :]
+            weights = sum_in_order(partial_ptr, step, SPLITS, offsets, mask_w, ahead(BLOCK_N * BLOCK_C))
             rows, columns = channel * TAPS + tap, (group * C_IN + offs_c) * (C_OUT * TAPS)
             total_ptrs = total_ptr + rows[:, None] + columns[None, :]
             tl.store(total_ptrs, weights.to(total_ptr.dtype.element_ty), mask=mask_w)
@@ -154,36 +159,27 @@ def fused_backward_kernel(
 
 def backward(problem, config, x, weight, grad_y, need_bias):
     """(grad_x, grad_weight, grad_bias): grad_x needs ``weight``, the other two need ``x``; without it they are None."""
-    grad_x = grad_weight = grad_bias = partial = bias_partial = None
-    config = dict(config)
-    order, arrive = config.pop("WEIGHT"), x is not None and arrives(config)
-    config.pop(ARRIVE, None)
-    groups, c_in, c_out = problem.groups, problem.c_in // problem.groups, problem.c_out // problem.groups
+    c_in, c_out = problem.c_in // problem.groups, problem.c_out // problem.groups
+    sums = grad_x = None
     if weight is not None:
         grad_x = empty(problem, problem.x_shape, grad_y, zero=not grad_y.numel())
-        weight = packed(weight, order)
+        weight = packed(weight, config["WEIGHT"])
     if x is not None:
-        grad_weight = new(problem.weight_shape, x)
-        grad_bias = new((problem.c_out,), x) if need_bias else None
-        splits = config["SPLITS"] if grad_y.numel() else 0  # no splits at all sum to zeros
-        partial = new((splits, groups, math.prod(problem.kernel), c_out, c_in), x, torch.float32)
-        bias_partial = new((splits, problem.c_out), x, torch.float32) if need_bias else None
-    far = wide(x, weight, grad_y, grad_x, partial, of=problem)
+        sums = WeightGradients(problem, config, x, grad_y, need_bias)
+        sums.split_weight(problem.groups, math.prod(problem.kernel), c_out, c_in)
+        sums.split_bias(sums.splits)
     if grad_y.numel():
+        wide_offsets = wide(x, weight, grad_y, grad_x, None if sums is None else sums.partial, of=problem)
         run(
             fused_backward_kernel,
-            config["SPLITS"] * groups,
-            config,
-            (grad_x, partial, bias_partial, *((grad_weight, grad_bias) if arrive else ())),
+            config["SPLITS"] * problem.groups,
+            {key: value for key, value in config.items() if key not in ("WEIGHT", ARRIVE)},
+            (grad_x, *(() if sums is None else sums.written)),
             x_ptr=x,
             w_ptr=weight,
             grad_y_ptr=grad_y,
             grad_x_ptr=grad_x,
-            partial_ptr=partial,
-            bias_partial_ptr=bias_partial,
-            arrivals_ptr=arrivals(groups, x) if arrive else None,
-            total_ptr=grad_weight if arrive else None,
-            total_bias_ptr=grad_bias if arrive else None,
+            **(dict.fromkeys(POINTERS) if sums is None else sums.pointers(problem.groups)),
             **geometry(problem),
             x_strides=() if x is None else x.stride(),
             w_strides=() if weight is None else oriented(weight, "backward_data"),
@@ -194,13 +190,11 @@ def backward(problem, config, x, weight, grad_y, need_bias):
             FACTS=phases.facts(problem, config, grad_y),
             BLOCK_N=_block_n(problem, config["ROWS"]),
             BLOCK_C=_block_c(problem),
-            PLAIN=far or config["BLOCK_W"] > 0 or 0 < compute_capability() < 90,  # dividers spill on sm_80
-            WIDE=far,
+            PLAIN=wide_offsets or config["BLOCK_W"] > 0 or 0 < compute_capability() < 90,  # dividers spill on sm_80
+            WIDE=wide_offsets,
             PRECISION=precision(problem.dtype),
         )
-    if x is not None and not (arrive and grad_y.numel()):
-        sum_weights(partial, grad_weight, bias_partial, grad_bias)  # type: ignore[arg-type]
-    return grad_x, grad_weight, grad_bias
+    return grad_x, *((None, None) if sums is None else sums.results())
 
 
 def _whole_rows(problem: Problem, weight: Buffer, rows: int) -> bool:

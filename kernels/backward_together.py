@@ -48,12 +48,12 @@ def backward_together_kernel(
     grad_y_ptr,  # (n, c_out, od, oh, ow)
     w_ptr,  # (c_in, c_out, taps)
     grad_x_ptr,  # (data_splits, n, c_in, d, h, w)
-    grad_w_ptr,  # (splits, c_in, c_out, taps)
-    grad_b_ptr,  # (splits, c_out) or None
-    arrivals_ptr, total_w_ptr, total_b_ptr,  # as those of backward_weight_splitk_kernel
+    partial_ptr,  # (splits, c_in, c_out, taps): the sums of chunks, or grad_weight itself
+    bias_partial_ptr,  # (splits, c_out): those of grad_bias, or None
+    arrivals_ptr, total_ptr, total_bias_ptr,  # as those of backward_weight_splitk_kernel
     n, d_in, h_in, w_in, d_out, h_out, w_out, d_crop, h_crop, w_crop,
     data_programs, data_splits, data_split_stride, splits,
-    x_strides, grad_y_strides, w_strides, grad_x_strides, grad_w_strides,
+    x_strides, grad_y_strides, w_strides, grad_x_strides, partial_strides,
     C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
     PACK: tl.constexpr, SKIP: tl.constexpr, GROUP_M: tl.constexpr, D_SPLIT: tl.constexpr,
@@ -63,40 +63,49 @@ def backward_together_kernel(
     Y_VOXELS_INNER: tl.constexpr, X_VOXELS_INNER: tl.constexpr, D_X_VOXELS_INNER: tl.constexpr,
     UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """The first ``data_programs`` programs own tiles of grad_x, BLOCK sizes D_BLOCK_*, as in
+    :func:`backward_data_gemm_kernel`; the others own those of grad_weight and grad_bias, as in
+    :func:`backward_weight_splitk_kernel`.
+    """
     x_strides = aligned(x_strides, UNITS, 0)
     grad_y_strides = aligned(grad_y_strides, UNITS, 1)
     w_strides = aligned(w_strides, UNITS, 2)
     grad_x_strides = aligned(grad_x_strides, UNITS, 3)
-    grad_w_strides = aligned(grad_w_strides, UNITS, 4)
+    partial_strides = aligned(partial_strides, UNITS, 4)
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     pid = tl.program_id(0)
     if pid < data_programs:
         store_data_tile(
             pid, voxel_tiles(n, size, D_BLOCK_M, D_BLOCK_W, WIDE), grad_y_ptr, w_ptr, grad_x_ptr,
-            n, size, out_size, crop, data_splits, data_split_stride,
-            grad_y_strides, w_strides, grad_x_strides, C_IN, C_OUT, GROUPS, KERNEL, STRIDE, DILATION, PACK, SKIP,
-            Y_VOXELS_INNER, D_X_VOXELS_INNER, D_SPLIT, D_BLOCK_M, D_BLOCK_N, D_BLOCK_K, D_BLOCK_W, GROUP_M,
-            WIDE, PRECISION,
+            n=n, size=size, out_size=out_size, crop=crop, splits=data_splits, split_stride=data_split_stride,
+            grad_y_strides=grad_y_strides, w_strides=w_strides, grad_x_strides=grad_x_strides,
+            C_IN=C_IN, C_OUT=C_OUT, GROUPS=GROUPS, KERNEL=KERNEL, STRIDE=STRIDE, DILATION=DILATION, PACK=PACK,
+            SKIP=SKIP, Y_VOXELS_INNER=Y_VOXELS_INNER, X_VOXELS_INNER=D_X_VOXELS_INNER, SPLIT=D_SPLIT,
+            BLOCK_M=D_BLOCK_M, BLOCK_N=D_BLOCK_N, BLOCK_K=D_BLOCK_K, BLOCK_W=D_BLOCK_W, GROUP_M=GROUP_M,
+            WIDE=WIDE, PRECISION=PRECISION,
         )  # fmt: skip
         return
 
     TILES: tl.constexpr = weight_tiles(KERNEL, C_OUT, C_IN, GROUPS, BLOCK_M, BLOCK_N)
-    BIAS_TILES: tl.constexpr = 0 if grad_b_ptr is None else ceil_div(C_OUT * GROUPS, BIAS_C)
+    BIAS_TILES: tl.constexpr = 0 if bias_partial_ptr is None else ceil_div(C_OUT * GROUPS, BIAS_C)
     pid -= data_programs
     split, tile = pid // (TILES + BIAS_TILES), pid % (TILES + BIAS_TILES)
-    if grad_b_ptr is not None:  # noqa: SIM102
+    if bias_partial_ptr is not None:  # noqa: SIM102
         if tile < BIAS_TILES:
             store_channel_sums(
-                grad_y_ptr, grad_b_ptr, arrivals_ptr, total_b_ptr, n, out_size, grad_y_strides, tile, split, splits,
-                C_OUT * GROUPS, Y_VOXELS_INNER, BIAS_V, BIAS_C, BIAS_W, WIDE,
+                grad_y_ptr, bias_partial_ptr, arrivals_ptr, total_bias_ptr, n=n, out_size=out_size,
+                grad_y_strides=grad_y_strides, tile=tile, split=split, splits=splits, CHANNELS=C_OUT * GROUPS,
+                VOXELS_INNER=Y_VOXELS_INNER, BLOCK_V=BIAS_V, BLOCK_C=BIAS_C, BLOCK_W=BIAS_W, WIDE=WIDE,
             )  # fmt: skip
             return
 
     store_weight_tile(
-        x_ptr, grad_y_ptr, grad_w_ptr, arrivals_ptr, total_w_ptr, n, size, out_size, crop,
-        tile - BIAS_TILES, BIAS_TILES, split, splits, x_strides, grad_y_strides, grad_w_strides,
-        C_IN, C_OUT, KERNEL, STRIDE, DILATION, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_W,
-        Y_VOXELS_INNER, X_VOXELS_INNER, WIDE, PRECISION,
+        x_ptr, grad_y_ptr, partial_ptr, arrivals_ptr, total_ptr, n=n, size=size, out_size=out_size, crop=crop,
+        tile=tile - BIAS_TILES, first_tile=BIAS_TILES, split=split, splits=splits,
+        x_strides=x_strides, grad_y_strides=grad_y_strides, partial_strides=partial_strides,
+        C_IN=C_IN, C_OUT=C_OUT, KERNEL=KERNEL, STRIDE=STRIDE, DILATION=DILATION,
+        BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, BLOCK_W=BLOCK_W,
+        Y_VOXELS_INNER=Y_VOXELS_INNER, X_VOXELS_INNER=X_VOXELS_INNER, WIDE=WIDE, PRECISION=PRECISION,
     )  # fmt: skip
 
 

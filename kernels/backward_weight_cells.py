@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from tritonconv.kernels import triton_phases, triton_taps
-from tritonconv.kernels.triton_arrival import ARRIVE, ahead, last_to_arrive, sum_in_order
+from tritonconv.kernels.triton_arrival import ARRIVE
 from tritonconv.kernels.triton_channels_last import copying
 from tritonconv.kernels.triton_device import (
     aligned,
@@ -36,8 +36,8 @@ from tritonconv.kernels.triton_device import (
 )
 from tritonconv.kernels.triton_launch import RUN_TIME, accounting, refusal
 from tritonconv.kernels.triton_phases import cells_of, window_of
-from tritonconv.kernels.triton_split_gemm import SplitGemm, store_channel_sums
-from tritonconv.kernels.triton_taps import in_spans, spans, tap_lanes, voxel_words
+from tritonconv.kernels.triton_split_gemm import SplitGemm, store_channel_sums, store_weights, strided
+from tritonconv.kernels.triton_taps import lanes_inside, spans, tap_lanes
 from tritonconv.kernels.variant import SPREADS_VOXELS, Config, Variant
 from tritonconv.kernels.work import Work
 from tritonconv.problem import Problem, Triple
@@ -58,13 +58,13 @@ def tapped(phase, delta, KERNEL: tl.constexpr, STRIDE: tl.constexpr):
 def backward_weight_cells_kernel(
     x_ptr,  # (n, c_in, d, h, w)
     grad_y_ptr,  # (n, c_out, od, oh, ow)
-    grad_w_ptr,  # (splits, c_in, c_out, taps)
-    grad_b_ptr,  # (splits, c_out) or None
+    partial_ptr,  # (splits, c_in, c_out, taps): the sums of chunks, or grad_weight itself
+    bias_partial_ptr,  # (splits, c_out): those of grad_bias, or None
     arrivals_ptr,  # (programs of one split,) int32, zeros: the last one of a tile adds up its partials; or None
-    total_w_ptr,  # (c_in, c_out, taps), dense, or None without arrivals
-    total_b_ptr,  # (c_out,), or None
+    total_ptr,  # (c_in, c_out, taps), dense, or None without arrivals
+    total_bias_ptr,  # (c_out,), or None
     n, d_in, h_in, w_in, d_out, h_out, w_out, d_crop, h_crop, w_crop,
-    splits, x_strides, grad_y_strides, grad_w_strides,
+    splits, x_strides, grad_y_strides, partial_strides,
     C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr,
@@ -72,57 +72,62 @@ def backward_weight_cells_kernel(
     Y_VOXELS_INNER: tl.constexpr, X_VOXELS_INNER: tl.constexpr,
     UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """A program owns one of ``splits`` chunks of the cells, the depth, and of that chunk's grad_weight BLOCK_M rows
+    (phase, output channel) x BLOCK_N columns (slot of the window, input channel), or BIAS_C channels of its
+    grad_bias.
+    """
     x_strides = aligned(x_strides, UNITS, 0)
     grad_y_strides = aligned(grad_y_strides, UNITS, 1)
-    grad_w_strides = aligned(grad_w_strides, UNITS, 2)
+    partial_strides = aligned(partial_strides, UNITS, 2)
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     WINDOW: tl.constexpr = window_of(KERNEL, STRIDE)
-    ROWS: tl.constexpr = product(STRIDE) * C_OUT
-    COLUMNS: tl.constexpr = product(WINDOW) * C_IN
-    TILES_M: tl.constexpr = ceil_div(ROWS, BLOCK_M)
-    TILES_N: tl.constexpr = ceil_div(COLUMNS, BLOCK_N)
+    M: tl.constexpr = product(STRIDE) * C_OUT
+    N: tl.constexpr = product(WINDOW) * C_IN
+    TILES_M: tl.constexpr = ceil_div(M, BLOCK_M)
+    TILES_N: tl.constexpr = ceil_div(N, BLOCK_N)
     TILES: tl.constexpr = TILES_M * TILES_N * GROUPS
-    BIAS_TILES: tl.constexpr = 0 if grad_b_ptr is None else ceil_div(C_OUT * GROUPS, BIAS_C)
+    BIAS_TILES: tl.constexpr = 0 if bias_partial_ptr is None else ceil_div(C_OUT * GROUPS, BIAS_C)
     pid = tl.program_id(0)
     split, tile = pid // (TILES + BIAS_TILES), pid % (TILES + BIAS_TILES)
-    if grad_b_ptr is not None:  # noqa: SIM102
+    if bias_partial_ptr is not None:  # noqa: SIM102
         if tile < BIAS_TILES:
             store_channel_sums(
-                grad_y_ptr, grad_b_ptr, arrivals_ptr, total_b_ptr, n, out_size, grad_y_strides, tile, split, splits,
-                C_OUT * GROUPS, Y_VOXELS_INNER, BIAS_V, BIAS_C, BIAS_W, WIDE,
+                grad_y_ptr, bias_partial_ptr, arrivals_ptr, total_bias_ptr, n=n, out_size=out_size,
+                grad_y_strides=grad_y_strides, tile=tile, split=split, splits=splits, CHANNELS=C_OUT * GROUPS,
+                VOXELS_INNER=Y_VOXELS_INNER, BLOCK_V=BIAS_V, BLOCK_C=BIAS_C, BLOCK_W=BIAS_W, WIDE=WIDE,
             )  # fmt: skip
             return
 
     tile -= BIAS_TILES
     group = widened(tile // (TILES_M * TILES_N), WIDE)
     offs_m = widened(tile % TILES_M * BLOCK_M + tl.arange(0, BLOCK_M), WIDE)  # (phase, output channel)
-    offs_n = widened(tile // TILES_M % TILES_N * BLOCK_N + tl.arange(0, BLOCK_N), WIDE)  # (step, input channel)
-    _, pd, ph, pw, co, phase_word = tap_lanes(offs_m, C_OUT, STRIDE)
-    # Voxels count upwards, from the one of the last delta.
-    _, sd, sh, sw, ci, step_word = tap_lanes(offs_n, C_IN, WINDOW)
-    dd, dh, dw = WINDOW[0] - 1 - sd, WINDOW[1] - 1 - sh, WINDOW[2] - 1 - sw
-    mask_m, mask_n = offs_m < ROWS, offs_n < COLUMNS
+    offs_n = widened(tile // TILES_M % TILES_N * BLOCK_N + tl.arange(0, BLOCK_N), WIDE)  # (slot, input channel)
+    _, phase_d, phase_h, phase_w, co, phase_word = tap_lanes(offs_m, C_OUT, STRIDE)
+    # The slots of a window are its voxels, counted upwards from the one of the last delta.
+    _, slot_d, slot_h, slot_w, ci, slot_word = tap_lanes(offs_n, C_IN, WINDOW)
+    delta_d, delta_h, delta_w = WINDOW[0] - 1 - slot_d, WINDOW[1] - 1 - slot_h, WINDOW[2] - 1 - slot_w
+    mask_m, mask_n = offs_m < M, offs_n < N
     if KERNEL[0] % STRIDE[0] + KERNEL[1] % STRIDE[1] + KERNEL[2] % STRIDE[2] > 0:
-        least_phase = (tl.min(pd), tl.min(ph), tl.min(pw))
-        least_delta = (tl.min(dd), tl.min(dh), tl.min(dw))
+        least_phase = (tl.min(phase_d), tl.min(phase_h), tl.min(phase_w))
+        least_delta = (tl.min(delta_d), tl.min(delta_h), tl.min(delta_w))
         if not tapped(least_phase, least_delta, KERNEL, STRIDE):
             return
 
+    # Of each address the loop adds only the cell's part. Cell 0, phase 0 lies at -y_cut of grad_y; it reads at slot 0
+    # the voxel -x_cut of x.
     cells, first_cell = cells_of(crop, out_size, STRIDE)
-    # Where cell 0, phase 0 lies in y, and what the last delta of cell 0 reads, both as what is cut before them.
-    cut = (
+    y_cut = (
         crop[0] - first_cell[0] * STRIDE[0], crop[1] - first_cell[1] * STRIDE[1], crop[2] - first_cell[2] * STRIDE[2],
     )  # fmt: skip
-    back = (WINDOW[0] - 1 - first_cell[0], WINDOW[1] - 1 - first_cell[1], WINDOW[2] - 1 - first_cell[2])
-    y_lanes = spans((pd, ph, pw), cut, out_size, mask_m, STRIDE)
-    x_lanes = spans((sd, sh, sw), back, size, mask_n, (1, 1, 1))
-    # Of each address the loop adds only the cell's part.
-    grad_y_rows = offset(grad_y_strides, 0, group * C_OUT + co, pd - cut[0], ph - cut[1], pw - cut[2])
-    x_rows = offset(x_strides, 0, group * C_IN + ci, sd - back[0], sh - back[1], sw - back[2])
-    y_strides = (
-        grad_y_strides[0], grad_y_strides[1], widened(grad_y_strides[2], WIDE) * STRIDE[0],
-        widened(grad_y_strides[3], WIDE) * STRIDE[1], widened(grad_y_strides[4], WIDE) * STRIDE[2],
-    )  # fmt: skip
+    x_cut = (WINDOW[0] - 1 - first_cell[0], WINDOW[1] - 1 - first_cell[1], WINDOW[2] - 1 - first_cell[2])
+    y_lanes = spans((phase_d, phase_h, phase_w), y_cut, out_size, mask_m, STRIDE)
+    x_lanes = spans((slot_d, slot_h, slot_w), x_cut, size, mask_n, (1, 1, 1))
+    grad_y_rows = offset(
+        grad_y_strides, 0, group * C_OUT + co, phase_d - y_cut[0], phase_h - y_cut[1], phase_w - y_cut[2]
+    )  # (BLOCK_M,)
+    ci = group * C_IN + ci
+    x_rows = offset(x_strides, 0, ci, slot_d - x_cut[0], slot_h - x_cut[1], slot_w - x_cut[2])  # (BLOCK_N,)
+    y_strides = strided(grad_y_strides, STRIDE, WIDE)
     by = None
     if not (WIDE or Y_VOXELS_INNER):
         by = dividers(cells, BLOCK_W)
@@ -130,41 +135,29 @@ def backward_weight_cells_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for tile_k in range(first, last):
         image, d, h, w, mask_k = voxels(tile_k, n, cells, BLOCK_K, BLOCK_W, WIDE, by)
-        masked_d = tl.where(mask_k, d, -1)  # below every span
-        if C_OUT % 8 == 0:  # the channels of one load share a phase: the compiler sees that of comparisons alone
-            hit = in_spans(masked_d, h, w, y_lanes, WIDE)
-        else:
-            words = voxel_words(
-                d * STRIDE[0] - cut[0], h * STRIDE[1] - cut[1], w * STRIDE[2] - cut[2], mask_k, out_size, STRIDE,
-                (1, 1, 1),
-            )  # fmt: skip
-            hit = (words[None, :] & phase_word[:, None]) == phase_word[:, None]  # (BLOCK_M, BLOCK_K)
-        if C_IN % 8 == 0:
-            x_hit = in_spans(masked_d, h, w, x_lanes, WIDE)
-        else:
-            words = voxel_words(d - back[0], h - back[1], w - back[2], mask_k, size, WINDOW, (1, 1, 1))
-            x_hit = (words[None, :] & step_word[:, None]) == step_word[:, None]  # (BLOCK_N, BLOCK_K)
+        y_hit = lanes_inside(
+            d, h, w, mask_k, y_lanes, phase_word, cut=y_cut, size=out_size,
+            CHANNELS=C_OUT, STRIDE=STRIDE, KERNEL=STRIDE, DILATION=(1, 1, 1), WIDE=WIDE,
+        )  # fmt: skip
+        x_hit = lanes_inside(
+            d, h, w, mask_k, x_lanes, slot_word, cut=x_cut, size=size,
+            CHANNELS=C_IN, STRIDE=(1, 1, 1), KERNEL=WINDOW, DILATION=(1, 1, 1), WIDE=WIDE,
+        )  # fmt: skip
         grad_y_ptrs = grad_y_ptr + (grad_y_rows[:, None] + offset(y_strides, image, 0, d, h, w)[None, :])
         x_ptrs = x_ptr + (x_rows[:, None] + offset(x_strides, image, 0, d, h, w)[None, :])
-        grad_y_tile = load_lanes(grad_y_ptrs, hit, Y_VOXELS_INNER)  # (BLOCK_M, BLOCK_K)
+        grad_y_tile = load_lanes(grad_y_ptrs, y_hit, Y_VOXELS_INNER)  # (BLOCK_M, BLOCK_K)
         x_tile = load_lanes(x_ptrs, x_hit, X_VOXELS_INNER)  # (BLOCK_N, BLOCK_K)
         acc = tl.dot(grad_y_tile, tl.trans(x_tile), acc, input_precision=PRECISION)
 
-    tap_m = (pd * KERNEL[1] + ph) * KERNEL[2] + pw
-    tap_n = (dd * STRIDE[0] * KERNEL[1] + dh * STRIDE[1]) * KERNEL[2] + dw * STRIDE[2]
-    phase, delta = (pd[:, None], ph[:, None], pw[:, None]), (dd[None, :], dh[None, :], dw[None, :])
+    tap_m = (phase_d * KERNEL[1] + phase_h) * KERNEL[2] + phase_w
+    tap_n = (delta_d * STRIDE[0] * KERNEL[1] + delta_h * STRIDE[1]) * KERNEL[2] + delta_w * STRIDE[2]
+    phase = (phase_d[:, None], phase_h[:, None], phase_w[:, None])
+    delta = (delta_d[None, :], delta_h[None, :], delta_w[None, :])
     mask = mask_m[:, None] & mask_n[None, :] & tapped(phase, delta, KERNEL, STRIDE)
-    rows = widened(split, WIDE) * grad_w_strides[0] + co * grad_w_strides[2] + tap_m * grad_w_strides[3]
-    columns = (group * C_IN + ci) * grad_w_strides[1] + tap_n * grad_w_strides[3]
-    tl.store(grad_w_ptr + rows[:, None] + columns[None, :], acc.to(grad_w_ptr.dtype.element_ty), mask=mask)
-    if arrivals_ptr is not None:  # noqa: SIM102
-        if last_to_arrive(arrivals_ptr, tile + BIAS_TILES, splits):
-            places = (co * grad_w_strides[2] + tap_m * grad_w_strides[3])[:, None] + columns[None, :]
-            step = widened(grad_w_strides[0], WIDE)
-            sums = sum_in_order(grad_w_ptr, step, splits, places, mask, ahead(BLOCK_M * BLOCK_N))
-            rows, columns = co * product(KERNEL) + tap_m, (group * C_IN + ci) * (C_OUT * product(KERNEL)) + tap_n
-            total_w_ptrs = total_w_ptr + rows[:, None] + columns[None, :]
-            tl.store(total_w_ptrs, sums.to(total_w_ptr.dtype.element_ty), mask=mask)
+    store_weights(
+        acc, partial_ptr, arrivals_ptr, total_ptr, partial_strides, tile=tile + BIAS_TILES, split=split, splits=splits,
+        co=co, tap_m=tap_m, ci=ci, tap_n=tap_n, mask=mask, C_OUT=C_OUT, TAPS=product(KERNEL), WIDE=WIDE,
+    )  # fmt: skip
 
 
 def gemm(problem: Problem) -> SplitGemm:

@@ -16,21 +16,11 @@ import triton.language as tl
 
 from tritonconv.kernels import triton_depthwise as depthwise
 from tritonconv.kernels.targets import MULTIPROCESSORS
-from tritonconv.kernels.triton_arrival import (
-    ARRIVE,
-    ahead,
-    arrivals,
-    arrives,
-    last_to_arrive,
-    sum_in_order,
-    with_arrivals,
-)
-from tritonconv.kernels.triton_buffers import new
-from tritonconv.kernels.triton_depthwise import any_tap, far, filled, lanes, replaced, tile_at, within
+from tritonconv.kernels.triton_arrival import ARRIVE, ahead, arrives, last_to_arrive, sum_in_order, with_arrivals
+from tritonconv.kernels.triton_depthwise import any_tap, distance, filled, lanes, replaced, tile_at, within
 from tritonconv.kernels.triton_device import ceil_div, constant, inside, widened
-from tritonconv.kernels.triton_launch import RUN_TIME, accounting, geometry, refusal, wide
-from tritonconv.kernels.triton_launch import launch as run
-from tritonconv.kernels.triton_reduce import sum_weights
+from tritonconv.kernels.triton_launch import RUN_TIME, accounting, refusal, wide
+from tritonconv.kernels.triton_partials import depthwise_gradients
 from tritonconv.kernels.variant import SPREADS_VOXELS, Variant
 from tritonconv.kernels.work import Work
 from tritonconv.problem import Problem
@@ -40,12 +30,12 @@ WAVES = 12  # programs per multiprocessor; about four fit at once
 
 
 @triton.jit
-def phase_tile(y_ptr, lane_h, lane_w, mask_c, size, y_strides, PLACE_H: tl.constexpr, PLACE_W: tl.constexpr,
+def phase_tile(y_ptr, lane_h, lane_w, mask_c, size, grad_y_strides, PLACE_H: tl.constexpr, PLACE_W: tl.constexpr,
                STRIDE: tl.constexpr):  # fmt: skip
     """One phase of a plane of grad_y, float32 (BLOCK_M, BLOCK_C)."""
     h, w = lane_h * STRIDE[1] + PLACE_H, lane_w * STRIDE[2] + PLACE_W
     mask = inside(h, size[1]) & within(w, size[2], True) & mask_c
-    return tl.load(y_ptr + (h * y_strides[3] + w * y_strides[4]), mask=mask, other=0.0).to(tl.float32)
+    return tl.load(y_ptr + (h * grad_y_strides[3] + w * grad_y_strides[4]), mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -58,7 +48,7 @@ def correlated(acc, x_ptr, row, column, mask_c, size, x_strides, y_tiles,
             for slot_w in tl.static_range(constant(len(TAPS_W) // PLACES[1])):
                 if any_tap(TAPS_W, slot_w, PLACES[1]):
                     mask = mask_h & within(column + slot_w, size[2], True)
-                    moved = far(slot_h, x_strides[3]) + far(slot_w, x_strides[4])
+                    moved = distance(slot_h, x_strides[3]) + distance(slot_w, x_strides[4])
                     x_tile = tl.load(x_ptr + moved, mask=mask, other=0.0).to(tl.float32)
                     for place_h in tl.static_range(constant(PLACES[0])):
                         for place_w in tl.static_range(constant(PLACES[1])):
@@ -87,12 +77,18 @@ def backward_weight_depthwise_kernel(
     total_ptr,  # (c_out, taps), dense, or None without arrivals
     total_bias_ptr,  # (c_out,), or None
     n, d_in, h_in, w_in, d_out, h_out, w_out, d_crop, h_crop, w_crop,
-    splits, x_strides, y_strides,
+    splits, x_strides, grad_y_strides,
     C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
     FIRST: tl.constexpr, TAPS_H: tl.constexpr, TAPS_W: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
+    """A program owns BLOCK_C channels, the columns, one of KERNEL[0] taps along d with all taps along h and w, and one
+    of ``splits`` chunks of the voxels, the depth; others own the bias gradient over the same chunks.
+
+    Rows are BLOCK_H x BLOCK_W lanes along h and w. A lane loads STRIDE[1] x STRIDE[2] outputs of a plane of grad_y, and
+    the window of x that their taps read.
+    """
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     CHANNELS: tl.constexpr = GROUPS * C_OUT
     BLOCKS_C: tl.constexpr = ceil_div(CHANNELS, BLOCK_C)
@@ -112,7 +108,7 @@ def backward_weight_depthwise_kernel(
     tiles = n * planes * tl.cdiv(count[0], BLOCK_H) * tl.cdiv(count[1], BLOCK_W)
     share = tl.cdiv(tiles, splits)
     low, high = split * share, tl.minimum((split + 1) * share, tiles)
-    y_base = grad_y_ptr + channel * y_strides[1]
+    y_base = grad_y_ptr + channel * grad_y_strides[1]
     zero = tl.zeros((BLOCK_H * BLOCK_W, BLOCK_C), tl.float32)
 
     if tap_d < KERNEL[0]:
@@ -123,13 +119,13 @@ def backward_weight_depthwise_kernel(
             out_plane = plane * STRIDE[0] - crop[0] + tap_d * DILATION[0]
             if inside(out_plane, out_size[0]):
                 lane_h, lane_w = lanes(h, w, BLOCK_H, BLOCK_W)
-                y_plane = y_base + image * y_strides[0] + out_plane * y_strides[2]
+                y_plane = y_base + image * grad_y_strides[0] + out_plane * grad_y_strides[2]
                 y_tiles = ()
                 for place in tl.static_range(constant(PLACES[0] * PLACES[1])):
                     y_tiles = y_tiles + (  # type: ignore[assignment]  # noqa: RUF005
                         phase_tile(
-                            y_plane, lane_h, lane_w, mask_c, out_size, y_strides,
-                            place // PLACES[1], place % PLACES[1], STRIDE,
+                            y_plane, lane_h, lane_w, mask_c, size=out_size, grad_y_strides=grad_y_strides,
+                            PLACE_H=place // PLACES[1], PLACE_W=place % PLACES[1], STRIDE=STRIDE,
                         ),
                     )  # fmt: skip
                 row = lane_h + crop[1] // STRIDE[1] + FIRST[0]
@@ -137,8 +133,9 @@ def backward_weight_depthwise_kernel(
                 x_tile = x_base + image * x_strides[0] + plane * x_strides[2]
                 x_tile += row * x_strides[3] + column * x_strides[4]
                 acc = correlated(
-                    acc, x_tile, row, column, mask_c, size, x_strides, y_tiles, KERNEL, PLACES, TAPS_H, TAPS_W
-                )
+                    acc, x_tile, row, column, mask_c, size=size, x_strides=x_strides, y_tiles=y_tiles,
+                    KERNEL=KERNEL, PLACES=PLACES, TAPS_H=TAPS_H, TAPS_W=TAPS_W,
+                )  # fmt: skip
         for tap in tl.static_range(constant(KERNEL[1] * KERNEL[2])):
             at = (split * KERNEL[0] + tap_d) * (KERNEL[1] * KERNEL[2]) + tap
             tl.store(partial_ptr + at * CHANNELS + channel, tl.sum(acc[tap], 0)[None, :], mask=mask_c)
@@ -148,9 +145,9 @@ def backward_weight_depthwise_kernel(
             tap = tl.arange(0, BLOCK_T)[:, None]
             at = tap_d * TAPS + tap
             if last_to_arrive(arrivals_ptr, pid % (BLOCKS_C * ROLES), splits):
-                places, mask = at * CHANNELS + channel, (tap < TAPS) & mask_c
+                offsets, mask = at * CHANNELS + channel, (tap < TAPS) & mask_c
                 step = widened(KERNEL[0] * TAPS * CHANNELS, WIDE)
-                sums = sum_in_order(partial_ptr, step, splits, places, mask, ahead(BLOCK_T * BLOCK_C))
+                sums = sum_in_order(partial_ptr, step, splits, offsets, mask, ahead(BLOCK_T * BLOCK_C))
                 total_ptrs = total_ptr + channel * (KERNEL[0] * TAPS) + at
                 tl.store(total_ptrs, sums.to(total_ptr.dtype.element_ty), mask=mask)
     else:
@@ -159,11 +156,11 @@ def backward_weight_depthwise_kernel(
             for index in range(low, high):
                 image, plane, h, w = tile_at(index, out_size[0], count, BLOCK_H, BLOCK_W, WIDE)
                 lane_h, lane_w = lanes(h, w, BLOCK_H, BLOCK_W)
-                y_plane = y_base + image * y_strides[0] + plane * y_strides[2]
+                y_plane = y_base + image * grad_y_strides[0] + plane * grad_y_strides[2]
                 for place in tl.static_range(constant(PLACES[0] * PLACES[1])):
                     total += phase_tile(
-                        y_plane, lane_h, lane_w, mask_c, out_size, y_strides,
-                        place // PLACES[1], place % PLACES[1], STRIDE,
+                        y_plane, lane_h, lane_w, mask_c, size=out_size, grad_y_strides=grad_y_strides,
+                        PLACE_H=place // PLACES[1], PLACE_W=place % PLACES[1], STRIDE=STRIDE,
                     )  # fmt: skip
             tl.store(bias_partial_ptr + split * CHANNELS + channel, tl.sum(total, 0)[None, :], mask=mask_c)
             if arrivals_ptr is not None:  # noqa: SIM102
@@ -173,40 +170,11 @@ def backward_weight_depthwise_kernel(
 
 
 def launches(problem, config, x, grad_y, need_bias):
-    nothing = x.numel() == 0 or grad_y.numel() == 0
-    grad_weight = new(problem.weight_shape, x, zero=nothing)
-    grad_bias = new((problem.c_out,), x, zero=nothing) if need_bias else None
-    if nothing:
-        return grad_weight, grad_bias
-    config = dict(config)
-    arrive, splits = arrives(config), config.pop("SPLITS")
-    config.pop(ARRIVE, None)
-    taps, channels, tiles = math.prod(problem.kernel), problem.c_out, _tiles(problem, config, need_bias)
-    partial = new((splits, 1, taps, 1, channels), x, torch.float32)
-    bias_partial = new((splits, channels), x, torch.float32) if need_bias else None
-    run(
-        backward_weight_depthwise_kernel,
-        splits * tiles,
-        config,
-        (partial, bias_partial, *((grad_weight, grad_bias) if arrive else ())),
-        x_ptr=x,
-        grad_y_ptr=grad_y,
-        partial_ptr=partial,
-        bias_partial_ptr=bias_partial,
-        arrivals_ptr=arrivals(tiles, x) if arrive else None,
-        total_ptr=grad_weight if arrive else None,
-        total_bias_ptr=grad_bias if arrive else None,
-        **geometry(problem),
-        splits=splits,
-        x_strides=x.stride(),
-        y_strides=grad_y.stride(),
-        **depthwise.phase_windows(problem),
-        WIDE=wide(x, grad_y, partial, of=problem),
-    )
-    if not arrive:
-        by_channel = grad_weight.view(lambda tensor: tensor.view(channels, 1, *problem.kernel))
-        sum_weights(partial, by_channel, bias_partial, grad_bias)
-    return grad_weight, grad_bias
+    sums = depthwise_gradients(problem, config, x, grad_y, need_bias)
+    if not sums.nothing:
+        windows, wide_offsets = depthwise.phase_windows(problem), wide(x, grad_y, sums.partial, of=problem)
+        sums.launch(backward_weight_depthwise_kernel, _tiles(problem, config, need_bias), **windows, WIDE=wide_offsets)
+    return sums.results()
 
 
 def _tiles(problem: Problem, config, need_bias: bool) -> int:
@@ -229,7 +197,7 @@ def default(problem: Problem, device: torch.device):
     values = 4  # of one thread, for each of its taps
     while values > 1 and values * problem.kernel[1] * problem.kernel[2] > 100:
         values //= 2
-    config = depthwise.tile(problem.layout, problem.c_out, counts, 128 * values)
+    config = depthwise.tile_sizes(problem.layout, problem.c_out, counts, 128 * values)
     tiles = problem.n * problem.size[0]
     tiles *= math.ceil(counts[0] / config["BLOCK_H"]) * math.ceil(counts[1] / config["BLOCK_W"])
     roles = (problem.kernel[0] + 1) * math.ceil(problem.c_out / config["BLOCK_C"])

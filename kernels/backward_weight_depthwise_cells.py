@@ -17,22 +17,12 @@ import triton.language as tl
 from tritonconv.kernels import triton_depthwise as depthwise
 from tritonconv.kernels import triton_depthwise_cells as cells
 from tritonconv.kernels.targets import MULTIPROCESSORS
-from tritonconv.kernels.triton_arrival import (
-    ARRIVE,
-    ahead,
-    arrivals,
-    arrives,
-    last_to_arrive,
-    sum_in_order,
-    with_arrivals,
-)
-from tritonconv.kernels.triton_buffers import new
+from tritonconv.kernels.triton_arrival import ARRIVE, ahead, arrives, last_to_arrive, sum_in_order, with_arrivals
 from tritonconv.kernels.triton_depthwise import filled, lanes, replaced, tile_at
 from tritonconv.kernels.triton_depthwise_cells import floats, load_slots, slot_masks, tap_of
 from tritonconv.kernels.triton_device import ceil_div, chunk, constant, inside, product, widened
-from tritonconv.kernels.triton_launch import RUN_TIME, accounting, geometry, refusal, wide
-from tritonconv.kernels.triton_launch import launch as run
-from tritonconv.kernels.triton_reduce import sum_weights
+from tritonconv.kernels.triton_launch import RUN_TIME, accounting, refusal, wide
+from tritonconv.kernels.triton_partials import depthwise_gradients
 from tritonconv.kernels.variant import SPREADS_VOXELS, Variant
 from tritonconv.kernels.work import Work
 from tritonconv.problem import Problem
@@ -41,7 +31,7 @@ WAVES = 3  # of programs with few channels
 
 
 @triton.jit
-def load_cell(pointers, masks, cell, last, planes, strides, STRIDE: tl.constexpr, APART: tl.constexpr):
+def load_cell(pointers, masks, cell, last, planes, strides, STRIDE: tl.constexpr, SCATTERED: tl.constexpr):
     """The outputs of a cell as they are in memory, a tuple of tiles (BLOCK_M, BLOCK_C); zeros from cell ``last`` on.
 
     ``pointers``: to the first output in plane 0 of ``planes``.
@@ -51,7 +41,7 @@ def load_cell(pointers, masks, cell, last, planes, strides, STRIDE: tl.constexpr
     for place in tl.static_range(constant(STRIDE[0])):
         plane = cell * STRIDE[0] + place
         there = (plane < planes) & (cell < last)
-        tiles = tiles + load_slots(pointers, masks, plane, there, strides, SLOTS=PLACES, APART=APART)
+        tiles = tiles + load_slots(pointers, masks, plane, there, strides, SLOTS=PLACES, SCATTERED=SCATTERED)
     return tiles
 
 
@@ -87,12 +77,17 @@ def backward_weight_depthwise_cells_kernel(
     total_ptr,  # (c, taps), dense, or None without arrivals
     total_bias_ptr,  # (c,), or None
     n, d_in, h_in, w_in, d_out, h_out, w_out, d_crop, h_crop, w_crop,
-    splits, x_strides, y_strides,
-    C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
-    KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
-    FIRST: tl.constexpr, TAPS_D: tl.constexpr, TAPS_H: tl.constexpr, TAPS_W: tl.constexpr,
+    splits, x_strides, grad_y_strides,
+    GROUPS: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr,
+    FIRST: tl.constexpr, SLOT_TAPS: tl.constexpr,  # (d, h, w), as cells.windows has them
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, PLANES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
+    """A program owns BLOCK_C channels, the columns, with all their taps and their bias gradient, and one of ``splits``
+    chunks of the boxes of PLANES x BLOCK_H x BLOCK_W cells, the depth. Rows are the cells of a plane of the box.
+    """
+    TAPS_D: tl.constexpr = SLOT_TAPS[0]
+    TAPS_H: tl.constexpr = SLOT_TAPS[1]
+    TAPS_W: tl.constexpr = SLOT_TAPS[2]
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     BLOCKS_C: tl.constexpr = ceil_div(GROUPS, BLOCK_C)
     TAPS: tl.constexpr = product(KERNEL)
@@ -100,28 +95,27 @@ def backward_weight_depthwise_cells_kernel(
     ACROSS: tl.constexpr = (SLOTS[1], SLOTS[2])
     PLANE: tl.constexpr = SLOTS[1] * SLOTS[2]
     PLACES: tl.constexpr = (STRIDE[1], STRIDE[2])
-    APART: tl.constexpr = STRIDE[2] > 1
+    SCATTERED: tl.constexpr = STRIDE[2] > 1
     block_c, split = tl.program_id(0) % BLOCKS_C, tl.program_id(0) // BLOCKS_C
     channel = widened(block_c * BLOCK_C + tl.arange(0, BLOCK_C)[None, :], WIDE)  # (1, BLOCK_C)
     split = widened(split, WIDE)
     mask_c = channel < GROUPS
     count = (tl.cdiv(out_size[0], STRIDE[0]), tl.cdiv(out_size[1], STRIDE[1]), tl.cdiv(out_size[2], STRIDE[2]))
-    chunks = tl.cdiv(count[0], PLANES)
-    columns = n * chunks * tl.cdiv(count[1], BLOCK_H) * tl.cdiv(count[2], BLOCK_W)
+    walks = tl.cdiv(count[0], PLANES)
+    columns = n * walks * tl.cdiv(count[1], BLOCK_H) * tl.cdiv(count[2], BLOCK_W)
     low, high = chunk(split, splits, columns)
     zero = tl.zeros((BLOCK_H * BLOCK_W, BLOCK_C), tl.float32)
 
     sums = filled(zero, TAPS + (bias_partial_ptr is not None))
     for index in range(low, high):
-        image, chunk_d, h, w = tile_at(index, chunks, (count[1], count[2]), BLOCK_H, BLOCK_W, WIDE)
-        first = chunk_d * PLANES
+        image, walk_d, h, w = tile_at(index, walks, (count[1], count[2]), BLOCK_H, BLOCK_W, WIDE)
+        first = walk_d * PLANES
         last = tl.minimum(first + PLANES, count[0])
         lane_h, lane_w = lanes(h, w, BLOCK_H, BLOCK_W)
         out_h, out_w = lane_h * STRIDE[1], lane_w * STRIDE[2]
         y_masks = slot_masks(out_h, out_w, mask_c, out_size, PLACES)
-        y_tile = (
-            grad_y_ptr + image * y_strides[0] + (out_h * y_strides[3] + out_w * y_strides[4] + channel * y_strides[1])
-        )
+        y_tile = grad_y_ptr + image * grad_y_strides[0]
+        y_tile += out_h * grad_y_strides[3] + out_w * grad_y_strides[4] + channel * grad_y_strides[1]
         row, column = lane_h + (crop[1] // STRIDE[1] + FIRST[1]), lane_w + (crop[2] // STRIDE[2] + FIRST[2])
         x_masks = slot_masks(row, column, mask_c, size, ACROSS)
         x_tile = x_ptr + image * x_strides[0] + (row * x_strides[3] + column * x_strides[4] + channel * x_strides[1])
@@ -133,27 +127,22 @@ def backward_weight_depthwise_cells_kernel(
             plane += 1
         next_x = load_slots(x_tile, x_masks, plane, inside(plane, size[0]), x_strides, ACROSS)
         next_y = load_cell(
-            y_tile, y_masks, first, last=last, planes=out_size[0], strides=y_strides, STRIDE=STRIDE, APART=APART
-        )
+            y_tile, y_masks, first, last=last, planes=out_size[0], strides=grad_y_strides,
+            STRIDE=STRIDE, SCATTERED=SCATTERED,
+        )  # fmt: skip
         for cell in range(first, last):
             tiles, outputs = tiles[PLANE:] + floats(next_x), floats(next_y)
             plane += 1
             there = inside(plane, size[0]) & (cell + 1 < last)
             next_x = load_slots(x_tile, x_masks, plane, there, x_strides, ACROSS)
             next_y = load_cell(
-                y_tile, y_masks, cell + 1, last=last, planes=out_size[0], strides=y_strides, STRIDE=STRIDE, APART=APART
-            )
+                y_tile, y_masks, cell + 1, last=last, planes=out_size[0], strides=grad_y_strides,
+                STRIDE=STRIDE, SCATTERED=SCATTERED,
+            )  # fmt: skip
             sums = correlated(
-                sums,
-                tiles,
-                outputs,
-                SLOTS=SLOTS,
-                KERNEL=KERNEL,
-                PLACES=STRIDE,
-                TAPS_D=TAPS_D,
-                TAPS_H=TAPS_H,
-                TAPS_W=TAPS_W,
-            )
+                sums, tiles, outputs, SLOTS=SLOTS, KERNEL=KERNEL, PLACES=STRIDE,
+                TAPS_D=TAPS_D, TAPS_H=TAPS_H, TAPS_W=TAPS_W,
+            )  # fmt: skip
 
     for tap in tl.static_range(TAPS):
         tl.store(partial_ptr + (split * TAPS + tap) * GROUPS + channel, tl.sum(sums[tap], 0)[None, :], mask=mask_c)
@@ -173,40 +162,17 @@ def backward_weight_depthwise_cells_kernel(
 
 
 def launches(problem, config, x, grad_y, need_bias):
-    nothing = x.numel() == 0 or grad_y.numel() == 0
-    grad_weight = new(problem.weight_shape, x, zero=nothing)
-    grad_bias = new((problem.c_out,), x, zero=nothing) if need_bias else None
-    if nothing:
-        return grad_weight, grad_bias
-    config = dict(config)
-    arrive, splits = arrives(config), config.pop("SPLITS")
-    config.pop(ARRIVE, None)
-    taps, channels, blocks = math.prod(problem.kernel), problem.c_out, math.ceil(problem.c_out / config["BLOCK_C"])
-    partial = new((splits, 1, taps, 1, channels), x, torch.float32)
-    bias_partial = new((splits, channels), x, torch.float32) if need_bias else None
-    run(
-        backward_weight_depthwise_cells_kernel,
-        splits * blocks,
-        config,
-        (partial, bias_partial, *((grad_weight, grad_bias) if arrive else ())),
-        x_ptr=x,
-        grad_y_ptr=grad_y,
-        partial_ptr=partial,
-        bias_partial_ptr=bias_partial,
-        arrivals_ptr=arrivals(blocks, x) if arrive else None,
-        total_ptr=grad_weight if arrive else None,
-        total_bias_ptr=grad_bias if arrive else None,
-        **geometry(problem),
-        splits=splits,
-        x_strides=x.stride(),
-        y_strides=grad_y.stride(),
-        **cells.windows(problem),
-        WIDE=wide(x, grad_y, partial, of=problem),
-    )
-    if not arrive:
-        by_channel = grad_weight.view(lambda tensor: tensor.view(channels, 1, *problem.kernel))
-        sum_weights(partial, by_channel, bias_partial, grad_bias)
-    return grad_weight, grad_bias
+    sums = depthwise_gradients(problem, config, x, grad_y, need_bias)
+    if not sums.nothing:
+        windows, blocks = cells.windows(problem), math.ceil(problem.c_out / config["BLOCK_C"])
+        sums.launch(
+            backward_weight_depthwise_cells_kernel,
+            blocks,
+            FIRST=windows["FIRST"],
+            SLOT_TAPS=tuple(windows[f"TAPS_{axis}"] for axis in "DHW"),
+            WIDE=wide(x, grad_y, sums.partial, of=problem),
+        )
+    return sums.results()
 
 
 def supports(problem: Problem, device: torch.device) -> str | None:
@@ -215,7 +181,7 @@ def supports(problem: Problem, device: torch.device) -> str | None:
 
 def default(problem: Problem, device: torch.device):
     counts = cells.counts(problem)
-    config = cells.tile(problem.layout, problem.c_out, counts, problem.n)
+    config = cells.tile_sizes(problem.layout, problem.c_out, counts, problem.n)
     columns = depthwise.programs(problem.n, problem.c_out, counts, (1, 1), config)
     blocks = math.ceil(problem.c_out / config["BLOCK_C"])
     # The partials of many channels are long: one program for each that fits at a time, so that all end together.

@@ -16,14 +16,14 @@ Words: *rows* are in one of two orders.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 import triton
 import triton.language as tl
 
 from tritonconv.kernels import triton_shuffle_tiles as shuffle
-from tritonconv.kernels.triton_arrival import ARRIVE, ahead, arrivals, last_to_arrive, sum_in_order
-from tritonconv.kernels.triton_buffers import new
+from tritonconv.kernels.triton_arrival import ARRIVE, ahead, last_to_arrive, sum_in_order
 from tritonconv.kernels.triton_device import (
     FAR,
     aligned,
@@ -38,12 +38,15 @@ from tritonconv.kernels.triton_device import (
     voxels,
     widened,
 )
-from tritonconv.kernels.triton_launch import RUN_TIME, WIDE_FROM, accounting, geometry, precision, refusal, wide
-from tritonconv.kernels.triton_launch import launch as run
-from tritonconv.kernels.triton_reduce import sum_parts
+from tritonconv.kernels.triton_fold import folded, folded_outputs
+from tritonconv.kernels.triton_fold import pays as fold_pays
+from tritonconv.kernels.triton_launch import RUN_TIME, WIDE_FROM, accounting, precision, refusal, wide
+from tritonconv.kernels.triton_partials import WeightGradients
+from tritonconv.kernels.triton_reduce import sum_parts, sum_volumes
 from tritonconv.kernels.triton_shuffle_tiles import tile_taps
 from tritonconv.kernels.triton_target import STEP, compute_capability
-from tritonconv.kernels.variant import Variant
+from tritonconv.kernels.variant import FOLD, Config, Variant
+from tritonconv.kernels.work import Work
 from tritonconv.problem import Problem
 
 
@@ -70,15 +73,13 @@ def in_steps(strides, STEP: tl.constexpr):
 def backward_weight_shuffle_kernel(
     x_ptr,  # (n, c_in, d, h, w)
     grad_y_ptr,  # (n, c_out, d*kd, h*kh, w*kw)
-    grad_w_ptr,  # (splits, c_in, c_out, taps), dense
-    grad_b_ptr,  # (splits, tiles of a channel's taps, c_out), dense, or None
+    partial_ptr,  # (splits, c_in, c_out, taps), dense: the sums of chunks, or grad_weight itself
+    bias_partial_ptr,  # (splits, tiles of a channel's taps, c_out), dense, or None
     arrivals_ptr,  # (programs of one split,) int32, zeros: the last one of a tile adds up its partials; or None
-    total_w_ptr,  # (c_in, c_out, taps), dense, or None without arrivals
-    total_b_ptr,  # (c_out,), or None
-    n, d_in, h_in, w_in, d_out, h_out, w_out, d_crop, h_crop, w_crop,
-    splits, x_strides, grad_y_strides,
-    C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
-    KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr, ROWS: tl.constexpr,
+    total_ptr,  # (c_in, c_out, taps), dense, or None without arrivals
+    total_bias_ptr,  # (c_out,), or None
+    n, d_in, h_in, w_in, splits, x_strides, grad_y_strides,
+    C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr, KERNEL: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr,
     VOXELS_INNER: tl.constexpr,  # of x and of grad_y: see load_voxels
     W_STEP: tl.constexpr,  # with ROWS: divides w_in and the strides across w, those of grad_y KERNEL[2] times
@@ -88,8 +89,8 @@ def backward_weight_shuffle_kernel(
     """A program owns BLOCK_M rows (tap, output channel) x BLOCK_N input channels of grad_weight, and one of ``splits``
     chunks of the n*d*h*w voxels of x, the depth; that of the first input channels owns its channels' bias too.
 
-    KERNEL is STRIDE, and nothing is cropped. Voxels count in 32 bits unless FAR_IDS, also where their offsets take 64
-    (WIDE).
+    KERNEL is the stride too, and nothing is cropped. Voxels count in 32 bits unless FAR_IDS, also where their offsets
+    take 64 (WIDE).
     """
     x_strides = aligned(x_strides, UNITS, 0)
     grad_y_strides = aligned(grad_y_strides, UNITS, 1)
@@ -152,7 +153,7 @@ def backward_weight_shuffle_kernel(
             parted = rows_tile.to(tl.int16, bitcast=True).reshape(BLOCK_M // SIDE, BLOCK_K, SIDE).permute(1, 0, 2)
             parted = parted.reshape(BLOCK_K, BLOCK_M).to(x_ptr.dtype.element_ty, bitcast=True)
             acc = tl.dot(x_tile, parted, acc, input_precision=PRECISION)
-            if grad_b_ptr is not None:  # of neighbours in one thread: the rest after the loop
+            if bias_partial_ptr is not None:  # of neighbours in one thread: the rest after the loop
                 sums += tl.sum(rows_tile.reshape(BLOCK_M // SIDE, BLOCK_K * SIDE // 8, 8).to(tl.float32), 2)
         else:
             image, d, h, w = widened(image, WIDE), widened(d, WIDE), widened(h, WIDE), widened(w, WIDE)
@@ -161,86 +162,80 @@ def backward_weight_shuffle_kernel(
             grad_y_tile = load_voxels(grad_y_ptr + (y_rows[:, None] + y_lanes[None, :]), y_mask, VOXELS_INNER[1])
             x_tile = load_voxels(x_ptr + (x_rows[:, None] + x_lanes[None, :]), x_mask, VOXELS_INNER[0])
             acc = tl.dot(tl.trans(grad_y_tile), x_tile, acc, input_precision=PRECISION)
-            if grad_b_ptr is not None:
+            if bias_partial_ptr is not None:
                 if ONES:  # exact products, and no element of the tile passes through a register
                     sums = tl.dot(tl.trans(grad_y_tile), ones, sums)
                 else:
                     sums += tl.sum(grad_y_tile.to(tl.float32), 0)[:, None]
 
-    weights = by_channel_and_tap(acc.to(grad_w_ptr.dtype.element_ty), TAPS, ACROSS, ROWS)  # (BLOCK_N, BLOCK_M)
+    weights = by_channel_and_tap(acc.to(partial_ptr.dtype.element_ty), TAPS, ACROSS, ROWS)  # (BLOCK_N, BLOCK_M)
     column = tl.arange(0, BLOCK_M)
     if TAPS == ALL:  # neighbours in memory
-        place = channel_tile * BLOCK_M + column
-        mask_w = mask_n[:, None] & (place < C_OUT * ALL)[None, :]
+        offs_w = channel_tile * BLOCK_M + column
+        mask_w = mask_n[:, None] & (offs_w < C_OUT * ALL)[None, :]
     else:
         channel_w, tap_w = channel_tile * CHANNELS + column // TAPS, tap_tile * TAPS + column % TAPS
-        place = channel_w * ALL + tap_w
+        offs_w = channel_w * ALL + tap_w
         mask_w = mask_n[:, None] & ((channel_w < C_OUT) & (tap_w < ALL))[None, :]
-    places = ((group * C_IN + ci) * (C_OUT * ALL))[:, None] + place[None, :]
+    offsets = ((group * C_IN + ci) * (C_OUT * ALL))[:, None] + offs_w[None, :]
     step = widened(GROUPS * C_IN * C_OUT * ALL, WIDE)
-    tl.store(grad_w_ptr + (split * step + places), weights, mask=mask_w)
-    if grad_b_ptr is not None:
+    tl.store(partial_ptr + (split * step + offsets), weights, mask=mask_w)
+    if bias_partial_ptr is not None:
         if not ROWS and ONES:  # all columns are alike
             sums = tl.where(tl.arange(0, ONES)[None, :] == 0, sums, 0.0)
         biases = tl.sum(tl.sum(sums, 1).reshape(BLOCK_M // SIDE // CHANNELS, CHANNELS), 0)  # (CHANNELS,)
         channel_b = channel_tile * CHANNELS + tl.arange(0, CHANNELS)
         mask_b = channel_b + tile_n * C_OUT < C_OUT  # of the first input channels alone
-        place_b = group * C_OUT + channel_b
-        bias_ptrs = grad_b_ptr + ((split * TAP_TILES + tap_tile) * (GROUPS * C_OUT) + place_b)
-        tl.store(bias_ptrs, biases.to(grad_b_ptr.dtype.element_ty), mask=mask_b)
+        offs_b = group * C_OUT + channel_b
+        bias_ptrs = bias_partial_ptr + ((split * TAP_TILES + tap_tile) * (GROUPS * C_OUT) + offs_b)
+        tl.store(bias_ptrs, biases.to(bias_partial_ptr.dtype.element_ty), mask=mask_b)
     if arrivals_ptr is not None:  # noqa: SIM102
         if last_to_arrive(arrivals_ptr, tile, splits):
-            weights = sum_in_order(grad_w_ptr, step, splits, places, mask_w, ahead(BLOCK_M * BLOCK_N))
-            tl.store(total_w_ptr + places, weights.to(total_w_ptr.dtype.element_ty), mask=mask_w)
-            if grad_b_ptr is not None:
-                biases = sum_in_order(grad_b_ptr, GROUPS * C_OUT, splits, place_b, mask_b, ahead(CHANNELS))
-                tl.store(total_b_ptr + place_b, biases.to(total_b_ptr.dtype.element_ty), mask=mask_b)
+            weights = sum_in_order(partial_ptr, step, splits, offsets, mask_w, ahead(BLOCK_M * BLOCK_N))
+            tl.store(total_ptr + offsets, weights.to(total_ptr.dtype.element_ty), mask=mask_w)
+            if bias_partial_ptr is not None:
+                biases = sum_in_order(bias_partial_ptr, GROUPS * C_OUT, splits, offs_b, mask_b, ahead(CHANNELS))
+                tl.store(total_bias_ptr + offs_b, biases.to(total_bias_ptr.dtype.element_ty), mask=mask_b)
 
 
 def launches(problem, config, x, grad_y, need_bias):
-    nothing = x.numel() == 0 or grad_y.numel() == 0
-    grad_weight = new(problem.weight_shape, x, zero=nothing)
-    grad_bias = new((problem.c_out,), x, zero=nothing) if need_bias else None
-    if nothing:
-        return grad_weight, grad_bias
-    config, split_programs = dict(config), shuffle.programs(problem, config)
-    arrive, splits = shuffle.sums_itself(problem, config), config.pop("SPLITS")
+    config = dict(config)
+    across = problem.kernel[2] if config.pop(FOLD, 0) else 1  # taps that count as channels
+    if across > 1 or not shuffle.sums_itself(problem, config):
+        config[ARRIVE] = 0
+    sums = WeightGradients(problem, config, x, grad_y, need_bias)
+    if sums.nothing:
+        return sums.results()
+    if across > 1:
+        problem, grad_y = sums.problem, sums.grad_y = folded(problem), folded_outputs(grad_y, across)
     tap_parts = shuffle.tap_tiles(problem, config)
-    config.pop(ARRIVE, None)
-    partial, bias_partial = grad_weight, grad_bias
-    if splits > 1:
-        partial = new((splits, *problem.weight_shape), x, torch.float32)
-    if need_bias and splits * tap_parts > 1:
-        bias_partial = new((splits * tap_parts, problem.c_out), x, torch.float32)
-    run(
+    if sums.splits * across > 1:
+        sums.split_weight(*problem.weight_shape)
+    if sums.splits * tap_parts * across > 1:
+        sums.split_bias(sums.splits * tap_parts)
+    sums.launch(
         backward_weight_shuffle_kernel,
-        splits * split_programs,
-        config,
-        (partial, bias_partial, *((grad_weight, grad_bias) if arrive else ())),
-        x_ptr=x,
-        grad_y_ptr=grad_y,
-        grad_w_ptr=partial,
-        grad_b_ptr=bias_partial,
-        arrivals_ptr=arrivals(split_programs, x) if arrive else None,
-        total_w_ptr=grad_weight if arrive else None,
-        total_b_ptr=grad_bias if arrive else None,
-        **geometry(problem),
-        splits=splits,
-        x_strides=x.stride(),
-        grad_y_strides=grad_y.stride(),
+        shuffle.programs(problem, config),
         VOXELS_INNER=(x.stride(1) != 1 and config["BLOCK_W"] == 0, grad_y.stride(1) != 1),
         W_STEP=_width_step(problem, x, grad_y) if config["ROWS"] and config["BLOCK_W"] else 1,
         ONES=_ones(problem) if need_bias else 0,
-        WIDE=wide(x, grad_y, partial),
+        WIDE=wide(x, grad_y, sums.partial),
         FAR_IDS=math.prod(grad_y.shape) // problem.c_out >= WIDE_FROM or max(grad_y.shape[2:]) >= FAR // 2,
         PRECISION=precision(problem.dtype),
     )
-    if splits > 1 and not arrive:
-        together = need_bias and tap_parts == 1
-        sum_parts(partial, grad_weight, *((bias_partial, grad_bias) if together else ()))
-    if bias_partial is not None and grad_bias is not None and tap_parts > 1:
-        sum_parts(bias_partial, grad_bias)
-    return grad_weight, grad_bias
+    if across > 1:
+        _sum_folded(sums.partial, sums.weight, sums.bias_partial, sums.bias, across)
+        return sums.weight, sums.bias
+    return sums.results(sum_parts)
+
+
+def _sum_folded(partial, grad_weight, bias_partial, grad_bias, across: int) -> None:
+    """Adds partials whose taps along w, ``across``, lie before the channels, where a weight has them last."""
+    splits, c_in = partial.shape[:2]
+    parted = partial.view(lambda tensor: tensor.view(splits, c_in, across, 1, 1, -1))
+    sum_volumes(parted, grad_weight.view(lambda tensor: tensor.view(c_in, -1, across, 1, 1)))
+    if grad_bias is not None:
+        sum_parts(bias_partial.view(lambda tensor: tensor.view(-1, grad_bias.numel())), grad_bias)
 
 
 def _width_step(problem: Problem, x, grad_y) -> int:
@@ -262,9 +257,29 @@ def supports(problem: Problem, device: torch.device) -> str | None:
     return refusal(problem, device)
 
 
+def space(problem: Problem, device: torch.device):
+    configs = shuffle.space(problem, device)
+    if fold_pays(problem):
+        around = shuffle.space(folded(problem), device)
+        configs += tuple({**config, FOLD: 1} for config in around if not config.get(ARRIVE))
+    return configs
+
+
+def work(problem: Problem, config: Config) -> Work:
+    if not config.get(FOLD):
+        return shuffle.work(problem, config)
+    counts = shuffle.work(folded(problem), {**config, ARRIVE: 0})
+    return replace(counts, launches=2 + problem.bias)
+
+
+def workspace_bytes(problem: Problem) -> int:
+    most = shuffle.workspace_bytes(problem)
+    return max(most, shuffle.workspace_bytes(folded(problem))) if fold_pays(problem) else most
+
+
 VARIANT = Variant(
     "backward_weight_shuffle", "backward_weight",
     "kernel = stride: one GEMM over all taps and voxels, the bias gradient in the same pass", "triton",
-    launches=launches, supports=supports, space=shuffle.space, default=shuffle.default, options=(ARRIVE,),
-    workspace_bytes=shuffle.workspace_bytes, work=shuffle.work,
+    launches=launches, supports=supports, space=space, default=shuffle.default, options=(ARRIVE, FOLD),
+    workspace_bytes=workspace_bytes, work=work,
 )  # fmt: skip

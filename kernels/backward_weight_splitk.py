@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from tritonconv.kernels import triton_taps
-from tritonconv.kernels.triton_arrival import ARRIVE, ahead, last_to_arrive, sum_in_order
+from tritonconv.kernels.triton_arrival import ARRIVE
 from tritonconv.kernels.triton_channels_last import copying
 from tritonconv.kernels.triton_device import (
     aligned,
@@ -29,8 +29,8 @@ from tritonconv.kernels.triton_device import (
     widened,
 )
 from tritonconv.kernels.triton_launch import RUN_TIME, accounting, refusal
-from tritonconv.kernels.triton_split_gemm import SplitGemm, store_channel_sums
-from tritonconv.kernels.triton_taps import in_spans, spans, tap_lanes, voxel_words
+from tritonconv.kernels.triton_split_gemm import SplitGemm, store_channel_sums, store_weights, strided
+from tritonconv.kernels.triton_taps import lanes_inside, spans, tap_lanes
 from tritonconv.kernels.variant import SPREADS_VOXELS, Variant
 from tritonconv.problem import Problem
 
@@ -45,27 +45,27 @@ def weight_tiles(KERNEL, C_OUT, C_IN, GROUPS, BLOCK_M, BLOCK_N):
 
 @triton.jit
 def store_weight_tile(
-    x_ptr, grad_y_ptr, grad_w_ptr, arrivals_ptr, total_w_ptr, n, size, out_size, crop, tile, first_tile, split, splits,
-    x_strides, grad_y_strides, grad_w_strides,
+    x_ptr, grad_y_ptr, partial_ptr, arrivals_ptr, total_ptr, n, size, out_size, crop, tile, first_tile, split, splits,
+    x_strides, grad_y_strides, partial_strides,
     C_IN: tl.constexpr, C_OUT: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr,
     Y_VOXELS_INNER: tl.constexpr, X_VOXELS_INNER: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Writes a chunk's sum of one tile of grad_weight; with arrivals, that of all chunks too.
+    """The work of one program on a tile of grad_weight: rows (tap, output channel) x columns (input channel), summed
+    over the voxels of its chunk.
 
     The arguments are those of :func:`backward_weight_splitk_kernel`; ``tile + first_tile`` is the place of the tile's
     counter.
     """
-    ROWS: tl.constexpr = product(KERNEL) * C_OUT
-    SAME_TAP: tl.constexpr = C_OUT % 8 == 0  # of the channels that one load takes: cheap to mask one by one
-    TILES_M: tl.constexpr = ceil_div(ROWS, BLOCK_M)
+    M: tl.constexpr = product(KERNEL) * C_OUT
+    TILES_M: tl.constexpr = ceil_div(M, BLOCK_M)
     TILES_N: tl.constexpr = ceil_div(C_IN, BLOCK_N)
     group = tile // (TILES_M * TILES_N)
     offs_m = tile % TILES_M * BLOCK_M + tl.arange(0, BLOCK_M)  # (tap, output channel)
     offs_n = tile // TILES_M % TILES_N * BLOCK_N + tl.arange(0, BLOCK_N)
     group, offs_m, offs_n = widened(group, WIDE), widened(offs_m, WIDE), widened(offs_n, WIDE)
-    tap, td, th, tw, co, wanted = tap_lanes(offs_m, C_OUT, KERNEL)
-    mask_m, mask_n = offs_m < ROWS, offs_n < C_IN
+    tap, td, th, tw, co, words = tap_lanes(offs_m, C_OUT, KERNEL)
+    mask_m, mask_n = offs_m < M, offs_n < C_IN
     ci = group * C_IN + offs_n
     vd, vh, vw = td * DILATION[0], th * DILATION[1], tw * DILATION[2]
     # The voxels are the last axis of both operands, so that the lanes of a warp run along them wherever the channels
@@ -81,18 +81,13 @@ def store_weight_tile(
     # Of i*stride - crop + tap the loop adds only i*stride.
     cut = (widened(crop[0], WIDE), widened(crop[1], WIDE), widened(crop[2], WIDE))
     grad_y_rows -= cut[0] * grad_y_strides[2] + cut[1] * grad_y_strides[3] + cut[2] * grad_y_strides[4]
-    y_strides = (
-        grad_y_strides[0], grad_y_strides[1], widened(grad_y_strides[2], WIDE) * STRIDE[0],
-        widened(grad_y_strides[3], WIDE) * STRIDE[1], widened(grad_y_strides[4], WIDE) * STRIDE[2],
-    )  # fmt: skip
+    y_strides = strided(grad_y_strides, STRIDE, WIDE)
     for tile_k in range(first, last):
         image, d, h, w, mask_k = voxels(tile_k, n, size, BLOCK_K, BLOCK_W, WIDE, by)
-        if SAME_TAP:
-            hit = in_spans(tl.where(mask_k, d, -1), h, w, lanes, WIDE)  # -1 is below every span
-        else:
-            od, oh, ow = d * STRIDE[0] - crop[0], h * STRIDE[1] - crop[1], w * STRIDE[2] - crop[2]
-            words = voxel_words(od, oh, ow, mask_k, out_size, KERNEL, DILATION)
-            hit = (words[None, :] & wanted[:, None]) == wanted[:, None]  # (BLOCK_M, BLOCK_K)
+        hit = lanes_inside(
+            d, h, w, mask_k, lanes, words, cut=crop, size=out_size,
+            CHANNELS=C_OUT, STRIDE=STRIDE, KERNEL=KERNEL, DILATION=DILATION, WIDE=WIDE,
+        )  # fmt: skip
         grad_y_columns = offset(y_strides, image, 0, d, h, w)[None, :]
         grad_y_tile = load_lanes(grad_y_rows + grad_y_columns, hit, Y_VOXELS_INNER)  # (BLOCK_M, BLOCK_K)
         x_columns = offset(x_strides, image, 0, d, h, w)[None, :]
@@ -100,31 +95,24 @@ def store_weight_tile(
         x_tile = load_lanes(x_rows + x_columns, x_mask, X_VOXELS_INNER)  # (BLOCK_N, BLOCK_K)
         acc = tl.dot(grad_y_tile, tl.trans(x_tile), acc, input_precision=PRECISION)
 
-    rows = widened(split, WIDE) * grad_w_strides[0] + co * grad_w_strides[2] + tap * grad_w_strides[3]
-    grad_w_ptrs = grad_w_ptr + rows[:, None] + (ci * grad_w_strides[1])[None, :]
-    tl.store(grad_w_ptrs, acc.to(grad_w_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
-    if arrivals_ptr is not None:  # noqa: SIM102
-        if last_to_arrive(arrivals_ptr, tile + first_tile, splits):
-            places = (co * grad_w_strides[2] + tap * grad_w_strides[3])[:, None] + (ci * grad_w_strides[1])[None, :]
-            mask = mask_m[:, None] & mask_n[None, :]
-            step = widened(grad_w_strides[0], WIDE)
-            sums = sum_in_order(grad_w_ptr, step, splits, places, mask, ahead(BLOCK_M * BLOCK_N))
-            rows, columns = co * product(KERNEL) + tap, ci * (C_OUT * product(KERNEL))
-            total_w_ptrs = total_w_ptr + rows[:, None] + columns[None, :]
-            tl.store(total_w_ptrs, sums.to(total_w_ptr.dtype.element_ty), mask=mask)
+    store_weights(
+        acc, partial_ptr, arrivals_ptr, total_ptr, partial_strides, tile=tile + first_tile, split=split, splits=splits,
+        co=co, tap_m=tap, ci=ci, tap_n=0, mask=mask_m[:, None] & mask_n[None, :],
+        C_OUT=C_OUT, TAPS=product(KERNEL), WIDE=WIDE,
+    )  # fmt: skip
 
 
 @triton.jit(launch_metadata=accounting, do_not_specialize=(*RUN_TIME, "splits"))
 def backward_weight_splitk_kernel(
     x_ptr,  # (n, c_in, d, h, w)
     grad_y_ptr,  # (n, c_out, od, oh, ow)
-    grad_w_ptr,  # (splits, c_in, c_out, taps)
-    grad_b_ptr,  # (splits, c_out) or None
+    partial_ptr,  # (splits, c_in, c_out, taps): the sums of chunks, or grad_weight itself
+    bias_partial_ptr,  # (splits, c_out): those of grad_bias, or None
     arrivals_ptr,  # (programs of one split,) int32, zeros: the last one of a tile adds up its partials; or None
-    total_w_ptr,  # (c_in, c_out, taps), dense, or None without arrivals
-    total_b_ptr,  # (c_out,), or None
+    total_ptr,  # (c_in, c_out, taps), dense, or None without arrivals
+    total_bias_ptr,  # (c_out,), or None
     n, d_in, h_in, w_in, d_out, h_out, w_out, d_crop, h_crop, w_crop,
-    splits, x_strides, grad_y_strides, grad_w_strides,
+    splits, x_strides, grad_y_strides, partial_strides,
     C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr,
@@ -132,27 +120,35 @@ def backward_weight_splitk_kernel(
     Y_VOXELS_INNER: tl.constexpr, X_VOXELS_INNER: tl.constexpr,
     UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """A program owns one of ``splits`` chunks of the voxels of x, the depth, and of that chunk's grad_weight BLOCK_M
+    rows (tap, output channel) x BLOCK_N columns (input channel), or BIAS_C channels of its grad_bias.
+
+    A step of the former has BLOCK_K voxels, one of the bias BIAS_V voxels of grad_y in rows of BIAS_W along w.
+    """
     x_strides = aligned(x_strides, UNITS, 0)
     grad_y_strides = aligned(grad_y_strides, UNITS, 1)
-    grad_w_strides = aligned(grad_w_strides, UNITS, 2)
+    partial_strides = aligned(partial_strides, UNITS, 2)
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     TILES: tl.constexpr = weight_tiles(KERNEL, C_OUT, C_IN, GROUPS, BLOCK_M, BLOCK_N)
-    BIAS_TILES: tl.constexpr = 0 if grad_b_ptr is None else ceil_div(C_OUT * GROUPS, BIAS_C)
+    BIAS_TILES: tl.constexpr = 0 if bias_partial_ptr is None else ceil_div(C_OUT * GROUPS, BIAS_C)
     pid = tl.program_id(0)
     split, tile = pid // (TILES + BIAS_TILES), pid % (TILES + BIAS_TILES)
-    if grad_b_ptr is not None:  # noqa: SIM102
+    if bias_partial_ptr is not None:  # noqa: SIM102
         if tile < BIAS_TILES:
             store_channel_sums(
-                grad_y_ptr, grad_b_ptr, arrivals_ptr, total_b_ptr, n, out_size, grad_y_strides, tile, split, splits,
-                C_OUT * GROUPS, Y_VOXELS_INNER, BIAS_V, BIAS_C, BIAS_W, WIDE,
+                grad_y_ptr, bias_partial_ptr, arrivals_ptr, total_bias_ptr, n=n, out_size=out_size,
+                grad_y_strides=grad_y_strides, tile=tile, split=split, splits=splits, CHANNELS=C_OUT * GROUPS,
+                VOXELS_INNER=Y_VOXELS_INNER, BLOCK_V=BIAS_V, BLOCK_C=BIAS_C, BLOCK_W=BIAS_W, WIDE=WIDE,
             )  # fmt: skip
             return
 
     store_weight_tile(
-        x_ptr, grad_y_ptr, grad_w_ptr, arrivals_ptr, total_w_ptr, n, size, out_size, crop,
-        tile - BIAS_TILES, BIAS_TILES, split, splits, x_strides, grad_y_strides, grad_w_strides,
-        C_IN, C_OUT, KERNEL, STRIDE, DILATION, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_W,
-        Y_VOXELS_INNER, X_VOXELS_INNER, WIDE, PRECISION,
+        x_ptr, grad_y_ptr, partial_ptr, arrivals_ptr, total_ptr, n=n, size=size, out_size=out_size, crop=crop,
+        tile=tile - BIAS_TILES, first_tile=BIAS_TILES, split=split, splits=splits,
+        x_strides=x_strides, grad_y_strides=grad_y_strides, partial_strides=partial_strides,
+        C_IN=C_IN, C_OUT=C_OUT, KERNEL=KERNEL, STRIDE=STRIDE, DILATION=DILATION,
+        BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, BLOCK_W=BLOCK_W,
+        Y_VOXELS_INNER=Y_VOXELS_INNER, X_VOXELS_INNER=X_VOXELS_INNER, WIDE=WIDE, PRECISION=PRECISION,
     )  # fmt: skip
 
 

@@ -46,6 +46,9 @@ def forward_boxes_kernel(
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     VOXELS_LAST: tl.constexpr, UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
+    """A program owns every ``num_programs``-th tile. Rows: a box of BLOCK_D x BLOCK_H x BLOCK_W outputs of one phase;
+    columns: BLOCK_N output channels; depth: (tap of the phase, input channel).
+    """
     y_strides = aligned(y_strides, UNITS, 0)
     out_size, crop = (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     BLOCK_M: tl.constexpr = BLOCK_D * BLOCK_H * BLOCK_W

@@ -36,6 +36,9 @@ def forward_depthwise_kernel(
     FIRST: tl.constexpr, TAPS_H: tl.constexpr, TAPS_W: tl.constexpr, INTERLEAVE: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, PLANES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
+    """A program owns BLOCK_H x BLOCK_W lanes of STRIDE[1] x STRIDE[2] outputs, the rows, x BLOCK_C channels, the
+    columns, and PLANES planes. The depth is the taps.
+    """
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     PLACES: tl.constexpr = (STRIDE[1], STRIDE[2])
     CHANNELS: tl.constexpr = GROUPS * C_OUT
@@ -95,7 +98,8 @@ def supports(problem: Problem, device: torch.device) -> str | None:
 def default(problem: Problem, device: torch.device):
     places = problem.stride[1:]
     elements = max(128, min(1024, ELEMENTS[problem.layout] // (places[0] * places[1])))
-    config = depthwise.tile(problem.layout, problem.c_out, depthwise.lane_counts(problem.out_size, places), elements)
+    counts = depthwise.lane_counts(problem.out_size, places)
+    config = depthwise.tile_sizes(problem.layout, problem.c_out, counts, elements)
     if problem.dtype.itemsize == 4:  # 4 warps of float32 spill on sm_80 and sm_100
         config["num_warps"] = 8
     config["PLANES"] = depthwise.planes(problem, problem.c_out, problem.out_size, places, config)

@@ -53,6 +53,9 @@ def forward_depthwise_cells_kernel(
     FIRST: tl.constexpr, TAPS_D: tl.constexpr, TAPS_H: tl.constexpr, TAPS_W: tl.constexpr, INTERLEAVE: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, PLANES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
+    """A program owns BLOCK_H x BLOCK_W cells along h and w, the rows, x BLOCK_C channels, the columns, and PLANES cells
+    along d. The depth is the taps.
+    """
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     SLOTS: tl.constexpr = (len(TAPS_D) // STRIDE[0], len(TAPS_H) // STRIDE[1], len(TAPS_W) // STRIDE[2])
     ACROSS: tl.constexpr = (SLOTS[1], SLOTS[2])
@@ -119,7 +122,7 @@ def supports(problem: Problem, device: torch.device) -> str | None:
 
 
 def default(problem: Problem, device: torch.device):
-    config = cells.tile(problem.layout, problem.c_out, cells.counts(problem), problem.n)
+    config = cells.tile_sizes(problem.layout, problem.c_out, cells.counts(problem), problem.n)
     return {**config, "WEIGHT": depthwise.weight_order(problem)}
 
 

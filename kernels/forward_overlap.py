@@ -36,23 +36,43 @@ LEAST_BOX = 4  # voxels along an axis with a halo
 
 
 @triton.constexpr_function
-def power(value):
+def next_power(value):
     """The power of two at or above."""
     return 1 << (int(value) - 1).bit_length()
 
 
 @triton.jit
-def behind(tile, by, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The rows of a tile (ROWS, COLUMNS) moved ``by`` places on; the first ones keep what they had."""
-    source = tl.maximum(tl.arange(0, ROWS) - by, 0)
-    return tl.gather(tile, tl.broadcast_to(source[:, None], (ROWS, COLUMNS)), axis=0)
+def shifted_rows(tile, by):
+    """The rows of a tile moved ``by`` rows on; the first ones keep what they had."""
+    source = tl.maximum(tl.arange(0, tile.shape[0]) - by, 0)
+    return tl.gather(tile, tl.broadcast_to(source[:, None], tile.shape), axis=0)
 
 
 @triton.jit
-def folded(tile, by, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """(ROWS, COLUMNS/2): of each pair of columns the first, plus the second of the row ``by`` places before."""
-    first, second = tl.split(tl.reshape(tile, (ROWS, COLUMNS // 2, 2)))
-    return first + behind(second, by, ROWS, COLUMNS // 2)
+def add_neighbours(tile, by):
+    """A tile of half the columns: of each pair the first, plus the second of the row ``by`` rows before."""
+    first, second = tl.split(tl.reshape(tile, (tile.shape[0], tile.shape[1] // 2, 2)))
+    return first + shifted_rows(second, by)
+
+
+@triton.jit
+def summed_columns(column, C_OUT: tl.constexpr, STRIDE: tl.constexpr):
+    """phase_d, phase_h, phase_w and channel of columns (phase_d, phase_h, channel, phase_w)."""
+    CHANNELS: tl.constexpr = next_power(C_OUT)
+    phase_w, channel = column % STRIDE[2], column // STRIDE[2] % CHANNELS
+    phase_h = column // (STRIDE[2] * CHANNELS) % STRIDE[1]
+    return column // (STRIDE[2] * CHANNELS * STRIDE[1]), phase_h, phase_w, channel
+
+
+@triton.jit
+def phases_as_rows(sums, PHASES: tl.constexpr):
+    """A tile whose rows are (row, phase along w): of its columns the phases are the inner ones.
+
+    The lanes of a warp then write a row of y.
+    """
+    M: tl.constexpr = sums.shape[0]
+    N: tl.constexpr = sums.shape[1] // PHASES
+    return tl.reshape(tl.permute(tl.reshape(sums, (M, N, PHASES)), (0, 2, 1)), (M * PHASES, N))
 
 
 @triton.jit(launch_metadata=accounting, do_not_specialize=(*RUN_TIME, *Y_STRIDES))
@@ -68,43 +88,50 @@ def forward_overlap_kernel(
     BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_K: tl.constexpr,
     UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """A program owns a box of BLOCK_D x BLOCK_H x BLOCK_W input voxels with its halo, the rows, and all columns (phase,
+    channel, delta); the input channels are the depth.
+
+    It stores the outputs of the cells whose deltas are all in the box, OWN_D x OWN_H x OWN_W of them.
+    """
     x_strides = aligned(x_strides, UNITS, 0)
     w_strides = aligned(w_strides, UNITS, 1)
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     BLOCK_M: tl.constexpr = BLOCK_D * BLOCK_H * BLOCK_W
     WINDOW: tl.constexpr = window_of(KERNEL, STRIDE)
     DELTAS: tl.constexpr = product(WINDOW)
-    CHANNELS: tl.constexpr = power(C_OUT)
+    CHANNELS: tl.constexpr = next_power(C_OUT)
     SUMS: tl.constexpr = product(STRIDE) * CHANNELS
     BLOCK_N: tl.constexpr = 16 if SUMS * DELTAS < 16 else SUMS * DELTAS
+    OWN_D: tl.constexpr = BLOCK_D - (WINDOW[0] - 1)
+    OWN_H: tl.constexpr = BLOCK_H - (WINDOW[1] - 1)
+    OWN_W: tl.constexpr = BLOCK_W - (WINDOW[2] - 1)
     cells, first = cells_of(crop, out_size, STRIDE)
-    boxes_h = tl.cdiv(cells[1], BLOCK_H - (WINDOW[1] - 1))
-    boxes_w = tl.cdiv(cells[2], BLOCK_W - (WINDOW[2] - 1))
-    boxes_d = tl.cdiv(cells[0], BLOCK_D - (WINDOW[0] - 1))
+    boxes_h, boxes_w, boxes_d = tl.cdiv(cells[1], OWN_H), tl.cdiv(cells[2], OWN_W), tl.cdiv(cells[0], OWN_D)
     pid = tl.program_id(0)
     row = tl.arange(0, BLOCK_M)
     at_d, at_h, at_w = row // (BLOCK_H * BLOCK_W), row // BLOCK_W % BLOCK_H, row % BLOCK_W
-    # The cell of a voxel is the one whose delta 0 it is.
-    cell_w = pid % boxes_w * (BLOCK_W - (WINDOW[2] - 1)) - (WINDOW[2] - 1) + at_w
-    cell_h = pid // boxes_w % boxes_h * (BLOCK_H - (WINDOW[1] - 1)) - (WINDOW[1] - 1) + at_h
-    cell_d = pid // (boxes_w * boxes_h) % boxes_d * (BLOCK_D - (WINDOW[0] - 1)) - (WINDOW[0] - 1) + at_d
+    # A voxel counts as the cell whose delta 0 it is. The box begins with its halo.
+    corner_w = pid % boxes_w * OWN_W - (WINDOW[2] - 1)
+    cell_w = corner_w + at_w
+    corner_h = pid // boxes_w % boxes_h * OWN_H - (WINDOW[1] - 1)
+    cell_h = corner_h + at_h
+    corner_d = pid // (boxes_w * boxes_h) % boxes_d * OWN_D - (WINDOW[0] - 1)
+    cell_d = corner_d + at_d
     image = widened(pid // (boxes_w * boxes_h * boxes_d), WIDE)
     cell_d, cell_h, cell_w = widened(cell_d, WIDE), widened(cell_h, WIDE), widened(cell_w, WIDE)
     d, h, w = cell_d + first[0], cell_h + first[1], cell_w + first[2]
     mask_m = inside(d, size[0]) & inside(h, size[1]) & inside(w, size[2])
-    x_rows = x_ptr + offset(x_strides, image, 0, d, h, w)
+    x_rows = x_ptr + offset(x_strides, image, 0, d, h, w)  # (BLOCK_M,)
 
     column = tl.arange(0, BLOCK_N)
     delta, summed = column % DELTAS, column // DELTAS
-    phase_w, channel = summed % STRIDE[2], summed // STRIDE[2] % CHANNELS
-    phase_h = summed // (STRIDE[2] * CHANNELS) % STRIDE[1]
-    phase_d = summed // (STRIDE[2] * CHANNELS * STRIDE[1])
+    phase_d, phase_h, phase_w, channel = summed_columns(summed, C_OUT, STRIDE)
     tap_w = delta % WINDOW[2] * STRIDE[2] + phase_w
     tap_h = delta // WINDOW[2] % WINDOW[1] * STRIDE[1] + phase_h
     tap_d = delta // (WINDOW[2] * WINDOW[1]) * STRIDE[0] + phase_d
     tapped = (tap_d < KERNEL[0]) & (tap_h < KERNEL[1]) & (tap_w < KERNEL[2]) & (channel < C_OUT)
-    tap = widened((tap_d * KERNEL[1] + tap_h) * KERNEL[2] + tap_w, WIDE)
-    w_columns = w_ptr + tap * w_strides[2] + channel * w_strides[1]
+    tap = (tap_d * KERNEL[1] + tap_h) * KERNEL[2] + tap_w
+    w_columns = w_ptr + widened(tap, WIDE) * w_strides[2] + channel * w_strides[1]  # (BLOCK_N,)
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in range(0, C_IN, BLOCK_K):
@@ -117,35 +144,29 @@ def forward_overlap_kernel(
         w_tile = tl.load(w_columns[None, :] + (offs_k * w_strides[0])[:, None], mask=w_mask, other=0.0)
         acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)  # (BLOCK_M, BLOCK_K) x (BLOCK_K, BLOCK_N)
 
-    COLUMNS_H: tl.constexpr = BLOCK_N // WINDOW[2]
-    COLUMNS_D: tl.constexpr = COLUMNS_H // WINDOW[1]
-    COLUMNS: tl.constexpr = COLUMNS_D // WINDOW[0]  # SUMS, or more of them that are nothing
+    # Each axis with two deltas halves the columns; (phase, channel) are left, and columns that are nothing.
     if WINDOW[2] == 2:
-        acc = folded(acc, 1, BLOCK_M, BLOCK_N)
+        acc = add_neighbours(acc, 1)
     if WINDOW[1] == 2:
-        acc = folded(acc, BLOCK_W, BLOCK_M, COLUMNS_H)
+        acc = add_neighbours(acc, BLOCK_W)
     if WINDOW[0] == 2:
-        acc = folded(acc, BLOCK_H * BLOCK_W, BLOCK_M, COLUMNS_D)
+        acc = add_neighbours(acc, BLOCK_H * BLOCK_W)
 
-    # A voxel and its phases along w become rows, so that the lanes of a warp write a row of y.
-    PAIR: tl.constexpr = STRIDE[2]
-    acc = tl.reshape(
-        tl.permute(tl.reshape(acc, (BLOCK_M, COLUMNS // PAIR, PAIR)), (0, 2, 1)), (BLOCK_M * PAIR, COLUMNS // PAIR)
-    )
-    fine = tl.arange(0, BLOCK_M * PAIR)
-    at_d, at_h, at_w = fine // (BLOCK_H * BLOCK_W * PAIR), fine // (BLOCK_W * PAIR) % BLOCK_H, fine % (BLOCK_W * PAIR)
-    own = (at_d >= WINDOW[0] - 1) & (at_h >= WINDOW[1] - 1) & (at_w >= (WINDOW[2] - 1) * PAIR)
-    first_w = pid % boxes_w * (BLOCK_W - (WINDOW[2] - 1)) - (WINDOW[2] - 1) + first[2]
-    first_h = pid // boxes_w % boxes_h * (BLOCK_H - (WINDOW[1] - 1)) - (WINDOW[1] - 1) + first[1]
-    first_d = pid // (boxes_w * boxes_h) % boxes_d * (BLOCK_D - (WINDOW[0] - 1)) - (WINDOW[0] - 1) + first[0]
-    out_w = widened(first_w * PAIR - crop[2] + at_w, WIDE)
+    acc = phases_as_rows(acc, STRIDE[2])  # rows (cell, phase_w), columns (phase_d, phase_h, channel)
+    ROW_W: tl.constexpr = BLOCK_W * STRIDE[2]
+    row = tl.arange(0, BLOCK_M * STRIDE[2])
+    at_d, at_h, at_w = row // (BLOCK_H * ROW_W), row // ROW_W % BLOCK_H, row % ROW_W
+    own = (at_d >= WINDOW[0] - 1) & (at_h >= WINDOW[1] - 1) & (at_w >= (WINDOW[2] - 1) * STRIDE[2])
+    first_w, first_h, first_d = corner_w + first[2], corner_h + first[1], corner_d + first[0]
+    out_w = widened(first_w * STRIDE[2] - crop[2] + at_w, WIDE)
     out_h = widened((first_h + at_h) * STRIDE[1] - crop[1], WIDE)
     out_d = widened((first_d + at_d) * STRIDE[0] - crop[0], WIDE)
-    place = tl.arange(0, COLUMNS // PAIR)
-    channel = place % CHANNELS
-    out_h = out_h[:, None] + (place // CHANNELS % STRIDE[1])[None, :]
-    out_d = out_d[:, None] + (place // (CHANNELS * STRIDE[1]))[None, :]
-    mask = own[:, None] & ((channel < C_OUT) & (place < SUMS // PAIR))[None, :] & inside(out_w, out_size[2])[:, None]
+    column = tl.arange(0, acc.shape[1])
+    channel = column % CHANNELS
+    out_h = out_h[:, None] + (column // CHANNELS % STRIDE[1])[None, :]
+    out_d = out_d[:, None] + (column // (CHANNELS * STRIDE[1]))[None, :]
+    mask = own[:, None] & ((channel < C_OUT) & (column < SUMS // STRIDE[2]))[None, :]
+    mask = mask & inside(out_w, out_size[2])[:, None]
     mask = mask & inside(out_h, out_size[1]) & inside(out_d, out_size[0])
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + channel, mask=channel < C_OUT, other=0.0).to(tl.float32)[None, :]
@@ -198,7 +219,7 @@ def window(problem: Problem) -> Triple:
 
 def columns(problem: Problem) -> int:
     """BLOCK_N: every (phase, channel, delta)."""
-    return max(16, math.prod(problem.stride) * power(problem.c_out) * math.prod(window(problem)))
+    return max(16, math.prod(problem.stride) * next_power(problem.c_out) * math.prod(window(problem)))
 
 
 def supports(problem: Problem, device: torch.device) -> str | None:

@@ -18,7 +18,15 @@ import triton.language as tl
 from tritonconv.kernels import forward_overlap
 from tritonconv.kernels import triton_phases as phases
 from tritonconv.kernels import triton_tiles as tiles
-from tritonconv.kernels.forward_overlap import Y_STRIDES, columns, folded, power, window
+from tritonconv.kernels.forward_overlap import (
+    Y_STRIDES,
+    add_neighbours,
+    columns,
+    next_power,
+    phases_as_rows,
+    summed_columns,
+    window,
+)
 from tritonconv.kernels.targets import MULTIPROCESSORS
 from tritonconv.kernels.triton_device import aligned, inside, offset, product, widened
 from tritonconv.kernels.triton_launch import RUN_TIME, accounting, refusal
@@ -60,7 +68,7 @@ def forward_overlap_planes_kernel(
     BLOCK_M: tl.constexpr = BLOCK_H * BLOCK_W
     WINDOW: tl.constexpr = window_of(KERNEL, STRIDE)
     DELTAS: tl.constexpr = product(WINDOW)
-    CHANNELS: tl.constexpr = power(C_OUT)
+    CHANNELS: tl.constexpr = next_power(C_OUT)
     SUMS: tl.constexpr = product(STRIDE) * CHANNELS
     BLOCK_N: tl.constexpr = 16 if SUMS * DELTAS < 16 else SUMS * DELTAS
     cells, first = cells_of(crop, out_size, STRIDE)
@@ -83,42 +91,38 @@ def forward_overlap_planes_kernel(
 
     column = tl.arange(0, BLOCK_N)
     delta, summed = column % DELTAS, column // DELTAS
-    phase_w, channel = summed % STRIDE[2], summed // STRIDE[2] % CHANNELS
-    phase_h = summed // (STRIDE[2] * CHANNELS) % STRIDE[1]
-    phase_d = summed // (STRIDE[2] * CHANNELS * STRIDE[1])
+    phase_d, phase_h, phase_w, channel = summed_columns(summed, C_OUT, STRIDE)
     tap_d = delta % WINDOW[0] * STRIDE[0] + phase_d  # innermost: a thread of the product holds neighbouring columns
     tap_w = delta // WINDOW[0] % WINDOW[2] * STRIDE[2] + phase_w
     tap_h = delta // (WINDOW[0] * WINDOW[2]) * STRIDE[1] + phase_h
     tapped = (tap_d < KERNEL[0]) & (tap_h < KERNEL[1]) & (tap_w < KERNEL[2]) & (channel < C_OUT)
-    tap = widened((tap_d * KERNEL[1] + tap_h) * KERNEL[2] + tap_w, WIDE)
-    w_columns = w_ptr + tap * w_strides[2] + channel * w_strides[1]
+    tap = (tap_d * KERNEL[1] + tap_h) * KERNEL[2] + tap_w
+    w_columns = w_ptr + widened(tap, WIDE) * w_strides[2] + channel * w_strides[1]
     w_mask = tapped[None, :] & mask_k[:, None]
     w_tile = tl.load(w_columns[None, :] + (offs_k * w_strides[0])[:, None], mask=w_mask, other=0.0)
 
     # A voxel and its phases along w become rows of the sums, so that the lanes of a warp write a row of y.
     PAIR: tl.constexpr = STRIDE[2]
-    COLUMNS_W: tl.constexpr = BLOCK_N // WINDOW[0]
-    COLUMNS_H: tl.constexpr = COLUMNS_W // WINDOW[2]
-    COLUMNS: tl.constexpr = COLUMNS_H // WINDOW[1]  # SUMS, or more of them that are nothing
-    fine = tl.arange(0, BLOCK_M * PAIR)
-    at_h, at_w = fine // (BLOCK_W * PAIR), fine % (BLOCK_W * PAIR)
+    COLUMNS: tl.constexpr = BLOCK_N // (DELTAS * PAIR)  # SUMS / PAIR, or more of them that are nothing
+    row = tl.arange(0, BLOCK_M * PAIR)
+    at_h, at_w = row // (BLOCK_W * PAIR), row % (BLOCK_W * PAIR)
     own = (at_h >= WINDOW[1] - 1) & (at_w >= (WINDOW[2] - 1) * PAIR)
     out_w = (first[2] + corner_w) * PAIR - crop[2] + at_w
-    place = tl.arange(0, COLUMNS // PAIR)
-    to = place % CHANNELS
-    out_h = ((first[1] + corner_h + at_h) * STRIDE[1] - crop[1])[:, None] + (place // CHANNELS % STRIDE[1])[None, :]
-    ahead_d = place // (CHANNELS * STRIDE[1]) - crop[0]  # (COLUMNS / PAIR,): of the cell's first output along d
+    column = tl.arange(0, COLUMNS)
+    channel = column % CHANNELS
+    out_h = ((first[1] + corner_h + at_h) * STRIDE[1] - crop[1])[:, None] + (column // CHANNELS % STRIDE[1])[None, :]
+    ahead_d = column // (CHANNELS * STRIDE[1]) - crop[0]  # (COLUMNS,): of the cell's first output along d
     lowest = tl.maximum((first[0] + corner_d) * STRIDE[0] - crop[0], 0)  # along d; the plane before is a halo
-    y_mask = own[:, None] & ((to < C_OUT) & (place < SUMS // PAIR))[None, :] & inside(out_w, out_size[2])[:, None]
+    y_mask = own[:, None] & ((channel < C_OUT) & (column < SUMS // PAIR))[None, :] & inside(out_w, out_size[2])[:, None]
     y_mask = y_mask & inside(out_h, out_size[1])
     y_ptrs = y_ptr + offset(
-        y_strides, image, widened(to, WIDE)[None, :], 0, widened(out_h, WIDE), widened(out_w, WIDE)[:, None]
+        y_strides, image, widened(channel, WIDE)[None, :], 0, widened(out_h, WIDE), widened(out_w, WIDE)[:, None]
     )
-    bias = tl.zeros((COLUMNS // PAIR,), tl.float32)
+    bias = tl.zeros((COLUMNS,), tl.float32)
     if bias_ptr is not None:
-        bias += tl.load(bias_ptr + to, mask=to < C_OUT, other=0.0).to(tl.float32)
+        bias += tl.load(bias_ptr + channel, mask=channel < C_OUT, other=0.0).to(tl.float32)
 
-    carried = tl.zeros((BLOCK_M, COLUMNS_W), tl.float32)  # of the plane before: its products of delta 1 along d
+    carried = tl.zeros((BLOCK_M, BLOCK_N // WINDOW[0]), tl.float32)  # the plane before: products of delta 1 along d
     for cell in range(corner_d - (WINDOW[0] - 1), tl.minimum(corner_d + PLANES, cells[0])):
         d = tl.zeros((1,), tl.int32) + (cell + first[0])
         x_mask = (mask_m & inside(d, size[0]))[:, None]
@@ -127,15 +131,14 @@ def forward_overlap_planes_kernel(
         x_tile = tl.load(x_ptrs + (widened(d, WIDE) * x_strides[2])[:, None], mask=x_mask, other=0.0)
         sums = tl.dot(x_tile, w_tile, input_precision=PRECISION)  # (BLOCK_M, BLOCK_K) x (BLOCK_K, BLOCK_N)
         if WINDOW[0] == 2:
-            mine, later = tl.split(tl.reshape(sums, (BLOCK_M, COLUMNS_W, 2)))
+            mine, later = tl.split(tl.reshape(sums, (BLOCK_M, BLOCK_N // 2, 2)))
             sums = mine + carried
             carried = later
         if WINDOW[2] == 2:
-            sums = folded(sums, 1, BLOCK_M, COLUMNS_W)
+            sums = add_neighbours(sums, 1)
         if WINDOW[1] == 2:
-            sums = folded(sums, BLOCK_W, BLOCK_M, COLUMNS_H)
-        sums = tl.permute(tl.reshape(sums, (BLOCK_M, COLUMNS // PAIR, PAIR)), (0, 2, 1))
-        sums = tl.reshape(sums, (BLOCK_M * PAIR, COLUMNS // PAIR)) + bias[None, :]
+            sums = add_neighbours(sums, BLOCK_W)
+        sums = phases_as_rows(sums, PAIR) + bias[None, :]
         out_d = d * STRIDE[0] + ahead_d
         stored = y_mask & ((out_d >= lowest) & (out_d < out_size[0]))[None, :]
         tl.store(y_ptrs + (widened(out_d, WIDE) * y_d)[None, :], sums.to(y_ptr.dtype.element_ty), mask=stored)

@@ -45,6 +45,9 @@ def forward_shuffle_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr, GROUP_M: tl.constexpr,
     UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """A program owns BLOCK_M rows (cells) x BLOCK_N columns (phase, output channel) of a group; the depth is its input
+    channels.
+    """
     x_strides = aligned(x_strides, UNITS, 0)
     w_strides = aligned(w_strides, UNITS, 1)
     y_strides = aligned(y_strides, UNITS, 2)

@@ -57,6 +57,9 @@ def forward_shuffle_given_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr, GROUP_M: tl.constexpr,
     X_VOXELS_INNER: tl.constexpr, UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """A program owns BLOCK_M rows (cells) x BLOCK_N columns (output channel, tap), as the weight has them; the depth is
+    the input channels of the group.
+    """
     x_strides = aligned(x_strides, UNITS, 0)
     y_strides = aligned(y_strides, UNITS, 1)
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)

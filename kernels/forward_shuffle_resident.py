@@ -52,6 +52,9 @@ def forward_shuffle_resident_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr,
     UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """A program owns BLOCK_N columns (phase, output channel), whose weight it keeps, of every tile of BLOCK_M rows
+    (cells) that no other program of these columns takes; the depth is the input channels, in one step.
+    """
     x_strides = aligned(x_strides, UNITS, 0)
     w_strides = aligned(w_strides, UNITS, 1)
     y_strides = aligned(y_strides, UNITS, 2)

@@ -43,13 +43,13 @@ def last_to_arrive(arrivals_ptr, tile, splits):
 
 
 @triton.jit
-def sum_in_order(partial_ptr, step, splits, places, mask, AHEAD: tl.constexpr):
-    """The sums, float32, of the elements ``places`` of ``partial``, whose splits lie ``step`` apart."""
-    acc, zeros = tl.zeros(places.shape, tl.float32), tl.zeros(places.shape, tl.int32)
+def sum_in_order(partial_ptr, step, splits, offsets, mask, AHEAD: tl.constexpr):
+    """The sums, float32, of the elements ``offsets`` of ``partial``, whose splits lie ``step`` apart."""
+    acc, zeros = tl.zeros(offsets.shape, tl.float32), tl.zeros(offsets.shape, tl.int32)
     for first in range(0, splits, AHEAD):
         for more in tl.static_range(AHEAD):
             there = mask & (zeros + (first + more) < splits)  # interpreted, the comparison of a scalar masks nothing
-            pointers = partial_ptr + (first + more) * step + places
+            pointers = partial_ptr + (first + more) * step + offsets
             acc += tl.load(pointers, mask=there, other=0.0, cache_modifier=".cg")
     return acc
 

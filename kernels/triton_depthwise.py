@@ -98,14 +98,14 @@ def tile_of(pid, n, count, planes, PLANES: tl.constexpr, CHANNELS: tl.constexpr,
     """
     BLOCKS_C: tl.constexpr = ceil_div(CHANNELS, BLOCK_C)
     tiles_h, tiles_w = tl.cdiv(count[0], BLOCK_H), tl.cdiv(count[1], BLOCK_W)
-    chunks = tl.cdiv(planes, PLANES)
+    walks = tl.cdiv(planes, PLANES)
     channel = pid % BLOCKS_C * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     pid = pid // BLOCKS_C
     w = pid % tiles_w * BLOCK_W
     pid = pid // tiles_w
     h = pid % tiles_h * BLOCK_H
     pid = pid // tiles_h
-    image, plane = pid // chunks, pid % chunks * PLANES
+    image, plane = pid // walks, pid % walks * PLANES
     return widened(image, WIDE), widened(plane, WIDE), widened(h, WIDE), widened(w, WIDE), widened(channel, WIDE)
 
 
@@ -128,7 +128,7 @@ def lanes(h, w, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr):
 
 
 @triton.jit
-def far(steps, stride):
+def distance(steps, stride):
     """steps * stride in 64 bits: a scalar, so the width costs nothing."""
     return tl.cast(steps, tl.int64) * stride
 
@@ -155,7 +155,7 @@ def add_window(
     w_ptr,  # (1, BLOCK_C) pointers to tap (tap_d, 0, 0)
     tap_stride,
     KERNEL: tl.constexpr, PLACES: tl.constexpr, TAPS_H: tl.constexpr, TAPS_W: tl.constexpr,
-    APART: tl.constexpr = False,  # the voxels of neighbouring rows are no neighbours: the store's layout suits no load
+    SCATTERED: tl.constexpr = False,  # neighbouring rows have no neighbouring voxels: the store's layout suits no load
 ):  # fmt: skip
     """acc plus all taps of one plane: each slot of the window is loaded once.
 
@@ -169,8 +169,8 @@ def add_window(
             tile = 0.0
             if any_tap(TAPS_W, slot_w, PLACES[1]):
                 mask = mask_h & within(column + slot_w, size[2], SLOTS_W > 1)
-                moved = far(slot_h, a_strides[3]) + far(slot_w, a_strides[4])
-                if APART and a_ptr.shape[1] < 4:
+                moved = distance(slot_h, a_strides[3]) + distance(slot_w, a_strides[4])
+                if SCATTERED and a_ptr.shape[1] < 4:
                     tile = load_along(a_ptr + moved, mask, 1).to(tl.float32)
                 else:
                     tile = tl.load(a_ptr + moved, mask=mask, other=0.0).to(tl.float32)
@@ -237,7 +237,7 @@ def _block(count: int, most: int) -> int:
     return min(blocks, key=lambda block: (math.ceil(count / block) * (block + 2), -block))
 
 
-def tile(layout: str, channels: int, counts: tuple[int, int], elements: int) -> dict[str, int]:
+def tile_sizes(layout: str, channels: int, counts: tuple[int, int], elements: int) -> dict[str, int]:
     """A tile of about ``elements`` (lanes x channels) for ``counts`` lanes along h and w."""
     if layout == "ndhwc":
         block_c = min(elements, _block(channels, 64))

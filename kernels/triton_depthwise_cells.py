@@ -16,7 +16,7 @@ import triton.language as tl
 
 from tritonconv.kernels import triton_depthwise as depthwise
 from tritonconv.kernels.targets import MULTIPROCESSORS
-from tritonconv.kernels.triton_depthwise import far, within
+from tritonconv.kernels.triton_depthwise import distance, within
 from tritonconv.kernels.triton_device import constant, inside, load_along
 from tritonconv.kernels.variant import Config
 from tritonconv.kernels.work import BASE_REGISTERS, WARP, Work
@@ -72,17 +72,17 @@ def gated(mask, scalar):
 
 
 @triton.jit
-def load_slots(pointers, masks, plane, there, strides, SLOTS: tl.constexpr, APART: tl.constexpr = False):
+def load_slots(pointers, masks, plane, there, strides, SLOTS: tl.constexpr, SCATTERED: tl.constexpr = False):
     """The slots of a plane as they are in memory: a tuple of tiles (BLOCK_M, BLOCK_C), zeros where it is not ``there``.
 
-    ``pointers``: to slot (0, 0) of plane 0. APART: neighbouring lanes have no neighbouring voxels.
+    ``pointers``: to slot (0, 0) of plane 0. SCATTERED: neighbouring lanes have no neighbouring voxels.
     """
     pointers += plane * strides[2]
     tiles = ()
     for slot in tl.static_range(constant(SLOTS[0] * SLOTS[1])):
-        at = pointers + (far(slot // SLOTS[1], strides[3]) + far(slot % SLOTS[1], strides[4]))
+        at = pointers + (distance(slot // SLOTS[1], strides[3]) + distance(slot % SLOTS[1], strides[4]))
         mask = gated(masks[slot], there)
-        if APART and pointers.shape[1] < 4:  # noqa: SIM108
+        if SCATTERED and pointers.shape[1] < 4:  # noqa: SIM108
             tile = load_along(at, mask, 1)
         else:
             tile = tl.load(at, mask=mask, other=0.0)
@@ -133,9 +133,9 @@ def counts(problem: Problem) -> tuple[int, int, int]:
     return d, h, w
 
 
-def tile(layout: str, channels: int, counts: tuple[int, int, int], n: int, each: int = THREAD) -> dict[str, int]:
+def tile_sizes(layout: str, channels: int, counts: tuple[int, int, int], n: int, each: int = THREAD) -> dict[str, int]:
     """A tile of ``each`` values in each of 128 threads, and PLANES: that with which the last program ends first."""
-    config = depthwise.tile(layout, channels, counts[1:], 128 * each)
+    config = depthwise.tile_sizes(layout, channels, counts[1:], 128 * each)
 
     def steps(planes: int) -> int:
         programs = depthwise.programs(n, channels, counts, (1, 1), {**config, "PLANES": planes})

@@ -68,11 +68,14 @@ def division(size: Triple) -> dict[str, int]:
 def accounting(grid, kernel, args) -> dict[str, Any]:
     """Triton's ``launch_metadata``: name, useful FLOPs and compulsory bytes of a launch, for a profiler (Proton)."""
     tensor = next(value for name, value in args.items() if name.endswith("_ptr") and isinstance(value, torch.Tensor))
-    n, *sizes = (args[name] for name in RUN_TIME)
+    size, kernel_size, groups = (args["d_in"], args["h_in"], args["w_in"]), tuple(args["KERNEL"]), args["GROUPS"]
+    # A kernel takes only what its problems do not have in common: one of kernel = stride has KERNEL alone.
+    whole = tuple(length * taps for length, taps in zip(size, kernel_size, strict=True))
+    out_size = tuple(args.get(name, length) for name, length in zip(("d_out", "h_out", "w_out"), whole, strict=True))
     problem = Problem(
-        n, args["C_IN"] * args["GROUPS"], args["C_OUT"] * args["GROUPS"], tuple(sizes[:3]),
-        tuple(args["KERNEL"]), tuple(args["STRIDE"]), tuple(sizes[6:]), tuple(sizes[3:6]),
-        tuple(args["DILATION"]), args["GROUPS"], tensor.dtype, bias=args.get("bias_ptr") is not None,
+        args["n"], args.get("C_IN", 1) * groups, args.get("C_OUT", 1) * groups, size, kernel_size,
+        tuple(args.get("STRIDE", kernel_size)), tuple(args.get(name, 0) for name in CROPS), out_size,
+        tuple(args.get("DILATION", (1, 1, 1))), groups, tensor.dtype, bias=args.get("bias_ptr") is not None,
     )  # fmt: skip
     name = f"{kernel.name} {problem}"
     return {"name": name, f"flops{8 * tensor.dtype.itemsize}": problem.flops, "bytes": problem.bytes()}

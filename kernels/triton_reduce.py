@@ -29,12 +29,12 @@ LAST = torch.channels_last_3d
 
 @triton.jit
 def summed(
-    partial_ptr, splits, elements, places, mask,
+    partial_ptr, splits, elements, offsets, mask,
     BLOCK_S: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_I: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """The sums, float32 (BLOCK_F, BLOCK_I), at ``places`` of ``partial`` (splits, elements)."""
+    """The sums, float32 (BLOCK_F, BLOCK_I), at ``offsets`` of ``partial`` (splits, elements)."""
     offs_s = widened(tl.arange(0, BLOCK_S), WIDE)
-    pointers = partial_ptr + (offs_s * elements)[:, None, None] + places[None, :, :]  # (BLOCK_S, BLOCK_F, BLOCK_I)
+    pointers = partial_ptr + (offs_s * elements)[:, None, None] + offsets[None, :, :]  # (BLOCK_S, BLOCK_F, BLOCK_I)
     acc = tl.zeros((BLOCK_S, BLOCK_F, BLOCK_I), tl.float32)
     for first in range(0, splits, BLOCK_S):
         wanted = (first + offs_s < splits)[:, None, None] & mask[None, :, :]
@@ -50,12 +50,15 @@ def sum_partials_kernel(
     out_ptr,  # (batch, INNER, flat), or (batch, flat, INNER) where not TRANSPOSED, dense
     bias_ptr,  # (BIAS,) or None
     splits, batch, flat,
-    INNER: tl.constexpr, STEP: tl.constexpr,  # divides flat: wide stores
+    INNER: tl.constexpr, FLAT_STEP: tl.constexpr,  # divides flat: wide stores
     BIAS: tl.constexpr, TRANSPOSED: tl.constexpr,
     TAPS: tl.constexpr, OTHER: tl.constexpr,  # flat is (OTHER, TAPS) in ``out``, (TAPS, OTHER) in ``partial``; or 0
     BLOCK_S: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_I: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    flat = multiple(flat, STEP)
+    """A program owns BLOCK_F x BLOCK_I sums, and adds BLOCK_S splits at a time; those behind the last tile own the
+    bias's.
+    """
+    flat = multiple(flat, FLAT_STEP)
     tiles_f, tiles_i = tl.cdiv(flat, BLOCK_F), tl.cdiv(INNER, BLOCK_I)
     tile, tiles = tl.program_id(0), batch * tiles_f * tiles_i
     if tile < tiles:
@@ -65,8 +68,8 @@ def sum_partials_kernel(
         row = image * flat + (offs_f % TAPS * OTHER + offs_f // TAPS if TAPS else offs_f)
         mask = (offs_f < flat)[:, None] & (offs_i < INNER)[None, :]
         elements = widened(batch, WIDE) * flat * INNER
-        places = (row * INNER)[:, None] + offs_i[None, :]
-        acc = summed(partial_ptr, splits, elements, places, mask, BLOCK_S, BLOCK_F, BLOCK_I, WIDE)
+        offsets = (row * INNER)[:, None] + offs_i[None, :]
+        acc = summed(partial_ptr, splits, elements, offsets, mask, BLOCK_S, BLOCK_F, BLOCK_I, WIDE)
         acc = acc.to(out_ptr.dtype.element_ty)
         if TRANSPOSED:
             out_ptrs = out_ptr + ((image * INNER + offs_i) * flat)[:, None] + offs_f[None, :]
@@ -99,12 +102,12 @@ def sum_weights(
 ) -> None:
     """Writes ``partial.sum(0)``, partial (splits, groups, taps, c_out, c_in) dense, into ``grad_weight``.
 
-    In one launch and a fixed order, rounded once; ``grad_weight`` (groups*c_in, c_out, kd, kh, kw) is contiguous.
+    In one launch and a fixed order, rounded once; ``grad_weight``, contiguous, is (groups*c_in, c_out, taps) in memory.
     ``bias_partial`` (splits, channels) into ``grad_bias`` (channels,) rides along in the same launch. No splits at all
     give zeros.
     """
     splits, groups, taps, c_out, c_in = partial.shape
-    assert tuple(grad_weight.shape[:2]) == (groups * c_in, c_out) and grad_weight.is_contiguous()
+    assert grad_weight.is_contiguous()
     assert grad_bias is None or (bias_partial is not None and bias_partial.shape == (splits, grad_bias.numel()))
     _sum(partial, grad_weight, (splits, groups, taps * c_out, c_in), True, (taps, c_out), bias_partial, grad_bias)
 
@@ -148,7 +151,7 @@ def _sum(partial, out, shape, transposed, taps=(0, 0), bias_partial=None, bias_o
         batch=batch,
         flat=flat,
         INNER=inner,
-        STEP=step_of(flat),
+        FLAT_STEP=step_of(flat),
         BIAS=channels,
         TRANSPOSED=transposed,
         TAPS=taps[0],

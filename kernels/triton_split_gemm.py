@@ -15,20 +15,10 @@ import triton.language as tl
 
 from tritonconv.kernels import triton_tiles as tiles
 from tritonconv.kernels.targets import MULTIPROCESSORS
-from tritonconv.kernels.triton_arrival import (
-    ARRIVE,
-    ahead,
-    arrivals,
-    arrives,
-    last_to_arrive,
-    sum_in_order,
-    with_arrivals,
-)
-from tritonconv.kernels.triton_buffers import new
+from tritonconv.kernels.triton_arrival import ahead, arrives, last_to_arrive, sum_in_order, with_arrivals
 from tritonconv.kernels.triton_device import chunk, dividers, offset, voxel_tiles, voxels, widened
-from tritonconv.kernels.triton_launch import geometry, precision, wide
-from tritonconv.kernels.triton_launch import launch as run
-from tritonconv.kernels.triton_reduce import sum_weights
+from tritonconv.kernels.triton_launch import precision, wide
+from tritonconv.kernels.triton_partials import WeightGradients
 from tritonconv.kernels.triton_target import compute_capability
 from tritonconv.kernels.variant import Config
 from tritonconv.kernels.work import Work, parts, tap_gemm
@@ -44,7 +34,7 @@ LARGEST_SCATTER = 1 << 18
 
 @triton.jit
 def store_channel_sums(
-    grad_y_ptr, grad_b_ptr, arrivals_ptr, total_b_ptr, n, out_size, grad_y_strides, tile, split, splits,
+    grad_y_ptr, bias_partial_ptr, arrivals_ptr, total_bias_ptr, n, out_size, grad_y_strides, tile, split, splits,
     CHANNELS: tl.constexpr, VOXELS_INNER: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_W: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -61,12 +51,42 @@ def store_channel_sums(
         rows = grad_y_ptr + offset(grad_y_strides, image, 0, d, h, w)[:, None]
         wanted = mask_v[:, None] & mask[None, :]
         acc += tl.load(rows + (channel * grad_y_strides[1])[None, :], mask=wanted, other=0.0).to(tl.float32)
-    sums = tl.sum(acc, 0).to(grad_b_ptr.dtype.element_ty)
-    tl.store(grad_b_ptr + split * CHANNELS + channel, sums, mask=mask)
+    sums = tl.sum(acc, 0).to(bias_partial_ptr.dtype.element_ty)
+    tl.store(bias_partial_ptr + split * CHANNELS + channel, sums, mask=mask)
     if arrivals_ptr is not None:  # noqa: SIM102
         if last_to_arrive(arrivals_ptr, tile, splits):
-            sums = sum_in_order(grad_b_ptr, CHANNELS, splits, channel, mask, ahead(BLOCK_C))
-            tl.store(total_b_ptr + channel, sums.to(total_b_ptr.dtype.element_ty), mask=mask)
+            sums = sum_in_order(bias_partial_ptr, CHANNELS, splits, channel, mask, ahead(BLOCK_C))
+            tl.store(total_bias_ptr + channel, sums.to(total_bias_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def strided(strides, STRIDE: tl.constexpr, WIDE: tl.constexpr):
+    """The strides of grad_y from the outputs of one input voxel to those of the next."""
+    along_d, along_h = widened(strides[2], WIDE) * STRIDE[0], widened(strides[3], WIDE) * STRIDE[1]
+    return strides[0], strides[1], along_d, along_h, widened(strides[4], WIDE) * STRIDE[2]
+
+
+@triton.jit
+def store_weights(
+    acc, partial_ptr, arrivals_ptr, total_ptr, partial_strides, tile, split, splits, co, tap_m, ci, tap_n, mask,
+    C_OUT: tl.constexpr, TAPS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Writes a chunk's sum of one tile of grad_weight; with arrivals, that of all chunks too.
+
+    Rows are output channels ``co`` and columns input channels ``ci``, both with a part of the tap, ``tap_m + tap_n``;
+    ``tile`` is the place of the tile's counter.
+    """
+    rows = widened(split, WIDE) * partial_strides[0] + co * partial_strides[2] + tap_m * partial_strides[3]
+    columns = ci * partial_strides[1] + tap_n * partial_strides[3]
+    tl.store(partial_ptr + rows[:, None] + columns[None, :], acc.to(partial_ptr.dtype.element_ty), mask=mask)
+    if arrivals_ptr is not None:  # noqa: SIM102
+        if last_to_arrive(arrivals_ptr, tile, splits):
+            offsets = (co * partial_strides[2] + tap_m * partial_strides[3])[:, None] + columns[None, :]
+            step = widened(partial_strides[0], WIDE)
+            sums = sum_in_order(partial_ptr, step, splits, offsets, mask, ahead(acc.shape[0] * acc.shape[1]))
+            rows, columns = co * TAPS + tap_m, ci * (C_OUT * TAPS) + tap_n
+            total_ptrs = total_ptr + rows[:, None] + columns[None, :]
+            tl.store(total_ptrs, sums.to(total_ptr.dtype.element_ty), mask=mask)
 
 
 class SplitGemm(NamedTuple):
@@ -148,47 +168,25 @@ class SplitGemm(NamedTuple):
 
     def launches(self, kernel, config: Config, x, grad_y, need_bias: bool):
         """(grad_weight, grad_bias or None) by ``kernel`` over all chunks, and the sum of their partials."""
-        problem = self.problem
-        nothing = x.numel() == 0 or grad_y.numel() == 0
-        grad_weight = new(problem.weight_shape, x, zero=nothing)
-        grad_bias = new((problem.c_out,), x, zero=nothing) if need_bias else None
-        if nothing:
-            return grad_weight, grad_bias
-        config = dict(config)
-        arrive, splits = arrives(config), config.pop("SPLITS")
-        config.pop(ARRIVE, None)
-        by_row = grad_weight.view(lambda tensor: tensor.flatten(2).permute(2, 1, 0)[None, None])
-        partial, bias_partial = by_row, grad_bias  # (splits, groups, taps, c_out, c_in), as the tiles lie
-        if through_partials(problem, splits):
-            partial = new((splits, *by_row.shape[1:]), x, torch.float32 if splits > 1 else x.dtype)
-        if splits > 1 and need_bias:
-            bias_partial = new((splits, problem.c_out), x, torch.float32)
-        step = partial.stride()
-        run(
+        problem, sums = self.problem, WeightGradients(self.problem, config, x, grad_y, need_bias)
+        if sums.nothing:
+            return sums.results()
+        sums.partial = sums.weight.view(lambda tensor: tensor.flatten(2).permute(2, 1, 0)[None, None])
+        if through_partials(problem, sums.splits):  # (splits, groups, taps, c_out, c_in), as the tiles lie
+            sums.split_weight(*sums.partial.shape[1:], dtype=torch.float32 if sums.splits > 1 else x.dtype)
+        if sums.splits > 1:
+            sums.split_bias(sums.splits)
+        step = sums.partial.stride()
+        sums.launch(
             kernel,
-            splits * self.programs(config, need_bias),
-            config,
-            (partial, bias_partial, *((grad_weight, grad_bias) if arrive else ())),
-            x_ptr=x,
-            grad_y_ptr=grad_y,
-            grad_w_ptr=partial,
-            grad_b_ptr=bias_partial,
-            arrivals_ptr=arrivals(self.programs(config, need_bias), x) if arrive else None,
-            total_w_ptr=grad_weight if arrive else None,
-            total_b_ptr=grad_bias if arrive else None,
-            **geometry(problem),
-            splits=splits,
-            x_strides=x.stride(),
-            grad_y_strides=grad_y.stride(),
-            grad_w_strides=(step[0], step[4], step[3], step[2]),
+            self.programs(config, need_bias),
+            partial_strides=(step[0], step[4], step[3], step[2]),
             Y_VOXELS_INNER=grad_y.stride(1) != 1,
             X_VOXELS_INNER=x.stride(1) != 1 and config["BLOCK_W"] == 0,
-            WIDE=wide(x, grad_y, partial, of=problem),
+            WIDE=wide(x, grad_y, sums.partial, of=problem),
             PRECISION=precision(problem.dtype),
         )
-        if through_partials(problem, splits) and not arrive:
-            sum_weights(partial, grad_weight, *((bias_partial, grad_bias) if splits > 1 else ()))
-        return grad_weight, grad_bias
+        return sums.results()
 
 
 def through_partials(problem: Problem, splits: int) -> bool:

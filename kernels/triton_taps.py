@@ -88,3 +88,21 @@ def in_span(index, lanes, WIDE: tl.constexpr):
 def in_spans(d, h, w, lanes, WIDE: tl.constexpr):
     """Whether the voxels (columns) are in the lanes' :func:`spans` (rows) along every axis."""
     return in_span(d, lanes[0], WIDE) & in_span(h, lanes[1], WIDE) & in_span(w, lanes[2], WIDE)
+
+
+@triton.jit
+def lanes_inside(
+    d, h, w, mask, lanes, words, cut, size,
+    CHANNELS: tl.constexpr, STRIDE: tl.constexpr, KERNEL: tl.constexpr, DILATION: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Whether the lanes' taps (rows) are inside of ``size`` for the voxels (columns) whose tap 0 is at i*STRIDE - cut.
+
+    ``lanes`` are the :func:`spans` and ``words`` the words of the lanes, which count (tap, channel).
+    """
+    if CHANNELS % 8 == 0:  # the channels of one load have one tap: of comparisons alone the compiler sees it
+        hit = in_spans(tl.where(mask, d, -1), h, w, lanes, WIDE)  # -1 is below every span
+    else:
+        od, oh, ow = d * STRIDE[0] - cut[0], h * STRIDE[1] - cut[1], w * STRIDE[2] - cut[2]
+        of_voxel = voxel_words(od, oh, ow, mask, size, KERNEL, DILATION)
+        hit = (of_voxel[None, :] & words[:, None]) == words[:, None]
+    return hit

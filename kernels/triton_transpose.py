@@ -33,6 +33,7 @@ def transpose_kernel(
     TAPS: tl.constexpr, OTHER: tl.constexpr,  # flat is (OTHER, TAPS) in ``source``, (TAPS, OTHER) in ``out``; or 0
     BLOCK_I: tl.constexpr, BLOCK_F: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
+    """A program owns a tile of BLOCK_I x BLOCK_F elements of an image of the copy."""
     flat = multiple(flat, STEP)
     tiles_i, tiles_f = tl.cdiv(INNER, BLOCK_I), tl.cdiv(flat, BLOCK_F)
     pid = tl.program_id(0)

@@ -18,6 +18,7 @@ Config = Mapping[str, int]
 NO_CONFIG: Config = MappingProxyType({})
 BACKENDS = ("triton", "torch")
 APART = "APART"  # of a config: how many axes, d first, have programs of their own for each phase; 0 where it is absent
+FOLD = "FOLD"  # of a config: 1 counts the taps along w as channels (triton_fold.py); 0 where it is absent
 COPY = "COPY"  # of a config: 1 copies operands to channels_last_3d first (triton_channels_last.py)
 
 # Reasons for ``Variant.spreads_nonfinite``: what is multiplied by a zero that stands for nothing.

@@ -17,7 +17,7 @@ from tritonconv.problem import LAYOUTS
 shuffle = pytest.importorskip("tritonconv.kernels.triton_shuffle_tiles")
 from tritonconv.kernels import backward_weight_shuffle as kernel  # noqa: E402
 from tritonconv.kernels.targets import MULTIPROCESSORS  # noqa: E402
-from tritonconv.kernels.triton_program import Program  # noqa: E402
+from tritonconv.kernels.triton_program import Program, compute  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -62,6 +62,19 @@ def test_wide_offsets_and_wide_counts(layout, monkeypatch):
         monkeypatch.setattr(kernel, "WIDE_FROM", least)
         for label in ("1 to 2", "24 to 16"):
             assert complaints(RECORD, CASES[label], torch.float16, layout, True, DEVICE, configs) == []
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_lies_behind_the_operands_reaches_no_sum(layout):
+    """It is NaN here: a product of zero with it is NaN too."""
+    case = CASES["1 to 2"]
+    problem = case.problem(torch.float16, layout)
+    (x, _, _), grad_y, _, (_, grad_weight, grad_bias) = expected(case, True)
+    longer = (torch.cat((each, torch.full_like(each, math.nan))) for each in (x, grad_y))
+    operands = [each.to(DEVICE, torch.float16, memory_format=LAYOUTS[layout])[: case.n] for each in longer]
+    for config in configs(problem)[1:]:
+        found = compute(partial(RECORD.launches, problem, config), (*operands, True))
+        assert same(found[0], grad_weight) and same(found[1], grad_bias), config
 
 
 def test_the_launches_of_a_config():

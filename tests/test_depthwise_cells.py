@@ -62,8 +62,8 @@ def test_what_is_refused_is_left_to_the_others():
 
 def test_planes_fill_the_gpu_before_they_are_many():
     """A program of a large image walks far; one of a small image leaves multiprocessors none without a program."""
-    large = cells.tile("ndhwc", 64, (64, 64, 64), 2)
-    small = cells.tile("ndhwc", 512, (8, 8, 8), 2)
+    large = cells.tile_sizes("ndhwc", 64, (64, 64, 64), 2)
+    small = cells.tile_sizes("ndhwc", 512, (8, 8, 8), 2)
     assert large["PLANES"] == cells.MOST_PLANES and 1 < small["PLANES"] < 8
 
 

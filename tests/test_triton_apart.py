@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,7 @@ from tritonconv.autotune.model import pruned_space
 from tritonconv.kernels.registry import variant
 from tritonconv.problem import LAYOUTS, Problem
 
-pytest.importorskip("triton")
+phases_apart = pytest.importorskip("tritonconv.kernels.triton_apart")
 NAME = "forward_phases_packed"
 CHANNELS = ((1, 2), (2, 1), (3, 4), (4, 5), (5, 3), (16, 24), (24, 16), (28, 3), (3, 28), (48, 5), (5, 48), (112, 2))
 SMALL = {"BLOCK_N": 16, "BLOCK_K": 16}
@@ -99,3 +100,17 @@ def test_a_step_over_a_part_of_the_channels_over_neighbours_or_over_anything(blo
         return [{**each, "BLOCK_K": block_k} for turn in (1, 2) for each in configs_of(apart, turn)(problem)]
 
     assert complaints(variant(NAME), case, torch.float32, layout, True, DEVICE, configs) == []
+
+
+def test_the_compiler_knows_the_depth_where_all_phases_apart_have_as_many_taps():
+    stride = (2, 2, 2)
+    assert phases_apart.one_depth((4, 3, 3), stride, 1) and phases_apart.one_depth((3, 3, 3), stride, 0)
+    assert not phases_apart.one_depth((3, 4, 4), stride, 1) and not phases_apart.one_depth((4, 1, 4), stride, 2)
+
+
+def test_a_step_is_of_neighbours_along_w_where_w_is_packed_and_their_channels_fill_it():
+    window, channels = (2, 2, 2), 16
+    tries = itertools.product((16, 32), (2, 3))  # BLOCK_K, APART
+    places = {each: int(phases_apart.places_of(window, channels, *each)) for each in tries}
+    assert places == {(16, 2): 1, (16, 3): 1, (32, 2): 2, (32, 3): 0}
+    assert phases_apart.places_of(window, 24, 32, 0) == 0 and phases_apart.places_of((2, 2, 1), channels, 32, 0) == 0

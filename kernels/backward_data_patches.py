@@ -1,0 +1,159 @@
+"""Backward-data for very few output channels: patches of grad_y, loaded once, times the weight.
+
+Where few output channels meet many input channels, grad_y is small beside grad_x, which is ``patches (voxels, places)
+times weight (places, input channels)``: see :mod:`~tritonconv.kernels.triton_patches`.
+:mod:`~tritonconv.kernels.backward_data_packed` computes the same product. Each thread of it works out voxels and taps
+of many rows, for one tile alone; here a thread has one voxel, and a program takes tiles in turn.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from tritonconv.kernels import triton_patches as patch
+from tritonconv.kernels.targets import MULTIPROCESSORS
+from tritonconv.kernels.triton_convolution import backward_data
+from tritonconv.kernels.triton_device import (
+    aligned,
+    ceil_div,
+    dividers,
+    multiple,
+    product,
+    store_tile,
+    voxel_tiles,
+    widened,
+)
+from tritonconv.kernels.triton_launch import RUN_TIME, accounting, empty, multiprocessors
+from tritonconv.kernels.triton_patches import padded, patches, refused
+from tritonconv.kernels.triton_target import step_of
+from tritonconv.kernels.variant import SPREADS_WEIGHT, Config, Variant
+from tritonconv.kernels.weight_orders import AS_GIVEN
+from tritonconv.kernels.work import WARP, Work, parts, size_of
+from tritonconv.problem import Problem
+
+LEAST_DEPTH = 16  # of a product
+
+
+@triton.jit(launch_metadata=accounting, do_not_specialize=RUN_TIME)
+def backward_data_patches_kernel(
+    grad_y_ptr,  # (n, c_out, od, oh, ow)
+    w_ptr,  # (c_in, c_out, taps)
+    grad_x_ptr,  # (n, c_in, d, h, w), dense, or (n, d, h, w, c_in) where X_STEP is 0
+    n, d_in, h_in, w_in, d_out, h_out, w_out, d_crop, h_crop, w_crop,
+    grad_y_strides, w_strides, grad_x_strides,
+    C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    X_STEP: tl.constexpr,  # divides d_in * h_in * w_in where these lie innermost; 0 where the channels do
+    UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A program owns BLOCK_N input channels of every so many-th tile of BLOCK_M voxels of grad_x.
+
+    Rows: the voxels; columns: input channels; depth: (tap, output channel), all of it.
+    """
+    w_strides = aligned(w_strides, UNITS, 1)
+    size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
+    COLUMNS: tl.constexpr = ceil_div(C_IN, BLOCK_N)
+    first, walkers = tl.program_id(0) // COLUMNS, tl.num_programs(0) // COLUMNS
+    offs_n = widened(tl.program_id(0) % COLUMNS * BLOCK_N + tl.arange(0, BLOCK_N), WIDE)
+    mask_n = offs_n < C_IN
+    offs_k = tl.arange(0, BLOCK_K)
+    w_rows = widened(offs_k % C_OUT, WIDE) * w_strides[0] + widened(offs_k // C_OUT, WIDE) * w_strides[2]
+    w_mask = (offs_k < product(KERNEL) * C_OUT)[:, None] & mask_n[None, :]
+    w_tile = tl.load(w_ptr + (w_rows[:, None] + (offs_n * w_strides[1])[None, :]), mask=w_mask, other=0.0)
+    volume = widened(d_in, WIDE) * h_in * w_in
+    if X_STEP > 0:
+        volume = multiple(volume, X_STEP)
+    by = None
+    if not WIDE:
+        by = dividers(size, 0)
+    # The next tile's patches are on their way while this one's sums are stored. Carried by the loop they are an operand
+    # in shared memory; made in their own turn they would be one in registers.
+    following = patches(
+        grad_y_ptr, grad_y_strides, first, n, size, out_size, crop, by,
+        CHANNELS=C_OUT, KERNEL=KERNEL, STRIDE=STRIDE, DILATION=DILATION, BLOCK=BLOCK_M, PLACES=BLOCK_K, WIDE=WIDE,
+    )  # fmt: skip
+    for tile in range(first, voxel_tiles(n, size, BLOCK_M, 0, WIDE), walkers):
+        acc = tl.dot(following, w_tile, input_precision=PRECISION)
+        following = patches(
+            grad_y_ptr, grad_y_strides, tile + walkers, n, size, out_size, crop, by,
+            CHANNELS=C_OUT, KERNEL=KERNEL, STRIDE=STRIDE, DILATION=DILATION, BLOCK=BLOCK_M, PLACES=BLOCK_K, WIDE=WIDE,
+        )  # fmt: skip
+        voxel = widened(tile, WIDE) * BLOCK_M + tl.arange(0, BLOCK_M)
+        if X_STEP > 0:
+            rows, columns = voxel // volume * (C_IN * volume) + voxel % volume, offs_n * volume
+        else:
+            rows, columns = voxel * C_IN, offs_n
+        store_tile(grad_x_ptr, rows, columns, acc, voxel < n * volume, mask_n, X_STEP > 0)
+
+
+def launches(problem, config, grad_y, weight):
+    grad_x = empty(problem, problem.x_shape, grad_y, zero=grad_y.numel() == 0)
+    if grad_x.zero:
+        return grad_x
+    config = dict(config)
+    grid = programs(problem, config, multiprocessors(grad_y.device) * config.pop("RESIDENT"))
+    return backward_data(
+        backward_data_patches_kernel, grid, problem, config, grad_y, weight, grad_x,
+        BLOCK_K=padded(problem, LEAST_DEPTH),
+        X_STEP=step_of(math.prod(problem.size)) if problem.layout == "ncdhw" else 0,
+    )  # fmt: skip
+
+
+def _columns(problem: Problem, config: Config) -> int:
+    return parts(problem.c_in, config["BLOCK_N"])
+
+
+def _tiles(problem: Problem, config: Config) -> int:
+    """Of voxels."""
+    return parts(problem.n * math.prod(problem.size), config["BLOCK_M"])
+
+
+def programs(problem: Problem, config: Config, slots: int) -> int:
+    """As many as there is room for, and no more than there are tiles; a multiple of the tiles side by side."""
+    return _columns(problem, config) * max(1, min(_tiles(problem, config), slots // _columns(problem, config)))
+
+
+def _config(problem: Problem, warps: int, block_n: int, resident: int | None = None) -> dict[str, int]:
+    """A voxel for each thread; without ``resident`` as many programs as fit."""
+    return {
+        "BLOCK_M": warps * WARP,
+        "BLOCK_N": block_n,
+        "num_warps": warps,
+        "num_stages": 1,  # all loads of the loop are narrow: they come through registers
+        "WEIGHT": AS_GIVEN,  # read once by a program, taps side by side
+        "RESIDENT": resident or patch.resident(problem, LEAST_DEPTH, block_n, warps),
+    }
+
+
+def default(problem: Problem, device: torch.device):
+    return _config(problem, 4, patch.columns(problem))
+
+
+def space(problem: Problem, device: torch.device):
+    base = default(problem, device)
+    widths = [n for n in (base["BLOCK_N"], base["BLOCK_N"] // 2) if n >= 16]
+    configs = [base, *(_config(problem, warps, n) for warps in (4, 8) for n in widths)]
+    configs += [{**base, "RESIDENT": programs} for programs in range(1, patch.MOST_RESIDENT + 1)]
+    configs += [{**base, "WEIGHT": order} for order in (0, 1, 2)]
+    return tuple(config for index, config in enumerate(configs) if config not in configs[:index])
+
+
+def work(problem: Problem, config: Config) -> Work:
+    count = programs(problem, config, MULTIPROCESSORS * config["RESIDENT"])
+    again = 1 if config["WEIGHT"] else 0
+    return patch.patch_work(
+        problem, "backward_data", config, _tiles(problem, config) * _columns(problem, config), count,
+        least=LEAST_DEPTH, sums=config["BLOCK_N"], moved=2 * again * size_of(problem, "weight"), launches=1 + again,
+    )  # fmt: skip
+
+
+VARIANT = Variant(
+    "backward_data_patches", "backward_data",
+    "very few output channels: patches of grad_y, loaded once, times a weight that stays", "triton",
+    launches=launches, supports=refused, space=space, default=default, spreads_nonfinite=SPREADS_WEIGHT, work=work,
+)  # fmt: skip

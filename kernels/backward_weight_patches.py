@@ -1,0 +1,195 @@
+"""Backward-weight for very few output channels: whole patches of grad_y, loaded once, times x, read once.
+
+grad_weight is ``patches (voxels, taps x output channels) transposed times x (voxels, input channels)``. All of its rows
+are in one tile, so x is read once; the voxels, the depth, are split into chunks.
+:mod:`~tritonconv.kernels.backward_weight_splitk` has the same product, with the lanes of a step found anew in each.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+import triton
+import triton.language as tl
+
+from tritonconv.kernels import triton_patches as patch
+from tritonconv.kernels.triton_buffers import copied, new
+from tritonconv.kernels.triton_device import ceil_div, chunk, dividers, multiple, product, voxel_tiles, widened
+from tritonconv.kernels.triton_launch import RUN_TIME, accounting, geometry, precision, wide
+from tritonconv.kernels.triton_launch import launch as run
+from tritonconv.kernels.triton_patches import padded, patches, refused
+from tritonconv.kernels.triton_reduce import sum_weights
+from tritonconv.kernels.triton_split_gemm import SplitGemm, store_channel_sums
+from tritonconv.kernels.triton_target import shared_bytes, step_of
+from tritonconv.kernels.variant import SPREADS_VOXELS, Config, Variant
+from tritonconv.kernels.work import WARP, Work, parts
+from tritonconv.problem import Problem
+
+LEAST_ROWS = 64  # of a product on Hopper
+
+
+@triton.jit(launch_metadata=accounting, do_not_specialize=(*RUN_TIME, "splits"))
+def backward_weight_patches_kernel(
+    x_ptr,  # (n, c_in, d, h, w), dense, or (n, d, h, w, c_in) where X_STEP is 0
+    grad_y_ptr,  # (n, c_out, od, oh, ow)
+    grad_w_ptr,  # (splits, taps, c_out, c_in), dense, float32
+    grad_b_ptr,  # (splits, c_out), dense, float32, or None
+    n, d_in, h_in, w_in, d_out, h_out, w_out, d_crop, h_crop, w_crop,
+    splits, grad_y_strides,
+    C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BIAS_V: tl.constexpr, BIAS_C: tl.constexpr, BIAS_W: tl.constexpr,
+    X_STEP: tl.constexpr,  # divides d_in * h_in * w_in where these lie innermost; 0 where the channels do
+    WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A program owns BLOCK_N input channels of grad_weight, all taps and output channels, and one of ``splits`` chunks
+    of the voxels; others own BIAS_C channels of grad_bias and a chunk of the voxels of grad_y.
+
+    Rows: (tap, output channel); columns: input channels; depth: voxels of x.
+    """
+    size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
+    ROWS: tl.constexpr = product(KERNEL) * C_OUT
+    COLUMNS: tl.constexpr = ceil_div(C_IN, BLOCK_N)
+    BIAS_TILES: tl.constexpr = 0 if grad_b_ptr is None else ceil_div(C_OUT, BIAS_C)
+    pid = tl.program_id(0)
+    split, column = pid // (COLUMNS + BIAS_TILES), pid % (COLUMNS + BIAS_TILES) - BIAS_TILES
+    if grad_b_ptr is not None:  # noqa: SIM102
+        if column < 0:
+            store_channel_sums(
+                grad_y_ptr, grad_b_ptr, None, None, n, out_size, grad_y_strides, column + BIAS_TILES, split, splits,
+                C_OUT, X_STEP > 0, BIAS_V, BIAS_C, BIAS_W, WIDE,
+            )  # fmt: skip
+            return
+
+    offs_n = widened(column * BLOCK_N + tl.arange(0, BLOCK_N), WIDE)
+    mask_n = offs_n < C_IN
+    volume = widened(d_in, WIDE) * h_in * w_in
+    if X_STEP > 0:
+        volume = multiple(volume, X_STEP)
+    by = None
+    if not WIDE:
+        by = dividers(size, 0)
+    first, last = chunk(split, splits, voxel_tiles(n, size, BLOCK_K, 0, WIDE))
+    # The next tile's patches are on their way during this one's product.
+    following = patches(
+        grad_y_ptr, grad_y_strides, first, n, size, out_size, crop, by,
+        CHANNELS=C_OUT, KERNEL=KERNEL, STRIDE=STRIDE, DILATION=DILATION, BLOCK=BLOCK_K, PLACES=BLOCK_M, WIDE=WIDE,
+    )  # fmt: skip
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for tile in range(first, last):
+        voxel = widened(tile, WIDE) * BLOCK_K + tl.arange(0, BLOCK_K)
+        mask_k = voxel < n * volume
+        if X_STEP > 0:
+            rows = voxel // volume * (C_IN * volume) + voxel % volume
+            x_ptrs = x_ptr + ((offs_n * volume)[:, None] + rows[None, :])
+            x_tile = tl.trans(tl.load(x_ptrs, mask=mask_n[:, None] & mask_k[None, :], other=0.0))
+        else:
+            x_ptrs = x_ptr + ((voxel * C_IN)[:, None] + offs_n[None, :])
+            x_tile = tl.load(x_ptrs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
+        acc = tl.dot(tl.trans(following), x_tile, acc, input_precision=PRECISION)
+        following = patches(
+            grad_y_ptr, grad_y_strides, tile + 1, n, size, out_size, crop, by,
+            CHANNELS=C_OUT, KERNEL=KERNEL, STRIDE=STRIDE, DILATION=DILATION, BLOCK=BLOCK_K, PLACES=BLOCK_M, WIDE=WIDE,
+        )  # fmt: skip
+
+    row = tl.arange(0, BLOCK_M)
+    places = widened(split, WIDE) * (ROWS * C_IN) + (row * C_IN)[:, None] + offs_n[None, :]
+    tl.store(grad_w_ptr + places, acc, mask=(row < ROWS)[:, None] & mask_n[None, :])
+
+
+def gemm(problem: Problem) -> SplitGemm:
+    return SplitGemm(problem, math.prod(problem.kernel) * problem.c_out, problem.c_in, problem.size)
+
+
+def launches(problem, config, x, grad_y, need_bias):
+    nothing = x.numel() == 0 or grad_y.numel() == 0
+    grad_weight = new(problem.weight_shape, x, zero=nothing)
+    grad_bias = new((problem.c_out,), x, zero=nothing) if need_bias else None
+    if nothing:
+        return grad_weight, grad_bias
+    x = copied(x, lambda tensor: tensor.contiguous(memory_format=problem.memory_format))
+    config, count = dict(config), gemm(problem).programs(_whole(problem, config), need_bias)
+    splits = config.pop("SPLITS")
+    partial = new((splits, 1, math.prod(problem.kernel), problem.c_out, problem.c_in), x, torch.float32)
+    bias_partial = new((splits, problem.c_out), x, torch.float32) if need_bias else None
+    run(
+        backward_weight_patches_kernel,
+        splits * count,
+        config,
+        (partial, bias_partial),
+        x_ptr=x,
+        grad_y_ptr=grad_y,
+        grad_w_ptr=partial,
+        grad_b_ptr=bias_partial,
+        BLOCK_M=padded(problem, LEAST_ROWS),
+        **geometry(problem),
+        splits=splits,
+        grad_y_strides=grad_y.stride(),
+        X_STEP=step_of(math.prod(problem.size)) if problem.layout == "ncdhw" else 0,
+        WIDE=wide(x, grad_y, partial, of=problem),
+        PRECISION=precision(problem.dtype),
+    )
+    sum_weights(partial, grad_weight, bias_partial, grad_bias)
+    return grad_weight, grad_bias
+
+
+def _whole(problem: Problem, config: Config) -> dict[str, int]:
+    """With the rows, all of them, and no rows of voxels along w."""
+    return {**config, "BLOCK_M": padded(problem, LEAST_ROWS), "BLOCK_W": 0}
+
+
+def _config(problem: Problem, warps: int, block_n: int, waves: int | None = None) -> dict[str, int]:
+    """A voxel for each thread; without ``waves`` as many programs as fit."""
+    stages = 3 if problem.dtype.itemsize == 2 else 2
+    bias = {key: value for key, value in gemm(problem).default().items() if key.startswith("BIAS_")}
+    config = {"BLOCK_N": block_n, "BLOCK_K": warps * WARP, **bias, "num_warps": warps, "num_stages": stages}
+    waves = waves or patch.resident(problem, LEAST_ROWS, _sums(problem, config), warps)
+    # Those of the bias are short, and make room for others: they do not count.
+    unbiased = gemm(replace(problem, bias=False))
+    return {**config, "SPLITS": unbiased.splits(_whole(problem, config), waves)}
+
+
+def _sums(problem: Problem, config: Config) -> int:
+    """Of a thread."""
+    return padded(problem, LEAST_ROWS) * config["BLOCK_N"] // (config["num_warps"] * WARP)
+
+
+def default(problem: Problem, device: torch.device):
+    return _config(problem, 4, patch.columns(problem))
+
+
+def space(problem: Problem, device: torch.device):
+    base = default(problem, device)
+    widths = [n for n in (base["BLOCK_N"], base["BLOCK_N"] // 2, base["BLOCK_N"] * 2) if 16 <= n <= 2 * patch.WIDEST]
+    configs = [base, *(_config(problem, warps, n) for warps in (4, 8) for n in widths)]
+    configs += [_config(problem, 4, base["BLOCK_N"], waves) for waves in (1, 2, 4, 8)]
+    configs += [{**base, "num_stages": stages} for stages in (2, 4)]
+    fitting = [config for config in configs if patch.shared_of(problem, config, LEAST_ROWS) <= shared_bytes()]
+    return tuple(config for index, config in enumerate(fitting) if config not in fitting[:index])
+
+
+def work(problem: Problem, config: Config) -> Work:
+    whole, splits = _whole(problem, config), config["SPLITS"]
+    steps = max(gemm(problem).steps(whole), splits) * parts(problem.c_in, config["BLOCK_N"])
+    partials = 4.0 * splits * math.prod(problem.weight_shape)
+    return patch.patch_work(
+        problem, "backward_weight", config, steps, splits * gemm(problem).programs(whole, problem.bias),
+        least=LEAST_ROWS, sums=_sums(problem, config), moved=2 * partials, launches=2,
+    )  # fmt: skip
+
+
+def workspace_bytes(problem: Problem) -> int:
+    """Of the partials, at the most chunks of the space."""
+    splits = max(config["SPLITS"] for config in space(problem, torch.device("cuda")))
+    return 4 * splits * (math.prod(problem.weight_shape) + problem.c_out)
+
+
+VARIANT = Variant(
+    "backward_weight_patches", "backward_weight",
+    "very few output channels: patches of grad_y, gathered once, times x, read once", "triton",
+    launches=launches, supports=refused, space=space, default=default, spreads_nonfinite=SPREADS_VOXELS,
+    workspace_bytes=workspace_bytes, work=work,
+)  # fmt: skip

@@ -1,0 +1,179 @@
+"""The patches of grad_y, for the gradients of layers with very few output channels: device code, tiles and counts.
+
+A patch holds the values of grad_y that one voxel of x meets (im2col): its *places* count (tap, output channel),
+channels innermost. A thread loads whole patches, element by element, and joins them in registers. Every place is a
+constant of the code, so its address is the voxel's and a constant, and one comparison says whether it is inside.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from tritonconv.kernels import triton_tiles as tiles
+from tritonconv.kernels.triton_device import constant, inside, offset, product, voxels
+from tritonconv.kernels.triton_launch import refusal
+from tritonconv.kernels.variant import Config
+from tritonconv.kernels.work import BASE_REGISTERS, HALO, LINE, WARP, Work, parts, size_of
+from tritonconv.problem import Problem
+
+MOST_CHANNELS = 5  # output channels; more are wide enough to be loaded side by side
+DEEPEST = {2: 128, 4: 64}  # places of a patch, by the bytes of an element: each has a register of a thread
+WIDEST, LONG = 64, 64  # columns of a program; places of a patch above which half as many fit the registers
+MOST_RESIDENT = 4  # programs per multiprocessor, where its registers allow
+REGISTERS = 1 << 16  # of a multiprocessor
+# Instructions of a thread in a step, for each place of its patch and each column, seen in the compiled loops (Triton
+# 3.6.0, sm_90): 490 for 64 places and 64 columns, 263 for 27 and 16.
+PER_STEP, PER_PLACE, PER_COLUMN = 120, 4.7, 1.2
+
+
+@triton.constexpr_function
+def levels(BLOCK):
+    """How often BLOCK is halved."""
+    return int(BLOCK).bit_length() - 1
+
+
+@triton.jit
+def below(index, limit):
+    """Whether 0 <= index < limit, in one comparison; ``limit`` is unsigned."""
+    return index.to(limit.dtype) < limit
+
+
+@triton.jit
+def patch_place(
+    pointers, oh, limits_h, hits_w, strides, PLACE: tl.constexpr,
+    CHANNELS: tl.constexpr, KERNEL: tl.constexpr, DILATION: tl.constexpr,
+):  # fmt: skip
+    """One place of the patches, (voxels,)."""
+    TAP: tl.constexpr = PLACE // CHANNELS
+    TD: tl.constexpr = TAP // (KERNEL[1] * KERNEL[2])
+    TH: tl.constexpr = TAP // KERNEL[2] % KERNEL[1]
+    TW: tl.constexpr = TAP % KERNEL[2]
+    pointers += TD * DILATION[0] * strides[2] + TH * DILATION[1] * strides[3]
+    pointers += TW * DILATION[2] * strides[4] + PLACE % CHANNELS * strides[1]
+    hit = below(oh + TH * DILATION[1], limits_h[TD]) & hits_w[TW]
+    return tl.load(pointers, mask=hit, other=0.0)
+
+
+@triton.jit
+def halved(parts, HALF: tl.constexpr):
+    """Each of the first HALF tensors beside its partner in the second half, along a new last axis."""
+    joined = ()
+    for k in tl.static_range(HALF):
+        joined = joined + (tl.join(parts[k], parts[k + HALF]),)  # type: ignore[assignment]  # noqa: RUF005
+    return joined
+
+
+@triton.jit
+def patches(
+    grad_y_ptr, strides, tile, n, size, out_size, crop, by, CHANNELS: tl.constexpr, KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr, DILATION: tl.constexpr, BLOCK: tl.constexpr, PLACES: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """The patches of a tile of BLOCK voxels, (BLOCK, PLACES); zeros beyond the last place, and of voxels not there.
+
+    ``by``: the dividers of ``size``, or None where WIDE.
+    """
+    image, d, h, w, mask = voxels(tile, n, size, BLOCK, 0, WIDE, by)
+    od, oh, ow = d * STRIDE[0] - crop[0], h * STRIDE[1] - crop[1], w * STRIDE[2] - crop[2]
+    pointers = grad_y_ptr + offset(strides, image, 0, od, oh, ow)
+    # Of a voxel whose tap along d is outside no row is below the limit: few predicates live through all loads.
+    UNSIGNED: tl.constexpr = tl.uint64 if WIDE else tl.uint32
+    limit_h, limit_w = tl.full((), 0, UNSIGNED) + out_size[1], tl.full((), 0, UNSIGNED) + out_size[2]
+    limits_h, hits_w = (), ()
+    for tap in tl.static_range(constant(KERNEL[0])):
+        hit = inside(od + tap * DILATION[0], out_size[0]) & mask
+        limits_h = limits_h + (tl.where(hit, limit_h, 0).to(UNSIGNED),)  # type: ignore[assignment]  # noqa: RUF005
+    for tap in tl.static_range(constant(KERNEL[2])):
+        hits_w = hits_w + (below(ow + tap * DILATION[2], limit_w),)  # type: ignore[assignment]  # noqa: RUF005
+    parts = ()
+    for place in tl.static_range(product(KERNEL) * CHANNELS):
+        part = patch_place(pointers, oh, limits_h, hits_w, strides, place, CHANNELS, KERNEL, DILATION)
+        parts = parts + (part,)  # type: ignore[assignment]  # noqa: RUF005
+    for _ in tl.static_range(PLACES - product(KERNEL) * CHANNELS):
+        parts = parts + (tl.zeros((BLOCK,), grad_y_ptr.dtype.element_ty),)  # type: ignore[assignment]  # noqa: RUF005
+    for level in tl.static_range(levels(PLACES)):
+        parts = halved(parts, PLACES >> (level + 1))
+    return tl.reshape(parts[0], (BLOCK, PLACES))  # type: ignore[misc]
+
+
+def places(problem: Problem) -> int:
+    """Of a patch: (tap, output channel)."""
+    return math.prod(problem.kernel) * problem.c_out
+
+
+def refused(problem: Problem, device: torch.device) -> str | None:
+    """Why no kernel with patches serves the problem on the device; None where one does."""
+    why_not = refusal(problem, device)
+    if why_not is not None:
+        return why_not
+    if problem.groups > 1 or problem.c_out > MOST_CHANNELS:
+        return (
+            f"{problem.groups} groups, {problem.c_out} output channels: one group of at most {MOST_CHANNELS} is served"
+        )
+    deepest = DEEPEST[problem.dtype.itemsize]
+    if places(problem) > deepest:
+        return f"{places(problem)} taps and output channels: a patch of at most {deepest} fits the registers"
+    return None
+
+
+def padded(problem: Problem, least: int) -> int:
+    """The places of a tile, a power of two."""
+    return tiles.power_of_two(places(problem), least, max(DEEPEST.values()))
+
+
+def columns(problem: Problem) -> int:
+    """The default BLOCK_N."""
+    return tiles.power_of_two(problem.c_in, 16, WIDEST if places(problem) <= LONG else WIDEST // 2)
+
+
+def registers_of(problem: Problem, least: int, sums: int) -> int:
+    """Of a thread that has one voxel's patch and so many sums, as compiled: 200 for 64 places and 64 sums."""
+    return BASE_REGISTERS + padded(problem, least) + max(48, sums * 3 // 2)
+
+
+def resident(problem: Problem, least: int, sums: int, warps: int) -> int:
+    """The programs of ``warps`` warps that share a multiprocessor."""
+    return max(1, min(MOST_RESIDENT, REGISTERS // (registers_of(problem, least, sums) * warps * WARP)))
+
+
+def shared_of(problem: Problem, config: Config, least: int) -> int:
+    """Bytes of shared memory: the tile of patches, and those of x on their way or the weight."""
+    tile = padded(problem, least) + config["BLOCK_N"] * max(1, config["num_stages"])
+    return config["num_warps"] * WARP * tile * problem.dtype.itemsize
+
+
+def patch_work(
+    problem: Problem, pass_name: str, config: Config, steps: int, programs: int, least: int, sums: int,
+    moved: float, launches: int,
+) -> Work:  # fmt: skip
+    """Of ``steps`` tiles in all programs, a voxel for each thread, by BLOCK_N columns.
+
+    ``moved`` and ``launches``: bytes and launches besides.
+    """
+    item, wide, depth = problem.dtype.itemsize, config["BLOCK_N"], padded(problem, least)
+    voxels_of = config["num_warps"] * WARP
+    tile, patch = voxels_of * wide * item, voxels_of * depth * item
+    memory = problem.bytes(pass_name) + moved
+    # From L2 each tile has the rows of grad_y that its voxels meet along d, and a halo along h.
+    around = HALO * max(1.0, problem.kernel[0] / problem.stride[0])
+    sides = parts(problem.c_in, wide)
+    cached = size_of(problem, "x") + around * sides * size_of(problem, "y") + programs * wide * depth * item + moved
+    loaded = voxels_of * places(problem) * item * min(problem.stride[2], LINE // (WARP * item))
+    each = PER_STEP + PER_PLACE * places(problem) + PER_COLUMN * wide
+    return Work(
+        flops=2.0 * voxels_of * wide * depth * steps,
+        memory_bytes=memory,
+        cache_bytes=max(memory, cached),
+        programs=programs,
+        shared_bytes=shared_of(problem, config, least),
+        registers=registers_of(problem, least, sums),
+        warps=config["num_warps"],
+        launches=launches,
+        depth=steps / max(1, programs),
+        ahead=1,
+        sram_bytes=float(steps) * (loaded + 2 * patch + 2 * tile),
+        instructions=float(steps) * config["num_warps"] * each,
+    )

@@ -1,0 +1,55 @@
+"""Backward-weight by patches of grad_y: chunks of several tiles, the bias beside them, and the count of bytes."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from test_backward_data_patches import CASES
+from variant_cases import DEVICE, Case, complaints
+
+from tritonconv.kernels.registry import variant
+from tritonconv.problem import LAYOUTS
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+pytest.importorskip("triton")
+
+RECORD = variant("backward_weight_patches")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("label", CASES)
+def test_chunks_of_several_tiles(label, layout):
+    """One chunk of all tiles, chunks of one and two, and more of them than tiles."""
+
+    def configs(problem):
+        base = {**RECORD.default(problem, DEVICE), "BIAS_V": 64, "BIAS_W": 0}
+        return [{**base, "BLOCK_N": 16, "SPLITS": 3}, {**base, "SPLITS": 1}, {**base, "SPLITS": 9}]
+
+    dtype, bias = torch.float32 if label == "5 channels" else torch.float16, label != "70 channels"
+    assert complaints(RECORD, CASES[label], dtype, layout, bias, DEVICE, configs) == []
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_wide_offsets(layout, monkeypatch):
+    monkeypatch.setattr("tritonconv.kernels.backward_weight_patches.wide", lambda *buffers, of=None: True)
+    configs = lambda problem: [{**RECORD.default(problem, DEVICE), "SPLITS": 2}]  # noqa: E731
+    for label in ("k4 s2", "dilation"):
+        assert complaints(RECORD, CASES[label], torch.float16, layout, True, DEVICE, configs) == []
+
+
+def test_x_is_read_once():
+    """From L2 too; the partials are written and read, grad_y comes a few times."""
+    problem = Case(n=32, channels=(64, 1), size=32, kernel=4, stride=2, front=1, back=1).problem(
+        torch.bfloat16, "ndhwc", bias=False
+    )
+    config = RECORD.default(problem, torch.device("cuda"))
+    counts = RECORD.work(problem, config)
+    partials = 8 * config["SPLITS"] * math.prod(problem.weight_shape)
+    assert counts.memory_bytes == problem.bytes("backward_weight") + partials
+    x, y = (2 * math.prod(shape) for shape in (problem.x_shape, problem.y_shape))
+    assert x + y < counts.cache_bytes - partials < x + 4 * y
+    splitk = variant("backward_weight_splitk")
+    theirs = splitk.work(problem, splitk.default(problem, torch.device("cuda")))
+    assert counts.cache_bytes < theirs.cache_bytes and counts.instructions < theirs.instructions
