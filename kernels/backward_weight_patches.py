@@ -22,7 +22,7 @@ from tritonconv.kernels.triton_launch import launch as run
 from tritonconv.kernels.triton_patches import padded, patches, refused
 from tritonconv.kernels.triton_reduce import sum_weights
 from tritonconv.kernels.triton_split_gemm import SplitGemm, store_channel_sums
-from tritonconv.kernels.triton_target import shared_bytes, step_of
+from tritonconv.kernels.triton_target import compute_capability, shared_bytes, step_of
 from tritonconv.kernels.variant import SPREADS_VOXELS, Config, Variant
 from tritonconv.kernels.work import WARP, Work, parts
 from tritonconv.problem import Problem
@@ -158,7 +158,10 @@ def _sums(problem: Problem, config: Config) -> int:
 
 
 def default(problem: Problem, device: torch.device):
-    return _config(problem, 4, patch.columns(problem))
+    columns = patch.columns(problem)
+    if problem.dtype.itemsize == 4 and 0 < compute_capability() < 90:  # spills on sm_80
+        columns = max(16, columns // 2)
+    return _config(problem, 4, columns)
 
 
 def space(problem: Problem, device: torch.device):
