@@ -122,11 +122,14 @@ def _places(
 
     Cell 0, phase 0 is output ``origin``; a cell's first PHASES of the STRIDE outputs along each axis are columns.
     """
-    if FACTS[3]:
-        strides = (strides[0], strides[1], strides[2], strides[3], FACTS[3])
+    Y_STEP: tl.constexpr = FACTS[0]
+    WHOLE: tl.constexpr = FACTS[1]
+    DENSE: tl.constexpr = FACTS[2]
+    ACROSS: tl.constexpr = FACTS[3]
     SPAN: tl.constexpr = span(PHASES, ROWS)
     CELL: tl.constexpr = (PHASES[0], PHASES[1], 1 if ROWS else PHASES[2])
-    WHOLE: tl.constexpr = FACTS[1]
+    if ACROSS:
+        strides = (strides[0], strides[1], strides[2], strides[3], ACROSS)
     fine = (cells[0], cells[1], cells[2] * SPAN)
     image, d, h, w, _ = voxels(tile, n, fine, BLOCK_M * SPAN, BLOCK_W * SPAN, WIDE, by)
     mask_m = image < n
@@ -141,7 +144,7 @@ def _places(
     if WIDE:
         offs_n = offs_n.to(tl.int64)
     phase_d, phase_h, phase_w, channel, mask_n = decoded(offs_n, CHANNELS, CELL, False)
-    if FACTS[2]:
+    if DENSE:
         inner = offs_n % (CELL[2] * CHANNELS)
         across = w * CHANNELS
     else:
@@ -154,7 +157,7 @@ def _places(
     if WHOLE[1]:
         mask_m = mask_m & inside(h, out_size[1])
     if WHOLE[2] or ROWS:
-        mask_m = mask_m & inside(w, multiple(out_size[2], FACTS[0]))
+        mask_m = mask_m & inside(w, multiple(out_size[2], Y_STEP))
     mask = mask_m[:, None] & mask_n[None, :]
     if not WHOLE[0]:
         mask = mask & inside(d[:, None] + phase_d[None, :], out_size[0])

@@ -105,7 +105,8 @@ def test_a_new_image_size_compiles_nothing():
     """Channels a multiple of 16, channels_last_3d: whatever the divisors of the sizes, one kernel serves them all.
 
     The copy of an NCDHW operand is compiled twice: a number of voxels that 16 divides permits wide loads. So is a
-    kernel that stores whole rows of NCDHW.
+    kernel that stores whole rows of NCDHW, and one of few output channels that takes grad_y by its strides, which 16
+    divides or not.
     """
     anew = in_a_process(
         """
@@ -117,7 +118,7 @@ def test_a_new_image_size_compiles_nothing():
                     record, problem = served(name, n=n, size=size)
                     config, found = compiled(record, problem, config)
                     kernels.append(next(each for each in found if each.name != "transpose_kernel"))
-                if problem.layout == "ncdhw" and config.get("ROWS"):
+                if (problem.layout == "ncdhw" and config.get("ROWS")) or name.endswith("_patches"):
                     del kernels[1]  # whose width 16 does not divide
                 if any(kernel is not kernels[0] for kernel in kernels):
                     anew.append(name)

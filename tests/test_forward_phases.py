@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_phases_apart import CHANNELS
+from test_triton_apart import CHANNELS
 from variant_cases import CPU, DEVICE, TINY, Case, complaints, expected, run
 
 from tritonconv.autotune.model import pruned_space
