@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -304,13 +305,14 @@ def _space(problem: Problem, default_of):
     return configs
 
 
-def _depths(problem: Problem, alone: int) -> list[int]:
+@lru_cache(64)  # a count asks for each config
+def _depths(problem: Problem, alone: int) -> tuple[int, ...]:
     """The depth of each phase that has programs of its own; of all together, where none has."""
     taps = [
         [parts(k - phase, s) for phase in range(s)] if axis < alone else [reach(k, s, 0)]
         for axis, (k, s) in enumerate(zip(problem.kernel, problem.stride, strict=True))
     ]
-    return [math.prod(each) * problem.c_in // problem.groups for each in itertools.product(*taps)]
+    return tuple(math.prod(each) * problem.c_in // problem.groups for each in itertools.product(*taps))
 
 
 def work(problem: Problem, config) -> Work:
