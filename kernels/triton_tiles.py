@@ -116,13 +116,14 @@ def around(base: Config, problem: Problem, along: str = "BLOCK_M", **more: tuple
     combination of tiles, of stages and depths that ``more`` may add to, and of these with the weight in torch's order,
     for the cost model to choose from. ``along`` is the block of voxels, which a row of BLOCK_W fits in.
     """
-    configs = [dict(base)]
+    configs = {frozenset(base.items()): dict(base)}
     for changed in itertools.chain(_neighbours(base, more), _grid(base, more)):
         if "BLOCK_W" in changed:
             changed["BLOCK_W"] = min(changed["BLOCK_W"], changed[along])
-        if changed not in configs and sensible(changed, problem.dtype.itemsize):
-            configs.append(changed)
-    return tuple(configs)
+        key = frozenset(changed.items())
+        if key not in configs and sensible(changed, problem.dtype.itemsize):
+            configs[key] = changed
+    return tuple(configs.values())
 
 
 def _neighbours(base: Config, more: dict[str, tuple[int, ...]]) -> Iterator[dict[str, int]]:

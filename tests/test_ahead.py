@@ -25,6 +25,8 @@ from tritonconv.lab.commands import common
 from tritonconv.lab.inspection import ahead
 from tritonconv.lab.inspection.launches import Kernel, Launch, Launches
 
+pytestmark = pytest.mark.xdist_group("ahead")  # one process compiles the folder for all
+
 ROOT = Path(__file__).resolve().parent.parent
 ASKED = ("--x", "1x4x4x4x4", "--weight", "4x1x3x3x3", "--stride", "2", "--groups", "4", "--dtype", "float16")
 COMPILE = ("compile", "--target", "sm_90", *ASKED, "--layout", "ncdhw", "--candidates", "1", "--quiet", "--out")

@@ -62,11 +62,21 @@ def _as_before(monkeypatch):
     triton_compiled.remove()
 
 
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory) -> Path:
+    """The jobs compiled, once: starting a process that compiles takes over a second."""
+    folder = ahead.open_folder(tmp_path_factory.mktemp("filled") / "made", "sm_90")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Kernel, "edited", lambda kernel: False)
+        patch.setattr(workers, "WORKER", ANSWERS)
+        assert fill(folder).compiled == 3
+    return folder.path
+
+
 @pytest.fixture
-def made(tmp_path) -> CompiledFolder:
-    folder = ahead.open_folder(tmp_path / "made", "sm_90")
-    assert fill(folder).compiled == 3
-    return folder
+def made(filled, tmp_path) -> CompiledFolder:
+    """A copy of the folder, to damage."""
+    return ahead.open_folder(Path(shutil.copytree(filled, tmp_path / "made")), "sm_90")
 
 
 def fill(folder: CompiledFolder, progress: Progress | None = None) -> ahead.Filled:

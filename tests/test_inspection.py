@@ -23,6 +23,8 @@ from tritonconv.lab.bench.workloads import workload
 from tritonconv.lab.inspection import compiling, jobs, records, tables
 from tritonconv.lab.inspection.records import Inspection, Record, faults, remarks
 
+pytestmark = pytest.mark.xdist_group("inspection")  # one process compiles for all
+
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ("--layers", "k3s2", "--dtype", "bfloat16", "--layout", "ndhwc")
 needs_triton = pytest.mark.skipif(not have_triton(), reason="Triton is not installed")

@@ -53,6 +53,7 @@ RC = {
 }
 
 
+@pytest.mark.xdist_group("pictures")
 @pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "nowhere", "tkagg", "module://os"])
 def test_the_backend_of_a_notebook_is_of_no_account(tmp_path, plain, backend):
     arguments = ("report", EXAMPLE, "--charts", "speedup", "--output", tmp_path)
@@ -61,6 +62,7 @@ def test_the_backend_of_a_notebook_is_of_no_account(tmp_path, plain, backend):
     assert next(tmp_path.glob("*.svg")).read_bytes() == plain
 
 
+@pytest.mark.xdist_group("pictures")
 @pytest.mark.parametrize("kind", RC)
 def test_a_users_style_is_of_no_account(tmp_path, plain, kind):
     (tmp_path / "matplotlibrc").write_text(RC[kind], encoding="latin-1")
