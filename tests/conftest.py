@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 
@@ -35,6 +36,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
     interpreter.speed_up()
 
+
+# torch, Triton and the project are a million objects that stay: a collection looks at all of them, so it comes seldom.
+gc.set_threshold(50_000, 20, 20)
 
 # In a test a warning is an error, with these exceptions. Not in pytest's configuration, where they would hold for its
 # plugins too: one that warns while it is set up would end the run.

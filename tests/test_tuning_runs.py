@@ -55,8 +55,8 @@ def test_a_killed_run_goes_on_with_nothing_measured_twice_and_nothing_lost(tmp_p
 
 def test_two_tuners_at_once_keep_all_entries_of_both(tmp_path):
     folder = tmp_path / "both"
-    one = start(folder, tmp_path, "--layout", "ndhwc", "--seconds", "6")
-    two = start(folder, tmp_path, "--layout", "ncdhw", "--seconds", "6")
+    one = start(folder, tmp_path, "--layout", "ndhwc", "--seconds", "3")
+    two = start(folder, tmp_path, "--layout", "ncdhw", "--seconds", "3")
     outs = [process.communicate(timeout=120) for process in (one, two)]
     assert [process.returncode for process in (one, two)] == [0, 0], outs
     decided = {row["key"] for path in (tmp_path / "results").glob("tune-*.jsonl") for row in rows(path, "tuned")}
