@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 import re
 import subprocess
@@ -22,7 +24,7 @@ LAYERS = {
     "backward_weight_shuffle": "k2s2",
 }
 SOURCE = """
-import dataclasses, sys
+import dataclasses, itertools, json, sys
 from tritonconv.kernels.registry import variant
 from tritonconv.kernels.targets import TARGETS
 from tritonconv.lab.bench.workloads import workload
@@ -30,14 +32,14 @@ from tritonconv.lab.inspection.compiling import GPU, Job, check_compiler, compil
 from tritonconv.lab.inspection.jobs import SAMPLE_LAYERS
 
 check_compiler()
-name, layer, *targets = sys.argv[1:]
-for target in targets:
+layers, *targets = sys.argv[1:]
+for (name, layer), target in itertools.product(json.loads(layers).items(), targets):
     job = Job(name, workload(SAMPLE_LAYERS[layer]), "bfloat16", "ndhwc", target)
     with compiling_for(TARGETS[target]):
         config = {**variant(name).default(job.problem, GPU), "SPLITS": 4, "ARRIVE": 1}
 
     def measure(kernel, compiled, *more):
-        print(target, kernel, compiled.asm["ptx"], sep="\\n", end="\\f")
+        print(name, target, kernel, compiled.asm["ptx"], sep="\\n", end="\\f")
         return {"kernel": kernel}
 
     for record in compile_job(dataclasses.replace(job, config=config), measure=measure):
@@ -59,17 +61,19 @@ def letters(ptx: str) -> str:
     return "".join(found)
 
 
+TARGETS = ("sm_80", "sm_90", "sm_100")
+
+
 @pytest.mark.skipif(not have_triton(), reason="Triton is not installed")
-@pytest.mark.parametrize("name", LAYERS)
-def test_a_program_counts_behind_its_stores_and_the_last_one_loads_past_the_l1_cache(name, tmp_path):
+def test_a_program_counts_behind_its_stores_and_the_last_one_loads_past_the_l1_cache(tmp_path):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-c", SOURCE, name, LAYERS[name], "sm_80", "sm_90", "sm_100"]
+    command = [sys.executable, "-c", SOURCE, json.dumps(LAYERS), *TARGETS]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
-    kernels = [each.split("\n", 2) for each in done.stdout.split("\f") if each.strip()]
-    assert list(dict.fromkeys(target for target, *_ in kernels)) == ["sm_80", "sm_90", "sm_100"]
-    for target, kernel, ptx in kernels:
+    kernels = [each.split("\n", 3) for each in done.stdout.split("\f") if each.strip()]
+    assert {(name, target) for name, target, *_ in kernels} == set(itertools.product(LAYERS, TARGETS))
+    for _, target, kernel, ptx in kernels:
         order = letters(ptx)
         counts = re.findall("A", order)
         # The partial's stores, barriers, the count, a barrier; of the last one: the counter, loads, stores of the sums.

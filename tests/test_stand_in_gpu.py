@@ -98,19 +98,18 @@ def ncu(tmp_path_factory):
 
 def test_the_counters_of_a_layer_are_those_of_one_warm_call(beside, tmp_path, ncu):
     asked = ("--only", "segresnet_deconv_up2", "--dtype", "float16", "--layout", "ndhwc", "--scale", "cpu", "--quiet")
-    named = ("--contestants", "tritonconv,torch,forward_shuffle", "--ncu", ncu, "--output", tmp_path)
+    named = ("--contestants", "torch,forward_shuffle", "--ncu", ncu, "--output", tmp_path)
     code, out = beside(TESTS / "stand_in_gpu.py", "profile", *asked, *named)
     assert code == 0
     (path,) = tmp_path.glob("profile-*.jsonl")
     rows = {row["variant"]: row for row in results.read(path).profiles}
     us = {name: row["duration_us"] for name, row in rows.items()}
     assert us["torch"] == stand_in_gpu.PRODUCT
-    assert stand_in_gpu.PRODUCT <= us["tritonconv"] < 1.1 * stand_in_gpu.PRODUCT  # torch's own: nothing is tuned
     assert us["forward_shuffle"] == stand_in_gpu.LAUNCH  # so small a layer takes the weight as it is given
     assert rows["torch"]["counters"] == {"Duration [ns]": 1e6} and "a_kernel" in out
 
 
-@pytest.mark.parametrize("step", ["tune", "bench", "campaign", "a call"])
+@pytest.mark.parametrize("step", ["campaign", "a call"])  # a campaign tunes and times
 def test_all_is_asked_of_the_gpu_that_is_meant_though_another_is_the_current_one(beside, tmp_path, step):
     code, out = beside(
         *script(
@@ -123,7 +122,6 @@ def test_all_is_asked_of_the_gpu_that_is_meant_though_another_is_the_current_one
             from tritonconv.kernels import triton_launch, triton_target
             from tritonconv.kernels.registry import variant
             from tritonconv.lab.bench.options import Options
-            from tritonconv.lab.bench.runner import bench
 
             stand_in_gpu.shrink()
             verification.SAMPLE_LAYERS = {{"k2s2": "segresnet_deconv_up2"}}
@@ -132,12 +130,7 @@ def test_all_is_asked_of_the_gpu_that_is_meant_though_another_is_the_current_one
             stand_in_gpu.now.device = 7
             options = Options((layer,), ("forward",), (torch.float16,), ("ncdhw",), (variant("forward_phases"),),
                               device=stand_in_gpu.GPU, seconds=300)
-            if {step!r} == "tune":
-                problem = layer.problem(torch.float16, scale="cpu")
-                assert len(tritonconv.tune(problem, device=stand_in_gpu.GPU, folder=folder).winners) == 3
-            elif {step!r} == "bench":
-                assert bench(options, folder, Progress()).errors == 0
-            elif {step!r} == "campaign":
+            if {step!r} == "campaign":
                 assert campaign.Campaign(options, folder, Progress()).run().reason == "complete"
             else:
                 x, weight = torch.randn(1, 4, 2, 2, 2).cuda(), torch.randn(4, 3, 2, 2, 2).cuda()

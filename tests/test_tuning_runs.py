@@ -15,7 +15,10 @@ from tritonconv.autotune.tuning import journal
 
 ROOT = Path(__file__).resolve().parent.parent
 
-COMMAND = [sys.executable, "-m", "tritonconv", "tune", "--suite", "unet", "--only", "segresnet_deconv_up0"]
+# The command line, with less time for a problem.
+QUICK = "import sys; from tritonconv.autotune.tuning import session; session.PROBLEM_SECONDS = 1; " \
+    "from tritonconv.lab import cli; sys.exit(cli.main())"  # fmt: skip
+COMMAND = [sys.executable, "-c", QUICK, "tune", "--suite", "unet", "--only", "segresnet_deconv_up0"]
 
 
 def start(folder: Path, tmp_path: Path, *more: str) -> subprocess.Popen:
@@ -34,7 +37,7 @@ def stored_keys(folder: Path) -> set[str]:
 
 def test_a_killed_run_goes_on_with_nothing_measured_twice_and_nothing_lost(tmp_path):
     folder = tmp_path / "killed"
-    process = start(folder, tmp_path, "--layout", "ncdhw", "--seconds", "30")
+    process = start(folder, tmp_path, "--layout", "ncdhw")
     deadline = time.monotonic() + 60
     while not stored_keys(folder) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -55,8 +58,8 @@ def test_a_killed_run_goes_on_with_nothing_measured_twice_and_nothing_lost(tmp_p
 
 def test_two_tuners_at_once_keep_all_entries_of_both(tmp_path):
     folder = tmp_path / "both"
-    one = start(folder, tmp_path, "--layout", "ndhwc", "--seconds", "3")
-    two = start(folder, tmp_path, "--layout", "ncdhw", "--seconds", "3")
+    one = start(folder, tmp_path, "--layout", "ndhwc")
+    two = start(folder, tmp_path, "--layout", "ncdhw")
     outs = [process.communicate(timeout=120) for process in (one, two)]
     assert [process.returncode for process in (one, two)] == [0, 0], outs
     decided = {row["key"] for path in (tmp_path / "results").glob("tune-*.jsonl") for row in rows(path, "tuned")}
