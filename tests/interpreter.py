@@ -158,7 +158,8 @@ def _served_operator(name: str, function):
         if type(other) is core.constexpr:
             other = other.value
         if type(other) is int:
-            if own.dtype.name in INTEGERS and -(2**31) <= other < 2**31:
+            low = 0 if own.dtype.name == "uint32" else -(2**31)
+            if own.dtype.name in ("uint32", *INTEGERS) and low <= other < 2**31:
                 return own.type.name, function, (own.handle.data, other)
         elif type(other) is core.tensor:
             kind = own.dtype.name, other.dtype.name
@@ -180,7 +181,11 @@ def _served_index(own, index):
 
 
 def _served_cast(own, dtype, *rest):
-    if own.dtype.name in ("int1", "uint32", *INTEGERS) and not rest and dtype in (tl.uint32, tl.int32, tl.int64):
+    if rest:
+        return None
+    if own.dtype is dtype or (own.dtype.name == "fp16" and dtype is tl.float32):
+        return (own.type.name, dtype.name), np.ndarray.astype, (own.handle.data, interpreter._get_np_dtype(dtype))
+    if own.dtype.name in ("int1", "uint32", *INTEGERS) and dtype in (tl.uint32, tl.int32, tl.int64):
         return (own.type.name, dtype.name), np.ndarray.astype, (own.handle.data, interpreter._get_np_dtype(dtype))
     return None
 
