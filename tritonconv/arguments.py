@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 
 from tritonconv.errors import ArgumentError, ArgumentTypeError, EmptyOutputError
+from tritonconv.private import convolution
 from tritonconv.problem import Problem, Triple, output_size
 
 OP = "conv_transpose3d"
@@ -181,7 +183,7 @@ def check_types(x, weight, bias) -> None:
 
 
 def layout_of(x, weight) -> str:
-    """``"ndhwc"`` where torch would answer in channels_last_3d: x or weight is laid out so."""
+    """``"ndhwc"`` where x or weight is in channels_last_3d, and so is the answer of torch's convolutions but one."""
     return "ndhwc" if _channels_last(x) or _channels_last(weight) else "ncdhw"
 
 
@@ -198,12 +200,31 @@ def _channels_last(tensor) -> bool:
     return True
 
 
-def problem_of(x, weight, bias, geo: Geometry) -> Problem:
-    """Checks a batched call of real tensors and records it."""
+def problem_of(x, weight, bias, geo: Geometry, device: torch.device | None = None) -> Problem:
+    """Checks a batched call of tensors and records it; ``layout`` is that of torch's answer on the device, which is
+    x's where none is given.
+    """
     out = check_shapes(x, weight, bias, geo)
     check_types(x, weight, bias)
-    return Problem(
+    problem = Problem(
         n=x.shape[0], c_in=x.shape[1], c_out=weight.shape[1] * geo.groups, size=tuple(x.shape[2:]),
         kernel=tuple(weight.shape[2:]), stride=geo.stride, crop=geo.crop, out_size=tuple(out), dilation=geo.dilation,
         groups=geo.groups, dtype=x.dtype, layout=layout_of(x, weight), bias=bias is not None,
     )  # fmt: skip
+    slow = problem.layout == "ndhwc" and (device or x.device).type == "cpu" and _past_onednn(problem)
+    return replace(problem, layout="ncdhw") if slow else problem
+
+
+def _past_onednn(problem: Problem) -> bool:
+    """On a CPU torch does not call oneDNN: it answers in NCDHW then, whatever the layout of its operands."""
+    if problem.n == 0 or problem.c_out == 0:
+        return False
+    x, weight = (
+        torch.empty((1,) * 5, dtype=problem.dtype, device="cpu").expand(shape)  # only their shapes are read
+        for shape in (problem.x_shape, problem.weight_shape)
+    )
+    crop, transposed = problem.torch_crop, True
+    chosen = convolution(
+        x, weight, None, problem.stride, crop.padding, problem.dilation, transposed, crop.output_padding, problem.groups
+    )
+    return getattr(chosen, "name", "") == "SlowTranspose3d"

@@ -33,7 +33,8 @@ def conv_transpose3d(input, weight, bias=None, stride=1, padding=0, output_paddi
 
     Returns:
         (n, c_out, od, oh, ow) with od = (d - 1)*stride - begin - end + dilation*(kd - 1) + output_padding + 1
-        (torch's formula with the two crops apart); channels_last_3d if input or weight is.
+        (torch's formula with the two crops apart), with the strides of torch's answer: channels_last_3d if input or
+        weight is, except on a CPU where torch does not call oneDNN (one small image, float64): NCDHW.
 
     Raises:
         ArgumentError (a ValueError and a RuntimeError): a value or a shape is refused. An output with an axis of no
@@ -72,7 +73,7 @@ def _eager(input, weight, bias, arguments):
         direct = plan.torch_forward
         if direct is None:
             return plan.forward(input, weight, bias)
-    return _in_layout(torch.conv_transpose3d(input, weight, bias, *direct), plan.problem.layout)
+    return torch.conv_transpose3d(input, weight, bias, *direct)
 
 
 def _empty(input, weight, bias, arguments, refusal):
@@ -84,11 +85,6 @@ def _empty(input, weight, bias, arguments, refusal):
         )
     except RuntimeError:
         raise refusal from None
-
-
-def _in_layout(y, layout):
-    # torch answers some channels_last_3d calls on the CPU in NCDHW.
-    return y if layout == "ncdhw" else y.contiguous(memory_format=torch.channels_last_3d)
 
 
 def _by_torch(input, weight, bias, arguments):
@@ -139,10 +135,9 @@ def _not_tensors(operands, geo):
 def _traced(input, weight, bias, arguments):
     if input.dim() == 4:
         return _traced(input.unsqueeze(0), weight, bias, arguments).squeeze(0)
-    own = _torchs_own(input, weight, bias, arguments)
-    if own is not None:
-        _, layout, *torchs = own
-        return _in_layout(torch.conv_transpose3d(input, weight, bias, *torchs), layout)
+    own = _call_of_fixed_sizes(input, weight, bias, arguments)
+    if own is not None and getattr(guards, own[0]) == "torch":
+        return torch.conv_transpose3d(input, weight, bias, *own[2:])
     geo = geometry(*arguments)
     input, weight, bias = autocast.cast_arguments(input, weight, bias)
     served = input.dtype in fallback.DTYPES and input.device.type in fallback.DEVICES
@@ -152,12 +147,12 @@ def _traced(input, weight, bias, arguments):
     check_types(input, weight, bias)
     return operators.forward(
         input, weight, bias, call.size, call.out_size, tuple(weight.shape[2:]),
-        geo.stride, geo.crop, geo.dilation, geo.groups,
+        geo.stride, geo.crop, geo.dilation, geo.groups, None if own is None else own[1],
     )  # fmt: skip
 
 
-def _torchs_own(input, weight, bias, arguments) -> tuple | None:
-    """As :func:`tritonconv.guards.guard_of_call` for a traced call whose passes are all torch's own, else None.
+def _call_of_fixed_sizes(input, weight, bias, arguments) -> tuple | None:
+    """:func:`tritonconv.guards.guard_of_call` for a traced call of fixed sizes, else None.
 
     It reads few globals: each is a guard more than torch's layer has.
     """
@@ -165,8 +160,7 @@ def _torchs_own(input, weight, bias, arguments) -> tuple | None:
     if not _fixed((*[t.shape for t in tensors], *[t.stride() for t in tensors], *arguments)):
         return None
     facts = [(type(t), t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for t in tensors]
-    found = guards.guard_of_call(torch.is_grad_enabled(), arguments, *facts)
-    return found if found is not None and getattr(guards, found[0]) == "torch" else None
+    return guards.guard_of_call(torch.is_grad_enabled(), arguments, *facts)
 
 
 def _fixed(values) -> bool:

@@ -51,7 +51,7 @@ def guard_of_call(recorded: bool, arguments: tuple, *facts: tuple) -> tuple | No
         for shape, stride, dtype in zip(shapes, strides, lowered, strict=True)
     )
     try:
-        problem = problem_of(x, weight, bias[0] if bias else None, geometry(*arguments))
+        problem = problem_of(x, weight, bias[0] if bias else None, geometry(*arguments), device)
     except (ArgumentError, ArgumentTypeError):
         return None
     if not problem.torch_crop.exact or problem.dtype not in fallback.DTYPES:

@@ -15,6 +15,7 @@ from tritonconv.autotune import rules
 from tritonconv.autotune.choose import Selection
 from tritonconv.device import current
 from tritonconv.kernels.torch_layout import to_layout
+from tritonconv.kernels.torch_native import native_gradients
 from tritonconv.kernels.weight_orders import AS_GIVEN
 from tritonconv.problem import PASSES, Problem
 
@@ -145,6 +146,8 @@ class Plan:
         data, weight = (self.choice(name).variant for name in PASSES[1:])
         if data.launches is not None and weight.launches is not None:
             return self._replay(self._backward_launches, "backward")
+        if all(self._torchs(name) for name in PASSES[1:]):
+            return self._torchs_backward
         prepare = data.prepare if data.prepare is weight.prepare else None
 
         def in_two_calls(x, weight, grad_y, need_bias, packed=None):
@@ -157,6 +160,15 @@ class Plan:
             return grad_x, *self.backward_weight(x, grad_y, need_bias, prepared)
 
         return in_two_calls
+
+    def _torchs_backward(self, x, weight, grad_y, need_bias, packed=None):
+        """torch's two gradients by one operation, which shares its copies of the operands."""
+        choice = self.choice("backward_data")
+        with _no_autocast(grad_y):
+            grad_x, *rest = native_gradients(
+                self.problem, self._operand(choice, grad_y), self._operand(choice, x), weight, (True, True, need_bias)
+            )
+        return to_layout(grad_x, self.problem.memory_format), *rest
 
     def _keep_packed(self, weight, packed) -> None:
         from tritonconv.kernels.triton_weights import keep_packed  # needs Triton

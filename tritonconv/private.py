@@ -38,6 +38,8 @@ any_autocast = private(
 backward_pass = private("_C._current_graph_task_id", lambda: -1)
 # The class in C below torch.autograd.Function, whose ``apply`` it calls; None where it is missing.
 function_base = private("_C._FunctionBase", None)
+# The convolution that torch's own call would run, by its operands and hyper-parameters; None where it does not say.
+convolution = private("_C._select_conv_backend", lambda *call: None)
 # The index of the current GPU, in a process that has a tensor on one; the public way also looks whether CUDA is there.
 current_gpu = private("_C._cuda_getDevice", lambda: torch.cuda.current_device())
 # The handle of a GPU's current stream, by the GPU's index.
