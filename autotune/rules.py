@@ -1,6 +1,8 @@
-"""Which variant serves a problem: ordered rules, each with the measurement that justifies it.
+"""Which variant serves a problem without a tuned choice: on a GPU torch's own, on a CPU by measurements on its vendor's.
 
-The first rule that applies, and whose variant supports the problem, decides. ``tritonconv.explain`` prints the rule.
+Where a vendor's CPUs have rows they decide (``nearby.py``). The ordered rules below are those of Intel's, each with the
+measurement that justifies it: the first that applies, and whose variant supports the problem, decides. On a CPU of
+another vendor nothing was measured: torch's own. ``tritonconv.explain`` prints the reason.
 The figures are medians of interleaved runs in float32 with torch 2.13.0 on 2 cores of an Intel Xeon (AVX-512, 2 MiB L2
 per core), 2026-11-22, those of images of one voxel on 2 cores of an AMD EPYC (AVX-512, 1 MiB), 2026-11-25, as (torch's
 own -> the variant); shapes are batch x channels, input size. They are ratios of two things measured together, not rates
@@ -15,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 
+from tritonconv.device import cpu_vendor
 from tritonconv.kernels.registry import variant
 from tritonconv.kernels.variant import Variant
 from tritonconv.problem import PASSES, Problem
@@ -236,6 +239,7 @@ BACKWARD_WEIGHT = (
 )
 
 RULES = dict(zip(PASSES, (FORWARD, BACKWARD_DATA, BACKWARD_WEIGHT), strict=True))
+OF_THE_RULES = "GenuineIntel"
 FALLBACK = {name: f"{name}_torch_native" for name in PASSES}
 
 
@@ -247,14 +251,27 @@ def choose(problem: Problem, device: torch.device, pass_name: str) -> tuple[Vari
         return variant(f"{pass_name}_torch_conv"), unsafe
     if device.type != "cpu":
         return native, f"no rule for {device.type}: torch's own"
-    if problem.dtype != torch.float32:
-        return native, f"the rules were measured for float32, the problem has {problem.dtype}: torch's own"
     if problem.n == 0 or problem.c_out == 0:
         return native, "an empty output: torch's own"
+    from tritonconv.autotune import nearby  # its rows are read where a CPU's call needs them
+
+    vendor = cpu_vendor()
+    if nearby.measured(vendor):
+        if _one_voxel(problem) and problem.dtype == torch.float32:
+            return _by_rule(RULES[pass_name][:1], problem, device, native)
+        return nearby.choose(problem, device, pass_name)
+    if vendor != OF_THE_RULES:
+        return native, f"nothing was measured on CPUs of vendor {vendor or 'unknown'}: torch's own"
+    if problem.dtype != torch.float32:
+        return native, f"the rules were measured for float32, the problem has {problem.dtype}: torch's own"
     small = problem.flops < LITTLE_WORK and math.prod(problem.y_shape) < LITTLE_WORK // 50
     if small and not _one_voxel(problem):  # 41 us of torch's for 8x64->32 k2, 10 us as a product
         return native, f"{problem.flops / 1e6:.2g} MFLOP: the call itself costs more than any formulation saves"
-    for rule in RULES[pass_name]:
+    return _by_rule(RULES[pass_name], problem, device, native)
+
+
+def _by_rule(rules: tuple[Rule, ...], problem: Problem, device: torch.device, native: Variant) -> tuple[Variant, str]:
+    for rule in rules:
         if rule.applies(problem):
             record = variant(rule.variant)
             if record.supports(problem, device) is None:

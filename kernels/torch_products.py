@@ -10,11 +10,11 @@ MKL, which ``torch.mm`` calls, takes AVX2 on AMD's CPUs that have AVX-512: 204 G
 from __future__ import annotations
 
 from functools import cache
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
+from tritonconv.device import cpu_vendor
 from tritonconv.private import addmm, bmm
 
 # MKL's product of fewer FLOPs takes no longer than oneDNN's: 14 and 19 us for 2.0e6, 24 and 26 for 4.2e6 (as above).
@@ -102,8 +102,4 @@ def mkl_is_slow() -> bool:
     both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
     if not both or torch.backends.cpu.get_cpu_capability() != "AVX512":
         return False
-    try:
-        vendor = "AuthenticAMD" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return False
-    return vendor and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return cpu_vendor() == "AuthenticAMD" and hasattr(torch.ops.mkldnn, "_linear_pointwise")

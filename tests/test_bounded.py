@@ -23,6 +23,7 @@ from tritonconv.kernels.registry import have_triton
 UNBOUNDED = {
     "autotune.choose": {"_sources": "device, number of threads"},
     "autotune.fit": {"shipped_fit": "compute capability"},
+    "autotune.nearby": {"table": "vendor of a CPU", "rows_of": "vendor of a CPU, dtype"},
     "autotune.pins": {"_load": "file"},
     "autotune.serving": {"part": "device"},
     "autotune.sources": {

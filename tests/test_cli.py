@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from tritonconv.autotune.tuning import session
 from tritonconv.kernels import registry
+from tritonconv.autotune import rules
 from tritonconv.lab import cli
 from tritonconv.lab.bench import call_overhead, case, contestants, measure, progress
 from tritonconv.lab.bench.results import latest, read
@@ -270,7 +271,8 @@ def test_explain_answers_for_the_device(monkeypatch, capsys):
         assert f"float16 ncdhw on {device}\n" in capsys.readouterr().out
 
 
-def test_explain(capsys):
+def test_explain(capsys, monkeypatch):
+    monkeypatch.setattr(rules, "cpu_vendor", lambda: rules.OF_THE_RULES)
     layouts = ["--layout", "ncdhw,ndhwc"]
     assert cli.main(["explain", "mednext_k3_dw_512", *layouts, "--scale", "cpu", "--device", "cpu"]) == 0
     out = capsys.readouterr().out

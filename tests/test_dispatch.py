@@ -76,6 +76,12 @@ def fresh(monkeypatch):
 # ------------------------------------------------------------------ rules
 
 
+@pytest.fixture
+def by_rules(monkeypatch):
+    """The machine has a CPU of the vendor that the rules are for."""
+    monkeypatch.setattr(rules, "cpu_vendor", lambda: rules.OF_THE_RULES)
+
+
 @pytest.mark.parametrize("pass_name", PASSES)
 def test_rules_name_variants_of_their_pass_and_a_reason(pass_name):
     assert variant(rules.FALLBACK[pass_name]).pass_name == pass_name
@@ -85,7 +91,7 @@ def test_rules_name_variants_of_their_pass_and_a_reason(pass_name):
 
 
 @pytest.mark.parametrize("pass_name", PASSES)
-def test_the_first_rule_that_applies_decides(pass_name):
+def test_the_first_rule_that_applies_decides(by_rules, pass_name):
     chosen, last = set(), rules.RULES[pass_name][-1]
     for problem in problems():
         record, because = rules.choose(problem, CPU, pass_name)
@@ -102,7 +108,7 @@ def test_the_first_rule_that_applies_decides(pass_name):
 
 
 @pytest.mark.parametrize("pass_name", PASSES)
-def test_what_the_rules_do_not_cover_goes_to_torchs_own(pass_name):
+def test_what_the_rules_do_not_cover_goes_to_torchs_own(by_rules, pass_name):
     tile = Problem(2, 64, 32, (16, 16, 16), (2, 2, 2), (2, 2, 2), (0, 0, 0), (32, 32, 32))
     native = rules.FALLBACK[pass_name]
     small = dataclasses.replace(tile, n=1, c_in=2, c_out=2, size=(2, 2, 2), out_size=(4, 4, 4))

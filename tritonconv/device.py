@@ -27,10 +27,21 @@ def current(device: torch.device) -> Iterator[None]:
 @cache
 def cpu_name() -> str:
     """The CPU's model name as Linux shows it, else what Python knows."""
+    return _of_linux("model name") or platform.processor() or platform.machine()
+
+
+@cache
+def cpu_vendor() -> str:
+    """``"AuthenticAMD"``, ``"GenuineIntel"``, another name that Linux shows; "" where nobody says."""
+    known = ("AuthenticAMD", "GenuineIntel")
+    return _of_linux("vendor_id") or next((name for name in known if name in platform.processor()), "")
+
+
+def _of_linux(field: str) -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
+            if line.startswith(field):
                 return " ".join(line.partition(":")[2].split())
     except OSError:
         pass
-    return platform.processor() or platform.machine()
+    return ""

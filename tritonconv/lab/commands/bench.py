@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import textwrap
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from tritonconv.errors import ArgumentError, VariantNotApplicable
 from tritonconv.kernels.registry import variant, variants
 from tritonconv.kernels.variant import Variant
 from tritonconv.lab import flags, text_table
-from tritonconv.lab.bench import call_overhead, results, roofs
+from tritonconv.lab.bench import call_overhead, formulations, results, roofs
 from tritonconv.lab.bench.calls import FORWARD_BACKWARD
 from tritonconv.lab.bench.layer_sizes import SCALES, at_sizes
 from tritonconv.lab.bench.progress import progress
@@ -42,7 +43,7 @@ from tritonconv.lab.commands.common import (
     use_compiled,
 )
 
-HELP = "time layers beside torch; or the overhead of a call; or the device's roofs"
+HELP = "time layers beside torch; or the overhead of a call; the device's roofs; a CPU's formulations"
 EXAMPLE = "tritonconv bench --suite unet --only monai --passes forward --layout ndhwc --seconds 20"
 ROOF_DTYPES = ("float32", "bfloat16", "float16")
 DEVICE_SECONDS = 6.0  # of --overhead and --roofs
@@ -55,14 +56,19 @@ DESCRIPTION = (
     "--roofs measures the device instead: copies (read and written bytes count), matrix products of each\n"
     "dtype (on a GPU float32 with and without TF32) and one launch, each with torch's own routines. The\n"
     "best of many runs counts. The store keeps them, and the cost model uses them from then on.\n\n"
+    "--formulations measures the torch formulations of each pass on the layers instead, on a CPU, into a\n"
+    "file such as autotune/formulations_authenticamd.json: rows from which layers without a tuned choice\n"
+    "have theirs on that vendor's CPUs.\n\n"
     + "\n".join(textwrap.fill(f"scale {name}: {rule}", 100, subsequent_indent="  ") for name, rule in SCALES.items())
     + "\n\nsuites:\n"
     + "\n".join(f"  {name:12} {text}" for name, text in suites().items())
 )
-# The flags that go with --overhead alone, with --roofs alone, and with neither.
+# The flags that go with --overhead alone, with --roofs alone, with the layers; and those that --formulations lacks.
 OF_OVERHEAD, OF_ROOFS = ("use", "limit"), ("store",)
 OF_LAYERS = ("suite", "only", "passes", "layout", "scale", "variants", "variant_files", "compiled", "compile", "sizes",
              "seed", "list")  # fmt: skip
+OF_FORMULATIONS = ("suite", "only", "seed")
+FORMULATIONS_SECONDS = 180.0
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -87,6 +93,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--overhead", action="store_true", help="time the overhead of a call instead of the layers")
     instead.add_argument("--roofs", action="store_true", help="measure the device's roofs instead of the layers")
+    instead.add_argument(
+        "--formulations", type=Path, metavar="FILE", help="measure a CPU's torch formulations into this file instead"
+    )
     parser.add_argument(
         "--use", type=flags.any_names, metavar="NAME[,NAME]", help="with --overhead: force these variants in our layer"
     )
@@ -104,16 +113,20 @@ def run(options: argparse.Namespace) -> int:
         return _overhead(options, device)
     if options.roofs:
         return _roofs(options, device)
+    if options.formulations:
+        return _formulations(options, device)
     return _layers(options, device)
 
 
 def _check(options: argparse.Namespace) -> None:
     """Raises ArgumentError for a flag of another measurement than the one that is asked for."""
-    chosen = "--overhead" if options.overhead else "--roofs" if options.roofs else "the layers"
+    named = ("overhead", "roofs", "formulations")
+    chosen = next((f"--{name}" for name in named if getattr(options, name)), "the layers")
+    allowed = OF_FORMULATIONS if options.formulations else ()
     goes = {"--overhead": OF_OVERHEAD, "--roofs": OF_ROOFS, "the layers": OF_LAYERS}
     for about, names in goes.items():
         for name in names:
-            if about != chosen and getattr(options, name) not in (None, "", False, []):
+            if about != chosen and name not in allowed and getattr(options, name) not in (None, "", False, []):
                 flag = name.replace("_files", "-file")
                 raise ArgumentError(f"argument --{flag}: goes with {about}, not with {chosen}")
 
@@ -200,4 +213,16 @@ def _roofs(options: argparse.Namespace, device: torch.device) -> int:
         calibrate.keep(ceilings, device, options.store)
         dispatch.forget()
     print(f"\nresults: {writer.path}")
+    return OK
+
+
+def _formulations(options: argparse.Namespace, device: torch.device) -> int:
+    if device.type != "cpu":
+        raise ArgumentError(f"argument --formulations: measures a CPU, --device names {device}")
+    layers, count = workloads(options.suite or ALL, options.only, options.seed or 0), 0
+    with progress(options.quiet) as shown:
+        for dtype in dtypes_of(options, "float32"):
+            seconds = options.seconds or FORMULATIONS_SECONDS
+            count += formulations.extend(options.formulations, layers, dtype, seconds, shown)
+    print(f"{count} rows measured: {options.formulations}")
     return OK

@@ -1,0 +1,225 @@
+"""A CPU's torch formulations, chosen by measurements of similar layers: ``formulations_<vendor>.json``.
+
+A row holds, for one layer, how long each formulation of a pass took beside torch's own
+(``tritonconv bench --formulations``). For another layer the logarithm of that ratio is a Gaussian process over the
+nearest rows (Rasmussen & Williams, "Gaussian Processes for Machine Learning", 2006, chapter 2): near measured layers it
+follows them, far from all it knows nothing. A formulation is taken only where it is faster by the margin even if it is
+CAUTION standard deviations slower than expected. So a layer that is like none of the measured ones stays torch's own.
+
+torch's two gradients are one operation that shares its copies. So the gradients are chosen as a pair, each measured
+against that operation.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from tritonconv.device import cpu_vendor
+from tritonconv.kernels.registry import variant
+from tritonconv.kernels.variant import Variant
+from tritonconv.problem import PASSES, Problem
+
+FORMAT = 1
+NATIVE = "torch_native"
+BOTH = "torch_native of both gradients"
+# Chosen by the rows of a seed that was left out (tests/test_nearby.py).
+LENGTH = 2.5  # of a place, over which ratios begin to differ
+DEVIATION = 0.5  # of the logarithm of a ratio, far from all rows
+NOISE = 0.12  # of a measured one
+NEAREST = 40  # rows that are asked
+FEWEST = 8  # with fewer a formulation is not known
+CAUTION = 1.0
+MARGIN = 1.06
+# Below this the Python around a call counts, about 20 us: it is not in the rows.
+LITTLE_WORK, LITTLE_MARGIN = 5_000_000, 1.3
+
+
+class Guess(NamedTuple):
+    """The logarithm of (time / torch's own time): its mean, its standard deviation, and the nearest measured layer."""
+
+    mean: float
+    deviation: float
+    nearest: str
+
+    @property
+    def cautious(self) -> float:
+        return self.mean + CAUTION * self.deviation
+
+
+def place(problem: Problem) -> np.ndarray:
+    """A problem's coordinates, in units of which LENGTH makes a difference: (17,)."""
+    few = problem.n == 1 and problem.groups == 1 and min(problem.kernel[1:]) <= 3
+    small = few and problem.c_in * problem.size[0] * problem.size[1] <= 20480  # where torch does not call oneDNN
+    reached = all(k >= s for k, s in zip(problem.kernel, problem.stride, strict=True))
+    grouped_in, grouped_out = problem.c_in // problem.groups, problem.c_out // problem.groups
+    return np.array([
+        4.0 * (problem.layout == "ndhwc"), 2.0 * small, 3.0 * problem.tiles_exactly, 3.0 * problem.depthwise,
+        2.0 * (not reached), 1.0 * problem.bias, 1.5 * (problem.stride == (1, 1, 1)),
+        1.5 * (problem.dilation != (1, 1, 1)), 2.0 * (problem.groups > 1),
+        math.log2(grouped_in) / 2, math.log2(grouped_out) / 2, 1.5 * (grouped_out < 8),
+        math.log2(math.prod(problem.kernel)) / 1.5, math.log2(math.prod(problem.stride)) / 2,
+        math.log2(math.prod(problem.size)) / 3, math.log2(problem.n) / 2, math.log2(math.prod(problem.y_shape)) / 4,
+    ], dtype=float)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of one dtype: ``problems[i]`` is at ``places[i]``, and ``logs[name][i]`` is the logarithm of a
+    variant's time over torch's own, NaN where it was not measured."""
+
+    problems: tuple[Problem, ...]
+    places: np.ndarray  # (rows, 17)
+    logs: dict[str, np.ndarray]
+
+    @classmethod
+    def of(cls, rows: Iterable[tuple[Problem, dict[str, float]]]) -> Rows:
+        """From (problem, the logarithm by variant)."""
+        problems, logs = zip(*rows, strict=True)
+        names = sorted({name for each in logs for name in each})
+        columns = {name: np.array([each.get(name, math.nan) for each in logs]) for name in names}
+        return cls(problems, np.stack([place(problem) for problem in problems]), columns)
+
+    def guess(self, name: str, problem: Problem) -> Guess | None:
+        """None where too few rows have the variant."""
+        logs = self.logs.get(name)
+        known = np.flatnonzero(~np.isnan(logs)) if logs is not None else ()
+        if logs is None or len(known) < FEWEST:
+            return None
+        where = place(problem)
+        squares = ((self.places[known] - where) ** 2).sum(1)
+        order = np.argsort(squares, kind="stable")[:NEAREST]
+        near = known[order]
+        apart = self.places[near][:, None] - self.places[near][None]
+        matrix = _alike((apart**2).sum(-1)) + NOISE**2 * np.eye(len(near))
+        own = _alike(squares[order])
+        mean, explained = np.linalg.solve(matrix, np.stack((logs[near], own), 1)).T @ own
+        deviation = math.sqrt(max(DEVIATION**2 - explained, 0.0))
+        return Guess(float(mean), deviation, str(self.problems[near[0]]))
+
+    def guesses(self, pass_name: str, problem: Problem) -> Iterator[tuple[Guess, str]]:
+        for name in self.logs:
+            if name.startswith(f"{pass_name}_"):
+                guess = self.guess(name, problem)
+                if guess is not None:
+                    yield guess, name
+
+
+def _alike(squares: np.ndarray) -> np.ndarray:
+    return DEVIATION**2 * np.exp(-squares / (2 * LENGTH**2))
+
+
+def encode(problem: Problem) -> list[Any]:
+    """A problem as a row of the file has it."""
+    triples = problem.size, problem.kernel, problem.stride, problem.crop, problem.out_size, problem.dilation
+    dtype = str(problem.dtype).removeprefix("torch.")
+    return [problem.n, problem.c_in, problem.c_out, problem.groups, *map(list, triples), dtype, problem.layout,
+            int(problem.bias)]  # fmt: skip
+
+
+def decode(numbers: list[Any]) -> Problem:
+    """The problem of :func:`encode`."""
+    n, c_in, c_out, groups, *triples, dtype, layout, bias = numbers
+    size, kernel, stride, crop, out_size, dilation = map(tuple, triples)
+    return Problem(n, c_in, c_out, size, kernel, stride, crop, out_size, dilation, groups,
+                   getattr(torch, dtype), layout, bool(bias))  # fmt: skip
+
+
+def path_of(vendor: str) -> Path:
+    return Path(__file__).with_name(f"formulations_{vendor.lower()}.json")
+
+
+@cache
+def table(vendor: str) -> dict[str, Any] | None:
+    """The file of a vendor's CPUs; None where nothing was measured."""
+    path = path_of(vendor)
+    return json.loads(path.read_text(encoding="utf-8")) if vendor and path.is_file() else None
+
+
+@cache
+def rows_of(vendor: str, dtype: torch.dtype) -> Rows | None:
+    """The measured layers of a dtype; None where there is none."""
+    mine = [(problem, logs) for _, problem, logs in unpacked(table(vendor)) if problem.dtype == dtype]
+    return Rows.of(mine) if mine else None
+
+
+def unpacked(found: dict[str, Any] | None) -> list[tuple[str, Problem, dict[str, float]]]:
+    """The rows of a file: (name of the layer, problem, the logarithm by variant)."""
+    if found is None:
+        return []
+    names = found["variants"]
+    return [
+        (layer, decode(numbers), {name: each / 100 for name, each in zip(names, logs, strict=True) if each is not None})
+        for layer, numbers, logs in found["rows"]
+    ]
+
+
+def pack(head: dict[str, Any], rows: Iterable[tuple[str, Problem, dict[str, float]]]) -> str:
+    """The text of a file: its ``head``, the names of the variants, and a line for each row of :func:`unpacked`, with
+    the logarithms in hundredths."""
+    rows = list(rows)
+    names = sorted({name for _, _, logs in rows for name in logs})
+    lines = [
+        json.dumps(
+            [layer, encode(problem), [round(100 * logs[name]) if name in logs else None for name in names]],
+            separators=(",", ":"),
+        )
+        for layer, problem, logs in rows
+    ]
+    return f'{json.dumps(head | {"variants": names})[:-1]}, "rows": [\n' + ",\n".join(lines) + "\n]}\n"
+
+
+def measured(vendor: str) -> bool:
+    """Whether there are rows of a vendor's CPUs."""
+    return table(vendor) is not None
+
+
+def choose(problem: Problem, device: torch.device, pass_name: str) -> tuple[Variant, str]:
+    """The formulation of one pass of a problem with outputs, torch's own included, and the reason."""
+    names, because = picks(problem, cpu_vendor())
+    record = variant(names[PASSES.index(pass_name)])
+    fault = record.supports(problem, device)
+    if fault is None:
+        return record, because[pass_name != PASSES[0]]
+    return variant(f"{pass_name}_{NATIVE}"), fault
+
+
+@lru_cache(4096)
+def picks(problem: Problem, vendor: str) -> tuple[tuple[str, str, str], tuple[str, str]]:
+    """(variants by pass, reasons of the forward and of the gradients)."""
+    rows = rows_of(vendor, problem.dtype)
+    return best(problem, rows, f"{(table(vendor) or {}).get('cpu', vendor)}")
+
+
+def best(problem: Problem, rows: Rows | None, cpu: str) -> tuple[tuple[str, str, str], tuple[str, str]]:
+    """As :func:`picks`, by these rows."""
+    native = tuple(f"{name}_{NATIVE}" for name in PASSES)
+    if rows is None:
+        nothing = f"no formulation was measured in {problem.dtype} on this vendor's CPUs: torch's own"
+        return native, (nothing, nothing)  # type: ignore[return-value]
+    limit = -math.log(LITTLE_MARGIN if problem.flops < LITTLE_WORK else MARGIN)
+    own = f"torch's own: no formulation is faster by {math.exp(-limit):.2f} for sure, by layers measured on {cpu}"
+    forward, forward_why = native[0], own
+    guess, name = min(rows.guesses(PASSES[0], problem), default=(None, ""), key=lambda each: each[0].cautious)
+    if guess is not None and guess.cautious < limit:
+        forward, forward_why = name, _reason(guess.mean, guess.nearest, cpu)
+    pair, pair_why = native[1:], own
+    both = [min(rows.guesses(each, problem), default=None, key=lambda each: each[0].cautious) for each in PASSES[1:]]
+    if all(both):
+        (data, data_name), (weight, weight_name) = both  # type: ignore[misc]
+        if math.log(math.exp(data.cautious) + math.exp(weight.cautious)) < limit:
+            mean = math.log(math.exp(data.mean) + math.exp(weight.mean))
+            pair, pair_why = (data_name, weight_name), _reason(mean, data.nearest, cpu)
+    return (forward, *pair), (forward_why, pair_why)  # type: ignore[return-value]
+
+
+def _reason(mean: float, nearest: str, cpu: str) -> str:
+    return f"{math.exp(-mean):.2f} times torch's own expected, by layers measured on {cpu}; the nearest is {nearest}"

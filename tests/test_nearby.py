@@ -1,0 +1,116 @@
+"""A CPU's formulations chosen by measurements of similar layers: the committed rows, and what follows from them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections import defaultdict
+
+import pytest
+import torch
+
+import tritonconv
+from tritonconv.autotune import nearby, rules
+from tritonconv.errors import ArgumentError
+from tritonconv.lab.bench import formulations
+from tritonconv.lab.bench.progress import Progress
+from tritonconv.lab.bench.workloads import workload
+from tritonconv.problem import PASSES, Problem
+
+CPU = torch.device("cpu")
+VENDOR = "AuthenticAMD"
+ROWS = nearby.unpacked(nearby.table(VENDOR))
+TILE = Problem(4, 64, 32, (8, 8, 8), (2, 2, 2), (2, 2, 2), (0, 0, 0), (16, 16, 16))
+NATIVE = tuple(rules.FALLBACK[name] for name in PASSES)
+
+
+@pytest.fixture
+def on_amd(monkeypatch):
+    for module in (rules, nearby):
+        monkeypatch.setattr(module, "cpu_vendor", lambda: VENDOR)
+
+
+def gain(logs: dict[str, float], names: tuple[str, str, str]) -> tuple[float, float]:
+    """The logarithms of torch's own time over that of the choices: of the forward and of both gradients."""
+    forward, *pair = names
+    both = 0.0 if tuple(pair) == NATIVE[1:] else -math.log(sum(math.exp(logs[name]) for name in pair))
+    return -logs.get(forward, 0.0), both
+
+
+def test_choices_hold_for_layers_that_have_no_row():
+    """By seed: what the rows of the other seeds choose for its layers, every third one, by its own measurements."""
+    of = [layer.split("_")[1] if layer.startswith("random_") else "" for layer, _, _ in ROWS]
+    gains = defaultdict(list)
+    for seed in sorted(set(of) - {""}):
+        others = nearby.Rows.of([
+            (problem, logs) for group, (_, problem, logs) in zip(of, ROWS, strict=True)
+            if group != seed and problem.dtype == torch.float32
+        ])  # fmt: skip
+        own = [row for group, row in zip(of, ROWS, strict=True) if group == seed and row[1].dtype == torch.float32]
+        for _, problem, logs in own[::3]:
+            names, _ = nearby.best(problem, others, "a CPU")
+            for kind, each in zip(("forward", "gradients"), gain(logs, names), strict=True):
+                gains[kind].append(each)
+    for kind, least in (("forward", 1.12), ("gradients", 1.03)):
+        values = sorted(gains[kind])
+        assert math.exp(sum(values) / len(values)) > least, kind
+        assert math.exp(values[len(values) // 20]) > 0.95, kind
+
+
+def test_a_layer_with_a_row_has_what_was_fastest_by_far():
+    rows = nearby.Rows.of([(problem, logs) for _, problem, logs in ROWS if problem.dtype == torch.float32])
+    clear = [row for row in ROWS if row[1].dtype == torch.float32 and row[1].flops > nearby.LITTLE_WORK]
+    clear = [row for row in clear if min(each for name, each in row[2].items() if name.startswith("forward")) < -1]
+    assert len(clear) > 10
+    gains = [gain(logs, nearby.best(problem, rows, "a CPU")[0])[0] for _, problem, logs in clear]
+    assert sum(each > 0.3 for each in gains) > 0.8 * len(gains)
+
+
+def test_what_is_like_no_row_is_torchs_own(on_amd):
+    far = dataclasses.replace(TILE, c_in=2**14, c_out=2**14, kernel=(31, 1, 1), stride=(1, 1, 1), out_size=(38, 8, 8))
+    for problem in (far, dataclasses.replace(TILE, dtype=torch.float16), dataclasses.replace(TILE, n=0)):
+        assert tuple(rules.choose(problem, CPU, name)[0].name for name in PASSES) == NATIVE, problem
+
+
+def test_a_cpu_of_a_vendor_without_rows_has_torchs_own(monkeypatch):
+    monkeypatch.setattr(rules, "cpu_vendor", lambda: "Another")
+    for name in PASSES:
+        record, because = rules.choose(TILE, CPU, name)
+        assert record.name == rules.FALLBACK[name] and "Another" in because
+
+
+def test_the_reason_names_the_nearest_layer(on_amd):
+    wide = dataclasses.replace(TILE, n=2, c_in=28, c_out=3, size=(26, 26, 51), kernel=(2, 4, 4), stride=(2, 4, 4),
+                               out_size=(52, 104, 204), bias=True)  # fmt: skip
+    record, because = rules.choose(wide, CPU, "forward")
+    assert record.name == "forward_torch_shuffle"
+    assert "times torch's own expected" in because and "AMD EPYC; the nearest is n" in because
+
+
+def test_a_file_says_what_it_was_packed_from():
+    text = nearby.pack({"format": nearby.FORMAT}, ROWS[:5])
+    again = nearby.unpacked(json.loads(text))
+    assert [(layer, problem) for layer, problem, _ in again] == [(layer, problem) for layer, problem, _ in ROWS[:5]]
+    assert again[3][2] == pytest.approx(ROWS[3][2], abs=0.005)
+
+
+def test_rows_are_of_calls_that_torch_answers_in_their_layout():
+    small = workload("nnunet_dynunet_128_up1")
+    names = [name for name, _ in formulations.problems([small], torch.float32)]
+    assert names == [small.name] * 2
+    assert [p.layout for _, p in formulations.problems([small], torch.float64)] == ["ncdhw"]  # torch has no other
+
+
+def test_measured_rows_go_into_a_file_and_those_of_elsewhere_are_refused(tmp_path, monkeypatch):
+    path, layer = tmp_path / "rows.json", workload("swinunetr_fs48_up0")
+    monkeypatch.setattr(formulations, "CELL_SECONDS", 0.0)
+    for _ in range(2):  # the second time it replaces its rows
+        assert formulations.extend(path, [layer], torch.float32, 30.0, Progress()) == 2
+    rows = nearby.unpacked(json.loads(path.read_text()))
+    assert [name for name, _, _ in rows] == [layer.name] * 2
+    served = {record.name for record in tritonconv.variants() if record.backend == "torch"}
+    assert len(rows[0][2]) > 8 and rows[0][2].keys() <= served - {NATIVE[0]}
+    path.write_text(path.read_text().replace('"threads": ', '"threads": 1'))
+    with pytest.raises(ArgumentError, match="measured elsewhere: threads"):
+        formulations.extend(path, [layer], torch.float32, 30.0, Progress())
