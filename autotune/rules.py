@@ -1,8 +1,8 @@
-"""Which variant serves a problem without a tuned choice: on a GPU torch's own, on a CPU by measurements on its vendor's.
+"""Which variant serves a problem without a tuned choice: torch's own on a GPU; on a CPU by measurements.
 
-Where a vendor's CPUs have rows they decide (``nearby.py``). The ordered rules below are those of Intel's, each with the
-measurement that justifies it: the first that applies, and whose variant supports the problem, decides. On a CPU of
-another vendor nothing was measured: torch's own. ``tritonconv.explain`` prints the reason.
+Where CPUs of the vendor have rows, those decide (``nearby.py``). The ordered rules below are for Intel's CPUs, each
+with the measurement that justifies it: the first that applies, and whose variant supports the problem, decides. A CPU
+of another vendor has torch's own, for nothing was measured there. ``tritonconv.explain`` prints the reason.
 The figures are medians of interleaved runs in float32 with torch 2.13.0 on 2 cores of an Intel Xeon (AVX-512, 2 MiB L2
 per core), 2026-11-22, those of images of one voxel on 2 cores of an AMD EPYC (AVX-512, 1 MiB), 2026-11-25, as (torch's
 own -> the variant); shapes are batch x channels, input size. They are ratios of two things measured together, not rates

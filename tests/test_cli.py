@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tritonconv.autotune import rules
 from tritonconv.autotune.tuning import session
 from tritonconv.kernels import registry
-from tritonconv.autotune import rules
 from tritonconv.lab import cli
 from tritonconv.lab.bench import call_overhead, case, contestants, measure, progress
 from tritonconv.lab.bench.results import latest, read

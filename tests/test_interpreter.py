@@ -17,7 +17,14 @@ from interpreter import OPERATORS, SEMANTIC
 from triton.language import core
 from triton.runtime import interpreter
 
-NUMPY = {"int32": np.int32, "int64": np.int64, "uint32": np.uint32, "int1": np.bool_, "fp32": np.float32, "fp16": np.float16}
+NUMPY = {
+    "int32": np.int32,
+    "int64": np.int64,
+    "uint32": np.uint32,
+    "int1": np.bool_,
+    "fp32": np.float32,
+    "fp16": np.float16,
+}
 ELEMENTS = (tl.int32, tl.int64, tl.uint32, tl.int1, tl.float32, tl.float16, core.pointer_type(tl.float16))
 SHAPES = [(4, 1), (1, 8), (4, 8), ()]
 

@@ -20,7 +20,7 @@ from test_triton_kernels import NAMES, ON_GPU
 from variant_cases import CASES, DEVICE, Case, form, random_case, run
 
 import tritonconv
-from tritonconv.autotune import rules
+from tritonconv.autotune import nearby, rules
 from tritonconv.kernels.registry import variant, variants
 from tritonconv.kernels.variant import Variant
 from tritonconv.problem import LAYOUTS, PASSES, Problem
@@ -137,9 +137,15 @@ def test_a_formulation_loses_none_and_declares_where_it_has_more(name):
     assert spread and (record.spreads_nonfinite or not any(spread))
 
 
+@pytest.mark.parametrize("vendor", ["GenuineIntel", "AuthenticAMD"])
 @pytest.mark.parametrize("pass_name", PASSES[:2])
-def test_by_default_a_cpu_has_no_more_than_torch(pass_name, monkeypatch):
-    """Of whatever the rules choose for the two passes that read the weight, small problems included."""
+def test_by_default_a_cpu_has_no_more_than_torch(pass_name, vendor, monkeypatch):
+    """Of whatever is chosen for the two passes that read the weight, small problems and slow choices included."""
+    for module in (rules, nearby):
+        monkeypatch.setattr(module, "cpu_vendor", lambda: vendor)
+    monkeypatch.setattr(nearby, "LITTLE_MARGIN", 0.3)
+    monkeypatch.setattr(nearby, "CAUTION", 0.0)
+    nearby.picks.cache_clear()
     for limit in ("LITTLE_WORK", "WORK_PER_TAP", "ENOUGH_VOXELS", "FEW_VOXELS", "LARGE_ACTIVATIONS"):
         monkeypatch.setattr(rules, limit, 0)
     rng, cpu, chosen = random.Random(0), torch.device("cpu"), set()
@@ -151,6 +157,7 @@ def test_by_default_a_cpu_has_no_more_than_torch(pass_name, monkeypatch):
             chosen.add(record.name)
             for operand in READS[pass_name]:
                 assert not more(record, problem, record.default(problem, cpu), case, operand), f"{record.name}: {case}"
+    nearby.picks.cache_clear()
     assert len(chosen) > 3
 
 

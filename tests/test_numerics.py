@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 import tritonconv
 from tritonconv import Problem, dispatch
-from tritonconv.arguments import geometry, layout_of, problem_of
+from tritonconv.arguments import geometry, problem_of
 from tritonconv.kernels.registry import variant
 from tritonconv.problem import LAYOUTS, PASSES
 

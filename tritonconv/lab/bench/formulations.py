@@ -7,6 +7,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 
@@ -36,7 +37,7 @@ def measure(problem: Problem) -> dict[str, float]:
     weight = torch.randn(problem.weight_shape, dtype=problem.dtype)
     bias = torch.randn(problem.c_out, dtype=problem.dtype) if problem.bias else None
     operands = {PASSES[0]: (x, weight, bias), PASSES[1]: (grad_y, weight), PASSES[2]: (x, grad_y, problem.bias)}
-    both = lambda: torch_native.native_gradients(problem, grad_y, x, weight, (True, True, problem.bias))  # noqa: E731
+    both = partial(torch_native.native_gradients, problem, grad_y, x, weight, (True, True, problem.bias))
     logs: dict[str, float] = {}
     with torch.no_grad():
         for name in PASSES:
@@ -44,7 +45,7 @@ def measure(problem: Problem) -> dict[str, float]:
             for record in variants(name):
                 if record.backend == "torch" and record.supports(problem, CPU) is None and record.launch is not None:
                     config = record.default(problem, CPU)
-                    calls[record.name] = lambda run=record.launch, config=config: run(problem, config, *operands[name])
+                    calls[record.name] = partial(record.launch, problem, config, *operands[name])
             medians = _medians(calls)
             base = medians.pop(nearby.BOTH) if nearby.BOTH in medians else medians.pop(f"{name}_{nearby.NATIVE}")
             logs |= {each: math.log(median / base) for each, median in medians.items()}
