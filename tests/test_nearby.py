@@ -103,7 +103,7 @@ def test_rows_are_of_calls_that_torch_answers_in_their_layout():
 
 
 def test_measured_rows_go_into_a_file_and_those_of_elsewhere_are_refused(tmp_path, monkeypatch):
-    path, layer = tmp_path / "rows.json", workload("swinunetr_fs48_up0")
+    path, layer = tmp_path / "rows.json", dataclasses.replace(workload("swinunetr_fs48_up0"), c_in=8, c_out=4)
     monkeypatch.setattr(formulations, "CELL_SECONDS", 0.0)
     for _ in range(2):  # the second time it replaces its rows
         assert formulations.extend(path, [layer], torch.float32, 30.0, Progress()) == 1
