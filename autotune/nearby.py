@@ -31,6 +31,7 @@ from tritonconv.problem import PASSES, Problem
 FORMAT = 1
 NATIVE = "torch_native"
 BOTH = "torch_native of both gradients"
+KINDS = {"forward": "us of the forward", "gradients": "us of both gradients"}  # torch's own time in a row
 # Chosen by the rows of a seed that was left out (tests/test_nearby.py).
 LENGTH = 2.5  # of a place, over which ratios begin to differ
 DEVIATION = 0.5  # of the logarithm of a ratio, far from all rows
@@ -38,9 +39,11 @@ NOISE = 0.12  # of a measured one
 NEAREST = 40  # rows that are asked
 FEWEST = 8  # with fewer a formulation is not known
 CAUTION = 1.0
-MARGIN = 1.06
-# Below this the Python around a call counts, about 20 us: it is not in the rows.
-LITTLE_WORK, LITTLE_MARGIN = 5_000_000, 1.3
+MARGIN = 1.08
+# Microseconds that a formulation must save besides: the Python around it, and autograd's, are not in the rows.
+LEAST_SAVED = {"forward": 25.0, "gradients": 50.0}
+# Rates of a core or two, by which the time of torch's own is counted; the rows correct it.
+FLOPS, BYTES, CALL_US = 1e11, 5e9, 30.0
 
 
 class Guess(NamedTuple):
@@ -74,7 +77,8 @@ def place(problem: Problem) -> np.ndarray:
 @dataclass(frozen=True)
 class Rows:
     """The rows of one dtype: ``problems[i]`` is at ``places[i]``, and ``logs[name][i]`` is the logarithm of a
-    variant's time over torch's own, NaN where it was not measured."""
+    variant's time over torch's own, NaN where it was not measured. Under the names of KINDS it is that of torch's own
+    microseconds over the counted ones."""
 
     problems: tuple[Problem, ...]
     places: np.ndarray  # (rows, 17)
@@ -86,6 +90,8 @@ class Rows:
         problems, logs = zip(*rows, strict=True)
         names = sorted({name for each in logs for name in each})
         columns = {name: np.array([each.get(name, math.nan) for each in logs]) for name in names}
+        for name in KINDS.values():
+            columns[name] -= np.array([math.log(_counted_us(problem, name)) for problem in problems])
         return cls(problems, np.stack([place(problem) for problem in problems]), columns)
 
     def guess(self, name: str, problem: Problem) -> Guess | None:
@@ -105,12 +111,22 @@ class Rows:
         deviation = math.sqrt(max(DEVIATION**2 - explained, 0.0))
         return Guess(float(mean), deviation, str(self.problems[near[0]]))
 
+    def torchs_us(self, kind: str, problem: Problem) -> float:
+        """The expected time of torch's own, in microseconds."""
+        guess = self.guess(KINDS[kind], problem)
+        return (math.exp(guess.mean) if guess is not None else 1.0) * _counted_us(problem, KINDS[kind])
+
     def guesses(self, pass_name: str, problem: Problem) -> Iterator[tuple[Guess, str]]:
         for name in self.logs:
             if name.startswith(f"{pass_name}_"):
                 guess = self.guess(name, problem)
                 if guess is not None:
                     yield guess, name
+
+
+def _counted_us(problem: Problem, name: str) -> float:
+    passes = 1 + (name == KINDS["gradients"])
+    return passes * (CALL_US + 1e6 * (problem.flops / FLOPS + problem.bytes() / BYTES))
 
 
 def _alike(squares: np.ndarray) -> np.ndarray:
@@ -205,17 +221,18 @@ def best(problem: Problem, rows: Rows | None, cpu: str) -> tuple[tuple[str, str,
     if rows is None:
         nothing = f"no formulation was measured in {problem.dtype} on this vendor's CPUs: torch's own"
         return native, (nothing, nothing)  # type: ignore[return-value]
-    limit = -math.log(LITTLE_MARGIN if problem.flops < LITTLE_WORK else MARGIN)
-    own = f"torch's own: no formulation is faster by {math.exp(-limit):.2f} for sure, by layers measured on {cpu}"
+    limits = {kind: math.log(max(1e-9, min(1 / MARGIN, 1 - least / rows.torchs_us(kind, problem))))
+              for kind, least in LEAST_SAVED.items()}  # fmt: skip
+    own = f"torch's own: no formulation is faster for sure, by layers measured on {cpu}"
     forward, forward_why = native[0], own
     guess, name = min(rows.guesses(PASSES[0], problem), default=(None, ""), key=lambda each: each[0].cautious)
-    if guess is not None and guess.cautious < limit:
+    if guess is not None and guess.cautious < limits["forward"]:
         forward, forward_why = name, _reason(guess.mean, guess.nearest, cpu)
     pair, pair_why = native[1:], own
     both = [min(rows.guesses(each, problem), default=None, key=lambda each: each[0].cautious) for each in PASSES[1:]]
     if all(both):
         (data, data_name), (weight, weight_name) = both  # type: ignore[misc]
-        if math.log(math.exp(data.cautious) + math.exp(weight.cautious)) < limit:
+        if math.log(math.exp(data.cautious) + math.exp(weight.cautious)) < limits["gradients"]:
             mean = math.log(math.exp(data.mean) + math.exp(weight.mean))
             pair, pair_why = (data_name, weight_name), _reason(mean, data.nearest, cpu)
     return (forward, *pair), (forward_why, pair_why)  # type: ignore[return-value]

@@ -29,7 +29,9 @@ LEAST_ROUNDS, MOST_ROUNDS = 4, 40
 
 
 def measure(problem: Problem) -> dict[str, float]:
-    """The logarithm of (median time / torch's own) by variant; of a gradient over torch's one operation for both."""
+    """The logarithm of (median time / torch's own) by variant, of a gradient over torch's one operation for both; and
+    those of torch's own times in microseconds (``nearby.KINDS``).
+    """
     x, grad_y = (
         torch.randn(shape, dtype=problem.dtype).contiguous(memory_format=problem.memory_format)
         for shape in (problem.x_shape, problem.y_shape)
@@ -48,6 +50,7 @@ def measure(problem: Problem) -> dict[str, float]:
                     calls[record.name] = partial(record.launch, problem, config, *operands[name])
             medians = _medians(calls)
             base = medians.pop(nearby.BOTH) if nearby.BOTH in medians else medians.pop(f"{name}_{nearby.NATIVE}")
+            logs[nearby.KINDS["forward" if name == PASSES[0] else "gradients"]] = math.log(1e6 * base)
             logs |= {each: math.log(median / base) for each, median in medians.items()}
     return logs
 
