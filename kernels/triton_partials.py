@@ -14,7 +14,7 @@ import torch
 
 from tritonconv.kernels.triton_arrival import ARRIVE, arrivals, arrives
 from tritonconv.kernels.triton_buffers import Buffer, new
-from tritonconv.kernels.triton_launch import geometry
+from tritonconv.kernels.triton_launch import geometry, scalar_strides
 from tritonconv.kernels.triton_launch import launch as run
 from tritonconv.kernels.triton_reduce import sum_parts, sum_weights
 from tritonconv.kernels.variant import Config
@@ -62,12 +62,18 @@ class WeightGradients:
         """The buffers that the launch writes."""
         return self.partial, self.bias_partial, *((self.weight, self.bias) if self.arrive else ())
 
-    def launch(self, kernel: Any, programs: int, **arguments: Any) -> None:
+    def launch(self, kernel: Any, programs: int, partial_strides: tuple[int, ...] | None = None, **arguments: Any):
         """Launches a kernel with so many programs for each chunk, which own a tile each.
 
-        ``arguments`` are those beside the pointers, sizes and strides; of the sizes the kernel gets what it takes.
+        ``arguments`` are those beside the pointers, sizes and strides, of which the kernel gets what it takes;
+        ``partial_strides`` belong to the strides where given.
         """
-        known = {name: value for name, value in geometry(self.problem).items() if name in kernel.arg_names}
+        strides = self.x.stride(), self.grad_y.stride()
+        known = {
+            **self.pointers(programs),
+            "strides": strides if partial_strides is None else (*strides, partial_strides),
+            **scalar_strides(self.grad_y),
+        }
         run(
             kernel,
             self.splits * programs,
@@ -75,11 +81,9 @@ class WeightGradients:
             self.written,
             x_ptr=self.x,
             grad_y_ptr=self.grad_y,
-            **self.pointers(programs),
-            **known,
+            **{name: value for name, value in known.items() if name in kernel.arg_names},
+            **geometry(self.problem, kernel),
             splits=self.splits,
-            x_strides=self.x.stride(),
-            grad_y_strides=self.grad_y.stride(),
             **arguments,
         )
 
