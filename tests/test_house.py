@@ -27,7 +27,7 @@ BESIDE = {"Makefile", "LICENSE", "constraints.txt"}
 LAYERS = (
     ("errors", "switches", "registries", "symbolic", "private", "precision", "bounded"),
     ("problem", "device"),
-    ("arguments",),
+    ("arguments", "epilogue"),
     ("kernels",),
     ("autotune",),
     ("fallback",),
