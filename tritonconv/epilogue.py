@@ -81,13 +81,14 @@ def parsed(activation, residual, rounding) -> tuple[Epilogue, torch.Tensor | Non
 
     Raises ArgumentTypeError or ArgumentError for an activation, a residual or a rounding that is none.
     """
-    if residual is not None and not isinstance(residual, torch.Tensor):
+    if residual is not None and not torch.overrides.is_tensor_like(residual):
         raise ArgumentTypeError(
             f"{OP}: residual expects a tensor or None, got {residual!r} ({type(residual).__name__})"
         )
     if rounding not in ROUNDINGS:
         raise ArgumentError(f"{OP}: rounding expects None or 'torch', got {rounding!r}")
-    name, *rest = activation if isinstance(activation, Sequence) and not isinstance(activation, str) else (activation,)
+    paired = isinstance(activation, Sequence) and not isinstance(activation, str) and len(activation) > 0
+    name, *rest = activation if paired else (activation,)
     if name is not None and not isinstance(name, str):
         raise ArgumentTypeError(
             f"{OP}: activation expects a name ({', '.join(NAMES)}), a (name, parameter) or None, got {activation!r}"
@@ -115,7 +116,7 @@ def _slope(value) -> float:
 
 
 def _slopes(rest) -> torch.Tensor:
-    if not rest or not isinstance(rest[0], torch.Tensor):
+    if not rest or not torch.overrides.is_tensor_like(rest[0]):
         given = f"{rest[0]!r} ({type(rest[0]).__name__})" if rest else "none"
         raise ArgumentTypeError(
             f"{OP}: prelu expects ('prelu', slopes) with a tensor of 1 or c_out values, got {given}"
@@ -146,6 +147,8 @@ def activated(z: torch.Tensor, epilogue: Epilogue, slopes: torch.Tensor | None) 
     if name == "leaky_relu":
         return F.leaky_relu(z, epilogue.slope)
     if name == "prelu":
+        if isinstance(z, torch.Tensor) and z.dim() == 4:  # without a batch torch would take the axis d for channels
+            return F.prelu(z.unsqueeze(0), slopes).squeeze(0)  # type: ignore[arg-type]
         return F.prelu(z, slopes)  # type: ignore[arg-type]
     if name in ("gelu", "gelu_tanh"):
         return F.gelu(z, approximate="tanh" if name == "gelu_tanh" else "none")
@@ -160,12 +163,23 @@ def activated_(z: torch.Tensor, epilogue: Epilogue, slopes: torch.Tensor | None)
     if name == "leaky_relu":
         return F.leaky_relu_(z, epilogue.slope)
     if name == "prelu":  # torch has it in new memory alone
-        return F.prelu(z, slopes)  # type: ignore[arg-type]
+        return activated(z, epilogue, slopes)
     if name in ("gelu", "gelu_tanh"):
         return torch.ops.aten.gelu_(z, approximate="tanh" if name == "gelu_tanh" else "none")
     if name == "silu":
         return F.silu(z, inplace=True)
     return z if name is None else getattr(torch, f"{name}_")(z)
+
+
+def before_activation(grad_y: torch.Tensor, y: torch.Tensor, epilogue: Epilogue) -> torch.Tensor:
+    """The gradient of z from that of y, for an activation ``from_output``; differentiable itself."""
+    if epilogue.activation == "relu":
+        return torch.ops.aten.threshold_backward(grad_y, y, 0)
+    if epilogue.activation == "leaky_relu":
+        return torch.ops.aten.leaky_relu_backward(grad_y, y, epilogue.slope, True)
+    if epilogue.activation == "sigmoid":
+        return torch.ops.aten.sigmoid_backward(grad_y, y)
+    return torch.ops.aten.tanh_backward(grad_y, y)
 
 
 def finish(y: torch.Tensor, epilogue: Epilogue, bias, residual, slopes, recorded: bool = False) -> torch.Tensor:
