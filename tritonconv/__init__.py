@@ -27,6 +27,7 @@ from tritonconv.switches import for_graphs
 
 if TYPE_CHECKING:
     from tritonconv.autotune.tuning.api import tune
+    from tritonconv.fused_layer import FusedConvTranspose3d
 
 __version__ = "0.1.0"
 
@@ -35,6 +36,7 @@ __all__ = [
     "ArgumentTypeError",
     "ConvTranspose3d",
     "ConversionReport",
+    "FusedConvTranspose3d",
     "KernelWarning",
     "LazyConvTranspose3d",
     "Problem",
@@ -61,9 +63,14 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Loads the tuner when it is first used: the import of tritonconv loads nothing that measures."""
+    """Loads the tuner when it is first used: the import of tritonconv loads nothing that measures. Likewise the
+    layer with an epilogue."""
     if name == "tune":
         from tritonconv.autotune.tuning.api import tune
 
         return tune
+    if name == "FusedConvTranspose3d":
+        from tritonconv.fused_layer import FusedConvTranspose3d
+
+        return FusedConvTranspose3d
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
