@@ -36,7 +36,7 @@ LAYERS = (
     ("autograd", "operators", "guards", "autocast"),
     ("epilogue_road",),
     ("functional", "explain"),
-    ("layer", "fused_layer", "matlab", "convert", "graphed"),
+    ("layer", "fused_layer", "fusion", "folding", "chains", "matlab", "convert", "graphed"),
     # The wall: from here on what measures, which no call imports.
     ("lab.flags", "lab.markdown", "lab.text_table"),
     ("lab.bench", "lab.inspection"),
