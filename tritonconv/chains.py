@@ -26,8 +26,26 @@ from tritonconv.layer import ConvTranspose3d
 FORWARDS = (nn.ConvTranspose3d.forward, ConvTranspose3d.forward)
 NORMS = (nn.BatchNorm3d, nn.SyncBatchNorm)
 IDENTITIES = (nn.Identity, nn.Dropout, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
-ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
-IN_PLACE = {getattr(operator, f"i{name}") for name in ("add", "sub", "mul", "truediv", "floordiv", "pow", "mod")}
+SUMS_IN_PLACE = (operator.iadd, "add_")
+ADDITIONS = (operator.add, torch.add, "add", *SUMS_IN_PLACE)
+IN_PLACE = tuple(
+    getattr(operator, f"i{name}")
+    for name in (
+        "add",
+        "sub",
+        "mul",
+        "truediv",
+        "floordiv",
+        "pow",
+        "mod",
+        "matmul",
+        "and",
+        "or",
+        "xor",
+        "lshift",
+        "rshift",
+    )
+)
 NOTHING = "nothing follows"
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
@@ -58,9 +76,29 @@ class Chain:
         return given[0], None if self.addition is None else self.addition[0].args[self.addition[1]], given[1]
 
     @property
+    def adds_in_place(self) -> bool:
+        """The sum is in the memory of the convolution's output, and of its dtype."""
+        return self.addition is not None and self.addition[0].target in SUMS_IN_PLACE
+
+    @property
     def gain(self) -> int:
         """The operations that a call of their own is saved."""
         return len(self.names)
+
+
+class _Proxy(fx.Proxy):
+    """With the operators that write in place: torch.fx records ``a += b`` as ``a = a + b``, and a stays as it was."""
+
+
+def _in_place(operation: Any) -> Any:
+    def record(self: fx.Proxy, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operation, (self, other), {})
+
+    return record
+
+
+for _operation in IN_PLACE:
+    setattr(_Proxy, f"__{_operation.__name__}__", _in_place(_operation))
 
 
 class Recorder(fx.Tracer):
@@ -70,6 +108,9 @@ class Recorder(fx.Tracer):
         super().__init__()
         self.arguments: list[str] = []
         self.inlined: list[nn.Module] = []
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, nn.ConvTranspose3d) or super().is_leaf_module(m, module_qualified_name)
@@ -266,7 +307,7 @@ def _addend(last: fx.Node, node: fx.Node) -> int | None:
         return None
     place = 1 if node.args[0] is last else 0
     other = node.args[place]
-    in_its_memory = place == 0 and node.target in (operator.iadd, "add_")
+    in_its_memory = place == 0 and node.target in SUMS_IN_PLACE
     return place if isinstance(other, fx.Node) and other is not last and not in_its_memory else None
 
 

@@ -23,13 +23,14 @@ from tritonconv.private import any_autocast, dispatch_modes, tracing, transforms
 class FusedChain:
     """``activation(norm(layer(input)) + residual)`` as one call; ``norm`` and ``activation`` may be None.
 
-    ``activation`` is as :func:`tritonconv.conv_transpose3d` has it, or a PReLU. Where a gradient of what is folded is
+    ``activation`` is as :func:`tritonconv.conv_transpose3d` has it, or a PReLU; ``in_place``: the sum has the dtype of
+    the layer's output. Where a gradient of what is folded is
     needed, and where the residual broadcasts or has another dtype, the modules themselves run.
     """
 
-    def __init__(self, name: str, layer: nn.ConvTranspose3d, norm: Any, activation: Any) -> None:
+    def __init__(self, name: str, layer: nn.ConvTranspose3d, norm: Any, activation: Any, in_place: bool) -> None:
         self.__name__ = name  # by which the code of torch.fx knows it
-        self.layer, self.norm, self._activation = layer, norm, activation
+        self.layer, self.norm, self._activation, self.in_place = layer, norm, activation, in_place
         self._folded: tuple[tuple, Any, Any, Any] = ((), None, None, None)
 
     @property
@@ -62,7 +63,7 @@ class FusedChain:
         if self.norm is not None:
             y = self.norm(y)
         if residual is not None:
-            y = y + residual
+            y = y.add_(residual) if self.in_place else y + residual
         return activated(y, *parsed(self.activation, None, None))
 
     def _sources(self) -> list[Any]:

@@ -147,7 +147,7 @@ def _refusal(module: nn.Module) -> str | None:
 def _install(scope: _Scope) -> None:
     graph, recorded_modules = scope.graph, [scope.module, *scope.inlined]
     for index, chain in enumerate(chain for chain in scope.chains if chain.gain):
-        call = FusedChain(f"fused_chain_{index}", chain.layer, chain.norm, chain.activation)
+        call = FusedChain(f"fused_chain_{index}", chain.layer, chain.norm, chain.activation, chain.adds_in_place)
         last = chain.steps[-1]
         with graph.inserting_after(last):
             node = graph.call_function(call, chain.operands)
