@@ -6,13 +6,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from tritonconv.errors import ArgumentError
 from tritonconv.kernels.work import Work
 from tritonconv.problem import PASSES, Problem
+
+if TYPE_CHECKING:
+    from tritonconv.epilogue import Epilogue
 
 Config = Mapping[str, int]
 NO_CONFIG: Config = MappingProxyType({})
@@ -85,6 +88,9 @@ class Variant:
     ``hazard`` (problem, config, target) -> None, or the reason why the config must not run on what the
     :class:`Toolchain` names, though it compiles: such configs are chosen by nothing.
 
+    ``epilogue`` (problem, config, epilogue) -> bool, of a forward: whether it computes this
+    :class:`~tritonconv.epilogue.Epilogue` itself, by the contract of that module; None stands for never.
+
     ``work`` (problem, config) -> :class:`~tritonconv.kernels.work.Work` is what the launch executes, for the cost
     model; None stands for the useful FLOPs and the compulsory bytes.
     """
@@ -107,6 +113,7 @@ class Variant:
     work: Callable[[Problem, Config], Work] | None = None
     hazard: Callable[[Problem, Config, Toolchain], str | None] | None = None
     launches: Callable[..., Any] | None = None
+    epilogue: Callable[[Problem, Config, Epilogue], bool] | None = None
 
     def compute(self, problem: Problem, config: Config, *operands: Any, **more: Any) -> Any:
         """The pass on tensors; ``more``: ``out``, a tensor for y, where the variant takes one."""

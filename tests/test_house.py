@@ -27,15 +27,16 @@ BESIDE = {"Makefile", "LICENSE", "constraints.txt"}
 LAYERS = (
     ("errors", "switches", "registries", "symbolic", "private", "precision", "bounded"),
     ("problem", "device"),
-    ("arguments",),
+    ("arguments", "epilogue"),
     ("kernels",),
     ("autotune",),
     ("fallback",),
     ("forced", "plan"),
     ("dispatch",),
     ("autograd", "operators", "guards", "autocast"),
+    ("epilogue_road",),
     ("functional", "explain"),
-    ("layer", "matlab", "convert", "graphed"),
+    ("layer", "fused_layer", "fusion", "folding", "chains", "matlab", "convert", "graphed"),
     # The wall: from here on what measures, which no call imports.
     ("lab.flags", "lab.markdown", "lab.text_table"),
     ("lab.bench", "lab.inspection"),

@@ -27,6 +27,8 @@ from tritonconv.switches import for_graphs
 
 if TYPE_CHECKING:
     from tritonconv.autotune.tuning.api import tune
+    from tritonconv.fused_layer import FusedConvTranspose3d
+    from tritonconv.fusion import FusionReport, fuse, unfuse
 
 __version__ = "0.1.0"
 
@@ -35,6 +37,8 @@ __all__ = [
     "ArgumentTypeError",
     "ConvTranspose3d",
     "ConversionReport",
+    "FusedConvTranspose3d",
+    "FusionReport",
     "KernelWarning",
     "LazyConvTranspose3d",
     "Problem",
@@ -48,12 +52,14 @@ __all__ = [
     "convert",
     "explain",
     "for_graphs",
+    "fuse",
     "graphed",
     "param_groups",
     "pin_choices",
     "restore",
     "save_choices",
     "tune",
+    "unfuse",
     "use",
     "variants",
     "wait_until_compiled",
@@ -61,9 +67,18 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Loads the tuner when it is first used: the import of tritonconv loads nothing that measures."""
+    """Loads the tuner when it is first used: the import of tritonconv loads nothing that measures. Likewise the
+    layer with an epilogue, and the fusion of models."""
     if name == "tune":
         from tritonconv.autotune.tuning.api import tune
 
         return tune
+    if name == "FusedConvTranspose3d":
+        from tritonconv.fused_layer import FusedConvTranspose3d
+
+        return FusedConvTranspose3d
+    if name in ("FusionReport", "fuse", "unfuse"):
+        from tritonconv import fusion
+
+        return getattr(fusion, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

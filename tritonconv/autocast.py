@@ -15,14 +15,19 @@ import torch
 from tritonconv.fallback import DEVICES
 
 
-def cast_arguments(input, weight, bias):
+def cast_arguments(*operands):
     """The operands as torch's autocast hands them to a convolution: all real floats but float64 in its dtype."""
-    return _lowered((input, weight, bias), torch.Tensor.to)
+    return _lowered(operands, torch.Tensor.to)
 
 
-def cast_arguments_once(input, weight, bias):
+def cast_arguments_once(*operands):
     """As :func:`cast_arguments`, for plain tensors outside every tracer; parameters are cast once per block."""
-    return _lowered((input, weight, bias), _cast_once)
+    return _lowered(operands, _cast_once)
+
+
+def cast_beside(y, *operands):
+    """As :func:`cast_arguments`, of operands that are added to an answer ``y``; each may be None."""
+    return _lowered((y, *operands), torch.Tensor.to)[1:]
 
 
 def lowered_dtype(dtype: torch.dtype, kind: str) -> torch.dtype:

@@ -42,10 +42,16 @@ class ConversionReport:
     left: tuple[tuple[str, str], ...]
 
     def __str__(self) -> str:
-        lines = [f"{len(self.replaced)} replaced, {len(self.left)} left"]
-        for title, rows in (("replaced", self.replaced), ("left", self.left)):
-            lines += [f"  {title:<9} {name or '(the model itself)'}: {text}" for name, text in rows]
-        return "\n".join(lines)
+        return listed(replaced=self.replaced, left=self.left)
+
+
+def listed(**columns: tuple[tuple[str, str], ...]) -> str:
+    """The rows (qualified name, text) of a report under their titles, with a line of counts above."""
+    lines = [", ".join(f"{len(rows)} {title}" for title, rows in columns.items())]
+    width = max(map(len, columns)) + 1
+    for title, rows in columns.items():
+        lines += [f"  {title:<{width}} {name or '(the model itself)'}: {text}" for name, text in rows]
+    return "\n".join(lines)
 
 
 def convert(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | None = None) -> ConversionReport:

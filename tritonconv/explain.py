@@ -122,7 +122,7 @@ def _launched(made: Plan, pass_name: str) -> Iterator[str]:
     yield f"launches for operands dense in this layout: {', '.join(kernels) or 'none'}{held}"
     for name, replay in made.replays.items():
         counts = replay.counts
-        if pass_name in REPLAYED[name] and any((counts.repeated, counts.anew, counts.stood_in)):
+        if pass_name in REPLAYED.get(name, PASSES[:1]) and any((counts.repeated, counts.anew, counts.stood_in)):
             yield (
                 f"calls ({name.replace('_', ' ')}): {counts.repeated} repeated, {counts.anew} worked out anew, "
                 f"{counts.stood_in} answered by torch's own meanwhile"

@@ -18,8 +18,13 @@ from tritonconv.forced import forced_variants, restore_forced
 from tritonconv.private import any_autocast
 
 
-def conv_transpose3d(input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1):
+def conv_transpose3d(
+    input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1,
+    *, activation=None, residual=None, rounding=None,
+):  # fmt: skip
     """Transposed 3-D convolution; the signature, answers and refusals of ``torch.nn.functional.conv_transpose3d``.
+
+    Beyond torch, an epilogue: ``activation(y + residual)``, where y is the convolution with its bias.
 
     Args:
         input: (n, c_in, d, h, w), or (c_in, d, h, w) without a batch.
@@ -30,6 +35,12 @@ def conv_transpose3d(input, weight, bias=None, stride=1, padding=0, output_paddi
             ``(begin, end)`` pairs.
         output_padding: planes appended at the end, smaller than either stride or dilation.
         groups: divides c_in and c_out.
+        activation: "relu", "sigmoid", "tanh", "silu", ("leaky_relu", slope), ("prelu", slopes) with a tensor of 1 or
+            c_out values, "gelu" or ("gelu", "tanh"); "leaky_relu" alone has torch's slope.
+        residual: a tensor of the answer's shape and dtype (under autocast it is cast along with the others).
+        rounding: "torch" rounds to the dtype after the sum of products, the bias, the residual and the activation, as
+            torch's separate operations do, for outputs that must not change by a bit. By default a kernel that computes
+            all of them rounds once.
 
     Returns:
         (n, c_out, od, oh, ow) with od = (d - 1)*stride - begin - end + dilation*(kd - 1) + output_padding + 1
@@ -43,6 +54,11 @@ def conv_transpose3d(input, weight, bias=None, stride=1, padding=0, output_paddi
         VariantNotApplicable: a variant forced by ``tritonconv.use`` does not serve the call.
     """
     arguments = stride, padding, output_padding, groups, dilation
+    if activation is not None or residual is not None or rounding is not None:
+        from tritonconv import epilogue_road  # the plain road does without
+
+        operands = input, weight, bias
+        return epilogue_road.call(conv_transpose3d, _torch_serves, operands, arguments, activation, residual, rounding)
     if torch.compiler.is_compiling():
         return _traced(input, weight, bias, arguments)
     if not fallback.plain(input, weight, bias):
@@ -149,6 +165,14 @@ def _traced(input, weight, bias, arguments):
         input, weight, bias, call.size, call.out_size, tuple(weight.shape[2:]),
         geo.stride, geo.crop, geo.dilation, geo.groups, None if own is None else own[1],
     )  # fmt: skip
+
+
+def _torch_serves(input, weight, bias, arguments) -> bool:
+    """A call that is traced is torch's own operation in the graph."""
+    if fallback.exporting() or fallback.transformed():
+        return True
+    own = _call_of_fixed_sizes(input, weight, bias, arguments)
+    return own is not None and getattr(guards, own[0]) == "torch"
 
 
 def _call_of_fixed_sizes(input, weight, bias, arguments) -> tuple | None:

@@ -13,6 +13,7 @@ import torch
 
 from tritonconv.autotune import rules
 from tritonconv.autotune.choose import Selection
+from tritonconv.bounded import remember
 from tritonconv.device import current
 from tritonconv.kernels.torch_layout import to_layout
 from tritonconv.kernels.torch_native import native_gradients
@@ -20,12 +21,14 @@ from tritonconv.kernels.weight_orders import AS_GIVEN
 from tritonconv.problem import PASSES, Problem
 
 if TYPE_CHECKING:
+    from tritonconv.epilogue import Epilogue
     from tritonconv.kernels.triton_program import Program
     from tritonconv.kernels.triton_replay import Replay
 
 # Of a packed weight that is kept from a forward to its backward. To pack it anew moves twice as much: 16 us at the
 # 4 TB/s of an H200's memory, and such a layer's products take far longer.
 MOST_KEPT_BYTES = 32 << 20
+MOST_EPILOGUES = 16  # of one problem; a slope that a program computes makes ever new ones
 # The passes that the function of a name runs: see :attr:`Plan.replays`.
 REPLAYED = {name: (name,) for name in PASSES} | {"forward_and_pack": PASSES[:1], "backward": PASSES[1:]}
 
@@ -50,6 +53,7 @@ class Plan:
         self.problem, self.device, self.standby = problem, device, standby
         self._choose, self.chosen = choose, dict(chosen)
         self.replays: dict[str, Replay] = {}  # of Triton choices, by the names of the functions below
+        self._with: dict[Epilogue, Callable[..., torch.Tensor]] = {}
 
     def choice(self, pass_name: str) -> Selection:
         """Raises VariantNotApplicable where a forced variant does not serve the problem."""
@@ -120,6 +124,47 @@ class Plan:
 
         standby = self._standby("forward")
         return self._replay(both, "forward_and_pack", standby and (lambda *operands: (standby(*operands), None)))
+
+    def forward_with(self, epilogue: Epilogue) -> Callable[..., torch.Tensor]:
+        """As ``forward``, then the epilogue: x, weight, bias, residual, slopes -> y; see :mod:`tritonconv.epilogue`.
+
+        The chosen variant computes it where it says that it can, else torch's operations do in y's own memory.
+        """
+        function = self._with.get(epilogue)
+        if function is None:
+            function = remember(self._with, epilogue, self._forward_with(epilogue), MOST_EPILOGUES)
+        return function
+
+    def takes(self, epilogue: Epilogue) -> bool:
+        """The chosen forward variant computes the epilogue itself."""
+        choice = self.choice("forward")
+        asked = choice.variant.epilogue
+        return asked is not None and asked(self.problem, choice.config, epilogue)
+
+    def _forward_with(self, epilogue: Epilogue) -> Callable[..., torch.Tensor]:
+        from tritonconv.epilogue import finish  # a plain call has none
+
+        # The bias of torch's own operation is torch's to add. A kernel of ours would add it before it rounds.
+        bias_apart = epilogue.rounding is not None and not self._torchs("forward")
+
+        def apart(forward, x, weight, bias, residual, slopes):
+            y = forward(x, weight, None if bias_apart else bias)
+            return finish(y, epilogue, bias if bias_apart else None, residual, slopes)
+
+        if not self.takes(epilogue):
+            return partial(apart, self.forward)
+        choice = self.choice("forward")
+        fused = choice.variant.launches or choice.variant.launch
+        assert fused is not None  # as Variant holds
+
+        def together(x, weight, bias, residual, slopes):
+            more = {"epilogue": epilogue, "residual": residual, "slopes": slopes}
+            return fused(self.problem, choice.config, self._operand(choice, x), weight, bias, **more)
+
+        if choice.variant.launches is None:
+            return lambda *operands: to_layout(together(*operands), self.problem.memory_format)
+        standby = self._standby("forward")
+        return self._replay(together, f"forward with {epilogue}", standby and partial(apart, standby))
 
     @cached_property
     def backward_data(self) -> Callable[..., torch.Tensor]:
