@@ -5,11 +5,13 @@ A problem counts as such where nothing is cropped or appended (:attr:`tritonconv
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from functools import partial
 
 import torch
 
-from tritonconv.kernels.torch_layout import bias_gradient, matrix_refusal, voxel_rows
+from tritonconv.kernels.torch_layout import BLOCK_ELEMENTS, bias_gradient, matrix_refusal, voxel_rows
 from tritonconv.kernels.torch_products import product, products, sum_of_products
 from tritonconv.kernels.variant import Variant
 from tritonconv.kernels.work import by_torch, size_of
@@ -50,20 +52,42 @@ def taps_first(weight: torch.Tensor) -> torch.Tensor:
     return weight.reshape(weight.shape[0], weight[0].numel())
 
 
-def forward(problem, config, x, weight, bias):
-    """One GEMM over all phases, x read once, then the phases are interleaved."""
-    (d, h, w), (kd, kh, kw) = problem.size, problem.kernel
-    n, c_out = problem.n, problem.c_out
-    if problem.layout == "ndhwc":
-        rows, columns = voxel_rows(x).flatten(0, 1), taps_last(weight)
-        z = product(rows, columns, None if bias is None else bias.repeat(kd * kh * kw))
-        y = z.view(n, d, h, w, kd, kh, kw, c_out).permute(0, 1, 4, 2, 5, 3, 6, 7)
-        return y.reshape(n, d * kd, h * kh, w * kw, c_out).permute(0, 4, 1, 2, 3)
-    z = products(taps_first(weight).t(), x.flatten(2))  # (n, c_out*taps, voxels)
-    if bias is not None:
-        z.view(n, c_out, kd * kh * kw, d * h * w).add_(bias.view(1, c_out, 1, 1))
-    y = z.view(n, c_out, kd, kh, kw, d, h, w).permute(0, 1, 5, 2, 6, 3, 7, 4)
-    return y.reshape(problem.y_shape)
+def forward(problem, config, x, weight, bias, out=None):
+    """One GEMM over all phases, x read once, then the phases are interleaved; on a CPU some planes at a time."""
+    y = out
+    if y is None:
+        y = torch.empty(problem.y_shape, dtype=x.dtype, device=x.device, memory_format=problem.memory_format)
+    (d, h, w), (kd, kh, kw), c_out = problem.size, problem.kernel, problem.c_out
+    phases = y.unflatten(2, (d, kd)).unflatten(4, (h, kh)).unflatten(6, (w, kw))  # (n, c_out, d, kd, h, kh, w, kw)
+    inside = problem.layout == "ndhwc"
+    columns = taps_last(weight) if inside else taps_first(weight).t()
+    offsets = bias.repeat(kd * kh * kw) if inside and bias is not None else bias
+    for images, planes in _parts(problem, x.device):
+        part, target = x[images, :, planes], phases[images, :, planes]
+        n, _, depth = part.shape[:3]
+        if inside:
+            z = product(voxel_rows(part).flatten(0, 1), columns, offsets)
+            z = z.view(n, depth, h, w, kd, kh, kw, c_out).permute(0, 7, 1, 4, 2, 5, 3, 6)
+        else:
+            z = products(columns, part.flatten(2))  # (n, c_out*taps, voxels)
+            if bias is not None:
+                z.view(n, c_out, kd * kh * kw, depth * h * w).add_(bias.view(1, c_out, 1, 1))
+            z = z.view(n, c_out, kd, kh, kw, depth, h, w).permute(0, 1, 5, 2, 6, 3, 7, 4)
+        target.copy_(z)
+    return y
+
+
+def _parts(problem: Problem, device: torch.device) -> Iterator[tuple[slice, slice]]:
+    """(images, planes of x) of one product each: all at once, or on a CPU as many planes as the caches hold of y."""
+    n, depth = problem.n, problem.size[0]
+    image = math.prod(problem.y_shape[1:])
+    if device.type != "cpu" or n * image <= BLOCK_ELEMENTS:
+        yield slice(0, n), slice(0, depth)
+        return
+    step = math.ceil(depth / math.ceil(image / BLOCK_ELEMENTS))
+    for each in range(n):
+        for first in range(0, depth, step):
+            yield slice(each, each + 1), slice(first, min(first + step, depth))
 
 
 def backward_data(problem, config, grad_y, weight, prepared=None):
@@ -87,7 +111,7 @@ def backward_weight(problem, config, x, grad_y, need_bias, prepared=None):
     return grad_weight, bias_gradient(grad_y) if need_bias else None
 
 
-_variant = partial(Variant, backend="torch", supports=supports)
+_variant = partial(Variant, backend="torch", supports=supports, strided=True)
 _gradient = partial(_variant, idea="kernel = stride: unshuffle of phases, then one GEMM", prepare=unshuffle)
 VARIANTS = [
     _variant(

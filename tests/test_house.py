@@ -34,6 +34,7 @@ LAYERS = (
     ("forced", "plan"),
     ("dispatch",),
     ("autograd", "operators", "guards", "autocast"),
+    ("into",),
     ("functional", "explain"),
     ("layer", "matlab", "convert", "graphed"),
     # The wall: from here on what measures, which no call imports.

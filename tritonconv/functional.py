@@ -18,7 +18,9 @@ from tritonconv.forced import forced_variants, restore_forced
 from tritonconv.private import any_autocast
 
 
-def conv_transpose3d(input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1):
+def conv_transpose3d(
+    input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1, *, out=None
+):
     """Transposed 3-D convolution; the signature, answers and refusals of ``torch.nn.functional.conv_transpose3d``.
 
     Args:
@@ -30,6 +32,9 @@ def conv_transpose3d(input, weight, bias=None, stride=1, padding=0, output_paddi
             ``(begin, end)`` pairs.
         output_padding: planes appended at the end, smaller than either stride or dilation.
         groups: divides c_in and c_out.
+        out: None, or a tensor of the answer's shape, dtype (under autocast that of the region) and device, which is
+            filled and returned. It may have any strides, as a slice of a buffer has, that do not overlap. As in torch
+            no gradient goes through it. Under a transform of torch.func it is refused.
 
     Returns:
         (n, c_out, od, oh, ow) with od = (d - 1)*stride - begin - end + dilation*(kd - 1) + output_padding + 1
@@ -42,6 +47,10 @@ def conv_transpose3d(input, weight, bias=None, stride=1, padding=0, output_paddi
         VariantNotApplicable: a variant forced by ``tritonconv.use`` does not serve the call.
     """
     arguments = stride, padding, output_padding, groups, dilation
+    if out is not None:
+        from tritonconv import into
+
+        return into.written(out, input, weight, bias, arguments, conv_transpose3d)
     if torch.compiler.is_compiling():
         return _traced(input, weight, bias, arguments)
     if not fallback.plain(input, weight, bias):
