@@ -65,25 +65,26 @@ def forward(problem, config, x, weight, bias, out=None):
     y = out
     if y is None:
         y = torch.empty(problem.y_shape, dtype=x.dtype, device=x.device, memory_format=problem.memory_format)
-    (d, h, w), (kd, kh, kw), c_out = problem.size, problem.kernel, problem.c_out
+    (d, h, w), (kd, kh, kw) = problem.size, problem.kernel
     phases = y.unflatten(2, (d, kd)).unflatten(4, (h, kh)).unflatten(6, (w, kw))  # (n, c_out, d, kd, h, kh, w, kw)
-    inside = problem.layout == "ndhwc"
-    columns = taps_last(weight) if inside else taps_first(weight).t()
-    offsets = bias.repeat(kd * kh * kw) if inside and bias is not None else bias
+    columns = taps_last(weight) if problem.layout == "ndhwc" else taps_first(weight).t()
     parts = _all_planes(problem) if out is None or x.device.type != "cpu" else _some_planes(problem)
     for images, planes in parts:
-        part, target = x[images, :, planes], phases[images, :, planes]
-        n, _, depth = part.shape[:3]
-        if inside:
-            z = product(voxel_rows(part).flatten(0, 1), columns, offsets)
-            z = z.view(n, depth, h, w, kd, kh, kw, c_out).permute(0, 7, 1, 4, 2, 5, 3, 6)
-        else:
-            z = products(columns, part.flatten(2).contiguous())  # (n, c_out*taps, voxels)
-            if bias is not None:
-                z.view(n, c_out, kd * kh * kw, depth * h * w).add_(bias.view(1, c_out, 1, 1))
-            z = z.view(n, c_out, kd, kh, kw, depth, h, w).permute(0, 1, 5, 2, 6, 3, 7, 4)
-        target.copy_(z)
+        phases[images, :, planes].copy_(_products(problem, x[images, :, planes], columns, bias))
     return y
+
+
+def _products(problem: Problem, x: torch.Tensor, columns: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Some images and planes of x times the weight, as a view (n, c_out, d, kd, h, kh, w, kw)."""
+    (n, _, d, h, w), (kd, kh, kw), c_out = x.shape, problem.kernel, problem.c_out
+    if problem.layout == "ndhwc":
+        offsets = None if bias is None else bias.repeat(kd * kh * kw)
+        z = product(voxel_rows(x).flatten(0, 1), columns, offsets)
+        return z.view(n, d, h, w, kd, kh, kw, c_out).permute(0, 7, 1, 4, 2, 5, 3, 6)
+    z = products(columns, x.flatten(2).contiguous())  # (n, c_out*taps, voxels)
+    if bias is not None:
+        z.view(n, c_out, kd * kh * kw, d * h * w).add_(bias.view(1, c_out, 1, 1))
+    return z.view(n, c_out, kd, kh, kw, d, h, w).permute(0, 1, 5, 2, 6, 3, 7, 4)
 
 
 # (images, planes of x) of one product each

@@ -34,9 +34,9 @@ LAYERS = (
     ("forced", "plan"),
     ("dispatch",),
     ("autograd", "operators", "guards", "autocast"),
-    ("into",),
+    ("out_argument",),
     ("functional", "explain"),
-    ("layer", "matlab", "convert", "graphed"),
+    ("layer", "matlab", "convert", "graphed", "concatenation", "decoders"),
     # The wall: from here on what measures, which no call imports.
     ("lab.flags", "lab.markdown", "lab.text_table"),
     ("lab.bench", "lab.inspection"),

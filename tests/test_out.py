@@ -13,9 +13,9 @@ import tritonconv
 from tritonconv import ArgumentError, ArgumentTypeError
 from tritonconv.autotune.choose import Selection
 from tritonconv.forced import pinned
-from tritonconv.into import overlaps_itself, share_memory
 from tritonconv.kernels import torch_layout, torch_shuffle
 from tritonconv.kernels.registry import variant, variants
+from tritonconv.out_argument import overlaps_itself, share_memory
 from tritonconv.problem import LAYOUTS
 
 HYPER = {"stride": 2, "padding": 1}

@@ -27,6 +27,7 @@ from tritonconv.switches import for_graphs
 
 if TYPE_CHECKING:
     from tritonconv.autotune.tuning.api import tune
+    from tritonconv.concatenation import up_concat
 
 __version__ = "0.1.0"
 
@@ -54,6 +55,7 @@ __all__ = [
     "restore",
     "save_choices",
     "tune",
+    "up_concat",
     "use",
     "variants",
     "wait_until_compiled",
@@ -61,9 +63,15 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Loads the tuner when it is first used: the import of tritonconv loads nothing that measures."""
+    """Loads the tuner when it is first used: the import of tritonconv loads nothing that measures. Likewise
+    ``up_concat``."""
     if name == "tune":
         from tritonconv.autotune.tuning.api import tune
 
         return tune
+    if name == "up_concat":
+        from tritonconv.concatenation import up_concat
+
+        globals()[name] = up_concat
+        return up_concat
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -48,9 +48,9 @@ def conv_transpose3d(
     """
     arguments = stride, padding, output_padding, groups, dilation
     if out is not None:
-        from tritonconv import into
+        from tritonconv import out_argument
 
-        return into.written(out, input, weight, bias, arguments, conv_transpose3d)
+        return out_argument.written(out, input, weight, bias, arguments, conv_transpose3d)
     if torch.compiler.is_compiling():
         return _traced(input, weight, bias, arguments)
     if not fallback.plain(input, weight, bias):
