@@ -76,7 +76,7 @@ def geometry_of(layer: nn.Module) -> tuple | None:
     """(stride, padding, output_padding, groups, dilation) of a layer whose call is its transposed convolution alone,
     else None."""
     own = type(layer).forward
-    if "forward" in vars(layer) or type(layer).__call__ is not nn.Module.__call__ or _hooked(layer):
+    if "forward" in vars(layer) or type(layer).__call__ is not nn.Module.__call__ or hooked(layer):
         return None
     if layer._compiled_call_impl is not None:
         return None
@@ -89,7 +89,7 @@ def geometry_of(layer: nn.Module) -> tuple | None:
     return layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation
 
 
-def _hooked(layer: nn.Module) -> bool:
+def hooked(layer: nn.Module) -> bool:
     """The conditions of ``nn.Module.__call__``, and parametrizations."""
     return bool(
         layer._forward_hooks
