@@ -72,7 +72,7 @@ def up_concat(layer: nn.Module, x: Any, skip: Any, skip_first: bool = False) -> 
         return _eager(layer, x, skip, skip_first, arguments)
 
 
-def geometry_of(layer: nn.Module) -> tuple | None:
+def geometry_of(layer: Any) -> tuple | None:
     """(stride, padding, output_padding, groups, dilation) of a layer whose call is its transposed convolution alone,
     else None."""
     own = type(layer).forward
@@ -81,7 +81,7 @@ def geometry_of(layer: nn.Module) -> tuple | None:
     if layer._compiled_call_impl is not None:
         return None
     if own is TransposedConv3dLayer.forward:
-        return None if is_lazy(layer.weight) or is_lazy(layer.bias) else layer._geometry  # type: ignore[union-attr]
+        return None if is_lazy(layer.weight) or is_lazy(layer.bias) else layer._geometry
     if own not in FORWARDS or not isinstance(layer, nn.ConvTranspose3d) or layer.padding_mode != "zeros":
         return None
     if is_lazy(layer.weight):

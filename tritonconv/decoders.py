@@ -84,7 +84,8 @@ def _unet_decoder(theirs: Forward) -> Forward:
     def forward(self: Any, skips: Any) -> Any:
         if not isinstance(skips, (list, tuple)) or not _images(*skips) or not len(self.stages):
             return theirs(self, skips)
-        x, outputs = skips[-1], []
+        x = skips[-1]
+        outputs: list[torch.Tensor] = []
         for index, stage in enumerate(self.stages):
             x = stage(up_concat(self.transpconvs[index], x, skips[-2 - index]))
             if self.deep_supervision:

@@ -142,7 +142,7 @@ def _bytes(tensor: torch.Tensor) -> tuple[int, list[tuple[int, int]]]:
     """(offset of the first byte, (stride in bytes, size) of each axis and of the bytes of an element)."""
     unit = tensor.element_size()
     axes = [(stride * unit, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
-    return tensor.storage_offset() * unit, [*axes, (1, unit)]
+    return int(tensor.storage_offset()) * unit, [*axes, (1, unit)]
 
 
 def _apart(one: tuple[int, list], other: tuple[int, list], period: int | None) -> bool:
