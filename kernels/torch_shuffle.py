@@ -17,10 +17,10 @@ from tritonconv.kernels.variant import Variant
 from tritonconv.kernels.work import by_torch, size_of
 from tritonconv.problem import Problem
 
-# Elements of y in one of several products. Four times as many take as long, a quarter of them up to 1.5 times (2 x
-# 64->32, 16x16x32, float32: 6.3 ms for all at once, 5.7, 6.1 and 7.2 ms for 2^20, 2^19 and 2^18; 2 cores of an AMD
-# EPYC with 1 MiB L2 each, torch 2.13).
-PART_ELEMENTS = 1 << 20
+# Elements of y in one of several products, at least, and parts of an image, at most. Smaller parts take longer (2 x
+# 64->32, 16x16x32, float32: 6.3 ms for all at once, 5.7, 6.1 and 7.2 ms for 2^20, 2^19 and 2^18; 2 cores of an AMD EPYC
+# with 1 MiB L2 each, torch 2.13).
+PART_ELEMENTS, MOST_PARTS = 1 << 20, 4
 
 
 def supports(problem: Problem, device: torch.device) -> str | None:
@@ -101,7 +101,7 @@ def _some_planes(problem: Problem) -> _Parts:
         yield from _all_planes(problem)
         return
     depth = problem.size[0]
-    step = math.ceil(depth / math.ceil(image / PART_ELEMENTS))
+    step = math.ceil(depth / min(MOST_PARTS, math.ceil(image / PART_ELEMENTS)))
     for each in range(problem.n):
         for first in range(0, depth, step):
             yield slice(each, each + 1), slice(first, min(first + step, depth))
