@@ -158,24 +158,15 @@ def dynunet(**more):
     return monai("DynUNet")(3, 1, 2, [3, 3, 3], [1, 2, [2, 2, 1]], [2, [2, 2, 1]], filters=[2, 3, 4], **more).double()
 
 
-NETWORKS = {
-    "DynUNet": (dynunet, (4, 8, 8), [False, False]),
-    "BasicUNet": (lambda: monai("BasicUNet")(3, 1, 2, features=(2, 2, 2, 2, 4, 2)).double(), (32, 16, 16), [True] * 4),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", NETWORKS)
-def test_monais_networks_train_as_before(name, called):
-    build, size, calls = NETWORKS[name]
+def test_monais_dynunet_trains_as_before(called):
     torch.manual_seed(0)
-    original = build()
+    original = dynunet()
     model = copy.deepcopy(original)
     report = convert(model, decoder=True)
-    assert sum(text.endswith("by up_concat") for _, text in report.replaced) == len(calls)
+    assert sum(text.endswith("by up_concat") for _, text in report.replaced) == 2
     assert list(model.state_dict()) == list(original.state_dict())
-    image = torch.randn(1, 1, *size, dtype=torch.float64)
-    same_as(model, original, image)
-    assert called == calls
+    same_as(model, original, torch.randn(1, 1, 4, 8, 8, dtype=torch.float64))
+    assert called == [False, False]
     again = convert(model, decoder=True)
     assert not again.replaced and all(text == "already tritonconv's" for _, text in again.left)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -213,10 +204,10 @@ def test_upcat_pads_by_its_own_forward(called):
 
 
 def test_what_stands_around_the_upsampling(called):
+    x, skip, hooked = blocks("UnetUpBlock")
     from monai.networks.blocks import UnetUpBlock
     from monai.networks.nets.basic_unet import UpCat
 
-    x, skip, hooked = blocks("UnetUpBlock")
     hooked.transp_conv.register_forward_hook(lambda module, args, y: y + 1)
     for block, reason in (
         (UpCat(3, 4, 3, 2, "relu", "instance", True, upsample="nontrainable"), "its upsampling is Conv3d, Upsample"),

@@ -53,8 +53,9 @@ def joined(y, skip, skip_first):
 def test_values_gradients_and_format_are_those_of_the_two_operations(label):
     case, names = CALLS[label]
     _, grad_y, y, (grad_x, grad_weight, grad_bias) = expected(case, True)
-    formats = itertools.product(LAYOUTS, LAYOUTS)
-    for dtype, layouts, first in itertools.product((torch.float32, f64, torch.bfloat16), formats, (False, True)):
+    dtypes = (torch.float32, f64, torch.bfloat16)
+    combinations = list(itertools.product(dtypes, itertools.product(LAYOUTS, LAYOUTS), (False, True)))
+    for dtype, layouts, first in combinations if label == "k = s" else combinations[::3]:  # each value of each
         layer, x, skip = operands_of(case, dtype, layouts)
         grad = joined(grad_y, integers(skip.shape, 6), first).to(DEVICE, dtype)
         leaves = [x.requires_grad_(), layer.weight, layer.bias, skip.requires_grad_()]
