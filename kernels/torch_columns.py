@@ -28,7 +28,7 @@ def _axis_parts(axis):
                 yield tap, index, slice(low - offset, high - offset), slice(low, high)
 
 
-def forward(problem, config, x, weight, bias):
+def forward(problem, config, x, weight, bias, out=None):
     n, c_out = problem.n, problem.c_out
     x, weight = x.to(sum_dtype(problem.dtype)), weight.to(sum_dtype(problem.dtype))
     rows = weight.permute(2, 3, 4, 1, 0).flatten(0, 3)  # (taps*c_out, c_in)
@@ -42,7 +42,10 @@ def forward(problem, config, x, weight, bias):
         sums[(slice(None), *phases, slice(None), *targets)] += values[(slice(None), *taps, slice(None), *sources)]
     y = sums.permute(0, 4, 5, 1, 6, 2, 7, 3).reshape(n, c_out, *(c * s for c, s in zip(counts, steps, strict=True)))
     od, oh, ow = problem.out_size
-    return add_bias_(to_layout(y[:, :, :od, :oh, :ow], problem.memory_format), bias).to(problem.dtype)
+    y = y[:, :, :od, :oh, :ow]
+    if out is not None:
+        return out.copy_(add_bias_(y, bias))
+    return add_bias_(to_layout(y, problem.memory_format), bias).to(problem.dtype)
 
 
 def _product_bytes(problem) -> int:
@@ -56,6 +59,7 @@ VARIANT = Variant(
     idea="few output channels: one GEMM over all taps, then an overlap-add per phase",
     backend="torch",
     launch=forward,
+    strided=True,
     supports=supports,
     workspace_bytes=lambda problem: 2 * problem.bytes() + _product_bytes(problem),
     work=lambda problem, config: by_torch(

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 
 from tritonconv.kernels import torch_conv, torch_native, torch_phases
-from tritonconv.kernels.torch_layout import CHANNELS_LAST, bias_gradient, to_layout
+from tritonconv.kernels.torch_layout import CHANNELS_LAST, bias_gradient, filled, to_layout
 from tritonconv.kernels.variant import SPREADS_PADDING, Variant
 from tritonconv.kernels.work import by_torch, size_of
 
@@ -28,9 +28,12 @@ def supports(problem, device):
     return None
 
 
-def forward(problem, config, x, weight, bias):
-    inner = torch_conv if problem.stride == (1, 1, 1) else torch_phases
-    return inner.forward(problem, config, to_layout(x, CHANNELS_LAST), weight, bias)
+def forward(problem, config, x, weight, bias, out=None):
+    x = to_layout(x, CHANNELS_LAST)
+    if problem.stride != (1, 1, 1):
+        return torch_phases.forward(problem, config, x, weight, bias, out)
+    y = torch_conv.forward(problem, config, x, weight, bias)
+    return y if out is None else filled(out, y)
 
 
 def backward_data(problem, config, grad_y, weight):
@@ -77,7 +80,7 @@ _variant = partial(Variant, backend="torch", supports=supports, spreads_nonfinit
 VARIANTS = [
     _variant(
         "forward_torch_depthwise", "forward", "groups = channels: depthwise conv3d per phase, in channels_last_3d",
-        launch=forward, workspace_bytes=lambda problem: 2 * problem.bytes(),
+        launch=forward, strided=True, workspace_bytes=lambda problem: 2 * problem.bytes(),
         work=_work("forward", lambda problem: 1 + 3 * len(problem.phases)),
     ),
     _variant(

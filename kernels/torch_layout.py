@@ -23,18 +23,37 @@ def to_layout(tensor: torch.Tensor, memory_format: torch.memory_format) -> torch
     """The 5-D ``tensor`` dense in ``memory_format``: itself if it is already, else a copy."""
     if tensor.is_contiguous(memory_format=memory_format):
         return tensor
-    n, channels = tensor.shape[:2]
-    voxels = math.prod(tensor.shape[2:])
-    step = max(256, BLOCK_ELEMENTS // max(1, channels))
-    from_channels_last = memory_format is CONTIGUOUS and tensor.is_contiguous(memory_format=CHANNELS_LAST)
-    if not from_channels_last or voxels < 2 * step or tensor.device.type != "cpu":
-        return tensor.contiguous(memory_format=memory_format)
-    rows = voxel_rows(tensor)  # (n, voxels, channels)
-    out = tensor.new_empty((n, channels, voxels))
-    for image in range(n):
-        for first in range(0, voxels, step):
-            out[image, :, first : first + step].copy_(rows[image, first : first + step].t())
-    return out.view(tensor.shape)
+    if memory_format is CONTIGUOUS and _in_blocks(tensor):
+        return filled(tensor.new_empty(tensor.shape), tensor)
+    return tensor.contiguous(memory_format=memory_format)
+
+
+def filled(out: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """``out``, of the same shape and any strides, with the values of the 5-D ``tensor``."""
+    planes = out.flatten(2) if _in_blocks(tensor) and _rows_of_voxels(out) else None
+    if planes is None:
+        return out.copy_(tensor)
+    step, rows = _block_of_voxels(tensor), voxel_rows(tensor)  # (n, voxels, channels)
+    for image, values in zip(planes, rows, strict=True):
+        for first in range(0, len(values), step):
+            image[:, first : first + step].copy_(values[first : first + step].t())
+    return out
+
+
+def _in_blocks(tensor: torch.Tensor) -> bool:
+    """A copy of it to NCDHW is faster in blocks: it is channels-last, on a CPU, and large."""
+    large = tensor.device.type == "cpu" and math.prod(tensor.shape[2:]) >= 2 * _block_of_voxels(tensor)
+    return large and tensor.is_contiguous(memory_format=CHANNELS_LAST) and not tensor.is_contiguous()
+
+
+def _block_of_voxels(tensor: torch.Tensor) -> int:
+    return max(256, BLOCK_ELEMENTS // max(1, tensor.shape[1]))
+
+
+def _rows_of_voxels(out: torch.Tensor) -> bool:
+    """The voxels of a channel lie side by side, so that they are one axis of a view."""
+    _, _, d, h, w = out.stride()
+    return w == 1 and h == out.shape[4] and d == h * out.shape[3]
 
 
 def other_layout(problem: Problem) -> torch.memory_format:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 
 from tritonconv.kernels import torch_native
-from tritonconv.kernels.torch_layout import CHANNELS_LAST, add_bias_, to_layout
+from tritonconv.kernels.torch_layout import CHANNELS_LAST, add_bias_, filled, to_layout
 from tritonconv.kernels.variant import SPREADS_PADDING, Variant
 from tritonconv.kernels.work import by_torch, size_of
 
@@ -56,12 +56,12 @@ def _deconvolution(x, weight, bias, stride, padding, output_padding, groups, dil
     )
 
 
-def forward(problem, config, x, weight, bias):
+def forward(problem, config, x, weight, bias, out=None):
     inside = bias if fuses_bias(problem) else None
     y = torch_native.forward(problem, to_layout(x, CHANNELS_LAST), weight, inside, _deconvolution)
     if bias is not None and inside is None:
         y = add_bias_(y, bias)
-    return to_layout(y, problem.memory_format)
+    return to_layout(y, problem.memory_format) if out is None else filled(out, y)
 
 
 VARIANT = Variant(
@@ -71,6 +71,7 @@ VARIANT = Variant(
     backend="torch",
     spreads_nonfinite=SPREADS_PADDING,
     launch=forward,
+    strided=True,
     supports=supports,
     workspace_bytes=lambda problem: problem.bytes(),
     work=lambda problem, config: by_torch(

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from tritonconv.kernels import torch_native
-from tritonconv.kernels.torch_layout import other_layout, to_layout
+from tritonconv.kernels.torch_layout import filled, other_layout, to_layout
 from tritonconv.kernels.variant import SPREADS_PADDING, Variant
 from tritonconv.kernels.work import by_torch, size_of
 
 
-def forward(problem, config, x, weight, bias):
+def forward(problem, config, x, weight, bias, out=None):
     y = torch_native.forward(problem, to_layout(x, other_layout(problem)), weight, bias)
-    return to_layout(y, problem.memory_format)
+    return to_layout(y, problem.memory_format) if out is None else filled(out, y)
 
 
 def backward_data(problem, config, grad_y, weight):
@@ -35,7 +35,7 @@ def _variant(pass_name, idea, launch, **more):
 VARIANTS = [
     _variant(
         "forward", "torch's own conv_transpose3d in the other memory format", forward,
-        deterministic=False,  # as forward_torch_native
+        strided=True, deterministic=False,  # as forward_torch_native
     ),
     _variant("backward_data", "conv3d of grad_y in the other memory format", backward_data),
     _variant("backward_weight", "weight gradient of conv3d in the other memory format", backward_weight),

@@ -116,12 +116,14 @@ def supports(problem, device):
     return "stride 1 has a single phase, which is torch_conv" if problem.stride == (1, 1, 1) else None
 
 
-def forward(problem, config, x, weight, bias):
+def forward(problem, config, x, weight, bias, out=None):
     """One ``conv3d`` per phase, each copied to its place.
 
     A phase without taps (kernel < stride, or a dilation that shares a factor with the stride) is filled with the bias.
     """
-    y = x.new_empty(problem.y_shape).contiguous(memory_format=problem.memory_format)
+    y = out
+    if y is None:
+        y = torch.empty(problem.y_shape, dtype=x.dtype, device=x.device, memory_format=problem.memory_format)
     turned = not x.is_contiguous(memory_format=problem.memory_format)
     for phase in problem.phases:
         target = outputs(problem, phase, y)
@@ -185,7 +187,7 @@ def _work(pass_name: str, *copied: str):
     return lambda problem, config: by_torch(problem, pass_name, 2 * size_of(problem, *copied), 3 * len(problem.phases))
 
 
-_variant = partial(Variant, backend="torch", supports=supports, spreads_nonfinite=SPREADS_PADDING)
+_variant = partial(Variant, backend="torch", supports=supports, spreads_nonfinite=SPREADS_PADDING, strided=True)
 VARIANTS = [
     _variant(
         "forward_torch_phases", "forward", "one stride-1 conv3d per phase, only the taps that hit", launch=forward,

@@ -67,6 +67,9 @@ class Variant:
     and returns buffers, each of which knows the kernel that writes it (:mod:`tritonconv.kernels.triton_buffers`): it is
     worked out once for operands of a kind. :meth:`compute` is the pass on tensors, by either.
 
+    ``strided``, of a variant with ``launch``: that of a forward takes also ``out``, a tensor of any strides that do not
+    overlap, and writes y there; that of a gradient takes grad_y as it lies. (Those with ``launches`` all do.)
+
     ``supports`` returns None, or the reason why the variant cannot serve the problem on the device; by default it
     serves all. ``workspace_bytes`` bounds the temporary memory besides inputs and outputs.
 
@@ -114,6 +117,7 @@ class Variant:
     hazard: Callable[[Problem, Config, Toolchain], str | None] | None = None
     launches: Callable[..., Any] | None = None
     epilogue: Callable[[Problem, Config, Epilogue], bool] | None = None
+    strided: bool = False
 
     def compute(self, problem: Problem, config: Config, *operands: Any, **more: Any) -> Any:
         """The pass on tensors; ``more``: ``out``, a tensor for y, where the variant takes one."""

@@ -48,8 +48,8 @@ class Case(NamedTuple):
         sizes = (size, kernel, stride, front, out, dilation)
         return Problem(self.n, *self.channels, *sizes, self.groups, dtype, layout, bias)
 
-    def call(self, x, weight, bias):
-        return tritonconv.conv_transpose3d(x, weight, bias, *self.arguments)
+    def call(self, x, weight, bias, **more):
+        return tritonconv.conv_transpose3d(x, weight, bias, *self.arguments, **more)
 
     @property
     def arguments(self):

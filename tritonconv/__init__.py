@@ -27,6 +27,7 @@ from tritonconv.switches import for_graphs
 
 if TYPE_CHECKING:
     from tritonconv.autotune.tuning.api import tune
+    from tritonconv.concatenation import up_concat
     from tritonconv.fused_layer import FusedConvTranspose3d
     from tritonconv.fusion import FusionReport, fuse, unfuse
 
@@ -60,6 +61,7 @@ __all__ = [
     "save_choices",
     "tune",
     "unfuse",
+    "up_concat",
     "use",
     "variants",
     "wait_until_compiled",
@@ -67,8 +69,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Loads the tuner when it is first used: the import of tritonconv loads nothing that measures. Likewise the
-    layer with an epilogue, and the fusion of models."""
+    """Loads what few programs use where it is first used: the tuner, the fusion of models, the decoder's concatenation.
+    The import of tritonconv loads nothing that measures."""
     if name == "tune":
         from tritonconv.autotune.tuning.api import tune
 
@@ -81,4 +83,9 @@ def __getattr__(name: str) -> Any:
         from tritonconv import fusion
 
         return getattr(fusion, name)
+    if name == "up_concat":
+        from tritonconv.concatenation import up_concat
+
+        globals()[name] = up_concat
+        return up_concat
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -54,7 +54,9 @@ def listed(**columns: tuple[tuple[str, str], ...]) -> str:
     return "\n".join(lines)
 
 
-def convert(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | None = None) -> ConversionReport:
+def convert(
+    model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | None = None, decoder: bool = False
+) -> ConversionReport:
     """Makes the ``torch.nn.ConvTranspose3d`` layers of ``model``, itself included, tritonconv's; in place.
 
     Without ``filter_fn``, layers of exactly torch's class are taken, parametrized ones and the lazy form included.
@@ -62,6 +64,11 @@ def convert(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | None
     tritonconv's yet, and may so choose layers and admit subclasses. An admitted subclass keeps its own methods. A
     layer is left in any case if it has a forward of its own or if torch.distributed has sharded it already.
     Converting twice changes nothing. :func:`restore` undoes it.
+
+    With ``decoder`` the blocks of MONAI and nnU-Net that concatenate a layer's output with a skip (``UnetUpBlock``,
+    ``UnetrUpBlock``, ``UpCat``, ``UNetDecoder``, ``UNetResDecoder``) do so by :func:`tritonconv.up_concat`; the report
+    lists them too. A block is left where its version has a forward that is not known here, where its layer was left, or
+    where something stands between the layer and the concatenation. ``filter_fn`` is not asked about blocks.
 
     Raises ArgumentTypeError if ``model`` is no module or ``filter_fn`` cannot be called.
     """
@@ -88,11 +95,12 @@ def convert(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | None
             return f"{_path(base)} is a subclass of torch's; a filter_fn can admit it"
         return _subclass_with_our_forward(base)
 
-    return _swap(model, plan)
+    report = _swap(model, plan)
+    return _with_blocks(report, _to_up_concat) if decoder else report
 
 
 def restore(model: nn.Module) -> ConversionReport:
-    """Undoes :func:`convert`: tritonconv's ``ConvTranspose3d`` layers get back the class they had; in place.
+    """Undoes :func:`convert`: tritonconv's ``ConvTranspose3d`` layers and blocks get back the class they had; in place.
 
     Layers that were built as tritonconv's become torch's too, so that a model saved whole loads without tritonconv.
     Subclasses of tritonconv's layers, and layers without a twin in torch, stay. Restoring twice changes nothing.
@@ -105,9 +113,51 @@ def restore(model: nn.Module) -> ConversionReport:
             return "not tritonconv's"
         if _sharded(base):
             return "sharded by torch.distributed"
-        return TORCHS.get(base) or vars(base).get("_converted_from") or f"{_path(base)} is a subclass of tritonconv's"
+        return TORCHS.get(base) or _converted_from(base) or f"{_path(base)} is a subclass of tritonconv's"
 
-    return _swap(model, plan)
+    return _with_blocks(_swap(model, plan), _from_up_concat)
+
+
+def _with_blocks(report: ConversionReport, plan: Callable[[nn.Module], Class | str | None]) -> ConversionReport:
+    """The report with the blocks that ``plan`` gave another class, and those that it left for a reason."""
+    rows: dict[str, tuple[bool, str]] = {name: (True, text) for name, text in report.replaced}
+    rows |= {name: (False, text) for name, text in report.left}
+    order = []
+    for name, module in report.model.named_modules():
+        order.append(name)
+        target = plan(module)
+        if isinstance(target, str):
+            rows[name] = False, target
+        elif target is not None:
+            module.__class__ = target
+            rows[name] = True, f"{target.__name__}, " + ("by up_concat" if _converted_from(target) else "as it was")
+    replaced, left = (
+        tuple((name, rows[name][1]) for name in order if name in rows and rows[name][0] is wanted)
+        for wanted in (True, False)
+    )
+    return ConversionReport(report.model, replaced, left)
+
+
+def _to_up_concat(module: nn.Module) -> Class | str | None:
+    from tritonconv import decoders
+
+    cls: Any = type(module)
+    if decoders.known(cls) is None:
+        around = next((base for base in cls.__mro__[1:] if decoders.known(base)), None)
+        return None if around is None else f"{_path(cls)} is a subclass of {_path(around)}"
+    if _converted_from(cls):
+        return "already tritonconv's"
+    return decoders.why_left(module) or _block_by_up_concat(cls)
+
+
+def _from_up_concat(module: nn.Module) -> Class | None:
+    cls: Any = type(module)
+    return None if issubclass(cls, ConvTranspose3d) else _converted_from(cls)
+
+
+def _converted_from(cls: Class) -> Class | None:
+    """The class that :func:`convert` made this one of; None for a class that it did not make."""
+    return vars(cls).get("_converted_from")
 
 
 def _swap(model: nn.Module, plan: Callable[[str, nn.Module, Class], Class | str]) -> ConversionReport:
@@ -151,6 +201,24 @@ def _parametrized(cls: Class, base: Class) -> Class:
 
 def _subclass_with_our_forward(base: Any) -> Class:
     """``base`` with tritonconv's layer slipped in behind it: its own methods stay, the inherited forward is ours."""
+    return _in_place_of(base, (base, ConvTranspose3d), _rebuild, {})
+
+
+def _block_by_up_concat(base: Any) -> Class:
+    """``base``, a class of decoder blocks, with a forward that calls ``up_concat``."""
+    from tritonconv import decoders
+
+    def prepared(block: Any) -> nn.Module:
+        twin = base.__new__(base)  # torch.jit.script compiles the block's own forward
+        twin.__dict__ = block.__dict__
+        return twin
+
+    methods = {"forward": decoders.forward_of(base), "__prepare_scriptable__": prepared}
+    return _in_place_of(base, (base,), _rebuild_block, methods)
+
+
+def _in_place_of(base: Any, bases: tuple[Class, ...], rebuild: Callable[[Class], nn.Module], methods: dict) -> Class:
+    """A subclass of ``base`` under its name, of which modules are pickled by ``rebuild``; one for each base."""
     if base in _SUBCLASSES:
         return _SUBCLASSES[base]
 
@@ -158,7 +226,7 @@ def _subclass_with_our_forward(base: Any) -> Class:
         # Pickle finds a class by its name, and that name means ``base``.
         recipe: Any = base.__reduce_ex__(module, max(protocol, 2))
         default = recipe[0] is copyreg.__newobj__  # type: ignore[attr-defined]
-        return (_rebuild, (base,), *recipe[2:]) if default else recipe
+        return (rebuild, (base,), *recipe[2:]) if default else recipe
 
     namespace = {
         "__module__": base.__module__,
@@ -166,12 +234,18 @@ def _subclass_with_our_forward(base: Any) -> Class:
         "__doc__": base.__doc__,
         "__reduce_ex__": reduce,
         "_converted_from": base,
+        **methods,
     }
-    return _SUBCLASSES.setdefault(base, type(base.__name__, (base, ConvTranspose3d), namespace))
+    return _SUBCLASSES.setdefault(base, type(base.__name__, bases, namespace))
 
 
 def _rebuild(base: Class) -> nn.Module:
     cls = _subclass_with_our_forward(base)
+    return cls.__new__(cls)
+
+
+def _rebuild_block(base: Class) -> nn.Module:
+    cls = _block_by_up_concat(base)
     return cls.__new__(cls)
 
 

@@ -20,7 +20,7 @@ from tritonconv.private import any_autocast
 
 def conv_transpose3d(
     input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1,
-    *, activation=None, residual=None, rounding=None,
+    *, out=None, activation=None, residual=None, rounding=None,
 ):  # fmt: skip
     """Transposed 3-D convolution; the signature, answers and refusals of ``torch.nn.functional.conv_transpose3d``.
 
@@ -35,6 +35,9 @@ def conv_transpose3d(
             ``(begin, end)`` pairs.
         output_padding: planes appended at the end, smaller than either stride or dilation.
         groups: divides c_in and c_out.
+        out: None, or a tensor of the answer's shape, dtype (under autocast that of the region) and device, which is
+            filled and returned. It may have any strides, as a slice of a buffer has, that do not overlap. As in torch
+            no gradient goes through it. Under a transform of torch.func it is refused.
         activation: "relu", "sigmoid", "tanh", "silu", ("leaky_relu", slope), ("prelu", slopes) with a tensor of 1 or
             c_out values, "gelu" or ("gelu", "tanh"); "leaky_relu" alone has torch's slope.
         residual: a tensor of the answer's shape and dtype (under autocast it is cast along with the others).
@@ -54,6 +57,11 @@ def conv_transpose3d(
         VariantNotApplicable: a variant forced by ``tritonconv.use`` does not serve the call.
     """
     arguments = stride, padding, output_padding, groups, dilation
+    if out is not None:
+        from tritonconv import out_argument  # the plain road does without
+
+        epilogue = {"activation": activation, "residual": residual, "rounding": rounding}
+        return out_argument.written(out, input, weight, bias, arguments, conv_transpose3d, epilogue)
     if activation is not None or residual is not None or rounding is not None:
         from tritonconv import epilogue_road  # the plain road does without
 

@@ -15,7 +15,7 @@ from tritonconv.autotune import rules
 from tritonconv.autotune.choose import Selection
 from tritonconv.bounded import remember
 from tritonconv.device import current
-from tritonconv.kernels.torch_layout import to_layout
+from tritonconv.kernels.torch_layout import filled, to_layout
 from tritonconv.kernels.torch_native import native_gradients
 from tritonconv.kernels.weight_orders import AS_GIVEN
 from tritonconv.problem import PASSES, Problem
@@ -82,6 +82,12 @@ class Plan:
         return self.problem.torch_arguments
 
     @cached_property
+    def writes_out(self) -> bool:
+        """The forward writes a tensor that is given for y itself; else the result is copied there."""
+        variant = self.choice("forward").variant
+        return variant.launches is not None or variant.strided
+
+    @cached_property
     def kept_order(self) -> int | None:
         """The order of the weight's packed copy that the forward keeps for backward-data; None where it keeps none.
 
@@ -100,7 +106,10 @@ class Plan:
 
     @cached_property
     def forward(self) -> Callable[..., torch.Tensor]:
-        """x (n, c_in, d, h, w), weight, bias (c_out,) or None -> y (n, c_out, od, oh, ow)."""
+        """x (n, c_in, d, h, w), weight, bias (c_out,) or None, and a tensor for y or None -> y (n, c_out, od, oh, ow).
+
+        The tensor for y may have any strides that do not overlap.
+        """
         choice = self.choice("forward")
         if choice.variant.launches is not None:
             return self._replay(partial(choice.variant.launches, self.problem, choice.config), "forward")
@@ -118,9 +127,10 @@ class Plan:
         launches = choice.variant.launches
         assert launches is not None and order is not None  # kept_order looked
 
-        def both(x, weight, bias):
+        def both(x, weight, bias, out=None):
             copy = packed(weight, order)
-            return launches(self.problem, choice.config, x, weight, bias), None if copy is weight else copy
+            y = launches(self.problem, choice.config, x, weight, bias, out)
+            return y, None if copy is weight else copy
 
         standby = self._standby("forward")
         return self._replay(both, "forward_and_pack", standby and (lambda *operands: (standby(*operands), None)))
@@ -251,9 +261,13 @@ class Plan:
         assert launch is not None  # the caller looked
         layout, of = problem.memory_format, partial(self._operand, choice)
 
-        def forward(x, weight, bias):
+        def forward(x, weight, bias, out=None):
             with _no_autocast(x):
-                return to_layout(launch(problem, config, of(x), weight, bias), layout)
+                if out is None:
+                    return to_layout(launch(problem, config, of(x), weight, bias), layout)
+                if choice.variant.strided:
+                    return launch(problem, config, of(x), weight, bias, out=out)
+                return filled(out, launch(problem, config, of(x), weight, bias))
 
         def backward_data(grad_y, weight, packed=None, *prepared):
             # A backward pass that runs inside an autocast region must not be lowered a second time.
@@ -268,7 +282,10 @@ class Plan:
         return functions[PASSES.index(choice.variant.pass_name)]
 
     def _operand(self, choice: Selection, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor if choice.variant.backend == "triton" else to_layout(tensor, self.problem.memory_format)
+        strided = choice.variant.strided and choice.variant.pass_name != "forward"
+        if choice.variant.backend == "triton" or strided:
+            return tensor
+        return to_layout(tensor, self.problem.memory_format)
 
     def compile(self, pass_name: str) -> bool:
         """Compiles the Triton kernels of a pass's choice for dense operands in the problem's layout; runs nothing.

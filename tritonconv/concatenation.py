@@ -1,0 +1,219 @@
+"""The decoder stage of a U-Net: a transposed convolution written straight into its slice of a concatenation.
+
+``torch.cat((layer(x), skip), 1)`` writes y, reads it and writes it again. Here y is written once, at its place in the
+buffer, and the gradient of y is read there, as a view.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules import module as torchs_module
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import is_parametrized
+
+from tritonconv import autocast, autograd, fallback
+from tritonconv.arguments import layout_of
+from tritonconv.dispatch import MAX_PLANS, Plan, plan_for
+from tritonconv.errors import ArgumentError, ArgumentTypeError, EmptyOutputError
+from tritonconv.forced import restore_forced
+from tritonconv.layer import ConvTranspose3d
+from tritonconv.matlab.layer import TransposedConv3dLayer
+from tritonconv.private import any_autocast, function_base
+from tritonconv.problem import LAYOUTS
+
+OP = "up_concat"
+FORWARDS = (nn.ConvTranspose3d.forward, ConvTranspose3d.forward)
+
+
+def up_concat(layer: nn.Module, x: Any, skip: Any, skip_first: bool = False) -> Any:
+    """``torch.cat((layer(x), skip), 1)``, or with ``skip_first`` ``torch.cat((skip, layer(x)), 1)``.
+
+    The transposed convolution is written at its place in the result, where its layer is a
+    ``tritonconv.ConvTranspose3d``, ``tritonconv.TransposedConv3dLayer`` or ``torch.nn.ConvTranspose3d`` (whose call is
+    then ours too) without hooks, parametrizations or a forward of its own. In every other case the two operations run
+    one after the other: another layer, a skip of a wider dtype, ``torch.compile`` (one graph, no break), transforms,
+    tracers, fake tensors and subclasses, and a call whose fastest forward is torch's own.
+
+    Gradients of any order reach x, skip, the weight and the bias. Under autocast the layer computes in the region's
+    dtype; the result has the wider of that and the skip's. The result is channels_last_3d if both parts are so, else
+    NCDHW: torch's rule.
+
+    Args:
+        layer: a module of one input, the transposed convolution.
+        x: (n, c_in, d, h, w), the layer's input; or (c_in, d, h, w) without a batch.
+        skip: (n, c_skip, od, oh, ow) where the layer's output is (n, c_out, od, oh, ow); without a batch if x is.
+        skip_first: the skip's channels come first.
+
+    Returns:
+        (n, c_out + c_skip, od, oh, ow), or without n; new memory.
+
+    Raises:
+        ArgumentError (a ValueError and a RuntimeError): the skip does not fit the layer's output; or as the layer does.
+        ArgumentTypeError (a TypeError and a RuntimeError): ``layer`` is no module, or ``skip`` no tensor.
+    """
+    if not isinstance(layer, nn.Module):
+        raise ArgumentTypeError(f"{OP}: layer expects a torch.nn.Module, got {layer!r} ({type(layer).__name__})")
+    if torch.compiler.is_compiling():
+        return _composed(layer, x, skip, skip_first)
+    if isinstance(x, torch.Tensor) and not isinstance(skip, torch.Tensor):
+        raise ArgumentTypeError(f"{OP}: skip expects a tensor, got {skip!r} ({type(skip).__name__})")
+    arguments = geometry_of(layer)
+    operands: Any = (x, layer.weight, layer.bias) if arguments is not None else ()
+    if arguments is None or not fallback.plain(*operands) or not fallback.plain(skip, skip):
+        return _composed(layer, x, skip, skip_first)
+    forced_again = restore_forced(layer.weight)  # type: ignore[arg-type]
+    if forced_again is None:
+        return _eager(layer, x, skip, skip_first, arguments)
+    with forced_again:
+        return _eager(layer, x, skip, skip_first, arguments)
+
+
+def geometry_of(layer: Any) -> tuple | None:
+    """(stride, padding, output_padding, groups, dilation) of a layer whose call is its transposed convolution alone,
+    else None."""
+    own = type(layer).forward
+    if "forward" in vars(layer) or type(layer).__call__ is not nn.Module.__call__ or hooked(layer):
+        return None
+    if layer._compiled_call_impl is not None:
+        return None
+    if own is TransposedConv3dLayer.forward:
+        return None if is_lazy(layer.weight) or is_lazy(layer.bias) else layer._geometry
+    if own not in FORWARDS or not isinstance(layer, nn.ConvTranspose3d) or layer.padding_mode != "zeros":
+        return None
+    if is_lazy(layer.weight):
+        return None
+    return layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation
+
+
+def hooked(layer: nn.Module) -> bool:
+    """The conditions of ``nn.Module.__call__``, and parametrizations."""
+    return bool(
+        layer._forward_hooks
+        or layer._forward_pre_hooks
+        or layer._backward_hooks
+        or layer._backward_pre_hooks
+        or torchs_module._global_forward_hooks
+        or torchs_module._global_forward_pre_hooks
+        or torchs_module._global_backward_hooks
+        or torchs_module._global_backward_pre_hooks
+        or is_parametrized(layer)
+    )
+
+
+def _composed(layer, x, skip, skip_first):
+    """The two operations of torch; of tensors without a batch the channels are the first axis."""
+    y = layer(x)
+    if isinstance(y, torch.Tensor) and isinstance(skip, torch.Tensor):
+        _check(y.shape, skip)
+        axis = y.dim() - 4
+    else:  # a tracer's proxies, which have no axes: a batch, as in training
+        axis = 1
+    return torch.cat((skip, y) if skip_first else (y, skip), axis)
+
+
+def _check(shape, skip) -> None:
+    """Raises ArgumentError where the skip does not fit an output of this shape."""
+    if fallback.tracing() is not None:  # which records each size that is looked at
+        return
+    if len(shape) == skip.dim() == 5 and shape[0] == skip.shape[0] and shape[2:] == skip.shape[2:]:
+        return
+    if len(shape) == skip.dim() == 4 and shape[1:] == skip.shape[1:]:
+        return
+    raise ArgumentError(
+        f"{OP}: the layer's output {tuple(shape)} and skip {tuple(skip.shape)} must agree in all axes but the channels"
+    )
+
+
+def _eager(layer, x, skip, skip_first, arguments):
+    weight, bias = layer.weight, layer.bias
+    if any_autocast():
+        x, weight, bias = autocast.cast_arguments_once(x, weight, bias)
+    batched = x.dim() == 5
+    image = x if batched else x.unsqueeze(0)
+    try:
+        plan = plan_for(image, weight, bias, arguments)
+    except EmptyOutputError:
+        plan = None
+    if plan is None:
+        return _composed(layer, x, skip, skip_first)
+    shape = plan.problem.y_shape
+    _check(shape if batched else shape[1:], skip)
+    if skip.device != x.device:
+        raise ArgumentError(f"{OP}: skip is on {skip.device} but the layer's output is on {x.device}")
+    if not plan.writes_out or skip.layout is not torch.strided or not _keeps(x.dtype, skip.dtype):
+        return _composed(layer, x, skip, skip_first)
+    if not batched:
+        return _joined(image, weight, bias, skip.unsqueeze(0), skip_first, plan).squeeze(0)
+    return _joined(image, weight, bias, skip, skip_first, plan)
+
+
+def _keeps(dtype: torch.dtype, skips: torch.dtype) -> bool:
+    """torch's concatenation of the two has ``dtype``, the layer's."""
+    return dtype == skips or torch.promote_types(dtype, skips) == dtype
+
+
+def _joined(x, weight, bias, skip, skip_first, plan):
+    if autograd.needs_gradient(x, weight, bias) or (torch.is_grad_enabled() and skip.requires_grad):
+        return _differentiable(x, weight, bias, skip, skip_first, plan)
+    return _concatenation(x, weight, bias, skip, skip_first, plan)[0]
+
+
+def _concatenation(x, weight, bias, skip, skip_first, plan: Plan, pack: bool = False):
+    """(the result, the packed weight that a backward takes, or None)."""
+    n, c_out, *size = plan.problem.y_shape
+    layout = _layout(plan.problem.layout, plan.problem.y_shape) if layout_of(skip, skip) == "ndhwc" else "ncdhw"
+    shape = n, c_out + skip.shape[1], *size
+    buffer = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=LAYOUTS[layout])
+    y, beside = _parts(buffer, c_out, skip_first)
+    packed = None
+    if y.numel():
+        if pack:
+            _, packed = plan.forward_and_pack(x, weight, bias, y)
+        else:
+            plan.forward(x, weight, bias, y)
+    beside.copy_(skip)
+    return buffer, packed
+
+
+@lru_cache(MAX_PLANS)
+def _layout(layout: str, shape: tuple[int, ...]) -> str:
+    """That of the concatenation with a skip in channels_last_3d, by torch's rule: both parts must seem to be so, and a
+    tensor of one channel and one voxel does not."""
+    y = torch.empty(shape, device="meta", memory_format=LAYOUTS[layout])
+    return layout_of(y, y)
+
+
+def _parts(whole, c_out: int, skip_first: bool):
+    """The views of the layer's channels and of the skip's."""
+    beside = whole.shape[1] - c_out
+    if skip_first:
+        return whole.narrow(1, beside, c_out), whole.narrow(1, 0, beside)
+    return whole.narrow(1, 0, c_out), whole.narrow(1, c_out, beside)
+
+
+class _UpConcat(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, skip, skip_first, plan):
+        need_x, need_weight = ctx.needs_input_grad[:2]
+        ctx.plan, ctx.skip_first, ctx.skip_dtype = plan, skip_first, skip.dtype
+        ctx.save_for_backward(x if need_weight else None, weight if need_x else None)
+        pack = need_x and plan.kept_order is not None
+        buffer, ctx.packed = _concatenation(x, weight, bias, skip, skip_first, plan, pack)
+        return buffer
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[:3]
+        grad_y, grad_skip = _parts(grad, ctx.plan.problem.c_out, ctx.skip_first)
+        gradients = (None, None, None)
+        if any(wanted):
+            gradients = autograd.backward(grad_y, x, weight, wanted, ctx.plan, ctx.packed)
+        return *gradients, grad_skip.to(ctx.skip_dtype) if ctx.needs_input_grad[3] else None, None, None
+
+
+_differentiable = super(torch.autograd.Function, _UpConcat).apply if function_base else _UpConcat.apply
