@@ -55,9 +55,11 @@ from tritonconv.kernels.triton_device import (
     voxels,
     widened,
 )
+from tritonconv.kernels.triton_epilogue import computes, with_bias
 from tritonconv.kernels.triton_gemm import fits_a_word
 from tritonconv.kernels.triton_launch import accounting, refusal
-from tritonconv.kernels.triton_phases import column_count, decoded, store_phases
+from tritonconv.kernels.triton_phases import column_count, decoded
+from tritonconv.kernels.triton_store import store_phases
 from tritonconv.kernels.triton_taps import voxel_words
 from tritonconv.kernels.variant import APART, SPREADS_VOXELS, SPREADS_WEIGHT, Variant
 from tritonconv.kernels.work import Work, parts
@@ -92,6 +94,7 @@ def forward_phases_packed_kernel(
     ROWS: tl.constexpr, X_VOXELS_INNER: tl.constexpr, X_STEP: tl.constexpr, FACTS: tl.constexpr, SHIFT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr, GROUP_M: tl.constexpr,
     UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, APART: tl.constexpr,
+    residual_ptr=None, slopes=None, EPILOGUE: tl.constexpr = None,  # see triton_epilogue
 ):  # fmt: skip
     x_strides = aligned(x_strides, UNITS, 0)
     w_strides = aligned(w_strides, UNITS, 1)
@@ -220,23 +223,24 @@ def forward_phases_packed_kernel(
         acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)
 
     if bias_ptr is not None:
-        acc += tl.load(bias_ptr + group * C_OUT + channel, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+        bias = tl.load(bias_ptr + group * C_OUT + channel, mask=mask_n, other=0.0)
+        acc = with_bias(acc, bias, y_ptr, EPILOGUE)
     origin = (
         first[0] * STRIDE[0] + phi_d - crop[0],
         first[1] * STRIDE[1] + phi_h - crop[1],
         first[2] * STRIDE[2] + phi_w - crop[2],
     )
     store_phases(
-        acc, y_ptr + group * C_OUT * y_strides[1], y_strides, tile_m, n, cells, origin, out_size, tile_n,
-        C_OUT, CELL, STRIDE, ROWS, FACTS, BLOCK_M, BLOCK_N, BLOCK_W, WIDE, by,
+        acc, y_ptr, group * C_OUT, y_strides, tile_m, n, cells, origin, out_size, tile_n,
+        C_OUT, CELL, STRIDE, ROWS, FACTS, BLOCK_M, BLOCK_N, BLOCK_W, WIDE, by, residual_ptr, slopes, EPILOGUE,
     )  # fmt: skip
 
 
-def launches(problem, config, x, weight, bias, out=None):
+def launches(problem, config, x, weight, bias, out=None, **epilogue):
     late, config = shift(problem, config), {**config, APART: apart(config)}
     return phases.forward(
         forward_phases_packed_kernel, problem, config, x, weight, bias, out,
-        shift=late, SHIFT=late, apart=config[APART],
+        shift=late, SHIFT=late, apart=config[APART], **epilogue,
     )  # fmt: skip
 
 
@@ -324,7 +328,7 @@ def work(problem: Problem, config) -> Work:
 VARIANT = copying(Variant(
     "forward_phases_packed", "forward", "phases share a tile, taps packed into the depth: few channels", "triton",
     launches=launches, supports=supports, space=space, default=default, options=(APART,),
-    spreads_nonfinite=f"{SPREADS_WEIGHT}; {SPREADS_VOXELS}", work=work,
+    spreads_nonfinite=f"{SPREADS_WEIGHT}; {SPREADS_VOXELS}", work=work, epilogue=computes,
 ), ("x",), "c_in", (
     lambda problem, device: _default_of_copies(problem, 0), lambda problem, device: _space(problem, _default_of_copies),
 ))  # fmt: skip

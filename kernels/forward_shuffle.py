@@ -23,8 +23,10 @@ from tritonconv.kernels.triton_device import (
     voxel_tiles,
     voxels,
 )
+from tritonconv.kernels.triton_epilogue import computes, with_bias
 from tritonconv.kernels.triton_launch import accounting, refusal
-from tritonconv.kernels.triton_phases import cells_of, column_count, decoded, store_phases
+from tritonconv.kernels.triton_phases import cells_of, column_count, decoded
+from tritonconv.kernels.triton_store import store_phases
 from tritonconv.kernels.variant import Variant
 from tritonconv.kernels.work import Work
 from tritonconv.problem import Problem
@@ -44,6 +46,7 @@ def forward_shuffle_kernel(
     ROWS: tl.constexpr, X_VOXELS_INNER: tl.constexpr, X_STEP: tl.constexpr, FACTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr, GROUP_M: tl.constexpr,
     UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    residual_ptr=None, slopes=None, EPILOGUE: tl.constexpr = None,  # see triton_epilogue
 ):  # fmt: skip
     """A program owns BLOCK_M rows (cells) x BLOCK_N columns (phase, output channel) of a group; the depth is its input
     channels.
@@ -97,16 +100,17 @@ def forward_shuffle_kernel(
         acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)
 
     if bias_ptr is not None:
-        acc += tl.load(bias_ptr + group * C_OUT + channel, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+        bias = tl.load(bias_ptr + group * C_OUT + channel, mask=mask_n, other=0.0)
+        acc = with_bias(acc, bias, y_ptr, EPILOGUE)
     origin = (first[0] * STRIDE[0] - crop[0], first[1] * STRIDE[1] - crop[1], first[2] * STRIDE[2] - crop[2])
     store_phases(
-        acc, y_ptr + group * C_OUT * y_strides[1], y_strides, tile_m, n, cells, origin, out_size, tile_n,
-        C_OUT, STRIDE, STRIDE, ROWS, FACTS, BLOCK_M, BLOCK_N, BLOCK_W, WIDE, by,
+        acc, y_ptr, group * C_OUT, y_strides, tile_m, n, cells, origin, out_size, tile_n,
+        C_OUT, STRIDE, STRIDE, ROWS, FACTS, BLOCK_M, BLOCK_N, BLOCK_W, WIDE, by, residual_ptr, slopes, EPILOGUE,
     )  # fmt: skip
 
 
-def launches(problem, config, x, weight, bias, out=None):
-    return phases.forward(forward_shuffle_kernel, problem, config, x, weight, bias, out)
+def launches(problem, config, x, weight, bias, out=None, **epilogue):
+    return phases.forward(forward_shuffle_kernel, problem, config, x, weight, bias, out, **epilogue)
 
 
 def supports(problem: Problem, device: torch.device) -> str | None:
@@ -133,4 +137,5 @@ def work(problem: Problem, config) -> Work:
 VARIANT = Variant(
     "forward_shuffle", "forward", "kernel <= stride: one GEMM over all phases, shuffled while it is stored", "triton",
     launches=launches, supports=supports, space=space, default=default, work=work,
+    epilogue=computes,
 )  # fmt: skip

@@ -28,8 +28,10 @@ from tritonconv.kernels.triton_device import (
     voxels,
     widened,
 )
+from tritonconv.kernels.triton_epilogue import computes, with_bias
 from tritonconv.kernels.triton_launch import accounting, multiprocessors
-from tritonconv.kernels.triton_phases import cells_of, column_count, decoded, store_phases
+from tritonconv.kernels.triton_phases import cells_of, column_count, decoded
+from tritonconv.kernels.triton_store import store_phases
 from tritonconv.kernels.variant import Config, Variant
 from tritonconv.kernels.work import Work, size_of
 from tritonconv.problem import Problem
@@ -51,6 +53,7 @@ def forward_shuffle_resident_kernel(
     ROWS: tl.constexpr, X_VOXELS_INNER: tl.constexpr, X_STEP: tl.constexpr, FACTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr,
     UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    residual_ptr=None, slopes=None, EPILOGUE: tl.constexpr = None,  # see triton_epilogue
 ):  # fmt: skip
     """A program owns BLOCK_N columns (phase, output channel), whose weight it keeps, of every tile of BLOCK_M rows
     (cells) that no other program of these columns takes; the depth is the input channels, in one step.
@@ -92,17 +95,19 @@ def forward_shuffle_resident_kernel(
         x_tile = load_voxels(x_ptrs, x_mask, X_VOXELS_INNER)
         acc = tl.dot(x_tile, w_tile, input_precision=PRECISION)  # (BLOCK_M, BLOCK_K) x (BLOCK_K, BLOCK_N)
         if bias_ptr is not None:
-            acc += bias[None, :]
+            acc = with_bias(acc, bias, y_ptr, EPILOGUE)
         store_phases(
-            acc, y_ptr, y_strides, tile_m, n, cells, origin, out_size, tile_n,
-            C_OUT, STRIDE, STRIDE, ROWS, FACTS, BLOCK_M, BLOCK_N, BLOCK_W, WIDE, by,
+            acc, y_ptr, 0, y_strides, tile_m, n, cells, origin, out_size, tile_n,
+            C_OUT, STRIDE, STRIDE, ROWS, FACTS, BLOCK_M, BLOCK_N, BLOCK_W, WIDE, by, residual_ptr, slopes, EPILOGUE,
         )  # fmt: skip
 
 
-def launches(problem, config, x, weight, bias, out=None):
+def launches(problem, config, x, weight, bias, out=None, **epilogue):
     config = _deep(problem, config)
     programs = grid(problem, config, multiprocessors(x.device) * config.pop("RESIDENT"))
-    return phases.forward(forward_shuffle_resident_kernel, problem, config, x, weight, bias, out, grid=programs)
+    return phases.forward(
+        forward_shuffle_resident_kernel, problem, config, x, weight, bias, out, grid=programs, **epilogue
+    )
 
 
 def grid(problem: Problem, config: Config, slots: int) -> int:
@@ -173,4 +178,5 @@ VARIANT = Variant(
     "forward_shuffle_resident", "forward",
     "kernel <= stride, few channels in: a persistent grid that keeps the weight", "triton",
     launches=launches, supports=supports, space=space, default=default, work=work,
+    epilogue=computes,
 )  # fmt: skip
