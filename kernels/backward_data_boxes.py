@@ -66,17 +66,25 @@ def backward_data_boxes_kernel(
     w_desc,  # (tap, c_in, c_out)
     grad_x_ptr,  # (n, c_in, d, h, w)
     n, d_in, h_in, w_in, d_out, h_out, w_out, d_crop, h_crop, w_crop,
-    x_strides,
-    C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
-    KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    strides,  # of grad_x
+    LAYER: tl.constexpr, CONFIG: tl.constexpr,
     VOXELS_LAST: tl.constexpr, UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
     """A program owns every ``num_programs``-th tile. Rows: a box of BLOCK_D x BLOCK_H x BLOCK_W voxels of grad_x;
     columns: BLOCK_N input channels; depth: (tap, output channel), by the phases of grad_y.
     """
-    x_strides = aligned(x_strides, UNITS, 0)
+    C_IN: tl.constexpr = LAYER.C_IN
+    C_OUT: tl.constexpr = LAYER.C_OUT
+    KERNEL: tl.constexpr = LAYER.KERNEL
+    STRIDE: tl.constexpr = LAYER.STRIDE
+    DILATION: tl.constexpr = LAYER.DILATION
+    BLOCK_D: tl.constexpr = CONFIG.BLOCK_D
+    BLOCK_H: tl.constexpr = CONFIG.BLOCK_H
+    BLOCK_W: tl.constexpr = CONFIG.BLOCK_W
+    BLOCK_N: tl.constexpr = CONFIG.BLOCK_N
+    BLOCK_K: tl.constexpr = CONFIG.BLOCK_K
+    GROUP_M: tl.constexpr = CONFIG.GROUP_M
+    (x_strides,) = aligned(strides, UNITS)
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     BLOCK_M: tl.constexpr = BLOCK_D * BLOCK_H * BLOCK_W
     COLUMNS: tl.constexpr = ceil_div(C_IN, BLOCK_N)
@@ -147,8 +155,8 @@ def launches(problem, config, grad_y, weight):
         **{f"phase{index}": view for index, view in enumerate(views)},
         w_desc=triton_boxes.taps_first(weight, OUT_INNERMOST, block),
         grad_x_ptr=grad_x,
-        **geometry(problem),
-        x_strides=grad_x.stride(),
+        **geometry(problem, backward_data_boxes_kernel),
+        strides=(grad_x.stride(),),
         WIDE=wide(grad_x, of=problem),
         VOXELS_LAST=triton_boxes.voxels_last(config),
         PRECISION=precision(problem.dtype),

@@ -28,7 +28,7 @@ def backward_data_depthwise_kernel(
     w_ptr,  # (c_in, c_out/groups, taps)
     grad_x_ptr,  # (n, c_in, d, h, w)
     n, d_in, h_in, w_in, d_out, h_out, w_out, d_crop, h_crop, w_crop,
-    y_strides, w_strides, x_strides,
+    strides,  # of grad_y, of the weight, of grad_x
     C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
     TAPS_H: tl.constexpr, TAPS_W: tl.constexpr, INTERLEAVE: tl.constexpr,
@@ -38,6 +38,7 @@ def backward_data_depthwise_kernel(
     """A program owns BLOCK_H x BLOCK_W lanes of UNROLL_H x UNROLL_W voxels of grad_x, the rows, x BLOCK_C channels, the
     columns, and PLANES planes. The depth is (output of the channel, tap).
     """
+    y_strides, w_strides, x_strides = strides
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     PLACES: tl.constexpr = (UNROLL_H, UNROLL_W)
     count = (tl.cdiv(size[1], UNROLL_H), tl.cdiv(size[2], UNROLL_W))
@@ -89,10 +90,8 @@ def launches(problem, config, grad_y, weight):
         grad_y_ptr=grad_y,
         w_ptr=weight,
         grad_x_ptr=grad_x,
-        **geometry(problem),
-        y_strides=grad_y.stride(),
-        w_strides=strides(weight),
-        x_strides=grad_x.stride(),
+        **geometry(problem, backward_data_depthwise_kernel),
+        strides=(grad_y.stride(), strides(weight), grad_x.stride()),
         TAPS_H=windows[0][1],
         TAPS_W=windows[1][1],
         INTERLEAVE=int(places[1] == 2 and problem.layout == "ncdhw"),

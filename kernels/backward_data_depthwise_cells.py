@@ -57,7 +57,7 @@ def backward_data_depthwise_cells_kernel(
     w_ptr,  # (c, 1, taps)
     grad_x_ptr,  # (n, c, d, h, w)
     n, d_in, h_in, w_in, d_out, h_out, w_out, d_crop, h_crop, w_crop,
-    grad_y_strides, w_strides, grad_x_strides,
+    strides,  # of grad_y, of the weight, of grad_x
     C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, PLANES: tl.constexpr, WIDE: tl.constexpr,
@@ -65,6 +65,7 @@ def backward_data_depthwise_cells_kernel(
     """A program owns BLOCK_H x BLOCK_W voxels of grad_x along h and w, the rows, x BLOCK_C channels, the columns, and
     PLANES planes. The depth is the taps.
     """
+    grad_y_strides, w_strides, grad_x_strides = strides
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     SLOTS: tl.constexpr = (KERNEL[1], KERNEL[2])
     NEW: tl.constexpr = KERNEL[0] if KERNEL[0] < STRIDE[0] else STRIDE[0]  # planes of a step; the others came before

@@ -45,25 +45,32 @@ WORTH_SKIPPING = 0.9  # of the steps: a program finds out which taps to skip in 
 
 @triton.jit
 def store_data_tile(
-    pid, tiles_m, grad_y_ptr, w_ptr, grad_x_ptr, n, size, out_size, crop, splits, split_stride,
-    grad_y_strides, w_strides, grad_x_strides,
-    C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
-    KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
-    PACK: tl.constexpr, SKIP: tl.constexpr,
-    Y_VOXELS_INNER: tl.constexpr, X_VOXELS_INNER: tl.constexpr, SPLIT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr, GROUP_M: tl.constexpr,
-    WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    pid, tiles_m, grad_y_ptr, w_ptr, grad_x_ptr, n, size, out_size, crop, splits, split_stride, strides,
+    LAYER: tl.constexpr, CONFIG: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Writes the tile of grad_x, or a chunk's part of it, of the program ``pid``.
 
     The arguments are those of :func:`backward_data_gemm_kernel`; ``tiles_m`` tiles cover the voxels.
     """
+    C_IN: tl.constexpr = LAYER.C_IN
+    C_OUT: tl.constexpr = LAYER.C_OUT
+    GROUPS: tl.constexpr = LAYER.GROUPS
+    KERNEL: tl.constexpr = LAYER.KERNEL
+    STRIDE: tl.constexpr = LAYER.STRIDE
+    DILATION: tl.constexpr = LAYER.DILATION
+    PACK: tl.constexpr = CONFIG.PACK
+    SPLIT: tl.constexpr = CONFIG.SPLIT
+    BLOCK_M: tl.constexpr = CONFIG.BLOCK_M
+    BLOCK_N: tl.constexpr = CONFIG.BLOCK_N
+    BLOCK_K: tl.constexpr = CONFIG.BLOCK_K
+    BLOCK_W: tl.constexpr = CONFIG.BLOCK_W
+    grad_y_strides, w_strides, grad_x_strides = strides
     COLUMNS: tl.constexpr = ceil_div(PACK * C_IN, BLOCK_N)
     split = 0
     if SPLIT:
         split, pid = pid % splits, pid // splits
         grad_x_ptr += widened(split, WIDE) * split_stride
-    tile_m, tile_n = grouped_order(pid, tiles_m, COLUMNS * (GROUPS // PACK), GROUP_M)
+    tile_m, tile_n = grouped_order(pid, tiles_m, COLUMNS * (GROUPS // PACK), CONFIG.GROUP_M)
     image, d, h, w, mask_m = voxels(tile_m, n, size, BLOCK_M, BLOCK_W, WIDE)
     group = tile_n // COLUMNS * PACK
     offs_n = tile_n % COLUMNS * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -74,13 +81,14 @@ def store_data_tile(
         image, d * STRIDE[0] - crop[0], h * STRIDE[1] - crop[1], w * STRIDE[2] - crop[2], mask_m, out_size,
         w_ptr + group * C_IN * w_strides[1], w_strides,
         (0, 0, 0), KERNEL, offs_n, (1, 1, 1), DILATION, KERNEL,
-        KERNEL, C_OUT, C_IN, PACK, False, BLOCK_M, BLOCK_N, BLOCK_K, WIDE, PRECISION, Y_VOXELS_INNER,
-        split, splits, SPLIT, SKIP,
+        KERNEL, C_OUT, C_IN, PACK, False, BLOCK_M, BLOCK_N, BLOCK_K, WIDE, PRECISION, CONFIG.Y_VOXELS_INNER,
+        split, splits, SPLIT, CONFIG.SKIP,
     )  # fmt: skip
 
     mask_n = offs_n < PACK * C_IN
     rows = offset(grad_x_strides, image, 0, d, h, w)  # (BLOCK_M,)
-    store_tile(grad_x_ptr, rows, (group * C_IN + offs_n) * grad_x_strides[1], acc, mask_m, mask_n, X_VOXELS_INNER)
+    columns = (group * C_IN + offs_n) * grad_x_strides[1]
+    store_tile(grad_x_ptr, rows, columns, acc, mask_m, mask_n, CONFIG.X_VOXELS_INNER)
 
 
 @triton.jit(launch_metadata=accounting, do_not_specialize=(*RUN_TIME, "splits"))
@@ -89,23 +97,16 @@ def backward_data_gemm_kernel(
     w_ptr,  # (c_in, c_out, taps)
     grad_x_ptr,  # (splits, n, c_in, d, h, w)
     n, d_in, h_in, w_in, d_out, h_out, w_out, d_crop, h_crop, w_crop,
-    splits, split_stride, grad_y_strides, w_strides, grad_x_strides,
-    C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
-    KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
-    PACK: tl.constexpr, SKIP: tl.constexpr,
-    Y_VOXELS_INNER: tl.constexpr, X_VOXELS_INNER: tl.constexpr, SPLIT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr, GROUP_M: tl.constexpr,
-    UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    splits, split_stride, strides,  # of grad_y, of the weight, of grad_x
+    LAYER: tl.constexpr, CONFIG: tl.constexpr, UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    grad_y_strides = aligned(grad_y_strides, UNITS, 0)
-    w_strides = aligned(w_strides, UNITS, 1)
-    grad_x_strides = aligned(grad_x_strides, UNITS, 2)
+    strides = aligned(strides, UNITS)
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
-    tiles_m = voxel_tiles(n, size, BLOCK_M, BLOCK_W, WIDE)
+    tiles_m = voxel_tiles(n, size, CONFIG.BLOCK_M, CONFIG.BLOCK_W, WIDE)
     store_data_tile(
-        tl.program_id(0), tiles_m, grad_y_ptr, w_ptr, grad_x_ptr, n, size, out_size, crop, splits, split_stride,
-        grad_y_strides, w_strides, grad_x_strides, C_IN, C_OUT, GROUPS, KERNEL, STRIDE, DILATION, PACK, SKIP,
-        Y_VOXELS_INNER, X_VOXELS_INNER, SPLIT, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_W, GROUP_M, WIDE, PRECISION,
+        tl.program_id(0), tiles_m, grad_y_ptr, w_ptr, grad_x_ptr, n=n, size=size, out_size=out_size, crop=crop,
+        splits=splits, split_stride=split_stride, strides=strides,
+        LAYER=LAYER, CONFIG=CONFIG, WIDE=WIDE, PRECISION=PRECISION,
     )  # fmt: skip
 
 

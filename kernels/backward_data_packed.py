@@ -42,16 +42,14 @@ def backward_data_packed_kernel(
     w_ptr,  # (c_in, c_out, taps)
     grad_x_ptr,  # (n, c_in, d, h, w)
     n, d_in, h_in, w_in, d_out, h_out, w_out, d_crop, h_crop, w_crop,
-    grad_y_strides, w_strides, grad_x_strides,
+    strides,  # of grad_y, of the weight, of grad_x
     C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr, GROUP_M: tl.constexpr,
     X_VOXELS_INNER: tl.constexpr, Y_VOXELS_INNER: tl.constexpr,
     UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    grad_y_strides = aligned(grad_y_strides, UNITS, 0)
-    w_strides = aligned(w_strides, UNITS, 1)
-    grad_x_strides = aligned(grad_x_strides, UNITS, 2)
+    grad_y_strides, w_strides, grad_x_strides = aligned(strides, UNITS)
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     COLUMNS: tl.constexpr = ceil_div(C_IN, BLOCK_N)
     DEPTH: tl.constexpr = product(KERNEL) * C_OUT

@@ -44,7 +44,7 @@ def backward_data_patches_kernel(
     w_ptr,  # (c_in, c_out, taps)
     grad_x_ptr,  # (n, c_in, d, h, w), dense, or (n, d, h, w, c_in) where X_STEP is 0
     n, d_in, h_in, w_in, d_out, h_out, w_out, d_crop, h_crop, w_crop,
-    grad_y_strides, w_strides, grad_x_strides,
+    strides,  # of grad_y, of the weight, of grad_x
     C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -55,7 +55,8 @@ def backward_data_patches_kernel(
 
     Rows: the voxels; columns: input channels; depth: (tap, output channel), all of it.
     """
-    w_strides = aligned(w_strides, UNITS, 1)
+    grad_y_strides = strides[0]
+    w_strides = aligned(strides, UNITS)[1]
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     COLUMNS: tl.constexpr = ceil_div(C_IN, BLOCK_N)
     first, walkers = tl.program_id(0) // COLUMNS, tl.num_programs(0) // COLUMNS

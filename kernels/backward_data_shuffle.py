@@ -44,20 +44,26 @@ def backward_data_shuffle_kernel(
     grad_x_ptr,  # (n, c_in, d, h, w)
     n, d_in, h_in, w_in, d_out, h_out, w_out, d_crop, h_crop, w_crop,
     by_d, by_h, by_w, shift_d, shift_h, shift_w,
-    grad_y_strides, w_strides, grad_x_strides,
-    C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
-    KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
-    ROWS: tl.constexpr, X_STEP: tl.constexpr, FACTS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr, GROUP_M: tl.constexpr,
+    strides,  # of grad_y, of the weight, of grad_x
+    LAYER: tl.constexpr, CONFIG: tl.constexpr, X_STEP: tl.constexpr, FACTS: tl.constexpr,
     VOXELS_INNER: tl.constexpr, UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
     WAIT: tl.constexpr,
 ):  # fmt: skip
     """A program owns BLOCK_M rows (voxels of grad_x) x BLOCK_N columns (input channels) of a group; the depth is (tap,
     output channel).
     """
-    grad_y_strides = aligned(grad_y_strides, UNITS, 0)
-    w_strides = aligned(w_strides, UNITS, 1)
-    grad_x_strides = aligned(grad_x_strides, UNITS, 2)
+    C_IN: tl.constexpr = LAYER.C_IN
+    C_OUT: tl.constexpr = LAYER.C_OUT
+    GROUPS: tl.constexpr = LAYER.GROUPS
+    KERNEL: tl.constexpr = LAYER.KERNEL
+    STRIDE: tl.constexpr = LAYER.STRIDE
+    ROWS: tl.constexpr = CONFIG.ROWS
+    BLOCK_M: tl.constexpr = CONFIG.BLOCK_M
+    BLOCK_N: tl.constexpr = CONFIG.BLOCK_N
+    BLOCK_K: tl.constexpr = CONFIG.BLOCK_K
+    BLOCK_W: tl.constexpr = CONFIG.BLOCK_W
+    GROUP_M: tl.constexpr = CONFIG.GROUP_M
+    grad_y_strides, w_strides, grad_x_strides = aligned(strides, UNITS)
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     TILES_N: tl.constexpr = ceil_div(C_IN, BLOCK_N)
     tiles_m = voxel_tiles(n, size, BLOCK_M, BLOCK_W, WIDE)

@@ -51,19 +51,26 @@ def backward_data_shuffle_given_kernel(
     grad_x_ptr,  # (n, c_in, d, h, w)
     n, d_in, h_in, w_in, d_out, h_out, w_out, d_crop, h_crop, w_crop,
     by_d, by_h, by_w, shift_d, shift_h, shift_w,
-    grad_y_strides, grad_x_strides,
-    C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
-    KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
-    ROWS: tl.constexpr, X_STEP: tl.constexpr, FACTS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr, GROUP_M: tl.constexpr,
+    strides,  # of grad_y, of grad_x
+    LAYER: tl.constexpr, CONFIG: tl.constexpr, X_STEP: tl.constexpr, FACTS: tl.constexpr,
     VOXELS_INNER: tl.constexpr, UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
     WAIT: tl.constexpr,
 ):  # fmt: skip
     """A program owns BLOCK_M rows (voxels of grad_x) x BLOCK_N columns (input channels) of a group; the depth is
     (output channel, tap), as the weight has it.
     """
-    grad_y_strides = aligned(grad_y_strides, UNITS, 0)
-    grad_x_strides = aligned(grad_x_strides, UNITS, 1)
+    C_IN: tl.constexpr = LAYER.C_IN
+    C_OUT: tl.constexpr = LAYER.C_OUT
+    GROUPS: tl.constexpr = LAYER.GROUPS
+    KERNEL: tl.constexpr = LAYER.KERNEL
+    STRIDE: tl.constexpr = LAYER.STRIDE
+    ROWS: tl.constexpr = CONFIG.ROWS
+    BLOCK_M: tl.constexpr = CONFIG.BLOCK_M
+    BLOCK_N: tl.constexpr = CONFIG.BLOCK_N
+    BLOCK_K: tl.constexpr = CONFIG.BLOCK_K
+    BLOCK_W: tl.constexpr = CONFIG.BLOCK_W
+    GROUP_M: tl.constexpr = CONFIG.GROUP_M
+    grad_y_strides, grad_x_strides = aligned(strides, UNITS)
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     TAPS: tl.constexpr = product(KERNEL)
     CHANNELS: tl.constexpr = BLOCK_K // TAPS  # of a step

@@ -64,12 +64,10 @@ def fused_backward_kernel(
     total_ptr,  # (groups, c_in, c_out, taps), dense, or None without arrivals
     total_bias_ptr,  # (groups*c_out,), or None
     n, d_in, h_in, w_in, d_out, h_out, w_out, d_crop, h_crop, w_crop,
-    x_strides, w_strides, grad_y_strides, grad_x_strides,
-    C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
-    KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
-    ROWS: tl.constexpr, GIVEN: tl.constexpr, X_STEP: tl.constexpr, FACTS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr,
-    SPLITS: tl.constexpr, PLAIN: tl.constexpr, UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    strides,  # of x, of the weight, of grad_y, of grad_x
+    LAYER: tl.constexpr, CONFIG: tl.constexpr, GIVEN: tl.constexpr, X_STEP: tl.constexpr, FACTS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    PLAIN: tl.constexpr, UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A program owns every SPLITS-th tile of BLOCK_M voxels of a group of x: the grad_x of each, and the sum of all for
     grad_weight and grad_bias.
@@ -77,10 +75,16 @@ def fused_backward_kernel(
     A tile of grad_y has voxels as rows and (tap, output channel) as columns, all BLOCK_N of them. They are the depth of
     grad_x; the voxels are that of grad_weight, whose columns are the BLOCK_C input channels.
     """
-    x_strides = aligned(x_strides, UNITS, 0)
-    w_strides = aligned(w_strides, UNITS, 1)
-    grad_y_strides = aligned(grad_y_strides, UNITS, 2)
-    grad_x_strides = aligned(grad_x_strides, UNITS, 3)
+    C_IN: tl.constexpr = LAYER.C_IN
+    C_OUT: tl.constexpr = LAYER.C_OUT
+    GROUPS: tl.constexpr = LAYER.GROUPS
+    KERNEL: tl.constexpr = LAYER.KERNEL
+    STRIDE: tl.constexpr = LAYER.STRIDE
+    ROWS: tl.constexpr = CONFIG.ROWS
+    BLOCK_M: tl.constexpr = CONFIG.BLOCK_M
+    BLOCK_W: tl.constexpr = CONFIG.BLOCK_W
+    SPLITS: tl.constexpr = CONFIG.SPLITS
+    x_strides, w_strides, grad_y_strides, grad_x_strides = aligned(strides, UNITS)
     size, out_size = (d_in, h_in, w_in), (d_out, h_out, w_out)
     split = tl.program_id(0) // GROUPS
     group = tl.program_id(0) % GROUPS
@@ -180,11 +184,13 @@ def backward(problem, config, x, weight, grad_y, need_bias):
             grad_y_ptr=grad_y,
             grad_x_ptr=grad_x,
             **(dict.fromkeys(POINTERS) if sums is None else sums.pointers(problem.groups)),
-            **geometry(problem),
-            x_strides=() if x is None else x.stride(),
-            w_strides=() if weight is None else oriented(weight, "backward_data"),
-            grad_y_strides=grad_y.stride(),
-            grad_x_strides=() if grad_x is None else grad_x.stride(),
+            **geometry(problem, fused_backward_kernel),
+            strides=(
+                () if x is None else x.stride(),
+                () if weight is None else oriented(weight, "backward_data"),
+                grad_y.stride(),
+                () if grad_x is None else grad_x.stride(),
+            ),
             GIVEN=weight is not None and _whole_rows(problem, weight, config["ROWS"]),
             X_STEP=phases.width_step(problem.size[2], config),
             FACTS=phases.facts(problem, config, grad_y),

@@ -20,14 +20,14 @@ from tritonconv.kernels import backward_weight_splitk as weight_half
 from tritonconv.kernels import triton_taps
 from tritonconv.kernels import triton_tiles as tiles
 from tritonconv.kernels.backward_data_gemm import store_data_tile
-from tritonconv.kernels.backward_weight_splitk import store_weight_tile, weight_tiles
+from tritonconv.kernels.backward_weight_splitk import store_weight_tile
 from tritonconv.kernels.targets import MULTIPROCESSORS
 from tritonconv.kernels.triton_arrival import ARRIVE, with_arrivals
 from tritonconv.kernels.triton_buffers import Buffer, KernelLaunch
-from tritonconv.kernels.triton_device import aligned, ceil_div, voxel_tiles
+from tritonconv.kernels.triton_device import aligned, voxel_tiles
 from tritonconv.kernels.triton_launch import RUN_TIME, accounting, refusal
 from tritonconv.kernels.triton_launch import launch as run
-from tritonconv.kernels.triton_split_gemm import store_channel_sums, through_partials
+from tritonconv.kernels.triton_split_gemm import through_partials
 from tritonconv.kernels.variant import SPREADS_VOXELS, SPREADS_WEIGHT, Config, Variant
 from tritonconv.kernels.work import Work
 from tritonconv.problem import Problem
@@ -53,59 +53,31 @@ def backward_together_kernel(
     arrivals_ptr, total_ptr, total_bias_ptr,  # as those of backward_weight_splitk_kernel
     n, d_in, h_in, w_in, d_out, h_out, w_out, d_crop, h_crop, w_crop,
     data_programs, data_splits, data_split_stride, splits,
-    x_strides, grad_y_strides, w_strides, grad_x_strides, partial_strides,
-    C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
-    KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
-    PACK: tl.constexpr, SKIP: tl.constexpr, GROUP_M: tl.constexpr, D_SPLIT: tl.constexpr,
-    D_BLOCK_M: tl.constexpr, D_BLOCK_N: tl.constexpr, D_BLOCK_K: tl.constexpr, D_BLOCK_W: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr,
-    BIAS_V: tl.constexpr, BIAS_C: tl.constexpr, BIAS_W: tl.constexpr,
-    Y_VOXELS_INNER: tl.constexpr, X_VOXELS_INNER: tl.constexpr, D_X_VOXELS_INNER: tl.constexpr,
+    strides,  # of x, of grad_y, of the weight, of grad_x, of the partials
+    LAYER: tl.constexpr, DATA: tl.constexpr, WEIGHT: tl.constexpr,  # CONFIG of either kernel
     UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The first ``data_programs`` programs own tiles of grad_x, BLOCK sizes D_BLOCK_*, as in
+    """The first ``data_programs`` programs own tiles of grad_x, as in
     :func:`backward_data_gemm_kernel`; the others own those of grad_weight and grad_bias, as in
     :func:`backward_weight_splitk_kernel`.
     """
-    x_strides = aligned(x_strides, UNITS, 0)
-    grad_y_strides = aligned(grad_y_strides, UNITS, 1)
-    w_strides = aligned(w_strides, UNITS, 2)
-    grad_x_strides = aligned(grad_x_strides, UNITS, 3)
-    partial_strides = aligned(partial_strides, UNITS, 4)
+    x_strides, grad_y_strides, w_strides, grad_x_strides, partial_strides = aligned(strides, UNITS)
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     pid = tl.program_id(0)
     if pid < data_programs:
         store_data_tile(
-            pid, voxel_tiles(n, size, D_BLOCK_M, D_BLOCK_W, WIDE), grad_y_ptr, w_ptr, grad_x_ptr,
+            pid, voxel_tiles(n, size, DATA.BLOCK_M, DATA.BLOCK_W, WIDE), grad_y_ptr, w_ptr, grad_x_ptr,
             n=n, size=size, out_size=out_size, crop=crop, splits=data_splits, split_stride=data_split_stride,
-            grad_y_strides=grad_y_strides, w_strides=w_strides, grad_x_strides=grad_x_strides,
-            C_IN=C_IN, C_OUT=C_OUT, GROUPS=GROUPS, KERNEL=KERNEL, STRIDE=STRIDE, DILATION=DILATION, PACK=PACK,
-            SKIP=SKIP, Y_VOXELS_INNER=Y_VOXELS_INNER, X_VOXELS_INNER=D_X_VOXELS_INNER, SPLIT=D_SPLIT,
-            BLOCK_M=D_BLOCK_M, BLOCK_N=D_BLOCK_N, BLOCK_K=D_BLOCK_K, BLOCK_W=D_BLOCK_W, GROUP_M=GROUP_M,
-            WIDE=WIDE, PRECISION=PRECISION,
+            strides=(grad_y_strides, w_strides, grad_x_strides),
+            LAYER=LAYER, CONFIG=DATA, WIDE=WIDE, PRECISION=PRECISION,
         )  # fmt: skip
         return
 
-    TILES: tl.constexpr = weight_tiles(KERNEL, C_OUT, C_IN, GROUPS, BLOCK_M, BLOCK_N)
-    BIAS_TILES: tl.constexpr = 0 if bias_partial_ptr is None else ceil_div(C_OUT * GROUPS, BIAS_C)
-    pid -= data_programs
-    split, tile = pid // (TILES + BIAS_TILES), pid % (TILES + BIAS_TILES)
-    if bias_partial_ptr is not None:  # noqa: SIM102
-        if tile < BIAS_TILES:
-            store_channel_sums(
-                grad_y_ptr, bias_partial_ptr, arrivals_ptr, total_bias_ptr, n=n, out_size=out_size,
-                grad_y_strides=grad_y_strides, tile=tile, split=split, splits=splits, CHANNELS=C_OUT * GROUPS,
-                VOXELS_INNER=Y_VOXELS_INNER, BLOCK_V=BIAS_V, BLOCK_C=BIAS_C, BLOCK_W=BIAS_W, WIDE=WIDE,
-            )  # fmt: skip
-            return
-
     store_weight_tile(
-        x_ptr, grad_y_ptr, partial_ptr, arrivals_ptr, total_ptr, n=n, size=size, out_size=out_size, crop=crop,
-        tile=tile - BIAS_TILES, first_tile=BIAS_TILES, split=split, splits=splits,
-        x_strides=x_strides, grad_y_strides=grad_y_strides, partial_strides=partial_strides,
-        C_IN=C_IN, C_OUT=C_OUT, KERNEL=KERNEL, STRIDE=STRIDE, DILATION=DILATION,
-        BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, BLOCK_W=BLOCK_W,
-        Y_VOXELS_INNER=Y_VOXELS_INNER, X_VOXELS_INNER=X_VOXELS_INNER, WIDE=WIDE, PRECISION=PRECISION,
+        pid - data_programs, x_ptr, grad_y_ptr, partial_ptr, bias_partial_ptr, arrivals_ptr, total_ptr, total_bias_ptr,
+        n=n, size=size, out_size=out_size, crop=crop, splits=splits,
+        strides=(x_strides, grad_y_strides, partial_strides),
+        LAYER=LAYER, CONFIG=WEIGHT, WIDE=WIDE, PRECISION=PRECISION,
     )  # fmt: skip
 
 
@@ -149,15 +121,18 @@ def _main(result: Buffer, kernel) -> KernelLaunch:
 
 def _join(data: KernelLaunch, own: KernelLaunch) -> None:
     """Has one launch write what the two would."""
-    arguments = {PREFIX + key if key in OF_BOTH else key: value for key, value in data.arguments.items()}
+    arguments = {name: value for name, value in data.arguments.items() if name not in ("splits", "split_stride")}
+    arguments |= own.arguments
+    _, w_strides, grad_x_strides = data.arguments["strides"]
+    x_strides, grad_y_strides, partial_strides = own.arguments["strides"]
     arguments |= {
         "data_programs": data.grid[0],
-        "data_splits": arguments.pop("splits"),
-        "data_split_stride": arguments.pop("split_stride"),
-        "D_SPLIT": arguments.pop("SPLIT"),
-        "D_X_VOXELS_INNER": arguments.pop("X_VOXELS_INNER"),
+        "data_splits": data.arguments["splits"],
+        "data_split_stride": data.arguments["split_stride"],
+        "strides": (x_strides, grad_y_strides, w_strides, grad_x_strides, partial_strides),
+        "DATA": data.arguments["CONFIG"],
+        "WEIGHT": arguments.pop("CONFIG"),
     }
-    arguments |= own.arguments
     arguments["WIDE"] = data.arguments["WIDE"] or own.arguments["WIDE"]
     run(backward_together_kernel, data.grid[0] + own.grid[0], {}, (*data.written, *own.written), **arguments)
 

@@ -64,21 +64,28 @@ def backward_weight_cells_kernel(
     total_ptr,  # (c_in, c_out, taps), dense, or None without arrivals
     total_bias_ptr,  # (c_out,), or None
     n, d_in, h_in, w_in, d_out, h_out, w_out, d_crop, h_crop, w_crop,
-    splits, x_strides, grad_y_strides, partial_strides,
-    C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
-    KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr,
-    BIAS_V: tl.constexpr, BIAS_C: tl.constexpr, BIAS_W: tl.constexpr,
-    Y_VOXELS_INNER: tl.constexpr, X_VOXELS_INNER: tl.constexpr,
-    UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    splits, strides,  # of x, of grad_y, of the partials
+    LAYER: tl.constexpr, CONFIG: tl.constexpr, UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A program owns one of ``splits`` chunks of the cells, the depth, and of that chunk's grad_weight BLOCK_M rows
     (phase, output channel) x BLOCK_N columns (slot of the window, input channel), or BIAS_C channels of its
     grad_bias.
     """
-    x_strides = aligned(x_strides, UNITS, 0)
-    grad_y_strides = aligned(grad_y_strides, UNITS, 1)
-    partial_strides = aligned(partial_strides, UNITS, 2)
+    C_IN: tl.constexpr = LAYER.C_IN
+    C_OUT: tl.constexpr = LAYER.C_OUT
+    GROUPS: tl.constexpr = LAYER.GROUPS
+    KERNEL: tl.constexpr = LAYER.KERNEL
+    STRIDE: tl.constexpr = LAYER.STRIDE
+    BLOCK_M: tl.constexpr = CONFIG.BLOCK_M
+    BLOCK_N: tl.constexpr = CONFIG.BLOCK_N
+    BLOCK_K: tl.constexpr = CONFIG.BLOCK_K
+    BLOCK_W: tl.constexpr = CONFIG.BLOCK_W
+    BIAS_V: tl.constexpr = CONFIG.BIAS_V
+    BIAS_C: tl.constexpr = CONFIG.BIAS_C
+    BIAS_W: tl.constexpr = CONFIG.BIAS_W
+    Y_VOXELS_INNER: tl.constexpr = CONFIG.Y_VOXELS_INNER
+    X_VOXELS_INNER: tl.constexpr = CONFIG.X_VOXELS_INNER
+    x_strides, grad_y_strides, partial_strides = aligned(strides, UNITS)
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     WINDOW: tl.constexpr = window_of(KERNEL, STRIDE)
     M: tl.constexpr = product(STRIDE) * C_OUT

@@ -77,10 +77,8 @@ def backward_weight_depthwise_kernel(
     total_ptr,  # (c_out, taps), dense, or None without arrivals
     total_bias_ptr,  # (c_out,), or None
     n, d_in, h_in, w_in, d_out, h_out, w_out, d_crop, h_crop, w_crop,
-    splits, x_strides, grad_y_strides,
-    C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
-    KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
-    FIRST: tl.constexpr, TAPS_H: tl.constexpr, TAPS_W: tl.constexpr,
+    splits, strides,  # of x, of grad_y
+    LAYER: tl.constexpr, FIRST: tl.constexpr, TAPS_H: tl.constexpr, TAPS_W: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """A program owns BLOCK_C channels, the columns, one of KERNEL[0] taps along d with all taps along h and w, and one
@@ -89,6 +87,12 @@ def backward_weight_depthwise_kernel(
     Rows are BLOCK_H x BLOCK_W lanes along h and w. A lane loads STRIDE[1] x STRIDE[2] outputs of a plane of grad_y, and
     the window of x that their taps read.
     """
+    C_OUT: tl.constexpr = LAYER.C_OUT
+    GROUPS: tl.constexpr = LAYER.GROUPS
+    KERNEL: tl.constexpr = LAYER.KERNEL
+    STRIDE: tl.constexpr = LAYER.STRIDE
+    DILATION: tl.constexpr = LAYER.DILATION
+    x_strides, grad_y_strides = strides
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     CHANNELS: tl.constexpr = GROUPS * C_OUT
     BLOCKS_C: tl.constexpr = ceil_div(CHANNELS, BLOCK_C)

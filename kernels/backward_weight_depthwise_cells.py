@@ -77,7 +77,7 @@ def backward_weight_depthwise_cells_kernel(
     total_ptr,  # (c, taps), dense, or None without arrivals
     total_bias_ptr,  # (c,), or None
     n, d_in, h_in, w_in, d_out, h_out, w_out, d_crop, h_crop, w_crop,
-    splits, x_strides, grad_y_strides,
+    splits, strides,  # of x, of grad_y
     GROUPS: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr,
     FIRST: tl.constexpr, SLOT_TAPS: tl.constexpr,  # (d, h, w), as cells.windows has them
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, PLANES: tl.constexpr, WIDE: tl.constexpr,
@@ -85,6 +85,7 @@ def backward_weight_depthwise_cells_kernel(
     """A program owns BLOCK_C channels, the columns, with all their taps and their bias gradient, and one of ``splits``
     chunks of the boxes of PLANES x BLOCK_H x BLOCK_W cells, the depth. Rows are the cells of a plane of the box.
     """
+    x_strides, grad_y_strides = strides
     TAPS_D: tl.constexpr = SLOT_TAPS[0]
     TAPS_H: tl.constexpr = SLOT_TAPS[1]
     TAPS_W: tl.constexpr = SLOT_TAPS[2]

@@ -125,7 +125,7 @@ def launches(problem, config, x, grad_y, need_bias):
         grad_w_ptr=partial,
         grad_b_ptr=bias_partial,
         BLOCK_M=padded(problem, LEAST_ROWS),
-        **geometry(problem),
+        **geometry(problem, backward_weight_patches_kernel),
         splits=splits,
         grad_y_strides=grad_y.stride(),
         X_STEP=step_of(math.prod(problem.size)) if problem.layout == "ncdhw" else 0,

@@ -78,7 +78,7 @@ def backward_weight_shuffle_kernel(
     arrivals_ptr,  # (programs of one split,) int32, zeros: the last one of a tile adds up its partials; or None
     total_ptr,  # (c_in, c_out, taps), dense, or None without arrivals
     total_bias_ptr,  # (c_out,), or None
-    n, d_in, h_in, w_in, splits, x_strides, grad_y_strides,
+    n, d_in, h_in, w_in, splits, strides,  # of x, of grad_y
     C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr, KERNEL: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr,
     VOXELS_INNER: tl.constexpr,  # of x and of grad_y: see load_voxels
@@ -92,8 +92,7 @@ def backward_weight_shuffle_kernel(
     KERNEL is the stride too, and nothing is cropped. Voxels count in 32 bits unless FAR_IDS, also where their offsets
     take 64 (WIDE).
     """
-    x_strides = aligned(x_strides, UNITS, 0)
-    grad_y_strides = aligned(grad_y_strides, UNITS, 1)
+    x_strides, grad_y_strides = aligned(strides, UNITS)
     if ROWS:
         x_strides = in_steps(x_strides, W_STEP)
         grad_y_strides = in_steps(grad_y_strides, W_STEP * KERNEL[2])

@@ -45,18 +45,38 @@ def weight_tiles(KERNEL, C_OUT, C_IN, GROUPS, BLOCK_M, BLOCK_N):
 
 @triton.jit
 def store_weight_tile(
-    x_ptr, grad_y_ptr, partial_ptr, arrivals_ptr, total_ptr, n, size, out_size, crop, tile, first_tile, split, splits,
-    x_strides, grad_y_strides, partial_strides,
-    C_IN: tl.constexpr, C_OUT: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr,
-    Y_VOXELS_INNER: tl.constexpr, X_VOXELS_INNER: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    pid, x_ptr, grad_y_ptr, partial_ptr, bias_partial_ptr, arrivals_ptr, total_ptr, total_bias_ptr,
+    n, size, out_size, crop, splits, strides,
+    LAYER: tl.constexpr, CONFIG: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The work of one program on a tile of grad_weight: rows (tap, output channel) x columns (input channel), summed
-    over the voxels of its chunk.
+    """Writes what the program ``pid`` owns of :func:`backward_weight_splitk_kernel`, whose arguments these are."""
+    C_IN: tl.constexpr = LAYER.C_IN
+    C_OUT: tl.constexpr = LAYER.C_OUT
+    GROUPS: tl.constexpr = LAYER.GROUPS
+    KERNEL: tl.constexpr = LAYER.KERNEL
+    STRIDE: tl.constexpr = LAYER.STRIDE
+    DILATION: tl.constexpr = LAYER.DILATION
+    BLOCK_M: tl.constexpr = CONFIG.BLOCK_M
+    BLOCK_N: tl.constexpr = CONFIG.BLOCK_N
+    BLOCK_K: tl.constexpr = CONFIG.BLOCK_K
+    BLOCK_W: tl.constexpr = CONFIG.BLOCK_W
+    Y_VOXELS_INNER: tl.constexpr = CONFIG.Y_VOXELS_INNER
+    X_VOXELS_INNER: tl.constexpr = CONFIG.X_VOXELS_INNER
+    x_strides, grad_y_strides, partial_strides = strides
+    TILES: tl.constexpr = weight_tiles(KERNEL, C_OUT, C_IN, GROUPS, BLOCK_M, BLOCK_N)
+    BIAS_TILES: tl.constexpr = 0 if bias_partial_ptr is None else ceil_div(C_OUT * GROUPS, CONFIG.BIAS_C)
+    split, tile = pid // (TILES + BIAS_TILES), pid % (TILES + BIAS_TILES)
+    if bias_partial_ptr is not None:  # noqa: SIM102
+        if tile < BIAS_TILES:
+            store_channel_sums(
+                grad_y_ptr, bias_partial_ptr, arrivals_ptr, total_bias_ptr, n=n, out_size=out_size,
+                grad_y_strides=grad_y_strides, tile=tile, split=split, splits=splits, CHANNELS=C_OUT * GROUPS,
+                VOXELS_INNER=Y_VOXELS_INNER, BLOCK_V=CONFIG.BIAS_V, BLOCK_C=CONFIG.BIAS_C, BLOCK_W=CONFIG.BIAS_W,
+                WIDE=WIDE,
+            )  # fmt: skip
+            return
 
-    The arguments are those of :func:`backward_weight_splitk_kernel`; ``tile + first_tile`` is the place of the tile's
-    counter.
-    """
+    tile -= BIAS_TILES
     M: tl.constexpr = product(KERNEL) * C_OUT
     TILES_M: tl.constexpr = ceil_div(M, BLOCK_M)
     TILES_N: tl.constexpr = ceil_div(C_IN, BLOCK_N)
@@ -96,7 +116,7 @@ def store_weight_tile(
         acc = tl.dot(grad_y_tile, tl.trans(x_tile), acc, input_precision=PRECISION)
 
     store_weights(
-        acc, partial_ptr, arrivals_ptr, total_ptr, partial_strides, tile=tile + first_tile, split=split, splits=splits,
+        acc, partial_ptr, arrivals_ptr, total_ptr, partial_strides, tile=tile + BIAS_TILES, split=split, splits=splits,
         co=co, tap_m=tap, ci=ci, tap_n=0, mask=mask_m[:, None] & mask_n[None, :],
         C_OUT=C_OUT, TAPS=product(KERNEL), WIDE=WIDE,
     )  # fmt: skip
@@ -112,43 +132,19 @@ def backward_weight_splitk_kernel(
     total_ptr,  # (c_in, c_out, taps), dense, or None without arrivals
     total_bias_ptr,  # (c_out,), or None
     n, d_in, h_in, w_in, d_out, h_out, w_out, d_crop, h_crop, w_crop,
-    splits, x_strides, grad_y_strides, partial_strides,
-    C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
-    KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr,
-    BIAS_V: tl.constexpr, BIAS_C: tl.constexpr, BIAS_W: tl.constexpr,
-    Y_VOXELS_INNER: tl.constexpr, X_VOXELS_INNER: tl.constexpr,
-    UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    splits, strides,  # of x, of grad_y, of the partials
+    LAYER: tl.constexpr, CONFIG: tl.constexpr, UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A program owns one of ``splits`` chunks of the voxels of x, the depth, and of that chunk's grad_weight BLOCK_M
     rows (tap, output channel) x BLOCK_N columns (input channel), or BIAS_C channels of its grad_bias.
 
     A step of the former has BLOCK_K voxels, one of the bias BIAS_V voxels of grad_y in rows of BIAS_W along w.
     """
-    x_strides = aligned(x_strides, UNITS, 0)
-    grad_y_strides = aligned(grad_y_strides, UNITS, 1)
-    partial_strides = aligned(partial_strides, UNITS, 2)
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
-    TILES: tl.constexpr = weight_tiles(KERNEL, C_OUT, C_IN, GROUPS, BLOCK_M, BLOCK_N)
-    BIAS_TILES: tl.constexpr = 0 if bias_partial_ptr is None else ceil_div(C_OUT * GROUPS, BIAS_C)
-    pid = tl.program_id(0)
-    split, tile = pid // (TILES + BIAS_TILES), pid % (TILES + BIAS_TILES)
-    if bias_partial_ptr is not None:  # noqa: SIM102
-        if tile < BIAS_TILES:
-            store_channel_sums(
-                grad_y_ptr, bias_partial_ptr, arrivals_ptr, total_bias_ptr, n=n, out_size=out_size,
-                grad_y_strides=grad_y_strides, tile=tile, split=split, splits=splits, CHANNELS=C_OUT * GROUPS,
-                VOXELS_INNER=Y_VOXELS_INNER, BLOCK_V=BIAS_V, BLOCK_C=BIAS_C, BLOCK_W=BIAS_W, WIDE=WIDE,
-            )  # fmt: skip
-            return
-
     store_weight_tile(
-        x_ptr, grad_y_ptr, partial_ptr, arrivals_ptr, total_ptr, n=n, size=size, out_size=out_size, crop=crop,
-        tile=tile - BIAS_TILES, first_tile=BIAS_TILES, split=split, splits=splits,
-        x_strides=x_strides, grad_y_strides=grad_y_strides, partial_strides=partial_strides,
-        C_IN=C_IN, C_OUT=C_OUT, KERNEL=KERNEL, STRIDE=STRIDE, DILATION=DILATION,
-        BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, BLOCK_W=BLOCK_W,
-        Y_VOXELS_INNER=Y_VOXELS_INNER, X_VOXELS_INNER=X_VOXELS_INNER, WIDE=WIDE, PRECISION=PRECISION,
+        tl.program_id(0), x_ptr, grad_y_ptr, partial_ptr, bias_partial_ptr, arrivals_ptr, total_ptr, total_bias_ptr,
+        n=n, size=size, out_size=out_size, crop=crop, splits=splits, strides=aligned(strides, UNITS),
+        LAYER=LAYER, CONFIG=CONFIG, WIDE=WIDE, PRECISION=PRECISION,
     )  # fmt: skip
 
 

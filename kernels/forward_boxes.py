@@ -39,9 +39,8 @@ def forward_boxes_kernel(
     bias_ptr,  # (c_out,) or None
     y_ptr,  # (n, c_out, od, oh, ow)
     n, d_in, h_in, w_in, d_out, h_out, w_out, d_crop, h_crop, w_crop,
-    y_strides,
-    C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
-    KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr, ORDER: tl.constexpr, K_INNERMOST: tl.constexpr,
+    strides,  # of y
+    LAYER: tl.constexpr, ORDER: tl.constexpr, K_INNERMOST: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     VOXELS_LAST: tl.constexpr, UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, WAIT: tl.constexpr,
@@ -49,7 +48,12 @@ def forward_boxes_kernel(
     """A program owns every ``num_programs``-th tile. Rows: a box of BLOCK_D x BLOCK_H x BLOCK_W outputs of one phase;
     columns: BLOCK_N output channels; depth: (tap of the phase, input channel).
     """
-    y_strides = aligned(y_strides, UNITS, 0)
+    C_IN: tl.constexpr = LAYER.C_IN
+    C_OUT: tl.constexpr = LAYER.C_OUT
+    KERNEL: tl.constexpr = LAYER.KERNEL
+    STRIDE: tl.constexpr = LAYER.STRIDE
+    DILATION: tl.constexpr = LAYER.DILATION
+    (y_strides,) = aligned(strides, UNITS)
     out_size, crop = (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     BLOCK_M: tl.constexpr = BLOCK_D * BLOCK_H * BLOCK_W
     COLUMNS: tl.constexpr = ceil_div(C_OUT, BLOCK_N)
@@ -116,8 +120,8 @@ def launches(problem, config, x, weight, bias, out=None):
         w_desc=triton_boxes.taps_first(weight, IN_INNERMOST if k_innermost else OUT_INNERMOST, block),
         bias_ptr=bias,
         y_ptr=y,
-        **geometry(problem),
-        y_strides=y.stride(),
+        **geometry(problem, forward_boxes_kernel),
+        strides=(y.stride(),),
         ORDER=phase_order(problem),
         K_INNERMOST=k_innermost,
         WIDE=wide(y, of=problem),

@@ -30,7 +30,7 @@ def forward_depthwise_kernel(
     bias_ptr,  # (c_out,) or None
     y_ptr,  # (n, c_out, od, oh, ow)
     n, d_in, h_in, w_in, d_out, h_out, w_out, d_crop, h_crop, w_crop,
-    x_strides, w_strides, y_strides,
+    strides,  # of x, of the weight, of y
     C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
     FIRST: tl.constexpr, TAPS_H: tl.constexpr, TAPS_W: tl.constexpr, INTERLEAVE: tl.constexpr,
@@ -39,6 +39,7 @@ def forward_depthwise_kernel(
     """A program owns BLOCK_H x BLOCK_W lanes of STRIDE[1] x STRIDE[2] outputs, the rows, x BLOCK_C channels, the
     columns, and PLANES planes. The depth is the taps.
     """
+    x_strides, w_strides, y_strides = strides
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     PLACES: tl.constexpr = (STRIDE[1], STRIDE[2])
     CHANNELS: tl.constexpr = GROUPS * C_OUT

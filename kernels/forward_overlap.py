@@ -82,10 +82,8 @@ def forward_overlap_kernel(
     bias_ptr,  # (c_out,) or None
     y_ptr,  # (n, c_out, od, oh, ow)
     n, d_in, h_in, w_in, d_out, h_out, w_out, d_crop, h_crop, w_crop,
-    x_strides, w_strides, y_n, y_c, y_d, y_h, y_w,
-    C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
-    KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_K: tl.constexpr,
+    strides, y_n, y_c, y_d, y_h, y_w,  # of x, of the weight; y's
+    LAYER: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_K: tl.constexpr,
     UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A program owns a box of BLOCK_D x BLOCK_H x BLOCK_W input voxels with its halo, the rows, and all columns (phase,
@@ -93,8 +91,11 @@ def forward_overlap_kernel(
 
     It stores the outputs of the cells whose deltas are all in the box, OWN_D x OWN_H x OWN_W of them.
     """
-    x_strides = aligned(x_strides, UNITS, 0)
-    w_strides = aligned(w_strides, UNITS, 1)
+    C_IN: tl.constexpr = LAYER.C_IN
+    C_OUT: tl.constexpr = LAYER.C_OUT
+    KERNEL: tl.constexpr = LAYER.KERNEL
+    STRIDE: tl.constexpr = LAYER.STRIDE
+    x_strides, w_strides = aligned(strides, UNITS)
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     BLOCK_M: tl.constexpr = BLOCK_D * BLOCK_H * BLOCK_W
     WINDOW: tl.constexpr = window_of(KERNEL, STRIDE)
@@ -196,10 +197,9 @@ def forward(kernel, grid: int, problem: Problem, config, x, weight, bias, out, *
         w_ptr=weight,
         bias_ptr=bias,
         y_ptr=y,
-        **geometry(problem),
+        **geometry(problem, kernel),
         **more,
-        x_strides=x.stride(),
-        w_strides=oriented(weight, "forward"),
+        strides=(x.stride(), oriented(weight, "forward")),
         **dict(zip((*Y_STRIDES, "y_w"), y.stride(), strict=True)),
         WIDE=wide(x, weight, y, of=problem),
         PRECISION=precision(problem.dtype),

@@ -50,10 +50,8 @@ def forward_overlap_planes_kernel(
     bias_ptr,  # (c_out,) or None
     y_ptr,  # (n, c_out, od, oh, ow)
     n, d_in, h_in, w_in, d_out, h_out, w_out, d_crop, h_crop, w_crop,
-    x_strides, w_strides, y_n, y_c, y_d, y_h, y_w,
-    C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
-    KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_K: tl.constexpr, PLANES: tl.constexpr,
+    strides, y_n, y_c, y_d, y_h, y_w,  # of x, of the weight; y's
+    LAYER: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_K: tl.constexpr, PLANES: tl.constexpr,
     UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A program owns PLANES planes of cells along d, in each BLOCK_H x BLOCK_W input voxels with their halo.
@@ -61,8 +59,11 @@ def forward_overlap_planes_kernel(
     Rows: the voxels of a plane; columns: (phase, channel, delta along h, w and d); depth: input channels. A cell's
     outputs are the sum over delta of ``x[cell - delta] * weight[stride * delta + phase]``.
     """
-    x_strides = aligned(x_strides, UNITS, 0)
-    w_strides = aligned(w_strides, UNITS, 1)
+    C_IN: tl.constexpr = LAYER.C_IN
+    C_OUT: tl.constexpr = LAYER.C_OUT
+    KERNEL: tl.constexpr = LAYER.KERNEL
+    STRIDE: tl.constexpr = LAYER.STRIDE
+    x_strides, w_strides = aligned(strides, UNITS)
     y_strides = (y_n, y_c, y_d, y_h, y_w)
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     BLOCK_M: tl.constexpr = BLOCK_H * BLOCK_W

@@ -57,17 +57,19 @@ def forward_phases_kernel(
     bias_ptr,  # (c_out,) or None
     y_ptr,  # (n, c_out, od, oh, ow); of more than one split (SPLITS, n, od, oh, ow, c_out), dense float32
     n, d_in, h_in, w_in, d_out, h_out, w_out, d_crop, h_crop, w_crop,
-    x_strides, w_strides, y_strides,
-    C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
-    KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
-    ORDER: tl.constexpr, PHASE_INNER: tl.constexpr, PACK: tl.constexpr, SPLITS: tl.constexpr,
+    strides,  # of x, of the weight, of y
+    LAYER: tl.constexpr, ORDER: tl.constexpr, PHASE_INNER: tl.constexpr, PACK: tl.constexpr, SPLITS: tl.constexpr,
     X_VOXELS_INNER: tl.constexpr, Y_VOXELS_INNER: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr, GROUP_M: tl.constexpr,
     UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    x_strides = aligned(x_strides, UNITS, 0)
-    w_strides = aligned(w_strides, UNITS, 1)
-    y_strides = aligned(y_strides, UNITS, 2)
+    C_IN: tl.constexpr = LAYER.C_IN
+    C_OUT: tl.constexpr = LAYER.C_OUT
+    GROUPS: tl.constexpr = LAYER.GROUPS
+    KERNEL: tl.constexpr = LAYER.KERNEL
+    STRIDE: tl.constexpr = LAYER.STRIDE
+    DILATION: tl.constexpr = LAYER.DILATION
+    x_strides, w_strides, y_strides = aligned(strides, UNITS)
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     PHASES: tl.constexpr = product(STRIDE)
     COLUMNS: tl.constexpr = ceil_div(PACK * C_OUT, BLOCK_N)

@@ -86,19 +86,28 @@ def forward_phases_packed_kernel(
     w_ptr,  # (c_in, c_out, taps)
     bias_ptr,  # (c_out,) or None
     y_ptr,  # (n, c_out, od, oh, ow)
+    residual_ptr, slopes,  # see triton_epilogue
     n, d_in, h_in, w_in, d_out, h_out, w_out, d_crop, h_crop, w_crop,
     by_d, by_h, by_w, shift_d, shift_h, shift_w,
-    x_strides, w_strides, y_strides,
-    C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
-    KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
-    ROWS: tl.constexpr, X_VOXELS_INNER: tl.constexpr, X_STEP: tl.constexpr, FACTS: tl.constexpr, SHIFT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr, GROUP_M: tl.constexpr,
-    UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, APART: tl.constexpr,
-    residual_ptr=None, slopes=None, EPILOGUE: tl.constexpr = None,  # see triton_epilogue
+    strides,  # of x, of the weight, of y
+    LAYER: tl.constexpr, CONFIG: tl.constexpr, FACTS: tl.constexpr, SHIFT: tl.constexpr,
+    UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    x_strides = aligned(x_strides, UNITS, 0)
-    w_strides = aligned(w_strides, UNITS, 1)
-    y_strides = aligned(y_strides, UNITS, 2)
+    C_IN: tl.constexpr = LAYER.C_IN
+    C_OUT: tl.constexpr = LAYER.C_OUT
+    GROUPS: tl.constexpr = LAYER.GROUPS
+    KERNEL: tl.constexpr = LAYER.KERNEL
+    STRIDE: tl.constexpr = LAYER.STRIDE
+    ROWS: tl.constexpr = CONFIG.ROWS
+    BLOCK_M: tl.constexpr = CONFIG.BLOCK_M
+    BLOCK_N: tl.constexpr = CONFIG.BLOCK_N
+    BLOCK_K: tl.constexpr = CONFIG.BLOCK_K
+    BLOCK_W: tl.constexpr = CONFIG.BLOCK_W
+    GROUP_M: tl.constexpr = CONFIG.GROUP_M
+    X_STEP: tl.constexpr = CONFIG.X_STEP
+    EPILOGUE: tl.constexpr = CONFIG.EPILOGUE
+    APART: tl.constexpr = CONFIG.APART
+    x_strides, w_strides, y_strides = aligned(strides, UNITS)
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     WINDOW: tl.constexpr = window_of(KERNEL, STRIDE, SHIFT)
     ALONE: tl.constexpr = apart_of(STRIDE, APART)
@@ -218,7 +227,7 @@ def forward_phases_packed_kernel(
             w_mask = w_mask & (w_h * STRIDE[1] + phase_h[None, :] < KERNEL[1])
         if (KERNEL[2] % STRIDE[2] != 0 and APART < 3) or SHIFT > 0:
             w_mask = w_mask & inside(w_w * STRIDE[2] + phase_w[None, :], KERNEL[2])
-        x_tile = load_voxels(x_ptrs, x_mask, X_VOXELS_INNER)  # (BLOCK_M, BLOCK_K)
+        x_tile = load_voxels(x_ptrs, x_mask, CONFIG.X_VOXELS_INNER)  # (BLOCK_M, BLOCK_K)
         w_tile = tl.load(w_ptrs, mask=w_mask, other=0.0)  # (BLOCK_K, BLOCK_N)
         acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)
 

@@ -38,22 +38,30 @@ def forward_shuffle_kernel(
     w_ptr,  # (c_in, c_out, taps)
     bias_ptr,  # (c_out,) or None
     y_ptr,  # (n, c_out, od, oh, ow)
+    residual_ptr, slopes,  # see triton_epilogue
     n, d_in, h_in, w_in, d_out, h_out, w_out, d_crop, h_crop, w_crop,
     by_d, by_h, by_w, shift_d, shift_h, shift_w,
-    x_strides, w_strides, y_strides,
-    C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
-    KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
-    ROWS: tl.constexpr, X_VOXELS_INNER: tl.constexpr, X_STEP: tl.constexpr, FACTS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr, GROUP_M: tl.constexpr,
+    strides,  # of x, of the weight, of y
+    LAYER: tl.constexpr, CONFIG: tl.constexpr, FACTS: tl.constexpr,
     UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-    residual_ptr=None, slopes=None, EPILOGUE: tl.constexpr = None,  # see triton_epilogue
 ):  # fmt: skip
     """A program owns BLOCK_M rows (cells) x BLOCK_N columns (phase, output channel) of a group; the depth is its input
     channels.
     """
-    x_strides = aligned(x_strides, UNITS, 0)
-    w_strides = aligned(w_strides, UNITS, 1)
-    y_strides = aligned(y_strides, UNITS, 2)
+    C_IN: tl.constexpr = LAYER.C_IN
+    C_OUT: tl.constexpr = LAYER.C_OUT
+    GROUPS: tl.constexpr = LAYER.GROUPS
+    KERNEL: tl.constexpr = LAYER.KERNEL
+    STRIDE: tl.constexpr = LAYER.STRIDE
+    ROWS: tl.constexpr = CONFIG.ROWS
+    BLOCK_M: tl.constexpr = CONFIG.BLOCK_M
+    BLOCK_N: tl.constexpr = CONFIG.BLOCK_N
+    BLOCK_K: tl.constexpr = CONFIG.BLOCK_K
+    BLOCK_W: tl.constexpr = CONFIG.BLOCK_W
+    GROUP_M: tl.constexpr = CONFIG.GROUP_M
+    X_STEP: tl.constexpr = CONFIG.X_STEP
+    EPILOGUE: tl.constexpr = CONFIG.EPILOGUE
+    x_strides, w_strides, y_strides = aligned(strides, UNITS)
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     TILES_N: tl.constexpr = ceil_div(column_count(STRIDE, C_OUT, ROWS), BLOCK_N)
     cells, first = cells_of(crop, out_size, STRIDE)
@@ -95,7 +103,7 @@ def forward_shuffle_kernel(
             x_mask = x_mask & (k < C_IN)[None, :]
             w_mask = w_mask & (k < C_IN)[:, None]
         x_ptrs = x_rows[:, None] + (k * x_strides[1])[None, :]  # (BLOCK_M, BLOCK_K)
-        x_tile = load_voxels(x_ptrs, x_mask, X_VOXELS_INNER)
+        x_tile = load_voxels(x_ptrs, x_mask, CONFIG.X_VOXELS_INNER)
         w_tile = tl.load(w_columns[None, :] + (k * w_strides[0])[:, None], mask=w_mask, other=0.0)
         acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)
 

@@ -84,8 +84,17 @@ def one():
 
 
 @triton.jit
-def aligned(strides, UNITS: tl.constexpr, PLACE: tl.constexpr):
-    """``strides`` with what divides them, UNITS[PLACE] of ``triton_launch.units``, in sight of the compiler."""
+def aligned(strides, UNITS: tl.constexpr):
+    """The strides of each operand with what divides them, UNITS, in sight of the compiler."""
+    found = ()
+    for place in tl.static_range(len(UNITS)):
+        found = found + (in_units(strides[place], UNITS, place),)  # type: ignore[assignment]  # noqa: RUF005
+    return found
+
+
+@triton.jit
+def in_units(strides, UNITS: tl.constexpr, PLACE: tl.constexpr):
+    """The strides of one operand with what divides them, UNITS[PLACE] of ``triton_launch.units``."""
     OWN: tl.constexpr = UNITS[PLACE]
     found = ()
     for axis in tl.static_range(len(OWN)):

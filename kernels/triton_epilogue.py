@@ -2,11 +2,11 @@
 
 The record and the contract of a variant are in :mod:`tritonconv.epilogue`. Sums are float32, (rows, columns), and so
 is all that is done to them; y is rounded once, or with ROUNDED after each step, as torch's separate operations do. A
-kernel takes three parameters for it, which a plain call leaves out, and is then compiled as if it had none:
+kernel takes three things for it, all None in a plain call, which is compiled as if there were none:
 
-* ``residual_ptr``, with the strides of y, or None
-* ``slopes``: of leaky_relu the number, of prelu a pointer; or None
-* EPILOGUE: :class:`Steps`
+* ``residual_ptr``, with the strides of y
+* ``slopes``: of leaky_relu the number, of prelu a pointer
+* EPILOGUE, in its CONFIG: :class:`Steps`
 """
 
 from __future__ import annotations
@@ -113,11 +113,11 @@ def computes(problem: Problem, config: Config, epilogue: Epilogue) -> bool:
 
 
 def arguments(problem: Problem, epilogue: Epilogue | None, residual: Buffer | None, slopes: Buffer | None) -> dict:
-    """The three arguments of a kernel; none of a plain call."""
-    if epilogue is None:
-        return {}
+    """The three arguments of a kernel."""
     step = 0
-    found: dict[str, Any] = {"residual_ptr": None, "slopes": None}
+    found: dict[str, Any] = {"residual_ptr": None, "slopes": None, "EPILOGUE": None}
+    if epilogue is None:
+        return found
     if residual is not None:
         layout = problem.memory_format
         found["residual_ptr"] = copied(residual, lambda tensor: tensor.contiguous(memory_format=layout))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections import namedtuple
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from triton.backends.compiler import GPUTarget
@@ -30,6 +31,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 CROPS = ("d_crop", "h_crop", "w_crop")
 RUN_TIME = ("n", "d_in", "h_in", "w_in", "d_out", "h_out", "w_out", *CROPS)
 
+OPTIONS = ("num_warps", "num_stages")  # keys of a config that Triton takes itself
 BY = ("by_d", "by_h", "by_w", "shift_d", "shift_h", "shift_w")  # of :func:`division`
 
 triton_compiled.from_environment()  # here, where every Triton variant comes along: before the first of them compiles
@@ -48,13 +50,27 @@ def refusal(problem: Problem, device: torch.device) -> str | None:
     return None
 
 
-def geometry(problem: Problem) -> dict[str, Any]:
-    """The arguments that every kernel takes under the same names; channels are per group."""
-    groups, run_time = problem.groups, (problem.n, *problem.size, *problem.out_size, *problem.crop)
-    arguments: dict[str, Any] = dict(zip(RUN_TIME, run_time, strict=True))
-    arguments |= {"C_IN": problem.c_in // groups, "C_OUT": problem.c_out // groups, "GROUPS": groups}
-    arguments |= {"KERNEL": problem.kernel, "STRIDE": problem.stride, "DILATION": problem.dilation}
-    return arguments
+class Layer(NamedTuple):
+    """The argument LAYER of a kernel: all that is compiled in about the layer; channels are per group."""
+
+    C_IN: int
+    C_OUT: int
+    GROUPS: int
+    KERNEL: Triple
+    STRIDE: Triple
+    DILATION: Triple
+
+
+def geometry(problem: Problem, kernel) -> dict[str, Any]:
+    """The arguments that kernels take under the same names, of them those of this kernel.
+
+    What is compiled in comes one by one, or as LAYER where a kernel has too many parameters.
+    """
+    run_time = (problem.n, *problem.size, *problem.out_size, *problem.crop)
+    channels = problem.c_in // problem.groups, problem.c_out // problem.groups
+    layer = Layer(*channels, problem.groups, problem.kernel, problem.stride, problem.dilation)
+    arguments = dict(zip(RUN_TIME, run_time, strict=True)) | layer._asdict() | {"LAYER": layer}
+    return {name: value for name, value in arguments.items() if name in kernel.arg_names}
 
 
 def division(size: Triple) -> dict[str, int]:
@@ -68,6 +84,8 @@ def division(size: Triple) -> dict[str, int]:
 def accounting(grid, kernel, args) -> dict[str, Any]:
     """Triton's ``launch_metadata``: name, useful FLOPs and compulsory bytes of a launch, for a profiler (Proton)."""
     tensor = next(value for name, value in args.items() if name.endswith("_ptr") and isinstance(value, torch.Tensor))
+    if "LAYER" in args:
+        args = args | args["LAYER"]._asdict()
     size, kernel_size, groups = (args["d_in"], args["h_in"], args["w_in"]), tuple(args["KERNEL"]), args["GROUPS"]
     # A kernel takes only what its problems do not have in common: one of kernel = stride has KERNEL alone.
     whole = tuple(length * taps for length, taps in zip(size, kernel_size, strict=True))
@@ -141,15 +159,33 @@ def units(strides: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(0 if stride == 1 else unit for stride in strides)
 
 
+@cache
+def _config_type(names: tuple[str, ...]) -> Any:
+    return namedtuple("Config", names)  # type: ignore[misc]
+
+
+def gathered(kernel, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments, of them as CONFIG those that the kernel does not take by their names: its config, without what
+    Triton takes, and what else is compiled in.
+
+    In one order, whatever that of the config's keys is: the values are part of the key of a compiled kernel.
+    """
+    own = {name: value for name, value in arguments.items() if name in kernel.arg_names or name in OPTIONS}
+    names = tuple(sorted(arguments.keys() - own.keys()))
+    return {**own, "CONFIG": _config_type(names)(*(arguments[name] for name in names))}
+
+
 def launch(kernel, grid: int | tuple[int, ...], config: Config, written: Sequence[Buffer | None], **arguments) -> None:
     """Has a kernel write the buffers ``written``; ``config`` holds tiles, num_warps, num_stages. Nothing runs."""
     arguments |= config
     if arguments.get("bias_ptr") is not None:  # the one operand without strides of its own
         arguments["bias_ptr"] = copied(arguments["bias_ptr"], torch.Tensor.contiguous)
     if "UNITS" in kernel.arg_names:
-        arguments["UNITS"] = tuple(units(arguments[name]) for name in kernel.arg_names if name.endswith("_strides"))
+        arguments["UNITS"] = tuple(units(strides) for strides in arguments["strides"])
     if "WAIT" in kernel.arg_names:
         arguments["WAIT"] = registers_in_flight()
+    if "CONFIG" in kernel.arg_names:
+        arguments = gathered(kernel, arguments)
     arguments["enable_fp_fusion"] = True
     filled = tuple(each.base for each in written if each is not None)
     made = KernelLaunch(kernel, (grid,) if isinstance(grid, int) else grid, arguments, filled)

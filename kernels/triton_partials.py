@@ -62,12 +62,12 @@ class WeightGradients:
         """The buffers that the launch writes."""
         return self.partial, self.bias_partial, *((self.weight, self.bias) if self.arrive else ())
 
-    def launch(self, kernel: Any, programs: int, **arguments: Any) -> None:
+    def launch(self, kernel: Any, programs: int, partial_strides: tuple[int, ...] | None = None, **arguments: Any):
         """Launches a kernel with so many programs for each chunk, which own a tile each.
 
-        ``arguments`` are those beside the pointers, sizes and strides; of the sizes the kernel gets what it takes.
+        ``arguments`` are those beside the pointers, sizes and strides, to which ``partial_strides`` belong where given.
         """
-        known = {name: value for name, value in geometry(self.problem).items() if name in kernel.arg_names}
+        strides = self.x.stride(), self.grad_y.stride()
         run(
             kernel,
             self.splits * programs,
@@ -76,10 +76,9 @@ class WeightGradients:
             x_ptr=self.x,
             grad_y_ptr=self.grad_y,
             **self.pointers(programs),
-            **known,
+            **geometry(self.problem, kernel),
             splits=self.splits,
-            x_strides=self.x.stride(),
-            grad_y_strides=self.grad_y.stride(),
+            strides=strides if partial_strides is None else (*strides, partial_strides),
             **arguments,
         )
 

@@ -20,6 +20,7 @@ from tritonconv import dispatch
 from tritonconv.autotune.choose import Selection
 from tritonconv.forced import pinned
 from tritonconv.kernels import triton_launch, triton_weights
+from tritonconv.kernels.forward_phases import forward_phases_kernel
 from tritonconv.kernels.registry import variant
 from tritonconv.kernels.triton_buffers import Buffer
 from tritonconv.kernels.triton_program import Program
@@ -255,7 +256,10 @@ def test_the_accounting_of_a_launch():
     class Kernel:
         name = "forward_phases_kernel"
 
-    args = triton_launch.geometry(problem) | {"x_ptr": torch.empty(1, dtype=torch.float16), "bias_ptr": object()}
+    args = triton_launch.geometry(problem, forward_phases_kernel) | {
+        "x_ptr": torch.empty(1, dtype=torch.float16),
+        "bias_ptr": object(),
+    }
     seen = triton_launch.accounting((1,), Kernel, args)
     assert seen["flops16"] == problem.flops > 0
     assert seen["bytes"] == problem.bytes()
