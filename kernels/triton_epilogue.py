@@ -59,6 +59,7 @@ def finished(acc, residual_ptr, offsets, mask, slopes, channel, y_ptr, EPILOGUE:
 
     ``channel`` counts all channels of y, and is broadcast to ``acc``.
     """
+    ACTIVATION: tl.constexpr = EPILOGUE.ACTIVATION
     z = acc
     if EPILOGUE.ROUNDED:
         z = rounded(z, y_ptr)
@@ -67,9 +68,9 @@ def finished(acc, residual_ptr, offsets, mask, slopes, channel, y_ptr, EPILOGUE:
         if EPILOGUE.ROUNDED:
             z = rounded(z, y_ptr)
     slope = slopes
-    if EPILOGUE.ACTIVATION == "prelu":
+    if ACTIVATION == "prelu":
         slope = tl.load(slopes + channel * EPILOGUE.SLOPE_STEP).to(tl.float32)
-    return activated(z, slope, EPILOGUE.ACTIVATION).to(y_ptr.dtype.element_ty)
+    return activated(z, slope, ACTIVATION).to(y_ptr.dtype.element_ty)
 
 
 @triton.jit
