@@ -18,12 +18,13 @@ from tritonconv.kernels.triton_device import (
     grouped_order,
     next_step,
     offset,
-    store_tile,
     voxel_tiles,
     voxels,
     widened,
 )
+from tritonconv.kernels.triton_epilogue import computes, with_bias
 from tritonconv.kernels.triton_launch import RUN_TIME, accounting, empty, refusal
+from tritonconv.kernels.triton_store import store_outputs
 from tritonconv.kernels.triton_weights import preferred
 from tritonconv.kernels.variant import SPREADS_WEIGHT, Variant
 from tritonconv.kernels.work import Work, parts, tap_gemm
@@ -43,13 +44,20 @@ def forward_gather_kernel(
     w_ptr,  # (c_in, c_out, taps)
     bias_ptr,  # (c_out,) or None
     y_ptr,  # (n, c_out, od, oh, ow)
+    residual_ptr, slopes,  # see triton_epilogue
     n, d_in, h_in, w_in, d_out, h_out, w_out, d_crop, h_crop, w_crop,
     strides,  # of x, of the weight, of y
-    C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
-    KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
+    LAYER: tl.constexpr, CONFIG: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr, GROUP_M: tl.constexpr,
-    VOXELS_INNER: tl.constexpr, UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    C_IN: tl.constexpr = LAYER.C_IN
+    C_OUT: tl.constexpr = LAYER.C_OUT
+    GROUPS: tl.constexpr = LAYER.GROUPS
+    KERNEL: tl.constexpr = LAYER.KERNEL
+    STRIDE: tl.constexpr = LAYER.STRIDE
+    DILATION: tl.constexpr = LAYER.DILATION
+    EPILOGUE: tl.constexpr = CONFIG.EPILOGUE
     x_strides, w_strides, y_strides = aligned(strides, UNITS)
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     COLUMNS: tl.constexpr = ceil_div(C_OUT, BLOCK_N)
@@ -88,19 +96,21 @@ def forward_gather_kernel(
 
     channel = group * C_OUT + offs_n
     if bias_ptr is not None:
-        acc += tl.load(bias_ptr + channel, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+        acc = with_bias(acc, tl.load(bias_ptr + channel, mask=mask_n, other=0.0), y_ptr, EPILOGUE)
     rows = offset(y_strides, image, 0, d, h, w)  # (BLOCK_M,)
-    store_tile(y_ptr, rows, channel * y_strides[1], acc, mask_m, mask_n, VOXELS_INNER)
+    store_outputs(
+        y_ptr, y_strides, rows, channel, acc, mask_m, mask_n, CONFIG.VOXELS_INNER, residual_ptr, slopes, EPILOGUE
+    )
 
 
 def programs(problem, config) -> int:
     return tiles.programs(problem, problem.out_size, problem.c_out // problem.groups, config)
 
 
-def launches(problem, config, x, weight, bias, out=None):
+def launches(problem, config, x, weight, bias, out=None, **epilogue):
     y = empty(problem, problem.y_shape, x) if out is None else out
     inner, grid = y.stride(1) != 1, programs(problem, config)
-    return forward(forward_gather_kernel, grid, problem, config, x, weight, bias, y, VOXELS_INNER=inner)
+    return forward(forward_gather_kernel, grid, problem, config, x, weight, bias, y, VOXELS_INNER=inner, **epilogue)
 
 
 def default(problem, device):
@@ -133,4 +143,5 @@ def space(problem, device):
 VARIANT = Variant(
     "forward_gather", "forward", "gather over all taps with stride masks: the baseline", "triton",
     launches=launches, supports=refusal, space=space, default=default, spreads_nonfinite=SPREADS_WEIGHT, work=work,
+    epilogue=computes,
 )  # fmt: skip

@@ -30,16 +30,17 @@ from tritonconv.kernels.triton_device import (
     offset,
     product,
     ranked_phase,
-    store_tile,
     tap_period,
     tap_shift,
     voxel_tiles,
     voxels,
     widened,
 )
+from tritonconv.kernels.triton_epilogue import computes, with_bias
 from tritonconv.kernels.triton_gemm import implicit_gemm
 from tritonconv.kernels.triton_launch import RUN_TIME, accounting, empty, refusal
 from tritonconv.kernels.triton_reduce import sum_volumes
+from tritonconv.kernels.triton_store import store_outputs
 from tritonconv.kernels.triton_target import compute_capability
 from tritonconv.kernels.triton_weights import preferred
 from tritonconv.kernels.variant import SPREADS_WEIGHT, Variant
@@ -56,11 +57,10 @@ def forward_phases_kernel(
     w_ptr,  # (c_in, c_out, taps)
     bias_ptr,  # (c_out,) or None
     y_ptr,  # (n, c_out, od, oh, ow); of more than one split (SPLITS, n, od, oh, ow, c_out), dense float32
+    residual_ptr, slopes,  # see triton_epilogue
     n, d_in, h_in, w_in, d_out, h_out, w_out, d_crop, h_crop, w_crop,
     strides,  # of x, of the weight, of y
-    LAYER: tl.constexpr, ORDER: tl.constexpr, PHASE_INNER: tl.constexpr, PACK: tl.constexpr, SPLITS: tl.constexpr,
-    X_VOXELS_INNER: tl.constexpr, Y_VOXELS_INNER: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr, GROUP_M: tl.constexpr,
+    LAYER: tl.constexpr, CONFIG: tl.constexpr, ORDER: tl.constexpr,
     UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     C_IN: tl.constexpr = LAYER.C_IN
@@ -69,6 +69,13 @@ def forward_phases_kernel(
     KERNEL: tl.constexpr = LAYER.KERNEL
     STRIDE: tl.constexpr = LAYER.STRIDE
     DILATION: tl.constexpr = LAYER.DILATION
+    PACK: tl.constexpr = CONFIG.PACK
+    SPLITS: tl.constexpr = CONFIG.SPLITS
+    BLOCK_M: tl.constexpr = CONFIG.BLOCK_M
+    BLOCK_N: tl.constexpr = CONFIG.BLOCK_N
+    BLOCK_K: tl.constexpr = CONFIG.BLOCK_K
+    BLOCK_W: tl.constexpr = CONFIG.BLOCK_W
+    EPILOGUE: tl.constexpr = CONFIG.EPILOGUE
     x_strides, w_strides, y_strides = aligned(strides, UNITS)
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     PHASES: tl.constexpr = product(STRIDE)
@@ -85,11 +92,11 @@ def forward_phases_kernel(
     if SPLITS > 1:
         split, pid = pid % SPLITS, pid // SPLITS
         y_ptr += widened(split * GROUPS * C_OUT, WIDE) * n * d_out * h_out * w_out
-    if PHASE_INNER:
+    if CONFIG.PHASE_INNER:
         rank, pid = pid % PHASES, pid // PHASES
     else:
         rank, pid = (pid // (tiles_m * tiles_n)).to(tl.int32), pid % (tiles_m * tiles_n)
-    tile_m, tile_n = grouped_order(pid, tiles_m, tiles_n, GROUP_M)
+    tile_m, tile_n = grouped_order(pid, tiles_m, tiles_n, CONFIG.GROUP_M)
     phase = ranked_phase(rank, ORDER)
     phi_w = phase % STRIDE[2]
     phi_h = phase // STRIDE[2] % STRIDE[1]
@@ -131,7 +138,7 @@ def forward_phases_kernel(
         (-PERIOD[0], -PERIOD[1], -PERIOD[2]), SHIFT,
         (ceil_div(KERNEL[0], PERIOD[0]), ceil_div(KERNEL[1], PERIOD[1]), ceil_div(KERNEL[2], PERIOD[2])),
         KERNEL, C_IN, C_OUT, PACK, True, BLOCK_M, BLOCK_N, BLOCK_K, WIDE, PRECISION,
-        X_VOXELS_INNER, split, SPLITS, SPLITS > 1,
+        CONFIG.X_VOXELS_INNER, split, SPLITS, SPLITS > 1,
     )  # fmt: skip
 
     mask_n = offs_n < PACK * C_OUT
@@ -140,11 +147,13 @@ def forward_phases_kernel(
         mask_b = mask_n
         if SPLITS > 1:
             mask_b = mask_n & (split + tl.zeros_like(offs_n) == 0)  # interpreted, a scalar's comparison is no mask
-        acc += tl.load(bias_ptr + channel, mask=mask_b, other=0.0).to(tl.float32)[None, :]
+        acc = with_bias(acc, tl.load(bias_ptr + channel, mask=mask_b, other=0.0), y_ptr, EPILOGUE)
     rows = offset(
         y_strides, image, 0, first_d + d * STRIDE[0], first_h + h * STRIDE[1], first_w + w * STRIDE[2]
     )  # (BLOCK_M,)
-    store_tile(y_ptr, rows, channel * y_strides[1], acc, mask_m, mask_n, Y_VOXELS_INNER)
+    store_outputs(
+        y_ptr, y_strides, rows, channel, acc, mask_m, mask_n, CONFIG.Y_VOXELS_INNER, residual_ptr, slopes, EPILOGUE
+    )
 
 
 def phase_order(problem: Problem) -> tuple[int, ...]:
@@ -183,7 +192,7 @@ def columns_of(problem: Problem, config) -> int:
     return parts(pack * problem.c_out // problem.groups, config["BLOCK_N"]) * (problem.groups // pack)
 
 
-def launches(problem, config, x, weight, bias, out=None):
+def launches(problem, config, x, weight, bias, out=None, **epilogue):
     y = empty(problem, problem.y_shape, x) if out is None else out
     splits = splits_in(config) if out is None else 1  # a given y may be a slice, and sums are written side by side
     sums, strides = y, y.stride()
@@ -198,6 +207,7 @@ def launches(problem, config, x, weight, bias, out=None):
         ORDER=phase_order(problem),
         X_VOXELS_INNER=x.stride(1) != 1 and config["BLOCK_W"] == 0,
         Y_VOXELS_INNER=strides[1] != 1,
+        **epilogue,
     )  # fmt: skip
     if splits > 1 and y.numel() > 0:
         sum_volumes(sums, y)
@@ -271,5 +281,5 @@ def workspace_bytes(problem: Problem) -> int:
 VARIANT = copying(Variant(
     "forward_phases", "forward", "implicit GEMM per phase: only the taps that hit", "triton",
     launches=launches, supports=refusal, space=space, default=default, options=("SPLITS",),
-    spreads_nonfinite=SPREADS_WEIGHT, workspace_bytes=workspace_bytes, work=work,
+    spreads_nonfinite=SPREADS_WEIGHT, workspace_bytes=workspace_bytes, work=work, epilogue=computes,
 ), ("x",), "c_in")  # fmt: skip

@@ -55,9 +55,11 @@ from tritonconv.kernels.triton_device import (
     voxels,
     widened,
 )
+from tritonconv.kernels.triton_epilogue import computes, with_bias
 from tritonconv.kernels.triton_gemm import fits_a_word
 from tritonconv.kernels.triton_launch import accounting, refusal
-from tritonconv.kernels.triton_phases import column_count, decoded, store_phases
+from tritonconv.kernels.triton_phases import column_count, decoded
+from tritonconv.kernels.triton_store import store_phases
 from tritonconv.kernels.triton_taps import voxel_words
 from tritonconv.kernels.variant import APART, SPREADS_VOXELS, SPREADS_WEIGHT, Variant
 from tritonconv.kernels.work import Work, parts
@@ -84,11 +86,11 @@ def forward_phases_packed_kernel(
     w_ptr,  # (c_in, c_out, taps)
     bias_ptr,  # (c_out,) or None
     y_ptr,  # (n, c_out, od, oh, ow)
+    residual_ptr, slopes,  # see triton_epilogue
     n, d_in, h_in, w_in, d_out, h_out, w_out, d_crop, h_crop, w_crop,
     by_d, by_h, by_w, shift_d, shift_h, shift_w,
     strides,  # of x, of the weight, of y
-    LAYER: tl.constexpr,
-    CONFIG: tl.constexpr, X_VOXELS_INNER: tl.constexpr, X_STEP: tl.constexpr, FACTS: tl.constexpr, SHIFT: tl.constexpr,
+    LAYER: tl.constexpr, CONFIG: tl.constexpr, FACTS: tl.constexpr, SHIFT: tl.constexpr,
     UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     C_IN: tl.constexpr = LAYER.C_IN
@@ -102,6 +104,8 @@ def forward_phases_packed_kernel(
     BLOCK_K: tl.constexpr = CONFIG.BLOCK_K
     BLOCK_W: tl.constexpr = CONFIG.BLOCK_W
     GROUP_M: tl.constexpr = CONFIG.GROUP_M
+    X_STEP: tl.constexpr = CONFIG.X_STEP
+    EPILOGUE: tl.constexpr = CONFIG.EPILOGUE
     APART: tl.constexpr = CONFIG.APART
     x_strides, w_strides, y_strides = aligned(strides, UNITS)
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
@@ -223,28 +227,29 @@ def forward_phases_packed_kernel(
             w_mask = w_mask & (w_h * STRIDE[1] + phase_h[None, :] < KERNEL[1])
         if (KERNEL[2] % STRIDE[2] != 0 and APART < 3) or SHIFT > 0:
             w_mask = w_mask & inside(w_w * STRIDE[2] + phase_w[None, :], KERNEL[2])
-        x_tile = load_voxels(x_ptrs, x_mask, X_VOXELS_INNER)  # (BLOCK_M, BLOCK_K)
+        x_tile = load_voxels(x_ptrs, x_mask, CONFIG.X_VOXELS_INNER)  # (BLOCK_M, BLOCK_K)
         w_tile = tl.load(w_ptrs, mask=w_mask, other=0.0)  # (BLOCK_K, BLOCK_N)
         acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)
 
     if bias_ptr is not None:
-        acc += tl.load(bias_ptr + group * C_OUT + channel, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+        bias = tl.load(bias_ptr + group * C_OUT + channel, mask=mask_n, other=0.0)
+        acc = with_bias(acc, bias, y_ptr, EPILOGUE)
     origin = (
         first[0] * STRIDE[0] + phi_d - crop[0],
         first[1] * STRIDE[1] + phi_h - crop[1],
         first[2] * STRIDE[2] + phi_w - crop[2],
     )
     store_phases(
-        acc, y_ptr + group * C_OUT * y_strides[1], y_strides, tile_m, n, cells, origin, out_size, tile_n,
-        C_OUT, CELL, STRIDE, ROWS, FACTS, BLOCK_M, BLOCK_N, BLOCK_W, WIDE, by,
+        acc, y_ptr, group * C_OUT, y_strides, tile_m, n, cells, origin, out_size, tile_n,
+        C_OUT, CELL, STRIDE, ROWS, FACTS, BLOCK_M, BLOCK_N, BLOCK_W, WIDE, by, residual_ptr, slopes, EPILOGUE,
     )  # fmt: skip
 
 
-def launches(problem, config, x, weight, bias, out=None):
+def launches(problem, config, x, weight, bias, out=None, **epilogue):
     late, config = shift(problem, config), {**config, APART: apart(config)}
     return phases.forward(
         forward_phases_packed_kernel, problem, config, x, weight, bias, out,
-        shift=late, SHIFT=late, apart=config[APART],
+        shift=late, SHIFT=late, apart=config[APART], **epilogue,
     )  # fmt: skip
 
 
@@ -332,7 +337,7 @@ def work(problem: Problem, config) -> Work:
 VARIANT = copying(Variant(
     "forward_phases_packed", "forward", "phases share a tile, taps packed into the depth: few channels", "triton",
     launches=launches, supports=supports, space=space, default=default, options=(APART,),
-    spreads_nonfinite=f"{SPREADS_WEIGHT}; {SPREADS_VOXELS}", work=work,
+    spreads_nonfinite=f"{SPREADS_WEIGHT}; {SPREADS_VOXELS}", work=work, epilogue=computes,
 ), ("x",), "c_in", (
     lambda problem, device: _default_of_copies(problem, 0), lambda problem, device: _space(problem, _default_of_copies),
 ))  # fmt: skip

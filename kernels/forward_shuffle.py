@@ -23,8 +23,10 @@ from tritonconv.kernels.triton_device import (
     voxel_tiles,
     voxels,
 )
+from tritonconv.kernels.triton_epilogue import computes, with_bias
 from tritonconv.kernels.triton_launch import accounting, refusal
-from tritonconv.kernels.triton_phases import cells_of, column_count, decoded, store_phases
+from tritonconv.kernels.triton_phases import cells_of, column_count, decoded
+from tritonconv.kernels.triton_store import store_phases
 from tritonconv.kernels.variant import Variant
 from tritonconv.kernels.work import Work
 from tritonconv.problem import Problem
@@ -36,10 +38,11 @@ def forward_shuffle_kernel(
     w_ptr,  # (c_in, c_out, taps)
     bias_ptr,  # (c_out,) or None
     y_ptr,  # (n, c_out, od, oh, ow)
+    residual_ptr, slopes,  # see triton_epilogue
     n, d_in, h_in, w_in, d_out, h_out, w_out, d_crop, h_crop, w_crop,
     by_d, by_h, by_w, shift_d, shift_h, shift_w,
     strides,  # of x, of the weight, of y
-    LAYER: tl.constexpr, CONFIG: tl.constexpr, X_VOXELS_INNER: tl.constexpr, X_STEP: tl.constexpr, FACTS: tl.constexpr,
+    LAYER: tl.constexpr, CONFIG: tl.constexpr, FACTS: tl.constexpr,
     UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A program owns BLOCK_M rows (cells) x BLOCK_N columns (phase, output channel) of a group; the depth is its input
@@ -56,6 +59,8 @@ def forward_shuffle_kernel(
     BLOCK_K: tl.constexpr = CONFIG.BLOCK_K
     BLOCK_W: tl.constexpr = CONFIG.BLOCK_W
     GROUP_M: tl.constexpr = CONFIG.GROUP_M
+    X_STEP: tl.constexpr = CONFIG.X_STEP
+    EPILOGUE: tl.constexpr = CONFIG.EPILOGUE
     x_strides, w_strides, y_strides = aligned(strides, UNITS)
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     TILES_N: tl.constexpr = ceil_div(column_count(STRIDE, C_OUT, ROWS), BLOCK_N)
@@ -98,21 +103,22 @@ def forward_shuffle_kernel(
             x_mask = x_mask & (k < C_IN)[None, :]
             w_mask = w_mask & (k < C_IN)[:, None]
         x_ptrs = x_rows[:, None] + (k * x_strides[1])[None, :]  # (BLOCK_M, BLOCK_K)
-        x_tile = load_voxels(x_ptrs, x_mask, X_VOXELS_INNER)
+        x_tile = load_voxels(x_ptrs, x_mask, CONFIG.X_VOXELS_INNER)
         w_tile = tl.load(w_columns[None, :] + (k * w_strides[0])[:, None], mask=w_mask, other=0.0)
         acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)
 
     if bias_ptr is not None:
-        acc += tl.load(bias_ptr + group * C_OUT + channel, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+        bias = tl.load(bias_ptr + group * C_OUT + channel, mask=mask_n, other=0.0)
+        acc = with_bias(acc, bias, y_ptr, EPILOGUE)
     origin = (first[0] * STRIDE[0] - crop[0], first[1] * STRIDE[1] - crop[1], first[2] * STRIDE[2] - crop[2])
     store_phases(
-        acc, y_ptr + group * C_OUT * y_strides[1], y_strides, tile_m, n, cells, origin, out_size, tile_n,
-        C_OUT, STRIDE, STRIDE, ROWS, FACTS, BLOCK_M, BLOCK_N, BLOCK_W, WIDE, by,
+        acc, y_ptr, group * C_OUT, y_strides, tile_m, n, cells, origin, out_size, tile_n,
+        C_OUT, STRIDE, STRIDE, ROWS, FACTS, BLOCK_M, BLOCK_N, BLOCK_W, WIDE, by, residual_ptr, slopes, EPILOGUE,
     )  # fmt: skip
 
 
-def launches(problem, config, x, weight, bias, out=None):
-    return phases.forward(forward_shuffle_kernel, problem, config, x, weight, bias, out)
+def launches(problem, config, x, weight, bias, out=None, **epilogue):
+    return phases.forward(forward_shuffle_kernel, problem, config, x, weight, bias, out, **epilogue)
 
 
 def supports(problem: Problem, device: torch.device) -> str | None:
@@ -139,4 +145,5 @@ def work(problem: Problem, config) -> Work:
 VARIANT = Variant(
     "forward_shuffle", "forward", "kernel <= stride: one GEMM over all phases, shuffled while it is stored", "triton",
     launches=launches, supports=supports, space=space, default=default, work=work,
+    epilogue=computes,
 )  # fmt: skip

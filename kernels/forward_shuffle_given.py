@@ -31,8 +31,10 @@ from tritonconv.kernels.triton_device import (
     voxel_tiles,
     voxels,
 )
+from tritonconv.kernels.triton_epilogue import computes, with_bias
 from tritonconv.kernels.triton_launch import accounting, refusal
-from tritonconv.kernels.triton_phases import cells_of, phases_first, store_phases
+from tritonconv.kernels.triton_phases import cells_of, phases_first
+from tritonconv.kernels.triton_store import store_phases
 from tritonconv.kernels.variant import Config, Variant
 from tritonconv.kernels.work import Work, size_of
 from tritonconv.problem import Problem
@@ -48,11 +50,12 @@ def forward_shuffle_given_kernel(
     w_ptr,  # (c_in, c_out, taps), dense
     bias_ptr,  # (c_out,) or None
     y_ptr,  # (n, c_out, od, oh, ow)
+    residual_ptr, slopes,  # see triton_epilogue
     n, d_in, h_in, w_in, d_out, h_out, w_out, d_crop, h_crop, w_crop,
     by_d, by_h, by_w, shift_d, shift_h, shift_w,
     strides,  # of x, of y
-    LAYER: tl.constexpr, CONFIG: tl.constexpr, X_STEP: tl.constexpr, FACTS: tl.constexpr,
-    X_VOXELS_INNER: tl.constexpr, UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    LAYER: tl.constexpr, CONFIG: tl.constexpr, FACTS: tl.constexpr,
+    UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A program owns BLOCK_M rows (cells) x BLOCK_N columns (output channel, tap), as the weight has them; the depth is
     the input channels of the group.
@@ -68,6 +71,8 @@ def forward_shuffle_given_kernel(
     BLOCK_K: tl.constexpr = CONFIG.BLOCK_K
     BLOCK_W: tl.constexpr = CONFIG.BLOCK_W
     GROUP_M: tl.constexpr = CONFIG.GROUP_M
+    X_STEP: tl.constexpr = CONFIG.X_STEP
+    EPILOGUE: tl.constexpr = CONFIG.EPILOGUE
     x_strides, y_strides = aligned(strides, UNITS)
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     TAPS: tl.constexpr = product(KERNEL)
@@ -101,28 +106,29 @@ def forward_shuffle_given_kernel(
         mask_k = (k < C_IN) | (C_IN % BLOCK_K == 0)
         x_mask = mask_m[:, None] & mask_k[None, :]
         x_ptrs = x_rows[:, None] + (k * x_strides[1])[None, :]  # (BLOCK_M, BLOCK_K)
-        x_tile = load_voxels(x_ptrs, x_mask, X_VOXELS_INNER)
+        x_tile = load_voxels(x_ptrs, x_mask, CONFIG.X_VOXELS_INNER)
         w_tile = tl.load(w_columns[None, :] + (k * (C_OUT * TAPS))[:, None], mask=mask_k[:, None], other=0.0)
         acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)
 
     if bias_ptr is not None:
-        acc += tl.load(bias_ptr + channel + offs_n // TAPS).to(tl.float32)[None, :]
+        acc = with_bias(acc, tl.load(bias_ptr + channel + offs_n // TAPS), y_ptr, EPILOGUE)
     origin = (first[0] * STRIDE[0] - crop[0], first[1] * STRIDE[1] - crop[1], first[2] * STRIDE[2] - crop[2])
+    if EPILOGUE is None:  # half the bytes to exchange
+        acc = acc.to(y_ptr.dtype.element_ty)
     store_phases(
-        phases_first(acc.to(y_ptr.dtype.element_ty), KERNEL, ROWS), y_ptr + channel * y_strides[1],
-        y_strides, tile_m, n, cells, origin, out_size, 0,
-        CHANNELS, STRIDE, STRIDE, ROWS, FACTS, BLOCK_M, BLOCK_N, BLOCK_W, WIDE, by,
+        phases_first(acc, KERNEL, ROWS), y_ptr, channel, y_strides, tile_m, n, cells, origin, out_size, 0,
+        CHANNELS, STRIDE, STRIDE, ROWS, FACTS, BLOCK_M, BLOCK_N, BLOCK_W, WIDE, by, residual_ptr, slopes, EPILOGUE,
     )  # fmt: skip
 
 
-def launches(problem, config, x, weight, bias, out=None):
+def launches(problem, config, x, weight, bias, out=None, **epilogue):
     if not weight.is_contiguous():  # channels_last_3d, or a slice: that kernel takes any strides, in the same tiles
         config = {**forward_shuffle.default(problem, x.device), **config}
-        return forward_shuffle.launches(problem, config, x, weight, bias, out)
+        return forward_shuffle.launches(problem, config, x, weight, bias, out, **epilogue)
     config = {**config, "BLOCK_N": columns_of(problem, config["BLOCK_N"])}
     return phases.forward(
         forward_shuffle_given_kernel, problem, config, x, weight, bias, out,
-        grid=_programs(problem, config), channels=config["BLOCK_N"] // math.prod(problem.kernel),
+        grid=_programs(problem, config), channels=config["BLOCK_N"] // math.prod(problem.kernel), **epilogue,
     )  # fmt: skip
 
 
@@ -198,4 +204,5 @@ VARIANT = Variant(
     "forward_shuffle_given", "forward",
     "kernel = stride, the weight as given: the sums are put in order, nothing is packed", "triton",
     launches=launches, supports=supports, space=space, default=default, work=work,
+    epilogue=computes,
 )  # fmt: skip

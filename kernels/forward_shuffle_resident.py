@@ -28,8 +28,10 @@ from tritonconv.kernels.triton_device import (
     voxels,
     widened,
 )
+from tritonconv.kernels.triton_epilogue import computes, with_bias
 from tritonconv.kernels.triton_launch import accounting, multiprocessors
-from tritonconv.kernels.triton_phases import cells_of, column_count, decoded, store_phases
+from tritonconv.kernels.triton_phases import cells_of, column_count, decoded
+from tritonconv.kernels.triton_store import store_phases
 from tritonconv.kernels.variant import Config, Variant
 from tritonconv.kernels.work import Work, size_of
 from tritonconv.problem import Problem
@@ -43,10 +45,11 @@ def forward_shuffle_resident_kernel(
     w_ptr,  # (c_in, c_out, taps)
     bias_ptr,  # (c_out,) or None
     y_ptr,  # (n, c_out, od, oh, ow)
+    residual_ptr, slopes,  # see triton_epilogue
     n, d_in, h_in, w_in, d_out, h_out, w_out, d_crop, h_crop, w_crop,
     by_d, by_h, by_w, shift_d, shift_h, shift_w,
     strides,  # of x, of the weight, of y
-    LAYER: tl.constexpr, CONFIG: tl.constexpr, X_VOXELS_INNER: tl.constexpr, X_STEP: tl.constexpr, FACTS: tl.constexpr,
+    LAYER: tl.constexpr, CONFIG: tl.constexpr, FACTS: tl.constexpr,
     UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A program owns BLOCK_N columns (phase, output channel), whose weight it keeps, of every tile of BLOCK_M rows
@@ -61,6 +64,8 @@ def forward_shuffle_resident_kernel(
     BLOCK_N: tl.constexpr = CONFIG.BLOCK_N
     BLOCK_K: tl.constexpr = CONFIG.BLOCK_K
     BLOCK_W: tl.constexpr = CONFIG.BLOCK_W
+    X_STEP: tl.constexpr = CONFIG.X_STEP
+    EPILOGUE: tl.constexpr = CONFIG.EPILOGUE
     x_strides, w_strides, y_strides = aligned(strides, UNITS)
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     TILES_N: tl.constexpr = ceil_div(column_count(STRIDE, C_OUT, ROWS), BLOCK_N)
@@ -93,20 +98,22 @@ def forward_shuffle_resident_kernel(
         if C_IN != BLOCK_K:
             x_mask = x_mask & mask_k[None, :]
         x_ptrs = x_ptr + rows[:, None] + (offs_k * x_strides[1])[None, :]
-        x_tile = load_voxels(x_ptrs, x_mask, X_VOXELS_INNER)
+        x_tile = load_voxels(x_ptrs, x_mask, CONFIG.X_VOXELS_INNER)
         acc = tl.dot(x_tile, w_tile, input_precision=PRECISION)  # (BLOCK_M, BLOCK_K) x (BLOCK_K, BLOCK_N)
         if bias_ptr is not None:
-            acc += bias[None, :]
+            acc = with_bias(acc, bias, y_ptr, EPILOGUE)
         store_phases(
-            acc, y_ptr, y_strides, tile_m, n, cells, origin, out_size, tile_n,
-            C_OUT, STRIDE, STRIDE, ROWS, FACTS, BLOCK_M, BLOCK_N, BLOCK_W, WIDE, by,
+            acc, y_ptr, 0, y_strides, tile_m, n, cells, origin, out_size, tile_n,
+            C_OUT, STRIDE, STRIDE, ROWS, FACTS, BLOCK_M, BLOCK_N, BLOCK_W, WIDE, by, residual_ptr, slopes, EPILOGUE,
         )  # fmt: skip
 
 
-def launches(problem, config, x, weight, bias, out=None):
+def launches(problem, config, x, weight, bias, out=None, **epilogue):
     config = _deep(problem, config)
     programs = grid(problem, config, multiprocessors(x.device) * config.pop("RESIDENT"))
-    return phases.forward(forward_shuffle_resident_kernel, problem, config, x, weight, bias, out, grid=programs)
+    return phases.forward(
+        forward_shuffle_resident_kernel, problem, config, x, weight, bias, out, grid=programs, **epilogue
+    )
 
 
 def grid(problem: Problem, config: Config, slots: int) -> int:
@@ -177,4 +184,5 @@ VARIANT = Variant(
     "forward_shuffle_resident", "forward",
     "kernel <= stride, few channels in: a persistent grid that keeps the weight", "triton",
     launches=launches, supports=supports, space=space, default=default, work=work,
+    epilogue=computes,
 )  # fmt: skip

@@ -107,18 +107,18 @@ def channels_first(tile, KERNEL: tl.constexpr):
 
 @triton.jit
 def fine_dividers(cells, PHASES: tl.constexpr, ROWS: tl.constexpr, BLOCK_W: tl.constexpr):
-    """The dividers of :func:`store_phases` and :func:`load_phases` in a loop, as :func:`dividers`."""
+    """The dividers of ``triton_store.store_phases`` and :func:`load_phases` in a loop, as :func:`dividers`."""
     SPAN: tl.constexpr = span(PHASES, ROWS)
     return dividers((cells[0], cells[1], cells[2] * SPAN), BLOCK_W * SPAN)
 
 
 @triton.jit
-def _places(
+def places(
     strides, tile, n, cells, origin, out_size, tile_n,
     CHANNELS: tl.constexpr, PHASES: tl.constexpr, STRIDE: tl.constexpr, ROWS: tl.constexpr, FACTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, WIDE: tl.constexpr, by,
 ):  # fmt: skip
-    """Element offsets and mask (BLOCK_M*span, BLOCK_N/span) of a tile of y.
+    """Element offsets and mask (BLOCK_M*span, BLOCK_N/span) of a tile of y, and the channels of its columns.
 
     Cell 0, phase 0 is output ``origin``; a cell's first PHASES of the STRIDE outputs along each axis are columns.
     """
@@ -165,29 +165,7 @@ def _places(
         mask = mask & inside(h[:, None] + phase_h[None, :], out_size[1])
     if not (WHOLE[2] or ROWS):
         mask = mask & inside(w[:, None] + phase_w[None, :], out_size[2])
-    return rows[:, None] + columns[None, :], mask
-
-
-@triton.jit
-def store_phases(
-    acc,  # (BLOCK_M, BLOCK_N)
-    y_ptr,  # at channel 0 of the group
-    strides, tile, n, cells, origin, out_size, tile_n,
-    CHANNELS: tl.constexpr, PHASES: tl.constexpr, STRIDE: tl.constexpr, ROWS: tl.constexpr, FACTS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, WIDE: tl.constexpr,
-    by=None,  # what the voxels are divided by: dividers of the cells, fine_dividers with ROWS
-):  # fmt: skip
-    """Writes the outputs of a tile, rounded once."""
-    SPAN: tl.constexpr = span(PHASES, ROWS)
-    offsets, mask = _places(
-        strides, tile, n, cells, origin, out_size, tile_n, CHANNELS, PHASES, STRIDE, ROWS, FACTS,
-        BLOCK_M, BLOCK_N, BLOCK_W, WIDE, by,
-    )  # fmt: skip
-    y_tile = acc.to(y_ptr.dtype.element_ty)
-    if SPAN > 1:
-        y_tile = y_tile.reshape(BLOCK_M, BLOCK_N // SPAN, SPAN).permute(0, 2, 1)
-        y_tile = y_tile.reshape(BLOCK_M * SPAN, BLOCK_N // SPAN)
-    tl.store(y_ptr + offsets, y_tile, mask=mask)
+    return rows[:, None] + columns[None, :], mask, channel
 
 
 @triton.jit
@@ -198,9 +176,9 @@ def load_phases(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, WIDE: tl.constexpr,
     by=None,  # what the voxels are divided by: dividers of the cells, fine_dividers with ROWS
 ):  # fmt: skip
-    """The tile (BLOCK_M, BLOCK_N) of y that :func:`store_phases` would write; 0 where there is no output."""
+    """The tile (BLOCK_M, BLOCK_N) of y that ``triton_store.store_phases`` would write; 0 where there is no output."""
     SPAN: tl.constexpr = span(PHASES, ROWS)
-    offsets, mask = _places(
+    offsets, mask, _ = places(
         strides, tile, n, cells, origin, out_size, tile_n, CHANNELS, PHASES, STRIDE, ROWS, FACTS,
         BLOCK_M, BLOCK_N, BLOCK_W, WIDE, by,
     )  # fmt: skip

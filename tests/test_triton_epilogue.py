@@ -1,0 +1,175 @@
+"""The epilogue in the forward kernels beside the operations that it is composed of. Runs in Triton's interpreter."""
+
+from __future__ import annotations
+
+from itertools import cycle, product
+
+import pytest
+import torch
+from variant_cases import CPU, Case
+
+import tritonconv
+from tritonconv.epilogue import ACTIVATIONS, Epilogue, activated, finish
+from tritonconv.kernels import triton_epilogue
+from tritonconv.kernels.registry import have_triton, variant, variants
+
+pytestmark = pytest.mark.skipif(not have_triton(), reason="Triton is not installed")
+
+HALF, FLOAT = torch.float16, torch.float32
+LAYOUTS = ("ncdhw", "ndhwc")
+SHUFFLED = Case(n=1, channels=(2, 8), size=(1, 1, 3), kernel=(1, 1, 2), stride=(1, 1, 2))
+OVERLAPPED = Case(n=1, channels=(2, 8), size=(1, 1, 3), kernel=(1, 1, 3), stride=(1, 1, 2), front=(0, 0, 1))
+TAKING = [each.name for each in variants("forward") if each.epilogue is not None]
+
+
+def given(name: str, dtype=FLOAT, layout="ncdhw", case=None):
+    """(problem, default config, x, weight, bias, residual, slopes), of which every exact sum is a float32."""
+    if case is None:
+        case = OVERLAPPED if variant(name).supports(SHUFFLED.problem(), CPU) is not None else SHUFFLED
+    case = case if variant(name).supports(case.problem(dtype, layout), CPU) is None else OVERLAPPED
+    problem = case.problem(dtype, layout)
+    torch.manual_seed(0)
+
+    def numbers(*shape):
+        return (torch.randint(-16, 17, shape) / 8).to(dtype)
+
+    x = numbers(*problem.x_shape).contiguous(memory_format=problem.memory_format)
+    channels = problem.c_out
+    tensors = x, numbers(*problem.weight_shape), numbers(channels), numbers(*problem.y_shape), numbers(channels)
+    return problem, variant(name).default(problem, CPU), *tensors
+
+
+def computed(name, problem, config, x, weight, bias, epilogue, residual=None, slopes=None):
+    slopes = slopes if epilogue.activation == "prelu" else None
+    more = {"epilogue": epilogue, "residual": residual, "slopes": slopes}
+    assert variant(name).epilogue(problem, config, epilogue)
+    return variant(name).compute(problem, config, x, weight, bias, **more)
+
+
+def near(y, z, epilogue, slopes) -> bool:
+    """Whether y is the activation of the exact ``z``, rounded once."""
+    exact = activated(z.double(), epilogue, slopes.double())
+    ulps = torch.finfo(y.dtype).eps / 2 * exact.abs() + torch.finfo(y.dtype).tiny
+    return bool(((y.double() - exact).abs() <= 1.01 * ulps + 2 * torch.finfo(FLOAT).eps * (1 + z.abs())).all())
+
+
+def test_the_kernels_that_take_one():
+    assert set(TAKING) >= {
+        "forward_gather", "forward_phases", "forward_phases_packed", "forward_shuffle", "forward_shuffle_given",
+        "forward_shuffle_resident",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TAKING)
+def test_every_combination_is_rounded_once(name):
+    kinds = cycle(product((FLOAT, HALF), LAYOUTS))
+    of_kind = {kind: given(name, *kind) for kind in product((FLOAT, HALF), LAYOUTS)}
+    sums = {kind: torch.conv_transpose3d(
+        made[2].double(), made[3].double(), None, made[0].stride, made[0].crop) for kind, made in of_kind.items()
+    }  # fmt: skip
+    for activation, with_residual, with_bias in product((None, *ACTIVATIONS), (True, False), (True, False)):
+        kind = next(kinds)
+        if not with_residual and not with_bias:
+            next(kinds)  # so that each has every kind in turn
+        problem, config, x, weight, bias, residual, slopes = of_kind[kind]
+        epilogue = Epilogue(activation, 0.3 if activation == "leaky_relu" else 0.0, with_residual)
+        z = sums[kind]
+        z = z + bias.double().view(-1, 1, 1, 1) if with_bias else z
+        z = z + residual.double() if with_residual else z
+        operands = bias if with_bias else None, epilogue, residual if with_residual else None, slopes
+        y = computed(name, problem, config, x, weight, *operands)
+        assert y.shape == z.shape and y.is_contiguous(memory_format=problem.memory_format)
+        assert near(y, z, epilogue, slopes), (kind, epilogue, with_bias)
+
+
+@pytest.mark.parametrize("name", TAKING)
+def test_torchs_rounding_has_torchs_bits(name):
+    differs = 0
+    for layout, activation in product(LAYOUTS, triton_epilogue.EXACT):
+        problem, config, x, weight, bias, residual, slopes = given(name, HALF, layout)
+        x, weight, bias, residual = (each + torch.randn_like(each) / 64 for each in (x, weight, bias, residual))
+        sums = variant(name).compute(problem, config, x, weight, None)
+        for b, r in ((bias, residual), (bias, None), (None, residual)):
+            slope = 0.3 if activation == "leaky_relu" else 0.0
+            epilogue = Epilogue(activation, slope, r is not None, "torch")
+            y = computed(name, problem, config, x, weight, b, epilogue, r, slopes)
+            assert torch.equal(y, finish(sums.clone(), epilogue, b, r, slopes)), (layout, epilogue)
+        once = Epilogue(activation, slope, True)
+        both = computed(name, problem, config, x, weight, bias, once, residual, slopes)
+        stepwise = Epilogue(activation, slope, True, "torch")
+        differs += not torch.equal(both, computed(name, problem, config, x, weight, bias, stepwise, residual, slopes))
+    assert differs > 0
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # 1 / inf is the 0 that is meant
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_an_activation_is_exact_from_small_to_large_and_keeps_a_nan(activation):
+    """Near zero to its last digits, where torch's formula has them."""
+    z = torch.cat([10 ** torch.linspace(-6, 1.5, 62), torch.tensor([0.6249, 0.6251])])
+    case = Case(n=1, channels=(1, 1), size=(1, 1, 129), kernel=1)
+    problem, config, _, weight, _, _, _ = given("forward_gather", case=case)
+    x = torch.cat([z, -z, torch.tensor([float("nan")])]).view(1, 1, 1, 1, -1)
+    epilogue, slopes = Epilogue(activation, -0.3), torch.tensor([0.3])
+    y = computed("forward_gather", problem, config, x, torch.ones_like(weight), None, epilogue, None, slopes)
+    exact = activated(x.double(), epilogue, slopes.double())
+    error, eps = (y.double() - exact).abs(), torch.finfo(FLOAT).eps
+    assert y.isnan().sum() == 1 and y[..., -1].isnan()
+    bound = 4 * eps * (exact.abs() if activation in ("tanh", "sigmoid", "relu", "prelu") else x.double().abs())
+    far = 1 + x.double().abs()  # of exp: its argument's rounding
+    assert (error[..., :-1] <= (bound * far)[..., :-1]).all()
+
+
+def test_operands_of_other_strides():
+    """A residual of another layout, an expanded one, a slice; one slope, and a column of slopes."""
+    problem, config, x, weight, bias, residual, slopes = given("forward_phases")
+    epilogue = Epilogue("prelu", residual=True)
+    want = computed("forward_phases", problem, config, x, weight, bias, epilogue, residual, slopes)
+    beside = torch.stack([slopes, slopes + 1], 1)[:, 0]
+    wide = torch.cat([residual, residual], 1)
+    for r in (residual.contiguous(memory_format=torch.channels_last_3d), wide[:, : problem.c_out]):
+        assert torch.equal(computed("forward_phases", problem, config, x, weight, bias, epilogue, r, beside), want)
+    one = residual[:, :1, :, :, :1].expand_as(residual)
+    y = computed("forward_phases", problem, config, x, weight, None, epilogue, one, slopes[:1])
+    z = variant("forward_phases").compute(problem, config, x, weight, None)
+    assert torch.equal(y, torch.nn.functional.prelu(z + one, slopes[:1]))
+
+
+def test_groups_have_their_own_channels():
+    case = SHUFFLED._replace(channels=(4, 8), groups=2)
+    epilogue = Epilogue("prelu", residual=True)
+    for name in ("forward_shuffle", "forward_phases", "forward_phases_packed", "forward_gather"):
+        problem, config, x, weight, bias, residual, slopes = given(name, case=case)
+        y = computed(name, problem, config, x, weight, bias, epilogue, residual, slopes)
+        z = torch.conv_transpose3d(x, weight, bias, problem.stride, groups=2) + residual
+        assert near(y, z, epilogue, slopes), name
+
+
+def test_a_weight_in_other_strides_leads_to_the_kernel_that_packs_it():
+    problem, config, x, weight, bias, residual, slopes = given("forward_shuffle_given", HALF)
+    other = weight.contiguous(memory_format=torch.channels_last_3d)
+    epilogue = Epilogue("gelu", residual=True)
+    first, second = (
+        computed("forward_shuffle_given", problem, config, x, each, bias, epilogue, residual, slopes)
+        for each in (weight, other)
+    )
+    assert torch.equal(first, second)
+
+
+def test_declined_where_others_add_up_the_sums_or_the_bits_are_torchs():
+    problem, config, *_ = given("forward_phases")
+    takes = variant("forward_phases").epilogue
+    assert takes(problem, config, Epilogue("relu")) and not takes(problem, {**config, "SPLITS": 2}, Epilogue("relu"))
+    assert takes(problem, config, Epilogue("relu", rounding="torch"))
+    assert not takes(problem, config, Epilogue("gelu", rounding="torch"))
+
+
+def test_a_call_runs_it_in_the_kernel(monkeypatch):
+    problem, _, x, weight, bias, residual, slopes = given("forward_phases")
+    want = finish(torch.conv_transpose3d(x, weight, bias, problem.stride, problem.crop), Epilogue(
+        "prelu", residual=True), None, residual, slopes)  # fmt: skip
+    monkeypatch.setattr("tritonconv.epilogue.finish", None)
+    with tritonconv.use("forward_phases"), torch.no_grad():
+        y = tritonconv.conv_transpose3d(
+            x, weight, bias, problem.stride, problem.crop, activation=("prelu", slopes), residual=residual
+        )
+    assert (y - want).abs().max() <= 8 * torch.finfo(FLOAT).eps * want.abs().max()
