@@ -16,20 +16,21 @@ import triton.language as tl
 
 from tritonconv.kernels import triton_patches as patch
 from tritonconv.kernels.targets import MULTIPROCESSORS
-from tritonconv.kernels.triton_convolution import backward_data
-from tritonconv.kernels.triton_device import (
-    aligned,
-    ceil_div,
-    dividers,
-    multiple,
-    product,
-    store_tile,
-    voxel_tiles,
-    widened,
+from tritonconv.kernels.triton_device import aligned, ceil_div, dividers, product, store_tile, voxel_tiles, widened
+from tritonconv.kernels.triton_launch import (
+    RUN_TIME,
+    Y_STRIDES,
+    accounting,
+    empty,
+    geometry,
+    multiprocessors,
+    precision,
+    scalar_strides,
+    wide,
 )
-from tritonconv.kernels.triton_launch import RUN_TIME, accounting, empty, multiprocessors
-from tritonconv.kernels.triton_patches import padded, patches, refused
-from tritonconv.kernels.triton_target import step_of
+from tritonconv.kernels.triton_launch import launch as run
+from tritonconv.kernels.triton_patches import dense_places, padded, patches, refused, voxel_count
+from tritonconv.kernels.triton_weights import oriented, packed
 from tritonconv.kernels.variant import SPREADS_WEIGHT, Config, Variant
 from tritonconv.kernels.weight_orders import AS_GIVEN
 from tritonconv.kernels.work import WARP, Work, parts, size_of
@@ -38,16 +39,14 @@ from tritonconv.problem import Problem
 LEAST_DEPTH = 16  # of a product
 
 
-@triton.jit(launch_metadata=accounting, do_not_specialize=RUN_TIME)
+@triton.jit(launch_metadata=accounting, do_not_specialize=(*RUN_TIME, *Y_STRIDES))
 def backward_data_patches_kernel(
     grad_y_ptr,  # (n, c_out, od, oh, ow)
     w_ptr,  # (c_in, c_out, taps)
     grad_x_ptr,  # (n, c_in, d, h, w), dense, or (n, d, h, w, c_in) where X_STEP is 0
     n, d_in, h_in, w_in, d_out, h_out, w_out, d_crop, h_crop, w_crop,
-    strides,  # of grad_y, of the weight, of grad_x
-    C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
-    KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    strides, y_n, y_c, y_d, y_h, y_w,  # of the weight; grad_y's
+    LAYER: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     X_STEP: tl.constexpr,  # divides d_in * h_in * w_in where these lie innermost; 0 where the channels do
     UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -55,8 +54,10 @@ def backward_data_patches_kernel(
 
     Rows: the voxels; columns: input channels; depth: (tap, output channel), all of it.
     """
-    grad_y_strides = strides[0]
-    w_strides = aligned(strides, UNITS)[1]
+    C_IN: tl.constexpr = LAYER.C_IN
+    C_OUT: tl.constexpr = LAYER.C_OUT
+    (w_strides,) = aligned(strides, UNITS)
+    grad_y_strides = (y_n, y_c, y_d, y_h, y_w)
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     COLUMNS: tl.constexpr = ceil_div(C_IN, BLOCK_N)
     first, walkers = tl.program_id(0) // COLUMNS, tl.num_programs(0) // COLUMNS
@@ -64,11 +65,9 @@ def backward_data_patches_kernel(
     mask_n = offs_n < C_IN
     offs_k = tl.arange(0, BLOCK_K)
     w_rows = widened(offs_k % C_OUT, WIDE) * w_strides[0] + widened(offs_k // C_OUT, WIDE) * w_strides[2]
-    w_mask = (offs_k < product(KERNEL) * C_OUT)[:, None] & mask_n[None, :]
+    w_mask = (offs_k < product(LAYER.KERNEL) * C_OUT)[:, None] & mask_n[None, :]
     w_tile = tl.load(w_ptr + (w_rows[:, None] + (offs_n * w_strides[1])[None, :]), mask=w_mask, other=0.0)
-    volume = widened(d_in, WIDE) * h_in * w_in
-    if X_STEP > 0:
-        volume = multiple(volume, X_STEP)
+    count = voxel_count(size, X_STEP, WIDE)
     by = None
     if not WIDE:
         by = dividers(size, 0)
@@ -76,20 +75,17 @@ def backward_data_patches_kernel(
     # in shared memory; made in their own turn they would be one in registers.
     following = patches(
         grad_y_ptr, grad_y_strides, first, n, size, out_size, crop, by,
-        CHANNELS=C_OUT, KERNEL=KERNEL, STRIDE=STRIDE, DILATION=DILATION, BLOCK=BLOCK_M, PLACES=BLOCK_K, WIDE=WIDE,
+        LAYER=LAYER, BLOCK=BLOCK_M, PLACES=BLOCK_K, WIDE=WIDE,
     )  # fmt: skip
     for tile in range(first, voxel_tiles(n, size, BLOCK_M, 0, WIDE), walkers):
         acc = tl.dot(following, w_tile, input_precision=PRECISION)
         following = patches(
             grad_y_ptr, grad_y_strides, tile + walkers, n, size, out_size, crop, by,
-            CHANNELS=C_OUT, KERNEL=KERNEL, STRIDE=STRIDE, DILATION=DILATION, BLOCK=BLOCK_M, PLACES=BLOCK_K, WIDE=WIDE,
+            LAYER=LAYER, BLOCK=BLOCK_M, PLACES=BLOCK_K, WIDE=WIDE,
         )  # fmt: skip
         voxel = widened(tile, WIDE) * BLOCK_M + tl.arange(0, BLOCK_M)
-        if X_STEP > 0:
-            rows, columns = voxel // volume * (C_IN * volume) + voxel % volume, offs_n * volume
-        else:
-            rows, columns = voxel * C_IN, offs_n
-        store_tile(grad_x_ptr, rows, columns, acc, voxel < n * volume, mask_n, X_STEP > 0)
+        rows, columns = dense_places(voxel, offs_n, count, C_IN, X_STEP)
+        store_tile(grad_x_ptr, rows, columns, acc, voxel < n * count, mask_n, X_STEP > 0)
 
 
 def launches(problem, config, grad_y, weight):
@@ -97,12 +93,24 @@ def launches(problem, config, grad_y, weight):
     if grad_x.zero:
         return grad_x
     config = dict(config)
-    grid = programs(problem, config, multiprocessors(grad_y.device) * config.pop("RESIDENT"))
-    return backward_data(
-        backward_data_patches_kernel, grid, problem, config, grad_y, weight, grad_x,
+    weight = packed(weight, config.pop("WEIGHT"))
+    run(
+        backward_data_patches_kernel,
+        programs(problem, config, multiprocessors(grad_y.device) * config.pop("RESIDENT")),
+        config,
+        (grad_x,),
+        grad_y_ptr=grad_y,
+        w_ptr=weight,
+        grad_x_ptr=grad_x,
+        **geometry(problem, backward_data_patches_kernel),
+        strides=(oriented(weight, "backward_data"),),
+        **scalar_strides(grad_y),
         BLOCK_K=padded(problem, LEAST_DEPTH),
-        X_STEP=step_of(math.prod(problem.size)) if problem.layout == "ncdhw" else 0,
-    )  # fmt: skip
+        X_STEP=patch.voxel_step(problem),
+        WIDE=wide(grad_y, weight, grad_x, of=problem),
+        PRECISION=precision(problem.dtype),
+    )
+    return grad_x
 
 
 def _columns(problem: Problem, config: Config) -> int:

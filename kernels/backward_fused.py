@@ -66,7 +66,6 @@ def fused_backward_kernel(
     n, d_in, h_in, w_in, d_out, h_out, w_out, d_crop, h_crop, w_crop,
     strides,  # of x, of the weight, of grad_y, of grad_x
     LAYER: tl.constexpr, CONFIG: tl.constexpr, GIVEN: tl.constexpr, X_STEP: tl.constexpr, FACTS: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
     PLAIN: tl.constexpr, UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A program owns every SPLITS-th tile of BLOCK_M voxels of a group of x: the grad_x of each, and the sum of all for
@@ -82,6 +81,8 @@ def fused_backward_kernel(
     STRIDE: tl.constexpr = LAYER.STRIDE
     ROWS: tl.constexpr = CONFIG.ROWS
     BLOCK_M: tl.constexpr = CONFIG.BLOCK_M
+    BLOCK_N: tl.constexpr = CONFIG.BLOCK_N
+    BLOCK_C: tl.constexpr = CONFIG.BLOCK_C
     BLOCK_W: tl.constexpr = CONFIG.BLOCK_W
     SPLITS: tl.constexpr = CONFIG.SPLITS
     x_strides, w_strides, grad_y_strides, grad_x_strides = aligned(strides, UNITS)

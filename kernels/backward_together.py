@@ -54,7 +54,7 @@ def backward_together_kernel(
     n, d_in, h_in, w_in, d_out, h_out, w_out, d_crop, h_crop, w_crop,
     data_programs, data_splits, data_split_stride, splits,
     strides,  # of x, of grad_y, of the weight, of grad_x, of the partials
-    LAYER: tl.constexpr, DATA: tl.constexpr, WEIGHT: tl.constexpr,  # CONFIG of either kernel
+    LAYER: tl.constexpr, DATA_CONFIG: tl.constexpr, WEIGHT_CONFIG: tl.constexpr,  # CONFIG of either kernel
     UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The first ``data_programs`` programs own tiles of grad_x, as in
@@ -66,10 +66,10 @@ def backward_together_kernel(
     pid = tl.program_id(0)
     if pid < data_programs:
         store_data_tile(
-            pid, voxel_tiles(n, size, DATA.BLOCK_M, DATA.BLOCK_W, WIDE), grad_y_ptr, w_ptr, grad_x_ptr,
+            pid, voxel_tiles(n, size, DATA_CONFIG.BLOCK_M, DATA_CONFIG.BLOCK_W, WIDE), grad_y_ptr, w_ptr, grad_x_ptr,
             n=n, size=size, out_size=out_size, crop=crop, splits=data_splits, split_stride=data_split_stride,
             strides=(grad_y_strides, w_strides, grad_x_strides),
-            LAYER=LAYER, CONFIG=DATA, WIDE=WIDE, PRECISION=PRECISION,
+            LAYER=LAYER, CONFIG=DATA_CONFIG, WIDE=WIDE, PRECISION=PRECISION,
         )  # fmt: skip
         return
 
@@ -77,7 +77,7 @@ def backward_together_kernel(
         pid - data_programs, x_ptr, grad_y_ptr, partial_ptr, bias_partial_ptr, arrivals_ptr, total_ptr, total_bias_ptr,
         n=n, size=size, out_size=out_size, crop=crop, splits=splits,
         strides=(x_strides, grad_y_strides, partial_strides),
-        LAYER=LAYER, CONFIG=WEIGHT, WIDE=WIDE, PRECISION=PRECISION,
+        LAYER=LAYER, CONFIG=WEIGHT_CONFIG, WIDE=WIDE, PRECISION=PRECISION,
     )  # fmt: skip
 
 
@@ -130,8 +130,8 @@ def _join(data: KernelLaunch, own: KernelLaunch) -> None:
         "data_splits": data.arguments["splits"],
         "data_split_stride": data.arguments["split_stride"],
         "strides": (x_strides, grad_y_strides, w_strides, grad_x_strides, partial_strides),
-        "DATA": data.arguments["CONFIG"],
-        "WEIGHT": arguments.pop("CONFIG"),
+        "DATA_CONFIG": data.arguments["CONFIG"],
+        "WEIGHT_CONFIG": arguments.pop("CONFIG"),
     }
     arguments["WIDE"] = data.arguments["WIDE"] or own.arguments["WIDE"]
     run(backward_together_kernel, data.grid[0] + own.grid[0], {}, (*data.written, *own.written), **arguments)

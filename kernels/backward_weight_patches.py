@@ -15,14 +15,13 @@ import triton
 import triton.language as tl
 
 from tritonconv.kernels import triton_patches as patch
-from tritonconv.kernels.triton_buffers import copied, new
-from tritonconv.kernels.triton_device import ceil_div, chunk, dividers, multiple, product, voxel_tiles, widened
-from tritonconv.kernels.triton_launch import RUN_TIME, accounting, geometry, precision, wide
-from tritonconv.kernels.triton_launch import launch as run
-from tritonconv.kernels.triton_patches import padded, patches, refused
-from tritonconv.kernels.triton_reduce import sum_weights
+from tritonconv.kernels.triton_buffers import copied
+from tritonconv.kernels.triton_device import ceil_div, chunk, dividers, product, voxel_tiles, widened
+from tritonconv.kernels.triton_launch import RUN_TIME, Y_STRIDES, accounting, precision, wide
+from tritonconv.kernels.triton_partials import WeightGradients
+from tritonconv.kernels.triton_patches import dense_places, padded, patches, refused, voxel_count
 from tritonconv.kernels.triton_split_gemm import SplitGemm, store_channel_sums
-from tritonconv.kernels.triton_target import compute_capability, shared_bytes, step_of
+from tritonconv.kernels.triton_target import compute_capability, shared_bytes
 from tritonconv.kernels.variant import SPREADS_VOXELS, Config, Variant
 from tritonconv.kernels.work import WARP, Work, parts
 from tritonconv.problem import Problem
@@ -30,17 +29,15 @@ from tritonconv.problem import Problem
 LEAST_ROWS = 64  # of a product on Hopper
 
 
-@triton.jit(launch_metadata=accounting, do_not_specialize=(*RUN_TIME, "splits"))
+@triton.jit(launch_metadata=accounting, do_not_specialize=(*RUN_TIME, "splits", *Y_STRIDES))
 def backward_weight_patches_kernel(
     x_ptr,  # (n, c_in, d, h, w), dense, or (n, d, h, w, c_in) where X_STEP is 0
     grad_y_ptr,  # (n, c_out, od, oh, ow)
-    grad_w_ptr,  # (splits, taps, c_out, c_in), dense, float32
-    grad_b_ptr,  # (splits, c_out), dense, float32, or None
+    partial_ptr,  # (splits, taps, c_out, c_in), dense, float32
+    bias_partial_ptr,  # (splits, c_out), dense, float32, or None
     n, d_in, h_in, w_in, d_out, h_out, w_out, d_crop, h_crop, w_crop,
-    splits, grad_y_strides,
-    C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
-    KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    splits, y_n, y_c, y_d, y_h, y_w,  # grad_y's strides
+    LAYER: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     BIAS_V: tl.constexpr, BIAS_C: tl.constexpr, BIAS_W: tl.constexpr,
     X_STEP: tl.constexpr,  # divides d_in * h_in * w_in where these lie innermost; 0 where the channels do
     WIDE: tl.constexpr, PRECISION: tl.constexpr,
@@ -50,25 +47,27 @@ def backward_weight_patches_kernel(
 
     Rows: (tap, output channel); columns: input channels; depth: voxels of x.
     """
+    C_IN: tl.constexpr = LAYER.C_IN
+    C_OUT: tl.constexpr = LAYER.C_OUT
+    grad_y_strides = (y_n, y_c, y_d, y_h, y_w)
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
-    ROWS: tl.constexpr = product(KERNEL) * C_OUT
+    ROWS: tl.constexpr = product(LAYER.KERNEL) * C_OUT
     COLUMNS: tl.constexpr = ceil_div(C_IN, BLOCK_N)
-    BIAS_TILES: tl.constexpr = 0 if grad_b_ptr is None else ceil_div(C_OUT, BIAS_C)
+    BIAS_TILES: tl.constexpr = 0 if bias_partial_ptr is None else ceil_div(C_OUT, BIAS_C)
     pid = tl.program_id(0)
     split, column = pid // (COLUMNS + BIAS_TILES), pid % (COLUMNS + BIAS_TILES) - BIAS_TILES
-    if grad_b_ptr is not None:  # noqa: SIM102
+    if bias_partial_ptr is not None:  # noqa: SIM102
         if column < 0:
             store_channel_sums(
-                grad_y_ptr, grad_b_ptr, None, None, n, out_size, grad_y_strides, column + BIAS_TILES, split, splits,
-                C_OUT, X_STEP > 0, BIAS_V, BIAS_C, BIAS_W, WIDE,
+                grad_y_ptr, bias_partial_ptr, None, None, n=n, out_size=out_size, grad_y_strides=grad_y_strides,
+                tile=column + BIAS_TILES, split=split, splits=splits, CHANNELS=C_OUT, VOXELS_INNER=X_STEP > 0,
+                BLOCK_V=BIAS_V, BLOCK_C=BIAS_C, BLOCK_W=BIAS_W, WIDE=WIDE,
             )  # fmt: skip
             return
 
     offs_n = widened(column * BLOCK_N + tl.arange(0, BLOCK_N), WIDE)
     mask_n = offs_n < C_IN
-    volume = widened(d_in, WIDE) * h_in * w_in
-    if X_STEP > 0:
-        volume = multiple(volume, X_STEP)
+    count = voxel_count(size, X_STEP, WIDE)
     by = None
     if not WIDE:
         by = dividers(size, 0)
@@ -76,28 +75,28 @@ def backward_weight_patches_kernel(
     # The next tile's patches are on their way during this one's product.
     following = patches(
         grad_y_ptr, grad_y_strides, first, n, size, out_size, crop, by,
-        CHANNELS=C_OUT, KERNEL=KERNEL, STRIDE=STRIDE, DILATION=DILATION, BLOCK=BLOCK_K, PLACES=BLOCK_M, WIDE=WIDE,
+        LAYER=LAYER, BLOCK=BLOCK_K, PLACES=BLOCK_M, WIDE=WIDE,
     )  # fmt: skip
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for tile in range(first, last):
         voxel = widened(tile, WIDE) * BLOCK_K + tl.arange(0, BLOCK_K)
-        mask_k = voxel < n * volume
+        mask_k = voxel < n * count
+        rows, columns = dense_places(voxel, offs_n, count, C_IN, X_STEP)
         if X_STEP > 0:
-            rows = voxel // volume * (C_IN * volume) + voxel % volume
-            x_ptrs = x_ptr + ((offs_n * volume)[:, None] + rows[None, :])
+            x_ptrs = x_ptr + (columns[:, None] + rows[None, :])
             x_tile = tl.trans(tl.load(x_ptrs, mask=mask_n[:, None] & mask_k[None, :], other=0.0))
         else:
-            x_ptrs = x_ptr + ((voxel * C_IN)[:, None] + offs_n[None, :])
+            x_ptrs = x_ptr + (rows[:, None] + columns[None, :])
             x_tile = tl.load(x_ptrs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
         acc = tl.dot(tl.trans(following), x_tile, acc, input_precision=PRECISION)
         following = patches(
             grad_y_ptr, grad_y_strides, tile + 1, n, size, out_size, crop, by,
-            CHANNELS=C_OUT, KERNEL=KERNEL, STRIDE=STRIDE, DILATION=DILATION, BLOCK=BLOCK_K, PLACES=BLOCK_M, WIDE=WIDE,
+            LAYER=LAYER, BLOCK=BLOCK_K, PLACES=BLOCK_M, WIDE=WIDE,
         )  # fmt: skip
 
     row = tl.arange(0, BLOCK_M)
     places = widened(split, WIDE) * (ROWS * C_IN) + (row * C_IN)[:, None] + offs_n[None, :]
-    tl.store(grad_w_ptr + places, acc, mask=(row < ROWS)[:, None] & mask_n[None, :])
+    tl.store(partial_ptr + places, acc, mask=(row < ROWS)[:, None] & mask_n[None, :])
 
 
 def gemm(problem: Problem) -> SplitGemm:
@@ -105,35 +104,21 @@ def gemm(problem: Problem) -> SplitGemm:
 
 
 def launches(problem, config, x, grad_y, need_bias):
-    nothing = x.numel() == 0 or grad_y.numel() == 0
-    grad_weight = new(problem.weight_shape, x, zero=nothing)
-    grad_bias = new((problem.c_out,), x, zero=nothing) if need_bias else None
-    if nothing:
-        return grad_weight, grad_bias
-    x = copied(x, lambda tensor: tensor.contiguous(memory_format=problem.memory_format))
-    config, count = dict(config), gemm(problem).programs(_whole(problem, config), need_bias)
-    splits = config.pop("SPLITS")
-    partial = new((splits, 1, math.prod(problem.kernel), problem.c_out, problem.c_in), x, torch.float32)
-    bias_partial = new((splits, problem.c_out), x, torch.float32) if need_bias else None
-    run(
+    sums = WeightGradients(problem, config, x, grad_y, need_bias)
+    if sums.nothing:
+        return sums.results()
+    sums.x = copied(x, lambda tensor: tensor.contiguous(memory_format=problem.memory_format))
+    sums.split_weight(1, math.prod(problem.kernel), problem.c_out, problem.c_in)
+    sums.split_bias(sums.splits)
+    sums.launch(
         backward_weight_patches_kernel,
-        splits * count,
-        config,
-        (partial, bias_partial),
-        x_ptr=x,
-        grad_y_ptr=grad_y,
-        grad_w_ptr=partial,
-        grad_b_ptr=bias_partial,
+        gemm(problem).programs(_whole(problem, config), need_bias),
         BLOCK_M=padded(problem, LEAST_ROWS),
-        **geometry(problem, backward_weight_patches_kernel),
-        splits=splits,
-        grad_y_strides=grad_y.stride(),
-        X_STEP=step_of(math.prod(problem.size)) if problem.layout == "ncdhw" else 0,
-        WIDE=wide(x, grad_y, partial, of=problem),
+        X_STEP=patch.voxel_step(problem),
+        WIDE=wide(sums.x, grad_y, sums.partial, of=problem),
         PRECISION=precision(problem.dtype),
     )
-    sum_weights(partial, grad_weight, bias_partial, grad_bias)
-    return grad_weight, grad_bias
+    return sums.results()
 
 
 def _whole(problem: Problem, config: Config) -> dict[str, int]:

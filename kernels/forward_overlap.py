@@ -23,7 +23,17 @@ from tritonconv.kernels import triton_phases as phases
 from tritonconv.kernels import triton_tiles as tiles
 from tritonconv.kernels.triton_device import aligned, inside, offset, product, widened
 from tritonconv.kernels.triton_epilogue import finished, with_bias
-from tritonconv.kernels.triton_launch import RUN_TIME, accounting, empty, geometry, precision, refusal, wide
+from tritonconv.kernels.triton_launch import (
+    RUN_TIME,
+    Y_STRIDES,
+    accounting,
+    empty,
+    geometry,
+    precision,
+    refusal,
+    scalar_strides,
+    wide,
+)
 from tritonconv.kernels.triton_launch import launch as run
 from tritonconv.kernels.triton_phases import cells_of, window_of
 from tritonconv.kernels.triton_weights import oriented, packed, preferred
@@ -32,8 +42,6 @@ from tritonconv.kernels.work import Work, tap_gemm
 from tritonconv.problem import Problem, Triple
 
 MOST_COLUMNS = 256
-# Of so few channels a stride has other divisors at every image size, and no wide store needs them.
-Y_STRIDES = ("y_n", "y_c", "y_d", "y_h")
 LEAST_BOX = 4  # voxels along an axis with a halo
 
 
@@ -214,7 +222,7 @@ def forward(kernel, grid: int, problem: Problem, config, x, weight, bias, out, *
         **geometry(problem, kernel),
         **more,
         strides=(x.stride(), oriented(weight, "forward")),
-        **dict(zip((*Y_STRIDES, "y_w"), y.stride(), strict=True)),
+        **scalar_strides(y),
         WIDE=wide(x, weight, y, of=problem),
         PRECISION=precision(problem.dtype),
     )

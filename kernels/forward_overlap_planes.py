@@ -19,7 +19,6 @@ from tritonconv.kernels import forward_overlap
 from tritonconv.kernels import triton_phases as phases
 from tritonconv.kernels import triton_tiles as tiles
 from tritonconv.kernels.forward_overlap import (
-    Y_STRIDES,
     add_neighbours,
     columns,
     next_power,
@@ -29,7 +28,7 @@ from tritonconv.kernels.forward_overlap import (
 )
 from tritonconv.kernels.targets import MULTIPROCESSORS
 from tritonconv.kernels.triton_device import aligned, inside, offset, product, widened
-from tritonconv.kernels.triton_launch import RUN_TIME, accounting, refusal
+from tritonconv.kernels.triton_launch import RUN_TIME, Y_STRIDES, accounting, refusal
 from tritonconv.kernels.triton_phases import cells_of, window_of
 from tritonconv.kernels.triton_weights import preferred
 from tritonconv.kernels.variant import SPREADS_WEIGHT, Config, Variant

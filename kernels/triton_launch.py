@@ -31,6 +31,8 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 CROPS = ("d_crop", "h_crop", "w_crop")
 RUN_TIME = ("n", "d_in", "h_in", "w_in", "d_out", "h_out", "w_out", *CROPS)
 
+# Of very few channels a stride has other divisors at every image size, and no wide load or store needs them.
+Y_STRIDES = ("y_n", "y_c", "y_d", "y_h")
 OPTIONS = ("num_warps", "num_stages")  # keys of a config that Triton takes itself
 BY = ("by_d", "by_h", "by_w", "shift_d", "shift_h", "shift_w")  # of :func:`division`
 
@@ -50,6 +52,11 @@ def refusal(problem: Problem, device: torch.device) -> str | None:
     return None
 
 
+def scalar_strides(y: Buffer) -> dict[str, int]:
+    """The strides of y or grad_y one by one, of which kernels leave Y_STRIDES unspecialised."""
+    return dict(zip((*Y_STRIDES, "y_w"), y.stride(), strict=True))
+
+
 class Layer(NamedTuple):
     """The argument LAYER of a kernel: all that is compiled in about the layer; channels are per group."""
 
@@ -64,7 +71,7 @@ class Layer(NamedTuple):
 def geometry(problem: Problem, kernel) -> dict[str, Any]:
     """The arguments that kernels take under the same names, of them those of this kernel.
 
-    What is compiled in comes one by one, or as LAYER where a kernel has too many parameters.
+    The constants of a layer come one by one, or as LAYER where a kernel would have too many parameters.
     """
     run_time = (problem.n, *problem.size, *problem.out_size, *problem.crop)
     channels = problem.c_in // problem.groups, problem.c_out // problem.groups

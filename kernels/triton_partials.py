@@ -14,7 +14,7 @@ import torch
 
 from tritonconv.kernels.triton_arrival import ARRIVE, arrivals, arrives
 from tritonconv.kernels.triton_buffers import Buffer, new
-from tritonconv.kernels.triton_launch import geometry
+from tritonconv.kernels.triton_launch import geometry, scalar_strides
 from tritonconv.kernels.triton_launch import launch as run
 from tritonconv.kernels.triton_reduce import sum_parts, sum_weights
 from tritonconv.kernels.variant import Config
@@ -65,9 +65,15 @@ class WeightGradients:
     def launch(self, kernel: Any, programs: int, partial_strides: tuple[int, ...] | None = None, **arguments: Any):
         """Launches a kernel with so many programs for each chunk, which own a tile each.
 
-        ``arguments`` are those beside the pointers, sizes and strides, to which ``partial_strides`` belong where given.
+        ``arguments`` are those beside the pointers, sizes and strides, of which the kernel gets what it takes;
+        ``partial_strides`` belong to the strides where given.
         """
         strides = self.x.stride(), self.grad_y.stride()
+        known = {
+            **self.pointers(programs),
+            "strides": strides if partial_strides is None else (*strides, partial_strides),
+            **scalar_strides(self.grad_y),
+        }
         run(
             kernel,
             self.splits * programs,
@@ -75,10 +81,9 @@ class WeightGradients:
             self.written,
             x_ptr=self.x,
             grad_y_ptr=self.grad_y,
-            **self.pointers(programs),
+            **{name: value for name, value in known.items() if name in kernel.arg_names},
             **geometry(self.problem, kernel),
             splits=self.splits,
-            strides=strides if partial_strides is None else (*strides, partial_strides),
             **arguments,
         )
 

@@ -14,8 +14,9 @@ import triton
 import triton.language as tl
 
 from tritonconv.kernels import triton_tiles as tiles
-from tritonconv.kernels.triton_device import constant, inside, offset, product, voxels
+from tritonconv.kernels.triton_device import constant, inside, multiple, offset, product, voxels, widened
 from tritonconv.kernels.triton_launch import refusal
+from tritonconv.kernels.triton_target import step_of
 from tritonconv.kernels.variant import Config
 from tritonconv.kernels.work import BASE_REGISTERS, HALO, LINE, WARP, Work, parts, size_of
 from tritonconv.problem import Problem
@@ -43,11 +44,11 @@ def below(index, limit):
 
 
 @triton.jit
-def patch_place(
-    pointers, oh, limits_h, hits_w, strides, PLACE: tl.constexpr,
-    CHANNELS: tl.constexpr, KERNEL: tl.constexpr, DILATION: tl.constexpr,
-):  # fmt: skip
+def patch_place(pointers, oh, limits_h, hits_w, strides, PLACE: tl.constexpr, LAYER: tl.constexpr):
     """One place of the patches, (voxels,)."""
+    CHANNELS: tl.constexpr = LAYER.C_OUT
+    KERNEL: tl.constexpr = LAYER.KERNEL
+    DILATION: tl.constexpr = LAYER.DILATION
     TAP: tl.constexpr = PLACE // CHANNELS
     TD: tl.constexpr = TAP // (KERNEL[1] * KERNEL[2])
     TH: tl.constexpr = TAP // KERNEL[2] % KERNEL[1]
@@ -69,13 +70,17 @@ def halved(parts, HALF: tl.constexpr):
 
 @triton.jit
 def patches(
-    grad_y_ptr, strides, tile, n, size, out_size, crop, by, CHANNELS: tl.constexpr, KERNEL: tl.constexpr,
-    STRIDE: tl.constexpr, DILATION: tl.constexpr, BLOCK: tl.constexpr, PLACES: tl.constexpr, WIDE: tl.constexpr,
+    grad_y_ptr, strides, tile, n, size, out_size, crop, by,
+    LAYER: tl.constexpr, BLOCK: tl.constexpr, PLACES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """The patches of a tile of BLOCK voxels, (BLOCK, PLACES); zeros beyond the last place, and of voxels not there.
 
     ``by``: the dividers of ``size``, or None where WIDE.
     """
+    KERNEL: tl.constexpr = LAYER.KERNEL
+    STRIDE: tl.constexpr = LAYER.STRIDE
+    DILATION: tl.constexpr = LAYER.DILATION
+    FILLED: tl.constexpr = product(KERNEL) * LAYER.C_OUT
     image, d, h, w, mask = voxels(tile, n, size, BLOCK, 0, WIDE, by)
     od, oh, ow = d * STRIDE[0] - crop[0], h * STRIDE[1] - crop[1], w * STRIDE[2] - crop[2]
     pointers = grad_y_ptr + offset(strides, image, 0, od, oh, ow)
@@ -89,14 +94,39 @@ def patches(
     for tap in tl.static_range(constant(KERNEL[2])):
         hits_w = hits_w + (below(ow + tap * DILATION[2], limit_w),)  # type: ignore[assignment]  # noqa: RUF005
     parts = ()
-    for place in tl.static_range(product(KERNEL) * CHANNELS):
-        part = patch_place(pointers, oh, limits_h, hits_w, strides, place, CHANNELS, KERNEL, DILATION)
+    for place in tl.static_range(FILLED):
+        part = patch_place(pointers, oh, limits_h, hits_w, strides, place, LAYER)
         parts = parts + (part,)  # type: ignore[assignment]  # noqa: RUF005
-    for _ in tl.static_range(PLACES - product(KERNEL) * CHANNELS):
+    for _ in tl.static_range(PLACES - FILLED):
         parts = parts + (tl.zeros((BLOCK,), grad_y_ptr.dtype.element_ty),)  # type: ignore[assignment]  # noqa: RUF005
     for level in tl.static_range(levels(PLACES)):
         parts = halved(parts, PLACES >> (level + 1))
     return tl.reshape(parts[0], (BLOCK, PLACES))  # type: ignore[misc]
+
+
+@triton.jit
+def voxel_count(size, X_STEP: tl.constexpr, WIDE: tl.constexpr):
+    """The voxels of an image; X_STEP, where it is not 0, divides them."""
+    count = widened(size[0], WIDE) * size[1] * size[2]
+    if X_STEP > 0:
+        count = multiple(count, X_STEP)
+    return count
+
+
+@triton.jit
+def dense_places(voxel, channel, count, CHANNELS: tl.constexpr, X_STEP: tl.constexpr):
+    """Element offsets of voxels, counted over all images of ``count``, and those of channels, in dense x or grad_x.
+
+    The channels are innermost where X_STEP is 0, else the voxels.
+    """
+    if X_STEP > 0:
+        return voxel // count * (CHANNELS * count) + voxel % count, channel * count
+    return voxel * CHANNELS, channel
+
+
+def voxel_step(problem: Problem) -> int:
+    """X_STEP."""
+    return step_of(math.prod(problem.size)) if problem.layout == "ncdhw" else 0
 
 
 def places(problem: Problem) -> int:

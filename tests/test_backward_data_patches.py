@@ -42,7 +42,7 @@ def test_programs_that_take_tiles_in_turn(label, layout, monkeypatch):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_wide_offsets(layout, monkeypatch):
-    monkeypatch.setattr("tritonconv.kernels.triton_convolution.wide", lambda *buffers, of=None: True)
+    monkeypatch.setattr(kernel, "wide", lambda *buffers, of=None: True)
     base = [RECORD.default]
     for label in ("k4 s2", "dilation"):
         configs = lambda problem: [each(problem, DEVICE) for each in base]  # noqa: E731

@@ -47,6 +47,7 @@ LAYERS = (
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 WALL = RANK["lab.flags"]
+MOST_ARGUMENTS = 30  # of an entry kernel
 MODULES = 50  # of the product that the import loads
 # The plots read results files: of the project they see the reader and the errors.
 PLOTS_SEE = {"plots", "errors", *(f"lab.{name}" for name in (
@@ -148,6 +149,20 @@ def test_a_file_is_a_room():
     long = {path.name: lines for path in [*sources(), *sorted((ROOT / "tests").glob("*.py"))]
             if (lines := len(path.read_text().splitlines())) > 350}  # fmt: skip
     assert long == {}
+
+
+def test_an_entry_kernel_takes_at_most_thirty_arguments():
+    """An entry kernel is a jit function that names its launches to a profiler, or that a launch names: *_kernel."""
+    counts = {
+        node.name: len(node.args.posonlyargs + node.args.args + node.args.kwonlyargs)
+        for path in (ROOT / "kernels").glob("*.py")
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.FunctionDef)
+        and any("jit" in (text := ast.unparse(each)) and ("launch_metadata" in text or node.name.endswith("_kernel"))
+                for each in node.decorator_list)
+    }  # fmt: skip
+    assert len(counts) >= len(list((ROOT / "kernels").glob("*ward_*.py")))
+    assert {name: count for name, count in counts.items() if count > MOST_ARGUMENTS} == {}
 
 
 def test_one_name_for_one_thing():
