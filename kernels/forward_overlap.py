@@ -18,9 +18,11 @@ import torch
 import triton
 import triton.language as tl
 
+from tritonconv.kernels import triton_epilogue
 from tritonconv.kernels import triton_phases as phases
 from tritonconv.kernels import triton_tiles as tiles
 from tritonconv.kernels.triton_device import aligned, inside, offset, product, widened
+from tritonconv.kernels.triton_epilogue import finished, with_bias
 from tritonconv.kernels.triton_launch import (
     RUN_TIME,
     Y_STRIDES,
@@ -89,9 +91,10 @@ def forward_overlap_kernel(
     w_ptr,  # (c_in, c_out, taps)
     bias_ptr,  # (c_out,) or None
     y_ptr,  # (n, c_out, od, oh, ow)
+    residual_ptr, slopes,  # see triton_epilogue
     n, d_in, h_in, w_in, d_out, h_out, w_out, d_crop, h_crop, w_crop,
     strides, y_n, y_c, y_d, y_h, y_w,  # of x, of the weight; y's
-    LAYER: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_K: tl.constexpr,
+    LAYER: tl.constexpr, CONFIG: tl.constexpr,
     UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A program owns a box of BLOCK_D x BLOCK_H x BLOCK_W input voxels with its halo, the rows, and all columns (phase,
@@ -103,6 +106,11 @@ def forward_overlap_kernel(
     C_OUT: tl.constexpr = LAYER.C_OUT
     KERNEL: tl.constexpr = LAYER.KERNEL
     STRIDE: tl.constexpr = LAYER.STRIDE
+    BLOCK_D: tl.constexpr = CONFIG.BLOCK_D
+    BLOCK_H: tl.constexpr = CONFIG.BLOCK_H
+    BLOCK_W: tl.constexpr = CONFIG.BLOCK_W
+    BLOCK_K: tl.constexpr = CONFIG.BLOCK_K
+    EPILOGUE: tl.constexpr = CONFIG.EPILOGUE
     x_strides, w_strides = aligned(strides, UNITS)
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     BLOCK_M: tl.constexpr = BLOCK_D * BLOCK_H * BLOCK_W
@@ -178,15 +186,21 @@ def forward_overlap_kernel(
     mask = mask & inside(out_w, out_size[2])[:, None]
     mask = mask & inside(out_h, out_size[1]) & inside(out_d, out_size[0])
     if bias_ptr is not None:
-        acc += tl.load(bias_ptr + channel, mask=channel < C_OUT, other=0.0).to(tl.float32)[None, :]
+        acc = with_bias(acc, tl.load(bias_ptr + channel, mask=channel < C_OUT, other=0.0), y_ptr, EPILOGUE)
     channel = widened(channel, WIDE)
     y_strides = (y_n, y_c, y_d, y_h, y_w)
-    y_ptrs = y_ptr + offset(y_strides, image, channel[None, :], out_d, out_h, out_w[:, None])
-    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask)
+    offsets = offset(y_strides, image, channel[None, :], out_d, out_h, out_w[:, None])
+    if EPILOGUE is None:
+        tl.store(y_ptr + offsets, acc.to(y_ptr.dtype.element_ty), mask=mask)
+    else:
+        channel = tl.where(channel < C_OUT, channel, 0)[None, :]
+        acc = finished(acc, residual_ptr, offsets, mask, slopes, channel, y_ptr, EPILOGUE)
+        tl.store(y_ptr + offsets, acc, mask=mask)
 
 
-def launches(problem, config, x, weight, bias, out=None):
-    return forward(forward_overlap_kernel, boxes(problem, config), problem, config, x, weight, bias, out)
+def launches(problem, config, x, weight, bias, out=None, **epilogue):
+    more = triton_epilogue.arguments(problem, **epilogue)
+    return forward(forward_overlap_kernel, boxes(problem, config), problem, config, x, weight, bias, out, **more)
 
 
 def forward(kernel, grid: int, problem: Problem, config, x, weight, bias, out, **more):
@@ -306,4 +320,5 @@ VARIANT = Variant(
     "forward_overlap", "forward",
     "very few channels out: x times all taps once, overlapping products added in registers", "triton",
     launches=launches, supports=supports, space=space, default=default, spreads_nonfinite=SPREADS_WEIGHT, work=work,
+    epilogue=triton_epilogue.computes,
 )  # fmt: skip

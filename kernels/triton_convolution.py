@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from tritonconv.kernels import triton_epilogue
 from tritonconv.kernels.triton_buffers import Buffer
 from tritonconv.kernels.triton_launch import geometry, launch, precision, wide
@@ -11,15 +9,15 @@ from tritonconv.kernels.triton_weights import oriented, packed
 from tritonconv.kernels.variant import Config
 from tritonconv.problem import Problem
 
-if TYPE_CHECKING:
-    from tritonconv.epilogue import Epilogue
-
 
 def forward(
     kernel, grid: int, problem: Problem, config: Config, x, weight, bias, y, y_strides=None,
-    epilogue: Epilogue | None = None, residual: Buffer | None = None, slopes: Buffer | None = None, **more,
+    epilogue=None, residual=None, slopes=None, **more,
 ) -> Buffer:  # fmt: skip
-    """Has a forward kernel write y, unless it is empty -> y; ``more`` are arguments of this kernel alone."""
+    """Has a forward kernel write y, unless it is empty -> y; ``more`` are arguments of this kernel alone.
+
+    ``epilogue``, ``residual``, ``slopes``: of a variant that takes them, by the contract of ``tritonconv.epilogue``.
+    """
     if y.numel() > 0:
         if "residual_ptr" in kernel.arg_names:
             more |= triton_epilogue.arguments(problem, epilogue, residual, slopes)

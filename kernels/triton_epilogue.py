@@ -55,7 +55,7 @@ def with_bias(acc, bias, y_ptr, EPILOGUE: tl.constexpr):
 
 @triton.jit
 def finished(acc, residual_ptr, offsets, mask, slopes, channel, y_ptr, EPILOGUE: tl.constexpr):
-    """What is stored at ``offsets`` of y, of sums that have their bias: the residual, the activation, the rounding.
+    """The tile that is stored at ``offsets`` of y, of sums that have their bias: with the residual, activated, rounded.
 
     ``channel`` counts all channels of y, and is broadcast to ``acc``.
     """
@@ -113,7 +113,9 @@ def computes(problem: Problem, config: Config, epilogue: Epilogue) -> bool:
     return config.get("SPLITS", 0) <= 1 and (epilogue.rounding is None or epilogue.activation in EXACT)
 
 
-def arguments(problem: Problem, epilogue: Epilogue | None, residual: Buffer | None, slopes: Buffer | None) -> dict:
+def arguments(
+    problem: Problem, epilogue: Epilogue | None = None, residual: Buffer | None = None, slopes: Buffer | None = None
+) -> dict[str, Any]:
     """The three arguments of a kernel."""
     step = 0
     found: dict[str, Any] = {"residual_ptr": None, "slopes": None, "EPILOGUE": None}

@@ -9,6 +9,8 @@ import torch
 from variant_cases import CPU, Case
 
 import tritonconv
+from tritonconv import epilogue as epilogues
+from tritonconv import epilogue_road
 from tritonconv.epilogue import ACTIVATIONS, Epilogue, activated, finish
 from tritonconv.kernels import triton_epilogue
 from tritonconv.kernels.registry import have_triton, variant, variants
@@ -18,15 +20,16 @@ pytestmark = pytest.mark.skipif(not have_triton(), reason="Triton is not install
 HALF, FLOAT = torch.float16, torch.float32
 LAYOUTS = ("ncdhw", "ndhwc")
 SHUFFLED = Case(n=1, channels=(2, 8), size=(1, 1, 3), kernel=(1, 1, 2), stride=(1, 1, 2))
-OVERLAPPED = Case(n=1, channels=(2, 8), size=(1, 1, 3), kernel=(1, 1, 3), stride=(1, 1, 2), front=(0, 0, 1))
+OVERLAPPED = SHUFFLED._replace(kernel=(1, 1, 3), front=(0, 0, 1), back=(0, 0, 1))
+FEW = OVERLAPPED._replace(channels=(2, 2))
 TAKING = [each.name for each in variants("forward") if each.epilogue is not None]
 
 
 def given(name: str, dtype=FLOAT, layout="ncdhw", case=None):
     """(problem, default config, x, weight, bias, residual, slopes), of which every exact sum is a float32."""
     if case is None:
-        case = OVERLAPPED if variant(name).supports(SHUFFLED.problem(), CPU) is not None else SHUFFLED
-    case = case if variant(name).supports(case.problem(dtype, layout), CPU) is None else OVERLAPPED
+        cases = (OVERLAPPED, SHUFFLED, FEW)
+        case = next(each for each in cases if variant(name).supports(each.problem(dtype, layout), CPU) is None)
     problem = case.problem(dtype, layout)
     torch.manual_seed(0)
 
@@ -55,8 +58,8 @@ def near(y, z, epilogue, slopes) -> bool:
 
 def test_the_kernels_that_take_one():
     assert set(TAKING) >= {
-        "forward_gather", "forward_phases", "forward_phases_packed", "forward_shuffle", "forward_shuffle_given",
-        "forward_shuffle_resident",
+        "forward_gather", "forward_overlap", "forward_phases", "forward_phases_packed", "forward_shuffle",
+        "forward_shuffle_given", "forward_shuffle_resident",
     }  # fmt: skip
 
 
@@ -167,7 +170,8 @@ def test_a_call_runs_it_in_the_kernel(monkeypatch):
     problem, _, x, weight, bias, residual, slopes = given("forward_phases")
     want = finish(torch.conv_transpose3d(x, weight, bias, problem.stride, problem.crop), Epilogue(
         "prelu", residual=True), None, residual, slopes)  # fmt: skip
-    monkeypatch.setattr("tritonconv.epilogue.finish", None)
+    for module in (epilogues, epilogue_road):
+        monkeypatch.setattr(module, "finish", None)
     with tritonconv.use("forward_phases"), torch.no_grad():
         y = tritonconv.conv_transpose3d(
             x, weight, bias, problem.stride, problem.crop, activation=("prelu", slopes), residual=residual
