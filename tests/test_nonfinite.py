@@ -143,8 +143,8 @@ def test_by_default_a_cpu_has_no_more_than_torch(pass_name, vendor, monkeypatch)
     """Of whatever is chosen for the two passes that read the weight, small problems and slow choices included."""
     for module in (rules, nearby):
         monkeypatch.setattr(module, "cpu_vendor", lambda: vendor)
-    monkeypatch.setattr(nearby, "MARGIN", 0.3)
-    monkeypatch.setattr(nearby, "LEAST_SAVED", {"forward": -1e9, "gradients": -1e9})
+    monkeypatch.setattr(nearby, "MARGIN", {"forward": 0.3, "gradients": 0.3})
+    monkeypatch.setattr(nearby, "LEAST_US", {"forward": 0.0, "gradients": 0.0})
     monkeypatch.setattr(nearby, "CAUTION", 0.0)
     nearby.picks.cache_clear()
     for limit in ("LITTLE_WORK", "WORK_PER_TAP", "ENOUGH_VOXELS", "FEW_VOXELS", "LARGE_ACTIVATIONS"):
