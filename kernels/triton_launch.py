@@ -12,6 +12,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import make_backend
 
+from tritonconv.errors import ArgumentError
 from tritonconv.kernels import triton_compiled
 from tritonconv.kernels.targets import MULTIPROCESSORS
 from tritonconv.kernels.triton_buffers import Buffer, KernelLaunch, copied, new
@@ -166,8 +167,19 @@ def units(strides: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(0 if stride == 1 else unit for stride in strides)
 
 
+def _attributes(function: Any) -> set[str]:
+    """The names in a device function, and in those that it hands CONFIG on to; of ``CONFIG.ROWS`` this is ROWS."""
+    names, known = function.__code__.co_names, function.__globals__
+    called = (known[name].fn for name in names if "CONFIG" in getattr(known.get(name), "arg_names", ()))
+    return set(names).union(*map(_attributes, called))
+
+
 @cache
-def _config_type(names: tuple[str, ...]) -> Any:
+def _config_type(function: Any, names: tuple[str, ...]) -> Any:
+    read = _attributes(function)
+    unread = [name for name in names if name not in read]
+    if unread:
+        raise ArgumentError(f"{function.__name__} reads no {', '.join(unread)}, of its arguments or of CONFIG")
     return namedtuple("Config", names)  # type: ignore[misc]
 
 
@@ -175,11 +187,12 @@ def gathered(kernel, arguments: dict[str, Any]) -> dict[str, Any]:
     """The arguments, of them as CONFIG those that the kernel does not take by their names: its config, without what
     Triton takes, and what else is compiled in.
 
-    In one order, whatever that of the config's keys is: the values are part of the key of a compiled kernel.
+    In one order, whatever that of the config's keys is: the values are part of the key of a compiled kernel. Raises
+    ArgumentError for a name that the kernel does not read.
     """
     own = {name: value for name, value in arguments.items() if name in kernel.arg_names or name in OPTIONS}
     names = tuple(sorted(arguments.keys() - own.keys()))
-    return {**own, "CONFIG": _config_type(names)(*(arguments[name] for name in names))}
+    return {**own, "CONFIG": _config_type(kernel.fn, names)(*(arguments[name] for name in names))}
 
 
 def launch(kernel, grid: int | tuple[int, ...], config: Config, written: Sequence[Buffer | None], **arguments) -> None:

@@ -18,9 +18,12 @@ from variant_cases import COPIES, DEVICE, Case, form, run, same
 import tritonconv
 from tritonconv import dispatch
 from tritonconv.autotune.choose import Selection
+from tritonconv.errors import ArgumentError
 from tritonconv.forced import pinned
 from tritonconv.kernels import triton_launch, triton_weights
+from tritonconv.kernels.backward_data_gemm import backward_data_gemm_kernel
 from tritonconv.kernels.forward_phases import forward_phases_kernel
+from tritonconv.kernels.forward_shuffle import forward_shuffle_kernel
 from tritonconv.kernels.registry import variant
 from tritonconv.kernels.triton_buffers import Buffer
 from tritonconv.kernels.triton_program import Program
@@ -286,6 +289,15 @@ def test_a_kernel_of_every_variant_is_accounted_for(name):
             seen = triton_launch.accounting(launch.grid, SimpleNamespace(name=launch.name), args)
             flops += [value for key, value in seen.items() if key.startswith("flops")]
     assert flops == [problem.flops]
+
+
+def test_a_config_holds_nothing_that_its_kernel_does_not_read():
+    """PACK is read by the function that the kernel hands its CONFIG on to."""
+    for kernel, read in ((forward_shuffle_kernel, {"ROWS": 1}), (backward_data_gemm_kernel, {"BLOCK_M": 16, "PACK": 1})):
+        config = triton_launch.gathered(kernel, read | {"num_warps": 4})["CONFIG"]
+        assert config._asdict() == read
+        with pytest.raises(ArgumentError, match=f"{kernel.fn.__name__} reads no RESIDENT, "):
+            triton_launch.gathered(kernel, read | {"RESIDENT": 2})
 
 
 def test_precision_is_what_torch_says_of_convolutions():
