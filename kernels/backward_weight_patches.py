@@ -29,6 +29,7 @@ from tritonconv.problem import Problem
 LEAST_ROWS = 64  # of a product on Hopper
 
 
+# The strides of grad_y are specialised: without, it spills for sm_100 in NCDHW (Triton 3.9.0).
 @triton.jit(launch_metadata=accounting, do_not_specialize=(*RUN_TIME, "splits"))
 def backward_weight_patches_kernel(
     x_ptr,  # (n, c_in, d, h, w), dense, or (n, d, h, w, c_in) where X_STEP is 0

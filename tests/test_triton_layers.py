@@ -293,7 +293,10 @@ def test_a_kernel_of_every_variant_is_accounted_for(name):
 
 def test_a_config_holds_nothing_that_its_kernel_does_not_read():
     """PACK is read by the function that the kernel hands its CONFIG on to."""
-    for kernel, read in ((forward_shuffle_kernel, {"ROWS": 1}), (backward_data_gemm_kernel, {"BLOCK_M": 16, "PACK": 1})):
+    for kernel, read in (
+        (forward_shuffle_kernel, {"ROWS": 1}),
+        (backward_data_gemm_kernel, {"BLOCK_M": 16, "PACK": 1}),
+    ):
         config = triton_launch.gathered(kernel, read | {"num_warps": 4})["CONFIG"]
         assert config._asdict() == read
         with pytest.raises(ArgumentError, match=f"{kernel.fn.__name__} reads no RESIDENT, "):
