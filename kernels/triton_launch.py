@@ -54,7 +54,7 @@ def refusal(problem: Problem, device: torch.device) -> str | None:
 
 
 def scalar_strides(y: Buffer) -> dict[str, int]:
-    """The strides of y or grad_y one by one, of which kernels leave Y_STRIDES unspecialised."""
+    """The strides of y or grad_y one by one, of which most kernels leave Y_STRIDES unspecialised."""
     return dict(zip((*Y_STRIDES, "y_w"), y.stride(), strict=True))
 
 

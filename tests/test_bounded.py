@@ -31,7 +31,7 @@ UNBOUNDED = {
     },
     "kernels.registry": {"_called_without_overlap": "variant", "_modules": "beginnings of names"},
     "kernels.triton_compiled": {"warn": "text about a folder"},
-    "kernels.triton_launch": {"_config_type": "names of a kernel's arguments", "_multiplies_tf32": "GPU"},
+    "kernels.triton_launch": {"_config_type": "kernel, and names in its configs", "_multiplies_tf32": "GPU"},
     "kernels.triton_replay": {"_warn_once": "text of a compiler's error"},
 }  # fmt: skip
 # Empty dicts, lists and sets that a module fills: the reason why each has an end.

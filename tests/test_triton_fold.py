@@ -61,6 +61,7 @@ def test_where_it_pays():
         for case, layout, pays in (
             (CASES["20 to 5, k2x4x4"], "ndhwc", True),
             (CASES["20 to 5, k2x4x4"], "ncdhw", False),
+            (Case(channels=(20, 5), kernel=(2, 4, 1), stride=(2, 4, 1)), "ndhwc", False),
             (Case(channels=(16, 16), kernel=2, stride=2), "ndhwc", False),
             (Case(channels=(4, 6), kernel=2, stride=2, groups=2), "ndhwc", False),
         ):
