@@ -61,7 +61,7 @@ def test_every_forward_writes_into_a_slice_of_either_format(layout, monkeypatch)
         triton = record.backend == "triton"
         if triton and record.name != {"ncdhw": "forward_gather", "ndhwc": "forward_shuffle"}[layout]:
             continue  # tests/test_triton_kernels.py has them all
-        cases = served(record, TINY, layout)[:1] if triton else served(record, CASES, layout)[:4]
+        cases = served(record, TINY, layout)[:1] if triton else served(record, CASES, layout)[:2]
         for each in LAYOUTS if not triton else (layout,):
             wrong += [f"{record.name}: {case}" for case in cases if written_wrongly(record.name, case, layout, each)]
     assert wrong == []
