@@ -331,6 +331,7 @@ def test_a_checkpoint_computes_a_call_anew_with_what_was_in_force(fresh, launche
 
 def test_what_was_in_force_is_forgotten_with_the_weight(fresh):
     weight = WEIGHT.clone().requires_grad_()
+    gc.collect()  # weights of earlier tests
     before = dict(forced_module._trained)
     with tritonconv.use("forward_torch_phases"):
         tritonconv.conv_transpose3d(X, weight, BIAS, 2)

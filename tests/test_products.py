@@ -10,6 +10,7 @@ import pytest
 import torch
 from variant_cases import CASES, complaints
 
+from tritonconv.device import cpu_vendor
 from tritonconv.kernels import torch_products
 from tritonconv.kernels.registry import variant
 from tritonconv.kernels.torch_products import product, products, sum_of_products
@@ -112,6 +113,7 @@ def test_the_formulations_are_exact_with_them(name, layout, otherwise):
 def test_mkl_is_slow_on_an_amd_cpu_with_avx512_alone(monkeypatch):
     cpuinfo, capability = {"text": "vendor_id\t: AuthenticAMD\n"}, {"name": "AVX512"}
     monkeypatch.setattr(Path, "read_text", lambda path, **how: cpuinfo["text"])
+    monkeypatch.setattr(torch_products, "cpu_vendor", cpu_vendor.__wrapped__)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability["name"])
     slow = torch_products.mkl_is_slow.__wrapped__

@@ -165,6 +165,7 @@ def test_jit_trace_of_two_crops_serves_other_sizes(size):
 )
 def test_a_counters_table_has_our_class_as_soon_as_it_is_imported(package, module, table, monkeypatch, tmp_path):
     """Beside stand-ins with the tables of thop 0.1.1 and ptflops 0.7.5."""
+    assert issubclass(tritonconv.FusedConvTranspose3d, tritonconv.ConvTranspose3d)  # its first use loads it
     (tmp_path / package).mkdir()
     (tmp_path / package / "__init__.py").write_text(f"from .{module} import *\n")
     source = f"from torch import nn\n{table} = {{nn.ConvTranspose3d: 'counts it', nn.Conv3d: 'another'}}\n"
@@ -180,6 +181,7 @@ def test_a_counters_table_has_our_class_as_soon_as_it_is_imported(package, modul
             sys.modules.pop(name, None)
     assert entries == {
         nn.ConvTranspose3d: "counts it", tritonconv.ConvTranspose3d: "counts it", nn.Conv3d: "another",
+        tritonconv.FusedConvTranspose3d: "counts it",
     }  # fmt: skip
 
 

@@ -79,10 +79,10 @@ def test_a_layer_trains(names, launches):
         torchs = torch.nn.ConvTranspose3d(c_in, c_out, k, s, p, q, groups=groups).to(DEVICE)
         ours = tritonconv.ConvTranspose3d(c_in, c_out, k, s, p, q, groups=groups).to(DEVICE)
         ours.load_state_dict(torchs.state_dict())
-        x = torch.randn(1, c_in, 2, 2, 3, device=DEVICE)
+        x = torch.randn(2, c_in, 2, 2, 3, device=DEVICE)  # torch answers one small image in NCDHW on a CPU
         out = torchs(x).shape
         problems = [
-            tritonconv.Problem(1, c_in, c_out, (2, 2, 3), (k,) * 3, (s,) * 3, (p,) * 3, tuple(out[2:]),
+            tritonconv.Problem(2, c_in, c_out, (2, 2, 3), (k,) * 3, (s,) * 3, (p,) * 3, tuple(out[2:]),
                                groups=groups, layout=layout, bias=True) for layout in ("ndhwc", "ncdhw")
         ]  # fmt: skip
         problem = next((each for each in problems if served(names, each)), None)
