@@ -96,6 +96,7 @@ def test_state_dict_both_ways(trio):
     assert list(converted.state_dict()) == list(network.state_dict())
 
 
+@pytest.mark.parametrize("trio", ["UNet", "SwinUNETR", "DynUNet"], indirect=True)
 def test_three_steps_of_training(trio):
     *networks, x, target = trio
     losses = []
