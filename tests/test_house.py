@@ -26,8 +26,8 @@ BESIDE = {"Makefile", "LICENSE", "constraints.txt"}
 # begins its own.
 LAYERS = (
     ("errors", "switches", "registries", "symbolic", "private", "precision", "bounded"),
-    ("problem", "device"),
-    ("arguments", "epilogue"),
+    ("problem", "device", "epilogue"),
+    ("arguments",),
     ("kernels",),
     ("autotune",),
     ("fallback",),

@@ -54,6 +54,8 @@ class Plan:
         self._choose, self.chosen = choose, dict(chosen)
         self.replays: dict[str, Replay] = {}  # of Triton choices, by the names of the functions below
         self._with: dict[Epilogue, Callable[..., torch.Tensor]] = {}
+        # Makes that of the same call with an epilogue, which may have a choice of its own; None: it has this plan's.
+        self.plan_with: Callable[[Epilogue], Plan] | None = None
 
     def choice(self, pass_name: str) -> Selection:
         """Raises VariantNotApplicable where a forced variant does not serve the problem."""
@@ -142,14 +144,14 @@ class Plan:
         """
         function = self._with.get(epilogue)
         if function is None:
-            function = remember(self._with, epilogue, self._forward_with(epilogue), MOST_EPILOGUES)
+            own = self if self.plan_with is None else self.plan_with(epilogue.kind)
+            function = remember(self._with, epilogue, own._forward_with(epilogue), MOST_EPILOGUES)
         return function
 
     def takes(self, epilogue: Epilogue) -> bool:
         """The chosen forward variant computes the epilogue itself."""
         choice = self.choice("forward")
-        asked = choice.variant.epilogue
-        return asked is not None and asked(self.problem, choice.config, epilogue)
+        return choice.variant.finishes(self.problem, choice.config, epilogue)
 
     def _forward_with(self, epilogue: Epilogue) -> Callable[..., torch.Tensor]:
         from tritonconv.epilogue import finish  # a plain call has none
@@ -310,12 +312,8 @@ class Plan:
         return tuple(kernel.name for kernel in program.kernels), program.workspace_bytes
 
     def _program(self, pass_name: str) -> Program:
-        from tritonconv.kernels.triton_program import Program, operands_of  # needs Triton
-
         choice = self.choice(pass_name)
-        assert choice.variant.launches is not None  # the caller looked
-        launches = partial(choice.variant.launches, self.problem, choice.config)
-        return Program.of(launches, operands_of(self.problem, pass_name, torch.device("meta")))
+        return choice.variant.program(self.problem, choice.config)
 
     def _standby(self, name: str) -> Callable[..., Any] | None:
         """torch's own operation in the place of the Triton launches of a pass or of the whole backward; None where the

@@ -71,6 +71,7 @@ def overlaps_one(row: Mapping) -> bool:
 def groups(rows: Iterable[Mapping], variant: str = OURS, noise: float = 1.0) -> list[Group]:
     """One group per pass, dtype and layout, and one of all layouts where there are several; in the rows' order."""
     rows = [row for row in rows if row["variant"] == variant and row["speedup"] is not None and not row.get("family")]
+    rows = [row for row in rows if not row.get("epilogue")]
     parts: dict[tuple[str, str], dict[str, list[Mapping]]] = {}
     for row in rows:
         parts.setdefault((row["pass"], row["dtype"]), {}).setdefault(row["layout"], []).append(row)
@@ -127,6 +128,21 @@ def _in_columns(run: Run) -> list[str]:
     return ["", title, "", *text_table.lines(rows, numbers=4), "", legend]
 
 
+def _stages(run: Run) -> list[str]:
+    """The layers with an epilogue, which no mean of plain layers holds."""
+    rows = [row for row in run.of_stages() if row["speedup"] is not None and row["variant"] != BASELINE]
+    if not rows:
+        return []
+    lines = [["layer", "then", "dtype", "layout", "variant", "speed-up", "20th to 80th", "MB", "MB spared"]]
+    for row in rows:
+        interval = f"{row['speedup_p20']:.2f} to {row['speedup_p80']:.2f}"
+        moved = (f"{row[name] / 1e6:.3g}" for name in ("bytes", "spared_bytes"))
+        names = (row["layer"].partition("+")[0], row["epilogue"], row["dtype"], row["layout"], row["variant"])
+        lines.append([*names, f"{row['speedup']:.2f}", interval, *moved])
+    title = "layers with what stands behind them, against torch's separate operations:"
+    return ["", title, "", *text_table.lines(lines, numbers=4)]
+
+
 def summary(run: Run) -> str:
     """The text that ``bench`` prints at its end."""
     env = run.environment
@@ -139,7 +155,7 @@ def summary(run: Run) -> str:
     factor = band.noise if band else 1.0
     per_variant = {name: groups(run.results, name, factor) for name in run.values("variant") if name != BASELINE}
     if not any(per_variant.values()):
-        lines.append("no layer was timed beside torch")
+        lines += ["no layer was timed beside torch"] * (not run.of_stages())
     else:
         lines += ["", f"speed-up over {BASELINE} in the same layout, median of the ratios of neighbouring calls:", ""]
         lines += _table([group for each in per_variant.values() for group in each])
@@ -156,6 +172,7 @@ def summary(run: Run) -> str:
             if group.layout == "all" or len({g.layout for g in per_variant[OURS]}) == 1:
                 lines += ["", f"slowest in {group.pass_name}, {group.dtype} (20th to 80th percentile of the pairs):"]
                 lines += [f"  {line}" for line in _worst(group.worst)]
+    lines += _stages(run)
     if run.disturbance:
         lines += ["", run.disturbance]
         quiet = groups((row for row in run.results if (row.get("other_cores") or 0.0) <= QUIET), noise=factor)

@@ -23,6 +23,7 @@ from tritonconv.lab.bench.layer_sizes import SCALES, at_sizes
 from tritonconv.lab.bench.progress import progress
 from tritonconv.lab.bench.recording import recording
 from tritonconv.lab.bench.runner import bench
+from tritonconv.lab.bench.stages import with_epilogue
 from tritonconv.lab.bench.summary import summary
 from tritonconv.lab.bench.workloads import ALL, suites, workloads
 from tritonconv.lab.commands.common import (
@@ -34,6 +35,7 @@ from tritonconv.lab.commands.common import (
     check_store,
     device_of,
     dtypes_of,
+    epilogue_of,
     folder,
     layer_lines,
     load_variant_files,
@@ -56,6 +58,8 @@ DESCRIPTION = (
     "--roofs measures the device instead: copies (read and written bytes count), matrix products of each\n"
     "dtype (on a GPU float32 with and without TF32) and one launch, each with torch's own routines. The\n"
     "best of many runs counts. The store keeps them, and the cost model uses them from then on.\n\n"
+    "--activation, --residual, --rounding and --concat time the forward with what stands behind the layer:\n"
+    "one call of ours beside torch's separate operations. The suite stages has named layers so.\n\n"
     "--formulations measures the torch formulations of each pass on the layers instead, on a CPU, into a\n"
     "file such as autotune/formulations_authenticamd.json: rows from which layers without a tuned choice\n"
     "have theirs on that vendor's CPUs.\n\n"
@@ -66,7 +70,7 @@ DESCRIPTION = (
 # The flags that go with --overhead alone, with --roofs alone, with the layers; and those that --formulations lacks.
 OF_OVERHEAD, OF_ROOFS = ("use", "limit"), ("store",)
 OF_LAYERS = ("suite", "only", "passes", "layout", "scale", "variants", "variant_files", "compiled", "compile", "sizes",
-             "seed", "list")  # fmt: skip
+             "seed", "list", "activation", "residual", "rounding", "concat")  # fmt: skip
 OF_FORMULATIONS = ("suite", "only", "seed")
 FORMULATIONS_SECONDS = 180.0
 
@@ -88,6 +92,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seed", type=flags.seed, metavar="N", help="seed of the random inputs, and of the suite random (default: 0)"
     )
+    add_flags(parser, "activation", "residual", "rounding")
+    parser.add_argument("--concat", action="store_true", help="with a concatenation with a skip of the output's shape")
     add_flags(parser, "device", "variant-file", "compiled", "quiet", compile="on a GPU only", output=str(RESULTS))
     parser.add_argument("--list", action="store_true", help="list the layers that would run, and stop")
     instead = parser.add_mutually_exclusive_group()
@@ -136,6 +142,9 @@ def _layers(options: argparse.Namespace, device: torch.device) -> int:
     layers = workloads(options.suite or ALL, options.only, options.seed or 0)
     if options.sizes:
         layers = tuple(each for layer in layers for each in (layer, *at_sizes(layer, options.sizes)))
+    layers = with_epilogue(layers, epilogue_of(options))
+    if set(options.passes or ("forward",)) != {"forward"} and any(layer.epilogue is not None for layer in layers):
+        raise ArgumentError("argument --passes: of a layer with an epilogue the forward alone is measured")
     if options.list:
         print("\n".join(layer_lines(layers, scale_for(options.scale, device))))
         return OK
