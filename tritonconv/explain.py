@@ -120,7 +120,7 @@ def _show(made: Plan, epilogue: Epilogue | None = None, out: bool = False) -> Ex
             for each, why in zip(others, why_not, strict=True)
         ]
     command = tune_command(problem, made.device)
-    chosen = [made.choice(pass_name) for pass_name in PASSES]
+    chosen = [made.choice(pass_name) for pass_name in problem.passes]
     if command and any(not each.forced and (each.entry is None or each.outdated) for each in chosen):
         lines.append(f"to measure it here: {command}")
     explanation = Explanation(made, None, "\n".join(lines))

@@ -47,7 +47,7 @@ def torchs_operation(problem: Problem, t: Tensors) -> Callable[..., torch.Tensor
     if epilogue is None:
         return F.conv_transpose3d
     if epilogue == CONCAT:
-        return lambda *operands: torch.cat((F.conv_transpose3d(*operands), t.beside), 1)  # type: ignore[list-item]
+        return lambda *operands: torch.cat((F.conv_transpose3d(*operands), t.beside), 1)  # type: ignore[arg-type]
 
     def separate(*operands):
         y = F.conv_transpose3d(*operands)

@@ -84,7 +84,15 @@ def with_epilogue(layers: tuple[Workload, ...], epilogue: Epilogue | None) -> tu
         if layer.epilogue is not None:
             raise ArgumentError(f"{layer.name} has an epilogue of its own: {layer.epilogue}")
     slug = str(epilogue).replace(" + ", "+").replace(", rounded as ", "+").replace("no epilogue", "rounded")
-    return tuple(replace(layer, name=f"{layer.name}+{slug}", epilogue=epilogue) for layer in layers)
+    return tuple(
+        replace(
+            layer,
+            name=f"{layer.name}+{slug}",
+            epilogue=epilogue,
+            family=f"{layer.family}+{slug}" if layer.family else "",
+        )
+        for layer in layers
+    )
 
 
 def without_concat(layer: Workload) -> Workload:

@@ -12,7 +12,7 @@ from tritonconv.lab import text_table
 from tritonconv.lab.bench import noise
 from tritonconv.lab.bench.classes import CLASSES
 from tritonconv.lab.bench.columns import SAID, columns_of
-from tritonconv.lab.bench.results import BASELINE, OURS, Run
+from tritonconv.lab.bench.results import BASELINE, COMPILED, OURS, Run
 from tritonconv.lab.bench.standings import by_column, by_pass, standings
 from tritonconv.lab.bench.workloads import ALL
 
@@ -95,7 +95,8 @@ def _in_classes(run: Run) -> list[str]:
     ranked = standings(run.of_models())
     if not ranked:
         return []
-    wrong = {(row["layer"], row.get("dtype"), row["pass"]) for row in run.errors if row["variant"] == OURS}
+    plain = [row for row in run.errors if row["variant"] == OURS and not row.get("epilogue")]
+    wrong = {(row["layer"], row.get("dtype"), row["pass"]) for row in plain}
     wrong_in = Counter(pass_name for *_, pass_name in wrong)
     lines = [["class", "pass", "layers", "geomean", *(f"fast_{p:g}" for p in FAST_P)]]
     passes = dict.fromkeys(one.ours["pass"] for one in ranked)
@@ -133,14 +134,23 @@ def _stages(run: Run) -> list[str]:
     rows = [row for row in run.of_stages() if row["speedup"] is not None and row["variant"] != BASELINE]
     if not rows:
         return []
-    lines = [["layer", "then", "dtype", "layout", "variant", "speed-up", "20th to 80th", "MB", "MB spared"]]
+    lines = [["layer", "then", "dtype", "layout", "variant", "speed-up", "20th to 80th", COMPILED, "MB", "MB spared"]]
+    compiled = {_cell(row): row["median_ms"] for row in rows if row["variant"] == COMPILED}
     for row in rows:
         interval = f"{row['speedup_p20']:.2f} to {row['speedup_p80']:.2f}"
+        known = row["variant"] != COMPILED and _cell(row) in compiled
+        over = f"{compiled[_cell(row)] / row['median_ms']:.2f}" if known else ""
         moved = (f"{row[name] / 1e6:.3g}" for name in ("bytes", "spared_bytes"))
-        names = (row["layer"].partition("+")[0], row["epilogue"], row["dtype"], row["layout"], row["variant"])
-        lines.append([*names, f"{row['speedup']:.2f}", interval, *moved])
-    title = "layers with what stands behind them, against torch's separate operations:"
-    return ["", title, "", *text_table.lines(lines, numbers=4)]
+        lines.append([*_cell(row)[1:], row["variant"], f"{row['speedup']:.2f}", interval, over, *moved])
+    title = "layers with what stands behind them, against torch's separate operations (MB spared: that they move more):"
+    if not compiled:
+        lines = [[*line[:7], *line[8:]] for line in lines]
+    legend = [f"{COMPILED}: how many times faster than it, by the medians"] * bool(compiled)
+    return ["", title, "", *text_table.lines(lines, numbers=5 if compiled else 4), *legend]
+
+
+def _cell(row: Mapping) -> tuple[str, ...]:
+    return row["layer"], row["layer"].partition("+")[0], row["epilogue"], row["dtype"], row["layout"]
 
 
 def summary(run: Run) -> str:
