@@ -13,7 +13,7 @@ from tritonconv import ArgumentError, Problem, dispatch
 from tritonconv.autotune import choose, model, store
 from tritonconv.autotune.ceilings import of_capability
 from tritonconv.autotune.key import Key, device_name
-from tritonconv.autotune.tuning import session
+from tritonconv.autotune.tuning import api, session
 from tritonconv.autotune.tuning.compiled_ahead import jobs_of
 from tritonconv.epilogue import ACTIVATIONS, Epilogue
 from tritonconv.kernels.registry import have_triton, variant
@@ -21,8 +21,10 @@ from tritonconv.lab import cli
 from tritonconv.lab.bench import contestants, operations, schema, stages, summary
 from tritonconv.lab.bench.case import Case
 from tritonconv.lab.bench.contestants import contestant
+from tritonconv.lab.bench.progress import Progress
 from tritonconv.lab.bench.workloads import workloads
 from tritonconv.lab.inspection.launches import Launch
+from tritonconv.plots import html
 from tritonconv.problem import PASSES
 
 CPU = torch.device("cpu")
@@ -106,7 +108,10 @@ def test_a_layer_with_an_epilogue_is_tuned_as_a_whole(folder, monkeypatch):
     monkeypatch.setattr(session, "PROBLEM_SECONDS", 0.05)
     rows = []
     tuning = session.Session(CPU, write=lambda kind, row: rows.append((kind, row)))
-    report = tuning.run(session.tasks_of([WITH]), tritonconv.autotune.tuning.api.Progress())
+    layer = tritonconv.FusedConvTranspose3d(4, 3, 2, stride=2, activation="relu")
+    seen = [problem for problem, _ in api.problems_of(layer, torch.ones(UP.x_shape), torch.ones(UP.y_shape))]
+    assert seen == [UP, WITH]
+    report = tuning.run(session.tasks_of([WITH]), Progress())
     assert [winner.pass_name for _, winner in report.winners] == ["forward"] and not report.errors
     (key,) = store.own(device_name(CPU)).entries
     assert key == str(Key.of(WITH, "forward"))
@@ -114,7 +119,7 @@ def test_a_layer_with_an_epilogue_is_tuned_as_a_whole(folder, monkeypatch):
     assert {row["epilogue"] for row in timed} == {"residual + relu"} and len({row["variant"] for row in timed}) > 3
     assert dispatch.plan(WITH, CPU).choice("forward").entry is not None
     assert dispatch.plan(UP, CPU).choice("forward").entry is None
-    assert session.Session(CPU).run(session.tasks_of([WITH]), tritonconv.autotune.tuning.api.Progress()).known
+    assert session.Session(CPU).run(session.tasks_of([WITH]), Progress()).known
 
 
 @pytest.mark.skipif(not have_triton(), reason="Triton is not installed")
@@ -199,6 +204,7 @@ def test_rows_of_an_epilogue_are_apart_from_those_of_plain_layers(tmp_path, caps
             schema.check({name: value for name, value in row.items() if name != "spared_bytes"})
     assert {row["layer"] for group in summary.groups(found.results) for row in group.rows} == {"tiny"}
     assert "against torch's separate operations" in summary.summary(found)
+    assert "tiny+residual+relu" in html._against_the_best(found) and "tiny+" not in html._means(found)
     assert cli.main(["bench", "--only", "psmnet", "--passes", "forward_backward", "--concat"]) == 2
     assert "forward alone" in capsys.readouterr().err
 
