@@ -59,25 +59,31 @@ def plan(problem: Problem, device: torch.device, in_graph: bool = False) -> Plan
 def plan_for(x, weight, bias, arguments: tuple) -> Plan | None:
     """The plan of a batched call, None where no variant serves such tensors; a distinct call is checked once.
 
-    ``arguments`` are (stride, padding, output_padding, groups, dilation). A repeated call costs one tuple and one dict
-    lookup.
+    ``arguments`` are (stride, padding, output_padding, groups, dilation).
     """
-    numbers = plain(arguments)
-    try:
-        key = (
-            x.shape, x.stride(), x.dtype, x.device,
-            weight.shape, weight.stride(), weight.dtype, weight.device,
-            None if bias is None else (bias.shape, bias.dtype, bias.device),
-            numbers, forced.get(), deterministic_algorithms(), graphs.get(),
-        )  # fmt: skip
-        entry = _by_call.get(key)
-    except RuntimeError:  # a sparse tensor has no strides, and no variant serves it
-        return _plan_anew(x, weight, bias, arguments)
+    entry = known_plan(x, weight, bias, arguments)
     if entry is None:
         entry = _plan_anew(x, weight, bias, arguments)
         if entry is not None:
-            remember(_by_call, key, entry, MAX_PLANS)
+            remember(_by_call, _key(x, weight, bias, plain(arguments)), entry, MAX_PLANS)
     return entry
+
+
+def known_plan(x, weight, bias, arguments: tuple) -> Plan | None:
+    """The plan of a call that was made before, else None: one tuple and one dict lookup."""
+    try:
+        return _by_call.get(_key(x, weight, bias, plain(arguments)))
+    except RuntimeError:  # a sparse tensor has no strides, and no variant serves it
+        return None
+
+
+def _key(x, weight, bias, numbers: tuple) -> tuple:
+    return (
+        x.shape, x.stride(), x.dtype, x.device,
+        weight.shape, weight.stride(), weight.dtype, weight.device,
+        None if bias is None else (bias.shape, bias.dtype, bias.device),
+        numbers, forced.get(), deterministic_algorithms(), graphs.get(),
+    )  # fmt: skip
 
 
 def _plan_anew(x, weight, bias, arguments) -> Plan | None:

@@ -12,7 +12,7 @@ import torch
 
 from tritonconv import autocast, autograd, fallback, guards, operators
 from tritonconv.arguments import check_types, geometry
-from tritonconv.dispatch import plan_for
+from tritonconv.dispatch import known_plan, plan_for
 from tritonconv.errors import ArgumentTypeError, EmptyOutputError, VariantNotApplicable
 from tritonconv.forced import forced_variants, restore_forced
 from tritonconv.private import any_autocast
@@ -69,7 +69,7 @@ def conv_transpose3d(
         return epilogue_road.call(conv_transpose3d, _torch_serves, operands, arguments, activation, residual, rounding)
     if torch.compiler.is_compiling():
         return _traced(input, weight, bias, arguments)
-    if not fallback.plain(input, weight, bias):
+    if not fallback.ordinary(input, weight, bias):
         return _by_torch(input, weight, bias, arguments)
     forced_again = restore_forced(weight)
     if forced_again is None:
@@ -80,24 +80,31 @@ def conv_transpose3d(
 
 def _eager(input, weight, bias, arguments):
     if any_autocast():
+        if not fallback.undisturbed(input, weight, bias):
+            return _by_torch(input, weight, bias, arguments)
         input, weight, bias = autocast.cast_arguments_once(input, weight, bias)
     if input.dim() == 4:
         return _eager(input.unsqueeze(0), weight, bias, arguments).squeeze(0)
-    try:
-        plan = plan_for(input, weight, bias, arguments)
-    except EmptyOutputError as refusal:
-        return _empty(input, weight, bias, arguments, refusal)
+    plan = known_plan(input, weight, bias, arguments)
     if plan is None:
+        if not fallback.undisturbed(input, weight, bias):
+            return _by_torch(input, weight, bias, arguments)
+        try:
+            plan = plan_for(input, weight, bias, arguments)
+        except EmptyOutputError as refusal:
+            return _empty(input, weight, bias, arguments, refusal)
+        if plan is None:
+            return _by_torch(input, weight, bias, arguments)
+    recorded = autograd.needs_gradient(input, weight, bias)
+    # The gradients' variants are not chosen for a call that needs none.
+    direct = plan.torch_alone if recorded else plan.torch_forward
+    if direct is not None:  # before any look at transforms and modes: those see torch's own operation
+        return torch.conv_transpose3d(input, weight, bias, *direct)
+    if not fallback.undisturbed(input, weight, bias):
         return _by_torch(input, weight, bias, arguments)
-    if autograd.needs_gradient(input, weight, bias):
-        direct = plan.torch_alone
-        if direct is None:
-            return autograd.differentiable_forward(input, weight, bias, plan)
-    else:  # the gradients' variants are not chosen for it
-        direct = plan.torch_forward
-        if direct is None:
-            return plan.forward(input, weight, bias)
-    return torch.conv_transpose3d(input, weight, bias, *direct)
+    if recorded:
+        return autograd.differentiable_forward(input, weight, bias, plan)
+    return plan.forward(input, weight, bias)
 
 
 def _empty(input, weight, bias, arguments, refusal):
