@@ -49,9 +49,10 @@ class ConvTranspose3d(nn.ConvTranspose3d):
                 output_padding = self._output_padding(
                     input, output_size, self.stride, self.padding, self.kernel_size, 3, self.dilation  # type: ignore[arg-type]
                 )  # fmt: skip
-            parameters = self._parameters
-            if "weight" in parameters and "bias" in parameters:  # torch takes ten times as long to find them
-                weight, bias = parameters["weight"], parameters["bias"]
+            own = self._parameters
+            if "weight" in own and "bias" in own:  # torch takes ten times as long to find them
+                weight: torch.Tensor | None = own["weight"]
+                bias: torch.Tensor | None = own["bias"]
             else:  # a parametrization, or another tensor in the place of one
                 weight, bias = self.weight, self.bias
             y = conv_transpose3d(
