@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from tritonconv.errors import ResultsError
+from tritonconv.lab.bench.columns import columns_of
 from tritonconv.lab.bench.results import BASELINE, OURS, Run
 from tritonconv.lab.bench.standings import grouped
 from tritonconv.plots import figures, style
@@ -28,7 +29,7 @@ def draw(run: Run) -> Figure:
     notes = [
         f"Speed-up of {OURS} over torch.nn.functional.conv_transpose3d on the same tensors: median of the ratios of "
         "calls made next to each other; whiskers from the 20th to the 80th percentile. Hollow: the whisker reaches 1. "
-        "Dashed: geometric mean."
+        "Dashed: geometric mean. " + figures.band_note(run, columns_of(rows)[0])
     ]
     frame = figures.Frame(
         run, f"{OURS} against torch, {', '.join(dtypes)}", notes, (3.28, len(lines) * ROW), len(panels), len(panels),
@@ -42,6 +43,7 @@ def draw(run: Run) -> Figure:
         figures.names_down(axes, lines, 7.0, heads)
         axes.tick_params(labelleft=index == 0)
         _panel(axes, mine, lines, limits)
+        figures.null_band(axes, run, columns_of(rows)[0], style.GREY, **{"pass": pass_name, "dtype": dtype})
     return frame.done()
 
 
