@@ -74,7 +74,7 @@ class Frame:
         """One line at the right of the title, or ``below`` it at the left."""
         place = (0.1, 0.26) if below else (self.width - 0.1, 0.04)
         self.figure.legend(
-            handles=handles, loc=f"upper {'left' if below else 'right'}", ncols=len(handles), borderaxespad=0,
+            handles=handles, loc="upper left" if below else "upper right", ncols=len(handles), borderaxespad=0,
             bbox_to_anchor=(place[0] / self.width, 1 - place[1] / self.height),
             handlelength=1.4, handletextpad=0.3, columnspacing=1.0,
         )  # fmt: skip

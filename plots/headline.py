@@ -11,10 +11,11 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
@@ -40,6 +41,7 @@ LAYERS = {
 PASSES = {"forward": "forward", "forward_backward": "training step"}
 CONTESTANTS = (BASELINE, COMPILED, OURS)
 COLOURS = {BASELINE: style.GREY, COMPILED: style.ORANGE, OURS: style.BLUE}
+ROOF: dict[str, Any] = {"color": "black", "linewidth": 0.9, "linestyle": (0, (4, 2))}
 BAR, BETWEEN = 0.1, 0.09  # inches: a bar, and the room between two layers
 PANEL = 1.62  # inches
 
@@ -81,12 +83,11 @@ def draw(run: Run) -> Figure:
             axes = frame.panel(line * len(PASSES) + column, title if line == 0 else "")
             _panel(axes, mine, names, most, unit)
             for limit, _ in limits:
-                axes.axvline(limit / units.unit(most, unit)[0], color="black", linewidth=0.9, linestyle=(0, (4, 2)))
-            axes.text(max(limits)[0] / units.unit(most, unit)[0], 1.02, units.rate(max(limits)[0], unit), fontsize=7,
-                      ha="center", transform=axes.get_xaxis_transform())  # fmt: skip
+                axes.axvline(limit / units.unit(most, unit)[0], **ROOF)
             figures.names_down(axes, [_label(run, each.layer) for each in mine], 7.0)
             axes.tick_params(labelleft=column == 0)
-    frame.legend([Patch(color=COLOURS[name], label=name.replace("_", ".")) for name in names], below=True)
+    bars_of = [Patch(color=COLOURS[name], label=name.replace("_", ".")) for name in names]
+    frame.legend([*bars_of, Line2D([], [], label="measured roof", **ROOF)], below=True)
     return frame.done()
 
 
@@ -169,5 +170,5 @@ def _notes(run: Run, dtype: str, names: Sequence[str]) -> list[str]:
     untimed = "" if COMPILED in names else " torch.compile was not timed in this run."
     return [
         f"By {style.COLUMN_NAMES[column]}, median, in the fastest memory format of each. Numbers: speed-up over "
-        f"the fastest torch. Dashed, measured: {', '.join(measured)}.{untimed}"
+        f"the fastest torch. Roofs: {', '.join(measured)}.{untimed}"
     ]

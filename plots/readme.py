@@ -62,7 +62,7 @@ def _means(run: Run, column: str) -> dict[str, list[float]]:
 
 def _columns(run: Run) -> list[str]:
     """The run's first column of the device, if it has one, and the wall time."""
-    return [name for name in columns_of(run.of_models()) if name != WALL][:1] + [WALL]
+    return [*[name for name in columns_of(run.of_models()) if name != WALL][:1], WALL]
 
 
 def _said(ratios: Sequence[float]) -> str:
@@ -99,11 +99,11 @@ def _dtype(run: Run) -> str:
 def _sentence(run: Run) -> str:
     env, first = run.environment, _columns(run)[0]
     parts = []
-    for pass_name, title in PASSES.items():
+    for pass_name, phrase in PHRASES.items():
         ratios = _means(run, first)[pass_name]
         below = sum(ratio < 1 for ratio in ratios)
         parts.append(
-            f"**{geometric_mean(ratios):.2f} times** as fast in {PHRASES[pass_name]} ({len(ratios)} layers, the slowest "
+            f"**{geometric_mean(ratios):.2f} times** as fast in {phrase} ({len(ratios)} layers, the slowest "
             f"{_two(min(ratios))}, {below} below 1)"
         )
     compiled = "" if any(row["variant"] == COMPILED for row in run.results) else "; torch.compile was not timed"

@@ -123,7 +123,9 @@ def _roofs(axes: Axes, canvas, run: Run, dtype: str, limits, placer: Placer) -> 
         placer.block_line((low_x, low_x * rate), (end, end * rate))
         # The label starts where the line enters the panel.
         start = max(low_x, low_y / rate) * 1.15
-        placer.along(f"{what}: {units.rate(rate, 'B/s')}", (start, start * rate), (start * 2, start * 2 * rate), fontsize=6.8)
+        placer.along(
+            f"{what}: {units.rate(rate, 'B/s')}", (start, start * rate), (start * 2, start * 2 * rate), fontsize=6.8
+        )
     if peak:
         first = max(low_x, peak / copies[0][0]) if copies else low_x
         axes.plot([first, high_x], [peak, peak], color="black", linewidth=1.3, zorder=1)

@@ -25,9 +25,7 @@ def parts(path: Path, command: str, flag: str = "--markdown") -> tuple[str, str,
         raise ArgumentError(f"argument {flag}: cannot read {path}: {error.strerror}") from None
     begin, end = text.find(begin_line), text.find(end_line)
     if not 0 <= begin < end:
-        raise ArgumentError(
-            f"argument {flag}: {path} needs the lines {begin_line!r} and {end_line!r}, in this order"
-        )
+        raise ArgumentError(f"argument {flag}: {path} needs the lines {begin_line!r} and {end_line!r}, in this order")
     begin += len(begin_line)
     return text[:begin], text[begin:end], text[end:]
 

@@ -37,7 +37,7 @@ ships (autotune/fit_sm_90.json).
 def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "results", nargs="*", type=Path, metavar="RESULTS",
-        help=f"a results file, or a folder of them; with --readme and --model there may be several (default: {RESULTS})",
+        help=f"a results file, or a folder of them; several with --readme or --model (default: {RESULTS})",
     )  # fmt: skip
     parser.add_argument("--output", **folder("folder of the page and the pictures (default: beside the results)"))
     parser.add_argument(
