@@ -23,7 +23,7 @@ from matplotlib.ticker import MaxNLocator
 from tritonconv.errors import ResultsError
 from tritonconv.lab.bench.columns import columns_of, median
 from tritonconv.lab.bench.results import BASELINE, COMPILED, OURS, Run
-from tritonconv.plots import figures, roofs, style, units
+from tritonconv.plots import figures, measured_roofs, style, units
 
 MADE_BY = "tritonconv bench"
 LAYERS = {
@@ -74,7 +74,9 @@ def draw(run: Run) -> Figure:
         names=1.15, right=0.14, heights=heights,
     )  # fmt: skip
     for line, by_bytes in enumerate(groups):
-        unit, limits = ("B/s", roofs.copies(run, l2=False)) if by_bytes else ("FLOP/s", [roofs.peak(run, dtype)])
+        unit, limits = (
+            ("B/s", measured_roofs.copies(run, l2=False)) if by_bytes else ("FLOP/s", [measured_roofs.peak(run, dtype)])
+        )
         of_group = [each for mine in panels.values() for each in mine if each.by_bytes is by_bytes]
         # Room for the numbers behind the longest bar.
         most = max(1.06 * max(limits)[0], 1.32 * max(rate for each in of_group for rate in each.rates.values()))
@@ -99,7 +101,7 @@ def bars(run: Run) -> tuple[dict[str, list[Bars]], str]:
     rows = [row for row in run.results if row["layer"] in LAYERS and row["pass"] in PASSES]
     column = next(iter(columns_of(rows)), None)
     dtype = next((row["dtype"] for row in rows), "")
-    peak, copies = roofs.peak(run, dtype)[0], roofs.copies(run, l2=False)
+    peak, copies = measured_roofs.peak(run, dtype)[0], measured_roofs.copies(run, l2=False)
     best: dict[tuple[str, str], dict[str, tuple[float, Mapping]]] = {}
     for row in rows if column else ():
         ms = median(row, str(column))
@@ -164,8 +166,10 @@ def _panel(axes: Axes, mine: Sequence[Bars], names: Sequence[str], most: float, 
 
 def _notes(run: Run, dtype: str, names: Sequence[str]) -> list[str]:
     column = columns_of(run.results)[0]
-    measured = [f"{what.split(' (')[0]} {units.rate(value, 'B/s')}" for value, what in roofs.copies(run, l2=False)]
-    peak, product = roofs.peak(run, dtype)
+    measured = [
+        f"{what.split(' (')[0]} {units.rate(value, 'B/s')}" for value, what in measured_roofs.copies(run, l2=False)
+    ]
+    peak, product = measured_roofs.peak(run, dtype)
     measured.append(f"{product.split(' (')[0]} {units.rate(peak, 'FLOP/s')}")
     untimed = "" if COMPILED in names else " torch.compile was not timed in this run."
     return [

@@ -116,7 +116,7 @@ def _sentence(run: Run) -> str:
 
 
 def _host(run: Run) -> str:
-    """What a call costs besides the work; "" where that was not measured."""
+    """The host time of a call beside torch's; "" where that was not measured."""
     us: dict[str, dict[str, float]] = {}
     for row in run.overheads:
         us.setdefault(row["pass"], {})[row["variant"]] = row["median_us"]

@@ -17,7 +17,7 @@ from matplotlib.ticker import FuncFormatter
 from tritonconv.errors import ResultsError
 from tritonconv.lab.bench.results import BASELINE, OURS, Run
 from tritonconv.lab.bench.standings import grouped
-from tritonconv.plots import figures, roofs, style, units
+from tritonconv.plots import figures, measured_roofs, style, units
 from tritonconv.plots.labels import Placer
 
 MADE_BY = "tritonconv bench"
@@ -112,7 +112,7 @@ def _panel(axes: Axes, canvas, run: Run, rows, numbers, limits, dtype: str, many
 
 def _roofs(axes: Axes, canvas, run: Run, dtype: str, limits, placer: Placer) -> None:
     (low_x, high_x), (low_y, _) = limits
-    (peak, name), copies = roofs.peak(run, dtype), roofs.copies(run)
+    (peak, name), copies = measured_roofs.peak(run, dtype), measured_roofs.copies(run)
     for index, (rate, what) in enumerate(copies):
         end = min(high_x, peak / rate) if peak else high_x
         strong = index == 0
@@ -157,7 +157,7 @@ def _rate(row: Mapping) -> float:
 
 
 def _above(run: Run, row: Mapping) -> bool:
-    (peak, _), copies = roofs.peak(run, row["dtype"]), roofs.copies(run)
+    (peak, _), copies = measured_roofs.peak(run, row["dtype"]), measured_roofs.copies(run)
     return _rate(row) > min(peak or math.inf, copies[0][0] * _intensity(row) if copies else math.inf)
 
 
@@ -167,8 +167,8 @@ def _limits(run: Run, rows: Sequence[Mapping]) -> tuple[tuple[float, float], tup
     medians = [_rate(row) for row in rows]
     whiskers = [1e3 * row["flops"] / row[key] for row in rows for key in ("p20_ms", "p80_ms")]
     ys = [*medians, max(min(whiskers), min(medians) / 2), min(max(whiskers), max(medians) * 2)]
-    peaks = [peak for dtype in {row["dtype"] for row in rows} if (peak := roofs.peak(run, dtype)[0])]
-    copies = roofs.copies(run)
+    peaks = [peak for dtype in {row["dtype"] for row in rows} if (peak := measured_roofs.peak(run, dtype)[0])]
+    copies = measured_roofs.copies(run)
     # Where the roofs meet belongs in the picture, with enough of the slope to its left to read its label.
     ridge = [min(peaks) / copies[0][0] / 8] if peaks and copies else []
     across = (min([*xs, *ridge]) / 1.7, max(xs) * 1.9)
