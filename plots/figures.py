@@ -139,7 +139,7 @@ def null_band(axes: Axes, run: Run, column: str, colour: str, **kind: str) -> Ba
     rows = [row for row in run.nulls if all(row[key] == value for key, value in kind.items())]
     band = noise.band(rows, column)
     if band is not None:
-        axes.axvspan(band.low, band.high, color=colour, alpha=0.18, linewidth=0, zorder=0.5)
+        axes.axvspan(band.low, band.high, color=colour, alpha=0.35, linewidth=0, zorder=0.5)
     return band
 
 

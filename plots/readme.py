@@ -107,11 +107,13 @@ def _sentence(run: Run) -> str:
             f"{_two(min(ratios))}, {below} below 1)"
         )
     compiled = "" if any(row["variant"] == COMPILED for row in run.results) else "; torch.compile was not timed"
+    total, timed = env.get("distinct_layers"), len({row["layer"] for row in run.results})
     seconds = f", in {run.end['seconds']:.0f} s" if run.end and "seconds" in run.end else ""
     return (
         f"On one {env['device_name']}, in {_dtype(run)}, layers of known models run, against the best torch, "
         f"{' and '.join(parts)}: geometric means, {style.COLUMN_NAMES[first]}, the fastest memory format of each "
-        f"side{compiled}. {_versions(env)}; commit {(env['commit'] or 'unknown')[:7]}, {env['utc'][:10]}{seconds}."
+        f"side{compiled}. {_versions(env)}; commit {(env['commit'] or 'unknown')[:7]}, {env['utc'][:10]}{seconds}"
+        f"{f', which sufficed for {timed} of {total} layers' if total and timed < total else ''}."
     )
 
 

@@ -32,7 +32,7 @@ def draw(run: Run) -> Figure:
         "Dashed: geometric mean. " + figures.band_note(run, columns_of(rows)[0])
     ]
     frame = figures.Frame(
-        run, f"{OURS} against torch, {', '.join(dtypes)}", notes, (3.28, len(lines) * ROW), len(panels), len(panels),
+        run, f"{OURS} against torch, {', '.join(dtypes)}", notes, (2.45, len(lines) * ROW), len(panels), len(panels),
         left=0.22, above=(layouts + 1.6) * HEAD_LINE, names=0.13 + 0.062 * max(map(len, lines)), right=0.47,
     )  # fmt: skip
     limits, suites = _limits(rows), {row["suite"] for row in rows}
@@ -90,4 +90,4 @@ def _panel(axes: Axes, rows: Sequence[Mapping], lines: Sequence[str], limits: tu
                   transform=axes.transAxes)  # fmt: skip
         axes.text(0.035, height, text, transform=axes.transAxes, color=colour, fontsize=7.5)
     figures.ratio_axis(axes, *limits)
-    axes.set_xlabel("speed-up over torch (1 = torch; to the right is faster)")
+    axes.set_xlabel("speed-up over torch (right of 1 is faster)")
