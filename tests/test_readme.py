@@ -12,6 +12,7 @@ import tritonconv
 from tritonconv import dispatch
 from tritonconv.lab import markdown
 from tritonconv.lab.bench import results
+from tritonconv.lab.bench.standings import standings
 
 ROOT = Path(__file__).parents[1]
 READMES = [ROOT / name for name in ("README.md", "autotune/README.md", "kernels/README.md", "plots/README.md",
@@ -68,3 +69,16 @@ def test_every_figure_of_the_readme_is_made_from_the_committed_rows():
     versions = set(re.findall(r"\d+\.\d+", (ROOT / "pyproject.toml").read_text())) | {"3.11"}  # of a fresh machine
     assert set(re.findall(r"\d+\.\d+", by_hand)) <= versions and "%" not in by_hand
     assert len(text.splitlines()) <= 150
+
+
+def test_the_tables_of_each_device_are_those_of_its_rows():
+    """``tritonconv report plots/examples/DEVICE --markdown FILE``, with every layer beside the rows."""
+    pytest.importorskip("matplotlib")
+    from tritonconv.plots import section
+
+    for folder in {path.parent for path in (ROOT / "plots" / "examples").glob("*/*.jsonl")}:
+        run = results.load(folder)
+        ranked = standings(run.of_models())
+        for name, every_layer in (("plots/README.md", False), ("plots/examples/README.md", True)):
+            body = section.section(run, ranked, every_layer).strip()
+            assert f"### {run.environment['device_name']}\n\n{body}\n\n" in TEXTS[ROOT / name]
