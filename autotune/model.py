@@ -26,7 +26,7 @@ from tritonconv.autotune.ceilings import COPIES, Ceilings, of_capability
 from tritonconv.kernels.registry import variants
 from tritonconv.kernels.targets import TARGETS
 from tritonconv.kernels.variant import APART, COPY, Config, Variant
-from tritonconv.kernels.work import LINE, WARP, Work, by_torch
+from tritonconv.kernels.work import LINE, WARP, Work, by_torch, bytes_spared
 from tritonconv.precision import TF32, float32_precision
 from tritonconv.problem import Problem
 
@@ -96,7 +96,7 @@ def estimate(record: Variant, problem: Problem, config: Config, ceilings: Ceilin
     busy *= _factor(record, config, work, ceilings)
     launch = launches_ms(work.launches, ceilings) * 1e-3
     if problem.epilogue is not None and not record.finishes(problem, config, problem.epilogue):
-        busy += problem.bytes_spared / ceilings.memory
+        busy += bytes_spared(problem) / ceilings.memory
     return Estimate((busy + launch) * 1e3, limit if busy > launch else LAUNCH, work)
 
 

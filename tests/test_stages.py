@@ -17,6 +17,7 @@ from tritonconv.autotune.tuning import api, session
 from tritonconv.autotune.tuning.compiled_ahead import jobs_of
 from tritonconv.epilogue import ACTIVATIONS, Epilogue
 from tritonconv.kernels.registry import have_triton, variant
+from tritonconv.kernels.work import bytes_spared
 from tritonconv.lab import cli
 from tritonconv.lab.bench import contestants, operations, schema, stages, summary
 from tritonconv.lab.bench.case import Case
@@ -146,7 +147,7 @@ def test_the_model_charges_for_the_residual_and_for_operations_apart():
     assert apart - plain == pytest.approx((BOTH.apart) * y_ms)
     taking = replace(record, epilogue=lambda *_: True)
     assert model.estimate(taking, large, {}, rates).ms - plain == pytest.approx(BOTH.beside * y_ms)
-    assert large.bytes_spared == (5 - 1) * 2 * 64 * 128**3
+    assert bytes_spared(large) == (5 - 1) * 2 * 64 * 128**3
 
 
 EPILOGUES = (stages.CONCAT, BOTH, LEAKY, Epilogue("prelu"), Epilogue("gelu_tanh"), Epilogue("silu", rounding="torch"))

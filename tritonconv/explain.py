@@ -16,6 +16,7 @@ from tritonconv.device import current
 from tritonconv.dispatch import Plan, choice_now, plan, plan_for
 from tritonconv.errors import EmptyOutputError
 from tritonconv.kernels.registry import triton_fault, variants
+from tritonconv.kernels.work import bytes_spared
 from tritonconv.plan import REPLAYED
 from tritonconv.problem import PASSES, Problem
 from tritonconv.switches import graphs, torch_only
@@ -131,7 +132,7 @@ def _show(made: Plan, epilogue: Epilogue | None = None, out: bool = False) -> Ex
 def _behind(made: Plan, epilogue: Epilogue | None, out: bool) -> Iterator[str]:
     """Who computes the epilogue, and where y goes."""
     if epilogue is not None and epilogue.in_kernels:
-        size = made.problem.bytes_spared / 1e6
+        size = bytes_spared(made.problem) / 1e6
         if made.takes(epilogue):
             yield f"epilogue {epilogue}: in the kernel, before y is stored; spares {size:.3g} MB of torch's operations"
         else:

@@ -13,6 +13,7 @@ import torch
 
 from tritonconv.epilogue import Epilogue, parsed
 from tritonconv.errors import ArgumentError
+from tritonconv.kernels.work import bytes_spared
 from tritonconv.lab.bench.layer_sizes import Workload
 from tritonconv.problem import Problem
 
@@ -115,4 +116,4 @@ def fields(problem: Problem) -> dict[str, object]:
     if epilogue is None:
         return {}
     own = {name: getattr(epilogue, name) for name in ("activation", "residual", "rounding")}
-    return {"epilogue": str(epilogue), **own, "spared_bytes": problem.bytes_spared}
+    return {"epilogue": str(epilogue), **own, "spared_bytes": bytes_spared(problem)}
