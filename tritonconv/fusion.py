@@ -61,7 +61,8 @@ def fuse(model: nn.Module) -> FusionReport:
     batch norms with parameters that need one run by themselves. A copy and a pickle are not fused.
 
     As everywhere in torch.fx, the Python of such a forward runs once, here: it must not depend on the types of its
-    tensors, nor on anything that changes later. :func:`unfuse` undoes it. Fusing twice changes nothing.
+    tensors, nor on anything that changes later. :func:`unfuse` undoes it, and so does :func:`tritonconv.restore`. Fusing
+    twice changes nothing.
 
     A layer is left, with a reason in the report, where its output is used twice, where it or the module behind it has
     hooks or is parametrized, trains or tracks no statistics, and where no scope around it can be recorded.
@@ -92,7 +93,8 @@ def fuse(model: nn.Module) -> FusionReport:
 
 
 def unfuse(model: nn.Module) -> tuple[str, ...]:
-    """Undoes :func:`fuse`: the forwards are those of the classes again, bit for bit. Returns the modules' names.
+    """Undoes :func:`fuse` alone: the forwards are those of the classes again, bit for bit, and layers that are
+    tritonconv's stay so. Returns the modules' names.
 
     Raises ArgumentTypeError if ``model`` is no module.
     """
