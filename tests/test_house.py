@@ -31,7 +31,7 @@ LAYERS = (
     ("kernels",),
     ("autotune",),
     ("fallback",),
-    ("forced", "plan"),
+    ("forced", "plan", "epilogue_forward"),
     ("dispatch",),
     ("autograd", "operators", "guards", "autocast"),
     ("epilogue_road", "out_argument"),

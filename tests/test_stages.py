@@ -215,7 +215,7 @@ def test_explain_says_who_computes_the_epilogue(capsys):
     y = torch.ones(UP.y_shape)
     text = str(tritonconv.explain(*operands, 2, activation=("leaky_relu", 0.3), residual=y, out=y))
     assert "epilogue residual + leaky_relu(0.3): torch's operations in y's memory" in text
-    assert "out=: the answer with its epilogue is computed and copied" in text
+    assert "out=: the answer is computed and copied" in text
     assert "--activation leaky_relu:0.01 --residual" in text
     with tritonconv.use("forward_torch_shuffle"):
         assert "out=: y is written there at once" in str(tritonconv.explain(*operands, 2, out=y))

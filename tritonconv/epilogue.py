@@ -8,10 +8,12 @@ or (c_out,), the weight of prelu.
 and never read again. It says so by ``Variant.epilogue``, a function (problem, config, epilogue) -> bool. Where that
 answers True, :meth:`tritonconv.plan.Plan.forward_with` calls its ``launches`` (or ``launch``) with three operands more:
 
-    launches(problem, config, x, weight, bias, epilogue=epilogue, residual=residual, slopes=slopes) -> y
+    launches(problem, config, x, weight, bias, out, epilogue=epilogue, residual=residual, slopes=slopes) -> y
 
 ``residual`` and ``slopes`` are buffers (tensors for ``launch``), or None where the record does not name them; the bias
-may be None in a problem that has one. The values, for an accumulator ``acc`` in float32 (or wider):
+may be None in a problem that has one. ``out`` is None, or a buffer of any strides for y, and then the residual has the
+same strides, or y is dense in the problem's layout. (``launch`` gets ``out`` by keyword, and only where there is one.)
+The values, for an accumulator ``acc`` in float32 (or wider):
 
 * ``rounding=None``: ``y = dtype(activation(acc + bias + residual))``, all of it in the accumulator's dtype, rounded
   once.

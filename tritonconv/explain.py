@@ -137,11 +137,7 @@ def _behind(made: Plan, epilogue: Epilogue | None, out: bool) -> Iterator[str]:
             yield f"epilogue {epilogue}: in the kernel, before y is stored; spares {size:.3g} MB of torch's operations"
         else:
             yield f"epilogue {epilogue}: torch's operations in y's memory ({size:.3g} MB more than in one pass)"
-    elif epilogue is not None:
-        out = True
-    if out and epilogue is not None and epilogue.in_kernels:
-        yield "out=: the answer with its epilogue is computed and copied"
-    elif out:
+    if out or (epilogue is not None and not epilogue.in_kernels):
         yield "out=: " + ("y is written there at once" if made.writes_out else "the answer is computed and copied")
 
 
