@@ -259,7 +259,7 @@ class Problem:
     def bytes(self, pass_name: str = "forward") -> int:
         """Compulsory traffic in bytes: x, weight and y (or their gradients) once each, and the bias where it is used.
 
-        The forward reads the bias and a residual, ``backward_weight`` writes the bias's gradient, ``backward_data`` none.
+        The forward reads bias and residual, ``backward_weight`` writes the bias's gradient, ``backward_data`` none.
         """
         if pass_name not in PASSES:
             raise ArgumentError(f"bytes: pass_name expects one of {', '.join(PASSES)}, got {pass_name!r}")
