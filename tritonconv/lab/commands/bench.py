@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import textwrap
 from pathlib import Path
@@ -42,6 +43,9 @@ from tritonconv.lab.commands.common import (
     scale_for,
     use_compiled,
 )
+from tritonconv.lab.models import breakdown
+from tritonconv.lab.models.factories import BUILT_IN, described, network
+from tritonconv.lab.models.whole_model import Wanted, measured
 
 HELP = "time layers beside torch; or the overhead of a call; the device's roofs; a CPU's formulations"
 EXAMPLE = "tritonconv bench --suite unet --only monai --passes forward --layout ndhwc --seconds 20"
@@ -59,6 +63,12 @@ DESCRIPTION = (
     "--formulations measures the torch formulations of each pass on the layers instead, on a CPU, into a\n"
     "file such as autotune/formulations_authenticamd.json: rows from which layers without a tuned choice\n"
     "have theirs on that vendor's CPUs.\n\n"
+    "--model measures whole models instead: the operations of one training step with torch's layers, each\n"
+    "transposed convolution by itself beside ours, and the step, torch's layers against convert(model),\n"
+    "eager and (--compile) compiled. A half dtype is that of autocast. The models are module:factory, a\n"
+    "function without arguments or a module, with --input; or\n"
+    + "\n".join(textwrap.fill(line, 100, initial_indent="  ", subsequent_indent="    ") for line in described())
+    + "\n\n"
     + "\n".join(textwrap.fill(f"scale {name}: {rule}", 100, subsequent_indent="  ") for name, rule in SCALES.items())
     + "\n\nsuites:\n"
     + "\n".join(f"  {name:12} {text}" for name, text in suites().items())
@@ -68,14 +78,16 @@ OF_OVERHEAD, OF_ROOFS = ("use", "limit"), ("store",)
 OF_LAYERS = ("suite", "only", "passes", "layout", "scale", "variants", "variant_files", "compiled", "compile", "sizes",
              "seed", "list")  # fmt: skip
 OF_FORMULATIONS = ("suite", "only", "seed")
+OF_MODEL, OF_MODEL_TOO = ("input",), ("layout", "scale", "compiled", "compile", "seed")
 FORMULATIONS_SECONDS = 180.0
+MODEL_SECONDS = 60.0
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     add_flags(
         parser, "only", suite="all", passes=f"forward,{FORWARD_BACKWARD}", layout="both",
         scale="cpu on a CPU, else full", dtype="float32; with --roofs all but float64",
-        seconds="0.5 s a cell; 6 s with --overhead or --roofs",
+        seconds="0.5 s a cell; 6 s with --overhead or --roofs; 60 s a model",
     )  # fmt: skip
     parser.add_argument(
         "--variants", type=flags.any_names, action="extend", metavar="NAME[,NAME]",
@@ -96,6 +108,14 @@ def add(parser: argparse.ArgumentParser) -> None:
     instead.add_argument(
         "--formulations", type=Path, metavar="FILE", help="measure a CPU's torch formulations into this file instead"
     )
+    instead.add_argument(
+        "--model", type=flags.any_names, metavar="NAME[,NAME]",
+        help=f"measure whole models instead: {', '.join(BUILT_IN)} or module:factory",
+    )  # fmt: skip
+    parser.add_argument(
+        "--input", type=flags.shapes, metavar="SHAPE[,SHAPE]",
+        help="with --model: the tensors that its forward takes, such as 1x1x96x96x96",
+    )  # fmt: skip
     parser.add_argument(
         "--use", type=flags.any_names, metavar="NAME[,NAME]", help="with --overhead: force these variants in our layer"
     )
@@ -115,15 +135,17 @@ def run(options: argparse.Namespace) -> int:
         return _roofs(options, device)
     if options.formulations:
         return _formulations(options, device)
+    if options.model:
+        return _models(options, device)
     return _layers(options, device)
 
 
 def _check(options: argparse.Namespace) -> None:
     """Raises ArgumentError for a flag of another measurement than the one that is asked for."""
-    named = ("overhead", "roofs", "formulations")
+    named = ("overhead", "roofs", "formulations", "model")
     chosen = next((f"--{name}" for name in named if getattr(options, name)), "the layers")
-    allowed = OF_FORMULATIONS if options.formulations else ()
-    goes = {"--overhead": OF_OVERHEAD, "--roofs": OF_ROOFS, "the layers": OF_LAYERS}
+    allowed = {"--formulations": OF_FORMULATIONS, "--model": OF_MODEL_TOO}.get(chosen, ())
+    goes = {"--overhead": OF_OVERHEAD, "--roofs": OF_ROOFS, "--model": OF_MODEL, "the layers": OF_LAYERS}
     for about, names in goes.items():
         for name in names:
             if about != chosen and name not in allowed and getattr(options, name) not in (None, "", False, []):
@@ -214,6 +236,34 @@ def _roofs(options: argparse.Namespace, device: torch.device) -> int:
         dispatch.forget()
     print(f"\nresults: {writer.path}")
     return OK
+
+
+def _models(options: argparse.Namespace, device: torch.device) -> int:
+    scale = scale_for(options.scale, device)
+    if options.input and len(options.model) > 1:
+        raise ArgumentError("argument --input: goes with one model")
+    networks = [network(name, options.input or (), scale) for name in options.model]
+    dtypes, layouts = dtypes_of(options, "float32"), flags.once(options.layout, ("ncdhw",))
+    use_compiled(options, device)
+    count = len(networks) * len(dtypes) * len(layouts)
+    seconds = options.seconds / count if options.seconds else MODEL_SECONDS
+    compiled = device.type == "cuda" if options.compile is None else options.compile
+    pairs, seed = itertools.product(dtypes, layouts), options.seed or 0
+    ways = [Wanted(device, dtype, layout, seconds, seed, compiled) for dtype, layout in pairs]
+    target, facts = options.output or RESULTS, {"scale": scale, "scale_rule": "whole models, inputs as each row says"}
+    with (
+        progress(options.quiet, unit="models", first="building the model") as shown,
+        recording(target, "model-", device, options.command, seed, **facts) as writer,
+    ):
+        shown.begin(count)
+        for each in networks:
+            for way in ways:
+                measured(each, way, writer)
+                shown.step(f"{each.name} {way.layout}")
+    found = results.read(writer.path)
+    print(breakdown.text(found))
+    print(f"\nresults: {writer.path}")
+    return WRONG if found.errors or not found.steps else OK
 
 
 def _formulations(options: argparse.Namespace, device: torch.device) -> int:
