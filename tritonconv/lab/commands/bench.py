@@ -18,7 +18,7 @@ from tritonconv.errors import ArgumentError, VariantNotApplicable
 from tritonconv.kernels.registry import variant, variants
 from tritonconv.kernels.variant import Variant
 from tritonconv.lab import flags, text_table
-from tritonconv.lab.bench import call_overhead, formulations, results, roofs
+from tritonconv.lab.bench import call_overhead, formulations, kernelbench, results, roofs
 from tritonconv.lab.bench.calls import FORWARD_BACKWARD
 from tritonconv.lab.bench.layer_sizes import SCALES, at_sizes
 from tritonconv.lab.bench.progress import progress
@@ -43,9 +43,11 @@ from tritonconv.lab.commands.common import (
     scale_for,
     use_compiled,
 )
+from tritonconv.lab.inspection.compiling import products_in
 from tritonconv.lab.models import breakdown
 from tritonconv.lab.models.factories import BUILT_IN, described, network
 from tritonconv.lab.models.whole_model import Wanted, measured
+from tritonconv.precision import IEEE, TF32
 
 HELP = "time layers beside torch; or the overhead of a call; the device's roofs; a CPU's formulations"
 EXAMPLE = "tritonconv bench --suite unet --only monai --passes forward --layout ndhwc --seconds 20"
@@ -63,6 +65,9 @@ DESCRIPTION = (
     "--formulations measures the torch formulations of each pass on the layers instead, on a CPU, into a\n"
     "file such as autotune/formulations_authenticamd.json: rows from which layers without a tuned choice\n"
     "have theirs on that vendor's CPUs.\n\n"
+    "--kernelbench measures KernelBench's transposed 3-D convolutions as it defines them (float32, NCDHW, the\n"
+    "forward), and prints geometric mean and fast_p of levels 1 and 2 beside the published figures. TF32 is\n"
+    "torch's switch, set for both sides; `--kernelbench ieee` sets it off.\n\n"
     "--model measures whole models instead: the operations of one training step with torch's layers, each\n"
     "transposed convolution by itself beside ours, and the step, torch's layers against convert(model),\n"
     "eager and (--compile) compiled. A half dtype is that of autocast. The models are module:factory, a\n"
@@ -78,6 +83,7 @@ OF_OVERHEAD, OF_ROOFS = ("use", "limit"), ("store",)
 OF_LAYERS = ("suite", "only", "passes", "layout", "scale", "variants", "variant_files", "compiled", "compile", "sizes",
              "seed", "list")  # fmt: skip
 OF_FORMULATIONS = ("suite", "only", "seed")
+OF_KERNELBENCH = ("only", "scale", "compiled", "compile", "seed", "variants", "variant_files")
 OF_MODEL, OF_MODEL_TOO = ("input",), ("layout", "scale", "compiled", "compile", "seed")
 FORMULATIONS_SECONDS = 180.0
 MODEL_SECONDS = 60.0
@@ -109,6 +115,9 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--formulations", type=Path, metavar="FILE", help="measure a CPU's torch formulations into this file instead"
     )
     instead.add_argument(
+        "--kernelbench", nargs="?", const=TF32, choices=(TF32, IEEE), help="measure KernelBench's layers instead",
+    )  # fmt: skip
+    instead.add_argument(
         "--model", type=flags.any_names, metavar="NAME[,NAME]",
         help=f"measure whole models instead: {', '.join(BUILT_IN)} or module:factory",
     )  # fmt: skip
@@ -137,14 +146,20 @@ def run(options: argparse.Namespace) -> int:
         return _formulations(options, device)
     if options.model:
         return _models(options, device)
+    if options.kernelbench:
+        options.suite, options.passes, options.layout = [kernelbench.SUITE], ["forward"], ["ncdhw"]
+        options.dtype = ["float32"]
+        with products_in(options.kernelbench):
+            return _layers(options, device)
     return _layers(options, device)
 
 
 def _check(options: argparse.Namespace) -> None:
     """Raises ArgumentError for a flag of another measurement than the one that is asked for."""
-    named = ("overhead", "roofs", "formulations", "model")
+    named = ("overhead", "roofs", "formulations", "kernelbench", "model")
     chosen = next((f"--{name}" for name in named if getattr(options, name)), "the layers")
-    allowed = {"--formulations": OF_FORMULATIONS, "--model": OF_MODEL_TOO}.get(chosen, ())
+    too = {"--formulations": OF_FORMULATIONS, "--kernelbench": OF_KERNELBENCH, "--model": OF_MODEL_TOO}
+    allowed = too.get(chosen, ())
     goes = {"--overhead": OF_OVERHEAD, "--roofs": OF_ROOFS, "--model": OF_MODEL, "the layers": OF_LAYERS}
     for about, names in goes.items():
         for name in names:
@@ -167,7 +182,7 @@ def _layers(options: argparse.Namespace, device: torch.device) -> int:
     with progress(options.quiet) as shown:
         outcome = bench(wanted, options.output or RESULTS, shown)
     found = results.read(outcome.path)
-    print(summary(found))
+    print(kernelbench.text(found) if options.kernelbench else summary(found))
     print(f"\nresults: {outcome.path}")
     if outcome.reason == "interrupted":
         return INTERRUPTED

@@ -100,7 +100,8 @@ class Measurement:
 
     def _step(self, name: str, forward: nn.Module | None = None) -> steps.Step:
         model = self.twins.models[name]
-        return steps.training_step(model, forward or model, self.twins.inputs, self.wanted.dtype)
+        forward = model if forward is None else forward  # torch.compile's module asks the model's len() for its truth
+        return steps.training_step(model, forward, self.twins.inputs, self.wanted.dtype)
 
     # ------------------------------------------------------------------ answers
 
