@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import pytest
+import torch
 
 from tests.test_results import ENVIRONMENT, result
 from tritonconv.lab import cli
 from tritonconv.lab.bench import kernelbench, results
 from tritonconv.lab.bench.results import Writer, read
+from tritonconv.lab.bench.runner import Outcome
 from tritonconv.lab.bench.workloads import workloads
+from tritonconv.lab.commands import bench
 
 
 def test_the_published_figures_are_of_the_suites_layers():
@@ -37,15 +39,25 @@ def test_levels_have_their_means_and_a_wrong_answer_counts(tmp_path):
     assert "geometric mean 3.00" in text[second:] and "2.82 / 2.82" in text[first:second]
 
 
-@pytest.mark.usefixtures("quick")
-def test_the_command_measures_them_as_kernelbench_defines_them(tmp_path, capsys):
+def test_the_command_measures_them_as_kernelbench_defines_them(tmp_path, monkeypatch, capsys):
+    def measured(options, folder, progress):
+        """As the benchmark, with no clock."""
+        asked.append(options)
+        with Writer(folder) as writer:
+            precision = torch.backends.cudnn.conv.fp32_precision
+            writer.write("environment", {**ENVIRONMENT, "cudnn_conv_fp32": precision})
+            writer.write("result", result(options.layers[0].name, "tritonconv", 2.0))
+        return Outcome(writer.path, "complete", 0)
+
+    asked = []
+    monkeypatch.setattr(bench, "bench", measured)
     command = ["bench", "--kernelbench", "ieee", "--only", "l2_50", "--quiet", "--output", str(tmp_path)]
-    assert cli.main([*command, "--seconds", "1"]) == 0
-    run = results.read(results.latest(tmp_path))
-    assert {(row["layer"], row["pass"], row["layout"], row["dtype"]) for row in run.results} == {
-        ("kernelbench_l2_50", "forward", "ncdhw", "float32")
-    }
+    assert cli.main(command) == 0
+    (options,) = asked
+    assert [layer.name for layer in options.layers] == ["kernelbench_l2_50"] and options.passes == ("forward",)
+    assert options.layouts == ("ncdhw",) and options.dtypes == (torch.float32,)
+    assert results.read(results.latest(tmp_path)).environment["cudnn_conv_fp32"] == "ieee"
     said = capsys.readouterr().out
-    assert "a CPU multiplies float32 as it is" in said and "fast_1 " in said and "of 1 problems" in said
+    assert "a CPU multiplies float32 as it is" in said and "fast_1 100%" in said and "of 1 problems" in said
     assert cli.main([*command, "--suite", "unet"]) == 2
     assert "--suite: goes with the layers, not with --kernelbench" in capsys.readouterr().err

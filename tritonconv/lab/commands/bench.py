@@ -18,7 +18,16 @@ from tritonconv.errors import ArgumentError, VariantNotApplicable
 from tritonconv.kernels.registry import variant, variants
 from tritonconv.kernels.variant import Variant
 from tritonconv.lab import flags, text_table
-from tritonconv.lab.bench import call_overhead, formulations, kernelbench, results, roofs
+from tritonconv.lab.bench import (
+    bias_rates,
+    call_overhead,
+    cudnn_graph,
+    formulations,
+    kernelbench,
+    memory,
+    results,
+    roofs,
+)
 from tritonconv.lab.bench.calls import FORWARD_BACKWARD
 from tritonconv.lab.bench.layer_sizes import SCALES, at_sizes
 from tritonconv.lab.bench.progress import progress
@@ -61,7 +70,10 @@ DESCRIPTION = (
     "besides the work. The exit code is 1 where ours takes more than --limit microseconds longer.\n\n"
     "--roofs measures the device instead: copies (read and written bytes count), matrix products of each\n"
     "dtype (on a GPU float32 with and without TF32) and one launch, each with torch's own routines. The\n"
-    "best of many runs counts. The store keeps them, and the cost model uses them from then on.\n\n"
+    "best of many runs counts. The store keeps them, and the cost model uses them from then on. ATen's bias\n"
+    "add and bias gradient, passes that a fused kernel does not make, come with them.\n\n"
+    "The summary of a GPU's layers says how much memory a call takes at its peak beside torch's, and which\n"
+    f"layers take more than {memory.MOST:g} of it; a CPU has no count of it.\n\n"
     "--formulations measures the torch formulations of each pass on the layers instead, on a CPU, into a\n"
     "file such as autotune/formulations_authenticamd.json: rows from which layers without a tuned choice\n"
     "have theirs on that vendor's CPUs.\n\n"
@@ -81,9 +93,10 @@ DESCRIPTION = (
 # The flags that go with --overhead alone, with --roofs alone, with the layers; and those that --formulations lacks.
 OF_OVERHEAD, OF_ROOFS = ("use", "limit"), ("store",)
 OF_LAYERS = ("suite", "only", "passes", "layout", "scale", "variants", "variant_files", "compiled", "compile", "sizes",
-             "seed", "list")  # fmt: skip
+             "seed", "list", "copies", "cudnn_graph")  # fmt: skip
 OF_FORMULATIONS = ("suite", "only", "seed")
-OF_KERNELBENCH = ("only", "scale", "compiled", "compile", "seed", "variants", "variant_files")
+OF_KERNELBENCH = ("only", "scale", "compiled", "compile", "seed", "variants", "variant_files", "copies",
+                  "cudnn_graph")  # fmt: skip
 OF_MODEL, OF_MODEL_TOO = ("input",), ("layout", "scale", "compiled", "compile", "seed")
 FORMULATIONS_SECONDS = 180.0
 MODEL_SECONDS = 60.0
@@ -107,6 +120,13 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--seed", type=flags.seed, metavar="N", help="seed of the random inputs, and of the suite random (default: 0)"
     )
     add_flags(parser, "device", "variant-file", "compiled", "quiet", compile="on a GPU only", output=str(RESULTS))
+    parser.add_argument(
+        "--copies", action="store_true", help="also time a copy that moves the bytes of each pass, as a yardstick"
+    )
+    parser.add_argument(
+        "--cudnn-graph", action="store_true",
+        help=f"also time cuDNN's graph with the bias fused, forward, on a GPU; needs {cudnn_graph.PACKAGE}",
+    )  # fmt: skip
     parser.add_argument("--list", action="store_true", help="list the layers that would run, and stop")
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--overhead", action="store_true", help="time the overhead of a call instead of the layers")
@@ -164,7 +184,7 @@ def _check(options: argparse.Namespace) -> None:
     for about, names in goes.items():
         for name in names:
             if about != chosen and name not in allowed and getattr(options, name) not in (None, "", False, []):
-                flag = name.replace("_files", "-file")
+                flag = name.replace("_files", "-file").replace("_", "-")
                 raise ArgumentError(f"argument --{flag}: goes with {about}, not with {chosen}")
 
 
@@ -235,11 +255,10 @@ def _overhead(options: argparse.Namespace, device: torch.device) -> int:
 def _roofs(options: argparse.Namespace, device: torch.device) -> int:
     check_store(device, options.store)
     dtypes, target = dtypes_of(options, *ROOF_DTYPES), options.output or RESULTS
-    seconds = (options.seconds or DEVICE_SECONDS) / (2 + 2 * len(dtypes))
+    seconds = (options.seconds or DEVICE_SECONDS) / (2 + 6 * len(dtypes))
     with recording(target, "roofs-", device, options.command, scale="given", scale_rule="no layers") as writer:
-        rows: list[dict[str, Any]] = [
-            writer.write("roof", {**row, "when": "start"}) for row in roofs.measure(device, dtypes, seconds)
-        ]
+        measured_rows = itertools.chain(*(each.measure(device, dtypes, seconds) for each in (roofs, bias_rates)))
+        rows: list[dict[str, Any]] = [writer.write("roof", {**row, "when": "start"}) for row in measured_rows]
     lines = [["roof", "best", "median", "unit"]]
     for row in rows:
         factor, unit = (1e-9, f"G{row['unit']}") if row["unit"] != "us" else (1, "us per launch")

@@ -137,6 +137,8 @@ def run_of(
         seed=getattr(options, "seed", None) or 0,
         command=options.command,
         compiled=device.type == "cuda" if options.compile is None else options.compile,
+        copies=getattr(options, "copies", False),
+        cudnn_graph=getattr(options, "cudnn_graph", False),
     )
 
 
