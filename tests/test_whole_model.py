@@ -13,7 +13,7 @@ from tests.test_results import ENVIRONMENT
 from tritonconv.errors import ArgumentError
 from tritonconv.lab import cli
 from tritonconv.lab.bench import results
-from tritonconv.lab.models import factories, steps, whole_model
+from tritonconv.lab.models import factories, steps, twins, whole_model
 
 MODULE = """
 import torch
@@ -73,7 +73,8 @@ def test_a_model_is_a_table_a_step_and_a_section_of_the_report(module, monkeypat
     assert names == ["torch", "tritonconv", "torch_compile", "tritonconv_compile"]
     assert all(row["n_runs"] >= 3 and row["speedup"] > 0 for row in run.steps)
     assert run.steps[1]["held_against"] == "float64" and run.steps[1]["gradient_error"] < 1e-5
-    assert run.steps[2]["compile_s"] >= 0 and run.steps[3]["over_torch_compile"] > 0
+    assert run.steps[2]["compile_s"] >= 0 and run.steps[3]["gradient_error"] < 1e-5
+    assert run.steps[3]["over_torch_compile"] > 0
     printed = capsys.readouterr().out
     assert "transposed convolutions: " in printed and "torch.compile, convert(model)" in printed
     pytest.importorskip("matplotlib")
@@ -115,8 +116,8 @@ def test_a_wrong_model_is_an_error_and_is_not_timed(module, monkeypatch, capsys)
             model[-1].bias.add_(0.01)
         return report
 
-    convert = whole_model.convert
-    monkeypatch.setattr(whole_model, "convert", converted)
+    convert = twins.convert
+    monkeypatch.setattr(twins, "convert", converted)
     code, run = bench("--model", f"{module}:make", "--input", "1x1x2x2x2")
     assert code == 1 and [row["variant"] for row in run.steps] == ["torch"]
     assert run.errors[0]["status"] == "wrong" and "allowed 4 times torch's" in run.errors[0]["message"]
@@ -129,11 +130,12 @@ def test_a_compilation_that_fails_or_takes_too_long_is_a_row(module, monkeypatch
 
     monkeypatch.setattr(torch, "compile", fails)
     network = factories.network(f"{module}:make", [(1, 1, 2, 2, 2)], "cpu")
-    wanted = whole_model.Wanted(torch.device("cpu"), torch.float32, "ndhwc", 0.1, compiled=True)
+    wanted = twins.Wanted(torch.device("cpu"), torch.float32, "ndhwc", 0.1, compiled=True)
     for seconds, kind, words in ((100.0, "errors", "no compiler"), (0.0, "skips", "out of the budget of 0 s")):
         with results.Writer(results.Path("out")) as writer:
             writer.write("environment", {**ENVIRONMENT, "run": writer.run})
             one = whole_model.Measurement(network, dataclasses.replace(wanted, seconds=seconds), writer)
+            one._compared()
             one._compiled_steps(whole_model.perf_counter() + seconds)
         rows = getattr(results.read(writer.path), kind)
         assert [row["variant"] for row in rows] == ["torch_compile", "tritonconv_compile"]

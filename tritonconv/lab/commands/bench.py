@@ -55,7 +55,8 @@ from tritonconv.lab.commands.common import (
 from tritonconv.lab.inspection.compiling import products_in
 from tritonconv.lab.models import breakdown
 from tritonconv.lab.models.factories import BUILT_IN, described, network
-from tritonconv.lab.models.whole_model import Wanted, measured
+from tritonconv.lab.models.twins import Wanted
+from tritonconv.lab.models.whole_model import measured
 from tritonconv.precision import IEEE, TF32
 
 HELP = "time layers beside torch; or the overhead of a call; the device's roofs; a CPU's formulations"

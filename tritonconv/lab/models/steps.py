@@ -41,6 +41,10 @@ class Errors:
     outputs: float
     gradients: float
 
+    def worse(self, other: Errors) -> Errors:
+        """The larger of each."""
+        return Errors(max(self.outputs, other.outputs), max(self.gradients, other.gradients))
+
     def within(self, other: Errors, slack: float) -> bool:
         """At most CREDIT times the other's, and the slack; False for NaN."""
         mine, theirs = (self.outputs, self.gradients), (other.outputs, other.gradients)

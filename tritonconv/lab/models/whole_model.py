@@ -7,16 +7,13 @@ or ``error``, whose layer is the network and whose pass is "training step".
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
 import torch
 from torch import nn
 
-from tritonconv.convert import ConversionReport, convert
 from tritonconv.dispatch import wait_until_compiled
 from tritonconv.errors import ArgumentError
 from tritonconv.lab.bench import gpu
@@ -33,10 +30,9 @@ from tritonconv.lab.bench.rows import sizes_of
 from tritonconv.lab.models import steps
 from tritonconv.lab.models.factories import Network, shown
 from tritonconv.lab.models.operations import Operation, profiled
-from tritonconv.lab.models.recorded import recorded, transposed
-from tritonconv.problem import LAYOUTS
+from tritonconv.lab.models.recorded import recorded
+from tritonconv.lab.models.twins import DECODER, OURS_COMPILED, Wanted, twins
 
-DECODER, OURS_COMPILED = "tritonconv_decoder", "tritonconv_compile"
 STEP = "training step"
 SAID = {
     BASELINE: "torch's layers",
@@ -49,27 +45,6 @@ SAID = {
 LAYERS, EAGER, COMPILED_STEPS = 0.25, 0.4, 0.35
 PROFILED_STEPS = 3
 MOST_ROUNDS = 50
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """How networks are measured: ``seconds`` for each of them; ``compiled`` adds torch.compile."""
-
-    device: torch.device
-    dtype: torch.dtype
-    layout: str
-    seconds: float
-    seed: int = 0
-    compiled: bool = False
-
-
-@dataclass
-class Twins:
-    """The model with torch's layers and its converted copies, by contestant; and a copy in float64."""
-
-    models: dict[str, nn.Module]
-    exact: nn.Module | None
-    inputs: list[torch.Tensor]
 
 
 def measured(network: Network, wanted: Wanted, writer: Writer) -> None:
@@ -98,10 +73,12 @@ class Measurement:
         if self.wanted.compiled and BASELINE in sound and OURS in sound:
             self._compiled_steps(max(begin + seconds, perf_counter() + COMPILED_STEPS * seconds))
 
+    def _model(self, name: str) -> nn.Module:
+        return (self.twins.models | self.twins.compiled)[name]
+
     def _step(self, name: str, forward: nn.Module | None = None) -> steps.Step:
-        model = self.twins.models[name]
-        forward = model if forward is None else forward  # torch.compile's module asks the model's len() for its truth
-        return steps.training_step(model, forward, self.twins.inputs, self.wanted.dtype)
+        model = self._model(name)
+        return steps.training_step(model, model if forward is None else forward, self.twins.inputs, self.wanted.dtype)
 
     # ------------------------------------------------------------------ answers
 
@@ -113,23 +90,18 @@ class Measurement:
             if found is not None:
                 answers[name] = found
         truth = self._truth()
-        reference = truth or answers.get(BASELINE)
-        if reference is None:
+        if BASELINE not in answers:
             return {}
-        sound: dict[str, dict[str, object]] = {}
-        torchs = steps.errors(answers[BASELINE], reference) if BASELINE in answers else steps.Errors(0.0, 0.0)
-        slack = steps.SLACK[self.wanted.dtype] * (1 if truth else steps.FAR)
-        for name, mine in answers.items():
-            fields = self._judged(name, steps.errors(mine, reference), torchs, slack, truth is not None)
-            if fields is not None:
-                sound[name] = fields
-        return sound
+        self.reference, self.by_float64 = truth or answers[BASELINE], truth is not None
+        self.torchs = steps.errors(answers[BASELINE], self.reference)
+        judged = {name: self._judged(name, mine) for name, mine in answers.items()}
+        return {name: fields for name, fields in judged.items() if fields is not None}
 
     def _answered(self, name: str, step: steps.Step) -> steps.Answers | None:
         """The answers of the first step, gradients copied; None, and an error row, where it raises."""
         try:
             torch.manual_seed(self.wanted.seed)
-            with steps.without_dropout(self.twins.models[name]):
+            with steps.without_dropout(self._model(name)):
                 found = self._warm(step)
             return steps.Answers(found.outputs, [each.clone() for each in found.gradients])
         except Exception as error:
@@ -161,20 +133,20 @@ class Measurement:
             self._skip("float64", f"answers are held against torch's alone: {one_line(error)}")
             return None
 
-    def _judged(
-        self, name: str, mine: steps.Errors, torchs: steps.Errors, slack: float, by_float64: bool
-    ) -> dict[str, object] | None:
-        if name != BASELINE and not mine.within(torchs, slack):
-            allowed = f"allowed {steps.CREDIT:g} times torch's {torchs.outputs:.3g} and {torchs.gradients:.3g}"
-            message = (
-                f"outputs off by {mine.outputs:.3g}, gradients by {mine.gradients:.3g}, {allowed}, and {slack:.3g}"
-            )
-            self._row("error", variant=name, status="wrong", message=message)
+    def _judged(self, name: str, answers: steps.Answers) -> dict[str, object] | None:
+        """The fields about the answers; None, and an error row, where they are ours and wrong. torch's own, eager and
+        compiled, set the measure."""
+        mine = steps.errors(answers, self.reference)
+        slack = steps.SLACK[self.wanted.dtype] * (1 if self.by_float64 else steps.FAR)
+        if name == COMPILED:
+            self.torchs = self.torchs.worse(mine)
+        elif name != BASELINE and not mine.within(self.torchs, slack):
+            off = f"outputs off by {mine.outputs:.3g}, gradients by {mine.gradients:.3g}"
+            allowed = f"{steps.CREDIT:g} times torch's {self.torchs.outputs:.3g} and {self.torchs.gradients:.3g}"
+            self._row("error", variant=name, status="wrong", message=f"{off}; allowed {allowed}, and {slack:.3g}")
             return None
-        return {
-            "output_error": mine.outputs, "gradient_error": mine.gradients,
-            "held_against": "float64" if by_float64 else BASELINE,
-        }  # fmt: skip
+        against = "float64" if self.by_float64 else BASELINE
+        return {"output_error": mine.outputs, "gradient_error": mine.gradients, "held_against": against}
 
     # ------------------------------------------------------------------ times
 
@@ -262,18 +234,23 @@ class Measurement:
         fields: dict[str, dict[str, object]] = {}
         calls, begin = {BASELINE: self._step(BASELINE)}, perf_counter()
         torch.compiler.reset()
-        for name, of in ((COMPILED, BASELINE), (OURS_COMPILED, OURS)):
+        for name, model in self.twins.compiled.items():
             since = perf_counter()
             if since >= end:
                 took = f"compiling took {since - begin:.0f} s" if fields else "the eager steps used it up"
                 self._skip(name, f"out of the budget of {self.wanted.seconds:g} s: {took}")
                 continue
             try:
-                step = self._step(of, torch.compile(self.twins.models[of]))  # type: ignore[arg-type]
-                self._warm(step)
-                calls[name], fields[name] = step, {"compile_s": round(perf_counter() - since, 2)}
+                step = self._step(name, torch.compile(model))  # type: ignore[arg-type]
             except Exception as error:
                 self._failed(name, error)
+                continue
+            answers = self._answered(name, step)
+            took_s = round(perf_counter() - since, 2)
+            judged = None if answers is None else self._judged(name, answers)
+            if judged is not None:
+                step()  # in the mode of training, where dropout draws
+                calls[name], fields[name] = step, {"compile_s": took_s, **judged}
         if fields:
             self._timed(calls, fields, max(end - perf_counter(), 0.0))
 
@@ -290,46 +267,3 @@ class Measurement:
         self._row("error", variant=name, status="error", message=where + one_line(error))
         if context_is_lost(error):
             raise error
-
-
-def twins(network: Network, wanted: Wanted) -> Twins:
-    """The models and their inputs. Raises ArgumentError where the network cannot be built, copied or run, or has no
-    transposed convolution of torch's class."""
-    kept = torch.float32 if wanted.dtype in steps.HALVES else wanted.dtype
-    try:
-        torch.manual_seed(wanted.seed)
-        model = network.build().to(wanted.device, kept).train()
-        for parameter in model.parameters():
-            if parameter.dim() == 5:
-                parameter.data = parameter.data.contiguous(memory_format=LAYOUTS[wanted.layout])
-    except Exception as error:
-        raise ArgumentError(f"argument --model: {network.name} cannot be built: {one_line(error)}") from None
-    if not transposed(model):
-        raise ArgumentError(f"argument --model: {network.name} has no torch.nn.ConvTranspose3d")
-    inputs = steps.inputs_of(network.inputs, wanted.dtype, wanted.layout, wanted.device, wanted.seed)
-    try:
-        with recorded(model) as calls:
-            steps.training_step(model, model, inputs, wanted.dtype)()
-    except Exception as error:
-        if context_is_lost(error):
-            raise
-        given = f"{network.name} does not take {shown(network.inputs)}"
-        raise ArgumentError(f"argument --input: {given}: {one_line(error)}") from None
-    if not calls:
-        raise ArgumentError(f"argument --model: the forward of {network.name} calls none of its ConvTranspose3d")
-    model.zero_grad(set_to_none=True)
-    try:
-        copied = [copy.deepcopy(model) for _ in range(3)]
-    except Exception as error:
-        raise ArgumentError(f"argument --model: {network.name} cannot be copied: {one_line(error)}") from None
-    models = {BASELINE: model, OURS: copied[0], DECODER: copied[1]}
-    report, of_blocks = convert(models[OURS]), convert(models[DECODER], decoder=True)
-    if len(of_blocks.replaced) == len(report.replaced):  # no block concatenates
-        del models[DECODER]
-    if not report.replaced:
-        raise ArgumentError(f"argument --model: convert leaves every layer of {network.name}: {_reasons(report)}")
-    return Twins(models, copied[2].double(), inputs)
-
-
-def _reasons(report: ConversionReport) -> str:
-    return "; ".join(f"{name}: {reason}" for name, reason in report.left[:3])
