@@ -25,9 +25,9 @@ def test_the_published_figures_are_of_the_suites_layers():
 def test_levels_have_their_means_and_a_wrong_answer_counts(tmp_path):
     with Writer(tmp_path) as writer:
         writer.write("environment", {**ENVIRONMENT, "device": "cuda", "cudnn_conv_fp32": "tf32"})
-        for name, gain in (("l1_61", 2.0), ("l1_72", 8.0), ("l2_26", 3.0)):
+        for name, gain, same in (("l1_61", 2.0, []), ("l1_72", 8.0, []), ("l2_26", 3.0, ["kernelbench_l2_3"])):
             for variant, ratio in (("torch", 1.0), ("tritonconv", gain)):
-                writer.write("result", result(f"kernelbench_{name}", variant, ratio))
+                writer.write("result", result(f"kernelbench_{name}", variant, ratio, duplicates=same))
         wrong = {"layer": "kernelbench_l1_77", "pass": "forward", "variant": "tritonconv", "message": "off"}
         writer.write("error", {**wrong, "status": "wrong"})
     text = kernelbench.text(read(writer.path))
@@ -36,7 +36,9 @@ def test_levels_have_their_means_and_a_wrong_answer_counts(tmp_path):
     assert "geometric mean 4.00, least 2.00 (kernelbench_l1_61)" in text[first:second]
     assert "fast_0 67%, fast_1 67%, fast_2 33%, fast_4 33%, fast_8 0%, of 3 problems" in text[first:second]
     assert "CUDA-L1 on an H100: l1_61 2.06, l1_70 3.2, l1_77 1.4" in text[first:second]
-    assert "geometric mean 3.00" in text[second:] and "2.82 / 2.82" in text[first:second]
+    assert "KernelBench's leaderboard: no right answer" in text[first:second]
+    assert "geometric mean 3.00" in text[second:] and "of 2 problems" in text[second:]
+    assert text.index("kernelbench_l2_3 ") < text.index("kernelbench_l2_26 ") and "2.82 / 2.82" in text[first:second]
 
 
 def test_the_command_measures_them_as_kernelbench_defines_them(tmp_path, monkeypatch, capsys):

@@ -32,6 +32,7 @@ from tritonconv.lab.models.factories import Network, shown
 from tritonconv.lab.models.operations import Operation, profiled
 from tritonconv.lab.models.recorded import recorded
 from tritonconv.lab.models.twins import DECODER, OURS_COMPILED, Wanted, twins
+from tritonconv.precision import TF32, float32_precision
 
 STEP = "training step"
 SAID = {
@@ -137,7 +138,10 @@ class Measurement:
         """The fields about the answers; None, and an error row, where they are ours and wrong. torch's own, eager and
         compiled, set the measure."""
         mine = steps.errors(answers, self.reference)
-        slack = steps.SLACK[self.wanted.dtype] * (1 if self.by_float64 else steps.FAR)
+        wanted = self.wanted
+        in_tf32 = wanted.device.type == "cuda" and wanted.dtype is torch.float32 and float32_precision() == TF32
+        # TF32 has float16's mantissa.
+        slack = steps.SLACK[torch.float16 if in_tf32 else wanted.dtype] * (1 if self.by_float64 else steps.FAR)
         if name == COMPILED:
             self.torchs = self.torchs.worse(mine)
         elif name != BASELINE and not mine.within(self.torchs, slack):
