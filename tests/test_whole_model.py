@@ -70,11 +70,11 @@ def test_a_model_is_a_table_a_step_and_a_section_of_the_report(module, monkeypat
         assert row["forward_ms"] > 0 and row["backward_ms"] > 0 and row["calls"] == 1
     assert layers[("3",)]["problem"]["size"] == [6, 8, 10]
     names = [row["variant"] for row in run.steps]
-    assert names == ["torch", "tritonconv", "torch_compile", "tritonconv_compile"]
+    assert names == ["torch", "torch_again", "tritonconv", "torch_compile", "tritonconv_compile"]
     assert all(row["n_runs"] >= 3 and row["speedup"] > 0 for row in run.steps)
-    assert run.steps[1]["held_against"] == "float64" and run.steps[1]["gradient_error"] < 1e-5
-    assert run.steps[2]["compile_s"] >= 0 and run.steps[3]["gradient_error"] < 1e-5
-    assert run.steps[3]["over_torch_compile"] > 0
+    assert run.steps[2]["held_against"] == "float64" and run.steps[2]["gradient_error"] < 1e-5
+    assert run.steps[3]["compile_s"] >= 0 and run.steps[4]["gradient_error"] < 1e-5
+    assert run.steps[4]["over_torch_compile"] > 0
     printed = capsys.readouterr().out
     assert "transposed convolutions: " in printed and "torch.compile, convert(model)" in printed
     pytest.importorskip("matplotlib")
@@ -119,7 +119,7 @@ def test_a_wrong_model_is_an_error_and_is_not_timed(module, monkeypatch, capsys)
     convert = twins.convert
     monkeypatch.setattr(twins, "convert", converted)
     code, run = bench("--model", f"{module}:make", "--input", "1x1x2x2x2")
-    assert code == 1 and [row["variant"] for row in run.steps] == ["torch"]
+    assert code == 1 and [row["variant"] for row in run.steps] == ["torch", "torch_again"]
     assert run.errors[0]["status"] == "wrong" and "allowed 4 times torch's" in run.errors[0]["message"]
     assert "failed: " in capsys.readouterr().out
 

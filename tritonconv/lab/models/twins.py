@@ -11,6 +11,7 @@ from torch import nn
 from tritonconv.convert import ConversionReport, convert
 from tritonconv.errors import ArgumentError
 from tritonconv.lab.bench.failures import context_is_lost, one_line
+from tritonconv.lab.bench.noise import AGAIN
 from tritonconv.lab.bench.results import BASELINE, COMPILED, OURS
 from tritonconv.lab.models import steps
 from tritonconv.lab.models.factories import Network, shown
@@ -34,8 +35,8 @@ class Wanted:
 
 @dataclass
 class Twins:
-    """By contestant: the model with torch's layers and its converted copies; those that torch.compile will have, where
-    they are wanted; and a copy in float64, until it has answered."""
+    """By contestant: the model with torch's layers, a copy of it (the null contestant) and its converted copies; those
+    that torch.compile will have, where they are wanted; and a copy in float64, until it has answered."""
 
     models: dict[str, nn.Module]
     compiled: dict[str, nn.Module]
@@ -70,12 +71,12 @@ def twins(network: Network, wanted: Wanted) -> Twins:
         raise ArgumentError(f"argument --model: the forward of {network.name} calls none of its ConvTranspose3d")
     model.zero_grad(set_to_none=True)
     try:
-        copied = [copy.deepcopy(model) for _ in range(3)]
+        copied = [copy.deepcopy(model) for _ in range(4)]
         # torch.compile's answers are those of models in their first state too.
         compiled = {name: copy.deepcopy(model) for name in (COMPILED, OURS_COMPILED) if wanted.compiled}
     except Exception as error:
         raise ArgumentError(f"argument --model: {network.name} cannot be copied: {one_line(error)}") from None
-    models = {BASELINE: model, OURS: copied[0], DECODER: copied[1]}
+    models = {BASELINE: model, AGAIN: copied[3], OURS: copied[0], DECODER: copied[1]}
     report, of_blocks = convert(models[OURS]), convert(models[DECODER], decoder=True)
     if len(of_blocks.replaced) == len(report.replaced):  # no block concatenates
         del models[DECODER]

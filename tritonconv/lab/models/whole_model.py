@@ -25,6 +25,7 @@ from tritonconv.lab.bench.conduct import Operands
 from tritonconv.lab.bench.contestants import contestant
 from tritonconv.lab.bench.failures import context_is_lost, one_line
 from tritonconv.lab.bench.measure import Measured, measure, rounds
+from tritonconv.lab.bench.noise import AGAIN
 from tritonconv.lab.bench.results import BASELINE, COMPILED, OURS, Writer
 from tritonconv.lab.bench.rows import sizes_of
 from tritonconv.lab.models import steps
@@ -37,6 +38,7 @@ from tritonconv.precision import TF32, float32_precision
 STEP = "training step"
 SAID = {
     BASELINE: "torch's layers",
+    AGAIN: "torch's layers, a copy (null)",
     OURS: "convert(model)",
     DECODER: "convert(model, decoder=True)",
     COMPILED: "torch.compile, torch's layers",
