@@ -128,7 +128,8 @@ class Measurement:
             inputs = [each.double() for each in self.twins.inputs]
             step = steps.training_step(model, model, inputs, torch.float64)
             torch.manual_seed(self.wanted.seed)
-            with steps.without_dropout(model):
+            # Trying all of cuDNN's algorithms in float64 would take longer than anything else here.
+            with steps.without_dropout(model), gpu.cudnn_benchmark(self.wanted.device, wanted=False):
                 return self._warm(step)
         except Exception as error:
             if context_is_lost(error):
