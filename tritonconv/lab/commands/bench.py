@@ -52,11 +52,9 @@ from tritonconv.lab.commands.common import (
     scale_for,
     use_compiled,
 )
+from tritonconv.lab.commands.model_steps import measure_models
 from tritonconv.lab.inspection.compiling import products_in
-from tritonconv.lab.models import breakdown
-from tritonconv.lab.models.factories import BUILT_IN, described, network
-from tritonconv.lab.models.twins import Wanted
-from tritonconv.lab.models.whole_model import measured
+from tritonconv.lab.models.factories import BUILT_IN, described
 from tritonconv.precision import IEEE, TF32
 
 HELP = "time layers beside torch; or the overhead of a call; the device's roofs; a CPU's formulations"
@@ -100,7 +98,6 @@ OF_KERNELBENCH = ("only", "scale", "compiled", "compile", "seed", "variants", "v
                   "cudnn_graph")  # fmt: skip
 OF_MODEL, OF_MODEL_TOO = ("input",), ("layout", "scale", "compiled", "compile", "seed")
 FORMULATIONS_SECONDS = 180.0
-MODEL_SECONDS = 60.0
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -166,7 +163,7 @@ def run(options: argparse.Namespace) -> int:
     if options.formulations:
         return _formulations(options, device)
     if options.model:
-        return _models(options, device)
+        return measure_models(options, device)
     if options.kernelbench:
         options.suite, options.passes, options.layout = [kernelbench.SUITE], ["forward"], ["ncdhw"]
         options.dtype = ["float32"]
@@ -271,34 +268,6 @@ def _roofs(options: argparse.Namespace, device: torch.device) -> int:
         dispatch.forget()
     print(f"\nresults: {writer.path}")
     return OK
-
-
-def _models(options: argparse.Namespace, device: torch.device) -> int:
-    scale = scale_for(options.scale, device)
-    if options.input and len(options.model) > 1:
-        raise ArgumentError("argument --input: goes with one model")
-    networks = [network(name, options.input or (), scale) for name in options.model]
-    dtypes, layouts = dtypes_of(options, "float32"), flags.once(options.layout, ("ncdhw",))
-    use_compiled(options, device)
-    count = len(networks) * len(dtypes) * len(layouts)
-    seconds = options.seconds / count if options.seconds else MODEL_SECONDS
-    compiled = device.type == "cuda" if options.compile is None else options.compile
-    pairs, seed = itertools.product(dtypes, layouts), options.seed or 0
-    ways = [Wanted(device, dtype, layout, seconds, seed, compiled) for dtype, layout in pairs]
-    target, facts = options.output or RESULTS, {"scale": scale, "scale_rule": "whole models, inputs as each row says"}
-    with (
-        progress(options.quiet, unit="models", first="building the model") as shown,
-        recording(target, "model-", device, options.command, seed, **facts) as writer,
-    ):
-        shown.begin(count)
-        for each in networks:
-            for way in ways:
-                measured(each, way, writer)
-                shown.step(f"{each.name} {way.layout}")
-    found = results.read(writer.path)
-    print(breakdown.text(found))
-    print(f"\nresults: {writer.path}")
-    return WRONG if found.errors or not found.steps else OK
 
 
 def _formulations(options: argparse.Namespace, device: torch.device) -> int:

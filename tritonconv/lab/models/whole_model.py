@@ -30,7 +30,7 @@ from tritonconv.lab.bench.results import BASELINE, COMPILED, OURS, Writer
 from tritonconv.lab.bench.rows import sizes_of
 from tritonconv.lab.models import steps
 from tritonconv.lab.models.factories import Network, shown
-from tritonconv.lab.models.operations import Operation, profiled
+from tritonconv.lab.models.profiled_step import Operation, profiled
 from tritonconv.lab.models.recorded import recorded
 from tritonconv.lab.models.twins import DECODER, OURS_COMPILED, Wanted, twins
 from tritonconv.precision import TF32, float32_precision
