@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from statistics import geometric_mean
 
 from tritonconv.lab import text_table
-from tritonconv.lab.bench import noise
+from tritonconv.lab.bench import memory, noise, same_traffic
 from tritonconv.lab.bench.classes import CLASSES
 from tritonconv.lab.bench.columns import SAID, columns_of
 from tritonconv.lab.bench.results import BASELINE, COMPILED, OURS, Run
@@ -178,6 +178,8 @@ def summary(run: Run) -> str:
             lines += classes
             lines += ["", "fast_p: share of layers that are right and more than p times as fast (KernelBench)"]
         lines += _in_columns(run)
+        more = [*same_traffic.lines(run), *memory.lines(run)]
+        lines += ["", *more] if more else []
         for group in per_variant.get(OURS, []):
             if group.layout == "all" or len({g.layout for g in per_variant[OURS]}) == 1:
                 lines += ["", f"slowest in {group.pass_name}, {group.dtype} (20th to 80th percentile of the pairs):"]
