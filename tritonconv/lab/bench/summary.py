@@ -134,19 +134,23 @@ def _stages(run: Run) -> list[str]:
     rows = [row for row in run.of_stages() if row["speedup"] is not None and row["variant"] != BASELINE]
     if not rows:
         return []
-    lines = [["layer", "then", "dtype", "layout", "variant", "speed-up", "20th to 80th", COMPILED, "MB", "MB spared"]]
     compiled = {_cell(row): row["median_ms"] for row in rows if row["variant"] == COMPILED}
+    peaks = {_cell(row): row.get("peak_bytes") for row in run.of_stages() if row["variant"] == BASELINE}
+    lines = [
+        ["layer", "then", "dtype", "layout", "variant", "speed-up", "20th to 80th", COMPILED, "peak", "MB", "MB spared"]
+    ]
     for row in rows:
         interval = f"{row['speedup_p20']:.2f} to {row['speedup_p80']:.2f}"
-        known = row["variant"] != COMPILED and _cell(row) in compiled
-        over = f"{compiled[_cell(row)] / row['median_ms']:.2f}" if known else ""
+        theirs = compiled.get(_cell(row)) if row["variant"] != COMPILED else None
+        over = f"{theirs / row['median_ms']:.2f}" if theirs else ""
+        peak = f"{row['peak_bytes'] / peaks[_cell(row)]:.2f}" if row.get("peak_bytes") and peaks.get(_cell(row)) else ""
         moved = (f"{row[name] / 1e6:.3g}" for name in ("bytes", "spared_bytes"))
-        lines.append([*_cell(row)[1:], row["variant"], f"{row['speedup']:.2f}", interval, over, *moved])
-    title = "layers with what stands behind them, against torch's separate operations (MB spared: that they move more):"
-    if not compiled:
-        lines = [[*line[:7], *line[8:]] for line in lines]
-    legend = [f"{COMPILED}: how many times faster than it, by the medians"] * bool(compiled)
-    return ["", title, "", *text_table.lines(lines, numbers=5 if compiled else 4), *legend]
+        lines.append([*_cell(row)[1:], row["variant"], f"{row['speedup']:.2f}", interval, over, peak, *moved])
+    title = "layers with what stands behind them, against torch's separate operations:"
+    legend = f"{COMPILED}: how many times faster than it, by the medians; peak: memory of a call by torch's; " + (
+        "MB spared: what torch's operations move more"
+    )
+    return ["", title, "", *text_table.lines(lines, numbers=6), "", legend]
 
 
 def _cell(row: Mapping) -> tuple[str, ...]:
