@@ -24,7 +24,7 @@ CAPTIONS = {
     "headline": "Layers of known models under the roofs",
     "roofline": "Roofline", "speedup": "Speed-up per layer and memory format", "best": "Speed-up over the best torch",
     "percent": "Share of the attainable roof", "scaling": "Time against work", "landscape": "Tuning landscape",
-    "overhead": "Overhead of a call",
+    "overhead": "Overhead of a call", "shares": "Shares of a training step",
 }  # fmt: skip
 ENVIRONMENT = (
     "device_name", "gpu_driver", "gpu_capability", "cuda", "cudnn", "cudnn_conv_fp32", "cpu", "cores", "threads",
@@ -42,7 +42,7 @@ T = TypeVar("T")
 
 def write(run: Run, folder: Path, pictures: Pictures) -> Path:
     """Writes the page into the folder. Raises ResultsError where there is nothing to show, OSError where it cannot."""
-    if not any((run.results, run.roofs, run.timings, run.overheads, run.profiles, run.checks)):
+    if not any((run.results, run.roofs, run.timings, run.overheads, run.profiles, run.checks, run.steps)):
         raise ResultsError(f"{run.path}: nothing was measured, so there is nothing to report")
     path = folder / f"{'-'.join(['report', *run.selection])}.html"
     path.write_text(page(run, pictures), encoding="utf-8")
@@ -56,6 +56,8 @@ def page(run: Run, pictures: Pictures) -> str:
         *((CAPTIONS[name], _picture(name, paths)) for name, paths in pictures.items()),
         ("Against the best torch", _against_the_best(run)),
         ("Layers", _layers(run)),
+        ("Whole models", _steps(run)),
+        ("Operations of a training step", _operations(run)),
         ("Null rows", _nulls(run)),
         ("Roofs", _roofs(run)),
         ("Tuned choices", _tuned(run)),
@@ -270,6 +272,28 @@ def _checks(run: Run) -> str:
             rows.append([*key, len(checks), max(shares)])
     caption = "Variants held against float64 on one layer per class; the worst error as a share of the allowed one."
     return _after(caption, table(["variant", "dtype", "answers", "worst error / allowed"], rows, 2))
+
+
+OF_MODEL = ("model", "inputs", "dtype", "layout")
+
+
+def _steps(run: Run) -> str:
+    names = ("variant", "median_ms", "p20_ms", "p80_ms", "speedup", "speedup_p20", "speedup_p80", "graph_ms",
+             "graph_speedup", "output_error", "gradient_error")  # fmt: skip
+    head = [*OF_MODEL, "layers", "ms", "20 %", "80 %", "speed-up", "20 %", "80 %", "graph ms", "graph speed-up",
+            "output error", "gradient error"]  # fmt: skip
+    rows = [[row.get(name) for name in (*OF_MODEL, *names)] for row in run.steps]
+    caption = "One training step (forward, loss, backward); speed-ups are over the eager step with torch's layers."
+    return _after(caption, table(head, rows, len(names) - 1))
+
+
+def _operations(run: Run) -> str:
+    names = ("calls", "ms", "share", "torch_ms", "ours_ms", "speedup")
+    rows = [[*(row[name] for name in (*OF_MODEL, "operation")), ", ".join(row.get("layers") or ()),
+             *(row.get(name) for name in names)] for row in run.operations]  # fmt: skip
+    caption = "With torch's layers, backward included; torch ms and ours ms are those of one call by itself."
+    head = [*OF_MODEL, "operation", "layers", "calls", "ms", "share", "torch ms", "ours ms", "speed-up"]
+    return _after(caption, table(head, rows, len(names)))
 
 
 def _errors(run: Run) -> str:

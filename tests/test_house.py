@@ -51,7 +51,7 @@ LAYERS = (
     # The wall: from here on what measures, which no call imports.
     ("lab.flags", "lab.markdown", "lab.text_table"),
     ("lab.bench", "lab.inspection"),
-    ("autotune.tuning", "lab.profiling"),
+    ("autotune.tuning", "lab.profiling", "lab.models"),
     ("lab.verification", "lab.campaign", "lab.predictions"),
     ("lab.commands", "lab.cli"),
     ("", "__main__"),  # the package itself

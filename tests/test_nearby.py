@@ -38,21 +38,22 @@ def gain(logs: dict[str, float], names: tuple[str, str, str]) -> tuple[float, fl
     return -logs.get(forward, 0.0), both
 
 
-def test_choices_hold_for_layers_that_have_no_row():
-    """By seed: what the rows of the other seeds choose for its layers, every third one, by its own measurements."""
-    of = [layer.split("_")[1] if layer.startswith("random_") else "" for layer, _, _ in ROWS]
+@pytest.mark.parametrize(
+    ("dtype", "every", "forward", "gradients"), [(torch.float32, 3, 1.12, 1.03), (torch.bfloat16, 1, 1.2, 1.05)]
+)
+def test_choices_hold_for_layers_that_have_no_row(dtype, every, forward, gradients):
+    """By seed: what the rows of the others choose for its layers, every so many, by its own measurements."""
+    found = [row for row in ROWS if row[1].dtype == dtype]
+    of = [layer.split("_")[1] if layer.startswith("random_") else "" for layer, _, _ in found]
     gains = defaultdict(list)
     for seed in sorted(set(of) - {""}):
-        others = nearby.Rows.of([
-            (problem, logs) for group, (_, problem, logs) in zip(of, ROWS, strict=True)
-            if group != seed and problem.dtype == torch.float32
-        ])  # fmt: skip
-        own = [row for group, row in zip(of, ROWS, strict=True) if group == seed and row[1].dtype == torch.float32]
-        for _, problem, logs in own[::3]:
+        others = nearby.Rows.of([row[1:] for group, row in zip(of, found, strict=True) if group != seed])
+        own = [row for group, row in zip(of, found, strict=True) if group == seed]
+        for _, problem, logs in own[::every]:
             names, _ = nearby.best(problem, others, "a CPU")
             for kind, each in zip(("forward", "gradients"), gain(logs, names), strict=True):
                 gains[kind].append(each)
-    for kind, least in (("forward", 1.12), ("gradients", 1.03)):
+    for kind, least in (("forward", forward), ("gradients", gradients)):
         values = sorted(gains[kind])
         assert math.exp(sum(values) / len(values)) > least, kind
         assert math.exp(values[len(values) // 20]) > 0.95, kind

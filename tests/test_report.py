@@ -20,7 +20,8 @@ from tritonconv.lab.bench.summary import summary
 from tritonconv.plots import best, charts, html, landscape, percent, scaling, section
 
 HEAD = {"suite": "unet", "pass": "forward", "dtype": "float32", "layout": "ncdhw"}
-COMMANDS = {"landscape": "tritonconv tune", "overhead": "tritonconv bench --overhead", "scaling": "--sizes"}
+COMMANDS = {"landscape": "tritonconv tune", "overhead": "tritonconv bench --overhead", "scaling": "--sizes",
+            "shares": "tritonconv bench --model"}  # fmt: skip
 
 
 def timing(variant: str, ms: float, predicted: float | None, config: dict | None = None, layer="a") -> dict:
@@ -64,6 +65,13 @@ def write(folder: Path, name: str = "layer") -> Run:
                 "n_runs": 9,
             }
             writer.write("overhead", row)
+        model = {"model": name, "inputs": "1x1x8x8x8", "dtype": "float32", "layout": "ncdhw"}
+        for operation, share, more in (("conv3d", 0.7, {}), ("k2", 0.3, {"layers": ["up"], "speedup": 2.0})):
+            writer.write(
+                "operation", {**model, "operation": operation, "calls": 1, "ms": share, "share": share, **more}
+            )
+        step = {"variant": "tritonconv", "speedup": 1.2, "speedup_p20": 1.1, "speedup_p80": 1.3}
+        writer.write("step", {**model, **step, "median_ms": 1.0, "p20_ms": 1.0, "p80_ms": 1.0, "n_runs": 5})
         check = {**HEAD, "layer": f"{name}_0", "variant": "forward_torch_conv", "max_error": 1.0, "tolerance": 4.0}
         writer.write("check", check)
         writer.write("skip", {"layer": "big", "pass": "all", "variant": "all", "message": "its weight alone"})
@@ -75,13 +83,13 @@ def write(folder: Path, name: str = "layer") -> Run:
 
 
 def test_the_charts_are_the_files_that_say_who_writes_their_rows():
-    beside = {"roofline", "speedup", "percent", "scaling", "landscape", "overhead"}
+    beside = {"roofline", "speedup", "percent", "scaling", "landscape", "overhead", "shares"}
     assert charts.names()[:2] == ("headline", "best") and set(charts.names()[2:]) == beside
     assert all(charts.chart(name).MADE_BY.startswith("tritonconv ") for name in charts.names())
     assert set(html.CAPTIONS) == set(charts.names())
 
 
-@pytest.mark.parametrize("name", ["best", "percent", "scaling", "landscape", "overhead"])
+@pytest.mark.parametrize("name", ["best", "percent", "scaling", "landscape", "overhead", "shares"])
 def test_a_chart_is_a_png_and_an_svg_and_repeats(tmp_path, name):
     run = write(tmp_path)
     png, svg = charts.draw(run, tmp_path, (name,))[name]
@@ -188,6 +196,8 @@ def test_the_report_holds_the_files_numbers_and_loads_nothing(tmp_path, capsys):
     assert page.tables["Verified"][1] == ["forward_torch_conv", "float32", "1", "0.25"]
     assert page.tables["Left out"][1][3] == "its weight alone"
     assert ["device_name", "a box"] in page.tables["Environment"]
+    assert page.tables["Operations of a training step"][2][4:] == ["k2", "up", "1", "0.3", "0.3", "", "", "2"]
+    assert page.tables["Whole models"][1][:8] == ["layer", "1x1x8x8x8", "float32", "ncdhw", "tritonconv", "1", "1", "1"]
     titles = re.findall(r"<h2>(.*?)</h2>", path.read_text(encoding="utf-8"))
     assert [title for title in titles if title in html.CAPTIONS.values()] == [
         html.CAPTIONS[name] for name in charts.names() if name != "headline"

@@ -21,7 +21,6 @@ from tritonconv.problem import LAYOUTS, Problem, output_size
 
 ALL = w.workloads()
 names = [layer.name for layer in ALL]
-APART = (w.ALL, w.RANDOM, w.stages.SUITE)
 
 
 def test_there_are_86_layers_with_names_and_sources_of_their_own():
@@ -31,7 +30,8 @@ def test_there_are_86_layers_with_names_and_sources_of_their_own():
 
 
 def test_every_layer_is_in_exactly_one_suite():
-    by_suite = [layer.name for suite in w.suites() if suite not in APART for layer in w.workloads(suite)]
+    others = (w.ALL, w.OF_HEROES, w.RANDOM, w.stages.SUITE)
+    by_suite = [layer.name for suite in w.suites() if suite not in others for layer in w.workloads(suite)]
     assert Counter(by_suite) == Counter(names)
     assert {"unet", "gan", "stereo", "mednext", "kernelbench"} < set(w.suites())
 
@@ -153,6 +153,11 @@ def test_suites_take_turns_evenly():
     sizes = Counter(layer.suite for layer in ALL)
     half = Counter(layer.suite for layer in order[: len(order) // 2])
     assert all(abs(half[suite] - sizes[suite] / 2) <= 1 for suite in sizes)
+
+
+def test_the_heroes_are_a_suite_and_come_once():
+    found = [layer.name for layer in w.workloads("heroes")]
+    assert sorted(found) == sorted(w.HEROES) and len(w.workloads(("unet", "heroes"))) < len(w.workloads("unet")) + 12
 
 
 def test_only_filters_by_name_within_the_suites():

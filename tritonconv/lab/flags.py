@@ -56,6 +56,10 @@ def _sizes(text: str) -> tuple[int, ...]:
     return tuple(map(int, parts))
 
 
+def _several(text: str) -> tuple[tuple[int, ...], ...]:
+    return tuple(_sizes(part.strip()) for part in text.split(","))
+
+
 def _ascending(text: str) -> tuple[int, ...]:
     return tuple(sorted(set(map(int, text.split(",")))))
 
@@ -68,3 +72,4 @@ counts = checked(_ascending, lambda each: each[0] > 0 and each[-1] <= 2**20, "in
 seed = checked(int, lambda value: 0 <= value < 2**63, "an integer from 0 to 2^63 - 1")
 processes = checked(int, lambda value: 1 <= value <= 1024, "an integer from 1 to 1024")
 shape = checked(_sizes, lambda _: True, "integers joined by x, such as 1x64x16x16x16")
+shapes = checked(_several, lambda each: all(map(min, each)), "shapes such as 1x1x96x96x96, with commas")

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from tritonconv.kernels.variant import Variant
-from tritonconv.lab.bench import gpu, nulls, spent
+from tritonconv.lab.bench import cudnn_graph, gpu, nulls, same_traffic, spent
 from tritonconv.lab.bench.calls import TensorCall
 from tritonconv.lab.bench.case import CHANGED_BY_ONE, Case
 from tritonconv.lab.bench.clock import GpuClock, gpu_clock
@@ -116,13 +116,16 @@ class CellTimer:
         single = [record for record in options.variants if record.pass_name == cell.pass_name]
         passed: dict[str, Contestant] = {}
         judge, runs_torch = cell.case.judge(cell.pass_name), False
-        asked = {BASELINE: True, OURS: not options.only_compiled, COMPILED: options.compiled or options.only_compiled}
+        asked = {BASELINE: True, OURS: not options.only_compiled, COMPILED: options.compiled or options.only_compiled,
+                 cudnn_graph.NAME: options.cudnn_graph}  # fmt: skip
         names = [name for name, wanted in asked.items() if wanted]
         for name, record in [*zip(names, itertools.repeat(None)), *((each.name, each) for each in single)]:
             if name in leave_out:
                 continue
             try:
                 refused = why_not(record, problem, options.device) if record else None
+                if name == cudnn_graph.NAME:
+                    refused = cudnn_graph.why_not(problem, options.device, cell.pass_name)
                 if refused is not None:
                     self.writer.write("skip", {**cell.head, "variant": name, "message": refused})
                     continue
@@ -159,6 +162,8 @@ class CellTimer:
         if cell.key in self.with_nulls and BASELINE in passed and not self.options.only_compiled:
             with spent.on(spent.TRIALS):
                 beside = nulls.calls(cell.case, cell.pass_name)
+        if self.options.copies:
+            beside[same_traffic.NAME] = same_traffic.call(problem, device, cell.pass_name)
         calls = {name: one.call for name, one in passed.items()} | beside
         graphs = {name: one.in_graph.call for name, one in passed.items() if one.in_graph is not None}
         # The gate has run every call at size, so all are warm. A slow cell takes its extra time from later cells.
@@ -175,11 +180,13 @@ class CellTimer:
             row = layer_fields(cell.layer, cell.duplicates, problem)
             row |= measured_fields(one, measured, problem, cell.head, self.roofs)
             row |= {**one.fields, "versions": self.versions}
+            if same_traffic.NAME in beside:
+                row |= same_traffic.fields(one.name, measured)
             if self.clock is not None:
                 with spent.on(spent.TIMING):
                     row |= {"l2_flushed": True, "peak_bytes": gpu.peak_bytes(one.call, device)}
             rows.append(("result", row))
-        for name in beside:
+        for name in beside.keys() - {same_traffic.NAME}:
             rows.append(("null", {"text": str(problem), **nulls.fields(name, measured)}))
         return rows
 

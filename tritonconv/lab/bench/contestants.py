@@ -13,7 +13,7 @@ from tritonconv.autotune.sources import revision
 from tritonconv.dispatch import Selection, choice_now, plan, wait_until_compiled
 from tritonconv.forced import in_force, pinned, use
 from tritonconv.kernels.variant import Variant
-from tritonconv.lab.bench import gate, spent
+from tritonconv.lab.bench import cudnn_graph, gate, spent
 from tritonconv.lab.bench.calls import FORWARD_BACKWARD, TensorCall, operation_call
 from tritonconv.lab.bench.case import Case
 from tritonconv.lab.bench.operations import our_operation, torchs_operation
@@ -121,7 +121,7 @@ def _judged(
     def on(other: Case) -> TensorCall:
         if other is case:
             return call
-        if not chosen:  # torch's, also for torch.compile, which would compile it anew
+        if not chosen:  # torch's, also for torch.compile and cuDNN's graph, which would be compiled anew
             return other.torch(pass_name)
         with pinned(*chosen.values()):
             return in_force(_call(other, pass_name, public=name == OURS))
@@ -137,6 +137,8 @@ def prepared(name: str, record: Variant | None, case: Case, pass_name: str) -> t
     """The call of a contestant, and what it runs by pass; nothing for torch's own and torch.compile's."""
     if name == BASELINE:
         return case.torch(pass_name), {}
+    if name == cudnn_graph.NAME:
+        return cudnn_graph.call(case.problem, case.tensors, case.device), {}
     if name == COMPILED:
         return operation_call(_compiled(case), case.problem, case.tensors, pass_name), {}
     with use(record.name) if record else contextlib.nullcontext():

@@ -19,7 +19,8 @@ class Options:
 
     A variant in ``variants`` is timed by itself in the cells of its own pass. ``compiled`` adds torch.compile, which
     takes a second or more per cell; with ``only_compiled`` its are the only rows, timed beside torch. ``done`` are
-    cells (layer, dtype, layout, pass) that an earlier run has.
+    cells (layer, dtype, layout, pass) that an earlier run has. ``copies`` times a copy of the same bytes in each cell,
+    ``cudnn_graph`` cuDNN's fused graph.
     """
 
     layers: tuple[Workload, ...]
@@ -34,4 +35,6 @@ class Options:
     command: tuple[str, ...] = ()
     compiled: bool = False
     only_compiled: bool = False
+    copies: bool = False
+    cudnn_graph: bool = False
     done: frozenset[tuple[str, str, str, str]] = frozenset()

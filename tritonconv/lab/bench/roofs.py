@@ -57,9 +57,9 @@ def _copy(name, working_set, device, watch, seconds):
     source = torch.ones(working_set // 8, dtype=torch.float32, device=device)
     target = torch.zeros_like(source)
     moved = 2 * source.numel() * source.element_size()
-    times = _times(lambda: target.copy_(source), watch, seconds)
+    times = times_of(lambda: target.copy_(source), watch, seconds)
     where = "in cache" if name == COPY_CACHE else "in memory"
-    return _row(name, f"copy {where} ({moved >> 20} MiB)", None, moved, "byte/s", times, working_set_bytes=moved)
+    return row_of(name, f"copy {where} ({moved >> 20} MiB)", None, moved, "byte/s", times, working_set_bytes=moved)
 
 
 def _copies_in_l2(device: torch.device, watch, seconds: float) -> Iterator[dict[str, object]]:
@@ -75,15 +75,15 @@ def _copies_in_l2(device: torch.device, watch, seconds: float) -> Iterator[dict[
     replay = gpu.captured(copies, device)
     if replay is not None:
         moved = 2 * source.numel() * source.element_size()
-        times = _times(replay, watch, seconds)
-        yield _row(COPY_L2, f"read and write in L2 ({moved >> 20} MiB)", None, L2_COPIES * moved, "byte/s", times,
+        times = times_of(replay, watch, seconds)
+        yield row_of(COPY_L2, f"read and write in L2 ({moved >> 20} MiB)", None, L2_COPIES * moved, "byte/s", times,
                    working_set_bytes=moved)  # fmt: skip
 
 
 def _launch(device: torch.device, seconds: float):
     """One call of the smallest operation, from Python: on a GPU of many that are queued, on a CPU with its work."""
     tensor, wall = torch.zeros(1, device=device), WallClock(device, LAUNCHES)
-    times = _times(lambda: tensor.add_(1), wall, min(seconds, MOST_LAUNCH_SECONDS))
+    times = times_of(lambda: tensor.add_(1), wall, min(seconds, MOST_LAUNCH_SECONDS))
     best, middle = min(times) * 1e3, quantile(times, 0.5) * 1e3
     return {"name": LAUNCH, "what": "launch of a tiny operation", "dtype": None, "value": best, "median": middle,
             "unit": "us", "runs": len(times) * LAUNCHES}  # fmt: skip
@@ -106,19 +106,19 @@ def _matmuls(dtype: torch.dtype, device: torch.device, watch, seconds: float) ->
 
 def _matmul(dtype, device, watch, seconds, name=None):
     size = SMALL_MATRIX
-    times = _times(_product(size, dtype, device), watch, 0.0)
+    times = times_of(_product(size, dtype, device), watch, 0.0)
     if min(times) < SLOW_MS:
         size = LARGE_MATRIX[device.type]
-        times = _times(_product(size, dtype, device), watch, seconds)
+        times = times_of(_product(size, dtype, device), watch, seconds)
     name = name or str(dtype).removeprefix("torch.")
-    return _row(MATMUL, f"{name} matrix product ({size}³)", name, 2 * size**3, "FLOP/s", times)
+    return row_of(MATMUL, f"{name} matrix product ({size}³)", name, 2 * size**3, "FLOP/s", times)
 
 
 def _product(size: int, dtype: torch.dtype, device: torch.device) -> Call:
     return functools.partial(product, *(torch.rand(size, size, device=device).to(dtype) for _ in range(2)))
 
 
-def _times(call: Call, watch, seconds: float) -> list[float]:
+def times_of(call: Call, watch, seconds: float) -> list[float]:
     call()
     times: list[float] = []
     begin = time.perf_counter()
@@ -127,7 +127,7 @@ def _times(call: Call, watch, seconds: float) -> list[float]:
     return times
 
 
-def _row(name, what, dtype, work, unit, times, **more):
+def row_of(name, what, dtype, work, unit, times, **more):
     return {
         "name": name,
         "what": what,

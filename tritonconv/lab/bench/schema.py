@@ -8,6 +8,7 @@ from typing import Any
 SCHEMA = 1  # the version of all this, in the environment row
 
 _CELL = "layer pass dtype layout variant"
+_MODEL = "model inputs dtype layout"
 # The fields that a reader relies on, by kind; a row may carry more. With "?" null is a value too.
 REQUIRED = {
     "environment": "schema run utc device device_name threads torch triton? scale scale_rule commit?",
@@ -25,6 +26,10 @@ REQUIRED = {
     "overhead": f"{_CELL} median_us p20_us p80_us n_runs",
     # The counters of ncu for one kernel of a call, by "name [unit]".
     "profile": f"{_CELL} kernel launch duration_us counters",
+    # Of a whole model (lab/models): an operation of one training step with torch's layers, ms and its share of all; and
+    # the times of the step of a contestant.
+    "operation": f"{_MODEL} operation calls ms share",
+    "step": f"{_MODEL} variant median_ms p20_ms p80_ms n_runs speedup speedup_p20 speedup_p80",
     "skip": "layer pass variant message",
     "error": "layer pass variant status message",
     "end": "reason",
@@ -39,7 +44,7 @@ _ABOVE_0 = {*_TIMES, "value", "bytes"}
 # The types of fields that are no text.
 _TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys((*_ABOVE_0, "flops", "speedup", "speedup_p20", "speedup_p80", "predicted_ms"), _NUMBERS),
-    **dict.fromkeys(("max_error", "tolerance"), _NUMBERS),
+    **dict.fromkeys(("max_error", "tolerance", "calls", "ms", "share"), _NUMBERS),
     **dict.fromkeys(("schema", "threads", "n_runs", "launch"), (int,)),
     **dict.fromkeys(("config", "counters"), (dict,)),
     "residual": (bool,),

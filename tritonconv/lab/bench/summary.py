@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from statistics import geometric_mean
 
 from tritonconv.lab import text_table
-from tritonconv.lab.bench import noise
+from tritonconv.lab.bench import memory, noise, same_traffic
 from tritonconv.lab.bench.classes import CLASSES
 from tritonconv.lab.bench.columns import SAID, columns_of
 from tritonconv.lab.bench.results import BASELINE, COMPILED, OURS, Run
@@ -134,19 +134,23 @@ def _stages(run: Run) -> list[str]:
     rows = [row for row in run.of_stages() if row["speedup"] is not None and row["variant"] != BASELINE]
     if not rows:
         return []
-    lines = [["layer", "then", "dtype", "layout", "variant", "speed-up", "20th to 80th", COMPILED, "MB", "MB spared"]]
     compiled = {_cell(row): row["median_ms"] for row in rows if row["variant"] == COMPILED}
+    peaks = {_cell(row): row.get("peak_bytes") for row in run.of_stages() if row["variant"] == BASELINE}
+    lines = [
+        ["layer", "then", "dtype", "layout", "variant", "speed-up", "20th to 80th", COMPILED, "peak", "MB", "MB spared"]
+    ]
     for row in rows:
         interval = f"{row['speedup_p20']:.2f} to {row['speedup_p80']:.2f}"
-        known = row["variant"] != COMPILED and _cell(row) in compiled
-        over = f"{compiled[_cell(row)] / row['median_ms']:.2f}" if known else ""
+        theirs = compiled.get(_cell(row)) if row["variant"] != COMPILED else None
+        over = f"{theirs / row['median_ms']:.2f}" if theirs else ""
+        peak = f"{row['peak_bytes'] / peaks[_cell(row)]:.2f}" if row.get("peak_bytes") and peaks.get(_cell(row)) else ""
         moved = (f"{row[name] / 1e6:.3g}" for name in ("bytes", "spared_bytes"))
-        lines.append([*_cell(row)[1:], row["variant"], f"{row['speedup']:.2f}", interval, over, *moved])
-    title = "layers with what stands behind them, against torch's separate operations (MB spared: that they move more):"
-    if not compiled:
-        lines = [[*line[:7], *line[8:]] for line in lines]
-    legend = [f"{COMPILED}: how many times faster than it, by the medians"] * bool(compiled)
-    return ["", title, "", *text_table.lines(lines, numbers=5 if compiled else 4), *legend]
+        lines.append([*_cell(row)[1:], row["variant"], f"{row['speedup']:.2f}", interval, over, peak, *moved])
+    title = "layers with what stands behind them, against torch's separate operations:"
+    legend = f"{COMPILED}: how many times faster than it, by the medians; peak: memory of a call by torch's; " + (
+        "MB spared: what torch's operations move more"
+    )
+    return ["", title, "", *text_table.lines(lines, numbers=6), "", legend]
 
 
 def _cell(row: Mapping) -> tuple[str, ...]:
@@ -178,6 +182,8 @@ def summary(run: Run) -> str:
             lines += classes
             lines += ["", "fast_p: share of layers that are right and more than p times as fast (KernelBench)"]
         lines += _in_columns(run)
+        more = [*same_traffic.lines(run), *memory.lines(run)]
+        lines += ["", *more] if more else []
         for group in per_variant.get(OURS, []):
             if group.layout == "all" or len({g.layout for g in per_variant[OURS]}) == 1:
                 lines += ["", f"slowest in {group.pass_name}, {group.dtype} (20th to 80th percentile of the pairs):"]

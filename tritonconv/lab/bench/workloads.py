@@ -20,7 +20,7 @@ from tritonconv.lab.bench.random_layers import COUNT, random_layers
 from tritonconv.problem import Problem
 
 DATA = files("tritonconv") / "data" / "layers.json"
-ALL = "all"
+ALL, OF_HEROES = "all", "heroes"
 
 # One or two layers of each class, which a reader knows: a run that ends early has these.
 HEROES = (
@@ -51,10 +51,12 @@ def _data() -> tuple[dict[str, str], tuple[Workload, ...]]:
 
 
 def suites() -> dict[str, str]:
-    """The suites and what is in each, ``all`` and those that are not in it last."""
+    """The suites and what is in each; ``all``, ``heroes``, ``random`` and ``stages`` last."""
     named = dict(_data()[0])
     drawn = f"{COUNT} layers drawn by the seed, of the others' families, with their batch at each scale; not in 'all'"
-    return {**named, ALL: f"every suite: {len(_data()[1])} layers", RANDOM: drawn, stages.SUITE: stages.SUITE_TEXT}
+    every = f"every suite: {len(_data()[1])} layers"
+    known = "one or two known layers of each class, of all suites"
+    return {**named, ALL: every, OF_HEROES: known, RANDOM: drawn, stages.SUITE: stages.SUITE_TEXT}
 
 
 def workloads(suite: str | Iterable[str] = ALL, only: str = "", seed: int = 0) -> tuple[Workload, ...]:
@@ -67,7 +69,8 @@ def workloads(suite: str | Iterable[str] = ALL, only: str = "", seed: int = 0) -
     for name in wanted:
         if name not in suites():
             raise ArgumentError(f"suite expects one of {', '.join(suites())}, got {name!r}")
-    layers = tuple(layer for layer in _data()[1] if ALL in wanted or layer.suite in wanted)
+    heroes = HEROES if OF_HEROES in wanted else ()
+    layers = tuple(each for each in _data()[1] if ALL in wanted or each.suite in wanted or each.name in heroes)
     if RANDOM in wanted:
         layers += random_layers(_data()[1], seed)
     if stages.SUITE in wanted:

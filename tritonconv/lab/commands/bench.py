@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import textwrap
 from pathlib import Path
@@ -17,7 +18,16 @@ from tritonconv.errors import ArgumentError, VariantNotApplicable
 from tritonconv.kernels.registry import variant, variants
 from tritonconv.kernels.variant import Variant
 from tritonconv.lab import flags, text_table
-from tritonconv.lab.bench import call_overhead, formulations, results, roofs
+from tritonconv.lab.bench import (
+    bias_rates,
+    call_overhead,
+    cudnn_graph,
+    formulations,
+    kernelbench,
+    memory,
+    results,
+    roofs,
+)
 from tritonconv.lab.bench.calls import FORWARD_BACKWARD
 from tritonconv.lab.bench.layer_sizes import SCALES, at_sizes
 from tritonconv.lab.bench.progress import progress
@@ -44,6 +54,10 @@ from tritonconv.lab.commands.common import (
     scale_for,
     use_compiled,
 )
+from tritonconv.lab.commands.model_steps import measure_models
+from tritonconv.lab.inspection.compiling import products_in
+from tritonconv.lab.models.factories import BUILT_IN, described
+from tritonconv.precision import IEEE, TF32
 
 HELP = "time layers beside torch; or the overhead of a call; the device's roofs; a CPU's formulations"
 EXAMPLE = "tritonconv bench --suite unet --only monai --passes forward --layout ndhwc --seconds 20"
@@ -57,12 +71,24 @@ DESCRIPTION = (
     "besides the work. The exit code is 1 where ours takes more than --limit microseconds longer.\n\n"
     "--roofs measures the device instead: copies (read and written bytes count), matrix products of each\n"
     "dtype (on a GPU float32 with and without TF32) and one launch, each with torch's own routines. The\n"
-    "best of many runs counts. The store keeps them, and the cost model uses them from then on.\n\n"
+    "best of many runs counts. The store keeps them, and the cost model uses them from then on. ATen's bias\n"
+    "add and bias gradient, passes that a fused kernel does not make, come with them.\n\n"
+    "The summary of a GPU's layers says how much memory a call takes at its peak beside torch's, and which\n"
+    f"layers take more than {memory.MOST:g} of it; a CPU has no count of it.\n\n"
     "--activation, --residual, --rounding and --concat time the forward with what stands behind the layer:\n"
     "one call of ours beside torch's separate operations. The suite stages has named layers so.\n\n"
     "--formulations measures the torch formulations of each pass on the layers instead, on a CPU, into a\n"
     "file such as autotune/formulations_authenticamd.json: rows from which layers without a tuned choice\n"
     "have theirs on that vendor's CPUs.\n\n"
+    "--kernelbench measures KernelBench's transposed 3-D convolutions as it defines them (float32, NCDHW, the\n"
+    "forward), and prints geometric mean and fast_p of levels 1 and 2 beside the published figures. TF32 is\n"
+    "torch's switch, set for both sides; `--kernelbench ieee` sets it off.\n\n"
+    "--model measures whole models instead: the operations of one training step with torch's layers, each\n"
+    "transposed convolution by itself beside ours, and the step, torch's layers against convert(model),\n"
+    "eager and (--compile) compiled. A half dtype is that of autocast. The models are module:factory, a\n"
+    "function without arguments or a module, with --input; or\n"
+    + "\n".join(textwrap.fill(line, 100, initial_indent="  ", subsequent_indent="    ") for line in described())
+    + "\n\n"
     + "\n".join(textwrap.fill(f"scale {name}: {rule}", 100, subsequent_indent="  ") for name, rule in SCALES.items())
     + "\n\nsuites:\n"
     + "\n".join(f"  {name:12} {text}" for name, text in suites().items())
@@ -70,8 +96,11 @@ DESCRIPTION = (
 # The flags that go with --overhead alone, with --roofs alone, with the layers; and those that --formulations lacks.
 OF_OVERHEAD, OF_ROOFS = ("use", "limit"), ("store",)
 OF_LAYERS = ("suite", "only", "passes", "layout", "scale", "variants", "variant_files", "compiled", "compile", "sizes",
-             "seed", "list", "activation", "residual", "rounding", "concat")  # fmt: skip
+             "seed", "list", "copies", "cudnn_graph", "activation", "residual", "rounding", "concat")  # fmt: skip
 OF_FORMULATIONS = ("suite", "only", "seed")
+OF_KERNELBENCH = ("only", "scale", "compiled", "compile", "seed", "variants", "variant_files", "copies",
+                  "cudnn_graph")  # fmt: skip
+OF_MODEL, OF_MODEL_TOO = ("input",), ("layout", "scale", "compiled", "compile", "seed")
 FORMULATIONS_SECONDS = 180.0
 
 
@@ -79,7 +108,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     add_flags(
         parser, "only", suite="all", passes=f"forward,{FORWARD_BACKWARD}", layout="both",
         scale="cpu on a CPU, else full", dtype="float32; with --roofs all but float64",
-        seconds="0.5 s a cell; 6 s with --overhead or --roofs",
+        seconds="0.5 s a cell; 6 s with --overhead or --roofs; 60 s a model",
     )  # fmt: skip
     parser.add_argument(
         "--variants", type=flags.any_names, action="extend", metavar="NAME[,NAME]",
@@ -95,6 +124,13 @@ def add(parser: argparse.ArgumentParser) -> None:
     add_flags(parser, "activation", "residual", "rounding")
     parser.add_argument("--concat", action="store_true", help="with a concatenation with a skip of the output's shape")
     add_flags(parser, "device", "variant-file", "compiled", "quiet", compile="on a GPU only", output=str(RESULTS))
+    parser.add_argument(
+        "--copies", action="store_true", help="also time a copy that moves the bytes of each pass, as a yardstick"
+    )
+    parser.add_argument(
+        "--cudnn-graph", action="store_true",
+        help=f"also time cuDNN's graph with the bias fused, forward, on a GPU; needs {cudnn_graph.PACKAGE}",
+    )  # fmt: skip
     parser.add_argument("--list", action="store_true", help="list the layers that would run, and stop")
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--overhead", action="store_true", help="time the overhead of a call instead of the layers")
@@ -102,6 +138,17 @@ def add(parser: argparse.ArgumentParser) -> None:
     instead.add_argument(
         "--formulations", type=Path, metavar="FILE", help="measure a CPU's torch formulations into this file instead"
     )
+    instead.add_argument(
+        "--kernelbench", nargs="?", const=TF32, choices=(TF32, IEEE), help="measure KernelBench's layers instead",
+    )  # fmt: skip
+    instead.add_argument(
+        "--model", type=flags.any_names, metavar="NAME[,NAME]",
+        help=f"measure whole models instead: {', '.join(BUILT_IN)} or module:factory",
+    )  # fmt: skip
+    parser.add_argument(
+        "--input", type=flags.shapes, metavar="SHAPE[,SHAPE]",
+        help="with --model: the tensors that its forward takes, such as 1x1x96x96x96",
+    )  # fmt: skip
     parser.add_argument(
         "--use", type=flags.any_names, metavar="NAME[,NAME]", help="with --overhead: force these variants in our layer"
     )
@@ -121,19 +168,27 @@ def run(options: argparse.Namespace) -> int:
         return _roofs(options, device)
     if options.formulations:
         return _formulations(options, device)
+    if options.model:
+        return measure_models(options, device)
+    if options.kernelbench:
+        options.suite, options.passes, options.layout = [kernelbench.SUITE], ["forward"], ["ncdhw"]
+        options.dtype = ["float32"]
+        with products_in(options.kernelbench):
+            return _layers(options, device)
     return _layers(options, device)
 
 
 def _check(options: argparse.Namespace) -> None:
     """Raises ArgumentError for a flag of another measurement than the one that is asked for."""
-    named = ("overhead", "roofs", "formulations")
+    named = ("overhead", "roofs", "formulations", "kernelbench", "model")
     chosen = next((f"--{name}" for name in named if getattr(options, name)), "the layers")
-    allowed = OF_FORMULATIONS if options.formulations else ()
-    goes = {"--overhead": OF_OVERHEAD, "--roofs": OF_ROOFS, "the layers": OF_LAYERS}
+    too = {"--formulations": OF_FORMULATIONS, "--kernelbench": OF_KERNELBENCH, "--model": OF_MODEL_TOO}
+    allowed = too.get(chosen, ())
+    goes = {"--overhead": OF_OVERHEAD, "--roofs": OF_ROOFS, "--model": OF_MODEL, "the layers": OF_LAYERS}
     for about, names in goes.items():
         for name in names:
             if about != chosen and name not in allowed and getattr(options, name) not in (None, "", False, []):
-                flag = name.replace("_files", "-file")
+                flag = name.replace("_files", "-file").replace("_", "-")
                 raise ArgumentError(f"argument --{flag}: goes with {about}, not with {chosen}")
 
 
@@ -154,7 +209,7 @@ def _layers(options: argparse.Namespace, device: torch.device) -> int:
     with progress(options.quiet) as shown:
         outcome = bench(wanted, options.output or RESULTS, shown)
     found = results.read(outcome.path)
-    print(summary(found))
+    print(kernelbench.text(found) if options.kernelbench else summary(found))
     print(f"\nresults: {outcome.path}")
     if outcome.reason == "interrupted":
         return INTERRUPTED
@@ -207,11 +262,10 @@ def _overhead(options: argparse.Namespace, device: torch.device) -> int:
 def _roofs(options: argparse.Namespace, device: torch.device) -> int:
     check_store(device, options.store)
     dtypes, target = dtypes_of(options, *ROOF_DTYPES), options.output or RESULTS
-    seconds = (options.seconds or DEVICE_SECONDS) / (2 + 2 * len(dtypes))
+    seconds = (options.seconds or DEVICE_SECONDS) / (2 + 6 * len(dtypes))
     with recording(target, "roofs-", device, options.command, scale="given", scale_rule="no layers") as writer:
-        rows: list[dict[str, Any]] = [
-            writer.write("roof", {**row, "when": "start"}) for row in roofs.measure(device, dtypes, seconds)
-        ]
+        measured_rows = itertools.chain(*(each.measure(device, dtypes, seconds) for each in (roofs, bias_rates)))
+        rows: list[dict[str, Any]] = [writer.write("roof", {**row, "when": "start"}) for row in measured_rows]
     lines = [["roof", "best", "median", "unit"]]
     for row in rows:
         factor, unit = (1e-9, f"G{row['unit']}") if row["unit"] != "us" else (1, "us per launch")

@@ -26,7 +26,7 @@ from tritonconv.lab.bench.calls import ALL_PASSES, FORWARD_BACKWARD
 from tritonconv.lab.bench.layer_sizes import RANDOM, SCALES, Workload
 from tritonconv.lab.bench.options import Options
 from tritonconv.lab.bench.stages import SUITE, of_words
-from tritonconv.lab.bench.workloads import ALL, suites
+from tritonconv.lab.bench.workloads import ALL, OF_HEROES, suites
 from tritonconv.lab.inspection.launches import launches_of
 from tritonconv.problem import LAYOUTS
 
@@ -157,12 +157,14 @@ def run_of(
         seed=getattr(options, "seed", None) or 0,
         command=options.command,
         compiled=device.type == "cuda" if options.compile is None else options.compile,
+        copies=getattr(options, "copies", False),
+        cudnn_graph=getattr(options, "cudnn_graph", False),
     )
 
 
 def model_suites() -> tuple[str, ...]:
     """The suites whose layers are those of models."""
-    return tuple(name for name in suites() if name not in (*OTHER_SUITES, ALL))
+    return tuple(name for name in suites() if name not in (*OTHER_SUITES, ALL, OF_HEROES))
 
 
 def scale_for(given: str | None, device: torch.device) -> str:

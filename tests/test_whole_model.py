@@ -1,0 +1,165 @@
+"""Whole models: the operations of a step, torch's layers against the converted ones, and the report. CPU only."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from tests.test_results import ENVIRONMENT
+from tritonconv.errors import ArgumentError
+from tritonconv.lab import cli
+from tritonconv.lab.bench import results
+from tritonconv.lab.models import factories, steps, twins, whole_model
+
+MODULE = """
+import torch
+from torch import nn
+
+def make():
+    return nn.Sequential(nn.Conv3d(1, 2, 3, padding=1), nn.Dropout(), nn.ConvTranspose3d(2, 2, 2, stride=2),
+                         nn.ConvTranspose3d(2, 2, 2, stride=2))
+
+class Functional(nn.ConvTranspose3d):  # its layer is never called
+    def __init__(self):
+        super().__init__(1, 1, 2)
+        self.up = nn.ConvTranspose3d(1, 1, 2)
+    def forward(self, x):
+        return torch.nn.functional.conv_transpose3d(x, self.weight)
+
+class Uncalled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up = nn.ConvTranspose3d(1, 1, 2)
+    def forward(self, x):
+        return nn.functional.conv_transpose3d(x, self.up.weight)
+
+plain, number, broken = nn.Conv3d(1, 1, 1), lambda: 3, lambda: 1 / 0
+"""
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch) -> str:
+    """The name of a module with models in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "my_models_of_a_test.py").write_text(MODULE)
+    yield "my_models_of_a_test"
+    sys.modules.pop("my_models_of_a_test", None)
+
+
+def bench(*arguments: str) -> tuple[int, results.Run]:
+    code = cli.main(["bench", "--quiet", "--seconds", "0.1", *arguments, "--output", "out"])
+    return code, results.load(results.latest(results.Path("out")))
+
+
+def test_a_model_is_a_table_a_step_and_a_section_of_the_report(module, monkeypatch, capsys):
+    monkeypatch.setattr(torch, "compile", lambda model: model)
+    code, run = bench("--model", f"{module}:make", "--input", "1x1x3x4x5", "--compile", "--seconds", "3")
+    assert code == 0 and not run.results and run.environment["run"].startswith("model-")
+    rows = {row["operation"]: row for row in run.operations}
+    assert sum(row["share"] for row in rows.values()) == pytest.approx(1)
+    assert rows["conv3d"]["calls"] == 1 and rows["conv3d"]["forward_ms"] > 0 and rows["conv3d"]["backward_ms"] > 0
+    layers = {tuple(row["layers"]): row for row in rows.values() if row.get("layers")}
+    assert set(layers) == {("2",), ("3",)}  # two sizes of one kind
+    for row in layers.values():
+        assert row["torch_ms"] > 0 and row["ours_ms"] > 0 and set(row["chosen"]) >= {"forward"}
+        assert row["forward_ms"] > 0 and row["backward_ms"] > 0 and row["calls"] == 1
+    assert layers[("3",)]["problem"]["size"] == [6, 8, 10]
+    names = [row["variant"] for row in run.steps]
+    assert names == ["torch", "torch_again", "tritonconv", "torch_compile", "tritonconv_compile"]
+    assert all(row["n_runs"] >= 3 and row["speedup"] > 0 for row in run.steps)
+    assert run.steps[2]["held_against"] == "float64" and run.steps[2]["gradient_error"] < 1e-5
+    assert run.steps[3]["compile_s"] >= 0 and run.steps[4]["gradient_error"] < 1e-5
+    assert run.steps[4]["over_torch_compile"] > 0
+    printed = capsys.readouterr().out
+    assert "transposed convolutions: " in printed and "torch.compile, convert(model)" in printed
+    pytest.importorskip("matplotlib")
+    assert cli.main(["report", "out", "--charts", "shares"]) == 0
+    png, svg, page = capsys.readouterr().out.split()
+    assert png.endswith("-shares.png") and "</svg>" in results.Path(svg).read_text()
+    text = results.Path(page).read_text()
+    assert "Whole models" in text and "Operations of a training step" in text
+
+
+def test_what_cannot_be_measured_is_said_in_a_line(module, monkeypatch, capsys):
+    given = ["--input", "1x1x2x2x2"]
+    said = {
+        ("nobody",): "expects module:factory or one of nnunet, swinunetr, vqvae",
+        (f"{module}:make",): "needs --input",
+        ("no.such.module:make", *given): "'no.such.module' cannot be imported: ModuleNotFoundError",
+        (f"{module}:nothing", *given): f"{module} has no 'nothing' that can be called",
+        (f"{module}:number", *given): "cannot be built: TypeError: expected a torch.nn.Module, got a int",
+        (f"{module}:broken", *given): "cannot be built: ZeroDivisionError",
+        (f"{module}:plain", *given): "has no torch.nn.ConvTranspose3d",
+        (f"{module}:Uncalled", *given): "calls none of its ConvTranspose3d",
+        (f"{module}:make", "--input", "1x2x2x2x2"): "does not take 1x2x2x2x2: RuntimeError",
+        (f"{module}:make,vqvae", *given): "goes with one model",
+        (f"{module}:make", "--suite", "unet", *given): "--suite: goes with the layers, not with --model",
+    }
+    for arguments, words in said.items():
+        assert cli.main(["bench", "--quiet", "--output", "out", "--model", *arguments]) == 2, arguments
+        error = capsys.readouterr().err
+        assert words in error and error.count("\n") == 1, error
+    monkeypatch.setattr(factories.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ArgumentError, match="nnunet needs dynamic_network_architectures: pip install"):
+        factories.network("nnunet", (), "cpu")
+
+
+def test_a_wrong_model_is_an_error_and_is_not_timed(module, monkeypatch, capsys):
+    def converted(model, **how):
+        report = convert(model, **how)
+        with torch.no_grad():
+            model[-1].bias.add_(0.01)
+        return report
+
+    convert = twins.convert
+    monkeypatch.setattr(twins, "convert", converted)
+    code, run = bench("--model", f"{module}:make", "--input", "1x1x2x2x2")
+    assert code == 1 and [row["variant"] for row in run.steps] == ["torch", "torch_again"]
+    assert run.errors[0]["status"] == "wrong" and "allowed 4 times torch's" in run.errors[0]["message"]
+    assert "failed: " in capsys.readouterr().out
+
+
+def test_a_compilation_that_fails_or_takes_too_long_is_a_row(module, monkeypatch):
+    def fails(model):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", fails)
+    network = factories.network(f"{module}:make", [(1, 1, 2, 2, 2)], "cpu")
+    wanted = twins.Wanted(torch.device("cpu"), torch.float32, "ndhwc", 0.1, compiled=True)
+    for seconds, kind, words in ((100.0, "errors", "no compiler"), (0.0, "skips", "out of the budget of 0 s")):
+        with results.Writer(results.Path("out")) as writer:
+            writer.write("environment", {**ENVIRONMENT, "run": writer.run})
+            one = whole_model.Measurement(network, dataclasses.replace(wanted, seconds=seconds), writer)
+            one._compared()
+            one._compiled_steps(whole_model.perf_counter() + seconds)
+        rows = getattr(results.read(writer.path), kind)
+        assert [row["variant"] for row in rows] == ["torch_compile", "tritonconv_compile"]
+        assert all(words in row["message"] for row in rows)
+
+
+def test_under_autocast_the_problems_have_its_dtype_and_the_loss_takes_any_output():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = nn.ConvTranspose3d(1, 1, 2, stride=2)
+
+        def forward(self, x):
+            y = self.up(x, output_size=(5, 4, 4))
+            return {"out": [y, y.argmax()], "loss": y.sum()}
+
+    torch.manual_seed(0)
+    model = Model()
+    (x,) = steps.inputs_of([(1, 1, 2, 2, 2)], torch.bfloat16, "ndhwc", torch.device("cpu"), 0)
+    assert x.dtype is torch.float32
+    with whole_model.recorded(model) as calls:
+        found = steps.training_step(model, model, [x], torch.bfloat16)()
+    ((layer, problem),) = calls
+    assert layer == "up" and problem.dtype is torch.bfloat16 and problem.out_size == (5, 4, 4)
+    assert [each.dim() for each in found.outputs] == [5, 0] and len(found.gradients) == 2
+    exact = steps.Errors(1e-6, 1e-6)
+    assert steps.Errors(4e-6, 4e-6).within(exact, 0) and not steps.Errors(1e-6, float("nan")).within(exact, 1)

@@ -1,0 +1,50 @@
+"""``tritonconv bench --model``: whole models, torch's layers beside the converted ones."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+
+import torch
+
+from tritonconv.errors import ArgumentError
+from tritonconv.lab import flags
+from tritonconv.lab.bench import results
+from tritonconv.lab.bench.progress import progress
+from tritonconv.lab.bench.recording import recording
+from tritonconv.lab.commands.common import OK, RESULTS, WRONG, dtypes_of, scale_for, use_compiled
+from tritonconv.lab.models import breakdown
+from tritonconv.lab.models.factories import network
+from tritonconv.lab.models.twins import Wanted
+from tritonconv.lab.models.whole_model import measured
+
+MODEL_SECONDS = 60.0  # of one model in one dtype and layout
+
+
+def measure_models(options: argparse.Namespace, device: torch.device) -> int:
+    """Measures each model in each dtype and layout, and prints the tables. Returns the exit code."""
+    scale = scale_for(options.scale, device)
+    if options.input and len(options.model) > 1:
+        raise ArgumentError("argument --input: goes with one model")
+    networks = [network(name, options.input or (), scale) for name in options.model]
+    dtypes, layouts = dtypes_of(options, "float32"), flags.once(options.layout, ("ncdhw",))
+    use_compiled(options, device)
+    count = len(networks) * len(dtypes) * len(layouts)
+    seconds = options.seconds / count if options.seconds else MODEL_SECONDS
+    compiled = device.type == "cuda" if options.compile is None else options.compile
+    pairs, seed = itertools.product(dtypes, layouts), options.seed or 0
+    ways = [Wanted(device, dtype, layout, seconds, seed, compiled) for dtype, layout in pairs]
+    target, facts = options.output or RESULTS, {"scale": scale, "scale_rule": "whole models, inputs as each row says"}
+    with (
+        progress(options.quiet, unit="models", first="building the model") as shown,
+        recording(target, "model-", device, options.command, seed, **facts) as writer,
+    ):
+        shown.begin(count)
+        for each in networks:
+            for way in ways:
+                measured(each, way, writer)
+                shown.step(f"{each.name} {way.layout}")
+    found = results.read(writer.path)
+    print(breakdown.text(found))
+    print(f"\nresults: {writer.path}")
+    return WRONG if found.errors or not found.steps else OK
