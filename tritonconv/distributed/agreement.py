@@ -6,46 +6,48 @@ so. A rank that does not come at all is the group's own error, at the latest aft
 
 from __future__ import annotations
 
+from zlib import crc32
+
 import torch
 import torch.distributed as dist
 
 from tritonconv.arguments import OP, Geometry
 from tritonconv.errors import ArgumentError
 
-# The fields that all ranks must share, with the integers each has; then this rank's own.
+# The fields that all ranks must share, with the integers each has.
 SHARED = {
     "axis": 1, "dtype": 1, "input shape without the axis": 4, "weight shape": 5, "bias": 1, "stride": 3,
     "padding (begin)": 3, "padding (end)": 3, "output_padding": 3, "groups": 1, "dilation": 3,
-    "gradients wanted (input, weight, bias)": 3, "sizes given": 1, "out_sizes given": 1,
+    "gradients wanted (input, weight, bias)": 3, "sizes (their checksum)": 1, "out_sizes (their checksum)": 1,
 }  # fmt: skip
-OWN = 2  # planes of x, planes of y (-1: by the rule)
+LENGTH = sum(SHARED.values()) + 1  # and the planes of x
 REFUSED = 1 << 40  # in the place of the axis
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def terms(x, weight, bias, geo: Geometry, axis: int, needs: tuple[bool, ...], sizes, out_planes) -> list[int]:
-    """The integers of a checked call, in the order of ``SHARED`` and then the rank's own."""
+def terms(x, weight, bias, geo: Geometry, axis: int, needs: tuple[bool, ...], sizes, out_sizes) -> list[int]:
+    """The integers of a checked call, in the order of ``SHARED`` and then the rank's planes of x."""
     rest = (*x.shape[:axis], *x.shape[axis + 1 :])
     return [
         axis, DTYPES.index(x.dtype), *rest, *weight.shape, bias is not None, *geo.stride, *geo.crop, *geo.back,
-        *geo.output_padding, geo.groups, *geo.dilation, *needs, sizes is not None, out_planes >= 0,
-        x.shape[axis], out_planes,
+        *geo.output_padding, geo.groups, *geo.dilation, *needs, _checksum(sizes), _checksum(out_sizes), x.shape[axis],
     ]  # fmt: skip
 
 
-def compare(
-    own: list[int] | None, device: torch.device, group: dist.ProcessGroup
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(the planes of x, the planes of y) of each rank; ``own`` are this rank's :func:`terms`, None where it refuses.
+def _checksum(planes: tuple[int, ...] | None) -> int:
+    return 0 if planes is None else crc32(repr(planes).encode())
+
+
+def compare(own: list[int] | None, device: torch.device, group: dist.ProcessGroup) -> tuple[int, ...]:
+    """The planes of x that each rank has; ``own`` are this rank's :func:`terms`, None where it refuses.
 
     Raises ArgumentError on every rank where two have other terms or one refuses; the refusing rank itself gets none.
     """
-    length, world = sum(SHARED.values()) + OWN, dist.get_world_size(group)
-    mine = torch.tensor(own or [REFUSED] + [0] * (length - 1), dtype=torch.int64, device=device)
-    every = [torch.empty_like(mine) for _ in range(world)]
+    mine = torch.tensor(own or [REFUSED] + [0] * (LENGTH - 1), dtype=torch.int64, device=device)
+    every = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(every, mine, group=group)
     if own is None:
-        return (), ()
+        return ()
     rows = torch.stack(every).tolist()
     for rank, row in enumerate(rows):
         if row[0] == REFUSED:
@@ -57,4 +59,4 @@ def compare(
             if theirs != first:
                 raise ArgumentError(f"{OP}: {name}: rank {rank} of the group has {theirs}, rank 0 has {first}")
             start += count
-    return tuple(row[-2] for row in rows), tuple(row[-1] for row in rows)
+    return tuple(row[-1] for row in rows)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from tritonconv import autocast, autograd, fallback
+from tritonconv import autocast, fallback
 from tritonconv.arguments import OP, Geometry, check_shapes, check_types, geometry
 from tritonconv.distributed import agreement, slabs
 from tritonconv.distributed.halo import Halo
@@ -38,10 +38,10 @@ def conv_transpose3d(
 ) -> torch.Tensor:
     """:func:`tritonconv.conv_transpose3d` of a volume that the ranks of a group hold in slabs; every rank calls it.
 
-    Rank j's slab is planes a_j to a_j+1 of the whole volume along ``axis``; it gets its slab of the whole answer, planes
-    stride * a_j to stride * a_j+1 as far as there are such, and the last rank with planes of the input also those
-    behind. Slabs may be uneven, and empty: an empty slab gives an empty slab. The planes that a rank needs of others
-    come point to point, from as many ranks as the kernel reaches.
+    Rank j's slab is planes [a_j, a_j+1) of the whole volume along ``axis``. It gets planes [stride * a_j,
+    stride * a_j+1) of the whole answer, as far as there are such; the last rank with planes of the input also gets
+    those behind. Slabs may be uneven, and empty: an empty slab gives an empty slab. The planes that a rank needs of
+    others come point to point, from as many ranks as the kernel reaches.
 
     The gradient of the input goes back the same way. The gradients of weight and bias are summed over the group in the
     backward: every rank gets the gradient of the sum of all ranks' losses, and reduces it no further. (DDP over the
@@ -84,17 +84,14 @@ def conv_transpose3d(
         if planes is not None and planes[rank] != input.shape[axis]:
             raise ArgumentError(f"{OP}: sizes {planes} give rank {rank} {planes[rank]} planes; input {input.shape}")
         needs = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in (input, weight, bias))
-        own = agreement.terms(
-            input, weight, bias, geo, axis, needs, planes, -1 if out_planes is None else out_planes[rank]
-        )
+        own = agreement.terms(input, weight, bias, geo, axis, needs, planes, out_planes)
     except (TypeError, ValueError, RuntimeError) as error:
         refusal = error  # the others learn of it before it is raised
     if planes is None or group not in _met:
         device = input.device if isinstance(input, torch.Tensor) else torch.device("cpu")
-        found, found_out = agreement.compare(own, device, group)
+        found = agreement.compare(own, device, group)
         _met.add(group)
-        if refusal is None and planes is None:
-            planes = found
+        planes = found if planes is None else planes
     if refusal is not None:
         raise refusal
     passes = _passes(input, weight, bias, geo, axis, planes, out_planes, group)
@@ -149,9 +146,7 @@ def _passes(x, weight, bias, geo: Geometry, axis: int, sizes, out_sizes, group) 
     out = check_shapes(torch.empty(shape, device="meta"), weight, bias, geo)
     index = axis - 2
     total = out[index]
-    line = Axis(
-        shape[axis], weight.shape[axis], geo.stride[index], geo.crop[index], geo.dilation[index], total
-    )
+    line = Axis(shape[axis], weight.shape[axis], geo.stride[index], geo.crop[index], geo.dilation[index], total)
     owned = slabs.output_sizes(sizes, line.stride, total) if out_sizes is None else out_sizes
     if sum(owned) != total:
         raise ArgumentError(f"{OP}: out_sizes {owned} are {sum(owned)} planes, the answer has {total}")
