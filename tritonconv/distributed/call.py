@@ -44,8 +44,8 @@ def conv_transpose3d(
     others come point to point, from as many ranks as the kernel reaches.
 
     The gradient of the input goes back the same way. The gradients of weight and bias are summed over the group in the
-    backward: every rank gets the gradient of the sum of all ranks' losses, and reduces it no further. (DDP over the
-    same group, which averages what is equal, leaves it as it is.) Double backward works in the same sense: a loss of
+    backward: every rank gets the gradient of the sum of all ranks' losses, and reduces it no further. DDP over the same
+    group averages what is equal, and leaves it as it is. Double backward works in the same sense: a loss of
     second order is the sum over the ranks too. All ranks run the backward, also those with an empty slab.
 
     Args:
@@ -94,7 +94,7 @@ def conv_transpose3d(
         planes = found if planes is None else planes
     if refusal is not None:
         raise refusal
-    passes = _passes(input, weight, bias, geo, axis, planes, out_planes, group)
+    passes = passes_of(input, weight, bias, geo, axis, planes, out_planes, group)
     return forward(input, weight, bias, passes)
 
 
@@ -139,8 +139,8 @@ def _planes(name: str, given, world: int) -> tuple[int, ...] | None:
     return planes
 
 
-def _passes(x, weight, bias, geo: Geometry, axis: int, sizes, out_sizes, group) -> ShardedPasses:
-    """The call's passes on this rank, after the checks of the whole volume, which end alike on all ranks."""
+def passes_of(x, weight, bias, geo: Geometry, axis: int, sizes, out_sizes, group) -> ShardedPasses:
+    """The passes of a checked call on this rank, after the checks of the whole volume, which end alike on all ranks."""
     shape = list(x.shape)
     shape[axis] = sum(sizes)
     out = check_shapes(torch.empty(shape, device="meta"), weight, bias, geo)

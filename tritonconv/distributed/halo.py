@@ -20,7 +20,7 @@ class Halo:
     """
 
     def __init__(self, plan: Exchange, rank: int, axis: int, group: dist.ProcessGroup) -> None:
-        self.rank, self.axis, self.group = rank, axis, group
+        self.plan, self.axis, self.group = plan, axis, group
         self.share: Share = plan.shares[rank]
         self.sent = [each for each in plan.transfers if each.source == rank]
         self.read = [each for each in plan.transfers if each.target == rank]

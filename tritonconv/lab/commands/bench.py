@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from tritonconv import dispatch
 from tritonconv.autotune.ceilings import from_roofs
@@ -17,7 +18,7 @@ from tritonconv.errors import ArgumentError, VariantNotApplicable
 from tritonconv.kernels.registry import variant, variants
 from tritonconv.kernels.variant import Variant
 from tritonconv.lab import flags, text_table
-from tritonconv.lab.bench import call_overhead, formulations, results, roofs
+from tritonconv.lab.bench import call_overhead, formulations, results, roofs, slab_times
 from tritonconv.lab.bench.calls import FORWARD_BACKWARD
 from tritonconv.lab.bench.layer_sizes import SCALES, at_sizes
 from tritonconv.lab.bench.progress import progress
@@ -43,8 +44,10 @@ from tritonconv.lab.commands.common import (
     use_compiled,
 )
 
-HELP = "time layers beside torch; or the overhead of a call; the device's roofs; a CPU's formulations"
+HELP = "time layers beside torch; or the overhead of a call; the device's roofs; a CPU's formulations; slabs"
 EXAMPLE = "tritonconv bench --suite unet --only monai --passes forward --layout ndhwc --seconds 20"
+SLAB_COLUMNS = ["layer", "pass", "dtype", "layout", "scaling", "ranks", "total ms", "exchange ms", "compute ms",
+                "efficiency", "bytes"]  # fmt: skip
 ROOF_DTYPES = ("float32", "bfloat16", "float16")
 DEVICE_SECONDS = 6.0  # of --overhead and --roofs
 DESCRIPTION = (
@@ -59,6 +62,8 @@ DESCRIPTION = (
     "--formulations measures the torch formulations of each pass on the layers instead, on a CPU, into a\n"
     "file such as autotune/formulations_authenticamd.json: rows from which layers without a tuned choice\n"
     "have theirs on that vendor's CPUs.\n\n"
+    "--slabs times tritonconv.distributed on the layers instead, on each rank that torchrun started: the\n"
+    "volume in slabs on 1, 2, 4 ... ranks, the exchange and the products apart, strong and weak scaling.\n\n"
     + "\n".join(textwrap.fill(f"scale {name}: {rule}", 100, subsequent_indent="  ") for name, rule in SCALES.items())
     + "\n\nsuites:\n"
     + "\n".join(f"  {name:12} {text}" for name, text in suites().items())
@@ -67,8 +72,9 @@ DESCRIPTION = (
 OF_OVERHEAD, OF_ROOFS = ("use", "limit"), ("store",)
 OF_LAYERS = ("suite", "only", "passes", "layout", "scale", "variants", "variant_files", "compiled", "compile", "sizes",
              "seed", "list")  # fmt: skip
-OF_FORMULATIONS = ("suite", "only", "seed")
+OF_FORMULATIONS, OF_SLABS = ("suite", "only", "seed"), ("suite", "only", "layout", "scale", "seed")
 FORMULATIONS_SECONDS = 180.0
+SLABS_SECONDS = 3.0  # of a layer
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -96,6 +102,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     instead.add_argument(
         "--formulations", type=Path, metavar="FILE", help="measure a CPU's torch formulations into this file instead"
     )
+    instead.add_argument(
+        "--slabs", action="store_true", help="under torchrun: time the layers in slabs on the ranks instead"
+    )
     parser.add_argument(
         "--use", type=flags.any_names, metavar="NAME[,NAME]", help="with --overhead: force these variants in our layer"
     )
@@ -115,14 +124,16 @@ def run(options: argparse.Namespace) -> int:
         return _roofs(options, device)
     if options.formulations:
         return _formulations(options, device)
+    if options.slabs:
+        return _slabs(options, device)
     return _layers(options, device)
 
 
 def _check(options: argparse.Namespace) -> None:
     """Raises ArgumentError for a flag of another measurement than the one that is asked for."""
-    named = ("overhead", "roofs", "formulations")
+    named = ("overhead", "roofs", "formulations", "slabs")
     chosen = next((f"--{name}" for name in named if getattr(options, name)), "the layers")
-    allowed = OF_FORMULATIONS if options.formulations else ()
+    allowed = {"--formulations": OF_FORMULATIONS, "--slabs": OF_SLABS}.get(chosen, ())
     goes = {"--overhead": OF_OVERHEAD, "--roofs": OF_ROOFS, "the layers": OF_LAYERS}
     for about, names in goes.items():
         for name in names:
@@ -214,6 +225,41 @@ def _roofs(options: argparse.Namespace, device: torch.device) -> int:
         dispatch.forget()
     print(f"\nresults: {writer.path}")
     return OK
+
+
+def _slabs(options: argparse.Namespace, device: torch.device) -> int:
+    layers = workloads(options.suite or ALL, options.only, options.seed or 0)
+    cells = [(layer, layer.problem(dtype, layout, scale_for(options.scale, device))) for layer in layers
+             for dtype in dtypes_of(options, "float32") for layout in flags.once(options.layout, ("ncdhw",))]  # fmt: skip
+    seconds = SLABS_SECONDS if options.seconds is None else options.seconds / len(cells)
+    with slab_times.ranks(device) as (own, groups):
+        first = max(groups) == 1 or dist.get_rank() == 0
+        if not first:
+            for _, problem in cells:
+                for _ in slab_times.measure(problem, own, seconds, groups):
+                    pass
+            return OK
+        scale, lines = scale_for(options.scale, device), [SLAB_COLUMNS]
+        facts = {"scale": scale, "scale_rule": SCALES[scale], "ranks": max(groups)}
+        with recording(options.output or RESULTS, "slabs-", own, options.command, options.seed or 0, **facts) as writer:
+            for layer, problem in cells:
+                named = {"layer": layer.name, "suite": layer.suite}
+                rows = [writer.write("slab", {**named, **row})
+                        for row in slab_times.measure(problem, own, seconds, groups)]  # fmt: skip
+                lines += _slab_lines(rows)
+    print("\n".join(text_table.lines(lines, numbers=6)))
+    print(f"\nresults: {writer.path}")
+    return OK
+
+
+def _slab_lines(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """A line for the three parts of a pass, which follow each other."""
+    lines = []
+    for whole, exchange, compute in zip(*[iter(rows)] * 3, strict=True):
+        facts = [whole["layer"], whole["pass"], whole["dtype"], whole["layout"], whole["scaling"], str(whole["ranks"])]
+        times = [f"{row['median_ms']:.3g}" for row in (whole, exchange, compute)]
+        lines.append([*facts, *times, f"{whole['efficiency']:.2f}", str(whole["exchanged_bytes"])])
+    return lines
 
 
 def _formulations(options: argparse.Namespace, device: torch.device) -> int:
