@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from tritonconv.distributed import output_sizes, slabs
+from tritonconv.lab import cli
+from tritonconv.lab.bench import results
 from tritonconv.problem import Axis
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,7 +31,7 @@ def found(tmp_path_factory) -> list[dict]:
     assert all(file.exists() for file in files), done.stderr
     every = [json.loads(file.read_text()) for file in files]
     assert [rank for rank in every if any("failed" in str(check) for check in rank.values())] == []
-    return every
+    return [{**rank, "folder": str(folder)} for rank in every]
 
 
 def test_slabs_equal_the_whole_on_random_problems(found):
@@ -113,6 +115,21 @@ def test_dtensors_with_spatial_shards_equal_the_whole_and_others_are_refused(fou
         for name, text in texts.items():
             assert result["refused"][name]["error"] == "ArgumentError", (name, result["refused"])
             assert text in result["refused"][name]["text"]
+
+
+def test_the_benchmark_of_slabs(found):
+    """Strong and weak scaling on 1, 2 and 4 ranks; without torchrun it says how to start it."""
+    assert [rank["benched"] for rank in found] == [0] * len(RANKS)
+    (path,) = results.written(Path(found[0]["folder"]) / "results")
+    rows = results.read(path).slabs
+    kinds = {(row["scaling"], row["ranks"], row["pass"], row["part"]) for row in rows}
+    assert len(rows) == len(kinds) == 2 * 3 * 2 * 3
+    for row in rows:
+        passes, planes = (1 if row["pass"] == "forward" else 2), row["ranks"] - 1  # one plane of each next rank
+        assert row["exchanged_bytes"] == passes * planes * 2 * 2 * 3 * 4
+        assert (row["efficiency"] is None) == (row["part"] != "total")
+        assert row["efficiency"] in (None, 1) or row["ranks"] > 1
+    assert cli.main(["bench", "--slabs", "--layout", "ncdhw"]) == 2
 
 
 def test_the_plan_of_an_exchange():

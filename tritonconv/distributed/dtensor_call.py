@@ -5,6 +5,7 @@ torch's own DTensor answers such a transposed convolution with wrong numbers and
 
 from __future__ import annotations
 
+import torch
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from tritonconv.arguments import OP, Geometry, check_shapes
@@ -19,10 +20,10 @@ def call(x: DTensor, weight: DTensor, bias: DTensor | None, geo: Geometry) -> DT
     DTensors of the same mesh, replicated. Raises ArgumentError for other placements.
     """
     mesh, placements = x.device_mesh, x.placements
-    spatial = [index for index, each in enumerate(placements) if type(each) is Shard and each.dim >= 2]
-    served = (type(each) is Replicate or (type(each) is Shard and each.dim in (0, axis))
-              for axis in [placements[spatial[0]].dim if spatial else 0] for each in placements)  # fmt: skip
-    if len(spatial) != 1 or not all(served):
+    axes = [placement.dim if type(placement) is Shard else None for placement in placements]
+    spatial = [index for index, axis in enumerate(axes) if axis is not None and axis >= 2]
+    others = [index for index, axis in enumerate(axes) if axis == 0 or type(placements[index]) is Replicate]
+    if len(spatial) != 1 or len(spatial) + len(others) != len(placements):
         raise ArgumentError(
             f"{OP}: input is a DTensor with placements {placements}; one axis of the mesh may shard a spatial axis, "
             "the others the batch (axis 0) or nothing"
@@ -31,17 +32,24 @@ def call(x: DTensor, weight: DTensor, bias: DTensor | None, geo: Geometry) -> DT
         if tensor is not None and not _replicated(tensor, mesh):
             raise ArgumentError(f"{OP}: with a DTensor as input {name} must be a replicated DTensor of the same mesh")
     (where,) = spatial
-    axis, ranks = placements[where].dim, mesh.size(where)
-    out = check_shapes(x, weight, bias, geo)
+    axis, ranks, out = placements[where].dim, mesh.size(where), check_shapes(x, weight, bias, geo)  # type: ignore[attr-defined]
     # The gradients of weight and bias come summed over the slabs; over shards of the batch torch sums them.
-    parts = [Partial() if type(each) is Shard and each.dim == 0 else Replicate() for each in placements]
-    operands = [None if tensor is None else tensor.to_local(grad_placements=parts) for tensor in (weight, bias)]
+    parts = [Partial() if each == 0 else Replicate() for each in axes]
     y = conv_transpose3d(
-        x.to_local(), *operands, geo.stride, tuple(zip(geo.crop, geo.back, strict=True)), geo.output_padding,
-        geo.groups, geo.dilation, group=mesh.get_group(where), axis=axis,
-        sizes=_chunks(x.shape[axis], ranks), out_sizes=_chunks(out[axis - 2], ranks),
-    )  # fmt: skip
-    shape = (x.shape[0], weight.shape[1] * geo.groups, *out)
+        x.to_local(),
+        weight.to_local(grad_placements=parts),
+        None if bias is None else bias.to_local(grad_placements=parts),
+        geo.stride,
+        tuple(zip(geo.crop, geo.back, strict=True)),
+        geo.output_padding,
+        geo.groups,
+        geo.dilation,
+        group=mesh.get_group(where),
+        axis=axis,
+        sizes=_chunks(x.shape[axis], ranks),
+        out_sizes=_chunks(out[axis - 2], ranks),
+    )
+    shape = torch.Size((x.shape[0], weight.shape[1] * geo.groups, *out))
     return DTensor.from_local(y, mesh, placements, run_check=False, shape=shape, stride=_dense(shape))
 
 

@@ -23,7 +23,7 @@ REQUIRED = {
     "tuned": f"{_CELL} suite config median_ms torch_ms",
     # Time of the Python and the launches of one call on a tiny layer; variant is torch's or ours.
     "overhead": f"{_CELL} median_us p20_us p80_us n_runs",
-    # One part of a layer's pass on slabs, on so many ranks: "total", "exchange" or "compute"; "strong" or "weak" scaling.
+    # A part of a pass on slabs, on so many ranks: "total", "exchange" or "compute"; "strong" or "weak" scaling.
     "slab": f"{_CELL} suite scaling part ranks axis median_ms p20_ms p80_ms n_runs exchanged_bytes efficiency?",
     # The counters of ncu for one kernel of a call, by "name [unit]".
     "profile": f"{_CELL} kernel launch duration_us counters",

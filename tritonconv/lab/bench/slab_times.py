@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from time import perf_counter
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -51,15 +52,19 @@ def ranks(device: torch.device) -> Iterator[tuple[torch.device, Groups]]:
     own = not dist.is_initialized()
     if own:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    world = dist.get_world_size()
-    counts = [*(2**power for power in range((world - 1).bit_length())), world]
-    groups = {count: dist.new_group(range(count)) for count in counts}  # every rank makes each
+    groups = {count: dist.new_group(range(count)) for count in rank_counts()}  # every rank makes each
     try:
         yield device, {count: group for count, group in groups.items() if dist.get_rank() < count}
         dist.barrier()
     finally:
         if own:
             dist.destroy_process_group()
+
+
+def rank_counts() -> list[int]:
+    """1, 2, 4 and so on below the number of ranks, and that."""
+    world = dist.get_world_size()
+    return [*(2**power for power in range((world - 1).bit_length())), world]
 
 
 def measure(problem: Problem, device: torch.device, seconds: float, groups: Groups) -> Iterator[dict[str, object]]:
@@ -69,13 +74,14 @@ def measure(problem: Problem, device: torch.device, seconds: float, groups: Grou
     """
     index = max(range(3), key=lambda at: problem.size[at])
     alone: dict[tuple[str, str], float] = {}
+    each = seconds / CELLS / len(rank_counts())
     for count, group in groups.items():
         _check(problem, index, device, group)
         for scaling, planes, work in (("strong", 1, count), ("weak", count, 1)):
             volume = _with_planes(problem, index, planes * problem.size[index])
             slab = Slab(volume, index + 2, device, group)
             for (pass_name, part), function in slab.calls().items():
-                spread = _timed(function, device, group, seconds / len(groups) / CELLS)
+                spread = _timed(function, device, group, each)
                 efficiency = None
                 if part == "total":
                     once = alone.setdefault((scaling, pass_name), spread.median)
@@ -108,12 +114,11 @@ class Slab:
         padding = [(front, max(0, each)) for front, each in zip(problem.crop, back, strict=True)]
         self.arguments = problem.stride, padding, [max(0, -each) for each in back], problem.groups, problem.dilation
 
-    def run(self, x: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
-        """The sharded call of a slab, the weight and the bias."""
-        return call.conv_transpose3d(
-            x, *rest, *(() if len(rest) == 2 else (None,)), *self.arguments,
-            group=self.group, axis=self.axis, sizes=self.sizes,
-        )  # fmt: skip
+    def run(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """The sharded call."""
+        stride, padding, more, groups, dilation = self.arguments
+        where: dict[str, Any] = {"group": self.group, "axis": self.axis, "sizes": self.sizes}
+        return call.conv_transpose3d(x, weight, bias, stride, padding, more, groups, dilation, **where)
 
     def passes(self) -> ShardedPasses:
         """The passes of the slab, for their parts."""
@@ -191,7 +196,9 @@ def _timed(function: Callable[[], object], device: torch.device, group: dist.Pro
 
 
 def _with_planes(problem: Problem, index: int, planes: int) -> Problem:
-    return resized(problem, (*problem.size[:index], planes, *problem.size[index + 1 :]))
+    size = list(problem.size)
+    size[index] = planes
+    return resized(problem, (size[0], size[1], size[2]))
 
 
 def _check(problem: Problem, index: int, device: torch.device, group: dist.ProcessGroup) -> None:

@@ -229,8 +229,9 @@ def _roofs(options: argparse.Namespace, device: torch.device) -> int:
 
 def _slabs(options: argparse.Namespace, device: torch.device) -> int:
     layers = workloads(options.suite or ALL, options.only, options.seed or 0)
-    cells = [(layer, layer.problem(dtype, layout, scale_for(options.scale, device))) for layer in layers
-             for dtype in dtypes_of(options, "float32") for layout in flags.once(options.layout, ("ncdhw",))]  # fmt: skip
+    scale, layouts = scale_for(options.scale, device), flags.once(options.layout, ("ncdhw",))
+    kinds = [(dtype, layout) for dtype in dtypes_of(options, "float32") for layout in layouts]
+    cells = [(layer, layer.problem(*kind, scale)) for layer in layers for kind in kinds]
     seconds = SLABS_SECONDS if options.seconds is None else options.seconds / len(cells)
     with slab_times.ranks(device) as (own, groups):
         first = max(groups) == 1 or dist.get_rank() == 0
@@ -239,7 +240,7 @@ def _slabs(options: argparse.Namespace, device: torch.device) -> int:
                 for _ in slab_times.measure(problem, own, seconds, groups):
                     pass
             return OK
-        scale, lines = scale_for(options.scale, device), [SLAB_COLUMNS]
+        lines = [SLAB_COLUMNS]
         facts = {"scale": scale, "scale_rule": SCALES[scale], "ranks": max(groups)}
         with recording(options.output or RESULTS, "slabs-", own, options.command, options.seed or 0, **facts) as writer:
             for layer, problem in cells:
