@@ -135,6 +135,7 @@ def problems(rank: int) -> dict:
             got_y = sharded.conv_transpose3d(
                 slab, *rest, **call, axis=axis, out_sizes=owned if number % 5 == 4 else None,
                 sizes=sizes if number % 3 == 2 else None,
+                overlap=(None, True, False)[number // 2 % 3],
             )  # fmt: skip
         own = [part(factors[0][0], mine[1]), *factors[rank][1:]] if twice else None
         with counted() as backward:

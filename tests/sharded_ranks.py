@@ -7,6 +7,7 @@ The ranks are forked from a process that has imported torch and computed nothing
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import os
 import sys
@@ -78,6 +79,27 @@ def said(function, *args, **kwargs) -> dict:
     except Exception as error:
         return {"error": type(error).__name__, "text": str(error), "seconds": time.monotonic() - start}
     return {"error": "", "text": "", "seconds": time.monotonic() - start}
+
+
+def gradients_wanted(rank: int) -> list[str]:
+    """Each choice of operands that need a gradient: those whose gradient is not the whole's."""
+    generator, wrong = torch.Generator().manual_seed(1), []
+    operands = integers(generator, 1, 2, 2, 6, 2), integers(generator, 2, 2, 3, 4, 3), integers(generator, 2)
+    for needs in itertools.product((False, True), repeat=3):
+        if not any(needs):
+            continue
+        whole = [t.clone().requires_grad_(need) for t, need in zip(operands, needs, strict=True)]
+        parts = [operands[0].split([3, 0, 2, 1], 3)[rank], *operands[1:]]
+        slab = [t.clone().requires_grad_(need) for t, need in zip(parts, needs, strict=True)]
+        tritonconv.conv_transpose3d(*whole, stride=2, padding=1).square().sum().backward()
+        sharded.conv_transpose3d(*slab, stride=2, padding=1, axis=3).square().sum().backward()
+        for index, (one, other) in enumerate(zip(whole, slab, strict=True)):
+            want = one.grad if index or one.grad is None else one.grad.split([3, 0, 2, 1], 3)[rank]
+            if (want is None) != (other.grad is None) or not (want is None or torch.equal(want, other.grad)):
+                wrong.append(f"{needs}: {index}")
+    with torch.no_grad():
+        plain = sharded.conv_transpose3d(*slab, stride=2, padding=1, axis=3)
+    return wrong + (["recorded"] if plain.requires_grad else [])
 
 
 def other_arguments(rank: int) -> dict:
@@ -180,7 +202,7 @@ def dead_rank(rank: int) -> dict:
     return {**found, "next call": said(sharded.conv_transpose3d, x, x[:, :, :1], group=group)}
 
 
-CHECKS = (problems, layers, other_arguments, placements, benched, silent_rank, dead_rank)
+CHECKS = (problems, layers, gradients_wanted, other_arguments, placements, benched, silent_rank, dead_rank)
 
 
 def run(rank: int, folder: Path) -> None:

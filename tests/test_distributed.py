@@ -38,6 +38,7 @@ def test_slabs_equal_the_whole_on_random_problems(found):
     """Outputs, gradients, second derivatives, and the bytes that went through the group against the formula."""
     results = [rank["problems"] for rank in found]
     assert [text for result in results for text in result["wrong"]] == []
+    assert [rank["gradients_wanted"] for rank in found] == [[]] * len(RANKS)
     for kind, least in (("halo of two", 40), ("empty", 50), ("stride > kernel", 100), ("bytes", 1000)):
         assert sum(result[kind] for result in results) >= least, kind
 

@@ -21,6 +21,7 @@ from tritonconv.problem import Axis
 _met: weakref.WeakSet = weakref.WeakSet()  # groups in which all ranks have met: NCCL asks for that before it sends
 
 
+@torch.compiler.disable  # a graph cannot hold the messages: a compiled function breaks around the call
 def conv_transpose3d(
     input: torch.Tensor,
     weight: torch.Tensor,
@@ -35,6 +36,7 @@ def conv_transpose3d(
     axis: int = 2,
     sizes: Sequence[int] | None = None,
     out_sizes: Sequence[int] | None = None,
+    overlap: bool | None = None,
 ) -> torch.Tensor:
     """:func:`tritonconv.conv_transpose3d` of a volume that the ranks of a group hold in slabs; every rank calls it.
 
@@ -59,6 +61,8 @@ def conv_transpose3d(
             by one small all_gather that the host waits for (on a GPU also for the work before it). With ``sizes`` only
             the first call in a group does; later a rank with other arguments is an error of the group or undefined.
         out_sizes: the planes of the answer that each rank gets, in place of the rule above.
+        overlap: compute the planes that need no other rank's while the halo is on its way, and the others after it.
+            None: on a CPU where that pays; on a GPU it was not measured, and the halo comes first.
 
     Returns:
         This rank's slab of the answer, (n, c_out, od, oh, ow).
@@ -94,7 +98,7 @@ def conv_transpose3d(
         planes = found if planes is None else planes
     if refusal is not None:
         raise refusal
-    passes = passes_of(input, weight, bias, geo, axis, planes, out_planes, group)
+    passes = passes_of(input, weight, bias, geo, axis, planes, out_planes, group, overlap)
     return forward(input, weight, bias, passes)
 
 
@@ -139,7 +143,7 @@ def _planes(name: str, given, world: int) -> tuple[int, ...] | None:
     return planes
 
 
-def passes_of(x, weight, bias, geo: Geometry, axis: int, sizes, out_sizes, group) -> ShardedPasses:
+def passes_of(x, weight, bias, geo: Geometry, axis: int, sizes, out_sizes, group, overlap=None) -> ShardedPasses:
     """The passes of a checked call on this rank, after the checks of the whole volume, which end alike on all ranks."""
     shape = list(x.shape)
     shape[axis] = sum(sizes)
@@ -151,4 +155,4 @@ def passes_of(x, weight, bias, geo: Geometry, axis: int, sizes, out_sizes, group
     if sum(owned) != total:
         raise ArgumentError(f"{OP}: out_sizes {owned} are {sum(owned)} planes, the answer has {total}")
     halo = Halo(slabs.exchange(line, sizes, owned), dist.get_rank(group), axis, group)
-    return ShardedPasses(halo, geo)
+    return ShardedPasses(halo, geo, line, overlap)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -27,24 +27,37 @@ class Halo:
 
     def receive(self, x: torch.Tensor) -> list[torch.Tensor]:
         """The planes of x that other ranks own and this rank's planes of y need, by owner."""
+        return self.start(x)()
+
+    def start(self, x: torch.Tensor) -> Callable[[], list[torch.Tensor]]:
+        """Starts to receive; the function waits for the planes of :meth:`receive` and returns them."""
         begin = self.share.x[0]
         parts = [(each.target, self._cut(x, each, begin)) for each in self.sent]
         received = [(each.source, self._empty(x, each)) for each in self.read]
-        self._swap(parts, received)
-        return [piece for _, piece in received]
+        wait = self._swap(parts, received)
 
-    def join(self, x: torch.Tensor, pieces: Sequence[torch.Tensor]) -> torch.Tensor:
-        """All planes of x that this rank reads, the plane of zeros before them; ``pieces`` are those received."""
-        (begin, end), (low, high) = self.share.x, self.share.reads
-        like = LAYOUTS[layout_of(x, x)]
-        parts = [piece.contiguous(memory_format=like) for piece in pieces]
-        first, last = max(begin, low), min(end, high)
-        if first < last:
-            behind = sum(each.begin < begin for each in self.read)  # pieces of the ranks before this one
-            own = x if (first, last) == (begin, end) else x.narrow(self.axis, first - begin, last - first)
-            parts.insert(behind, own)
-        if self.share.zeros:
-            parts.insert(0, x.new_zeros(self._shape(x, 1)))
+        def pieces() -> list[torch.Tensor]:
+            wait()
+            return [piece for _, piece in received]
+
+        return pieces
+
+    def join(self, x: torch.Tensor, pieces: Sequence[torch.Tensor], share: Share | None = None) -> torch.Tensor:
+        """All planes of x that a share reads, the plane of zeros before them; ``pieces`` are those received.
+
+        ``share`` is this rank's, or that of some of its planes of y.
+        """
+        share = self.share if share is None else share
+        like, parts = LAYOUTS[layout_of(x, x)], []
+        if share.zeros:
+            parts.append(x.new_zeros(self._shape(x, 1)))
+        owned = [(each.begin, each.end, piece) for each, piece in zip(self.read, pieces, strict=True)]
+        for begin, end, planes in sorted([*owned, (*share.x, x)], key=lambda part: part[:2]):
+            first, last = max(begin, share.reads[0]), min(end, share.reads[1])
+            if first < last:
+                whole = (first, last) == (begin, end)
+                part = planes if whole else planes.narrow(self.axis, first - begin, last - first)
+                parts.append(part if planes is x else part.contiguous(memory_format=like))
         return parts[0] if len(parts) == 1 else torch.cat(parts, self.axis)
 
     def give_back(self, grad: torch.Tensor) -> torch.Tensor:
@@ -53,7 +66,7 @@ class Halo:
         start = low - self.share.zeros
         parts = [(each.source, self._cut(grad, each, start)) for each in self.read]
         received = [(each.target, self._empty(grad, each)) for each in self.sent]
-        self._swap(parts, received)
+        self._swap(parts, received)()
         first, last = max(begin, low), min(end, high)
         if (first, last) == (begin, end):
             grad_x = grad.narrow(self.axis, first - start, last - first)
@@ -75,8 +88,11 @@ class Halo:
     def _empty(self, like: torch.Tensor, planes: Transfer) -> torch.Tensor:
         return like.new_empty(self._shape(like, planes.planes))
 
-    def _swap(self, parts: list[tuple[int, torch.Tensor]], received: list[tuple[int, torch.Tensor]]) -> None:
-        """Sends the parts and fills the tensors for the received ones, each given with the other rank."""
+    def _swap(
+        self, parts: list[tuple[int, torch.Tensor]], received: list[tuple[int, torch.Tensor]]
+    ) -> Callable[[], None]:
+        """Sends the parts and fills the tensors for the received ones, each given with the other rank, until the
+        function that it returns does."""
         ends = [(dist.irecv, received), (dist.isend, parts)]
         operations = [
             dist.P2POp(send, tensor, group=self.group, group_peer=peer)
@@ -84,9 +100,14 @@ class Halo:
             for peer, tensor in messages
             if tensor.numel()  # an empty batch sends nothing
         ]
-        if operations:
-            for work in dist.batch_isend_irecv(operations):
+        works = dist.batch_isend_irecv(operations) if operations else ()
+
+        def wait() -> None:
+            for work in works:
                 work.wait()
+            operations.clear()  # until here they hold the tensors that are sent
+
+        return wait
 
 
 def total(group: dist.ProcessGroup, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -20,6 +20,7 @@ from b on have no tap, and a plane of zeros before lo makes them; they hold the 
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, pairwise
@@ -79,23 +80,35 @@ def output_sizes(sizes: tuple[int, ...], stride: int, out: int) -> tuple[int, ..
 def exchange(axis: Axis, sizes: tuple[int, ...], out_sizes: tuple[int, ...]) -> Exchange:
     """The plan of one axis whose planes of x and y are owned as ``sizes`` and ``out_sizes`` say."""
     owned = tuple(_spans(sizes))
-    shares = tuple(_share(axis, x, y) for x, y in zip(owned, _spans(out_sizes), strict=True))
-    transfers = tuple(
-        Transfer(source, target, begin, end)
-        for target, share in enumerate(shares)
-        for source, x in enumerate(owned)
-        if source != target
-        for begin, end in [(max(x[0], share.reads[0]), min(x[1], share.reads[1]))]
-        if begin < end
-    )
-    return Exchange(shares, transfers)
+    shares = tuple(share_of(axis, x, y) for x, y in zip(owned, _spans(out_sizes), strict=True))
+    ends, transfers = [x[1] for x in owned], []
+    for target, share in enumerate(shares):
+        for source in range(bisect_right(ends, share.reads[0]), len(owned)):
+            begin, end = max(owned[source][0], share.reads[0]), min(owned[source][1], share.reads[1])
+            if owned[source][0] >= share.reads[1]:
+                break
+            if source != target and begin < end:
+                transfers.append(Transfer(source, target, begin, end))
+    return Exchange(shares, tuple(transfers))
 
 
 def _spans(sizes: tuple[int, ...]):
     return pairwise((0, *accumulate(sizes)))
 
 
-def _share(axis: Axis, x: Span, y: Span) -> Share:
+def inner(axis: Axis, share: Share) -> Span:
+    """The planes of y that need no plane of another rank, of a share that has planes of y."""
+    (begin, end), (low, high), (first, last) = share.x, share.reads, share.y
+    if low < begin:  # behind the last tap of the plane before
+        first = axis.stride * (begin - 1) - axis.crop + axis.dilation * (axis.kernel - 1) + 1
+    if high > end:  # before the first tap of the next plane
+        last = axis.stride * end - axis.crop
+    first, last = max(first, share.y[0]), min(last, share.y[1])
+    return first, max(first, last)
+
+
+def share_of(axis: Axis, x: Span, y: Span) -> Share:
+    """The share of a rank that owns planes ``x``, for the planes ``y``."""
     begin, end = y
     reach = axis.dilation * (axis.kernel - 1) + 1
     if begin == end:  # one plane of zeros, of whose answer nothing is kept
