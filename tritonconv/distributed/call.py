@@ -92,8 +92,7 @@ def conv_transpose3d(
     except (TypeError, ValueError, RuntimeError) as error:
         refusal = error  # the others learn of it before it is raised
     if planes is None or group not in _met:
-        device = input.device if isinstance(input, torch.Tensor) else torch.device("cpu")
-        found = agreement.compare(own, device, group)
+        found = agreement.compare(own, _device(input, group), group)
         _met.add(group)
         planes = found if planes is None else planes
     if refusal is not None:
@@ -109,6 +108,13 @@ def _group(group) -> dist.ProcessGroup:
     if not isinstance(group, dist.ProcessGroup):
         raise ArgumentError(f"{OP}: group expects a process group that this rank is in, got {group!r}")
     return group
+
+
+def _device(x, group) -> torch.device:
+    """A device whose tensors the group takes, also where x is refused; x's, so that NCCL meets before it sends."""
+    if dist.get_backend(group) == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return x.device if isinstance(x, torch.Tensor) and not x.is_meta else torch.device("cpu")
 
 
 def _checked(x, weight, bias, arguments) -> Geometry:
