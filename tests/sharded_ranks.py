@@ -124,7 +124,9 @@ def other_arguments(rank: int) -> dict:
         found[name] = said(call, **more)
     group = dist.new_group(timeout=SHORT)  # in which the ranks meet first, so that sizes too are compared
     found["sizes"] = said(call, group=group, **({"sizes": [2] * WORLD} if rank == 2 else {}))
-    return {**found, "then": list(call().shape)}
+    found["sizes and a refusal"] = said(call, group=group, sizes=[2] * WORLD, stride=int(rank != 2))
+    with_sizes = call(group=group, sizes=[2] * WORLD), call(group=group, sizes=[2] * WORLD)
+    return {**found, "then": list(call().shape), "equal": all(torch.equal(y, call()) for y in with_sizes)}
 
 
 def placements(rank: int) -> dict:

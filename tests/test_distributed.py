@@ -67,12 +67,14 @@ def test_other_arguments_of_one_rank_are_an_error_on_each(found):
         for name, text in texts.items():
             assert result[name]["error"] == "ArgumentError" and text in result[name]["text"], (name, result[name])
         assert result["then"] == [1, 2, 4 if number == 3 else 2, 4, 4]  # the group works as before
+        assert result["equal"]
 
 
 def test_a_rank_that_refuses_its_own_arguments_is_an_error_on_each(found):
     odd_ranks = {
         "refuses its own": (2, "ArgumentError", "stride must be at least 1"),
         "refuses its own too": (3, "ArgumentTypeError", "torch.int64"),
+        "sizes and a refusal": (2, "ArgumentError", "stride must be at least 1"),
     }
     alike = {
         "channels": "but x has 3",

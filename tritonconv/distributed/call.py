@@ -93,8 +93,9 @@ def conv_transpose3d(
         refusal = error  # the others learn of it before it is raised
     if planes is None or group not in _met:
         found = agreement.compare(own, _device(input, group), group)
-        _met.add(group)
-        planes = found if planes is None else planes
+        if refusal is None:  # else the others raise there: all ranks must agree on whether they have met
+            _met.add(group)
+            planes = found if planes is None else planes
     if refusal is not None:
         raise refusal
     passes = passes_of(input, weight, bias, geo, axis, planes, out_planes, group, overlap)
