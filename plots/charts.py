@@ -18,7 +18,7 @@ from tritonconv.lab.bench.results import Run
 from tritonconv.plots import style
 
 PACKAGE = "tritonconv.plots"
-FIRST = ("roofline", "speedup")
+FIRST = ("headline", "best", "roofline", "speedup")
 
 
 @cache

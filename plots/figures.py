@@ -12,7 +12,9 @@ from matplotlib.patches import Patch
 from matplotlib.text import Text
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
-from tritonconv.lab.bench.results import Run
+from tritonconv.lab.bench import noise
+from tritonconv.lab.bench.noise import Band
+from tritonconv.lab.bench.results import BASELINE, Run
 from tritonconv.plots import style
 
 TITLE = 0.42
@@ -23,6 +25,7 @@ class Frame:
     """A figure of panels of one ``size`` in at most ``columns``.
 
     ``left`` inches come before each panel and ``above`` over it, ``names`` before the first, ``right`` after the last.
+    ``heights`` are those of the rows, where they differ.
     """
 
     def __init__(
@@ -37,14 +40,15 @@ class Frame:
         above: float = 0.25,
         names: float = 0.0,
         right: float = 0.2,
+        heights: Sequence[float] = (),
     ) -> None:
         self.size, self.left, self.above, self.names = size, left, above, names
         self.columns = min(columns, panels)
-        self.rows = -(-panels // self.columns)
+        self.heights = list(heights) or [size[1]] * -(-panels // self.columns)
         self.width = max(names + self.columns * (left + size[0]) + right, 3.35)
         self.footer = style.footer_lines(run, notes, self.width)
         self.foot = 0.1 + len(self.footer) * style.FOOTER_LINE
-        self.height = TITLE + self.rows * (above + size[1] + BELOW) + self.foot
+        self.height = TITLE + sum(above + height + BELOW for height in self.heights) + self.foot
         self.figure, self.canvas = style.new_figure(self.width, self.height)
         self.titles: list[Text] = []  # of the panels
         text = self.figure.text(
@@ -58,19 +62,20 @@ class Frame:
     def panel(self, index: int, title: str = "", pad: float = 6.0) -> Axes:
         """The axes of a panel, counted from the top left; ``pad`` points under its title."""
         row, column = divmod(index, self.columns)
-        low = self.foot + (self.rows - 1 - row) * (self.above + self.size[1] + BELOW) + BELOW
+        low = self.foot + sum(self.above + height + BELOW for height in self.heights[row + 1 :]) + BELOW
         start = self.names + column * (self.left + self.size[0]) + self.left
-        box = (start / self.width, low / self.height, self.size[0] / self.width, self.size[1] / self.height)
+        box = (start / self.width, low / self.height, self.size[0] / self.width, self.heights[row] / self.height)
         axes = self.figure.add_axes(box)
         self.titles.append(axes.set_title(title, loc="left", fontweight="bold", pad=pad))
         axes.set_axisbelow(True)
         return axes
 
-    def legend(self, handles: Sequence[Line2D | Patch]) -> None:
-        """At the right of the title, one line."""
-        place = (1 - 0.1 / self.width, 1 - 0.04 / self.height)
+    def legend(self, handles: Sequence[Line2D | Patch], below: bool = False) -> None:
+        """One line at the right of the title, or ``below`` it at the left."""
+        place = (0.1, 0.26) if below else (self.width - 0.1, 0.04)
         self.figure.legend(
-            handles=handles, loc="upper right", bbox_to_anchor=place, ncols=len(handles), borderaxespad=0,
+            handles=handles, loc="upper left" if below else "upper right", ncols=len(handles), borderaxespad=0,
+            bbox_to_anchor=(place[0] / self.width, 1 - place[1] / self.height),
             handlelength=1.4, handletextpad=0.3, columnspacing=1.0,
         )  # fmt: skip
 
@@ -99,7 +104,7 @@ def log_axes(axes: Axes) -> None:
     axes.set_xscale("log")
     axes.set_yscale("log")
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.12g}"))
         axis.set_minor_formatter(NullFormatter())
     axes.grid(which="major", color="#E4E4E4", linewidth=0.5)
 
@@ -127,6 +132,21 @@ def names_down(axes: Axes, labels: Sequence[str], fontsize: float = 6.6, heads: 
             axes.axhline(index, color=style.LIGHT, linewidth=0.8, zorder=0)
         elif index % 2:
             axes.axhspan(index - 0.5, index + 0.5, color="#F6F6F6", linewidth=0, zorder=0)
+
+
+def null_band(axes: Axes, run: Run, column: str, colour: str, **kind: str) -> Band | None:
+    """Shades what the run's null rows of a kind show around 1: a ratio within differs from 1 by noise alone."""
+    rows = [row for row in run.nulls if all(row[key] == value for key, value in kind.items())]
+    band = noise.band(rows, column)
+    if band is not None:
+        axes.axvspan(band.low, band.high, color=colour, alpha=0.35, linewidth=0, zorder=0.5)
+    return band
+
+
+def band_note(run: Run, column: str) -> str:
+    """The sentence about the shaded band; "" where the run has no null rows."""
+    band = noise.band(run.nulls, column)
+    return "" if band is None else f"Shaded: {BASELINE} against {BASELINE}, {band.rows} null rows, {band}."
 
 
 def room_for(labels: Sequence[str]) -> float:

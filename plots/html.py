@@ -21,6 +21,7 @@ from tritonconv.plots import style
 from tritonconv.plots.page import PAGE
 
 CAPTIONS = {
+    "headline": "Layers of known models under the roofs",
     "roofline": "Roofline", "speedup": "Speed-up per layer and memory format", "best": "Speed-up over the best torch",
     "percent": "Share of the attainable roof", "scaling": "Time against work", "landscape": "Tuning landscape",
     "overhead": "Overhead of a call",

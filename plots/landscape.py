@@ -21,6 +21,7 @@ from tritonconv.plots import figures, style
 MADE_BY = "tritonconv tune"
 SHOWN = 2  # layers
 LEAST = 3  # candidates
+LONGEST = 46  # characters of a label
 ROW = 0.16
 
 Group = list[Mapping]
@@ -42,10 +43,13 @@ def _interest(rows: Group) -> tuple[int, int]:
 
 
 def _figure(run: Run, groups: Sequence[Group]) -> Figure:
-    left = figures.room_for([_label(row) for rows in groups for row in rows])
+    names = figures.room_for([_label(row) for rows in groups for row in rows])
     tallest = max(2.0, max(ROW * min(len(rows), 24) for rows in groups))
     notes = ["Times of the tuner's first round. Ranks: 1 is fastest. Map: best over the rest of the config."]
-    frame = figures.Frame(run, "Tuning landscape", notes, (2.6, tallest), 2 * len(groups), 2, left, above=0.42)
+    frame = figures.Frame(
+        run, "Tuning landscape", notes, (2.6, tallest), 2 * len(groups), 2, above=0.42,
+        names=max(0.0, names - 0.6),
+    )  # fmt: skip
     for line, rows in enumerate(groups):
         first = rows[0]
         where = f"{first['layer']}\n{style.title(first['pass'], first['layout'].upper(), first['dtype'])}"
@@ -61,8 +65,9 @@ def _figure(run: Run, groups: Sequence[Group]) -> Figure:
 
 
 def _label(row: Mapping) -> str:
-    config = " ".join(f"{key}={value}" for key, value in row["config"].items())
-    return f"{row['variant']} {config}".strip()[:42]
+    config = " ".join(f"{key.removeprefix('BLOCK_')}={value}" for key, value in row["config"].items())
+    text = f"{row['variant']} {config}".strip()
+    return text if len(text) <= LONGEST else (text[:LONGEST].rpartition(" ")[0] or text[:LONGEST]) + " …"
 
 
 def _tiles(rows: Group) -> tuple[str, str] | None:

@@ -12,15 +12,17 @@ from collections.abc import Mapping, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 from tritonconv.errors import ResultsError
 from tritonconv.lab.bench.results import BASELINE, OURS, Run
 from tritonconv.lab.bench.standings import grouped
-from tritonconv.plots import figures, style
+from tritonconv.plots import figures, measured_roofs, style, units
 from tritonconv.plots.labels import Placer
 
 MADE_BY = "tritonconv bench"
 PANEL = (4.68, 3.55)  # inches
+WIDE = (7.2, 4.4)  # of a panel with many layers, whose numbers need the room
 FEW = 12  # layers that are named in the chart itself
 TABLE_LINE = 0.118  # inches
 
@@ -46,11 +48,13 @@ def draw(run: Run) -> Figure:
             f"Ringed: {above} of {len(rows)} points lie above every measured roof; other programs slowed "
             "the roofs down, or a smaller cache held the data."
         )
+    columns = 1 if many else len(layouts)
     table = (len(numbers) + 2 * len(suites)) * TABLE_LINE if many else 0
-    size = (PANEL[0], max(PANEL[1], table / len(kinds) - 0.75))
+    least = table / (len(kinds) * len(layouts)) - 0.75
     frame = figures.Frame(
-        run, f"Roofline of transposed 3-D convolution: {BASELINE} and {OURS} on the same layers", notes, size,
-        len(kinds) * len(layouts), len(layouts), left=0.62, right=2.35 if many else 0.2,
+        run, f"Roofline of transposed 3-D convolution: {BASELINE} and {OURS} on the same layers", notes,
+        (WIDE[0], max(WIDE[1], least)) if many else PANEL, len(kinds) * len(layouts), columns, left=0.62,
+        right=2.25 if many else 0.2,
     )  # fmt: skip
     limits = _limits(run, rows)
     for line, ((pass_name, dtype), of_kind) in enumerate(kinds.items()):
@@ -78,9 +82,11 @@ def _panel(axes: Axes, canvas, run: Run, rows, numbers, limits, dtype: str, many
     axes.set_xlim(low_x, high_x)
     axes.set_ylim(low_y, high_y)
     axes.set_xlabel("arithmetic intensity (useful FLOP / compulsory byte)")
-    axes.set_ylabel("useful GFLOP/s")
+    divisor, unit = units.unit(high_y, "FLOP/s")
+    axes.set_ylabel(f"useful {unit}")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / divisor:.12g}"))
     placer = Placer(axes, canvas)
-    _roofs(axes, run, dtype, limits, placer)
+    _roofs(axes, canvas, run, dtype, limits, placer)
     others = sorted({row["variant"] for row in rows} - {BASELINE, OURS})
     by_layer = grouped(rows, "layer")
     for same in by_layer.values():
@@ -91,11 +97,12 @@ def _panel(axes: Axes, canvas, run: Run, rows, numbers, limits, dtype: str, many
     for row in sorted(rows, key=lambda row: (row["variant"] == OURS, row["variant"] != BASELINE)):
         x, y = _intensity(row), _rate(row)
         colour = style.variant_colour(row["variant"], others)
-        spread = [row["flops"] / row[key] / 1e6 for key in ("p80_ms", "p20_ms")]
+        spread = [1e3 * row["flops"] / row[key] for key in ("p80_ms", "p20_ms")]
         axes.plot([x, x], spread, color=colour, linewidth=1.0, alpha=0.55, zorder=3, solid_capstyle="butt")
         axes.plot(x, y, "o", markersize=3.6, markeredgewidth=0.8, zorder=4, **style.mark(row["variant"], others))
         if _above(run, row):
-            axes.plot(x, y, "o", markersize=8, color=style.VERMILLION, markerfacecolor="none", zorder=5)
+            axes.plot(x, y, "o", markersize=6.5, markeredgewidth=0.7, color=style.VERMILLION, markerfacecolor="none",
+                      zorder=5)  # fmt: skip
         placer.block_point(x, y, 3.0)
     tops = [max(same, key=lambda row: (row["variant"] == OURS, _rate(row))) for same in by_layer.values()]
     for row in sorted(tops, key=_intensity):
@@ -103,9 +110,9 @@ def _panel(axes: Axes, canvas, run: Run, rows, numbers, limits, dtype: str, many
         placer.place(text, _intensity(row), _rate(row), fontsize=5.6 if many else 6.5)
 
 
-def _roofs(axes: Axes, run: Run, dtype: str, limits, placer: Placer) -> None:
+def _roofs(axes: Axes, canvas, run: Run, dtype: str, limits, placer: Placer) -> None:
     (low_x, high_x), (low_y, _) = limits
-    (peak, name), copies = _peak(run, dtype), _copies(run)
+    (peak, name), copies = measured_roofs.peak(run, dtype), measured_roofs.copies(run)
     for index, (rate, what) in enumerate(copies):
         end = min(high_x, peak / rate) if peak else high_x
         strong = index == 0
@@ -116,29 +123,22 @@ def _roofs(axes: Axes, run: Run, dtype: str, limits, placer: Placer) -> None:
         placer.block_line((low_x, low_x * rate), (end, end * rate))
         # The label starts where the line enters the panel.
         start = max(low_x, low_y / rate) * 1.15
-        placer.along(f"{what}: {rate:.3g} GB/s", (start, start * rate), (start * 2, start * 2 * rate), fontsize=6.8)
+        placer.along(
+            f"{what}: {units.rate(rate, 'B/s')}", (start, start * rate), (start * 2, start * 2 * rate), fontsize=6.8
+        )
     if peak:
-        first = peak / copies[0][0] if copies else low_x
-        axes.plot([max(low_x, first), high_x], [peak, peak], color="black", linewidth=1.3, zorder=1)
-        placer.block_line((max(low_x, first), peak), (high_x, peak))
-        placer.along(f"{name}: {peak:.4g} GFLOP/s", (high_x / 1.05, peak), None, fontsize=6.8, ha="right")
+        first = max(low_x, peak / copies[0][0]) if copies else low_x
+        axes.plot([first, high_x], [peak, peak], color="black", linewidth=1.3, zorder=1)
+        placer.block_line((first, peak), (high_x, peak))
+        # Behind the ridge, where most panels are empty, if it fits there.
+        text = f"{name}: {units.rate(peak, 'FLOP/s')}"
+        room = math.log(high_x / first) / math.log(high_x / low_x) * axes.get_window_extent().width / canvas.figure.dpi
+        ha, start = ("left", first * 1.05) if 0.063 * len(text) < room else ("right", high_x / 1.05)
+        placer.along(text, (start, peak), None, fontsize=6.8, ha=ha)
     if not peak or not copies:
         missing = " and ".join(name for name, has in (("copy", copies), (f"{dtype} matrix", peak)) if not has)
         axes.text(0.02, 0.97, f"no measured {missing} roof in this file", transform=axes.transAxes, va="top",
                   fontsize=7.5, color=style.VERMILLION)  # fmt: skip
-
-
-def _copies(run: Run) -> list[tuple[float, str]]:
-    """(GB/s, the copy), the fastest first; the better of several measurements."""
-    rows = [row for row in run.roofs if row["unit"] == "byte/s"]
-    return sorted((max((row["value"] / 1e9, row["what"]) for row in same) for same in grouped(rows, "name").values()),
-                  reverse=True)  # fmt: skip
-
-
-def _peak(run: Run, dtype: str) -> tuple[float, str]:
-    """(GFLOP/s, the matrix product) in a dtype; 0 where none was measured."""
-    rows = [row for row in run.roofs if row["unit"] == "FLOP/s" and row["dtype"] == dtype]
-    return max(((row["value"] / 1e9, row["what"]) for row in rows), default=(0.0, ""))
 
 
 def _roof_note(run: Run) -> str:
@@ -152,12 +152,12 @@ def _intensity(row: Mapping) -> float:
 
 
 def _rate(row: Mapping) -> float:
-    """Useful GFLOP/s at the median time."""
-    return row["flops"] / row["median_ms"] / 1e6
+    """Useful FLOP/s at the median time."""
+    return 1e3 * row["flops"] / row["median_ms"]
 
 
 def _above(run: Run, row: Mapping) -> bool:
-    (peak, _), copies = _peak(run, row["dtype"]), _copies(run)
+    (peak, _), copies = measured_roofs.peak(run, row["dtype"]), measured_roofs.copies(run)
     return _rate(row) > min(peak or math.inf, copies[0][0] * _intensity(row) if copies else math.inf)
 
 
@@ -165,10 +165,10 @@ def _limits(run: Run, rows: Sequence[Mapping]) -> tuple[tuple[float, float], tup
     """Axis limits shared by all panels: every point, the flat roofs, and whiskers unless they run far out."""
     xs = [_intensity(row) for row in rows]
     medians = [_rate(row) for row in rows]
-    whiskers = [row["flops"] / row[key] / 1e6 for row in rows for key in ("p20_ms", "p80_ms")]
+    whiskers = [1e3 * row["flops"] / row[key] for row in rows for key in ("p20_ms", "p80_ms")]
     ys = [*medians, max(min(whiskers), min(medians) / 2), min(max(whiskers), max(medians) * 2)]
-    peaks = [peak for dtype in {row["dtype"] for row in rows} if (peak := _peak(run, dtype)[0])]
-    copies = _copies(run)
+    peaks = [peak for dtype in {row["dtype"] for row in rows} if (peak := measured_roofs.peak(run, dtype)[0])]
+    copies = measured_roofs.copies(run)
     # Where the roofs meet belongs in the picture, with enough of the slope to its left to read its label.
     ridge = [min(peaks) / copies[0][0] / 8] if peaks and copies else []
     across = (min([*xs, *ridge]) / 1.7, max(xs) * 1.9)
@@ -178,12 +178,7 @@ def _limits(run: Run, rows: Sequence[Mapping]) -> tuple[tuple[float, float], tup
 def _legend(frame: figures.Frame, rows: Sequence[Mapping]) -> None:
     names = [name for name in (BASELINE, OURS) if any(row["variant"] == name for row in rows)]
     others = sorted({row["variant"] for row in rows} - {BASELINE, OURS})
-    handles = [style.handle(name, 5, others) for name in (*names, *others)]
-    place = (0.1 / frame.width, 1 - 0.26 / frame.height)
-    frame.figure.legend(
-        handles=handles, loc="upper left", bbox_to_anchor=place, ncols=6, borderaxespad=0, handletextpad=0.2,
-        columnspacing=1.4,
-    )  # fmt: skip
+    frame.legend([style.handle(name, 5, others) for name in (*names, *others)], below=True)
 
 
 def _table(frame: figures.Frame, numbers: Mapping[str, tuple[int, str]]) -> None:

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from tritonconv.errors import ResultsError
+from tritonconv.lab.bench.columns import columns_of
 from tritonconv.lab.bench.results import BASELINE, OURS, Run
 from tritonconv.lab.bench.standings import grouped
 from tritonconv.plots import figures, style
@@ -28,10 +29,10 @@ def draw(run: Run) -> Figure:
     notes = [
         f"Speed-up of {OURS} over torch.nn.functional.conv_transpose3d on the same tensors: median of the ratios of "
         "calls made next to each other; whiskers from the 20th to the 80th percentile. Hollow: the whisker reaches 1. "
-        "Dashed: geometric mean."
+        "Dashed: geometric mean. " + figures.band_note(run, columns_of(rows)[0])
     ]
     frame = figures.Frame(
-        run, f"{OURS} against torch, {', '.join(dtypes)}", notes, (3.28, len(lines) * ROW), len(panels), len(panels),
+        run, f"{OURS} against torch, {', '.join(dtypes)}", notes, (2.45, len(lines) * ROW), len(panels), len(panels),
         left=0.22, above=(layouts + 1.6) * HEAD_LINE, names=0.13 + 0.062 * max(map(len, lines)), right=0.47,
     )  # fmt: skip
     limits, suites = _limits(rows), {row["suite"] for row in rows}
@@ -42,6 +43,7 @@ def draw(run: Run) -> Figure:
         figures.names_down(axes, lines, 7.0, heads)
         axes.tick_params(labelleft=index == 0)
         _panel(axes, mine, lines, limits)
+        figures.null_band(axes, run, columns_of(rows)[0], style.GREY, **{"pass": pass_name, "dtype": dtype})
     return frame.done()
 
 
@@ -88,4 +90,4 @@ def _panel(axes: Axes, rows: Sequence[Mapping], lines: Sequence[str], limits: tu
                   transform=axes.transAxes)  # fmt: skip
         axes.text(0.035, height, text, transform=axes.transAxes, color=colour, fontsize=7.5)
     figures.ratio_axis(axes, *limits)
-    axes.set_xlabel("speed-up over torch (1 = torch; to the right is faster)")
+    axes.set_xlabel("speed-up over torch (right of 1 is faster)")

@@ -9,6 +9,7 @@ import contextlib
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import matplotlib
@@ -16,6 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from tritonconv.lab.bench.columns import GPU, GRAPH, WALL
 from tritonconv.lab.bench.results import BASELINE, OURS, Run
 
 # Okabe and Ito's palette, safe for the common kinds of colour blindness.
@@ -27,6 +29,11 @@ VARIANT_COLOURS = {BASELINE: GREY, OURS: BLUE}
 OTHER_COLOURS = (ORANGE, GREEN, PURPLE, SKY, BLACK)
 LAYOUT_STYLE = {"ncdhw": (BLUE, "o"), "ndhwc": (ORANGE, "D")}
 LAYOUT_NAMES = {"ncdhw": "NCDHW", "ndhwc": "NDHWC (channels_last_3d)"}
+COLUMN_NAMES = {
+    GPU: "GPU time of an eager call",
+    GRAPH: "GPU time of a CUDA graph",
+    WALL: "wall time of an eager call",
+}
 PASS_NAMES = {
     "forward": "forward",
     "backward_data": "backward, data",
@@ -96,10 +103,19 @@ def machine(run: Run) -> str:
     env = run.environment
     commit = "no commit" if env["commit"] is None else env["commit"][:10] + ("+changes" if env.get("dirty") else "")
     where = f"{env['device_name']}, {env['threads']} threads" if env["device"] == "cpu" else env["device_name"]
+    where += clock(run)
     return (
         f"{where}; torch {env['torch']}, triton {env['triton'] or 'not installed'}; "
         f"tritonconv {commit}; {env['utc'][:10]}; {env['run']}"
     )
+
+
+def clock(run: Run) -> str:
+    """The frequency of a GPU's multiprocessors while the results were taken, or that they do not say; "" of a CPU."""
+    if run.environment["device"] == "cpu":
+        return ""
+    seen = [row["sm_mhz"] for row in run.results if row.get("sm_mhz")]
+    return f" at {median(seen):.0f} MHz" if seen else " (clock not recorded)"
 
 
 def footer_lines(run: Run, notes: Sequence[str], width: float) -> list[str]:
@@ -110,7 +126,7 @@ def footer_lines(run: Run, notes: Sequence[str], width: float) -> list[str]:
         notes = [*notes, "The run ended early: not every layer is shown."]
     if run.disturbance:
         notes = [*notes, run.disturbance]
-    characters = int(width * 20.5)
+    characters = int(width * 19.3)
     return [line for text in (*notes, scale, machine(run)) for line in textwrap.wrap(text, characters)]
 
 

@@ -1,4 +1,4 @@
-"""The README's first example: without a home, from a read-only checkout, from a zip file, without Triton.
+"""The README's examples: without a home, from a read-only checkout, from a zip file, without Triton.
 
 ``python tests/first_example.py [PYTHON ...]`` runs it in each surrounding with each Python (default: this one), which
 has torch and numpy, and says what happened; the exit code is 1 where one failed.
@@ -30,10 +30,9 @@ class Surrounding(NamedTuple):
 
 
 def example() -> str:
-    """The first block of Python in README.md."""
-    block = re.search(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL | re.MULTILINE)
-    assert block is not None
-    return block[1]
+    """The blocks of Python in README.md."""
+    text = (ROOT / "README.md").read_text("utf-8")
+    return "\n".join(re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE))
 
 
 def package(folder: Path) -> Path:

@@ -43,8 +43,8 @@ FILLED = {
     "kernels.triton_compiled": {"_active": "folder"},
     "autocast": {"_probes": "device", "_casts": "device"},
     "convert": {"_SUBCLASSES": "class"},
-    "dispatch": {"_by_call": "remember", "_by_problem": "remember"},
-    "forced": {"_trained": "weight that is alive"},
+    "dispatch": {"_by_call": "remember", "_by_problem": "remember", "_torchs": "remember"},
+    "forced": {"trained": "weight that is alive"},
     "guards": {"_names": "remember", "_calls": "remember"},
 }
 

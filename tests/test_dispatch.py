@@ -70,6 +70,7 @@ def fresh(monkeypatch):
     monkeypatch.setattr(dispatch, "problem_of", problem_of)
     monkeypatch.setattr(dispatch, "_by_call", {})
     monkeypatch.setattr(dispatch, "_by_problem", {})
+    monkeypatch.setattr(dispatch, "_torchs", {})
     return made
 
 
@@ -332,10 +333,10 @@ def test_a_checkpoint_computes_a_call_anew_with_what_was_in_force(fresh, launche
 def test_what_was_in_force_is_forgotten_with_the_weight(fresh):
     weight = WEIGHT.clone().requires_grad_()
     gc.collect()  # weights of earlier tests
-    before = dict(forced_module._trained)
+    before = dict(forced_module.trained)
     with tritonconv.use("forward_torch_phases"):
         tritonconv.conv_transpose3d(X, weight, BIAS, 2)
-    assert len(forced_module._trained) == len(before) + 1
+    assert len(forced_module.trained) == len(before) + 1
     del weight
     gc.collect()
-    assert forced_module._trained == before
+    assert forced_module.trained == before

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tritonconv import ArgumentError, ArgumentTypeError, Problem
+from tritonconv import arguments as checks
 from tritonconv.kernels.registry import variant
 from tritonconv.problem import INT32_MAX, PASSES, Axis, TorchCrop, index_bits, largest_offset, output_size
 
@@ -300,3 +301,19 @@ def test_torch_has_no_arguments_for_a_crop_that_its_padding_cannot_express():
     assert not uneven.torch_crop.exact
     with pytest.raises(ArgumentError, match="0 before and 2 behind, 0 before and 0 behind"):
         uneven.torch_arguments  # noqa: B018
+
+
+def test_the_shortest_arguments_are_torchs_own():
+    x, weight = torch.randn(1, 4, 3, 4, 5), torch.randn(4, 2, 3, 3, 3)
+    for arguments, short in (
+        ((1, 0, 0, 1, 1), ()),
+        ((2, 0, 0, 1, 1), (2,)),
+        ((2, 1, 0, 1, 1), (2, 1)),
+        (((2, 2, 1), 0, (1, 1, 0), 1, 1), ((2, 2, 1), 0, (1, 1, 0))),
+        ((1, 0, 0, 2, 1), (1, 0, 0, 2)),
+        ((1, (0, 1, 1), 0, 1, 2), (1, (0, 1, 1), 0, 1, 2)),
+    ):
+        problem = checks.problem_of(x, weight, None, checks.geometry(*arguments))
+        assert problem.shortest_arguments == short
+        want = torch.conv_transpose3d(x, weight, None, *problem.torch_arguments)
+        assert torch.equal(torch.conv_transpose3d(x, weight, None, *short), want)

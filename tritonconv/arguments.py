@@ -84,7 +84,17 @@ def plain(arguments: tuple) -> tuple:
 
     Raises as :func:`geometry` does, but looks at types alone: what stands in tuples of integers passes as it is.
     """
-    if _is_plain(arguments):
+    for value in arguments:  # each call comes by here: a function for each value would take longer
+        if type(value) is not int:
+            if type(value) is not tuple:
+                break
+            for entry in value:
+                if type(entry) is not int and not (type(entry) is tuple and _integers(entry)):
+                    break
+            else:
+                continue
+            break
+    else:
         return arguments
     try:
         return _as_plain(arguments)
@@ -93,15 +103,8 @@ def plain(arguments: tuple) -> tuple:
     return geo.stride, tuple(zip(geo.crop, geo.back, strict=True)), geo.output_padding, geo.groups, geo.dilation
 
 
-def _is_plain(values: tuple) -> bool:
-    for value in values:
-        if type(value) is not int:
-            if type(value) is not tuple:
-                return False
-            for entry in value:  # each call comes by here: a function for each tuple would take longer
-                if type(entry) is not int and not (type(entry) is tuple and _is_plain(entry)):
-                    return False
-    return True
+def _integers(values: tuple) -> bool:
+    return all(type(value) is int for value in values)
 
 
 def _as_plain(value):

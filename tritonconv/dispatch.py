@@ -23,21 +23,25 @@ from tritonconv.autotune.choose import forget as forget_tables
 from tritonconv.bounded import remember
 from tritonconv.device import current
 from tritonconv.errors import VariantNotApplicable
-from tritonconv.forced import forced
+from tritonconv.forced import forced, trained
 from tritonconv.kernels.registry import variant, variants
 from tritonconv.kernels.variant import Config
 from tritonconv.plan import Plan
+from tritonconv.private import any_autocast
 from tritonconv.private import deterministic as deterministic_algorithms
 from tritonconv.problem import Problem
 from tritonconv.switches import graphs, torch_only
 
 MAX_PLANS = 4096
+MOST_TORCHS = 512  # a program that makes new tuples for each call fills it
 
 # Rises when later calls may get other plans: a result derived from a plan is then stale.
 generation = 0
 
 _by_call: dict[tuple, Plan] = {}
 _by_problem: dict[tuple, Plan] = {}
+# By a part of a call's key that is read in less time: torch's arguments, and ours, which live on here for their ids.
+_torchs: dict[tuple, tuple[tuple, tuple]] = {}
 
 
 def plan(problem: Problem, device: torch.device, in_graph: bool = False) -> Plan:
@@ -80,6 +84,40 @@ def plan_for(x, weight, bias, arguments: tuple) -> Plan | None:
     return entry
 
 
+def torchs_for(x, weight, bias, stride, padding, output_padding, groups, dilation) -> tuple | None:
+    """torch's arguments of a repeated call that is torch's own operation (:func:`keep_torchs`), else None.
+
+    Each look at a tensor takes a tenth of a microsecond, and more where other programs use the caches of the CPU. So
+    none is made that only finds operands which do not fit each other: torch itself refuses those, but for parameters
+    without values.
+    """
+    if any_autocast() or forced.get() or trained or weight.is_meta or (bias is not None and bias.is_meta):
+        return None
+    recorded = torch.is_grad_enabled() and (
+        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    )
+    try:
+        known = _torchs.get((
+            x.shape, x.stride(), x.dtype, x.device, weight.shape, weight.stride(), bias is None, recorded,
+            id(stride), id(padding), id(output_padding), id(groups), id(dilation),
+            deterministic_algorithms(), graphs.get(),
+        ))  # fmt: skip
+    except RuntimeError:  # a sparse tensor has no strides
+        return None
+    return None if known is None else known[0]
+
+
+def keep_torchs(direct: tuple, x, weight, bias, arguments: tuple, recorded: bool) -> None:
+    """Notes that a planned call is torch's own operation with the arguments ``direct``."""
+    if any_autocast() or forced.get() or plain(arguments) is not arguments:  # a list may change
+        return
+    key = (
+        x.shape, x.stride(), x.dtype, x.device, weight.shape, weight.stride(), bias is None, recorded,
+        *map(id, arguments), deterministic_algorithms(), graphs.get(),
+    )  # fmt: skip
+    remember(_torchs, key, (direct, arguments), MOST_TORCHS)
+
+
 def _plan_anew(x, weight, bias, arguments) -> Plan | None:
     if fallback.unserved(x, weight, bias) is not None:
         return None
@@ -113,6 +151,7 @@ def drop(which: Callable[[Plan], bool]) -> None:
         for key, entry in list(memory.items()):
             if which(entry):
                 memory.pop(key, None)
+    _torchs.clear()
     generation += 1
 
 
@@ -164,6 +203,7 @@ def forget() -> None:
     global generation
     _by_call.clear()
     _by_problem.clear()
+    _torchs.clear()
     forget_tables()
     generation += 1
 
@@ -211,13 +251,13 @@ def wait_until_compiled(seconds: float | None = None) -> bool:
 @contextlib.contextmanager
 def watch() -> Iterator[list[tuple[Problem, torch.device]]]:
     """Lists, after the block, the distinct (problem, device) of its calls, in their order."""
-    global _by_call, _by_problem, generation
+    global _by_call, _by_problem, _torchs, generation
     problems: list[tuple[Problem, torch.device]] = []
-    outer = _by_call, _by_problem
-    _by_call, _by_problem = {}, {}
+    outer = _by_call, _by_problem, _torchs
+    _by_call, _by_problem, _torchs = {}, {}, {}
     generation += 1  # makes a compiled graph look its plans up, so that they are listed too
     try:
         yield problems
     finally:
         problems += dict.fromkeys((problem, device) for problem, device, *_ in _by_problem)
-        _by_call, _by_problem = outer
+        _by_call, _by_problem, _torchs = outer

@@ -88,18 +88,29 @@ for _constant in (transformed, exporting):
     _constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def plain(first: torch.Tensor, second: torch.Tensor, third: torch.Tensor | None = None) -> bool:
-    """The quick test of the eager path: ordinary tensors, and no transform or tracer beside ordinary autograd."""
+def ordinary(first: torch.Tensor, second: torch.Tensor, third: torch.Tensor | None = None) -> bool:
+    """Tensors of torch's own classes, and no tracer, which would record each size that is looked at."""
     return (
         type(first) in PLAIN_TYPES
         and type(second) in PLAIN_TYPES
         and (third is None or type(third) in PLAIN_TYPES)
-        and transforms() is None
+        and tracing() is None
+    )
+
+
+def undisturbed(first: torch.Tensor, second: torch.Tensor, third: torch.Tensor | None = None) -> bool:
+    """No transform and no mode beside ordinary autograd."""
+    return (
+        transforms() is None
         and forward_mode._current_level < 0
         and dispatch_modes() == 0
-        and tracing() is None
         and not (old_vmap(first) or old_vmap(second) or (third is not None and old_vmap(third)))
     )
+
+
+def plain(first: torch.Tensor, second: torch.Tensor, third: torch.Tensor | None = None) -> bool:
+    """The quick test of the eager path: ordinary tensors, and no transform or tracer beside ordinary autograd."""
+    return ordinary(first, second, third) and undisturbed(first, second, third)
 
 
 def unserved(*tensors: torch.Tensor | None) -> str | None:

@@ -64,7 +64,7 @@ def pinned(*selections: Selection) -> contextlib.AbstractContextManager[None]:
 
 
 # By the id of a trained weight: the weight, and the variants in force in the last call with it.
-_trained: dict[int, tuple[weakref.ref[torch.Tensor], Forced]] = {}
+trained: dict[int, tuple[weakref.ref[torch.Tensor], Forced]] = {}
 
 
 def restore_forced(weight: torch.Tensor) -> contextlib.AbstractContextManager[None] | None:
@@ -75,14 +75,14 @@ def restore_forced(weight: torch.Tensor) -> contextlib.AbstractContextManager[No
     named, key = forced.get(), id(weight)
     if named:
         if weight.requires_grad:
-            _trained[key] = weakref.ref(weight, lambda gone: _trained.pop(key, None)), named
+            trained[key] = weakref.ref(weight, lambda gone: trained.pop(key, None)), named
         return None
-    if not _trained or key not in _trained:
+    if not trained or key not in trained:
         return None
     if backward_pass() == -1:
-        del _trained[key]
+        del trained[key]
         return None
-    _, named = _trained[key]
+    _, named = trained[key]
     return _forcing(named)
 
 

@@ -12,7 +12,7 @@ import torch
 
 from tritonconv import autocast, autograd, fallback, guards, operators
 from tritonconv.arguments import check_types, geometry
-from tritonconv.dispatch import plan_for
+from tritonconv.dispatch import keep_torchs, plan_for, torchs_for
 from tritonconv.errors import ArgumentTypeError, EmptyOutputError, VariantNotApplicable
 from tritonconv.forced import forced_variants, restore_forced
 from tritonconv.private import any_autocast
@@ -69,8 +69,14 @@ def conv_transpose3d(
         return epilogue_road.call(conv_transpose3d, _torch_serves, operands, arguments, activation, residual, rounding)
     if torch.compiler.is_compiling():
         return _traced(input, weight, bias, arguments)
-    if not fallback.plain(input, weight, bias):
+    if not fallback.ordinary(input, weight, bias):
         return _by_torch(input, weight, bias, arguments)
+    direct = torchs_for(input, weight, bias, *arguments)
+    if direct is not None:
+        try:
+            return torch.conv_transpose3d(input, weight, bias, *direct)
+        except (RuntimeError, TypeError):  # the checks below say more of what is wrong
+            pass
     forced_again = restore_forced(weight)
     if forced_again is None:
         return _eager(input, weight, bias, arguments)
@@ -80,24 +86,28 @@ def conv_transpose3d(
 
 def _eager(input, weight, bias, arguments):
     if any_autocast():
+        if not fallback.undisturbed(input, weight, bias):
+            return _by_torch(input, weight, bias, arguments)
         input, weight, bias = autocast.cast_arguments_once(input, weight, bias)
     if input.dim() == 4:
         return _eager(input.unsqueeze(0), weight, bias, arguments).squeeze(0)
+    if not fallback.undisturbed(input, weight, bias):
+        return _by_torch(input, weight, bias, arguments)
     try:
         plan = plan_for(input, weight, bias, arguments)
     except EmptyOutputError as refusal:
         return _empty(input, weight, bias, arguments, refusal)
     if plan is None:
         return _by_torch(input, weight, bias, arguments)
-    if autograd.needs_gradient(input, weight, bias):
-        direct = plan.torch_alone
-        if direct is None:
-            return autograd.differentiable_forward(input, weight, bias, plan)
-    else:  # the gradients' variants are not chosen for it
-        direct = plan.torch_forward
-        if direct is None:
-            return plan.forward(input, weight, bias)
-    return torch.conv_transpose3d(input, weight, bias, *direct)
+    recorded = autograd.needs_gradient(input, weight, bias)
+    # The gradients' variants are not chosen for a call that needs none.
+    direct = plan.torch_alone if recorded else plan.torch_forward
+    if direct is not None:
+        keep_torchs(direct, input, weight, bias, arguments, recorded)
+        return torch.conv_transpose3d(input, weight, bias, *direct)
+    if recorded:
+        return autograd.differentiable_forward(input, weight, bias, plan)
+    return plan.forward(input, weight, bias)
 
 
 def _empty(input, weight, bias, arguments, refusal):

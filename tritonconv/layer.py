@@ -49,8 +49,14 @@ class ConvTranspose3d(nn.ConvTranspose3d):
                 output_padding = self._output_padding(
                     input, output_size, self.stride, self.padding, self.kernel_size, 3, self.dilation  # type: ignore[arg-type]
                 )  # fmt: skip
+            own = self._parameters
+            if "weight" in own and "bias" in own:  # torch takes ten times as long to find them
+                weight: torch.Tensor | None = own["weight"]
+                bias: torch.Tensor | None = own["bias"]
+            else:  # a parametrization, or another tensor in the place of one
+                weight, bias = self.weight, self.bias
             y = conv_transpose3d(
-                input, self.weight, self.bias, self.stride, self.padding, output_padding, self.groups, self.dilation
+                input, weight, bias, self.stride, self.padding, output_padding, self.groups, self.dilation
             )
         return y
 

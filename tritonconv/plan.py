@@ -79,7 +79,7 @@ class Plan:
         """As ``torch_alone``, where only the forward must be torch's own: for a call that needs no gradient."""
         if not self.problem.torch_crop.exact or not self._torchs("forward"):
             return None
-        return self.problem.torch_arguments
+        return self.problem.shortest_arguments
 
     @cached_property
     def writes_out(self) -> bool:

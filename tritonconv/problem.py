@@ -195,6 +195,17 @@ class Problem:
             raise ArgumentError(f"torch_arguments: torch has no padding that crops (by axis) {cut}: {self}")
         return self.stride, crop.padding, crop.output_padding, self.groups, self.dilation
 
+    @cached_property
+    def shortest_arguments(self) -> tuple[Triple | int, ...]:
+        """:attr:`torch_arguments` with one integer for three that are equal, and none at the end that torch assumes.
+
+        torch takes 0.2 us to read three of them.
+        """
+        short = [each[0] if isinstance(each, tuple) and len(set(each)) == 1 else each for each in self.torch_arguments]
+        while short and short[-1] == (1, 0, 0, 1, 1)[len(short) - 1]:
+            short.pop()
+        return tuple(short)
+
     @property
     def x_shape(self) -> tuple[int, ...]:
         return (self.n, self.c_in, *self.size)

@@ -16,18 +16,16 @@ def markers(command: str) -> tuple[str, str]:
     return f"<!-- tritonconv {command}: begin -->", f"<!-- tritonconv {command}: end -->"
 
 
-def parts(path: Path, command: str) -> tuple[str, str, str]:
-    """The file before, between and after the markers. Raises ArgumentError where it has none."""
+def parts(path: Path, command: str, flag: str = "--markdown") -> tuple[str, str, str]:
+    """The file before, between and after the markers. Raises ArgumentError, about ``flag``, where it has none."""
     begin_line, end_line = markers(command)
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise ArgumentError(f"argument --markdown: cannot read {path}: {error.strerror}") from None
+        raise ArgumentError(f"argument {flag}: cannot read {path}: {error.strerror}") from None
     begin, end = text.find(begin_line), text.find(end_line)
     if not 0 <= begin < end:
-        raise ArgumentError(
-            f"argument --markdown: {path} needs the lines {begin_line!r} and {end_line!r}, in this order"
-        )
+        raise ArgumentError(f"argument {flag}: {path} needs the lines {begin_line!r} and {end_line!r}, in this order")
     begin += len(begin_line)
     return text[:begin], text[begin:end], text[end:]
 

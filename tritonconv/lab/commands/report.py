@@ -23,6 +23,8 @@ Reads results: a file, or a folder. Of a folder it takes the newest file, or all
 chart that the results have rows for, as PNG and SVG, and writes one HTML page that needs nothing else: means, the
 charts, every layer, roofs, tuned choices, errors, the environment.
 
+With --readme it writes one picture and the lines of a README that hold its figures, and nothing else.
+
 With --model it prints instead how well the cost model predicts the times of single variants (of tritonconv tune, or of
 tritonconv bench --variants all). First Spearman's rank correlation, the median over the layers, and how often the
 model's first choice is the fastest or near it; then the measured over the predicted time of each kind of kernel.
@@ -35,7 +37,7 @@ ships (autotune/fit_sm_90.json).
 def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "results", nargs="*", type=Path, metavar="RESULTS",
-        help=f"a results file, or a folder of them; with --model there may be several (default: {RESULTS})",
+        help=f"a results file, or a folder of them; several with --readme or --model (default: {RESULTS})",
     )  # fmt: skip
     parser.add_argument("--output", **folder("folder of the page and the pictures (default: beside the results)"))
     parser.add_argument(
@@ -48,6 +50,10 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="also replace the section of this device between the markers of a Markdown file",
     )  # fmt: skip
     parser.add_argument("--every-layer", action="store_true", help="with --markdown: add a table of every layer")
+    parser.add_argument(
+        "--readme", type=Path, metavar="FILE",
+        help="draw the headline of the first RESULTS, and put it and the means of all RESULTS into a Markdown file",
+    )  # fmt: skip
     parser.add_argument("--model", action="store_true", help="print how well the cost model predicts the results")
     parser.add_argument("--held-out", action="store_true", help="print how well a fit chooses for layers left out")
     parser.add_argument("--fit", type=Path, metavar="FILE", help="fit the cost model to the results, and write the fit")
@@ -59,8 +65,10 @@ def run(options: argparse.Namespace) -> int:
     paths = options.results or [RESULTS]
     if options.model or options.held_out or options.fit:
         _predictions(options, paths)
+    elif options.readme:
+        _readme(options, paths)
     elif len(paths) > 1:
-        raise ArgumentError("argument RESULTS: only --model, --held-out and --fit take several")
+        raise ArgumentError("argument RESULTS: only --readme, --model, --held-out and --fit take several")
     else:
         _write(options, paths[0])
     return OK
@@ -98,6 +106,19 @@ def _write(options: argparse.Namespace, path: Path) -> None:
     if options.markdown is not None:
         section.update(whole, options.markdown, options.every_layer)
         print(options.markdown)
+
+
+def _readme(options: argparse.Namespace, paths: list[Path]) -> None:
+    _drawing()
+    from tritonconv.plots import readme
+
+    target = options.output or (paths[0] if paths[0].is_dir() else paths[0].resolve().parent)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        print(readme.update([results.load(path) for path in paths], options.readme, target))
+    except OSError as error:
+        raise ResultsError(f"argument --readme: cannot write: {error}") from None
+    print(options.readme)
 
 
 def _drawing() -> ModuleType:
