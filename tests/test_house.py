@@ -34,7 +34,16 @@ LAYERS = (
     ("forced", "plan", "epilogue_forward"),
     ("dispatch",),
     ("autograd", "operators", "guards", "autocast"),
-    ("epilogue_road", "out_argument"),
+    (
+        "epilogue_road",
+        "out_argument",
+        "distributed.slabs",
+        "distributed.halo",
+        "distributed.agreement",
+        "distributed.passes",
+        "distributed.call",
+        "distributed.dtensor_call",
+    ),
     ("functional", "explain"),
     (
         "layer",
@@ -47,6 +56,7 @@ LAYERS = (
         "graphed",
         "concatenation",
         "decoders",
+        "distributed",
     ),
     # The wall: from here on what measures, which no call imports.
     ("lab.flags", "lab.markdown", "lab.text_table"),

@@ -70,8 +70,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Loads what few programs use where it is first used: the tuner, the fusion of models, the decoder's concatenation.
-    The import of tritonconv loads nothing that measures."""
+    """Loads what few programs use where it is first used: the tuner, the fusion of models, the decoder's concatenation,
+    slabs on several ranks. The import of tritonconv loads nothing that measures."""
     if name == "tune":
         from tritonconv.autotune.tuning.api import tune
 
@@ -93,4 +93,8 @@ def __getattr__(name: str) -> Any:
 
         globals()[name] = up_concat
         return up_concat
+    if name == "distributed":
+        import tritonconv.distributed
+
+        return tritonconv.distributed
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -147,7 +147,7 @@ def reason(*tensors: torch.Tensor | None) -> str | None:
 
 def forward(call: torch_native.Call, x, weight, bias):
     """torch's transposed convolution with a front and a back crop; shapes as in :func:`torch_native.forward`."""
-    _refuse_spatial_shards(x)
+    _refuse_shards(x, weight, bias)
     return torch_native.forward(call, x, weight, bias)
 
 
@@ -166,13 +166,24 @@ def is_dtensor(tensor) -> bool:
     return type(tensor).__name__ == "DTensor"
 
 
-def _refuse_spatial_shards(x) -> None:
-    # torch's DTensor answers a spatially sharded transposed convolution with wrong numbers and no error (torch 2.13).
+def spatially_sharded(x) -> bool:
+    """A DTensor that an axis of its mesh shards along a spatial axis (of a batched call)."""
+    return is_dtensor(x) and any(placement.is_shard() and placement.dim >= 2 for placement in x.placements)
+
+
+def _refuse_shards(x, weight, bias) -> None:
+    """The placements that torch's DTensor serves: others it answers with wrong numbers and no error (torch 2.13)."""
     if not is_dtensor(x):
         return
     for placement in x.placements:
-        if placement.is_shard() and placement.dim >= 2:
+        if not placement.is_replicate() and not (placement.is_shard() and placement.dim == 0):
             raise ArgumentError(
-                f"conv_transpose3d: input is a DTensor sharded along axis {placement.dim}; spatial shards need a halo "
-                "exchange, which is not implemented. Shard the batch (axis 0) or redistribute first"
+                f"conv_transpose3d: input is a DTensor with placement {placement}, which is not served here; shard "
+                "the batch (axis 0), or redistribute first"
+            )
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if is_dtensor(tensor) and not all(placement.is_replicate() for placement in tensor.placements):
+            raise ArgumentError(
+                f"conv_transpose3d: {name} is a DTensor with placements {tensor.placements}; it must be replicated: "
+                "redistribute first"
             )

@@ -144,6 +144,10 @@ def _composed(input, weight, bias, geo):
     """The call as torch's own operations, its shapes checked."""
     if input.dim() == 4:
         return _composed(input.unsqueeze(0), weight, bias, geo).squeeze(0)
+    if fallback.spatially_sharded(input) and not torch.compiler.is_compiling():
+        from tritonconv.distributed import dtensor_call  # other calls do without torch.distributed
+
+        return dtensor_call.call(input, weight, bias, geo)
     return fallback.forward(fallback.call_of(input, weight, bias, geo), input, weight, bias)
 
 

@@ -94,6 +94,7 @@ class Run:
     timings: list[dict] = field(default_factory=list)
     tuned: list[dict] = field(default_factory=list)
     overheads: list[dict] = field(default_factory=list)
+    slabs: list[dict] = field(default_factory=list)
     profiles: list[dict] = field(default_factory=list)
     checks: list[dict] = field(default_factory=list)
     operations: list[dict] = field(default_factory=list)
@@ -199,7 +200,7 @@ def merged(runs: Sequence[Run]) -> Run:
     for kind in OF_LAYERS:
         rows = {json.dumps([row.get(key) for key in SAME]): row for run in runs for row in getattr(run, kind)}
         getattr(whole, kind).extend(rows.values())
-    for kind in ("roofs", "operations", "steps", "skips", "errors", "warnings"):
+    for kind in ("roofs", "slabs", "operations", "steps", "skips", "errors", "warnings"):
         getattr(whole, kind).extend(row for run in runs for row in getattr(run, kind))
     _one_way_of_timing(whole, next((run.results for run in reversed(runs) if run.results), []))
     return whole

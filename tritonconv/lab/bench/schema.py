@@ -24,6 +24,8 @@ REQUIRED = {
     "tuned": f"{_CELL} suite config median_ms torch_ms",
     # Time of the Python and the launches of one call on a tiny layer; variant is torch's or ours.
     "overhead": f"{_CELL} median_us p20_us p80_us n_runs",
+    # A part of a pass on slabs, on so many ranks: "total", "exchange" or "compute"; "strong" or "weak" scaling.
+    "slab": f"{_CELL} suite scaling part ranks axis median_ms p20_ms p80_ms n_runs exchanged_bytes efficiency?",
     # The counters of ncu for one kernel of a call, by "name [unit]".
     "profile": f"{_CELL} kernel launch duration_us counters",
     # Of a whole model (lab/models): an operation of one training step with torch's layers, ms and its share of all; and
@@ -44,8 +46,8 @@ _ABOVE_0 = {*_TIMES, "value", "bytes"}
 # The types of fields that are no text.
 _TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys((*_ABOVE_0, "flops", "speedup", "speedup_p20", "speedup_p80", "predicted_ms"), _NUMBERS),
-    **dict.fromkeys(("max_error", "tolerance", "calls", "ms", "share"), _NUMBERS),
-    **dict.fromkeys(("schema", "threads", "n_runs", "launch"), (int,)),
+    **dict.fromkeys(("max_error", "tolerance", "calls", "ms", "share", "efficiency"), _NUMBERS),
+    **dict.fromkeys(("schema", "threads", "n_runs", "launch", "ranks", "axis", "exchanged_bytes"), (int,)),
     **dict.fromkeys(("config", "counters"), (dict,)),
     "residual": (bool,),
     "spared_bytes": (int,),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from tritonconv import dispatch
 from tritonconv.autotune.ceilings import from_roofs
@@ -27,6 +28,7 @@ from tritonconv.lab.bench import (
     memory,
     results,
     roofs,
+    slab_times,
 )
 from tritonconv.lab.bench.calls import FORWARD_BACKWARD
 from tritonconv.lab.bench.layer_sizes import SCALES, at_sizes
@@ -59,8 +61,10 @@ from tritonconv.lab.inspection.compiling import products_in
 from tritonconv.lab.models.factories import BUILT_IN, described
 from tritonconv.precision import IEEE, TF32
 
-HELP = "time layers beside torch; or the overhead of a call; the device's roofs; a CPU's formulations"
+HELP = "time layers beside torch; or the overhead of a call; the device's roofs; a CPU's formulations; slabs"
 EXAMPLE = "tritonconv bench --suite unet --only monai --passes forward --layout ndhwc --seconds 20"
+SLAB_COLUMNS = ["layer", "pass", "dtype", "layout", "scaling", "ranks", "total ms", "exchange ms", "compute ms",
+                "efficiency", "bytes"]  # fmt: skip
 ROOF_DTYPES = ("float32", "bfloat16", "float16")
 DEVICE_SECONDS = 6.0  # of --overhead and --roofs
 DESCRIPTION = (
@@ -89,6 +93,8 @@ DESCRIPTION = (
     "function without arguments or a module, with --input; or\n"
     + "\n".join(textwrap.fill(line, 100, initial_indent="  ", subsequent_indent="    ") for line in described())
     + "\n\n"
+    "--slabs times tritonconv.distributed on the layers instead, on each rank that torchrun started: the\n"
+    "volume in slabs on 1, 2, 4 ... ranks, the exchange and the products apart, strong and weak scaling.\n\n"
     + "\n".join(textwrap.fill(f"scale {name}: {rule}", 100, subsequent_indent="  ") for name, rule in SCALES.items())
     + "\n\nsuites:\n"
     + "\n".join(f"  {name:12} {text}" for name, text in suites().items())
@@ -97,11 +103,12 @@ DESCRIPTION = (
 OF_OVERHEAD, OF_ROOFS = ("use", "limit"), ("store",)
 OF_LAYERS = ("suite", "only", "passes", "layout", "scale", "variants", "variant_files", "compiled", "compile", "sizes",
              "seed", "list", "copies", "cudnn_graph", "activation", "residual", "rounding", "concat")  # fmt: skip
-OF_FORMULATIONS = ("suite", "only", "seed")
+OF_FORMULATIONS, OF_SLABS = ("suite", "only", "seed"), ("suite", "only", "layout", "scale", "seed")
 OF_KERNELBENCH = ("only", "scale", "compiled", "compile", "seed", "variants", "variant_files", "copies",
                   "cudnn_graph")  # fmt: skip
 OF_MODEL, OF_MODEL_TOO = ("input",), ("layout", "scale", "compiled", "compile", "seed")
 FORMULATIONS_SECONDS = 180.0
+SLABS_SECONDS = 3.0  # of a layer
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -145,6 +152,9 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--model", type=flags.any_names, metavar="NAME[,NAME]",
         help=f"measure whole models instead: {', '.join(BUILT_IN)} or module:factory",
     )  # fmt: skip
+    instead.add_argument(
+        "--slabs", action="store_true", help="under torchrun: time the layers in slabs on the ranks instead"
+    )
     parser.add_argument(
         "--input", type=flags.shapes, metavar="SHAPE[,SHAPE]",
         help="with --model: the tensors that its forward takes, such as 1x1x96x96x96",
@@ -175,14 +185,17 @@ def run(options: argparse.Namespace) -> int:
         options.dtype = ["float32"]
         with products_in(options.kernelbench):
             return _layers(options, device)
+    if options.slabs:
+        return _slabs(options, device)
     return _layers(options, device)
 
 
 def _check(options: argparse.Namespace) -> None:
     """Raises ArgumentError for a flag of another measurement than the one that is asked for."""
-    named = ("overhead", "roofs", "formulations", "kernelbench", "model")
+    named = ("overhead", "roofs", "formulations", "kernelbench", "model", "slabs")
     chosen = next((f"--{name}" for name in named if getattr(options, name)), "the layers")
-    too = {"--formulations": OF_FORMULATIONS, "--kernelbench": OF_KERNELBENCH, "--model": OF_MODEL_TOO}
+    too = {"--formulations": OF_FORMULATIONS, "--kernelbench": OF_KERNELBENCH, "--model": OF_MODEL_TOO,
+           "--slabs": OF_SLABS}  # fmt: skip
     allowed = too.get(chosen, ())
     goes = {"--overhead": OF_OVERHEAD, "--roofs": OF_ROOFS, "--model": OF_MODEL, "the layers": OF_LAYERS}
     for about, names in goes.items():
@@ -277,6 +290,42 @@ def _roofs(options: argparse.Namespace, device: torch.device) -> int:
         dispatch.forget()
     print(f"\nresults: {writer.path}")
     return OK
+
+
+def _slabs(options: argparse.Namespace, device: torch.device) -> int:
+    layers = workloads(options.suite or ALL, options.only, options.seed or 0)
+    scale, layouts = scale_for(options.scale, device), flags.once(options.layout, ("ncdhw",))
+    kinds = [(dtype, layout) for dtype in dtypes_of(options, "float32") for layout in layouts]
+    cells = [(layer, layer.problem(*kind, scale)) for layer in layers for kind in kinds]
+    seconds = SLABS_SECONDS if options.seconds is None else options.seconds / len(cells)
+    with slab_times.ranks(device) as (own, groups):
+        first = max(groups) == 1 or dist.get_rank() == 0
+        if not first:
+            for _, problem in cells:
+                for _ in slab_times.measure(problem, own, seconds, groups):
+                    pass
+            return OK
+        lines = [SLAB_COLUMNS]
+        facts = {"scale": scale, "scale_rule": SCALES[scale], "ranks": max(groups)}
+        with recording(options.output or RESULTS, "slabs-", own, options.command, options.seed or 0, **facts) as writer:
+            for layer, problem in cells:
+                named = {"layer": layer.name, "suite": layer.suite}
+                rows = [writer.write("slab", {**named, **row})
+                        for row in slab_times.measure(problem, own, seconds, groups)]  # fmt: skip
+                lines += _slab_lines(rows)
+    print("\n".join(text_table.lines(lines, numbers=6)))
+    print(f"\nresults: {writer.path}")
+    return OK
+
+
+def _slab_lines(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """A line for the three parts of a pass, which follow each other."""
+    lines = []
+    for whole, exchange, compute in zip(*[iter(rows)] * 3, strict=True):
+        facts = [whole["layer"], whole["pass"], whole["dtype"], whole["layout"], whole["scaling"], str(whole["ranks"])]
+        times = [f"{row['median_ms']:.3g}" for row in (whole, exchange, compute)]
+        lines.append([*facts, *times, f"{whole['efficiency']:.2f}", str(whole["exchanged_bytes"])])
+    return lines
 
 
 def _formulations(options: argparse.Namespace, device: torch.device) -> int:
