@@ -114,16 +114,19 @@ def computes(problem: Problem, config: Config, epilogue: Epilogue) -> bool:
 
 
 def arguments(
-    problem: Problem, epilogue: Epilogue | None = None, residual: Buffer | None = None, slopes: Buffer | None = None
-) -> dict[str, Any]:
-    """The three arguments of a kernel."""
+    problem: Problem, y: Buffer, epilogue: Epilogue | None = None, residual: Buffer | None = None,
+    slopes: Buffer | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """The three arguments of a kernel that writes ``y``. A residual of other strides is copied into the problem's
+    layout, in which y must be dense then."""
     step = 0
     found: dict[str, Any] = {"residual_ptr": None, "slopes": None, "EPILOGUE": None}
     if epilogue is None:
         return found
-    if residual is not None:
+    if residual is not None and residual.stride() != y.stride():
         layout = problem.memory_format
-        found["residual_ptr"] = copied(residual, lambda tensor: tensor.contiguous(memory_format=layout))
+        residual = copied(residual, lambda tensor: tensor.contiguous(memory_format=layout))
+    found["residual_ptr"] = residual
     if slopes is not None:
         found["slopes"], step = copied(slopes, torch.Tensor.contiguous), int(slopes.numel() > 1)
     elif epilogue.activation == "leaky_relu":

@@ -6,12 +6,14 @@ from itertools import cycle, product
 
 import pytest
 import torch
+from beside_torch import close
 from variant_cases import CPU, Case
 
 import tritonconv
-from tritonconv import epilogue as epilogues
-from tritonconv import epilogue_road
+from tritonconv import dispatch, epilogue_forward, epilogue_road
+from tritonconv.autotune.choose import Selection
 from tritonconv.epilogue import ACTIVATIONS, Epilogue, activated, finish
+from tritonconv.forced import pinned
 from tritonconv.kernels import triton_epilogue
 from tritonconv.kernels.registry import have_triton, variant, variants
 
@@ -137,6 +139,46 @@ def test_operands_of_other_strides():
     assert torch.equal(y, torch.nn.functional.prelu(z + one, slopes[:1]))
 
 
+@pytest.mark.parametrize("name", TAKING)
+def test_written_into_a_slice_at_once(name, monkeypatch):
+    """A residual beside the slice has its strides; one of other strides is added by torch's operations, in place."""
+    problem, _, x, weight, bias, residual, slopes = given(name)
+    parts = slice(1, 1 + problem.c_out)
+    buffer, wide = torch.full((2, problem.n, problem.c_out + 2, *problem.out_size), 7.0)
+    wide[:, parts] = residual
+    with tritonconv.use(name), torch.no_grad():
+
+        def call(residual=residual, **more):
+            arguments = x, weight, bias, problem.stride, problem.crop
+            return tritonconv.conv_transpose3d(*arguments, activation=("prelu", slopes), residual=residual, **more)
+
+        want = call()
+        close(call(out=buffer[:, parts]), want)
+        monkeypatch.setattr(epilogue_forward, "finish", None)
+        for out, r in ((buffer[:, parts], wide[:, parts]), (torch.empty_like(want), wide[:, parts])):
+            assert call(r, out=out.fill_(7)) is out and torch.equal(out, want)
+    assert (buffer[:, :1] == 7).all() and (buffer[:, -1:] == 7).all()
+
+
+def test_the_backward_reads_the_weight_that_the_forward_packed():
+    problem, _, x, weight, bias, residual, slopes = given("forward_gather", case=FEW._replace(channels=(2, 3)))
+    pair = [variant(name) for name in ("forward_gather", "backward_data_gemm")]
+    chosen = [Selection(each, {**each.default(problem, CPU), "WEIGHT": 1}, "the test's") for each in pair]
+    for epilogue in (Epilogue("relu"), Epilogue("gelu"), Epilogue("tanh", rounding="torch")):
+        dispatch.forget()
+        with pinned(*chosen):
+            y = tritonconv.conv_transpose3d(
+                x.requires_grad_(), weight, bias, problem.stride, problem.crop,
+                activation=epilogue.activation, rounding=epilogue.rounding,
+            )  # fmt: skip
+            (grad_x,) = torch.autograd.grad(y, x, residual)
+            replays = dispatch.plan(problem, CPU).replays
+        z = torch.conv_transpose3d(x, weight, bias, problem.stride, problem.crop)
+        close(grad_x, torch.autograd.grad(activated(z, epilogue, slopes), x, residual)[0])
+        (kind,) = replays["backward_data"].kept.values()
+        assert "transpose_kernel" not in [kernel.name for kernel in kind.program.kernels], epilogue
+
+
 def test_groups_have_their_own_channels():
     case = SHUFFLED._replace(channels=(4, 8), groups=2)
     epilogue = Epilogue("prelu", residual=True)
@@ -170,7 +212,7 @@ def test_a_call_runs_it_in_the_kernel(monkeypatch):
     problem, _, x, weight, bias, residual, slopes = given("forward_phases")
     want = finish(torch.conv_transpose3d(x, weight, bias, problem.stride, problem.crop), Epilogue(
         "prelu", residual=True), None, residual, slopes)  # fmt: skip
-    for module in (epilogues, epilogue_road):
+    for module in (epilogue_forward, epilogue_road):
         monkeypatch.setattr(module, "finish", None)
     with tritonconv.use("forward_phases"), torch.no_grad():
         y = tritonconv.conv_transpose3d(
