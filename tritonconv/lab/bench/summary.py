@@ -179,10 +179,8 @@ def summary(run: Run) -> str:
     else:
         lines += ["", f"speed-up over {BASELINE} in the same layout, median of the ratios of neighbouring calls:", ""]
         lines += _table([group for each in per_variant.values() for group in each])
-        lines += [
-            "",
-            f"p5: 5th percentile of the layers; faster: 20th percentile of the pairs above 1; slower: 80th percentile below {FLOOR:g}",
-        ]
+        legend = "p5: 5th percentile of the layers; faster: 20th percentile of the pairs above 1; slower: 80th below"
+        lines += ["", f"{legend} {FLOOR:g}"]
         if band is not None:
             lines[-1] += f"; each beyond the null rows, {band}"
         classes = _in_classes(run)
