@@ -206,6 +206,10 @@ def test_declined_where_others_add_up_the_sums_or_the_bits_are_torchs():
     assert takes(problem, config, Epilogue("relu")) and not takes(problem, {**config, "SPLITS": 2}, Epilogue("relu"))
     assert takes(problem, config, Epilogue("relu", rounding="torch"))
     assert not takes(problem, config, Epilogue("gelu", rounding="torch"))
+    for columns, fits in ((64, True), (128, False)):  # 64 and 128 sums of a thread
+        tile = {**config, "BLOCK_M": 128, "BLOCK_N": columns, "num_warps": 4}
+        assert takes(problem, tile, Epilogue("relu"))
+        assert takes(problem, tile, Epilogue("gelu")) is takes(problem, tile, Epilogue(None, residual=True)) is fits
 
 
 def test_a_call_runs_it_in_the_kernel(monkeypatch):
