@@ -24,13 +24,14 @@ LAYOUTS = ("ncdhw", "ndhwc")
 SHUFFLED = Case(n=1, channels=(2, 8), size=(1, 1, 3), kernel=(1, 1, 2), stride=(1, 1, 2))
 OVERLAPPED = SHUFFLED._replace(kernel=(1, 1, 3), front=(0, 0, 1), back=(0, 0, 1))
 FEW = OVERLAPPED._replace(channels=(2, 2))
+DEPTHWISE = OVERLAPPED._replace(channels=(3, 3), groups=3, kernel=(1, 3, 3), stride=(1, 2, 2))
 TAKING = [each.name for each in variants("forward") if each.epilogue is not None]
 
 
 def given(name: str, dtype=FLOAT, layout="ncdhw", case=None):
     """(problem, default config, x, weight, bias, residual, slopes), of which every exact sum is a float32."""
     if case is None:
-        cases = (OVERLAPPED, SHUFFLED, FEW)
+        cases = (OVERLAPPED, SHUFFLED, FEW, DEPTHWISE)
         case = next(each for each in cases if variant(name).supports(each.problem(dtype, layout), CPU) is None)
     problem = case.problem(dtype, layout)
     torch.manual_seed(0)
@@ -60,8 +61,9 @@ def near(y, z, epilogue, slopes) -> bool:
 
 def test_the_kernels_that_take_one():
     assert set(TAKING) >= {
-        "forward_gather", "forward_overlap", "forward_phases", "forward_phases_packed", "forward_shuffle",
-        "forward_shuffle_given", "forward_shuffle_resident",
+        "forward_depthwise", "forward_depthwise_cells", "forward_gather", "forward_overlap", "forward_overlap_planes",
+        "forward_phases", "forward_phases_packed", "forward_shuffle", "forward_shuffle_given",
+        "forward_shuffle_resident",
     }  # fmt: skip
 
 
@@ -69,9 +71,11 @@ def test_the_kernels_that_take_one():
 def test_every_combination_is_rounded_once(name):
     kinds = cycle(product((FLOAT, HALF), LAYOUTS))
     of_kind = {kind: given(name, *kind) for kind in product((FLOAT, HALF), LAYOUTS)}
-    sums = {kind: torch.conv_transpose3d(
-        made[2].double(), made[3].double(), None, made[0].stride, made[0].crop) for kind, made in of_kind.items()
-    }  # fmt: skip
+    sums = {}
+    for kind, (problem, _, x, weight, *_) in of_kind.items():
+        sums[kind] = torch.conv_transpose3d(
+            x.double(), weight.double(), None, problem.stride, problem.crop, 0, problem.groups
+        )
     for activation, with_residual, with_bias in product((None, *ACTIVATIONS), (True, False), (True, False)):
         kind = next(kinds)
         if not with_residual and not with_bias:
@@ -149,7 +153,7 @@ def test_written_into_a_slice_at_once(name, monkeypatch):
     with tritonconv.use(name), torch.no_grad():
 
         def call(residual=residual, **more):
-            arguments = x, weight, bias, problem.stride, problem.crop
+            arguments = x, weight, bias, problem.stride, problem.crop, 0, problem.groups
             return tritonconv.conv_transpose3d(*arguments, activation=("prelu", slopes), residual=residual, **more)
 
         want = call()
@@ -206,6 +210,10 @@ def test_declined_where_others_add_up_the_sums_or_the_bits_are_torchs():
     assert takes(problem, config, Epilogue("relu")) and not takes(problem, {**config, "SPLITS": 2}, Epilogue("relu"))
     assert takes(problem, config, Epilogue("relu", rounding="torch"))
     assert not takes(problem, config, Epilogue("gelu", rounding="torch"))
+    for columns, fits in ((64, True), (128, False)):  # 64 and 128 sums of a thread
+        tile = {**config, "BLOCK_M": 128, "BLOCK_N": columns, "num_warps": 4}
+        assert takes(problem, tile, Epilogue("relu"))
+        assert takes(problem, tile, Epilogue("gelu")) is takes(problem, tile, Epilogue(None, residual=True)) is fits
 
 
 def test_a_call_runs_it_in_the_kernel(monkeypatch):

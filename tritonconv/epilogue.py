@@ -156,7 +156,8 @@ def check_operands(y_shape, like: torch.Tensor, residual, slopes) -> None:
     like ``like``, or for slopes that do not belong to its channels."""
     if residual is not None and tuple(residual.shape) != tuple(y_shape):
         raise ArgumentError(f"{OP}: residual expects the shape of y {tuple(y_shape)}, got {tuple(residual.shape)}")
-    if slopes is not None and (slopes.dim() != 1 or slopes.shape[0] not in (1, y_shape[-4])):
+    # Two comparisons: torch.compile does not find a size that is symbolic ``in`` a tuple.
+    if slopes is not None and (slopes.dim() != 1 or (slopes.shape[0] != 1 and slopes.shape[0] != y_shape[-4])):
         raise ArgumentError(
             f"{OP}: prelu expects slopes of shape (1,) or ({y_shape[-4]},), one per output channel, "
             f"got {tuple(slopes.shape)}"
