@@ -16,7 +16,7 @@ import triton.language as tl
 
 from tritonconv.kernels import triton_patches as patch
 from tritonconv.kernels.targets import MULTIPROCESSORS
-from tritonconv.kernels.triton_device import aligned, ceil_div, dividers, product, store_tile, voxel_tiles, widened
+from tritonconv.kernels.triton_device import aligned, ceil_div, dividers, store_tile, voxel_tiles, widened
 from tritonconv.kernels.triton_launch import (
     RUN_TIME,
     Y_STRIDES,
@@ -33,6 +33,7 @@ from tritonconv.kernels.triton_patches import (
     dense_places,
     multiplied,
     padded,
+    part_count,
     part_places,
     patches,
     refused,
@@ -56,7 +57,6 @@ def backward_data_patches_kernel(
     strides, y_n, y_c, y_d, y_h, y_w,  # of the weight; grad_y's
     LAYER: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     X_STEP: tl.constexpr,  # divides d_in * h_in * w_in where these lie innermost; 0 where the channels do
-    PARTS: tl.constexpr, SIDES: tl.constexpr,  # of a patch; threads that load a voxel's
     FLIPPED: tl.constexpr,  # the patches are the right operand, always one in shared memory
     UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -66,6 +66,7 @@ def backward_data_patches_kernel(
     """
     C_IN: tl.constexpr = LAYER.C_IN
     C_OUT: tl.constexpr = LAYER.C_OUT
+    PARTS: tl.constexpr = part_count(LAYER, BLOCK_K)
     (w_strides,) = aligned(strides, UNITS)
     grad_y_strides = (y_n, y_c, y_d, y_h, y_w)
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
@@ -75,7 +76,7 @@ def backward_data_patches_kernel(
     mask_n = offs_n < C_IN
     w_tiles = ()
     for part in tl.static_range(PARTS):
-        place, there = part_places(LAYER, BLOCK_K, SIDES, part)
+        place, there = part_places(LAYER, BLOCK_K, part)
         w_rows = widened(place % C_OUT, WIDE) * w_strides[0] + widened(place // C_OUT, WIDE) * w_strides[2]
         w_mask = there[:, None] & mask_n[None, :]
         w_tile = tl.load(w_ptr + (w_rows[:, None] + (offs_n * w_strides[1])[None, :]), mask=w_mask, other=0.0)
@@ -88,21 +89,21 @@ def backward_data_patches_kernel(
     # in shared memory; made in their own turn they would be one in registers.
     following = patches(
         grad_y_ptr, grad_y_strides, first, n, size, out_size, crop, by,
-        LAYER=LAYER, BLOCK=BLOCK_M, PLACES=BLOCK_K, WIDE=WIDE, SIDES=SIDES,
+        LAYER=LAYER, BLOCK=BLOCK_M, PLACES=BLOCK_K, WIDE=WIDE,
     )  # fmt: skip
     for tile in range(first, voxel_tiles(n, size, BLOCK_M, 0, WIDE), walkers):
         acc = multiplied(following, w_tiles[0], None, FLIPPED, PRECISION)
         for part in tl.static_range(1, PARTS):
             following = patches(
                 grad_y_ptr, grad_y_strides, tile, n, size, out_size, crop, by,
-                LAYER=LAYER, BLOCK=BLOCK_M, PLACES=BLOCK_K, WIDE=WIDE, SIDES=SIDES, PART=part,
+                LAYER=LAYER, BLOCK=BLOCK_M, PLACES=BLOCK_K, WIDE=WIDE, PART=part,
             )  # fmt: skip
             acc = multiplied(following, w_tiles[part], acc, FLIPPED, PRECISION)
         if FLIPPED:
             acc = tl.trans(acc)
         following = patches(
             grad_y_ptr, grad_y_strides, tile + walkers, n, size, out_size, crop, by,
-            LAYER=LAYER, BLOCK=BLOCK_M, PLACES=BLOCK_K, WIDE=WIDE, SIDES=SIDES,
+            LAYER=LAYER, BLOCK=BLOCK_M, PLACES=BLOCK_K, WIDE=WIDE,
         )  # fmt: skip
         voxel = widened(tile, WIDE) * BLOCK_M + tl.arange(0, BLOCK_M)
         rows, columns = dense_places(voxel, offs_n, count, C_IN, X_STEP)
@@ -128,8 +129,6 @@ def launches(problem, config, grad_y, weight):
         **scalar_strides(grad_y),
         BLOCK_K=padded(problem, LEAST_DEPTH),
         X_STEP=patch.voxel_step(problem),
-        PARTS=patch.patch_parts(problem),
-        SIDES=patch.sides(problem),
         FLIPPED=patch.flipped(problem),
         WIDE=wide(grad_y, weight, grad_x, of=problem),
         PRECISION=precision(problem.dtype),
@@ -178,10 +177,10 @@ def space(problem: Problem, device: torch.device):
 
 def work(problem: Problem, config: Config) -> Work:
     count = programs(problem, config, MULTIPROCESSORS * config["RESIDENT"])
-    again = 1 if config["WEIGHT"] else 0
+    again, sums = 1 if config["WEIGHT"] else 0, config["BLOCK_N"] // patch.sides(problem)
     return patch.patch_work(
         problem, "backward_data", config, _tiles(problem, config) * _columns(problem, config), count,
-        least=LEAST_DEPTH, sums=config["BLOCK_N"] // patch.sides(problem), moved=2 * again * size_of(problem, "weight"), launches=1 + again,
+        least=LEAST_DEPTH, sums=sums, moved=2 * again * size_of(problem, "weight"), launches=1 + again,
     )  # fmt: skip
 
 

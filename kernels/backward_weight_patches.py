@@ -23,6 +23,7 @@ from tritonconv.kernels.triton_patches import (
     dense_places,
     multiplied,
     padded,
+    part_count,
     part_places,
     patches,
     refused,
@@ -50,8 +51,6 @@ def backward_weight_patches_kernel(
     LAYER: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     BIAS_V: tl.constexpr, BIAS_C: tl.constexpr, BIAS_W: tl.constexpr,
     X_STEP: tl.constexpr,  # divides d_in * h_in * w_in where these lie innermost; 0 where the channels do
-    PARTS: tl.constexpr, SIDES: tl.constexpr,  # of a patch, which have BLOCK_M rows each; threads that load a voxel's
-    FLIPPED: tl.constexpr,  # the patches are the right operand, always one in shared memory
     WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A program owns BLOCK_N input channels of grad_weight, all taps and output channels, and one of ``splits`` chunks
@@ -61,6 +60,8 @@ def backward_weight_patches_kernel(
     """
     C_IN: tl.constexpr = LAYER.C_IN
     C_OUT: tl.constexpr = LAYER.C_OUT
+    PARTS: tl.constexpr = part_count(LAYER, BLOCK_M)
+    FLIPPED: tl.constexpr = PARTS > 1  # the patches are the right operand, always one in shared memory
     grad_y_strides = (y_n, y_c, y_d, y_h, y_w)
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     ROWS: tl.constexpr = product(LAYER.KERNEL) * C_OUT
@@ -87,7 +88,7 @@ def backward_weight_patches_kernel(
     # The next tile's patches are on their way during this one's product.
     following = patches(
         grad_y_ptr, grad_y_strides, first, n, size, out_size, crop, by,
-        LAYER=LAYER, BLOCK=BLOCK_K, PLACES=BLOCK_M, WIDE=WIDE, SIDES=SIDES,
+        LAYER=LAYER, BLOCK=BLOCK_K, PLACES=BLOCK_M, WIDE=WIDE,
     )  # fmt: skip
     accs = ()
     for _ in tl.static_range(PARTS):
@@ -107,18 +108,18 @@ def backward_weight_patches_kernel(
         for part in tl.static_range(1, PARTS):
             following = patches(
                 grad_y_ptr, grad_y_strides, tile, n, size, out_size, crop, by,
-                LAYER=LAYER, BLOCK=BLOCK_K, PLACES=BLOCK_M, WIDE=WIDE, SIDES=SIDES, PART=part,
+                LAYER=LAYER, BLOCK=BLOCK_K, PLACES=BLOCK_M, WIDE=WIDE, PART=part,
             )  # fmt: skip
             acc = multiplied(tl.trans(following), x_tile, accs[part], FLIPPED, PRECISION)
             sums = sums + (acc,)  # type: ignore[assignment]  # noqa: RUF005
         accs = sums  # type: ignore[assignment]
         following = patches(
             grad_y_ptr, grad_y_strides, tile + 1, n, size, out_size, crop, by,
-            LAYER=LAYER, BLOCK=BLOCK_K, PLACES=BLOCK_M, WIDE=WIDE, SIDES=SIDES,
+            LAYER=LAYER, BLOCK=BLOCK_K, PLACES=BLOCK_M, WIDE=WIDE,
         )  # fmt: skip
 
     for part in tl.static_range(PARTS):
-        row, there = part_places(LAYER, BLOCK_M, SIDES, part)
+        row, there = part_places(LAYER, BLOCK_M, part)
         places = widened(split, WIDE) * (ROWS * C_IN) + (row * C_IN)[:, None] + offs_n[None, :]
         acc = tl.trans(accs[part]) if FLIPPED else accs[part]  # type: ignore[misc]
         tl.store(partial_ptr + places, acc, mask=there[:, None] & mask_n[None, :])
@@ -140,9 +141,6 @@ def launches(problem, config, x, grad_y, need_bias):
         gemm(problem).programs(_whole(problem, config), need_bias),
         BLOCK_M=padded(problem, LEAST_ROWS),
         X_STEP=patch.voxel_step(problem),
-        PARTS=patch.patch_parts(problem),
-        SIDES=patch.sides(problem),
-        FLIPPED=patch.flipped(problem),
         WIDE=wide(sums.x, grad_y, sums.partial, of=problem),
         PRECISION=precision(problem.dtype),
     )

@@ -23,7 +23,8 @@ from tritonconv.problem import Problem
 
 MOST_CHANNELS = 5  # output channels; more are wide enough to be loaded side by side
 DEEPEST = {2: 128, 4: 64}  # places of a patch, by the bytes of an element: each has a register of a thread
-MOST_PLACES, PART, PARTED_SIDES = 256, 64, 2  # of a longer patch, which two threads load in parts of so many places
+# Of a longer patch: threads, each of which loads the places of a part of the taps along d, in parts of so many places.
+MOST_PLACES, PARTED_SIDES, PART = 256, 2, 64
 WIDEST, LONG = 64, 64  # columns of a program; places of a patch above which half as many fit the registers
 MOST_RESIDENT = 4  # programs per multiprocessor, where its registers allow
 REGISTERS = 1 << 16  # of a multiprocessor
@@ -39,10 +40,25 @@ def levels(BLOCK):
 
 
 @triton.constexpr_function
-def part_filled(KERNEL, C_OUT, PLACES, SIDES, PART):
-    """Places of a side that a part of a patch has."""
-    run, whole = int(PLACES) // int(SIDES), math.prod(int(taps) for taps in KERNEL) * int(C_OUT) // int(SIDES)
-    return min(run, whole - int(PART) * run)
+def patch_sides(LAYER, PLACES):
+    """Threads that load a voxel's patch, in parts of PLACES: one where it has a part alone."""
+    whole = math.prod(int(taps) for taps in LAYER.KERNEL) * int(LAYER.C_OUT)
+    return PARTED_SIDES if whole > int(PLACES) else 1
+
+
+@triton.constexpr_function
+def part_count(LAYER, PLACES):
+    """Parts of a patch."""
+    return -(-math.prod(int(taps) for taps in LAYER.KERNEL) * int(LAYER.C_OUT) // int(PLACES))
+
+
+@triton.constexpr_function
+def part_filled(LAYER, PLACES, PART):
+    """Places that a part has of each side of a patch."""
+    whole = math.prod(int(taps) for taps in LAYER.KERNEL) * int(LAYER.C_OUT)
+    sides = PARTED_SIDES if whole > int(PLACES) else 1
+    run = int(PLACES) // sides
+    return min(run, whole // sides - int(PART) * run)
 
 
 @triton.jit
@@ -92,21 +108,21 @@ def sided_voxels(tile, n, size, BLOCK: tl.constexpr, SIDES: tl.constexpr, WIDE: 
 @triton.jit
 def patches(
     grad_y_ptr, strides, tile, n, size, out_size, crop, by,
-    LAYER: tl.constexpr, BLOCK: tl.constexpr, PLACES: tl.constexpr, WIDE: tl.constexpr, SIDES: tl.constexpr = 1,
-    PART: tl.constexpr = 0,
+    LAYER: tl.constexpr, BLOCK: tl.constexpr, PLACES: tl.constexpr, WIDE: tl.constexpr, PART: tl.constexpr = 0,
 ):  # fmt: skip
     """A part of the patches of a tile of BLOCK voxels, (BLOCK, PLACES); zeros beyond the last place, and of voxels not
     there. The columns are the places of :func:`part_places`.
 
-    ``by``: the dividers of ``size``, or None where WIDE. SIDES threads load a voxel's places, each those of its taps
-    along d.
+    ``by``: the dividers of ``size``, or None where WIDE. Where a patch has several parts two threads load a voxel's
+    places, each those of half the taps along d.
     """
     KERNEL: tl.constexpr = LAYER.KERNEL
     STRIDE: tl.constexpr = LAYER.STRIDE
     DILATION: tl.constexpr = LAYER.DILATION
+    SIDES: tl.constexpr = patch_sides(LAYER, PLACES)
     TAPS_D: tl.constexpr = KERNEL[0] // SIDES
     FIRST: tl.constexpr = PART * (PLACES // SIDES)
-    FILLED: tl.constexpr = part_filled(KERNEL, LAYER.C_OUT, PLACES, SIDES, PART)
+    FILLED: tl.constexpr = part_filled(LAYER, PLACES, PART)
     if SIDES > 1:
         image, d, h, w, mask, side = sided_voxels(tile, n, size, BLOCK, SIDES, WIDE, by)
     else:
@@ -141,9 +157,10 @@ def patches(
 
 
 @triton.jit
-def part_places(LAYER: tl.constexpr, PLACES: tl.constexpr, SIDES: tl.constexpr, PART: tl.constexpr):
+def part_places(LAYER: tl.constexpr, PLACES: tl.constexpr, PART: tl.constexpr):
     """The places in a part of a patch, (PLACES,), and which of them there are: a run of each side's."""
     place = tl.arange(0, PLACES)
+    SIDES: tl.constexpr = patch_sides(LAYER, PLACES)
     WHOLE: tl.constexpr = product(LAYER.KERNEL) * LAYER.C_OUT
     if SIDES > 1:
         RUN: tl.constexpr = PLACES // SIDES
@@ -158,9 +175,10 @@ def part_places(LAYER: tl.constexpr, PLACES: tl.constexpr, SIDES: tl.constexpr, 
 def multiplied(left, right, acc, FLIPPED: tl.constexpr, PRECISION: tl.constexpr):
     """``acc`` (None: zeros) plus left times right; with FLIPPED all of them and the result are the other way round."""
     if FLIPPED:
-        return tl.dot(tl.trans(right), tl.trans(left), acc, input_precision=PRECISION)
+        acc = tl.dot(tl.trans(right), tl.trans(left), acc, input_precision=PRECISION)
     else:
-        return tl.dot(left, right, acc, input_precision=PRECISION)
+        acc = tl.dot(left, right, acc, input_precision=PRECISION)
+    return acc
 
 
 @triton.jit
@@ -214,13 +232,13 @@ def divisible(problem: Problem) -> bool:
 
 
 def sides(problem: Problem) -> int:
-    """SIDES: threads that load a voxel's patch."""
+    """Threads that load a voxel's patch."""
     return PARTED_SIDES if places(problem) > DEEPEST[problem.dtype.itemsize] else 1
 
 
 def patch_parts(problem: Problem) -> int:
-    """PARTS of a patch."""
-    return parts(places(problem) // PARTED_SIDES, PART // PARTED_SIDES) if sides(problem) > 1 else 1
+    """Of a patch."""
+    return parts(places(problem), PART) if sides(problem) > 1 else 1
 
 
 def flipped(problem: Problem) -> bool:
