@@ -32,7 +32,6 @@ from tritonconv.kernels.triton_launch import launch as run
 from tritonconv.kernels.triton_patches import (
     dense_places,
     multiplied,
-    padded,
     part_count,
     part_places,
     patches,
@@ -55,9 +54,8 @@ def backward_data_patches_kernel(
     grad_x_ptr,  # (n, c_in, d, h, w), dense, or (n, d, h, w, c_in) where X_STEP is 0
     n, d_in, h_in, w_in, d_out, h_out, w_out, d_crop, h_crop, w_crop,
     strides, y_n, y_c, y_d, y_h, y_w,  # of the weight; grad_y's
-    LAYER: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    LAYER: tl.constexpr, PATCH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     X_STEP: tl.constexpr,  # divides d_in * h_in * w_in where these lie innermost; 0 where the channels do
-    FLIPPED: tl.constexpr,  # the patches are the right operand, always one in shared memory
     UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A program owns BLOCK_N input channels of every so many-th tile of BLOCK_M voxels of grad_x.
@@ -66,6 +64,8 @@ def backward_data_patches_kernel(
     """
     C_IN: tl.constexpr = LAYER.C_IN
     C_OUT: tl.constexpr = LAYER.C_OUT
+    BLOCK_K: tl.constexpr = PATCH.PLACES
+    FLIPPED: tl.constexpr = PATCH.FLIPPED
     PARTS: tl.constexpr = part_count(LAYER, BLOCK_K)
     (w_strides,) = aligned(strides, UNITS)
     grad_y_strides = (y_n, y_c, y_d, y_h, y_w)
@@ -92,7 +92,7 @@ def backward_data_patches_kernel(
         LAYER=LAYER, BLOCK=BLOCK_M, PLACES=BLOCK_K, WIDE=WIDE,
     )  # fmt: skip
     for tile in range(first, voxel_tiles(n, size, BLOCK_M, 0, WIDE), walkers):
-        acc = multiplied(following, w_tiles[0], None, FLIPPED, PRECISION)
+        acc = multiplied(following, w_tiles[0], None, FLIPPED, PRECISION)  # type: ignore[misc]
         for part in tl.static_range(1, PARTS):
             following = patches(
                 grad_y_ptr, grad_y_strides, tile, n, size, out_size, crop, by,
@@ -127,9 +127,8 @@ def launches(problem, config, grad_y, weight):
         **geometry(problem, backward_data_patches_kernel),
         strides=(oriented(weight, "backward_data"),),
         **scalar_strides(grad_y),
-        BLOCK_K=padded(problem, LEAST_DEPTH),
+        PATCH=patch.form(problem, LEAST_DEPTH),
         X_STEP=patch.voxel_step(problem),
-        FLIPPED=patch.flipped(problem),
         WIDE=wide(grad_y, weight, grad_x, of=problem),
         PRECISION=precision(problem.dtype),
     )

@@ -48,7 +48,7 @@ def backward_weight_patches_kernel(
     bias_partial_ptr,  # (splits, c_out), dense, float32, or None
     n, d_in, h_in, w_in, d_out, h_out, w_out, d_crop, h_crop, w_crop,
     splits, y_n, y_c, y_d, y_h, y_w,  # grad_y's strides
-    LAYER: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    LAYER: tl.constexpr, PATCH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     BIAS_V: tl.constexpr, BIAS_C: tl.constexpr, BIAS_W: tl.constexpr,
     X_STEP: tl.constexpr,  # divides d_in * h_in * w_in where these lie innermost; 0 where the channels do
     WIDE: tl.constexpr, PRECISION: tl.constexpr,
@@ -60,8 +60,9 @@ def backward_weight_patches_kernel(
     """
     C_IN: tl.constexpr = LAYER.C_IN
     C_OUT: tl.constexpr = LAYER.C_OUT
+    BLOCK_M: tl.constexpr = PATCH.PLACES
+    FLIPPED: tl.constexpr = PATCH.FLIPPED
     PARTS: tl.constexpr = part_count(LAYER, BLOCK_M)
-    FLIPPED: tl.constexpr = PARTS > 1  # the patches are the right operand, always one in shared memory
     grad_y_strides = (y_n, y_c, y_d, y_h, y_w)
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     ROWS: tl.constexpr = product(LAYER.KERNEL) * C_OUT
@@ -104,7 +105,7 @@ def backward_weight_patches_kernel(
         else:
             x_ptrs = x_ptr + (rows[:, None] + columns[None, :])
             x_tile = tl.load(x_ptrs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
-        sums = (multiplied(tl.trans(following), x_tile, accs[0], FLIPPED, PRECISION),)
+        sums = (multiplied(tl.trans(following), x_tile, accs[0], FLIPPED, PRECISION),)  # type: ignore[misc]
         for part in tl.static_range(1, PARTS):
             following = patches(
                 grad_y_ptr, grad_y_strides, tile, n, size, out_size, crop, by,
@@ -139,7 +140,7 @@ def launches(problem, config, x, grad_y, need_bias):
     sums.launch(
         backward_weight_patches_kernel,
         gemm(problem).programs(_whole(problem, config), need_bias),
-        BLOCK_M=padded(problem, LEAST_ROWS),
+        PATCH=patch.form(problem, LEAST_ROWS),
         X_STEP=patch.voxel_step(problem),
         WIDE=wide(sums.x, grad_y, sums.partial, of=problem),
         PRECISION=precision(problem.dtype),

@@ -8,6 +8,7 @@ constant of the code, so its address is the voxel's and a constant, and one comp
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -31,6 +32,13 @@ REGISTERS = 1 << 16  # of a multiprocessor
 # Instructions of a thread in a step, for each place of its patch and each column, seen in the compiled loops (Triton
 # 3.6.0, sm_90): 490 for 64 places and 64 columns, 263 for 27 and 16.
 PER_STEP, PER_PLACE, PER_COLUMN = 120, 4.7, 1.2
+
+
+class Patch(NamedTuple):
+    """The argument PATCH of a kernel."""
+
+    PLACES: int  # of a part, a power of two: BLOCK_M or BLOCK_K of the tiles
+    FLIPPED: bool  # the patches are the right operand, which is always in shared memory
 
 
 @triton.constexpr_function
@@ -241,16 +249,16 @@ def patch_parts(problem: Problem) -> int:
     return parts(places(problem), PART) if sides(problem) > 1 else 1
 
 
-def flipped(problem: Problem) -> bool:
-    """FLIPPED: on Hopper a part that is put together in its own turn would be a left operand in registers."""
-    return patch_parts(problem) > 1 and 90 <= compute_capability() < 100
-
-
 def padded(problem: Problem, least: int) -> int:
     """The places of a part, a power of two."""
     if sides(problem) > 1:
         return PART
     return tiles.power_of_two(places(problem), least, max(DEEPEST.values()))
+
+
+def form(problem: Problem, least: int) -> Patch:
+    """PATCH. On Hopper a part that is put together in its own turn would be a left operand in registers."""
+    return Patch(padded(problem, least), patch_parts(problem) > 1 and 90 <= compute_capability() < 100)
 
 
 def voxels_of(problem: Problem, warps: int) -> int:

@@ -108,10 +108,9 @@ def _candidates(problem: Problem) -> list[Config]:
             "num_warps": 8 if m * n >= 128 * 128 or m == 256 or (half and narrow) else 4,
             "num_stages": 4,
         }
+        counts = list(chunks(problem, config)[:3])
         if small:
-            counts = (1,) if 3 * programs(problem, config) >= MULTIPROCESSORS else ()
-        else:
-            counts = chunks(problem, config)[:3]
+            counts = [1] if 3 * programs(problem, config) >= MULTIPROCESSORS else []
         configs += [{**config, "SPLITS": splits} for splits in counts]
     return configs
 
