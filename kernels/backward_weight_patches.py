@@ -175,7 +175,11 @@ def default(problem: Problem, device: torch.device):
     columns = patch.columns(problem)
     if problem.dtype.itemsize == 4 and 0 < compute_capability() < 90:  # spills on sm_80
         columns = max(16, columns // 2)
-    return _config(problem, 4 * patch.sides(problem), columns)
+    config = _config(problem, 4 * patch.sides(problem), columns)
+    while patch.shared_of(problem, config, LEAST_ROWS) > shared_bytes() and columns > 16:  # of an sm_86
+        columns //= 2
+        config = _config(problem, 4 * patch.sides(problem), columns)
+    return config
 
 
 def space(problem: Problem, device: torch.device):

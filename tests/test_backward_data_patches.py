@@ -25,7 +25,7 @@ CASES = {
     # Longer patches than a thread has room for: two load them, in parts; of the second the last part is half empty.
     "192 places": Case(n=1, channels=(20, 3), size=(3, 5, 6), kernel=4, stride=2, front=3, back=(3, 1, 3)),
     "160 places": Case(
-        n=2, channels=(9, 5), size=(2, 4, 8), kernel=(2, 4, 4), stride=(1, 2, 3), dilation=(2, 1, 1), front=1
+        n=2, channels=(70, 5), size=(2, 4, 8), kernel=(2, 4, 4), stride=(1, 2, 3), dilation=(2, 1, 1), front=1
     ),
     "one tap of a stride": Case(n=1, channels=(17, 4), size=(2, 9, 9), kernel=1, stride=2, extra=1),
 }
