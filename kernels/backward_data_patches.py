@@ -16,7 +16,7 @@ import triton.language as tl
 
 from tritonconv.kernels import triton_patches as patch
 from tritonconv.kernels.targets import MULTIPROCESSORS
-from tritonconv.kernels.triton_device import aligned, ceil_div, dividers, store_tile, voxel_tiles, widened
+from tritonconv.kernels.triton_device import aligned, ceil_div, dividers, product, store_tile, voxel_tiles, widened
 from tritonconv.kernels.triton_launch import (
     RUN_TIME,
     Y_STRIDES,
@@ -66,7 +66,7 @@ def backward_data_patches_kernel(
     C_OUT: tl.constexpr = LAYER.C_OUT
     BLOCK_K: tl.constexpr = PATCH.PLACES
     FLIPPED: tl.constexpr = PATCH.FLIPPED
-    PARTS: tl.constexpr = part_count(LAYER, BLOCK_K)
+    PARTS: tl.constexpr = part_count(product(LAYER.KERNEL) * C_OUT, BLOCK_K)
     (w_strides,) = aligned(strides, UNITS)
     grad_y_strides = (y_n, y_c, y_d, y_h, y_w)
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)

@@ -62,10 +62,10 @@ def backward_weight_patches_kernel(
     C_OUT: tl.constexpr = LAYER.C_OUT
     BLOCK_M: tl.constexpr = PATCH.PLACES
     FLIPPED: tl.constexpr = PATCH.FLIPPED
-    PARTS: tl.constexpr = part_count(LAYER, BLOCK_M)
     grad_y_strides = (y_n, y_c, y_d, y_h, y_w)
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     ROWS: tl.constexpr = product(LAYER.KERNEL) * C_OUT
+    PARTS: tl.constexpr = part_count(ROWS, BLOCK_M)
     COLUMNS: tl.constexpr = ceil_div(C_IN, BLOCK_N)
     BIAS_TILES: tl.constexpr = 0 if bias_partial_ptr is None else ceil_div(C_OUT, BIAS_C)
     pid = tl.program_id(0)

@@ -48,25 +48,23 @@ def levels(BLOCK):
 
 
 @triton.constexpr_function
-def patch_sides(LAYER, PLACES):
-    """Threads that load a voxel's patch, in parts of PLACES: one where it has a part alone."""
-    whole = math.prod(int(taps) for taps in LAYER.KERNEL) * int(LAYER.C_OUT)
-    return PARTED_SIDES if whole > int(PLACES) else 1
+def patch_sides(WHOLE, PLACES):
+    """Threads that load a voxel's patch of WHOLE places, in parts of PLACES: one where it has a part alone."""
+    return PARTED_SIDES if int(WHOLE) > int(PLACES) else 1
 
 
 @triton.constexpr_function
-def part_count(LAYER, PLACES):
+def part_count(WHOLE, PLACES):
     """Parts of a patch."""
-    return -(-math.prod(int(taps) for taps in LAYER.KERNEL) * int(LAYER.C_OUT) // int(PLACES))
+    return -(-int(WHOLE) // int(PLACES))
 
 
 @triton.constexpr_function
-def part_filled(LAYER, PLACES, PART):
+def part_filled(WHOLE, PLACES, PART):
     """Places that a part has of each side of a patch."""
-    whole = math.prod(int(taps) for taps in LAYER.KERNEL) * int(LAYER.C_OUT)
-    sides = PARTED_SIDES if whole > int(PLACES) else 1
+    sides = PARTED_SIDES if int(WHOLE) > int(PLACES) else 1
     run = int(PLACES) // sides
-    return min(run, whole // sides - int(PART) * run)
+    return min(run, int(WHOLE) // sides - int(PART) * run)
 
 
 @triton.jit
@@ -127,10 +125,11 @@ def patches(
     KERNEL: tl.constexpr = LAYER.KERNEL
     STRIDE: tl.constexpr = LAYER.STRIDE
     DILATION: tl.constexpr = LAYER.DILATION
-    SIDES: tl.constexpr = patch_sides(LAYER, PLACES)
+    WHOLE: tl.constexpr = product(KERNEL) * LAYER.C_OUT
+    SIDES: tl.constexpr = patch_sides(WHOLE, PLACES)
     TAPS_D: tl.constexpr = KERNEL[0] // SIDES
     FIRST: tl.constexpr = PART * (PLACES // SIDES)
-    FILLED: tl.constexpr = part_filled(LAYER, PLACES, PART)
+    FILLED: tl.constexpr = part_filled(WHOLE, PLACES, PART)
     if SIDES > 1:
         image, d, h, w, mask, side = sided_voxels(tile, n, size, BLOCK, SIDES, WIDE, by)
     else:
@@ -168,8 +167,8 @@ def patches(
 def part_places(LAYER: tl.constexpr, PLACES: tl.constexpr, PART: tl.constexpr):
     """The places in a part of a patch, (PLACES,), and which of them there are: a run of each side's."""
     place = tl.arange(0, PLACES)
-    SIDES: tl.constexpr = patch_sides(LAYER, PLACES)
     WHOLE: tl.constexpr = product(LAYER.KERNEL) * LAYER.C_OUT
+    SIDES: tl.constexpr = patch_sides(WHOLE, PLACES)
     if SIDES > 1:
         RUN: tl.constexpr = PLACES // SIDES
         within = PART * RUN + place % RUN
