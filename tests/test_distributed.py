@@ -58,7 +58,8 @@ def test_other_arguments_of_one_rank_are_an_error_on_each(found):
         "axis": "axis: rank 1 of the group has [3], rank 0 has [2]",
         "dtype": "dtype: rank 2 of the group",
         "input shape": "input shape without the axis: rank 3 of the group has [1, 2, 3, 2], rank 0 has [1, 2, 2, 2]",
-        "bias": "bias: rank 1 of the group has [0], rank 0 has [1]",
+        "bias": "bias (axes, values): rank 1 of the group has [0, 0], rank 0 has [1, 2]",
+        "bias shape": "bias (axes, values): rank 2 of the group has [1, 3], rank 0 has [1, 2]",
         "gradients": "gradients wanted (input, weight, bias): rank 1 of the group has [1, 0, 0]",
         "sizes": "sizes (their checksum): rank 2 of the group",
     }
@@ -75,6 +76,7 @@ def test_a_rank_that_refuses_its_own_arguments_is_an_error_on_each(found):
         "refuses its own": (2, "ArgumentError", "stride must be at least 1"),
         "refuses its own too": (3, "ArgumentTypeError", "torch.int64"),
         "sizes and a refusal": (2, "ArgumentError", "stride must be at least 1"),
+        "no tensor": (2, "ArgumentTypeError", "input expects a tensor, got 'x'"),
     }
     alike = {
         "channels": "but x has 3",
@@ -91,6 +93,10 @@ def test_a_rank_that_refuses_its_own_arguments_is_an_error_on_each(found):
             assert result[name]["error"] == error and text in result[name]["text"], (name, result[name])
         for name, text in alike.items():
             assert result[name]["error"] == "ArgumentError" and text in result[name]["text"], (name, result[name])
+        for name, text in (("axis 2.0", "axis expects an integer, got 2.0"), ("sizes of floats", "got [2.0, 2.0,")):
+            assert result[name]["error"] == "ArgumentTypeError" and text in result[name]["text"], (name, result[name])
+        late = result["refusal after all have met"]
+        assert (late["error"], late["seconds"] < 1) == ("ArgumentError" if number == 2 else "", True), late
         assert "call init_process_group first" in rank["no group"]["text"]
 
 
@@ -104,7 +110,7 @@ def test_a_rank_that_does_not_come_or_dies_is_an_error_within_the_timeout(found)
 
 
 def test_dtensors_with_spatial_shards_equal_the_whole_and_others_are_refused(found):
-    for rank in found:
+    for number, rank in enumerate(found):
         result = rank["placements"]
         assert result["wrong"] == []
         texts = {
@@ -118,6 +124,7 @@ def test_dtensors_with_spatial_shards_equal_the_whole_and_others_are_refused(fou
         for name, text in texts.items():
             assert result["refused"][name]["error"] == "ArgumentError", (name, result["refused"])
             assert text in result["refused"][name]["text"]
+        assert ("which this rank is not in" in result["refused"]["outside"]["text"]) == (number in (0, 2))
 
 
 def test_the_benchmark_of_slabs(found):
