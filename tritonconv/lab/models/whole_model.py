@@ -32,7 +32,7 @@ from tritonconv.lab.models import steps
 from tritonconv.lab.models.factories import Network, shown
 from tritonconv.lab.models.profiled_step import Operation, profiled
 from tritonconv.lab.models.recorded import recorded
-from tritonconv.lab.models.twins import DECODER, OURS_COMPILED, Wanted, twins
+from tritonconv.lab.models.twins import DECODER, OURS_COMPILED, Twins, Wanted, twins
 from tritonconv.precision import TF32, float32_precision
 
 STEP = "training step"
@@ -56,19 +56,20 @@ def head_of(network: Network, wanted: Wanted) -> dict[str, object]:
     return {"model": network.name, "inputs": shown(network.inputs), "layout": wanted.layout, "dtype": dtype}
 
 
-def measured(network: Network, wanted: Wanted, writer: Writer) -> None:
-    """Writes the rows of a network. Raises ArgumentError where it cannot be built or run as asked for."""
+def measured(network: Network, wanted: Wanted, writer: Writer, made: Twins | None = None) -> None:
+    """Writes the rows of a network; ``made`` are its :func:`twins`, where they are there already. Raises ArgumentError
+    where it cannot be built or run as asked for."""
     with gpu.cudnn_benchmark(wanted.device):
-        Measurement(network, wanted, writer)()
+        Measurement(network, wanted, writer, made)()
 
 
 class Measurement:
     """One network in one dtype and layout."""
 
-    def __init__(self, network: Network, wanted: Wanted, writer: Writer) -> None:
+    def __init__(self, network: Network, wanted: Wanted, writer: Writer, made: Twins | None = None) -> None:
         self.network, self.wanted, self.writer = network, wanted, writer
         self.head = head_of(network, wanted)
-        self.twins = twins(network, wanted)
+        self.twins = made or twins(network, wanted)
 
     def __call__(self) -> None:
         begin, seconds = perf_counter(), self.wanted.seconds
