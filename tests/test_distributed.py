@@ -13,6 +13,7 @@ import pytest
 from tritonconv.distributed import output_sizes, slabs
 from tritonconv.lab import cli
 from tritonconv.lab.bench import results
+from tritonconv.plots import html
 from tritonconv.problem import Axis
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -127,11 +128,12 @@ def test_dtensors_with_spatial_shards_equal_the_whole_and_others_are_refused(fou
         assert ("which this rank is not in" in result["refused"]["outside"]["text"]) == (number in (0, 2))
 
 
-def test_the_benchmark_of_slabs(found, monkeypatch):
+def test_the_benchmark_of_slabs(found, monkeypatch, tmp_path):
     """Strong and weak scaling on 1, 2 and 4 ranks; without torchrun it says how to start it."""
     assert [rank["benched"] for rank in found] == [0] * len(RANKS)
     (path,) = results.written(Path(found[0]["folder"]) / "results")
-    rows = results.read(path).slabs
+    run = results.read(path)
+    rows = run.slabs
     kinds = {(row["scaling"], row["ranks"], row["pass"], row["part"]) for row in rows}
     assert len(rows) == len(kinds) == 2 * 3 * 2 * 3
     for row in rows:
@@ -139,6 +141,7 @@ def test_the_benchmark_of_slabs(found, monkeypatch):
         assert row["exchanged_bytes"] == passes * planes * 2 * 2 * 3 * 4
         assert (row["efficiency"] is None) == (row["part"] != "total")
         assert row["efficiency"] in (None, 1) or row["ranks"] > 1
+    assert ">Slabs<" in html.write(run, tmp_path, {}).read_text()
     monkeypatch.setenv("RANK", "0")  # of no launcher that torch knows
     assert cli.main(["bench", "--slabs", "--layout", "ncdhw"]) == 2
 
