@@ -1,9 +1,10 @@
 """Which variant and config serve a pass: the tuned choice where there is one, else the model's or the rules'.
 
 In this order: a choice that was pinned; the entry of exactly this key, of the same with or without a bias, of half or
-twice as many voxels, the user's own before the shipped ones, and for float16 those of bfloat16; what the model or the
-rules say without measurement. An entry of an earlier revision of its kernel stays in use: an old measurement beats
-none. Nothing is tuned here. An entry that cannot be used is passed over. Dispatch keeps the plan of each distinct call.
+twice as many voxels, the user's own before the shipped ones, and for float16 those of bfloat16; of a call with an
+epilogue the plain call's choice; what the model or the rules say without measurement. An entry of an earlier revision
+of its kernel stays in use: an old measurement beats none. Nothing is tuned here. An entry that cannot be used is passed
+over. Dispatch keeps the plan of each distinct call.
 """
 
 from __future__ import annotations
@@ -74,7 +75,8 @@ def choose(problem: Problem, device: torch.device, pass_name: str, graphs: bool 
     """
     if torch_only():
         return Selection(variant(rules.FALLBACK[pass_name]), NO_CONFIG, REASON)
-    pinned = pins.find(problem, device, pass_name, graphs)
+    found = (pins.find(each, device, pass_name, graphs) for each in dict.fromkeys((problem, problem.plain)))
+    pinned = next((each for each in found if each is not None), None)
     if pinned is not None:
         return _pinned(*pinned, problem, device)
     if _wants_kernels(device):
@@ -85,6 +87,8 @@ def choose(problem: Problem, device: torch.device, pass_name: str, graphs: bool 
                 record = _usable(each, problem, device)
                 if record is not None and (not near or _plausible(record, each, problem, device)):
                     return Selection(record, each.config, _reason(each, entry, words), each)
+    if problem.epilogue is not None:
+        return choose(problem.plain, device, pass_name, graphs)
     return untuned(problem, device, pass_name)
 
 
@@ -127,7 +131,9 @@ def _entries(key: Key, device: torch.device) -> Iterator[tuple[Entry, str, bool]
 
 def untuned(problem: Problem, device: torch.device, pass_name: str) -> Selection:
     """The choice without any stored entry: the cost model's on a GPU that it was validated on, else the rules' (torch's
-    own on a GPU)."""
+    own on a GPU). With an epilogue it is the plain call's, stored or not."""
+    if problem.epilogue is not None:
+        return choose(problem.plain, device, pass_name)
     record, because = rules.choose(problem, device, pass_name)
     torchs = Selection(record, record.default(problem, device), because)
     gpu = serving.part(device)

@@ -2,7 +2,8 @@
 
 One table belongs to one device. Sizes enter as the class of the crop and as the power of two of the number of input
 voxels, so a new image size finds the choice of its bucket and nothing is tuned again. The input gradient does not know
-of a bias, and a layer with one shares its key with a layer without.
+of a bias, and a layer with one shares its key with a layer without. A forward with an epilogue has a key of its own,
+which ends with the epilogue's words.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class Key:
     groups: int
     bias: bool
     bucket: int
+    epilogue: str = ""
 
     @classmethod
     def of(cls, problem: Problem, pass_name: str) -> Key:
@@ -53,6 +55,7 @@ class Key:
             problem.groups,
             problem.bias and pass_name != "backward_data",
             voxels.bit_length() - 1,
+            str(problem.epilogue.kind) if problem.epilogue is not None and pass_name == "forward" else "",
         )
 
     def neighbours(self) -> tuple[Key, Key]:
@@ -71,7 +74,8 @@ class Key:
         triples = (("k", self.kernel), ("s", self.stride), ("r", self.dilation))
         parts += [letter + "x".join(map(str, values)) for letter, values in triples]
         parts += [f"crop-{self.crop}", f"{self.c_in}->{self.c_out}", f"g{self.groups}"]
-        return " ".join([*parts, "bias" if self.bias else "no-bias", f"2^{self.bucket}"])
+        parts += ["bias" if self.bias else "no-bias", f"2^{self.bucket}"]
+        return " ".join(parts) + (f" then {self.epilogue}" if self.epilogue else "")
 
 
 def _crop_class(axis: Axis) -> str:

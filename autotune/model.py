@@ -26,7 +26,7 @@ from tritonconv.autotune.ceilings import COPIES, Ceilings, of_capability
 from tritonconv.kernels.registry import variants
 from tritonconv.kernels.targets import TARGETS
 from tritonconv.kernels.variant import APART, COPY, Config, Variant
-from tritonconv.kernels.work import LINE, WARP, Work, by_torch
+from tritonconv.kernels.work import LINE, WARP, Work, by_torch, bytes_spared
 from tritonconv.precision import TF32, float32_precision
 from tritonconv.problem import Problem
 
@@ -69,7 +69,7 @@ def work_of(record: Variant, problem: Problem, config: Config) -> Work:
 
 
 def estimate(record: Variant, problem: Problem, config: Config, ceilings: Ceilings) -> Estimate:
-    """The predicted time of one call."""
+    """The predicted time of one call, of a forward with the problem's epilogue: by itself, or by torch's operations."""
     work = work_of(record, problem, config)
     rate = _matrix_rate(problem, ceilings) if work.matrix else ceilings.vector
     resident = _resident(work, ceilings)
@@ -95,6 +95,8 @@ def estimate(record: Variant, problem: Problem, config: Config, ceilings: Ceilin
     busy += (others - parts[limit]) * (BESIDE if work.pipelined else 1 / max(1, resident))
     busy *= _factor(record, config, work, ceilings)
     launch = launches_ms(work.launches, ceilings) * 1e-3
+    if problem.epilogue is not None and not record.finishes(problem, config, problem.epilogue):
+        busy += bytes_spared(problem) / ceilings.memory
     return Estimate((busy + launch) * 1e3, limit if busy > launch else LAUNCH, work)
 
 
@@ -133,7 +135,7 @@ def candidates(
     for between these two the model knows least; with three or more the default as well; then a part of them, at least
     one, from each set of packed axes (key APART), whose order it has not been measured against.
     """
-    spaces = [around(record, problem, device, start) for start in record.starts(problem, device)]
+    spaces = [around(record, problem, device, start) for start in record.starts(problem.plain, device)]
     return _ranked([pair for space in spaces for pair in _best(record, problem, space, ceilings, most)])
 
 
@@ -148,7 +150,8 @@ def pruned_space(record: Variant, problem: Problem, device: torch.device) -> tup
 
 
 def around(record: Variant, problem: Problem, device: torch.device, start: Config) -> list[Config]:
-    """The part of :func:`pruned_space` with the form of ``start``, which comes first."""
+    """The part of :func:`pruned_space` with the form of ``start``, which comes first; an epilogue makes none."""
+    problem = problem.plain
     same = (config for config in record.space(problem, device) if form(record, config) == form(record, start))
     space = [start, *(config for config in same if config != start)]
     if len(space) <= MOST_CONFIGS:

@@ -29,11 +29,19 @@ from tritonconv.kernels.triton_launch import (
     wide,
 )
 from tritonconv.kernels.triton_launch import launch as run
-from tritonconv.kernels.triton_patches import dense_places, padded, patches, refused, voxel_count
+from tritonconv.kernels.triton_patches import (
+    dense_places,
+    multiplied,
+    part_count,
+    part_places,
+    patches,
+    refused,
+    voxel_count,
+)
 from tritonconv.kernels.triton_weights import oriented, packed
 from tritonconv.kernels.variant import SPREADS_WEIGHT, Config, Variant
 from tritonconv.kernels.weight_orders import AS_GIVEN
-from tritonconv.kernels.work import WARP, Work, parts, size_of
+from tritonconv.kernels.work import Work, parts, size_of
 from tritonconv.problem import Problem
 
 LEAST_DEPTH = 16  # of a product
@@ -46,7 +54,7 @@ def backward_data_patches_kernel(
     grad_x_ptr,  # (n, c_in, d, h, w), dense, or (n, d, h, w, c_in) where X_STEP is 0
     n, d_in, h_in, w_in, d_out, h_out, w_out, d_crop, h_crop, w_crop,
     strides, y_n, y_c, y_d, y_h, y_w,  # of the weight; grad_y's
-    LAYER: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    LAYER: tl.constexpr, PATCH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     X_STEP: tl.constexpr,  # divides d_in * h_in * w_in where these lie innermost; 0 where the channels do
     UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -56,6 +64,9 @@ def backward_data_patches_kernel(
     """
     C_IN: tl.constexpr = LAYER.C_IN
     C_OUT: tl.constexpr = LAYER.C_OUT
+    BLOCK_K: tl.constexpr = PATCH.PLACES
+    FLIPPED: tl.constexpr = PATCH.FLIPPED
+    PARTS: tl.constexpr = part_count(product(LAYER.KERNEL) * C_OUT, BLOCK_K)
     (w_strides,) = aligned(strides, UNITS)
     grad_y_strides = (y_n, y_c, y_d, y_h, y_w)
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
@@ -63,10 +74,13 @@ def backward_data_patches_kernel(
     first, walkers = tl.program_id(0) // COLUMNS, tl.num_programs(0) // COLUMNS
     offs_n = widened(tl.program_id(0) % COLUMNS * BLOCK_N + tl.arange(0, BLOCK_N), WIDE)
     mask_n = offs_n < C_IN
-    offs_k = tl.arange(0, BLOCK_K)
-    w_rows = widened(offs_k % C_OUT, WIDE) * w_strides[0] + widened(offs_k // C_OUT, WIDE) * w_strides[2]
-    w_mask = (offs_k < product(LAYER.KERNEL) * C_OUT)[:, None] & mask_n[None, :]
-    w_tile = tl.load(w_ptr + (w_rows[:, None] + (offs_n * w_strides[1])[None, :]), mask=w_mask, other=0.0)
+    w_tiles = ()
+    for part in tl.static_range(PARTS):
+        place, there = part_places(LAYER, BLOCK_K, part)
+        w_rows = widened(place % C_OUT, WIDE) * w_strides[0] + widened(place // C_OUT, WIDE) * w_strides[2]
+        w_mask = there[:, None] & mask_n[None, :]
+        w_tile = tl.load(w_ptr + (w_rows[:, None] + (offs_n * w_strides[1])[None, :]), mask=w_mask, other=0.0)
+        w_tiles = w_tiles + (w_tile,)  # type: ignore[assignment]  # noqa: RUF005
     count = voxel_count(size, X_STEP, WIDE)
     by = None
     if not WIDE:
@@ -78,7 +92,15 @@ def backward_data_patches_kernel(
         LAYER=LAYER, BLOCK=BLOCK_M, PLACES=BLOCK_K, WIDE=WIDE,
     )  # fmt: skip
     for tile in range(first, voxel_tiles(n, size, BLOCK_M, 0, WIDE), walkers):
-        acc = tl.dot(following, w_tile, input_precision=PRECISION)
+        acc = multiplied(following, w_tiles[0], None, FLIPPED, PRECISION)  # type: ignore[misc]
+        for part in tl.static_range(1, PARTS):
+            following = patches(
+                grad_y_ptr, grad_y_strides, tile, n, size, out_size, crop, by,
+                LAYER=LAYER, BLOCK=BLOCK_M, PLACES=BLOCK_K, WIDE=WIDE, PART=part,
+            )  # fmt: skip
+            acc = multiplied(following, w_tiles[part], acc, FLIPPED, PRECISION)
+        if FLIPPED:
+            acc = tl.trans(acc)
         following = patches(
             grad_y_ptr, grad_y_strides, tile + walkers, n, size, out_size, crop, by,
             LAYER=LAYER, BLOCK=BLOCK_M, PLACES=BLOCK_K, WIDE=WIDE,
@@ -105,7 +127,7 @@ def launches(problem, config, grad_y, weight):
         **geometry(problem, backward_data_patches_kernel),
         strides=(oriented(weight, "backward_data"),),
         **scalar_strides(grad_y),
-        BLOCK_K=padded(problem, LEAST_DEPTH),
+        PATCH=patch.form(problem, LEAST_DEPTH),
         X_STEP=patch.voxel_step(problem),
         WIDE=wide(grad_y, weight, grad_x, of=problem),
         PRECISION=precision(problem.dtype),
@@ -128,14 +150,14 @@ def programs(problem: Problem, config: Config, slots: int) -> int:
 
 
 def _config(problem: Problem, warps: int, block_n: int, resident: int | None = None) -> dict[str, int]:
-    """A voxel for each thread; without ``resident`` as many programs as fit."""
+    """A voxel for each thread, or for each two; without ``resident`` as many programs as fit."""
     return {
-        "BLOCK_M": warps * WARP,
+        "BLOCK_M": patch.voxels_of(problem, warps),
         "BLOCK_N": block_n,
         "num_warps": warps,
         "num_stages": 1,  # all loads of the loop are narrow: they come through registers
         "WEIGHT": AS_GIVEN,  # read once by a program, taps side by side
-        "RESIDENT": resident or patch.resident(problem, LEAST_DEPTH, block_n, warps),
+        "RESIDENT": resident or patch.resident(problem, LEAST_DEPTH, block_n // patch.sides(problem), warps),
     }
 
 
@@ -154,10 +176,10 @@ def space(problem: Problem, device: torch.device):
 
 def work(problem: Problem, config: Config) -> Work:
     count = programs(problem, config, MULTIPROCESSORS * config["RESIDENT"])
-    again = 1 if config["WEIGHT"] else 0
+    again, sums = 1 if config["WEIGHT"] else 0, config["BLOCK_N"] // patch.sides(problem)
     return patch.patch_work(
         problem, "backward_data", config, _tiles(problem, config) * _columns(problem, config), count,
-        least=LEAST_DEPTH, sums=config["BLOCK_N"], moved=2 * again * size_of(problem, "weight"), launches=1 + again,
+        least=LEAST_DEPTH, sums=sums, moved=2 * again * size_of(problem, "weight"), launches=1 + again,
     )  # fmt: skip
 
 

@@ -19,7 +19,16 @@ from tritonconv.kernels.triton_buffers import copied
 from tritonconv.kernels.triton_device import ceil_div, chunk, dividers, product, voxel_tiles, widened
 from tritonconv.kernels.triton_launch import RUN_TIME, accounting, precision, wide
 from tritonconv.kernels.triton_partials import WeightGradients
-from tritonconv.kernels.triton_patches import dense_places, padded, patches, refused, voxel_count
+from tritonconv.kernels.triton_patches import (
+    dense_places,
+    multiplied,
+    padded,
+    part_count,
+    part_places,
+    patches,
+    refused,
+    voxel_count,
+)
 from tritonconv.kernels.triton_split_gemm import SplitGemm, store_channel_sums
 from tritonconv.kernels.triton_target import compute_capability, shared_bytes
 from tritonconv.kernels.variant import SPREADS_VOXELS, Config, Variant
@@ -27,6 +36,7 @@ from tritonconv.kernels.work import WARP, Work, parts
 from tritonconv.problem import Problem
 
 LEAST_ROWS = 64  # of a product on Hopper
+MOST_SUMS = 128  # of a thread, beside the patches of two parts
 
 
 # The strides of grad_y are specialised: without, it spills for sm_100 in NCDHW (Triton 3.9.0).
@@ -38,7 +48,7 @@ def backward_weight_patches_kernel(
     bias_partial_ptr,  # (splits, c_out), dense, float32, or None
     n, d_in, h_in, w_in, d_out, h_out, w_out, d_crop, h_crop, w_crop,
     splits, y_n, y_c, y_d, y_h, y_w,  # grad_y's strides
-    LAYER: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    LAYER: tl.constexpr, PATCH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     BIAS_V: tl.constexpr, BIAS_C: tl.constexpr, BIAS_W: tl.constexpr,
     X_STEP: tl.constexpr,  # divides d_in * h_in * w_in where these lie innermost; 0 where the channels do
     WIDE: tl.constexpr, PRECISION: tl.constexpr,
@@ -50,9 +60,12 @@ def backward_weight_patches_kernel(
     """
     C_IN: tl.constexpr = LAYER.C_IN
     C_OUT: tl.constexpr = LAYER.C_OUT
+    BLOCK_M: tl.constexpr = PATCH.PLACES
+    FLIPPED: tl.constexpr = PATCH.FLIPPED
     grad_y_strides = (y_n, y_c, y_d, y_h, y_w)
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     ROWS: tl.constexpr = product(LAYER.KERNEL) * C_OUT
+    PARTS: tl.constexpr = part_count(ROWS, BLOCK_M)
     COLUMNS: tl.constexpr = ceil_div(C_IN, BLOCK_N)
     BIAS_TILES: tl.constexpr = 0 if bias_partial_ptr is None else ceil_div(C_OUT, BIAS_C)
     pid = tl.program_id(0)
@@ -78,7 +91,10 @@ def backward_weight_patches_kernel(
         grad_y_ptr, grad_y_strides, first, n, size, out_size, crop, by,
         LAYER=LAYER, BLOCK=BLOCK_K, PLACES=BLOCK_M, WIDE=WIDE,
     )  # fmt: skip
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    accs = ()
+    for _ in tl.static_range(PARTS):
+        acc = tl.zeros((BLOCK_N, BLOCK_M) if FLIPPED else (BLOCK_M, BLOCK_N), tl.float32)
+        accs = accs + (acc,)  # type: ignore[assignment]  # noqa: RUF005
     for tile in range(first, last):
         voxel = widened(tile, WIDE) * BLOCK_K + tl.arange(0, BLOCK_K)
         mask_k = voxel < n * count
@@ -89,15 +105,25 @@ def backward_weight_patches_kernel(
         else:
             x_ptrs = x_ptr + (rows[:, None] + columns[None, :])
             x_tile = tl.load(x_ptrs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
-        acc = tl.dot(tl.trans(following), x_tile, acc, input_precision=PRECISION)
+        sums = (multiplied(tl.trans(following), x_tile, accs[0], FLIPPED, PRECISION),)  # type: ignore[misc]
+        for part in tl.static_range(1, PARTS):
+            following = patches(
+                grad_y_ptr, grad_y_strides, tile, n, size, out_size, crop, by,
+                LAYER=LAYER, BLOCK=BLOCK_K, PLACES=BLOCK_M, WIDE=WIDE, PART=part,
+            )  # fmt: skip
+            acc = multiplied(tl.trans(following), x_tile, accs[part], FLIPPED, PRECISION)
+            sums = sums + (acc,)  # type: ignore[assignment]  # noqa: RUF005
+        accs = sums  # type: ignore[assignment]
         following = patches(
             grad_y_ptr, grad_y_strides, tile + 1, n, size, out_size, crop, by,
             LAYER=LAYER, BLOCK=BLOCK_K, PLACES=BLOCK_M, WIDE=WIDE,
         )  # fmt: skip
 
-    row = tl.arange(0, BLOCK_M)
-    places = widened(split, WIDE) * (ROWS * C_IN) + (row * C_IN)[:, None] + offs_n[None, :]
-    tl.store(partial_ptr + places, acc, mask=(row < ROWS)[:, None] & mask_n[None, :])
+    for part in tl.static_range(PARTS):
+        row, there = part_places(LAYER, BLOCK_M, part)
+        places = widened(split, WIDE) * (ROWS * C_IN) + (row * C_IN)[:, None] + offs_n[None, :]
+        acc = tl.trans(accs[part]) if FLIPPED else accs[part]  # type: ignore[misc]
+        tl.store(partial_ptr + places, acc, mask=there[:, None] & mask_n[None, :])
 
 
 def gemm(problem: Problem) -> SplitGemm:
@@ -114,7 +140,7 @@ def launches(problem, config, x, grad_y, need_bias):
     sums.launch(
         backward_weight_patches_kernel,
         gemm(problem).programs(_whole(problem, config), need_bias),
-        BLOCK_M=padded(problem, LEAST_ROWS),
+        PATCH=patch.form(problem, LEAST_ROWS),
         X_STEP=patch.voxel_step(problem),
         WIDE=wide(sums.x, grad_y, sums.partial, of=problem),
         PRECISION=precision(problem.dtype),
@@ -124,14 +150,15 @@ def launches(problem, config, x, grad_y, need_bias):
 
 def _whole(problem: Problem, config: Config) -> dict[str, int]:
     """With the rows, all of them, and no rows of voxels along w."""
-    return {**config, "BLOCK_M": padded(problem, LEAST_ROWS), "BLOCK_W": 0}
+    return {**config, "BLOCK_M": padded(problem, LEAST_ROWS) * patch.patch_parts(problem), "BLOCK_W": 0}
 
 
 def _config(problem: Problem, warps: int, block_n: int, waves: int | None = None) -> dict[str, int]:
-    """A voxel for each thread; without ``waves`` as many programs as fit."""
+    """A voxel for each thread, or for each two; without ``waves`` as many programs as fit."""
     stages = 3 if problem.dtype.itemsize == 2 else 2
     bias = {key: value for key, value in gemm(problem).default().items() if key.startswith("BIAS_")}
-    config = {"BLOCK_N": block_n, "BLOCK_K": warps * WARP, **bias, "num_warps": warps, "num_stages": stages}
+    voxels = patch.voxels_of(problem, warps)
+    config = {"BLOCK_N": block_n, "BLOCK_K": voxels, **bias, "num_warps": warps, "num_stages": stages}
     waves = waves or patch.resident(problem, LEAST_ROWS, _sums(problem, config), warps)
     # Those of the bias are short, and make room for others: they do not count.
     unbiased = gemm(replace(problem, bias=False))
@@ -140,23 +167,31 @@ def _config(problem: Problem, warps: int, block_n: int, waves: int | None = None
 
 def _sums(problem: Problem, config: Config) -> int:
     """Of a thread."""
-    return padded(problem, LEAST_ROWS) * config["BLOCK_N"] // (config["num_warps"] * WARP)
+    rows = padded(problem, LEAST_ROWS) * patch.patch_parts(problem)
+    return rows * config["BLOCK_N"] // (config["num_warps"] * WARP)
 
 
 def default(problem: Problem, device: torch.device):
     columns = patch.columns(problem)
     if problem.dtype.itemsize == 4 and 0 < compute_capability() < 90:  # spills on sm_80
         columns = max(16, columns // 2)
-    return _config(problem, 4, columns)
+    config = _config(problem, 4 * patch.sides(problem), columns)
+    while patch.shared_of(problem, config, LEAST_ROWS) > shared_bytes() and columns > 16:  # of an sm_86
+        columns //= 2
+        config = _config(problem, 4 * patch.sides(problem), columns)
+    return config
 
 
 def space(problem: Problem, device: torch.device):
     base = default(problem, device)
+    own = base["num_warps"]
     widths = [n for n in (base["BLOCK_N"], base["BLOCK_N"] // 2, base["BLOCK_N"] * 2) if 16 <= n <= 2 * patch.WIDEST]
     configs = [base, *(_config(problem, warps, n) for warps in (4, 8) for n in widths)]
-    configs += [_config(problem, 4, base["BLOCK_N"], waves) for waves in (1, 2, 4, 8)]
+    configs += [_config(problem, own, base["BLOCK_N"], waves) for waves in (1, 2, 4, 8)]
     configs += [{**base, "num_stages": stages} for stages in (2, 4)]
     fitting = [config for config in configs if patch.shared_of(problem, config, LEAST_ROWS) <= shared_bytes()]
+    if patch.sides(problem) > 1:
+        fitting = [config for config in fitting if _sums(problem, config) <= MOST_SUMS]
     return tuple(config for index, config in enumerate(fitting) if config not in fitting[:index])
 
 

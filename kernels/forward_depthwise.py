@@ -15,6 +15,7 @@ from tritonconv.kernels import triton_depthwise as depthwise
 from tritonconv.kernels.triton_convolution import forward
 from tritonconv.kernels.triton_depthwise import add_window, filled, lanes, store_places, tile_of
 from tritonconv.kernels.triton_device import axis_phase, tap_period, tap_shift
+from tritonconv.kernels.triton_epilogue import computes
 from tritonconv.kernels.triton_launch import RUN_TIME, accounting, empty, refusal
 from tritonconv.kernels.variant import SPREADS_WEIGHT, Variant
 from tritonconv.kernels.work import Work
@@ -29,16 +30,22 @@ def forward_depthwise_kernel(
     w_ptr,  # (c_in, c_out/groups, taps)
     bias_ptr,  # (c_out,) or None
     y_ptr,  # (n, c_out, od, oh, ow)
+    residual_ptr, slopes,  # see triton_epilogue
     n, d_in, h_in, w_in, d_out, h_out, w_out, d_crop, h_crop, w_crop,
     strides,  # of x, of the weight, of y
-    C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
-    KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
+    LAYER: tl.constexpr, CONFIG: tl.constexpr,
     FIRST: tl.constexpr, TAPS_H: tl.constexpr, TAPS_W: tl.constexpr, INTERLEAVE: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, PLANES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """A program owns BLOCK_H x BLOCK_W lanes of STRIDE[1] x STRIDE[2] outputs, the rows, x BLOCK_C channels, the
     columns, and PLANES planes. The depth is the taps.
     """
+    C_OUT: tl.constexpr = LAYER.C_OUT
+    GROUPS: tl.constexpr = LAYER.GROUPS
+    KERNEL: tl.constexpr = LAYER.KERNEL
+    STRIDE: tl.constexpr = LAYER.STRIDE
+    DILATION: tl.constexpr = LAYER.DILATION
+    EPILOGUE: tl.constexpr = CONFIG.EPILOGUE
     x_strides, w_strides, y_strides = strides
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     PLACES: tl.constexpr = (STRIDE[1], STRIDE[2])
@@ -55,8 +62,12 @@ def forward_depthwise_kernel(
     x_tile = row * x_strides[3] + column * x_strides[4] + channel // C_OUT * x_strides[1]  # (BLOCK_M, BLOCK_C)
     w_tile = w_ptr + channel // C_OUT * w_strides[0] + channel % C_OUT * w_strides[1]  # (1, BLOCK_C)
     start = tl.zeros((BLOCK_H * BLOCK_W, BLOCK_C), tl.float32)
+    bias = 0.0
     if bias_ptr is not None:
-        start += tl.load(bias_ptr + channel, mask=mask_c, other=0.0).to(tl.float32)
+        if EPILOGUE is None:
+            start += tl.load(bias_ptr + channel, mask=mask_c, other=0.0).to(tl.float32)
+        else:
+            bias = tl.load(bias_ptr + channel, mask=mask_c, other=0.0).to(tl.float32)
 
     SHIFT: tl.constexpr = tap_shift(STRIDE[0], DILATION[0])
     for out_plane in range(first, tl.minimum(first + PLANES, out_size[0])):
@@ -73,15 +84,21 @@ def forward_depthwise_kernel(
                 w_tile + tap_d * (KERNEL[1] * KERNEL[2]) * w_strides[2], w_strides[2], KERNEL, PLACES, TAPS_H, TAPS_W,
             )  # fmt: skip
         y_plane = y_ptr + image * y_strides[0] + out_plane * y_strides[2]
-        store_places(acc, y_plane, h, w, channel, out_size, y_strides, mask_c, PLACES, INTERLEAVE, BLOCK_H, BLOCK_W)
+        residual_plane = residual_ptr
+        if residual_ptr is not None:
+            residual_plane = residual_ptr + image * y_strides[0] + out_plane * y_strides[2]
+        store_places(
+            acc, y_plane, h, w, channel, out_size, y_strides, mask_c, PLACES, INTERLEAVE, BLOCK_H, BLOCK_W,
+            bias, residual_plane, slopes, EPILOGUE,
+        )  # fmt: skip
 
 
-def launches(problem, config, x, weight, bias, out=None):
+def launches(problem, config, x, weight, bias, out=None, **epilogue):
     y = empty(problem, problem.y_shape, x) if out is None else out
     return forward(
         forward_depthwise_kernel, programs(problem, config), problem, config, x, weight, bias, y,
         **depthwise.phase_windows(problem),
-        INTERLEAVE=int(problem.stride[2] == 2 and problem.layout == "ncdhw"),
+        INTERLEAVE=int(problem.stride[2] == 2 and problem.layout == "ncdhw"), **epilogue,
     )  # fmt: skip
 
 
@@ -120,4 +137,5 @@ VARIANT = Variant(
     "forward_depthwise", "forward",
     "one input channel per group: FMAs, all phases along h and w from one look at x", "triton",
     launches=launches, supports=supports, space=space, default=default, spreads_nonfinite=SPREADS_WEIGHT, work=work,
+    epilogue=computes,
 )  # fmt: skip

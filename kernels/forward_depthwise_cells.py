@@ -19,6 +19,7 @@ from tritonconv.kernels.triton_convolution import forward
 from tritonconv.kernels.triton_depthwise import filled, lanes, store_places, tile_of
 from tritonconv.kernels.triton_depthwise_cells import floats, gated, load_slots, load_taps, slot_masks, tap_of
 from tritonconv.kernels.triton_device import constant, inside, product
+from tritonconv.kernels.triton_epilogue import computes
 from tritonconv.kernels.triton_launch import RUN_TIME, accounting, empty, refusal
 from tritonconv.kernels.variant import SPREADS_WEIGHT, Variant
 from tritonconv.kernels.work import Work
@@ -46,9 +47,10 @@ def forward_depthwise_cells_kernel(
     w_ptr,  # (c, 1, taps)
     bias_ptr,  # (c,) or None
     y_ptr,  # (n, c, od, oh, ow)
+    residual_ptr, slopes,  # see triton_epilogue
     n, d_in, h_in, w_in, d_out, h_out, w_out, d_crop, h_crop, w_crop,
     strides,  # of x, of the weight, of y
-    LAYER: tl.constexpr,
+    LAYER: tl.constexpr, CONFIG: tl.constexpr,
     FIRST: tl.constexpr, TAPS_D: tl.constexpr, TAPS_H: tl.constexpr, TAPS_W: tl.constexpr, INTERLEAVE: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, PLANES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -58,6 +60,7 @@ def forward_depthwise_cells_kernel(
     GROUPS: tl.constexpr = LAYER.GROUPS
     KERNEL: tl.constexpr = LAYER.KERNEL
     STRIDE: tl.constexpr = LAYER.STRIDE
+    EPILOGUE: tl.constexpr = CONFIG.EPILOGUE
     x_strides, w_strides, y_strides = strides
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     SLOTS: tl.constexpr = (len(TAPS_D) // STRIDE[0], len(TAPS_H) // STRIDE[1], len(TAPS_W) // STRIDE[2])
@@ -78,8 +81,12 @@ def forward_depthwise_cells_kernel(
     taps = load_taps(w_ptr + channel * w_strides[0], mask_c, w_strides[2], product(KERNEL))
     zero = tl.zeros((BLOCK_H * BLOCK_W, BLOCK_C), tl.float32)
     start = zero
+    bias = 0.0
     if bias_ptr is not None:
-        start += tl.load(bias_ptr + channel, mask=mask_c, other=0.0).to(tl.float32)
+        if EPILOGUE is None:
+            start += tl.load(bias_ptr + channel, mask=mask_c, other=0.0).to(tl.float32)
+        else:
+            bias = tl.load(bias_ptr + channel, mask=mask_c, other=0.0).to(tl.float32)
 
     last = tl.minimum(first + PLANES, count[0])
     plane = first + crop[0] // STRIDE[0] + FIRST[0]  # of x: slot 0 of the first cell along d
@@ -100,19 +107,23 @@ def forward_depthwise_cells_kernel(
                 TAPS_D=TAPS_D, TAPS_H=TAPS_H, TAPS_W=TAPS_W,
             )  # fmt: skip
             y_plane = y_ptr + image * y_strides[0] + out_plane * y_strides[2]
+            residual_plane = residual_ptr
+            if residual_ptr is not None:
+                residual_plane = residual_ptr + image * y_strides[0] + out_plane * y_strides[2]
             store_places(
                 sums, y_plane, h, w, channel, size=out_size, out_strides=y_strides,
                 mask_c=gated(mask_c, out_plane < out_size[0]),
                 PLACES=PLACES, INTERLEAVE=INTERLEAVE, BLOCK_H=BLOCK_H, BLOCK_W=BLOCK_W,
+                bias=bias, residual_ptr=residual_plane, slopes=slopes, EPILOGUE=EPILOGUE,
             )  # fmt: skip
 
 
-def launches(problem, config, x, weight, bias, out=None):
+def launches(problem, config, x, weight, bias, out=None, **epilogue):
     y = empty(problem, problem.y_shape, x) if out is None else out
     return forward(
         forward_depthwise_cells_kernel, programs(problem, config), problem, config, x, weight, bias, y,
         **cells.windows(problem),
-        INTERLEAVE=int(problem.stride[2] == 2 and problem.layout == "ncdhw"),
+        INTERLEAVE=int(problem.stride[2] == 2 and problem.layout == "ncdhw"), **epilogue,
     )  # fmt: skip
 
 
@@ -151,4 +162,5 @@ VARIANT = Variant(
     "forward_depthwise_cells", "forward",
     "one channel per group: FMAs, all outputs of a cell from one window, taps in registers", "triton",
     launches=launches, supports=supports, space=space, default=default, spreads_nonfinite=SPREADS_WEIGHT, work=work,
+    epilogue=computes,
 )  # fmt: skip

@@ -199,15 +199,19 @@ def forward_overlap_kernel(
 
 
 def launches(problem, config, x, weight, bias, out=None, **epilogue):
-    more = triton_epilogue.arguments(problem, **epilogue)
-    return forward(forward_overlap_kernel, boxes(problem, config), problem, config, x, weight, bias, out, **more)
+    return forward(forward_overlap_kernel, boxes(problem, config), problem, config, x, weight, bias, out, **epilogue)
 
 
-def forward(kernel, grid: int, problem: Problem, config, x, weight, bias, out, **more):
+def forward(
+    kernel, grid: int, problem: Problem, config, x, weight, bias, out,
+    epilogue=None, residual=None, slopes=None, **more,
+):  # fmt: skip
     """The launch of a kernel with this one's arguments and ``more`` of its own -> y."""
     y = empty(problem, problem.y_shape, x) if out is None else out
     if y.numel() == 0:
         return y
+    if "residual_ptr" in kernel.arg_names:
+        more |= triton_epilogue.arguments(problem, y, epilogue, residual, slopes)
     config = dict(config)
     weight = packed(weight, config.pop("WEIGHT"))
     run(

@@ -28,6 +28,7 @@ from tritonconv.kernels.forward_overlap import (
 )
 from tritonconv.kernels.targets import MULTIPROCESSORS
 from tritonconv.kernels.triton_device import aligned, inside, offset, product, widened
+from tritonconv.kernels.triton_epilogue import computes, finished, with_bias
 from tritonconv.kernels.triton_launch import RUN_TIME, Y_STRIDES, accounting, refusal
 from tritonconv.kernels.triton_phases import cells_of, window_of
 from tritonconv.kernels.triton_weights import preferred
@@ -48,9 +49,10 @@ def forward_overlap_planes_kernel(
     w_ptr,  # (c_in, c_out, taps)
     bias_ptr,  # (c_out,) or None
     y_ptr,  # (n, c_out, od, oh, ow)
+    residual_ptr, slopes,  # see triton_epilogue
     n, d_in, h_in, w_in, d_out, h_out, w_out, d_crop, h_crop, w_crop,
     strides, y_n, y_c, y_d, y_h, y_w,  # of x, of the weight; y's
-    LAYER: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_K: tl.constexpr, PLANES: tl.constexpr,
+    LAYER: tl.constexpr, CONFIG: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_K: tl.constexpr,
     UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A program owns PLANES planes of cells along d, in each BLOCK_H x BLOCK_W input voxels with their halo.
@@ -62,6 +64,8 @@ def forward_overlap_planes_kernel(
     C_OUT: tl.constexpr = LAYER.C_OUT
     KERNEL: tl.constexpr = LAYER.KERNEL
     STRIDE: tl.constexpr = LAYER.STRIDE
+    PLANES: tl.constexpr = CONFIG.PLANES
+    EPILOGUE: tl.constexpr = CONFIG.EPILOGUE
     x_strides, w_strides = aligned(strides, UNITS)
     y_strides = (y_n, y_c, y_d, y_h, y_w)
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
@@ -115,9 +119,10 @@ def forward_overlap_planes_kernel(
     lowest = tl.maximum((first[0] + corner_d) * STRIDE[0] - crop[0], 0)  # along d; the plane before is a halo
     y_mask = own[:, None] & ((channel < C_OUT) & (column < SUMS // PAIR))[None, :] & inside(out_w, out_size[2])[:, None]
     y_mask = y_mask & inside(out_h, out_size[1])
-    y_ptrs = y_ptr + offset(
+    offsets = offset(
         y_strides, image, widened(channel, WIDE)[None, :], 0, widened(out_h, WIDE), widened(out_w, WIDE)[:, None]
     )
+    y_ptrs = y_ptr + offsets
     bias = tl.zeros((COLUMNS,), tl.float32)
     if bias_ptr is not None:
         bias += tl.load(bias_ptr + channel, mask=channel < C_OUT, other=0.0).to(tl.float32)
@@ -138,15 +143,23 @@ def forward_overlap_planes_kernel(
             sums = add_neighbours(sums, 1)
         if WINDOW[1] == 2:
             sums = add_neighbours(sums, BLOCK_W)
-        sums = phases_as_rows(sums, PAIR) + bias[None, :]
+        sums = with_bias(phases_as_rows(sums, PAIR), bias, y_ptr, EPILOGUE)
         out_d = d * STRIDE[0] + ahead_d
         stored = y_mask & ((out_d >= lowest) & (out_d < out_size[0]))[None, :]
-        tl.store(y_ptrs + (widened(out_d, WIDE) * y_d)[None, :], sums.to(y_ptr.dtype.element_ty), mask=stored)
+        if EPILOGUE is None:
+            tl.store(y_ptrs + (widened(out_d, WIDE) * y_d)[None, :], sums.to(y_ptr.dtype.element_ty), mask=stored)
+        else:
+            at = offsets + (widened(out_d, WIDE) * y_d)[None, :]
+            own_channel = tl.where(channel < C_OUT, channel, 0)[None, :]
+            y_tile = finished(sums, residual_ptr, at, stored, slopes, own_channel, y_ptr, EPILOGUE)
+            tl.store(y_ptr + at, y_tile, mask=stored)
 
 
-def launches(problem, config, x, weight, bias, out=None):
-    kernel, grid = forward_overlap_planes_kernel, programs(problem, config)
-    return forward_overlap.forward(kernel, grid, problem, config, x, weight, bias, out, BLOCK_K=_block_k(problem))
+def launches(problem, config, x, weight, bias, out=None, **epilogue):
+    return forward_overlap.forward(
+        forward_overlap_planes_kernel, programs(problem, config), problem, config, x, weight, bias, out,
+        BLOCK_K=_block_k(problem), **epilogue,
+    )  # fmt: skip
 
 
 def _block_k(problem: Problem) -> int:
@@ -243,4 +256,5 @@ VARIANT = Variant(
     "forward_overlap_planes", "forward",
     "very few channels out: plane after plane along d, overlapping products carried and added in registers", "triton",
     launches=launches, supports=supports, space=space, default=default, spreads_nonfinite=SPREADS_WEIGHT, work=work,
+    epilogue=computes,
 )  # fmt: skip

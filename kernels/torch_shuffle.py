@@ -17,10 +17,14 @@ from tritonconv.kernels.variant import Variant
 from tritonconv.kernels.work import by_torch, size_of
 from tritonconv.problem import Problem
 
-# Elements of y in one of several products, at least, and parts of an image, at most. Smaller parts take longer (2 x
-# 64->32, 16x16x32, float32: 6.3 ms for all at once, 5.7, 6.1 and 7.2 ms for 2^20, 2^19 and 2^18; 2 cores of an AMD EPYC
-# with 1 MiB L2 each, torch 2.13).
-PART_ELEMENTS, MOST_PARTS = 1 << 20, 4
+# Elements of an image of y from which on it has a product of its own, and from which on it has several: some of the
+# channels each in NCDHW, which lie side by side in y and read x as it lies, some of the planes in channels_last_3d.
+# More and smaller products take longer: y into a slice and the skip beside it take, with one product for all, one for
+# an image, two for an image, 3.7, 3.8, 4.3 ms (4 x 128->64, 8^3), 2.0, 1.8, 2.0 (2 x 64->32, 12^3), 1.0, 1.4, 2.2
+# (8 x 32->16, 8^3), 2.6, 2.6, 2.7 (1 x 32->16, 24^3), and 6.7, 6.7, 6.6 and in four 8.4 (1 x 32->16, 32^3; float32,
+# 2 cores of an AMD EPYC with 1 MiB L2 each, torch 2.13, memory that was written before).
+IMAGE_ELEMENTS, PART_ELEMENTS = 1 << 17, 1 << 20
+MOST_PARTS = {"ncdhw": 2, "ndhwc": 4}
 
 
 def supports(problem: Problem, device: torch.device) -> str | None:
@@ -60,51 +64,55 @@ def taps_first(weight: torch.Tensor) -> torch.Tensor:
 def forward(problem, config, x, weight, bias, out=None):
     """One GEMM over all phases, x read once, then the phases are interleaved.
 
-    With ``out`` on a CPU it is one of some planes at a time, so that no tensor of the size of y is made.
+    With ``out`` on a CPU it is one of some channels or planes at a time, so that no tensor of the size of y is made.
     """
     y = out
     if y is None:
         y = torch.empty(problem.y_shape, dtype=x.dtype, device=x.device, memory_format=problem.memory_format)
     (d, h, w), (kd, kh, kw) = problem.size, problem.kernel
     phases = y.unflatten(2, (d, kd)).unflatten(4, (h, kh)).unflatten(6, (w, kw))  # (n, c_out, d, kd, h, kh, w, kw)
-    columns = taps_last(weight) if problem.layout == "ndhwc" else taps_first(weight).t()
-    parts = _all_planes(problem) if out is None or x.device.type != "cpu" else _some_planes(problem)
-    for images, planes in parts:
-        phases[images, :, planes].copy_(_products(problem, x[images, :, planes], columns, bias))
+    parts = _parts(problem) if out is not None and x.device.type == "cpu" else _WHOLE
+    for images, channels, planes in parts:
+        offsets = None if bias is None else bias[channels]
+        # Nobody holds a part while the next one is made.
+        phases[images, channels, planes].copy_(_products(problem, x[images, :, planes], weight[:, channels], offsets))
     return y
 
 
-def _products(problem: Problem, x: torch.Tensor, columns: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """Some images and planes of x times the weight, as a view (n, c_out, d, kd, h, kh, w, kw)."""
-    (n, _, d, h, w), (kd, kh, kw), c_out = x.shape, problem.kernel, problem.c_out
+def _products(problem: Problem, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Some images and planes of x times some channels of the weight, as a view (n, c_out, d, kd, h, kh, w, kw)."""
+    (n, _, d, h, w), (_, c_out, kd, kh, kw) = x.shape, weight.shape
     if problem.layout == "ndhwc":
         offsets = None if bias is None else bias.repeat(kd * kh * kw)
-        z = product(voxel_rows(x).flatten(0, 1), columns, offsets)
+        z = product(voxel_rows(x).flatten(0, 1), taps_last(weight), offsets)
         return z.view(n, d, h, w, kd, kh, kw, c_out).permute(0, 7, 1, 4, 2, 5, 3, 6)
-    z = products(columns, x.flatten(2).contiguous())  # (n, c_out*taps, voxels)
+    z = products(taps_first(weight).t(), x.flatten(2).contiguous())  # (n, c_out*taps, voxels)
     if bias is not None:
         z.view(n, c_out, kd * kh * kw, d * h * w).add_(bias.view(1, c_out, 1, 1))
     return z.view(n, c_out, kd, kh, kw, d, h, w).permute(0, 1, 5, 2, 6, 3, 7, 4)
 
 
-# (images, planes of x) of one product each
-_Parts = Iterator[tuple[slice, slice]]
+_ALL = slice(None)
+_WHOLE = ((_ALL, _ALL, _ALL),)
 
 
-def _all_planes(problem: Problem) -> _Parts:
-    yield slice(0, problem.n), slice(0, problem.size[0])
-
-
-def _some_planes(problem: Problem) -> _Parts:
+def _parts(problem: Problem) -> Iterator[tuple[slice, slice, slice]]:
+    """(images, channels of y, planes of x) of one product each."""
     image = math.prod(problem.y_shape[1:])
-    if problem.n * image <= PART_ELEMENTS:
-        yield from _all_planes(problem)
+    if image < IMAGE_ELEMENTS:
+        yield from _WHOLE
         return
-    depth = problem.size[0]
-    step = math.ceil(depth / min(MOST_PARTS, math.ceil(image / PART_ELEMENTS)))
+    parts = min(MOST_PARTS[problem.layout], math.ceil(image / PART_ELEMENTS))
     for each in range(problem.n):
-        for first in range(0, depth, step):
-            yield slice(each, each + 1), slice(first, min(first + step, depth))
+        for part in _slices(problem.c_out if problem.layout == "ncdhw" else problem.size[0], parts):
+            channels, planes = (part, _ALL) if problem.layout == "ncdhw" else (_ALL, part)
+            yield slice(each, each + 1), channels, planes
+
+
+def _slices(length: int, parts: int) -> Iterator[slice]:
+    step = math.ceil(length / parts)
+    for first in range(0, length, step):
+        yield slice(first, min(first + step, length))
 
 
 def backward_data(problem, config, grad_y, weight, prepared=None):

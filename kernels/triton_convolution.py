@@ -20,7 +20,7 @@ def forward(
     """
     if y.numel() > 0:
         if "residual_ptr" in kernel.arg_names:
-            more |= triton_epilogue.arguments(problem, epilogue, residual, slopes)
+            more |= triton_epilogue.arguments(problem, y, epilogue, residual, slopes)
         more |= {"x_ptr": x, "bias_ptr": bias, "y_ptr": y}
         _convolve(kernel, grid, problem, config, weight, "forward", x, y, y_strides, more)
     return y

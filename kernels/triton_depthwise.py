@@ -19,6 +19,7 @@ import triton.language as tl
 
 from tritonconv.kernels.targets import MULTIPROCESSORS
 from tritonconv.kernels.triton_device import ceil_div, constant, inside, load_along, widened
+from tritonconv.kernels.triton_epilogue import finished, rounded
 from tritonconv.kernels.variant import Config
 from tritonconv.kernels.weight_orders import AS_GIVEN, OUT_INNERMOST
 from tritonconv.kernels.work import WARP, Work, direct
@@ -191,25 +192,41 @@ def add_window(
 @triton.jit
 def store_places(acc, out_ptr, h, w, channel, size, out_strides, mask_c,
                  PLACES: tl.constexpr, INTERLEAVE: tl.constexpr,
-                 BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr):  # fmt: skip
+                 BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
+                 bias=None, residual_ptr=None, slopes=None, EPILOGUE: tl.constexpr = None):  # fmt: skip
     """Stores every place of a plane, those of lane j at (j*PLACES + place); the tile's lanes start at (h, w).
 
     INTERLEAVE: two places along w, joined in registers, so that neighbouring threads write neighbours along w.
+    ``residual_ptr``, ``slopes`` and EPILOGUE are those of :mod:`~tritonconv.kernels.triton_epilogue`, ``residual_ptr``
+    of the plane; with EPILOGUE ``bias`` (1, BLOCK_C) in float32 is not in the sums yet.
     """
     WIDTH: tl.constexpr = 2 if INTERLEAVE else 1
     for place_h in tl.static_range(constant(PLACES[0])):
         for place_w in tl.static_range(constant(PLACES[1] // WIDTH)):
-            tile = acc[place_h * PLACES[1] + place_w].to(out_ptr.dtype.element_ty)
+            tile = acc[place_h * PLACES[1] + place_w]
+            if EPILOGUE is None:
+                tile = tile.to(out_ptr.dtype.element_ty)
             if INTERLEAVE:
-                odd = acc[place_h * PLACES[1] + 1].to(out_ptr.dtype.element_ty)
+                odd = acc[place_h * PLACES[1] + 1]
+                if EPILOGUE is None:
+                    odd = odd.to(out_ptr.dtype.element_ty)
                 tile = tl.join(tile, odd).permute(0, 2, 1).reshape(2 * tile.shape[0], tile.shape[1])
                 lane_h, at_w = lanes(h, w * 2, BLOCK_H, 2 * BLOCK_W)
             else:
                 lane_h, lane_w = lanes(h, w, BLOCK_H, BLOCK_W)
                 at_w = lane_w * PLACES[1] + place_w
             at_h = lane_h * PLACES[0] + place_h
-            pointers = out_ptr + at_h * out_strides[3] + at_w * out_strides[4] + channel * out_strides[1]
-            tl.store(pointers, tile, mask=(at_h < size[1]) & (at_w < size[2]) & mask_c)
+            if EPILOGUE is None:
+                pointers = out_ptr + at_h * out_strides[3] + at_w * out_strides[4] + channel * out_strides[1]
+                tl.store(pointers, tile, mask=(at_h < size[1]) & (at_w < size[2]) & mask_c)
+            else:
+                mask = (at_h < size[1]) & (at_w < size[2]) & mask_c
+                offsets = at_h * out_strides[3] + at_w * out_strides[4] + channel * out_strides[1]
+                if EPILOGUE.ROUNDED:
+                    tile = rounded(tile, out_ptr)
+                own_channel = tl.where(mask_c, channel, 0)
+                tile = finished(tile + bias, residual_ptr, offsets, mask, slopes, own_channel, out_ptr, EPILOGUE)
+                tl.store(out_ptr + offsets, tile, mask=mask)
 
 
 def refused(problem: Problem) -> str | None:

@@ -19,11 +19,15 @@ import triton.language as tl
 
 from tritonconv.kernels.triton_buffers import Buffer, copied
 from tritonconv.kernels.variant import Config
+from tritonconv.kernels.work import WARP
 from tritonconv.problem import Problem
 
 if TYPE_CHECKING:
     from tritonconv.epilogue import Epilogue
 
+# Float32 sums of a thread beside which a function or a residual finds registers. With twice as many, the widest tiles,
+# residual + gelu spills 80 to 528 bytes a thread (bfloat16, sm_80, sm_90, sm_100, Triton 3.6.0).
+MOST_SUMS = 64
 EXACT = (None, "relu", "leaky_relu", "prelu")  # have torch's bits: a comparison and a product, no function
 
 
@@ -109,21 +113,35 @@ def tanh(z):
 
 def computes(problem: Problem, config: Config, epilogue: Epilogue) -> bool:
     """``Variant.epilogue`` of the kernels that store a program's own whole sums: with torch's rounding only the
-    activations that have torch's bits."""
-    return config.get("SPLITS", 0) <= 1 and (epilogue.rounding is None or epilogue.activation in EXACT)
+    activations that have torch's bits, and in a tile of more than MOST_SUMS a thread only those, without a residual."""
+    plain = epilogue.activation in EXACT
+    wide = _sums_of_a_thread(config) > MOST_SUMS
+    return (
+        config.get("SPLITS", 0) <= 1
+        and (plain or epilogue.rounding is None)
+        and not (wide and (epilogue.residual or not plain))
+    )
+
+
+def _sums_of_a_thread(config: Config) -> int:
+    """0 of a config that names no rows."""
+    return config.get("BLOCK_M", 0) * config.get("BLOCK_N", 0) // (WARP * config.get("num_warps", 4))
 
 
 def arguments(
-    problem: Problem, epilogue: Epilogue | None = None, residual: Buffer | None = None, slopes: Buffer | None = None
-) -> dict[str, Any]:
-    """The three arguments of a kernel."""
+    problem: Problem, y: Buffer, epilogue: Epilogue | None = None, residual: Buffer | None = None,
+    slopes: Buffer | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """The three arguments of a kernel that writes ``y``. A residual of other strides is copied into the problem's
+    layout, in which y must be dense then."""
     step = 0
     found: dict[str, Any] = {"residual_ptr": None, "slopes": None, "EPILOGUE": None}
     if epilogue is None:
         return found
-    if residual is not None:
+    if residual is not None and residual.stride() != y.stride():
         layout = problem.memory_format
-        found["residual_ptr"] = copied(residual, lambda tensor: tensor.contiguous(memory_format=layout))
+        residual = copied(residual, lambda tensor: tensor.contiguous(memory_format=layout))
+    found["residual_ptr"] = residual
     if slopes is not None:
         found["slopes"], step = copied(slopes, torch.Tensor.contiguous), int(slopes.numel() > 1)
     elif epilogue.activation == "leaky_relu":

@@ -8,21 +8,24 @@ constant of the code, so its address is the voxel's and a constant, and one comp
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from tritonconv.kernels import triton_tiles as tiles
-from tritonconv.kernels.triton_device import constant, inside, multiple, offset, product, voxels, widened
+from tritonconv.kernels.triton_device import constant, divided, inside, multiple, offset, product, voxels, widened
 from tritonconv.kernels.triton_launch import refusal
-from tritonconv.kernels.triton_target import step_of
+from tritonconv.kernels.triton_target import compute_capability, step_of
 from tritonconv.kernels.variant import Config
 from tritonconv.kernels.work import BASE_REGISTERS, HALO, LINE, WARP, Work, parts, size_of
 from tritonconv.problem import Problem
 
 MOST_CHANNELS = 5  # output channels; more are wide enough to be loaded side by side
 DEEPEST = {2: 128, 4: 64}  # places of a patch, by the bytes of an element: each has a register of a thread
+# Of a longer patch: threads, each of which loads the places of a part of the taps along d, in parts of so many places.
+MOST_PLACES, PARTED_SIDES, PART = 256, 2, 64
 WIDEST, LONG = 64, 64  # columns of a program; places of a patch above which half as many fit the registers
 MOST_RESIDENT = 4  # programs per multiprocessor, where its registers allow
 REGISTERS = 1 << 16  # of a multiprocessor
@@ -31,10 +34,37 @@ REGISTERS = 1 << 16  # of a multiprocessor
 PER_STEP, PER_PLACE, PER_COLUMN = 120, 4.7, 1.2
 
 
+class Patch(NamedTuple):
+    """The argument PATCH of a kernel."""
+
+    PLACES: int  # of a part, a power of two: BLOCK_M or BLOCK_K of the tiles
+    FLIPPED: bool  # the patches are the right operand, which is always in shared memory
+
+
 @triton.constexpr_function
 def levels(BLOCK):
     """How often BLOCK is halved."""
     return int(BLOCK).bit_length() - 1
+
+
+@triton.constexpr_function
+def patch_sides(WHOLE, PLACES):
+    """Threads that load a voxel's patch of WHOLE places, in parts of PLACES: one where it has a part alone."""
+    return PARTED_SIDES if int(WHOLE) > int(PLACES) else 1
+
+
+@triton.constexpr_function
+def part_count(WHOLE, PLACES):
+    """Parts of a patch."""
+    return -(-int(WHOLE) // int(PLACES))
+
+
+@triton.constexpr_function
+def part_filled(WHOLE, PLACES, PART):
+    """Places that a part has of each side of a patch."""
+    sides = PARTED_SIDES if int(WHOLE) > int(PLACES) else 1
+    run = int(PLACES) // sides
+    return min(run, int(WHOLE) // sides - int(PART) * run)
 
 
 @triton.jit
@@ -69,39 +99,93 @@ def halved(parts, HALF: tl.constexpr):
 
 
 @triton.jit
+def sided_voxels(tile, n, size, BLOCK: tl.constexpr, SIDES: tl.constexpr, WIDE: tl.constexpr, by):
+    """:func:`voxels` of SIDES x BLOCK lanes: each side has the voxels of the tile; and its number, (SIDES x BLOCK,)."""
+    lane = tl.arange(0, SIDES * BLOCK)
+    by_d, by_h, by_w = None, None, None
+    if by is not None:
+        by_d, by_h, by_w = by
+    row, w = divided(widened(tile, WIDE) * BLOCK + lane % BLOCK, size[2], WIDE, by_w)
+    plane, h = divided(row, size[1], WIDE, by_h)
+    image, d = divided(plane, size[0], WIDE, by_d)
+    return image, d, h, w, image < n, lane // BLOCK
+
+
+@triton.jit
 def patches(
     grad_y_ptr, strides, tile, n, size, out_size, crop, by,
-    LAYER: tl.constexpr, BLOCK: tl.constexpr, PLACES: tl.constexpr, WIDE: tl.constexpr,
+    LAYER: tl.constexpr, BLOCK: tl.constexpr, PLACES: tl.constexpr, WIDE: tl.constexpr, PART: tl.constexpr = 0,
 ):  # fmt: skip
-    """The patches of a tile of BLOCK voxels, (BLOCK, PLACES); zeros beyond the last place, and of voxels not there.
+    """A part of the patches of a tile of BLOCK voxels, (BLOCK, PLACES); zeros beyond the last place, and of voxels not
+    there. The columns are the places of :func:`part_places`.
 
-    ``by``: the dividers of ``size``, or None where WIDE.
+    ``by``: the dividers of ``size``, or None where WIDE. Where a patch has several parts two threads load a voxel's
+    places, each those of half the taps along d.
     """
     KERNEL: tl.constexpr = LAYER.KERNEL
     STRIDE: tl.constexpr = LAYER.STRIDE
     DILATION: tl.constexpr = LAYER.DILATION
-    FILLED: tl.constexpr = product(KERNEL) * LAYER.C_OUT
-    image, d, h, w, mask = voxels(tile, n, size, BLOCK, 0, WIDE, by)
+    WHOLE: tl.constexpr = product(KERNEL) * LAYER.C_OUT
+    SIDES: tl.constexpr = patch_sides(WHOLE, PLACES)
+    TAPS_D: tl.constexpr = KERNEL[0] // SIDES
+    FIRST: tl.constexpr = PART * (PLACES // SIDES)
+    FILLED: tl.constexpr = part_filled(WHOLE, PLACES, PART)
+    if SIDES > 1:
+        image, d, h, w, mask, side = sided_voxels(tile, n, size, BLOCK, SIDES, WIDE, by)
+    else:
+        image, d, h, w, mask = voxels(tile, n, size, BLOCK, 0, WIDE, by)
     od, oh, ow = d * STRIDE[0] - crop[0], h * STRIDE[1] - crop[1], w * STRIDE[2] - crop[2]
+    if SIDES > 1:
+        od += side * (TAPS_D * DILATION[0])
     pointers = grad_y_ptr + offset(strides, image, 0, od, oh, ow)
     # Of a voxel whose tap along d is outside no row is below the limit: few predicates live through all loads.
     UNSIGNED: tl.constexpr = tl.uint64 if WIDE else tl.uint32
     limit_h, limit_w = tl.full((), 0, UNSIGNED) + out_size[1], tl.full((), 0, UNSIGNED) + out_size[2]
     limits_h, hits_w = (), ()
-    for tap in tl.static_range(constant(KERNEL[0])):
+    for tap in tl.static_range(constant(TAPS_D)):
         hit = inside(od + tap * DILATION[0], out_size[0]) & mask
         limits_h = limits_h + (tl.where(hit, limit_h, 0).to(UNSIGNED),)  # type: ignore[assignment]  # noqa: RUF005
     for tap in tl.static_range(constant(KERNEL[2])):
         hits_w = hits_w + (below(ow + tap * DILATION[2], limit_w),)  # type: ignore[assignment]  # noqa: RUF005
     parts = ()
     for place in tl.static_range(FILLED):
-        part = patch_place(pointers, oh, limits_h, hits_w, strides, place, LAYER)
+        part = patch_place(pointers, oh, limits_h, hits_w, strides, FIRST + place, LAYER)
         parts = parts + (part,)  # type: ignore[assignment]  # noqa: RUF005
-    for _ in tl.static_range(PLACES - FILLED):
-        parts = parts + (tl.zeros((BLOCK,), grad_y_ptr.dtype.element_ty),)  # type: ignore[assignment]  # noqa: RUF005
-    for level in tl.static_range(levels(PLACES)):
-        parts = halved(parts, PLACES >> (level + 1))
-    return tl.reshape(parts[0], (BLOCK, PLACES))  # type: ignore[misc]
+    for _ in tl.static_range(PLACES // SIDES - FILLED):
+        zeros = tl.zeros((SIDES * BLOCK,), grad_y_ptr.dtype.element_ty)
+        parts = parts + (zeros,)  # type: ignore[assignment]  # noqa: RUF005
+    for level in tl.static_range(levels(PLACES // SIDES)):
+        parts = halved(parts, PLACES // SIDES >> (level + 1))
+    if SIDES > 1:  # noqa: SIM108
+        tiled = tl.reshape(parts[0], (SIDES, BLOCK, PLACES // SIDES)).permute(1, 0, 2)  # type: ignore[misc]
+    else:
+        tiled = parts[0]  # type: ignore[misc]
+    return tl.reshape(tiled, (BLOCK, PLACES))
+
+
+@triton.jit
+def part_places(LAYER: tl.constexpr, PLACES: tl.constexpr, PART: tl.constexpr):
+    """The places in a part of a patch, (PLACES,), and which of them there are: a run of each side's."""
+    place = tl.arange(0, PLACES)
+    WHOLE: tl.constexpr = product(LAYER.KERNEL) * LAYER.C_OUT
+    SIDES: tl.constexpr = patch_sides(WHOLE, PLACES)
+    if SIDES > 1:
+        RUN: tl.constexpr = PLACES // SIDES
+        within = PART * RUN + place % RUN
+        found, there = place // RUN * (WHOLE // SIDES) + within, within < WHOLE // SIDES
+    else:
+        found, there = place, place < WHOLE
+    return found, there
+
+
+@triton.jit
+def multiplied(left, right, acc, FLIPPED: tl.constexpr, PRECISION: tl.constexpr):
+    """``acc`` (None: zeros) plus left times right; with FLIPPED all of them and the result are the other way round."""
+    if FLIPPED:
+        acc = tl.dot(tl.trans(right), tl.trans(left), acc, input_precision=PRECISION)
+    else:
+        acc = tl.dot(left, right, acc, input_precision=PRECISION)
+    return acc
 
 
 @triton.jit
@@ -144,18 +228,47 @@ def refused(problem: Problem, device: torch.device) -> str | None:
             f"{problem.groups} groups, {problem.c_out} output channels: one group of at most {MOST_CHANNELS} is served"
         )
     deepest = DEEPEST[problem.dtype.itemsize]
-    if places(problem) > deepest:
+    if places(problem) > (MOST_PLACES if divisible(problem) else deepest):
         return f"{places(problem)} taps and output channels: a patch of at most {deepest} fits the registers"
     return None
 
 
+def divisible(problem: Problem) -> bool:
+    """Whether a patch too long for one thread can be loaded by PARTED_SIDES of them, each half of the taps along d."""
+    return problem.dtype.itemsize == 2 and problem.kernel[0] % PARTED_SIDES == 0
+
+
+def sides(problem: Problem) -> int:
+    """Threads that load a voxel's patch."""
+    return PARTED_SIDES if places(problem) > DEEPEST[problem.dtype.itemsize] else 1
+
+
+def patch_parts(problem: Problem) -> int:
+    """Of a patch."""
+    return parts(places(problem), PART) if sides(problem) > 1 else 1
+
+
 def padded(problem: Problem, least: int) -> int:
-    """The places of a tile, a power of two."""
+    """The places of a part, a power of two."""
+    if sides(problem) > 1:
+        return PART
     return tiles.power_of_two(places(problem), least, max(DEEPEST.values()))
+
+
+def form(problem: Problem, least: int) -> Patch:
+    """PATCH. On Hopper a part that is put together in its own turn would be a left operand in registers."""
+    return Patch(padded(problem, least), patch_parts(problem) > 1 and 90 <= compute_capability() < 100)
+
+
+def voxels_of(problem: Problem, warps: int) -> int:
+    """Of a tile: each has a thread, or SIDES of them."""
+    return warps * WARP // sides(problem)
 
 
 def columns(problem: Problem) -> int:
     """The default BLOCK_N."""
+    if sides(problem) > 1:
+        return tiles.power_of_two(problem.c_in, 16, 2 * WIDEST)
     return tiles.power_of_two(problem.c_in, 16, WIDEST if places(problem) <= LONG else WIDEST // 2)
 
 
@@ -170,31 +283,31 @@ def resident(problem: Problem, least: int, sums: int, warps: int) -> int:
 
 
 def shared_of(problem: Problem, config: Config, least: int) -> int:
-    """Bytes of shared memory: the tile of patches, and those of x on their way or the weight."""
+    """Bytes of shared memory: a part of the patches, and the tiles of x on their way or the weight."""
     tile = padded(problem, least) + config["BLOCK_N"] * max(1, config["num_stages"])
-    return config["num_warps"] * WARP * tile * problem.dtype.itemsize
+    return voxels_of(problem, config["num_warps"]) * tile * problem.dtype.itemsize
 
 
 def patch_work(
     problem: Problem, pass_name: str, config: Config, steps: int, programs: int, least: int, sums: int,
     moved: float, launches: int,
 ) -> Work:  # fmt: skip
-    """Of ``steps`` tiles in all programs, a voxel for each thread, by BLOCK_N columns.
+    """Of ``steps`` tiles in all programs by BLOCK_N columns.
 
-    ``moved`` and ``launches``: bytes and launches besides.
+    ``sums``: of a thread. ``moved`` and ``launches``: bytes and launches besides.
     """
-    item, wide, depth = problem.dtype.itemsize, config["BLOCK_N"], padded(problem, least)
-    voxels_of = config["num_warps"] * WARP
-    tile, patch = voxels_of * wide * item, voxels_of * depth * item
+    item, wide, turns, beside = problem.dtype.itemsize, config["BLOCK_N"], patch_parts(problem), sides(problem)
+    depth, voxels = padded(problem, least) * turns, voxels_of(problem, config["num_warps"])
+    tile, patch = voxels * wide * item, voxels * depth * item
     memory = problem.bytes(pass_name) + moved
     # From L2 each tile has the rows of grad_y that its voxels meet along d, and a halo along h.
     around = HALO * max(1.0, problem.kernel[0] / problem.stride[0])
-    sides = parts(problem.c_in, wide)
-    cached = size_of(problem, "x") + around * sides * size_of(problem, "y") + programs * wide * depth * item + moved
-    loaded = voxels_of * places(problem) * item * min(problem.stride[2], LINE // (WARP * item))
-    each = PER_STEP + PER_PLACE * places(problem) + PER_COLUMN * wide
+    across = parts(problem.c_in, wide)
+    cached = size_of(problem, "x") + around * across * size_of(problem, "y") + programs * wide * depth * item + moved
+    loaded = voxels * places(problem) * item * min(problem.stride[2], LINE // (WARP * item))
+    each = PER_STEP * turns + (PER_PLACE * places(problem) + PER_COLUMN * wide) / beside
     return Work(
-        flops=2.0 * voxels_of * wide * depth * steps,
+        flops=2.0 * voxels * wide * depth * steps,
         memory_bytes=memory,
         cache_bytes=max(memory, cached),
         programs=programs,
@@ -202,7 +315,7 @@ def patch_work(
         registers=registers_of(problem, least, sums),
         warps=config["num_warps"],
         launches=launches,
-        depth=steps / max(1, programs),
+        depth=float(turns) * steps / max(1, programs),
         ahead=1,
         sram_bytes=float(steps) * (loaded + 2 * patch + 2 * tile),
         instructions=float(steps) * config["num_warps"] * each,

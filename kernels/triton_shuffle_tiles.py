@@ -25,6 +25,9 @@ from tritonconv.problem import Problem
 # else a sector.
 FEWEST_CHANNELS, SECTOR_CHANNELS = 4, 16
 BLOCK_K = 32  # voxels of a step: two programs of the largest tiles with one column tile fit a multiprocessor of sm_90
+# Tiles of a quarter of the rows, and steps of twice the voxels, for layers of few voxels without chunks: with rows and
+# columns up to NARROW together a step has as many instructions (228 of 64 x 32 x 64, 230 of 128 x 64 x 32).
+DEEPER_K, NARROW = 64, 128
 LEAST_COLUMNS = 16  # of a product: the bias by one with ones
 LEAST_VOXELS = 128  # that a chunk is worth
 FEWEST_UNSPLIT = 4  # multiprocessors for each program, at most, of a launch without chunks
@@ -91,19 +94,24 @@ def _candidates(problem: Problem) -> list[Config]:
     narrow = not half or (problem.layout == "ncdhw" and _block_w(problem, bool(rows)) == 0)  # loads of an element each
     block_n = tiles.power_of_two(problem.c_in // groups, 64 if rows else 16, 64 if narrow else 128)
     configs: list[Config] = []
-    for m, n in itertools.product((block_m, block_m // 2), (block_n, block_n // 2, block_n // 4)):
-        if m < min(64, block_m) or n < min(64 if rows else 32, block_n):
+    widths = (block_n, block_n // 2, block_n // 4)
+    for k, m, n in itertools.product((BLOCK_K, DEEPER_K), (block_m, block_m // 2, block_m // 4), widths):
+        small = k == DEEPER_K or m == block_m // 4
+        if m < min(64, block_m) or n < min(64 if rows else 32, block_n) or (small and (not half or m + n > NARROW)):
             continue
         config = {
             "BLOCK_M": m,
             "BLOCK_N": n,
-            "BLOCK_K": BLOCK_K,
+            "BLOCK_K": k,
             "BLOCK_W": _block_w(problem, bool(rows)),
             "ROWS": rows,
             "num_warps": 8 if m * n >= 128 * 128 or m == 256 or (half and narrow) else 4,
             "num_stages": 4,
         }
-        configs += [{**config, "SPLITS": splits} for splits in chunks(problem, config)[:3]]
+        counts = list(chunks(problem, config)[:3])
+        if small:
+            counts = [1] if 3 * programs(problem, config) >= MULTIPROCESSORS else []
+        configs += [{**config, "SPLITS": splits} for splits in counts]
     return configs
 
 

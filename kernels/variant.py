@@ -16,6 +16,7 @@ from tritonconv.problem import PASSES, Problem
 
 if TYPE_CHECKING:
     from tritonconv.epilogue import Epilogue
+    from tritonconv.kernels.triton_program import Program
 
 Config = Mapping[str, int]
 NO_CONFIG: Config = MappingProxyType({})
@@ -127,6 +128,31 @@ class Variant:
         from tritonconv.kernels.triton_program import compute  # needs Triton
 
         return compute(partial(self.launches, problem, config), operands, more)
+
+    def program(self, problem: Problem, config: Config) -> Program:
+        """The launches of a variant that has them, for dense operands on the meta device: with the problem's epilogue
+        where it computes that."""
+        from tritonconv.kernels.triton_program import Program, operands_of  # needs Triton
+
+        assert self.launches is not None  # the caller looked
+        launches, meta, epilogue = partial(self.launches, problem, config), torch.device("meta"), problem.epilogue
+        operands = operands_of(problem, self.pass_name, meta)
+        if epilogue is None or not self.finishes(problem, config, epilogue):
+            return Program.of(launches, operands)
+        y, weight = operands_of(problem, PASSES[1], meta)
+        residual = y if epilogue.residual else None
+        slopes = weight.new_empty(problem.c_out) if epilogue.activation == "prelu" else None
+
+        def finished(x, weight, bias, residual, slopes):
+            return launches(x, weight, bias, epilogue=epilogue, residual=residual, slopes=slopes)
+
+        return Program.of(finished, (*operands, residual, slopes))
+
+    def finishes(self, problem: Problem, config: Config, epilogue: Epilogue | None) -> bool:
+        """It computes an epilogue itself, where there is one."""
+        if epilogue is None or self.epilogue is None or not epilogue.in_kernels:
+            return False
+        return self.epilogue(problem, config, epilogue)
 
     def starts(self, problem: Problem, device: torch.device) -> tuple[Config, ...]:
         """The default config, and the one that copies operands first, where there is one: the others of the space are

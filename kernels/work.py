@@ -69,6 +69,12 @@ def size_of(problem: Problem, *names: str) -> float:
     return float(sum(math.prod(getattr(problem, f"{name}_shape")) for name in names) * problem.dtype.itemsize)
 
 
+def bytes_spared(problem: Problem) -> int:
+    """The bytes that torch's separate operations move more than a forward that computes its epilogue itself."""
+    epilogue = problem.epilogue
+    return 0 if epilogue is None else (epilogue.apart - epilogue.beside) * int(size_of(problem, "y"))
+
+
 def tap_gemm(
     problem: Problem,
     pass_name: str,

@@ -169,9 +169,13 @@ def _picture(name: str, paths: Sequence[Path]) -> str:
 
 
 def _against_the_best(run: Run) -> str:
-    rows = [[one.ours["pass"], one.ours["dtype"], *standing_cells(one)] for one in standings(run.of_models())]
-    caption = "The fastest torch in any memory format, and our fastest: a ratio of medians."
-    return _after(caption, table(("pass", "dtype", *STANDING), rows, 4))
+    of_models = "The fastest torch in any memory format, and our fastest: a ratio of medians."
+    of_stages = "The same of layers with what stands behind them: one call of ours, separate operations of torch's:"
+    text = ""
+    for caption, results in ((of_models, run.of_models()), (of_stages, run.of_stages())):
+        rows = [[one.ours["pass"], one.ours["dtype"], *standing_cells(one)] for one in standings(results)]
+        text += _after(caption, table(("pass", "dtype", *STANDING), rows, 4))
+    return text
 
 
 def standing_cells(one: Standing) -> list[Cell]:

@@ -22,6 +22,11 @@ CASES = {
     "dilation": Case(n=1, channels=(3, 3), size=(5, 5, 6), kernel=(2, 3, 2), stride=2, dilation=(1, 2, 3), front=1),
     "5 channels": Case(n=1, channels=(24, 5), size=(3, 8, 6), kernel=(1, 2, 3), stride=(1, 2, 2), back=(0, 1, 0)),
     "kernel = stride": Case(n=3, channels=(8, 3), size=(4, 3, 12), kernel=2, stride=2),
+    # Longer patches than a thread has room for: two load them, in parts; of the second the last part is half empty.
+    "192 places": Case(n=1, channels=(20, 3), size=(3, 5, 6), kernel=4, stride=2, front=3, back=(3, 1, 3)),
+    "160 places": Case(
+        n=2, channels=(70, 5), size=(2, 4, 8), kernel=(2, 4, 4), stride=(1, 2, 3), dilation=(2, 1, 1), front=1
+    ),
     "one tap of a stride": Case(n=1, channels=(17, 4), size=(2, 9, 9), kernel=1, stride=2, extra=1),
 }
 
@@ -36,6 +41,7 @@ def test_programs_that_take_tiles_in_turn(label, layout, monkeypatch):
         return [{**base, "BLOCK_N": 16, "RESIDENT": 1}, {**base, "WEIGHT": 1, "RESIDENT": 2}]
 
     monkeypatch.setattr(kernel, "multiprocessors", lambda device: 2 if label == "k4 s2" else 1)
+    monkeypatch.setattr(patches, "compute_capability", lambda: 90 if layout == "ncdhw" else 80)  # either order
     dtype = torch.float32 if label == "5 channels" else torch.float16
     assert complaints(RECORD, CASES[label], dtype, layout, True, DEVICE, configs) == []
 
@@ -44,7 +50,7 @@ def test_programs_that_take_tiles_in_turn(label, layout, monkeypatch):
 def test_wide_offsets(layout, monkeypatch):
     monkeypatch.setattr(kernel, "wide", lambda *buffers, of=None: True)
     base = [RECORD.default]
-    for label in ("k4 s2", "dilation"):
+    for label in ("k4 s2", "dilation", "160 places"):
         configs = lambda problem: [each(problem, DEVICE) for each in base]  # noqa: E731
         assert complaints(RECORD, CASES[label], torch.float16, layout, True, DEVICE, configs) == []
 
@@ -53,7 +59,8 @@ def test_the_refusals_name_the_limit():
     for case, words in (
         (Case(channels=(8, 6)), "6 output channels"),
         (Case(channels=(8, 4), groups=4), "4 groups"),
-        (Case(channels=(8, 3), kernel=4, stride=2), "192 taps and output channels"),
+        (Case(channels=(8, 5), kernel=4, stride=2), "320 taps and output channels"),
+        (Case(channels=(8, 3), kernel=(3, 4, 4), stride=2), "144 taps and output channels"),
     ):
         assert words in str(RECORD.supports(case.problem(torch.float16), DEVICE))
         assert words in str(variant("backward_weight_patches").supports(case.problem(torch.float16), DEVICE))

@@ -14,7 +14,7 @@ from tritonconv.autotune import rules
 from tritonconv.autotune.tuning import session
 from tritonconv.kernels import registry
 from tritonconv.lab import cli
-from tritonconv.lab.bench import call_overhead, case, contestants, measure, progress
+from tritonconv.lab.bench import call_overhead, case, measure, operations, progress
 from tritonconv.lab.bench.results import latest, read
 from tritonconv.lab.commands import common
 
@@ -63,7 +63,7 @@ def test_bench_then_report(tmp_path, capsys):
 
 
 def test_a_wrong_result_makes_the_exit_code_1(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(contestants, "conv_transpose3d", lambda *args: F.conv_transpose3d(*args) + 1)
+    monkeypatch.setattr(operations, "conv_transpose3d", lambda *args: F.conv_transpose3d(*args) + 1)
     assert cli.main(bench(tmp_path, "--passes", "forward", "--layout", "ncdhw")) == 1
     out = capsys.readouterr().out
     assert f"wrong: tritonconv on {TINY} (forward): y: max error" in out

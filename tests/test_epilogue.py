@@ -212,7 +212,7 @@ def test_a_variant_gets_the_epilogue_that_it_takes():
     case = (1, 4, 2, 3, 2), (4, 6, 3, 3, 3), (2, 1)
     x, weight, bias, residual, slopes, arguments = operands(case, torch.float64)
     plan = dispatch.plan_for(x, weight, bias, (2, 1, 0, 1, 1))
-    plan.chosen["forward"] = Selection(stub, {}, "a test")
+    plan.chosen["forward"], plan.plan_with = Selection(stub, {}, "a test"), None
     try:
         for activation in ACTIVATIONS:
             call = x, weight, bias, residual, slopes, arguments, activation

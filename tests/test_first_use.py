@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from tritonconv.autotune import choose, pins, store
 from tritonconv.autotune.key import Key, device_name
 from tritonconv.autotune.tuning import first_use
 from tritonconv.autotune.tuning.api import tune
+from tritonconv.epilogue import Epilogue
 from tritonconv.kernels import triton_background
 from tritonconv.lab.bench import gpu
 from tritonconv.problem import PASSES
@@ -83,6 +85,14 @@ def test_the_second_call_of_a_kind_tunes_it_and_no_later_one(caplog, monkeypatch
     monkeypatch.setattr(first_use, "_tune", None)
     for problem in (UP, LARGER, UP):  # a size of the same kind shares its choices
         assert "tuned on this size" in call(problem).choice("forward").reason
+
+
+def test_a_kind_with_an_epilogue_is_tuned_by_itself():
+    with_relu = dataclasses.replace(UP, epilogue=Epilogue("relu"))
+    plain, _ = dispatch.plan(UP, CPU), call(with_relu)
+    assert dispatch.plan(UP, CPU) is not plain  # which keeps the forward that was chosen before
+    assert "then relu" in call(with_relu).choice("forward").reason
+    assert stored() == {str(Key.of(with_relu, "forward"))}
 
 
 def test_the_callers_modes_are_off_while_it_tunes():

@@ -125,6 +125,11 @@ def test_a_model_keeps_its_state_and_its_answers():
         assert not torch.equal(model(x, skip), want), "statistics of the batch"
         model.eval()
     tritonconv.fuse(model)
+    restored = tritonconv.restore(model)
+    assert [name for name, _ in restored.replaced] == ["", "first.0", "second.0", "second.0.0", "third"]
+    assert restored.replaced[0][1] == "Decoder, its own forward again" and fused_forwards(model) == []
+    assert tritonconv.restore(model).replaced == ()
+    tritonconv.fuse(model)
     model.load_state_dict(state)
     assert tritonconv.unfuse(model) != () and fused_forwards(model) == []
     assert torch.equal(model(x, skip), want) and tritonconv.unfuse(model) == ()

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from tritonconv.lab.bench import float64, gate
-from tritonconv.lab.bench.calls import make_tensors, torch_call
+from tritonconv.lab.bench.calls import make_tensors
 from tritonconv.lab.bench.case import Case, Judge
+from tritonconv.lab.bench.operations import torch_call
 from tritonconv.lab.bench.workloads import workloads
 from tritonconv.problem import LAYOUTS, Problem
 

@@ -26,12 +26,12 @@ BESIDE = {"Makefile", "LICENSE", "constraints.txt"}
 # begins its own.
 LAYERS = (
     ("errors", "switches", "registries", "symbolic", "private", "precision", "bounded"),
-    ("problem", "device"),
-    ("arguments", "epilogue"),
+    ("problem", "device", "epilogue"),
+    ("arguments",),
     ("kernels",),
     ("autotune",),
     ("fallback",),
-    ("forced", "plan"),
+    ("forced", "plan", "epilogue_forward"),
     ("dispatch",),
     ("autograd", "operators", "guards", "autocast"),
     (

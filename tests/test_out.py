@@ -55,7 +55,8 @@ def served(record, cases, layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_forward_writes_into_a_slice_of_either_format(layout, monkeypatch):
-    monkeypatch.setattr(torch_shuffle, "PART_ELEMENTS", 100)  # so that small problems have several blocks
+    for bound in ("IMAGE_ELEMENTS", "PART_ELEMENTS"):
+        monkeypatch.setattr(torch_shuffle, bound, 100)  # so that small problems have several blocks
     wrong = []
     for record in variants("forward"):
         triton = record.backend == "triton"
@@ -74,6 +75,7 @@ def test_products_of_some_planes_at_a_time_are_those_of_all(layout, monkeypatch)
     with tritonconv.use("forward_torch_shuffle"):
         want = OURS(x, weight, bias, (2, 3, 1))
         for elements in (1, 300, 700, 10**6):
+            monkeypatch.setattr(torch_shuffle, "IMAGE_ELEMENTS", elements)
             monkeypatch.setattr(torch_shuffle, "PART_ELEMENTS", elements)
             close(OURS(x, weight, bias, (2, 3, 1), out=torch.empty_like(want)), want)
 
@@ -264,6 +266,7 @@ class Written(torch.nn.Module):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_no_tensor_of_the_size_of_y_is_made(layout, monkeypatch):
+    monkeypatch.setattr(torch_shuffle, "IMAGE_ELEMENTS", 1000)
     monkeypatch.setattr(torch_shuffle, "PART_ELEMENTS", 1000)
     case = CASES["tile"]
     x, weight, bias = (t.to(torch.float32) for t in expected(case, True)[0])

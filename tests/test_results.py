@@ -205,6 +205,7 @@ def test_summary_groups_and_flags(path):
     first, second, both = groups(run.results)
     assert (first.layout, first.layers, first.faster, first.slower) == ("ncdhw", 4, 1, 1)
     assert first.geomean == pytest.approx((4 * 1 * 0.5 * 0.9) ** 0.25)
+    assert first.p5 == pytest.approx(0.5 + 0.15 * 0.4), "between the least two of four"
     assert (second.layout, both.layout, both.layers, len(both.rows)) == ("ndhwc", "all", 4, 5)
     assert [row["layer"] for row in both.worst[:3]] == ["c", "d", "b"]
     assert overlaps_one(run.results[2])

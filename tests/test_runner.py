@@ -20,7 +20,7 @@ from tritonconv.autotune.serving import Part
 from tritonconv.autotune.sources import revision
 from tritonconv.autotune.store import Table
 from tritonconv.kernels import registry
-from tritonconv.lab.bench import cell, contestants, gpu, runner
+from tritonconv.lab.bench import cell, gpu, operations, runner
 from tritonconv.lab.bench.calls import ALL_PASSES
 from tritonconv.lab.bench.layer_sizes import Workload
 from tritonconv.lab.bench.options import Options
@@ -147,7 +147,7 @@ def test_single_variants_are_timed_or_skipped_with_the_reason(tmp_path):
     ],
 )
 def test_a_wrong_result_is_not_timed(tmp_path, monkeypatch, what, change):
-    monkeypatch.setattr(contestants, "conv_transpose3d", lambda *args: change(F.conv_transpose3d(*args)))
+    monkeypatch.setattr(operations, "conv_transpose3d", lambda *args: change(F.conv_transpose3d(*args)))
     outcome, found = run(tmp_path, layer(), passes=("forward",), layouts=("ncdhw",))
     assert outcome.errors == 1
     assert [row["variant"] for row in found.results] == ["torch"]
@@ -160,7 +160,7 @@ def test_a_wrong_gradient_is_found_in_a_training_step(tmp_path, monkeypatch):
     def ten_percent_more_bias_gradient(x, weight, bias, *args):
         return F.conv_transpose3d(x, weight, bias + 0.1 * (bias - bias.detach()), *args)
 
-    monkeypatch.setattr(contestants, "conv_transpose3d", ten_percent_more_bias_gradient)
+    monkeypatch.setattr(operations, "conv_transpose3d", ten_percent_more_bias_gradient)
     _, found = run(tmp_path, layer(), passes=("forward", "forward_backward"), layouts=("ncdhw",))
     assert [(row["pass"], row["message"][:9]) for row in found.errors] == [("forward_backward", "grad_bias")]
 

@@ -6,12 +6,14 @@ from itertools import cycle, product
 
 import pytest
 import torch
+from beside_torch import close
 from variant_cases import CPU, Case
 
 import tritonconv
-from tritonconv import epilogue as epilogues
-from tritonconv import epilogue_road
+from tritonconv import dispatch, epilogue_forward, epilogue_road
+from tritonconv.autotune.choose import Selection
 from tritonconv.epilogue import ACTIVATIONS, Epilogue, activated, finish
+from tritonconv.forced import pinned
 from tritonconv.kernels import triton_epilogue
 from tritonconv.kernels.registry import have_triton, variant, variants
 
@@ -22,13 +24,14 @@ LAYOUTS = ("ncdhw", "ndhwc")
 SHUFFLED = Case(n=1, channels=(2, 8), size=(1, 1, 3), kernel=(1, 1, 2), stride=(1, 1, 2))
 OVERLAPPED = SHUFFLED._replace(kernel=(1, 1, 3), front=(0, 0, 1), back=(0, 0, 1))
 FEW = OVERLAPPED._replace(channels=(2, 2))
+DEPTHWISE = OVERLAPPED._replace(channels=(3, 3), groups=3, kernel=(1, 3, 3), stride=(1, 2, 2))
 TAKING = [each.name for each in variants("forward") if each.epilogue is not None]
 
 
 def given(name: str, dtype=FLOAT, layout="ncdhw", case=None):
     """(problem, default config, x, weight, bias, residual, slopes), of which every exact sum is a float32."""
     if case is None:
-        cases = (OVERLAPPED, SHUFFLED, FEW)
+        cases = (OVERLAPPED, SHUFFLED, FEW, DEPTHWISE)
         case = next(each for each in cases if variant(name).supports(each.problem(dtype, layout), CPU) is None)
     problem = case.problem(dtype, layout)
     torch.manual_seed(0)
@@ -58,8 +61,9 @@ def near(y, z, epilogue, slopes) -> bool:
 
 def test_the_kernels_that_take_one():
     assert set(TAKING) >= {
-        "forward_gather", "forward_overlap", "forward_phases", "forward_phases_packed", "forward_shuffle",
-        "forward_shuffle_given", "forward_shuffle_resident",
+        "forward_depthwise", "forward_depthwise_cells", "forward_gather", "forward_overlap", "forward_overlap_planes",
+        "forward_phases", "forward_phases_packed", "forward_shuffle", "forward_shuffle_given",
+        "forward_shuffle_resident",
     }  # fmt: skip
 
 
@@ -67,9 +71,11 @@ def test_the_kernels_that_take_one():
 def test_every_combination_is_rounded_once(name):
     kinds = cycle(product((FLOAT, HALF), LAYOUTS))
     of_kind = {kind: given(name, *kind) for kind in product((FLOAT, HALF), LAYOUTS)}
-    sums = {kind: torch.conv_transpose3d(
-        made[2].double(), made[3].double(), None, made[0].stride, made[0].crop) for kind, made in of_kind.items()
-    }  # fmt: skip
+    sums = {}
+    for kind, (problem, _, x, weight, *_) in of_kind.items():
+        sums[kind] = torch.conv_transpose3d(
+            x.double(), weight.double(), None, problem.stride, problem.crop, 0, problem.groups
+        )
     for activation, with_residual, with_bias in product((None, *ACTIVATIONS), (True, False), (True, False)):
         kind = next(kinds)
         if not with_residual and not with_bias:
@@ -137,6 +143,46 @@ def test_operands_of_other_strides():
     assert torch.equal(y, torch.nn.functional.prelu(z + one, slopes[:1]))
 
 
+@pytest.mark.parametrize("name", TAKING)
+def test_written_into_a_slice_at_once(name, monkeypatch):
+    """A residual beside the slice has its strides; one of other strides is added by torch's operations, in place."""
+    problem, _, x, weight, bias, residual, slopes = given(name)
+    parts = slice(1, 1 + problem.c_out)
+    buffer, wide = torch.full((2, problem.n, problem.c_out + 2, *problem.out_size), 7.0)
+    wide[:, parts] = residual
+    with tritonconv.use(name), torch.no_grad():
+
+        def call(residual=residual, **more):
+            arguments = x, weight, bias, problem.stride, problem.crop, 0, problem.groups
+            return tritonconv.conv_transpose3d(*arguments, activation=("prelu", slopes), residual=residual, **more)
+
+        want = call()
+        close(call(out=buffer[:, parts]), want)
+        monkeypatch.setattr(epilogue_forward, "finish", None)
+        for out, r in ((buffer[:, parts], wide[:, parts]), (torch.empty_like(want), wide[:, parts])):
+            assert call(r, out=out.fill_(7)) is out and torch.equal(out, want)
+    assert (buffer[:, :1] == 7).all() and (buffer[:, -1:] == 7).all()
+
+
+def test_the_backward_reads_the_weight_that_the_forward_packed():
+    problem, _, x, weight, bias, residual, slopes = given("forward_gather", case=FEW._replace(channels=(2, 3)))
+    pair = [variant(name) for name in ("forward_gather", "backward_data_gemm")]
+    chosen = [Selection(each, {**each.default(problem, CPU), "WEIGHT": 1}, "the test's") for each in pair]
+    for epilogue in (Epilogue("relu"), Epilogue("gelu"), Epilogue("tanh", rounding="torch")):
+        dispatch.forget()
+        with pinned(*chosen):
+            y = tritonconv.conv_transpose3d(
+                x.requires_grad_(), weight, bias, problem.stride, problem.crop,
+                activation=epilogue.activation, rounding=epilogue.rounding,
+            )  # fmt: skip
+            (grad_x,) = torch.autograd.grad(y, x, residual)
+            replays = dispatch.plan(problem, CPU).replays
+        z = torch.conv_transpose3d(x, weight, bias, problem.stride, problem.crop)
+        close(grad_x, torch.autograd.grad(activated(z, epilogue, slopes), x, residual)[0])
+        (kind,) = replays["backward_data"].kept.values()
+        assert "transpose_kernel" not in [kernel.name for kernel in kind.program.kernels], epilogue
+
+
 def test_groups_have_their_own_channels():
     case = SHUFFLED._replace(channels=(4, 8), groups=2)
     epilogue = Epilogue("prelu", residual=True)
@@ -164,13 +210,17 @@ def test_declined_where_others_add_up_the_sums_or_the_bits_are_torchs():
     assert takes(problem, config, Epilogue("relu")) and not takes(problem, {**config, "SPLITS": 2}, Epilogue("relu"))
     assert takes(problem, config, Epilogue("relu", rounding="torch"))
     assert not takes(problem, config, Epilogue("gelu", rounding="torch"))
+    for columns, fits in ((64, True), (128, False)):  # 64 and 128 sums of a thread
+        tile = {**config, "BLOCK_M": 128, "BLOCK_N": columns, "num_warps": 4}
+        assert takes(problem, tile, Epilogue("relu"))
+        assert takes(problem, tile, Epilogue("gelu")) is takes(problem, tile, Epilogue(None, residual=True)) is fits
 
 
 def test_a_call_runs_it_in_the_kernel(monkeypatch):
     problem, _, x, weight, bias, residual, slopes = given("forward_phases")
     want = finish(torch.conv_transpose3d(x, weight, bias, problem.stride, problem.crop), Epilogue(
         "prelu", residual=True), None, residual, slopes)  # fmt: skip
-    for module in (epilogues, epilogue_road):
+    for module in (epilogue_forward, epilogue_road):
         monkeypatch.setattr(module, "finish", None)
     with tritonconv.use("forward_phases"), torch.no_grad():
         y = tritonconv.conv_transpose3d(

@@ -120,6 +120,7 @@ def test_triton_kernels_write_the_slice_and_read_the_gradient_as_a_view(label):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_copies_it_saves(layout, monkeypatch):
     """Of torch's two operations: y beside the buffer, and in the backward nothing but what a lone layer makes."""
+    monkeypatch.setattr(torch_shuffle, "IMAGE_ELEMENTS", 2000)
     monkeypatch.setattr(torch_shuffle, "PART_ELEMENTS", 2000)
     layer = tritonconv.ConvTranspose3d(8, 8, 2, stride=2)
     x = torch.randn(2, 8, 6, 5, 4).contiguous(memory_format=LAYOUTS[layout]).requires_grad_()
@@ -131,7 +132,7 @@ def test_the_copies_it_saves(layout, monkeypatch):
         assert [size for size in made if size >= nbytes / 2] == [2 * nbytes]  # the buffer alone
         ours, torchs = (peak(lambda call=call: call(x, skip)) for call in (
             lambda x, skip: up_concat(layer, x, skip), lambda x, skip: torch.cat((layer(x), skip), 1)))  # fmt: skip
-        assert torchs - ours > 0.75 * nbytes
+        assert torchs - ours >= 0.75 * nbytes  # a product is a quarter of y at most
         grad = torch.randn_like(up_concat(layer, x, skip))
         got, lone = up_concat(layer, x, skip), layer(x)
         in_slice = allocations(lambda: torch.autograd.grad(got, (x, *layer.parameters()), grad))

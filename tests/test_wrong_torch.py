@@ -12,8 +12,8 @@ import tritonconv
 from tritonconv import Problem
 from tritonconv.autotune.tuning.session import Session, tasks_of
 from tritonconv.kernels import registry
-from tritonconv.lab.bench import case, contestants, gate
-from tritonconv.lab.bench.calls import torch_call
+from tritonconv.lab.bench import case, gate, operations
+from tritonconv.lab.bench.operations import torch_call
 from tritonconv.lab.bench.progress import Progress
 from tritonconv.lab.bench.standings import standings
 from tritonconv.lab.bench.summary import summary
@@ -70,7 +70,7 @@ def test_what_was_held_against_torchs_wrong_answer_is_judged_again(tmp_path, wro
     """The public operation agrees with torch, a variant behind it does not, and float64 is on its side."""
     wrong_torch("y", 8)
     monkeypatch.setattr(
-        contestants, "conv_transpose3d",
+        operations, "conv_transpose3d",
         lambda x, *args: F.conv_transpose3d(x, *args) + (GARBAGE if x.shape[-1] == 8 else 0),
     )  # fmt: skip
     single = (registry.variant("forward_torch_phases"),)

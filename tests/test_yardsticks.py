@@ -12,7 +12,8 @@ import torch
 from tests.test_results import ENVIRONMENT, result
 from tritonconv.lab import cli
 from tritonconv.lab.bench import bias_rates, cudnn_graph, memory, results, same_traffic
-from tritonconv.lab.bench.calls import make_tensors, torch_call, work
+from tritonconv.lab.bench.calls import make_tensors, work
+from tritonconv.lab.bench.operations import torch_call
 from tritonconv.lab.bench.results import Writer, read
 from tritonconv.lab.bench.summary import summary
 from tritonconv.lab.bench.workloads import workload

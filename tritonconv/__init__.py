@@ -28,8 +28,9 @@ from tritonconv.switches import for_graphs
 if TYPE_CHECKING:
     from tritonconv.autotune.tuning.api import tune
     from tritonconv.concatenation import up_concat
+    from tritonconv.folding import unfuse
     from tritonconv.fused_layer import FusedConvTranspose3d
-    from tritonconv.fusion import FusionReport, fuse, unfuse
+    from tritonconv.fusion import FusionReport, fuse
 
 __version__ = "0.1.0"
 
@@ -79,10 +80,14 @@ def __getattr__(name: str) -> Any:
         from tritonconv.fused_layer import FusedConvTranspose3d
 
         return FusedConvTranspose3d
-    if name in ("FusionReport", "fuse", "unfuse"):
+    if name in ("FusionReport", "fuse"):
         from tritonconv import fusion
 
         return getattr(fusion, name)
+    if name == "unfuse":
+        from tritonconv.folding import unfuse
+
+        return unfuse
     if name == "up_concat":
         from tritonconv.concatenation import up_concat
 

@@ -20,6 +20,7 @@ from tritonconv.arguments import layout_of
 from tritonconv.dispatch import MAX_PLANS, Plan, plan_for
 from tritonconv.errors import ArgumentError, ArgumentTypeError, EmptyOutputError
 from tritonconv.forced import restore_forced
+from tritonconv.functional import eager
 from tritonconv.layer import ConvTranspose3d
 from tritonconv.matlab.layer import TransposedConv3dLayer
 from tritonconv.private import any_autocast, function_base
@@ -62,14 +63,17 @@ def up_concat(layer: nn.Module, x: Any, skip: Any, skip_first: bool = False) -> 
     if isinstance(x, torch.Tensor) and not isinstance(skip, torch.Tensor):
         raise ArgumentTypeError(f"{OP}: skip expects a tensor, got {skip!r} ({type(skip).__name__})")
     arguments = geometry_of(layer)
-    operands: Any = (x, layer.weight, layer.bias) if arguments is not None else ()
-    if arguments is None or not fallback.plain(*operands) or not fallback.plain(skip, skip):
+    if arguments is None:
         return _composed(layer, x, skip, skip_first)
-    forced_again = restore_forced(layer.weight)  # type: ignore[arg-type]
+    weight: Any = layer.weight
+    bias: Any = layer.bias
+    if not fallback.plain(x, weight, bias) or type(skip) not in fallback.PLAIN_TYPES or fallback.old_vmap(skip):
+        return _composed(layer, x, skip, skip_first)
+    forced_again = restore_forced(weight)
     if forced_again is None:
-        return _eager(layer, x, skip, skip_first, arguments)
+        return _eager(x, weight, bias, skip, skip_first, arguments)
     with forced_again:
-        return _eager(layer, x, skip, skip_first, arguments)
+        return _eager(x, weight, bias, skip, skip_first, arguments)
 
 
 def geometry_of(layer: Any) -> tuple | None:
@@ -105,31 +109,35 @@ def hooked(layer: nn.Module) -> bool:
 
 
 def _composed(layer, x, skip, skip_first):
-    """The two operations of torch; of tensors without a batch the channels are the first axis."""
-    y = layer(x)
+    """The two operations of torch."""
+    return _concatenated(layer(x), skip, skip_first)
+
+
+def _concatenated(y, skip, skip_first):
+    """torch's; of tensors without a batch the channels are the first axis."""
     if isinstance(y, torch.Tensor) and isinstance(skip, torch.Tensor):
-        _check(y.shape, skip)
+        _check(y.shape, y.device, skip)
         axis = y.dim() - 4
     else:  # a tracer's proxies, which have no axes: a batch, as in training
         axis = 1
     return torch.cat((skip, y) if skip_first else (y, skip), axis)
 
 
-def _check(shape, skip) -> None:
-    """Raises ArgumentError where the skip does not fit an output of this shape."""
+def _check(shape, device, skip) -> None:
+    """Raises ArgumentError where the skip does not fit an output of this shape on this device."""
     if fallback.tracing() is not None:  # which records each size that is looked at
         return
-    if len(shape) == skip.dim() == 5 and shape[0] == skip.shape[0] and shape[2:] == skip.shape[2:]:
-        return
-    if len(shape) == skip.dim() == 4 and shape[1:] == skip.shape[1:]:
-        return
-    raise ArgumentError(
-        f"{OP}: the layer's output {tuple(shape)} and skip {tuple(skip.shape)} must agree in all axes but the channels"
-    )
+    fits = len(shape) == skip.dim() == 5 and shape[0] == skip.shape[0] and shape[2:] == skip.shape[2:]
+    if not fits and not (len(shape) == skip.dim() == 4 and shape[1:] == skip.shape[1:]):
+        raise ArgumentError(
+            f"{OP}: the layer's output {tuple(shape)} and skip {tuple(skip.shape)} must agree in all axes but the "
+            "channels"
+        )
+    if skip.device != device:
+        raise ArgumentError(f"{OP}: skip is on {skip.device} but the layer's output is on {device}")
 
 
-def _eager(layer, x, skip, skip_first, arguments):
-    weight, bias = layer.weight, layer.bias
+def _eager(x, weight, bias, skip, skip_first, arguments):
     if any_autocast():
         x, weight, bias = autocast.cast_arguments_once(x, weight, bias)
     batched = x.dim() == 5
@@ -138,14 +146,10 @@ def _eager(layer, x, skip, skip_first, arguments):
         plan = plan_for(image, weight, bias, arguments)
     except EmptyOutputError:
         plan = None
-    if plan is None:
-        return _composed(layer, x, skip, skip_first)
+    if plan is None or not plan.writes_out or skip.layout is not torch.strided or not _keeps(x.dtype, skip.dtype):
+        return _concatenated(eager(x, weight, bias, arguments), skip, skip_first)
     shape = plan.problem.y_shape
-    _check(shape if batched else shape[1:], skip)
-    if skip.device != x.device:
-        raise ArgumentError(f"{OP}: skip is on {skip.device} but the layer's output is on {x.device}")
-    if not plan.writes_out or skip.layout is not torch.strided or not _keeps(x.dtype, skip.dtype):
-        return _composed(layer, x, skip, skip_first)
+    _check(shape if batched else shape[1:], x.device, skip)
     if not batched:
         return _joined(image, weight, bias, skip.unsqueeze(0), skip_first, plan).squeeze(0)
     return _joined(image, weight, bias, skip, skip_first, plan)

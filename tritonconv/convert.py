@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copyreg
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -100,7 +100,8 @@ def convert(
 
 
 def restore(model: nn.Module) -> ConversionReport:
-    """Undoes :func:`convert`: tritonconv's ``ConvTranspose3d`` layers and blocks get back the class they had; in place.
+    """Undoes :func:`convert` and :func:`tritonconv.fuse`: layers and blocks get back the class that they had, and
+    fused modules the forward of their class; in place.
 
     Layers that were built as tritonconv's become torch's too, so that a model saved whole loads without tritonconv.
     Subclasses of tritonconv's layers, and layers without a twin in torch, stay. Restoring twice changes nothing.
@@ -115,7 +116,16 @@ def restore(model: nn.Module) -> ConversionReport:
             return "sharded by torch.distributed"
         return TORCHS.get(base) or _converted_from(base) or f"{_path(base)} is a subclass of tritonconv's"
 
-    return _with_blocks(_swap(model, plan), _from_up_concat)
+    report = _swap(model, plan)
+    return _with_blocks(replace(report, replaced=report.replaced + _unfused(model)), _from_up_concat)
+
+
+def _unfused(model: nn.Module) -> tuple[tuple[str, str], ...]:
+    """The rows of the modules whose forward :func:`tritonconv.fuse` had replaced, which are undone."""
+    from tritonconv.folding import unfuse  # the import of a converter alone does without
+
+    names = unfuse(model)
+    return tuple((name, f"{type(model.get_submodule(name)).__name__}, its own forward again") for name in names)
 
 
 def _with_blocks(report: ConversionReport, plan: Callable[[nn.Module], Class | str | None]) -> ConversionReport:

@@ -10,6 +10,7 @@ import contextlib
 import importlib
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -49,15 +50,28 @@ def plan(problem: Problem, device: torch.device, in_graph: bool = False) -> Plan
 
     ``in_graph``: of a call in a CUDA graph, as inside :func:`tritonconv.for_graphs`.
     """
-    named, deterministic, in_graph = forced.get(), deterministic_algorithms(), in_graph or graphs.get()
-    key = (problem, device, named, deterministic, in_graph)
+    return _plan(problem, device, forced.get(), deterministic_algorithms(), in_graph or graphs.get())
+
+
+def _plan(problem: Problem, *where) -> Plan:
+    key = (problem, *where)
     entry = _by_problem.get(key)
     if entry is None:
-        choose_pass = partial(_choose, problem, device, named, deterministic, in_graph)
+        device, _, deterministic, _ = where
         # A deterministic run waits for the compiler, so that its first call already has the final bits.
         standby = device.type == "cuda" and not deterministic
-        entry = remember(_by_problem, key, Plan(problem, device, choose_pass, standby=standby), MAX_PLANS)
+        made = Plan(problem, device, partial(_choose, *key), standby=standby)
+        if problem.epilogue is None:
+            made.plan_with = lambda epilogue: _plan_with(replace(problem, epilogue=epilogue), *where)
+        entry = remember(_by_problem, key, made, MAX_PLANS)
     return entry
+
+
+def _plan_with(problem: Problem, *where) -> Plan:
+    """The plan of a problem with an epilogue, whose forward may have a choice of its own."""
+    if (problem, *where) not in _by_problem:
+        _offer_to_tuner(problem, where[0])
+    return _plan(problem, *where)
 
 
 def plan_for(x, weight, bias, arguments: tuple) -> Plan | None:
@@ -122,8 +136,7 @@ def _plan_anew(x, weight, bias, arguments) -> Plan | None:
     if fallback.unserved(x, weight, bias) is not None:
         return None
     problem = problem_of(x, weight, bias, geometry(*arguments))
-    if x.is_cuda and torch.backends.cudnn.benchmark and not forced.get() and not torch_only():
-        _offer_to_tuner(problem, x.device)
+    _offer_to_tuner(problem, x.device)
     return plan(problem, x.device)
 
 
@@ -138,6 +151,8 @@ def set_tuner(offer: Callable[[Problem, torch.device], None] | None) -> None:
 
 def _offer_to_tuner(problem: Problem, device: torch.device) -> None:
     """The one door from a call to the tuner, whose module registers itself when this first imports it."""
+    if device.type != "cuda" or not torch.backends.cudnn.benchmark or forced.get() or torch_only():
+        return
     if _tuner is None:
         importlib.import_module("tritonconv.autotune.tuning.first_use")
     if _tuner is not None:
@@ -162,7 +177,7 @@ def _choose(problem, device, named, deterministic, in_graph, pass_name) -> Selec
             why_not = record.supports(problem, device)
             if why_not is not None:
                 raise VariantNotApplicable(f"{name} was forced but does not serve {problem}: {why_not}")
-            config = record.default(problem, device) if items is None else dict(items)
+            config = record.default(problem.plain, device) if items is None else dict(items)
             return Selection(record, config, "forced by tritonconv.use", forced=True)
     chosen = choose(problem, device, pass_name, in_graph)
     if deterministic and not chosen.variant.deterministic and device.type != "cpu" and not torch_only():

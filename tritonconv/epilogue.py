@@ -8,10 +8,12 @@ or (c_out,), the weight of prelu.
 and never read again. It says so by ``Variant.epilogue``, a function (problem, config, epilogue) -> bool. Where that
 answers True, :meth:`tritonconv.plan.Plan.forward_with` calls its ``launches`` (or ``launch``) with three operands more:
 
-    launches(problem, config, x, weight, bias, epilogue=epilogue, residual=residual, slopes=slopes) -> y
+    launches(problem, config, x, weight, bias, out, epilogue=epilogue, residual=residual, slopes=slopes) -> y
 
 ``residual`` and ``slopes`` are buffers (tensors for ``launch``), or None where the record does not name them; the bias
-may be None in a problem that has one. The values, for an accumulator ``acc`` in float32 (or wider):
+may be None in a problem that has one. ``out`` is None, or a buffer of any strides for y, and then the residual has the
+same strides, or y is dense in the problem's layout. (``launch`` gets ``out`` by keyword, and only where there is one.)
+The values, for an accumulator ``acc`` in float32 (or wider):
 
 * ``rounding=None``: ``y = dtype(activation(acc + bias + residual))``, all of it in the accumulator's dtype, rounded
   once.
@@ -36,6 +38,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +60,7 @@ class Epilogue:
     slope: float = 0.0  # of leaky_relu
     residual: bool = False
     rounding: str | None = None
+    in_kernels: ClassVar[bool] = True  # a kernel may compute it by the contract
 
     @property
     def from_output(self) -> bool:
@@ -69,6 +73,29 @@ class Epilogue:
     def linear(self) -> Epilogue:
         """The same without the activation: its y is z."""
         return replace(self, activation=None, slope=0.0)
+
+    @property
+    def kind(self) -> Epilogue:
+        """The same with torch's slope of leaky_relu: all of a kind share their choice of a variant."""
+        return replace(self, slope=LEAKY_SLOPE) if self.activation == "leaky_relu" else self
+
+    @property
+    def beside(self) -> int:
+        """How many tensors as large as y it moves besides y: the residual is read."""
+        return int(self.residual)
+
+    @property
+    def apart(self) -> int:
+        """The same of torch's separate operations, each of which reads y and writes it again."""
+        return 3 * self.residual + 2 * (self.activation is not None)
+
+    @property
+    def flags(self) -> list[str]:
+        """The flags of a command, as of ``tritonconv tune``, that stand for it."""
+        names = {"leaky_relu": f"leaky_relu:{self.slope:g}", "gelu_tanh": "gelu:tanh"}
+        activation = names.get(self.activation or "", self.activation)
+        flags = [f"--activation {activation}"] * (activation is not None) + ["--residual"] * self.residual
+        return flags + [f"--rounding {self.rounding}"] * (self.rounding is not None)
 
     def __str__(self) -> str:
         detail = f"({self.slope:g})" if self.activation == "leaky_relu" else ""
@@ -129,7 +156,8 @@ def check_operands(y_shape, like: torch.Tensor, residual, slopes) -> None:
     like ``like``, or for slopes that do not belong to its channels."""
     if residual is not None and tuple(residual.shape) != tuple(y_shape):
         raise ArgumentError(f"{OP}: residual expects the shape of y {tuple(y_shape)}, got {tuple(residual.shape)}")
-    if slopes is not None and (slopes.dim() != 1 or slopes.shape[0] not in (1, y_shape[-4])):
+    # Two comparisons: torch.compile does not find a size that is symbolic ``in`` a tuple.
+    if slopes is not None and (slopes.dim() != 1 or (slopes.shape[0] != 1 and slopes.shape[0] != y_shape[-4])):
         raise ArgumentError(
             f"{OP}: prelu expects slopes of shape (1,) or ({y_shape[-4]},), one per output channel, "
             f"got {tuple(slopes.shape)}"

@@ -32,7 +32,7 @@ def call(plain_call, torch_serves, operands, arguments, activation, residual, ro
     if torch.compiler.is_compiling():
         apart = epilogue.rounding is not None and not torch_serves(*operands, arguments)
         return _separate(plain_call, operands, arguments, epilogue, residual, slopes, apart)
-    if not (fallback.plain(*operands) and (residual is slopes or _plain_beside(residual, slopes))):
+    if not (fallback.plain(*operands) and (residual is slopes or plain_beside(residual, slopes))):
         return _separate(plain_call, operands, arguments, epilogue, residual, slopes)
     forced_again = restore_forced(operands[1])
     if forced_again is None:
@@ -41,7 +41,8 @@ def call(plain_call, torch_serves, operands, arguments, activation, residual, ro
         return _eager(plain_call, operands, arguments, epilogue, residual, slopes)
 
 
-def _plain_beside(residual, slopes) -> bool:
+def plain_beside(residual, slopes) -> bool:
+    """As :func:`tritonconv.fallback.plain`, of a residual and slopes of which one is no None."""
     first, second = (slopes, slopes) if residual is None else (residual, slopes)
     return fallback.plain(first, first, second)
 
@@ -99,7 +100,8 @@ class _Finished(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, residual, plan, epilogue):
         need_x, need_weight = ctx.needs_input_grad[:2]
-        y = plan.forward_with(epilogue)(x, weight, bias, residual, None)
+        y = plan.forward_with(epilogue, pack=need_x)(x, weight, bias, residual, None)
+        y, ctx.packed = y if need_x else (y, None)
         ctx.plan, ctx.epilogue = plan, epilogue
         kept = None if epilogue.activation is None else y
         ctx.save_for_backward(x if need_weight else None, weight if need_x else None, kept)
@@ -110,7 +112,9 @@ class _Finished(torch.autograd.Function):
         x, weight, y = ctx.saved_tensors
         grad_z = grad_y if y is None else before_activation(grad_y, y, ctx.epilogue)
         wanted = ctx.needs_input_grad[:3]
-        gradients = autograd.backward(grad_z, x, weight, wanted, ctx.plan) if any(wanted) else (None, None, None)
+        gradients = (None, None, None)
+        if any(wanted):
+            gradients = autograd.backward(grad_z, x, weight, wanted, ctx.plan, ctx.packed)
         return *gradients, grad_z if ctx.needs_input_grad[3] else None, None, None
 
 

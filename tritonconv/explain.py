@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,9 +16,13 @@ from tritonconv.device import current
 from tritonconv.dispatch import Plan, choice_now, plan, plan_for
 from tritonconv.errors import EmptyOutputError
 from tritonconv.kernels.registry import triton_fault, variants
+from tritonconv.kernels.work import bytes_spared
 from tritonconv.plan import REPLAYED
 from tritonconv.problem import PASSES, Problem
 from tritonconv.switches import graphs, torch_only
+
+if TYPE_CHECKING:
+    from tritonconv.epilogue import Epilogue
 
 CALLS = {True: "in CUDA graphs", False: "in eager calls"}  # of the choices that do not hold here
 
@@ -34,11 +39,15 @@ class Explanation:
         return self.text
 
 
-def explain(input, weight=None, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1) -> Explanation:
+def explain(
+    input, weight=None, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1,
+    *, out=None, activation=None, residual=None, rounding=None,
+) -> Explanation:  # fmt: skip
     """Prints and returns the plan of a call, the reason for each choice, and for every other variant why not.
 
-    Takes the arguments of :func:`tritonconv.conv_transpose3d`, or a :class:`tritonconv.Problem` alone (for the CPU).
-    Nothing is computed. Raises what the call itself would raise.
+    Takes the arguments of :func:`tritonconv.conv_transpose3d`, or a :class:`tritonconv.Problem` alone (for the CPU). Of
+    an epilogue it says who computes it, and of ``out`` whether y is written there at once. Nothing is computed. Raises
+    what the call itself would raise.
     """
     if isinstance(input, Problem):
         return explain_problem(input, torch.device("cpu"))
@@ -46,13 +55,19 @@ def explain(input, weight=None, bias=None, stride=1, padding=0, output_padding=0
         raise TypeError("explain: weight is missing; give the arguments of conv_transpose3d, or a Problem alone")
     if all(isinstance(tensor, torch.Tensor) for tensor in (input, weight)):
         input, weight, bias = cast_arguments(input, weight, bias)
+    epilogue = None
+    if activation is not None or residual is not None or rounding is not None:
+        from tritonconv.epilogue import parsed  # a plain call has none
+
+        epilogue = parsed(activation, residual, rounding)[0]
     args = (stride, padding, output_padding, groups, dilation)
     batched = input.unsqueeze(0) if input.dim() == 4 else input
     reason = fallback.reason(input, weight, bias)
     try:
         entry = plan_for(batched, weight, bias, args) if reason is None else None
         if entry is not None:
-            return _show(entry)
+            made = entry if epilogue is None else plan(replace(entry.problem, epilogue=epilogue.kind), entry.device)
+            return _show(made, epilogue, out is not None)
     except EmptyOutputError as refusal:
         explanation = Explanation(None, str(refusal), f"torch answers this call, or refuses it: {refusal}")
         print(explanation)
@@ -65,10 +80,10 @@ def explain(input, weight=None, bias=None, stride=1, padding=0, output_padding=0
 
 def explain_problem(problem: Problem, device: torch.device) -> Explanation:
     """:func:`explain` of a problem alone, on any device; nothing of the device is touched."""
-    return _show(plan(problem, device))
+    return _show(plan(problem, device), problem.epilogue)
 
 
-def _show(made: Plan) -> Explanation:
+def _show(made: Plan, epilogue: Epilogue | None = None, out: bool = False) -> Explanation:
     problem = made.problem
     lines = [
         f"{problem} on {made.device}",
@@ -89,6 +104,8 @@ def _show(made: Plan) -> Explanation:
             config = "".join(f" {key}={value}" for key, value in other.config.items())
             lines.append(f"  {CALLS[not graphs.get()]}: {other.variant.name}{config}")
             lines.append(f"  because: {other.reason}")
+        if pass_name == PASSES[0]:
+            lines += [f"  {line}" for line in _behind(made, epilogue, out)]
         if choice.variant.spreads_nonfinite:
             lines.append(f"  NaN and infinities: {choice.variant.spreads_nonfinite}")
         lines += [f"  {line}" for line in _launched(made, pass_name)]
@@ -104,12 +121,24 @@ def _show(made: Plan) -> Explanation:
             for each, why in zip(others, why_not, strict=True)
         ]
     command = tune_command(problem, made.device)
-    chosen = [made.choice(pass_name) for pass_name in PASSES]
+    chosen = [made.choice(pass_name) for pass_name in problem.passes]
     if command and any(not each.forced and (each.entry is None or each.outdated) for each in chosen):
         lines.append(f"to measure it here: {command}")
     explanation = Explanation(made, None, "\n".join(lines))
     print(explanation)
     return explanation
+
+
+def _behind(made: Plan, epilogue: Epilogue | None, out: bool) -> Iterator[str]:
+    """Who computes the epilogue, and where y goes."""
+    if epilogue is not None and epilogue.in_kernels:
+        size = bytes_spared(made.problem) / 1e6
+        if made.takes(epilogue):
+            yield f"epilogue {epilogue}: in the kernel, before y is stored; spares {size:.3g} MB of torch's operations"
+        else:
+            yield f"epilogue {epilogue}: torch's operations in y's memory ({size:.3g} MB more than in one pass)"
+    if out or (epilogue is not None and not epilogue.in_kernels):
+        yield "out=: " + ("y is written there at once" if made.writes_out else "the answer is computed and copied")
 
 
 def _launched(made: Plan, pass_name: str) -> Iterator[str]:
@@ -136,6 +165,8 @@ def tune_command(problem: Problem, device: torch.device) -> str | None:
     """The command line that tunes a problem on a device; None where there is none, or where no call would use it."""
     if not problem.torch_crop.exact or not problem.n or not problem.c_out or torch_only():
         return None
+    if problem.epilogue is not None and not problem.epilogue.in_kernels:
+        problem = problem.plain
     crop, usual = problem.torch_crop, {"stride": 1, "padding": 0, "output-padding": 0, "dilation": 1}
     values = (problem.stride, crop.padding, crop.output_padding, problem.dilation)
     words = [f"tritonconv tune --x {_joined(problem.x_shape)} --weight {_joined(problem.weight_shape)}"]
@@ -146,6 +177,7 @@ def tune_command(problem: Problem, device: torch.device) -> str | None:
     ]
     words += [f"--groups {problem.groups}"] * (problem.groups != 1) + ["--bias"] * problem.bias
     dtype = str(problem.dtype).removeprefix("torch.")
+    words += problem.epilogue.flags if problem.epilogue is not None else []
     return " ".join([*words, f"--dtype {dtype} --layout {problem.layout} --device {device}"])
 
 

@@ -156,3 +156,19 @@ class FusedForward:
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy of the module has its class's forward: the chains belong to the layers of this one.
         return getattr, (self.module, "forward")
+
+
+def unfuse(model: nn.Module) -> tuple[str, ...]:
+    """Undoes :func:`tritonconv.fuse` alone: the forwards are those of the classes again, bit for bit, and tritonconv's
+    layers stay so. Returns the modules' names.
+
+    Raises ArgumentTypeError if ``model`` is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise ArgumentTypeError(f"fuse: model expects a torch.nn.Module, got {type(model).__name__}")
+    names = []
+    for name, module in model.named_modules():
+        if isinstance(vars(module).get("forward"), FusedForward):
+            del module.forward
+            names.append(name)
+    return tuple(names)

@@ -79,18 +79,19 @@ def conv_transpose3d(
             pass
     forced_again = restore_forced(weight)
     if forced_again is None:
-        return _eager(input, weight, bias, arguments)
+        return eager(input, weight, bias, arguments)
     with forced_again:
-        return _eager(input, weight, bias, arguments)
+        return eager(input, weight, bias, arguments)
 
 
-def _eager(input, weight, bias, arguments):
+def eager(input, weight, bias, arguments):
+    """The call with plain tensors, outside every compiler."""
     if any_autocast():
         if not fallback.undisturbed(input, weight, bias):
             return _by_torch(input, weight, bias, arguments)
         input, weight, bias = autocast.cast_arguments_once(input, weight, bias)
     if input.dim() == 4:
-        return _eager(input.unsqueeze(0), weight, bias, arguments).squeeze(0)
+        return eager(input.unsqueeze(0), weight, bias, arguments).squeeze(0)
     if not fallback.undisturbed(input, weight, bias):
         return _by_torch(input, weight, bias, arguments)
     try:

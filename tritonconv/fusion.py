@@ -1,7 +1,7 @@
 """``fuse(model)``: batch norm, residual and activation behind a transposed convolution in one call, for inference.
 
 No layer, no parameter and no key of a state_dict changes. A module whose forward holds such a chain gets a ``forward``
-of its own: its class's, as torch.fx records it, with each chain as one call. :func:`unfuse` takes it away again.
+of its own: its class's, as torch.fx records it, with each chain as one call. ``unfuse`` takes it away again.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from torch import fx, nn
 
 from tritonconv.chains import NOTHING, Chain, NotRecorded, chains, layer_refusal, recorded
 from tritonconv.convert import listed
-from tritonconv.errors import ArgumentTypeError
-from tritonconv.folding import FusedChain, FusedForward
+from tritonconv.folding import FusedChain, FusedForward, unfuse
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,8 @@ def fuse(model: nn.Module) -> FusionReport:
     batch norms with parameters that need one run by themselves. A copy and a pickle are not fused.
 
     As everywhere in torch.fx, the Python of such a forward runs once, here: it must not depend on the types of its
-    tensors, nor on anything that changes later. :func:`unfuse` undoes it. Fusing twice changes nothing.
+    tensors, nor on anything that changes later. :func:`tritonconv.unfuse` and :func:`tritonconv.restore` undo it.
+    Fusing twice changes nothing.
 
     A layer is left, with a reason in the report, where its output is used twice, where it or the module behind it has
     hooks or is parametrized, trains or tracks no statistics, and where no scope around it can be recorded.
@@ -89,21 +89,6 @@ def fuse(model: nn.Module) -> FusionReport:
         if not found
     )
     return FusionReport(model, fused, left)
-
-
-def unfuse(model: nn.Module) -> tuple[str, ...]:
-    """Undoes :func:`fuse`: the forwards are those of the classes again, bit for bit. Returns the modules' names.
-
-    Raises ArgumentTypeError if ``model`` is no module.
-    """
-    if not isinstance(model, nn.Module):
-        raise ArgumentTypeError(f"fuse: model expects a torch.nn.Module, got {type(model).__name__}")
-    names = []
-    for name, module in model.named_modules():
-        if isinstance(vars(module).get("forward"), FusedForward):
-            del module.forward
-            names.append(name)
-    return tuple(names)
 
 
 def _scopes(model: nn.Module, refusals: dict[nn.Module, list[str]]) -> Iterator[_Scope]:

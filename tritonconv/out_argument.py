@@ -1,8 +1,9 @@
 """A call that writes its answer into a tensor of the caller's: ``conv_transpose3d(..., out=)``.
 
 The tensor may be any view that does not overlap itself, such as a slice of channels of a larger buffer. A kernel of
-ours and most torch formulations write there at once; any other answer is computed and copied, as it is under
-torch.compile, torch.export and torch.jit.trace, under dispatch modes (fake tensors), and for tensor subclasses.
+ours and most torch formulations write there at once, and torch's operations of an epilogue work there; any other answer
+is computed and copied, as it is under torch.compile, torch.export and torch.jit.trace, under dispatch modes (fake
+tensors), and for tensor subclasses.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import torch
 from tritonconv import autocast, fallback
 from tritonconv.arguments import OP
 from tritonconv.dispatch import plan_for
+from tritonconv.epilogue import check_operands, parsed
+from tritonconv.epilogue_road import plain_beside
 from tritonconv.errors import ArgumentError, ArgumentTypeError, EmptyOutputError
 from tritonconv.private import any_autocast
 
@@ -23,43 +26,51 @@ def written(
     out: Any, input: Any, weight: Any, bias: Any, arguments: tuple, call: Callable[..., Any], epilogue: dict[str, Any]
 ) -> torch.Tensor:
     """``out`` with the answer in it; ``call`` is :func:`tritonconv.conv_transpose3d`, and ``epilogue`` holds its
-    activation, residual and rounding: an answer with one of them is computed and copied.
+    activation, residual and rounding.
 
     Raises ArgumentError or ArgumentTypeError, with ``out`` as it was, where ``out`` is no tensor of the answer's shape,
     dtype and device, overlaps itself, shares memory with an operand, or where a gradient or a transform is wanted.
     """
     if not isinstance(out, torch.Tensor):
         raise ArgumentTypeError(f"{OP}: out expects a tensor, got {out!r} ({type(out).__name__})")
-    operands = {"input": input, "weight": weight, "bias": bias, "residual": epilogue["residual"]}
+    record, slopes, residual = None, None, epilogue["residual"]
+    if any(each is not None for each in epilogue.values()):
+        record, slopes = parsed(**epilogue)
+    operands = {"input": input, "weight": weight, "bias": bias, "residual": residual, "prelu: slopes": slopes}
     _refuse_gradients(out, operands)
     if fallback.transformed():
         raise ArgumentError(
             f"{OP}: out= is not served under a torch.func transform or forward-mode differentiation (out has shape "
             f"{tuple(out.shape)}); leave out= away there"
         )
-    if torch.compiler.is_compiling() or not (fallback.plain(input, weight, bias) and fallback.plain(out, out)):
+    plain = not torch.compiler.is_compiling() and fallback.plain(input, weight, bias) and fallback.plain(out, out)
+    if not plain or not (residual is slopes or plain_beside(residual, slopes)):
         y = call(input, weight, bias, *arguments, **epilogue)
         if fallback.tracing() is None:  # which records each size that is looked at
             _check(out, y.shape, y, operands, memory=False)
         return out.copy_(y)
     if any_autocast():
-        input, weight, bias = autocast.cast_arguments_once(input, weight, bias)
-    x, y = (input, out) if input.dim() == 5 else (input.unsqueeze(0), None)
+        input, weight, bias, residual, slopes = autocast.cast_arguments_once(input, weight, bias, residual, slopes)
+    batched = input.dim() == 5
+    x = input if batched else input.unsqueeze(0)
     try:
         plan = plan_for(x, weight, bias, arguments)
     except EmptyOutputError:
         plan = None
-    apart = any(each is not None for each in epilogue.values())
     lazy = out.is_neg() or out._is_zerotensor()  # its memory does not hold its values
-    if plan is None or lazy or apart:
+    if plan is None or lazy:
         answer = call(input, weight, bias, *arguments, **epilogue)
         _check(out, answer.shape, answer, operands)
         return out.copy_(answer)
-    shape = plan.problem.y_shape
-    _check(out, shape if y is not None else shape[1:], x, operands)
+    shape = plan.problem.y_shape if batched else plan.problem.y_shape[1:]
+    _check(out, shape, x, operands)
+    check_operands(shape, x, residual, slopes)
     if out.numel():
-        y = out.unsqueeze(0) if y is None else y
-        plan.forward(x, weight, bias, y)
+        y, residual = (each if batched or each is None else each.unsqueeze(0) for each in (out, residual))
+        if record is None:
+            plan.forward(x, weight, bias, y)
+        else:
+            plan.forward_with(record)(x, weight, bias, residual, slopes, y)
         if not out.is_inference():  # a kernel's writes are not seen by torch, which counts them for autograd
             torch.autograd.graph.increment_version(out)
     return out

@@ -53,7 +53,9 @@ class Plan:
         self.problem, self.device, self.standby = problem, device, standby
         self._choose, self.chosen = choose, dict(chosen)
         self.replays: dict[str, Replay] = {}  # of Triton choices, by the names of the functions below
-        self._with: dict[Epilogue, Callable[..., torch.Tensor]] = {}
+        self._with: dict[tuple[Epilogue, bool], Callable[..., Any]] = {}
+        # Makes that of the same call with an epilogue, which may have a choice of its own; None: it has this plan's.
+        self.plan_with: Callable[[Epilogue], Plan] | None = None
 
     def choice(self, pass_name: str) -> Selection:
         """Raises VariantNotApplicable where a forced variant does not serve the problem."""
@@ -112,7 +114,7 @@ class Plan:
         """
         choice = self.choice("forward")
         if choice.variant.launches is not None:
-            return self._replay(partial(choice.variant.launches, self.problem, choice.config), "forward")
+            return self.replay(partial(choice.variant.launches, self.problem, choice.config), "forward")
         return self._as_it_likes(choice)
 
     @cached_property
@@ -121,67 +123,51 @@ class Plan:
 
         It is for a plan that has a ``kept_order``.
         """
+        launches = self.choice("forward").variant.launches
+        assert launches is not None  # kept_order looked
+        both = self.packing(partial(launches, self.problem, self.choice("forward").config))
+        return self.replay(both, "forward_and_pack")
+
+    def packing(self, launches: Callable[..., Any]) -> Callable[..., tuple]:
+        """``launches``, and the copy that it reads of its second operand, the weight."""
         from tritonconv.kernels.triton_weights import packed  # needs Triton
 
-        choice, order = self.choice("forward"), self.kept_order
-        launches = choice.variant.launches
-        assert launches is not None and order is not None  # kept_order looked
+        order = self.kept_order
+        assert order is not None  # the caller looked
 
-        def both(x, weight, bias, out=None):
+        def both(x, weight, *rest):
             copy = packed(weight, order)
-            y = launches(self.problem, choice.config, x, weight, bias, out)
+            y = launches(x, weight, *rest)
             return y, None if copy is weight else copy
 
-        standby = self._standby("forward")
-        return self._replay(both, "forward_and_pack", standby and (lambda *operands: (standby(*operands), None)))
+        return both
 
-    def forward_with(self, epilogue: Epilogue) -> Callable[..., torch.Tensor]:
-        """As ``forward``, then the epilogue: x, weight, bias, residual, slopes -> y; see :mod:`tritonconv.epilogue`.
+    def forward_with(self, epilogue: Epilogue, pack: bool = False) -> Callable[..., Any]:
+        """As ``forward``, then the epilogue: x, weight, bias, residual, slopes, and a tensor for y or None -> y; with
+        ``pack`` also the packed weight or None, as ``forward_and_pack``. See :mod:`tritonconv.epilogue`.
 
         The chosen variant computes it where it says that it can, else torch's operations do in y's own memory.
         """
-        function = self._with.get(epilogue)
+        function = self._with.get((epilogue, pack))
         if function is None:
-            function = remember(self._with, epilogue, self._forward_with(epilogue), MOST_EPILOGUES)
+            from tritonconv import epilogue_forward  # a plain call has none
+
+            own = self if self.plan_with is None else self.plan_with(epilogue.kind)
+            function = epilogue_forward.forward_with(own, epilogue, pack)
+            remember(self._with, (epilogue, pack), function, MOST_EPILOGUES)
         return function
 
     def takes(self, epilogue: Epilogue) -> bool:
         """The chosen forward variant computes the epilogue itself."""
         choice = self.choice("forward")
-        asked = choice.variant.epilogue
-        return asked is not None and asked(self.problem, choice.config, epilogue)
-
-    def _forward_with(self, epilogue: Epilogue) -> Callable[..., torch.Tensor]:
-        from tritonconv.epilogue import finish  # a plain call has none
-
-        # The bias of torch's own operation is torch's to add. A kernel of ours would add it before it rounds.
-        bias_apart = epilogue.rounding is not None and not self._torchs("forward")
-
-        def apart(forward, x, weight, bias, residual, slopes):
-            y = forward(x, weight, None if bias_apart else bias)
-            return finish(y, epilogue, bias if bias_apart else None, residual, slopes)
-
-        if not self.takes(epilogue):
-            return partial(apart, self.forward)
-        choice = self.choice("forward")
-        fused = choice.variant.launches or choice.variant.launch
-        assert fused is not None  # as Variant holds
-
-        def together(x, weight, bias, residual, slopes):
-            more = {"epilogue": epilogue, "residual": residual, "slopes": slopes}
-            return fused(self.problem, choice.config, self._operand(choice, x), weight, bias, **more)
-
-        if choice.variant.launches is None:
-            return lambda *operands: to_layout(together(*operands), self.problem.memory_format)
-        standby = self._standby("forward")
-        return self._replay(together, f"forward with {epilogue}", standby and partial(apart, standby))
+        return choice.variant.finishes(self.problem, choice.config, epilogue)
 
     @cached_property
     def backward_data(self) -> Callable[..., torch.Tensor]:
         """grad_y (n, c_out, od, oh, ow), weight, and a packed weight or None -> grad_x (n, c_in, d, h, w)."""
         choice = self.choice("backward_data")
         if choice.variant.launches is not None:
-            return self._replay(self._data_launches, "backward_data")
+            return self.replay(self._data_launches, "backward_data")
         return self._as_it_likes(choice)
 
     @cached_property
@@ -189,7 +175,7 @@ class Plan:
         """x, grad_y, need_bias -> (grad_weight, grad_bias or None)."""
         choice = self.choice("backward_weight")
         if choice.variant.launches is not None:
-            return self._replay(partial(choice.variant.launches, self.problem, choice.config), "backward_weight")
+            return self.replay(partial(choice.variant.launches, self.problem, choice.config), "backward_weight")
         return self._as_it_likes(choice)
 
     @cached_property
@@ -200,7 +186,7 @@ class Plan:
         """
         data, weight = (self.choice(name).variant for name in PASSES[1:])
         if data.launches is not None and weight.launches is not None:
-            return self._replay(self._backward_launches, "backward")
+            return self.replay(self._backward_launches, "backward")
         if all(self._torchs(name) for name in PASSES[1:]):
             return self._torchs_backward
         prepare = data.prepare if data.prepare is weight.prepare else None
@@ -246,10 +232,10 @@ class Plan:
         grad_x = self._data_launches(grad_y, weight, packed)
         return grad_x, *own.variant.launches(self.problem, own.config, x, grad_y, need_bias)
 
-    def _replay(self, launches: Callable[..., Any], name: str, standby: Callable[..., Any] | None = None) -> Replay:
+    def replay(self, launches: Callable[..., Any], name: str, standby: Callable[..., Any] | None = None) -> Replay:
         from tritonconv.kernels.triton_replay import Replay  # needs Triton
 
-        self.replays[name] = Replay(launches, standby or self._standby(name))
+        self.replays[name] = Replay(launches, standby or self.stand_in(name))
         return self.replays[name]
 
     def _as_it_likes(self, choice: Selection) -> Callable[..., Any]:
@@ -262,15 +248,15 @@ class Plan:
         layout, of = problem.memory_format, partial(self._operand, choice)
         strides = torch.empty(problem.y_shape, device="meta", memory_format=layout).stride()
 
-        def forward(x, weight, bias, out=None):
+        def forward(x, weight, bias, out=None, **more):  # the operands of an epilogue, of a variant that takes them
             with _no_autocast(x):
                 if out is None:
-                    y = to_layout(launch(problem, config, of(x), weight, bias), layout)
+                    y = to_layout(launch(problem, config, of(x), weight, bias, **more), layout)
                     # A view may have another stride along an axis of one element than torch's answer.
                     return y if y.stride() == strides else y.as_strided(y.shape, strides)
                 if choice.variant.strided:
-                    return launch(problem, config, of(x), weight, bias, out=out)
-                return filled(out, launch(problem, config, of(x), weight, bias))
+                    return launch(problem, config, of(x), weight, bias, out=out, **more)
+                return filled(out, launch(problem, config, of(x), weight, bias, **more))
 
         def backward_data(grad_y, weight, packed=None, *prepared):
             # A backward pass that runs inside an autocast region must not be lowered a second time.
@@ -310,19 +296,17 @@ class Plan:
         return tuple(kernel.name for kernel in program.kernels), program.workspace_bytes
 
     def _program(self, pass_name: str) -> Program:
-        from tritonconv.kernels.triton_program import Program, operands_of  # needs Triton
-
         choice = self.choice(pass_name)
-        assert choice.variant.launches is not None  # the caller looked
-        launches = partial(choice.variant.launches, self.problem, choice.config)
-        return Program.of(launches, operands_of(self.problem, pass_name, torch.device("meta")))
+        return choice.variant.program(self.problem, choice.config)
 
-    def _standby(self, name: str) -> Callable[..., Any] | None:
+    def stand_in(self, name: str) -> Callable[..., Any] | None:
         """torch's own operation in the place of the Triton launches of a pass or of the whole backward; None where the
         calls wait for the compiler."""
         if not self.standby or any(self.choice(each).forced for each in REPLAYED[name]):
             return None
         own = [self._torchs_own(each) for each in REPLAYED[name]]
+        if name == "forward_and_pack":
+            return lambda *operands: (own[0](*operands), None)
         if len(own) == 1:
             return own[0]
         return lambda x, weight, grad_y, need_bias, packed=None: (

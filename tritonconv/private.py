@@ -56,5 +56,7 @@ addmm = private("_C._VariableFunctions.addmm", torch.addmm)
 # torch.empty_strided of (size, stride, dtype) on the current device, as torch.compile's code calls it; None where it is
 # missing.
 empty_on = {kind: private(f"_C._dynamo.guards._empty_strided_{kind}", None) for kind in ("cpu", "cuda")}
+# torch.compiler.disable, which torch.compile comes with only where it is called, not where it is written.
+without_compiler = private("_compile._disable_dynamo", torch.compiler.disable)
 # ``forward_mode._current_level``: the level of forward-mode differentiation, below 0 outside it.
 forward_mode: Any = forward_ad if hasattr(forward_ad, "_current_level") else SimpleNamespace(_current_level=0)

@@ -16,11 +16,14 @@ import itertools
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from tritonconv.errors import ArgumentError, ArgumentTypeError
+
+if TYPE_CHECKING:
+    from tritonconv.epilogue import Epilogue
 
 Triple = tuple[int, int, int]
 
@@ -135,7 +138,8 @@ class Problem:
     """A call's sizes and hyper-parameters: the key of every choice the project makes.
 
     ``crop`` is the *front* crop; the back crop follows from ``out_size``. ``layout`` is ``"ncdhw"`` or ``"ndhwc"``
-    (``torch.channels_last_3d``). The three passes of one call share one problem.
+    (``torch.channels_last_3d``). The three passes of one call share one problem. ``epilogue``, None in a plain call, is
+    what the forward does besides: for the choice of its variant. A kernel gets it as an argument.
     """
 
     n: int
@@ -151,6 +155,7 @@ class Problem:
     dtype: torch.dtype = torch.float32
     layout: str = "ncdhw"
     bias: bool = False
+    epilogue: Epilogue | None = None
 
     def __post_init__(self) -> None:
         for name in ("n", "c_in", "c_out", "groups"):
@@ -194,6 +199,16 @@ class Problem:
             cut = ", ".join(f"{axis.crop} before and {axis.back_crop} behind" for axis in self.axes)
             raise ArgumentError(f"torch_arguments: torch has no padding that crops (by axis) {cut}: {self}")
         return self.stride, crop.padding, crop.output_padding, self.groups, self.dilation
+
+    @cached_property
+    def plain(self) -> Problem:
+        """The problem without an epilogue."""
+        return self if self.epilogue is None else replace(self, epilogue=None)
+
+    @property
+    def passes(self) -> tuple[str, ...]:
+        """The passes of which it has a choice of its own: with an epilogue the forward alone."""
+        return PASSES if self.epilogue is None else PASSES[:1]
 
     @cached_property
     def shortest_arguments(self) -> tuple[Triple | int, ...]:
@@ -244,13 +259,15 @@ class Problem:
     def bytes(self, pass_name: str = "forward") -> int:
         """Compulsory traffic in bytes: x, weight and y (or their gradients) once each, and the bias where it is used.
 
-        The forward reads the bias, ``backward_weight`` writes its gradient, ``backward_data`` does not touch it.
+        The forward reads bias and residual, ``backward_weight`` writes the bias's gradient, ``backward_data`` none.
         """
         if pass_name not in PASSES:
             raise ArgumentError(f"bytes: pass_name expects one of {', '.join(PASSES)}, got {pass_name!r}")
         elements = math.prod(self.x_shape) + math.prod(self.weight_shape) + math.prod(self.y_shape)
         if self.bias and pass_name != "backward_data":
             elements += self.c_out
+        if self.epilogue is not None and pass_name == "forward":
+            elements += self.epilogue.beside * math.prod(self.y_shape)
         return elements * self.dtype.itemsize
 
     def intensity(self, pass_name: str = "forward") -> float:
@@ -305,6 +322,8 @@ class Problem:
         if self.groups > 1:
             parts.append(f"g{self.groups}")
         parts.append(f"{str(self.dtype).removeprefix('torch.')} {self.layout}{' bias' if self.bias else ''}")
+        if self.epilogue is not None:
+            parts.append(f"then {self.epilogue}")
         return " ".join(parts)
 
 

@@ -31,6 +31,10 @@ class Candidate:
         config = " ".join(f"{key}={value}" for key, value in self.selection.config.items())
         return f"{self.selection.variant.name} {config}".strip()
 
+    def finishes(self, problem: Problem) -> bool:
+        """It computes the epilogue of the problem itself."""
+        return self.selection.variant.finishes(problem, self.selection.config, problem.epilogue)
+
     @property
     def is_kernel(self) -> bool:
         """A Triton kernel, which must be compiled."""
@@ -71,6 +75,7 @@ def candidates(
 ) -> list[Candidate]:
     """The candidates from every variant that serves the problem: first each one's best by the model.
 
+    Of a problem with an epilogue the kernels are those that compute it; torch's operations follow a formulation.
     ``was_compiled`` tells which configs were compiled ahead; None where nothing was. A variant that raises is passed to
     ``raised``, and is no candidate; without ``raised`` its error propagates.
     """
@@ -86,6 +91,8 @@ def candidates(
         for record, pairs in best.items()
         for place, (config, guess) in _placed(record, pairs)
     ]
+    if problem.epilogue is not None:
+        found = [(place, each) for place, each in found if not each.is_kernel or each.finishes(problem)]
     kernels = [each.predicted_ms for _, each in found if each.is_kernel]
     if kernels:  # on a CPU there are none, and each formulation takes part
         found = [

@@ -15,7 +15,7 @@ from tritonconv.lab.inspection.compiling import GPU, compiling_for
 from tritonconv.lab.inspection.launches import read_active
 from tritonconv.lab.inspection.precompile import Request, target_of
 from tritonconv.precision import float32_precision
-from tritonconv.problem import PASSES, Problem
+from tritonconv.problem import Problem
 
 # The first round of a run takes two configs of a variant. On the GPU measured rates rank them, here the data sheet's,
 # so more are compiled, and those that it expects to be somewhat slower.
@@ -33,7 +33,7 @@ def jobs_of(problems: Iterable[Problem], target: str, configs: int = CONFIGS) ->
     fields: list[list[Request]] = []
     with compiling_for(TARGETS[target]):
         for problem in problems:
-            for pass_name in PASSES:
+            for pass_name in problem.passes:
                 field = candidates(problem, GPU, pass_name, rates, effort)
                 kernels = [each.selection for each in field if each.is_kernel]
                 fields.append([(each.variant.name, problem, each.config) for each in kernels])

@@ -37,7 +37,7 @@ from tritonconv.lab.bench import gpu
 from tritonconv.lab.bench.case import Case
 from tritonconv.lab.bench.rows import versions_of
 from tritonconv.private import backward_pass
-from tritonconv.problem import PASSES, Problem
+from tritonconv.problem import Problem
 
 VARIABLE, NEVER = "TRITONCONV_TUNE", "never"
 SECONDS = 3.0  # of one kind, in the one call that tunes it
@@ -65,7 +65,9 @@ class Kind:
         try:
             with current(self.device):  # a thread begins with the first GPU
                 ceilings = choose.ceilings_of(self.device)
-                found = {name: candidates(self.problem, self.device, name, ceilings, EFFORT) for name in PASSES}
+                found = {
+                    name: candidates(self.problem, self.device, name, ceilings, EFFORT) for name in self.problem.passes
+                }
             self.fields = {name: [each for each in field if self._compiles(each)] for name, field in found.items()}
         except Exception as error:
             log.debug("tritonconv: no candidates for %s: %s", self.problem, error)
@@ -84,7 +86,8 @@ _kinds: dict[tuple, Kind] = {}
 
 
 def _drop_plans(kind: Kind) -> None:
-    dispatch.drop(lambda plan: plan.device == kind.device and kind_of(plan.problem) == kind_of(kind.problem))
+    mine = kind_of(kind.problem.plain)  # whose plan keeps those of its epilogues
+    dispatch.drop(lambda plan: plan.device == kind.device and kind_of(plan.problem.plain) == mine)
 
 
 def kind_of(problem: Problem) -> str:
@@ -127,7 +130,7 @@ def _wanted(problem: Problem, device: torch.device) -> bool:
         and not torch.compiler.is_compiling()
         and backward_pass() == -1  # not in a backward pass
         and not torch.cuda.is_current_stream_capturing()
-        and any(pins.find(problem, device, name) is None for name in PASSES)
+        and any(pins.find(problem.plain, device, name) is None for name in problem.passes)
     )
 
 
@@ -139,7 +142,7 @@ def _rank() -> int:
 def _known(problem: Problem, device: torch.device) -> bool:
     """All passes were measured on this device."""
     table = store.read(device_name(device))
-    return all(table.find(Key.of(problem, name)) is not None for name in PASSES)
+    return all(table.find(Key.of(problem, name)) is not None for name in problem.passes)
 
 
 def _fits(problem: Problem, device: torch.device) -> bool:
@@ -184,7 +187,7 @@ def _winners(kind: Kind, deadline: float) -> list[Winner]:
         forward = tuner.forward()
         if forward is not None:
             found.append(forward)
-            found += tuner.gradients(forward)
+            found += tuner.gradients(forward) if kind.problem.epilogue is None else ()
     return found
 
 

@@ -34,7 +34,7 @@ from tritonconv.lab.bench.results import BASELINE
 from tritonconv.lab.bench.rows import sizes_of, versions_of
 from tritonconv.lab.bench.workloads import ALL
 from tritonconv.lab.inspection.precompile import Precompiler, Request, ensure_compiler, target_of
-from tritonconv.problem import PASSES, Problem
+from tritonconv.problem import Problem
 
 PROBLEM_SECONDS = 4.0  # for a problem without a budget
 # Within a budget a run goes through a GPU's problems several times, each time deeper: kernels must be compiled, and
@@ -109,7 +109,8 @@ class Session:
     def _calibrate(self, tasks: list[Task]) -> None:
         """Corrects the model by the timings so far, so that it chooses the next candidates better."""
         if self.device.type == "cuda":  # on a CPU each variant has one config, and all of them are timed
-            timed = calibrate.samples(self.journal.timings.values(), [task.problem for task in tasks], self.versions)
+            plain = [task.problem for task in tasks if task.problem.epilogue is None]
+            timed = calibrate.samples(self.journal.timings.values(), plain, self.versions)
             self.factors |= calibrate.factors(calibrate.counts(timed, self.ceilings), self.ceilings)
             self.ceilings = replace(self.ceilings, factors={**self.ceilings.factors, **self.factors})
 
@@ -184,7 +185,7 @@ class Session:
 
             found = {
                 name: candidates(problem, self.device, name, self.ceilings, self.effort, ahead, raised)
-                for name in PASSES
+                for name in problem.passes
             }
             self.ranked[problem] = {name: compiled_first(each, ahead) for name, each in found.items()}
         return self.ranked[problem]
@@ -192,7 +193,7 @@ class Session:
     def _problem(self, task: Task, contest: Contest, share: float) -> None:
         table = store.read(self.report.device, self.folder)
         fields = self._fields(task.problem)
-        found = {name: self._stored(table, task.problem, name, len(fields[name])) for name in PASSES}
+        found = {name: self._stored(table, task.problem, name, len(fields[name])) for name in task.problem.passes}
         if all(found.values()):
             self.report.known.append(task)
             return
@@ -205,7 +206,7 @@ class Session:
         forward = tuner.forward() if stored is None else Winner.stored("forward", stored)
         if stored is None and forward is not None:
             self._keep(task, forward)
-        for winner in tuner.gradients(forward):
+        for winner in tuner.gradients(forward) if task.problem.epilogue is None else ():
             self._keep(task, winner)
 
     def _nulls(self, task: Task, contest: Contest) -> None:

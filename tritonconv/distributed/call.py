@@ -15,13 +15,13 @@ from tritonconv.distributed import agreement, slabs
 from tritonconv.distributed.halo import Halo
 from tritonconv.distributed.passes import ShardedPasses, forward
 from tritonconv.errors import ArgumentError, ArgumentTypeError
-from tritonconv.private import any_autocast
+from tritonconv.private import any_autocast, without_compiler
 from tritonconv.problem import Axis
 
 _met: weakref.WeakSet = weakref.WeakSet()  # groups in which all ranks have met: NCCL asks for that before it sends
 
 
-@torch.compiler.disable  # a graph cannot hold the messages: a compiled function breaks around the call
+@without_compiler  # a graph cannot hold the messages: a compiled function breaks around the call
 def conv_transpose3d(
     input: torch.Tensor,
     weight: torch.Tensor,

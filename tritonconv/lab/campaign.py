@@ -35,6 +35,7 @@ from tritonconv.lab.bench.results import BASELINE, COMPILED, OURS
 from tritonconv.lab.bench.roofs import TF32
 from tritonconv.lab.bench.rows import versions_of
 from tritonconv.lab.bench.runner import Outcome, header, measure
+from tritonconv.lab.bench.stages import without_concat
 from tritonconv.lab.bench.workloads import HEROES, distinct, in_order
 from tritonconv.lab.inspection.launches import read_active
 from tritonconv.lab.inspection.precompile import Precompiler, target_of
@@ -154,7 +155,7 @@ class Campaign:
         tasks = [
             Task(layer.problem(dtype, layout, scale), layer.name, layer.suite)
             for dtype in self.options.dtypes
-            for layer in in_order(layer for layer, _ in distinct(self.options.layers, scale))
+            for layer in in_order(without_concat(layer) for layer, _ in distinct(self.options.layers, scale))
             for layout in self.options.layouts
             if left_out(layer, scale) is None and not layer.family
         ]

@@ -188,6 +188,8 @@ def _single(run: Run) -> Iterator[tuple[Mapping, calibrate.Sample]]:
     """The rows that time one variant by itself."""
     records = {record.name: record for record in variants()}
     for row in (*run.results, *(row for row in run.timings if row["stage"] == "screen")):
+        if row.get("epilogue"):
+            continue
         record, config = records.get(row["variant"]), row.get("config") or {}
         if record is not None and record.pass_name == row["pass"] and isinstance(row.get("problem"), dict):
             config = config.get(row["pass"], {}) if "chosen" in row else config

@@ -1,4 +1,4 @@
-"""The tensors of a problem, and the calls that are timed: torch's own, and any operation with torch's signature.
+"""The tensors of a problem, and the calls that are timed of an operation with torch's signature.
 
 A call takes nothing and returns its outputs as a tuple, in the order of :data:`tritonconv.lab.bench.gate.OUTPUTS`.
 """
@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from tritonconv.problem import LAYOUTS, PASSES, Axis, Problem
 
@@ -23,30 +22,49 @@ ALL_PASSES = (*PASSES, FORWARD_BACKWARD)
 
 @dataclass(frozen=True)
 class Tensors:
-    """x (n, c_in, d, h, w) and grad_y (n, c_out, od, oh, ow) in the problem's layout, weight and bias contiguous."""
+    """x (n, c_in, d, h, w) and grad_y (n, c_out, od, oh, ow) in the problem's layout, weight and bias contiguous.
+
+    Of an epilogue ``beside``, the residual or the skip, is like grad_y, and ``slopes`` (c_out,) are prelu's.
+    """
 
     x: torch.Tensor
     weight: torch.Tensor
     bias: torch.Tensor | None
     grad_y: torch.Tensor
+    beside: torch.Tensor | None = None
+    slopes: torch.Tensor | None = None
 
     def in_layout(self, layout: str) -> Tensors:
-        """The same values with x and grad_y in another layout."""
-        return Tensors(laid_out(self.x, layout), self.weight, self.bias, laid_out(self.grad_y, layout))
+        """The same values with the images in another layout."""
+        beside = None if self.beside is None else laid_out(self.beside, layout)
+        return replace(self, x=laid_out(self.x, layout), grad_y=laid_out(self.grad_y, layout), beside=beside)
 
 
 def make_tensors(problem: Problem, device: torch.device, seed: int) -> Tensors:
-    """Normally distributed values, drawn on the device in float32 and then rounded to the problem's dtype."""
+    """Normally distributed values, drawn on the device in float32 and then rounded to the problem's dtype.
+
+    Before an epilogue the weight is so small that y's variance is about 1, where an activation bends.
+    """
     draw = torch.Generator(device).manual_seed(seed)
 
     def values(shape: tuple[int, ...]) -> torch.Tensor:
         return torch.randn(shape, generator=draw, device=device).to(problem.dtype)
 
-    return Tensors(
+    plain = Tensors(
         x=laid_out(values(problem.x_shape), problem.layout),
         weight=values(problem.weight_shape),
         bias=values((problem.c_out,)) if problem.bias else None,
         grad_y=laid_out(values(problem.y_shape), problem.layout),
+    )
+    epilogue = problem.epilogue
+    if epilogue is None:
+        return plain
+    terms = max(1.0, problem.flops / 2 / max(1, math.prod(problem.y_shape)))
+    return replace(
+        plain,
+        weight=plain.weight * terms**-0.5,
+        beside=laid_out(values(problem.y_shape), problem.layout) if epilogue.beside else None,
+        slopes=values((problem.c_out,)) if epilogue.activation == "prelu" else None,
     )
 
 
@@ -78,26 +96,6 @@ def training_step(operation: Callable[..., Any], tensors: Tensors, *arguments: o
         return (y.detach(), *torch.autograd.grad(y, leaves, grad_y))
 
     return forward_backward
-
-
-def torch_call(problem: Problem, tensors: Tensors, pass_name: str) -> TensorCall:
-    """torch's own: ``conv_transpose3d``, its autograd, or the ATen function its autograd calls for one gradient."""
-    if pass_name in ("forward", FORWARD_BACKWARD):
-        return operation_call(F.conv_transpose3d, problem, tensors, pass_name)
-    stride, padding, output_padding, groups, dilation = problem.torch_arguments
-    data = pass_name == "backward_data"
-    mask = (data, not data, not data and problem.bias)
-    first = 0 if data else 1
-    last = 1 + first + mask[2]
-    sizes = [problem.c_out] if mask[2] else None
-    x, weight, grad_y = tensors.x, tensors.weight, tensors.grad_y
-
-    def backward():
-        return torch.ops.aten.convolution_backward(
-            grad_y, x, weight, sizes, stride, padding, dilation, True, output_padding, groups, mask
-        )[first:last]
-
-    return backward
 
 
 def work(problem: Problem, pass_name: str) -> tuple[int, int]:

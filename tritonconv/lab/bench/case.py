@@ -16,7 +16,8 @@ from tritonconv.dispatch import Plan, plan_of
 from tritonconv.kernels.registry import variant
 from tritonconv.kernels.variant import Variant
 from tritonconv.lab.bench import conduct, float64, gate, gpu, spent
-from tritonconv.lab.bench.calls import FORWARD_BACKWARD, TensorCall, Tensors, make_tensors, torch_call, training_step
+from tritonconv.lab.bench.calls import FORWARD_BACKWARD, TensorCall, Tensors, make_tensors, training_step
+from tritonconv.lab.bench.operations import torch_call
 from tritonconv.problem import LAYOUTS, PASSES, Problem
 
 CHANGED = "the call changes its operand {}"
@@ -91,7 +92,8 @@ class Case:
         key = plain, reference
         if key not in self._float64:
             t = self.tensors
-            self._float64[key] = reference(plain, t.x, t.weight, t.bias, t.grad_y, self.outputs)
+            found = reference(plain, t.x, t.weight, t.bias, t.grad_y, self.outputs)
+            self._float64[key] = {**found, "y": float64.finished(plain, t, found["y"])} if "y" in found else found
         return {name: self._float64[key][name] for name in gate.OUTPUTS[pass_name] if name in self._float64[key]}
 
     @cached_property
@@ -115,6 +117,9 @@ class Case:
     def call(self, plan: Plan, pass_name: str) -> TensorCall:
         """One pass of a plan of the problem, or the training step through autograd."""
         t = self.tensors
+        if pass_name == "forward" and self.problem.epilogue is not None:
+            forward = plan.forward_with(self.problem.epilogue)
+            return lambda: (forward(t.x, t.weight, t.bias, t.beside, t.slopes),)
         if pass_name == "forward":
             return lambda: (plan.forward(t.x, t.weight, t.bias),)
         if pass_name == "backward_data":

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 from time import perf_counter
+from typing import Any
 
 import torch
 
@@ -53,7 +54,7 @@ class Cell:
         return row["layer"], row["dtype"], row["layout"], row["pass"]
 
     @property
-    def head(self) -> dict[str, str]:
+    def head(self) -> dict[str, Any]:
         """The fields that every row about the cell begins with."""
         return head(self.layer.name, self.layer.suite, self.pass_name, self.problem)
 

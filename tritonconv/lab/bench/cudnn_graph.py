@@ -28,6 +28,8 @@ def why_not(problem: Problem, device: torch.device, pass_name: str) -> str | Non
         return f"not installed: pip install {PACKAGE}"
     if pass_name != "forward":
         return "only the forward has a bias to be fused"
+    if problem.epilogue is not None:
+        return "its graph ends with the bias"
     if problem.dtype not in TYPES:
         return f"no graph for {problem.dtype}"
     return None if problem.torch_crop.exact else "cuDNN has one padding for both ends"

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 
 from tritonconv.lab.bench.calls import Tensors
+from tritonconv.lab.bench.operations import exact
+from tritonconv.lab.bench.stages import CONCAT
 from tritonconv.problem import Axis, Problem
 
 TF32_BITS = 13  # of a float32's mantissa that the matrix units do not read (PTX ISA, "Matrix fragments", .tf32)
@@ -81,10 +83,22 @@ def distances(
     one image where that is more.
     """
     largest, errors = [], []
-    for place, exact in _pieces(problem, tensors, output):
-        largest.append(exact.abs().max().item())
-        errors.append([(each[place].detach().to(torch.float64) - exact).abs().max().item() for each in answers])
+    for place, piece in _pieces(problem, tensors, output):
+        largest.append(piece.abs().max().item())
+        errors.append([(each[place].detach().to(torch.float64) - piece).abs().max().item() for each in answers])
     return max(largest), torch.tensor(errors, dtype=torch.float64).amax(0).tolist()  # amax keeps a NaN
+
+
+def finished(problem: Problem, t: Tensors, y: torch.Tensor) -> torch.Tensor:
+    """The answer with the problem's epilogue, of a convolution in float64."""
+    if problem.epilogue == CONCAT:
+        return torch.cat((y, _skip(t, slice(None), slice(None))), 1)
+    return exact(problem, t, y, slice(None), slice(None))
+
+
+def _skip(t: Tensors, image: slice, channels: slice) -> torch.Tensor:
+    assert t.beside is not None  # as a concatenation has it
+    return t.beside[image, channels].to(torch.float64)
 
 
 class _Block(NamedTuple):
@@ -105,10 +119,14 @@ def _pieces(problem: Problem, t: Tensors, output: str) -> Iterator[tuple[tuple, 
     for rows in _blocks(problem):
         if output == "y":
             for column, image in itertools.product(zip(*rows, strict=True), images):
+                channels = column[0].outside
                 y = _sum(_piece(problem, t, output, image, block) for block in column)
                 if t.bias is not None:
-                    y = y + t.bias[column[0].outside].to(torch.float64).view(-1, 1, 1, 1)
-                yield (image, column[0].outside), y
+                    y = y + t.bias[channels].to(torch.float64).view(-1, 1, 1, 1)
+                yield (image, channels), exact(problem, t, y, image, channels)
+                if problem.epilogue == CONCAT:
+                    skips = slice(channels.start + problem.c_out, channels.stop + problem.c_out)
+                    yield (image, skips), _skip(t, image, channels)
         elif output == "grad_x":
             for row, image in itertools.product(rows, images):
                 yield (image, row[0].inside), _sum(_piece(problem, t, output, image, block) for block in row)
@@ -142,7 +160,7 @@ def _cut(count: int, elements: int) -> list[slice]:
 def _piece(problem: Problem, t: Tensors, output: str, image: slice, block: _Block) -> torch.Tensor:
     inside, outside, columns, groups = block
     c_in, c_out = inside.stop - inside.start, outside.stop - outside.start
-    small = replace(problem, n=1, c_in=c_in, c_out=c_out, groups=groups, bias=False)
+    small = replace(problem.plain, n=1, c_in=c_in, c_out=c_out, groups=groups, bias=False)
     operands = t.x[image, inside], t.weight[inside, columns], None, t.grad_y[image, outside]
     return reference(small, *operands, (output,))[output]
 

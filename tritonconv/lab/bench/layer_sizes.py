@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from tritonconv.epilogue import Epilogue
 from tritonconv.errors import ArgumentError
 from tritonconv.problem import Problem, Triple, output_size
 
@@ -33,7 +34,8 @@ class Workload:
 
     ``used_in`` is the precision in which the source trains or runs the layer, ``gflop`` and ``mbytes_bf16`` are
     independent counts (10^9 useful FLOP; 10^6 bytes of x, weight and y in bfloat16) that the tests hold against
-    :class:`~tritonconv.problem.Problem`. ``family`` names the layer that this one is at another size.
+    :class:`~tritonconv.problem.Problem`. ``family`` names the layer that this one is at another size. ``epilogue`` is
+    what stands behind it, with its words in the name (``stages.py``).
     """
 
     name: str
@@ -54,6 +56,7 @@ class Workload:
     mbytes_bf16: float
     source: str
     family: str = ""
+    epilogue: Epilogue | None = None
 
     def problem(self, dtype: torch.dtype = torch.float32, layout: str = "ncdhw", scale: str = "full") -> Problem:
         """The layer as a problem; ``scale`` is ``"full"`` or ``"cpu"`` (see :func:`scaled`).
@@ -65,7 +68,7 @@ class Workload:
         out = output_size(
             self.size, self.kernel, self.stride, self.padding, self.padding, self.output_padding, self.dilation
         )
-        same = ("n", "c_in", "c_out", "size", "kernel", "stride", "dilation", "groups", "bias")
+        same = ("n", "c_in", "c_out", "size", "kernel", "stride", "dilation", "groups", "bias", "epilogue")
         sizes: dict[str, Any] = {name: getattr(self, name) for name in same}
         problem = Problem(**sizes, crop=self.padding, out_size=out, dtype=dtype, layout=layout)
         if scale != "cpu" or self.family:

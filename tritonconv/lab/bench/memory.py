@@ -14,10 +14,11 @@ Where = tuple[str, str, str, str]  # layer, pass, dtype, layout
 
 
 def over_torch(run: Run) -> dict[Where, float]:
-    """Our peak over torch's of the cells that have both, which count what a call takes besides its operands."""
+    """Our peak over torch's of the cells of plain layers that have both, which count what a call takes besides its
+    operands."""
     peaks: dict[Where, dict[str, int]] = {}
     for row in run.results:
-        if row.get("peak_bytes"):
+        if row.get("peak_bytes") and not row.get("epilogue"):
             peaks.setdefault(_where(row), {})[row["variant"]] = row["peak_bytes"]
     return {where: of[OURS] / of[BASELINE] for where, of in peaks.items() if OURS in of and BASELINE in of}
 

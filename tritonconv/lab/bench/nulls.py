@@ -9,11 +9,11 @@ from __future__ import annotations
 from tritonconv.autotune.rules import FALLBACK
 from tritonconv.errors import VariantNotApplicable
 from tritonconv.forced import in_force
-from tritonconv.functional import conv_transpose3d
 from tritonconv.lab.bench.calls import FORWARD_BACKWARD, TensorCall, operation_call
 from tritonconv.lab.bench.case import Case
 from tritonconv.lab.bench.measure import Measured
 from tritonconv.lab.bench.noise import AGAIN, OUR_ROAD
+from tritonconv.lab.bench.operations import our_operation
 from tritonconv.lab.bench.results import BASELINE
 from tritonconv.problem import PASSES
 
@@ -26,7 +26,7 @@ def calls(case: Case, pass_name: str) -> dict[str, TensorCall]:
     contestants = {AGAIN: case.torch(pass_name)}
     passes = {"forward": ("forward",), FORWARD_BACKWARD: PASSES}.get(pass_name)
     if passes is not None:
-        call = operation_call(conv_transpose3d, case.problem, case.tensors, pass_name)
+        call = operation_call(our_operation(case.problem, case.tensors), case.problem, case.tensors, pass_name)
         contestants[OUR_ROAD] = in_force(call, *(FALLBACK[name] for name in passes))
     for name in list(contestants):
         try:

@@ -137,8 +137,12 @@ class Run:
         return replace(self, selection=tuple(wanted.values()), **kinds)
 
     def of_models(self) -> list[dict]:
-        """The results without layers at sizes that no model has (``--sizes``)."""
-        return [row for row in self.results if not row.get("family")]
+        """The results of plain layers, without those at sizes that no model has (``--sizes``)."""
+        return [row for row in self.results if not row.get("family") and not row.get("epilogue")]
+
+    def of_stages(self) -> list[dict]:
+        """The results of layers with an epilogue, in the order of the file."""
+        return [row for row in self.results if row.get("epilogue")]
 
     def values(self, key: str) -> list[str]:
         """The distinct values of a field of the results, in the order of the file."""

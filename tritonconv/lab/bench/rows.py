@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 
-from tritonconv.lab.bench import roofs
+from tritonconv.lab.bench import roofs, stages
 from tritonconv.lab.bench.calls import work
 from tritonconv.lab.bench.classes import layer_class
 from tritonconv.lab.bench.clock import CLOCK
@@ -26,10 +27,11 @@ def sizes_of(problem: Problem) -> dict[str, object]:
     return {**{name: getattr(problem, name) for name in names}, "back_crop": back_crop}
 
 
-def head(layer: str, suite: str, pass_name: str, problem: Problem) -> dict[str, str]:
-    """The fields that every row about a pass of a layer begins with."""
+def head(layer: str, suite: str, pass_name: str, problem: Problem) -> dict[str, Any]:
+    """The fields that every row about a pass of a layer begins with, the columns of an epilogue among them."""
     dtype = str(problem.dtype).removeprefix("torch.")
-    return {"layer": layer, "suite": suite, "pass": pass_name, "layout": problem.layout, "dtype": dtype}
+    names = {"layer": layer, "suite": suite, "pass": pass_name, "layout": problem.layout, "dtype": dtype}
+    return names | stages.fields(problem)
 
 
 def layer_fields(layer: Workload, duplicates: Iterable[str], problem: Problem) -> dict[str, object]:

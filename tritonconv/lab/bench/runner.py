@@ -179,6 +179,8 @@ class _Bench:
             # The values follow from the layer's name and the seed alone.
             case = Case(problems[0], options.device, options.seed + zlib.crc32(layer.name.encode()), outputs)
             for problem, pass_name in itertools.product(problems, options.passes):
+                if pass_name not in problem.passes and problem.epilogue is not None:
+                    continue
                 cell = Cell(layer, self.layers[layer], case.on(problem), pass_name)
                 if cell.key not in options.done:
                     yield cell

@@ -12,8 +12,9 @@ from tritonconv.lab import text_table
 from tritonconv.lab.bench import memory, noise, same_traffic
 from tritonconv.lab.bench.classes import CLASSES
 from tritonconv.lab.bench.columns import SAID, columns_of
-from tritonconv.lab.bench.results import BASELINE, OURS, Run
+from tritonconv.lab.bench.results import BASELINE, COMPILED, OURS, Run
 from tritonconv.lab.bench.standings import by_column, by_pass, standings
+from tritonconv.lab.bench.timing import quantile
 from tritonconv.lab.bench.workloads import ALL
 
 # Slower than this, and with the 80th percentile of the paired ratios below it too, counts as slower than torch.
@@ -38,6 +39,11 @@ class Group:
     @property
     def geomean(self) -> float:
         return geometric_mean(row["speedup"] for row in self.rows)
+
+    @property
+    def p5(self) -> float:
+        """The 5th percentile of the speed-ups."""
+        return quantile([row["speedup"] for row in self.rows], 0.05)
 
     @property
     def layers(self) -> int:
@@ -71,6 +77,7 @@ def overlaps_one(row: Mapping) -> bool:
 def groups(rows: Iterable[Mapping], variant: str = OURS, noise: float = 1.0) -> list[Group]:
     """One group per pass, dtype and layout, and one of all layouts where there are several; in the rows' order."""
     rows = [row for row in rows if row["variant"] == variant and row["speedup"] is not None and not row.get("family")]
+    rows = [row for row in rows if not row.get("epilogue")]
     parts: dict[tuple[str, str], dict[str, list[Mapping]]] = {}
     for row in rows:
         parts.setdefault((row["pass"], row["dtype"]), {}).setdefault(row["layout"], []).append(row)
@@ -94,7 +101,8 @@ def _in_classes(run: Run) -> list[str]:
     ranked = standings(run.of_models())
     if not ranked:
         return []
-    wrong = {(row["layer"], row.get("dtype"), row["pass"]) for row in run.errors if row["variant"] == OURS}
+    plain = [row for row in run.errors if row["variant"] == OURS and not row.get("epilogue")]
+    wrong = {(row["layer"], row.get("dtype"), row["pass"]) for row in plain}
     wrong_in = Counter(pass_name for *_, pass_name in wrong)
     lines = [["class", "pass", "layers", "geomean", *(f"fast_{p:g}" for p in FAST_P)]]
     passes = dict.fromkeys(one.ours["pass"] for one in ranked)
@@ -127,6 +135,34 @@ def _in_columns(run: Run) -> list[str]:
     return ["", title, "", *text_table.lines(rows, numbers=4), "", legend]
 
 
+def _stages(run: Run) -> list[str]:
+    """The layers with an epilogue, which no mean of plain layers holds."""
+    rows = [row for row in run.of_stages() if row["speedup"] is not None and row["variant"] != BASELINE]
+    if not rows:
+        return []
+    compiled = {_cell(row): row["median_ms"] for row in rows if row["variant"] == COMPILED}
+    peaks = {_cell(row): row.get("peak_bytes") for row in run.of_stages() if row["variant"] == BASELINE}
+    lines = [
+        ["layer", "then", "dtype", "layout", "variant", "speed-up", "20th to 80th", COMPILED, "peak", "MB", "MB spared"]
+    ]
+    for row in rows:
+        interval = f"{row['speedup_p20']:.2f} to {row['speedup_p80']:.2f}"
+        theirs = compiled.get(_cell(row)) if row["variant"] != COMPILED else None
+        over = f"{theirs / row['median_ms']:.2f}" if theirs else ""
+        peak = f"{row['peak_bytes'] / peaks[_cell(row)]:.2f}" if row.get("peak_bytes") and peaks.get(_cell(row)) else ""
+        moved = (f"{row[name] / 1e6:.3g}" for name in ("bytes", "spared_bytes"))
+        lines.append([*_cell(row)[1:], row["variant"], f"{row['speedup']:.2f}", interval, over, peak, *moved])
+    title = "layers with what stands behind them, against torch's separate operations:"
+    legend = f"{COMPILED}: how many times faster than it, by the medians; peak: memory of a call by torch's; " + (
+        "MB spared: what torch's operations move more"
+    )
+    return ["", title, "", *text_table.lines(lines, numbers=6), "", legend]
+
+
+def _cell(row: Mapping) -> tuple[str, ...]:
+    return row["layer"], row["layer"].partition("+")[0], row["epilogue"], row["dtype"], row["layout"]
+
+
 def summary(run: Run) -> str:
     """The text that ``bench`` prints at its end."""
     env = run.environment
@@ -139,11 +175,12 @@ def summary(run: Run) -> str:
     factor = band.noise if band else 1.0
     per_variant = {name: groups(run.results, name, factor) for name in run.values("variant") if name != BASELINE}
     if not any(per_variant.values()):
-        lines.append("no layer was timed beside torch")
+        lines += ["no layer was timed beside torch"] * (not run.of_stages())
     else:
         lines += ["", f"speed-up over {BASELINE} in the same layout, median of the ratios of neighbouring calls:", ""]
         lines += _table([group for each in per_variant.values() for group in each])
-        lines += ["", f"faster: 20th percentile of the pairs above 1; slower: 80th percentile below {FLOOR:g}"]
+        legend = "p5: 5th percentile of the layers; faster: 20th percentile of the pairs above 1; slower: 80th below"
+        lines += ["", f"{legend} {FLOOR:g}"]
         if band is not None:
             lines[-1] += f"; each beyond the null rows, {band}"
         classes = _in_classes(run)
@@ -158,6 +195,7 @@ def summary(run: Run) -> str:
             if group.layout == "all" or len({g.layout for g in per_variant[OURS]}) == 1:
                 lines += ["", f"slowest in {group.pass_name}, {group.dtype} (20th to 80th percentile of the pairs):"]
                 lines += [f"  {line}" for line in _worst(group.worst)]
+    lines += _stages(run)
     if run.disturbance:
         lines += ["", run.disturbance]
         quiet = groups((row for row in run.results if (row.get("other_cores") or 0.0) <= QUIET), noise=factor)
@@ -180,13 +218,23 @@ def summary(run: Run) -> str:
 
 
 def _table(rows: Sequence[Group]) -> list[str]:
-    head = ["variant", "pass", "dtype", "layout", "layers", "geomean", "faster", "slower"]
+    head = ["variant", "pass", "dtype", "layout", "layers", "geomean", "p5", "faster", "slower"]
     cells = [
-        [g.variant, g.pass_name, g.dtype, g.layout, str(g.layers), f"{g.geomean:.2f}", str(g.faster), str(g.slower)]
+        [
+            g.variant,
+            g.pass_name,
+            g.dtype,
+            g.layout,
+            str(g.layers),
+            f"{g.geomean:.2f}",
+            f"{g.p5:.2f}",
+            str(g.faster),
+            str(g.slower),
+        ]
         for g in rows
     ]
     unnamed = all(group.variant == OURS for group in rows)
-    return text_table.lines([line[unnamed:] for line in (head, *cells)], numbers=4)
+    return text_table.lines([line[unnamed:] for line in (head, *cells)], numbers=5)
 
 
 def _worst(rows: Sequence[Mapping]) -> list[str]:

@@ -14,6 +14,7 @@ from importlib.resources import files
 from typing import Any
 
 from tritonconv.errors import ArgumentError
+from tritonconv.lab.bench import stages
 from tritonconv.lab.bench.layer_sizes import RANDOM, Workload
 from tritonconv.lab.bench.random_layers import COUNT, random_layers
 from tritonconv.problem import Problem
@@ -50,11 +51,12 @@ def _data() -> tuple[dict[str, str], tuple[Workload, ...]]:
 
 
 def suites() -> dict[str, str]:
-    """The suites and what is in each; ``all``, ``heroes`` and ``random`` last."""
+    """The suites and what is in each; ``all``, ``heroes``, ``random`` and ``stages`` last."""
     named = dict(_data()[0])
     drawn = f"{COUNT} layers drawn by the seed, of the others' families, with their batch at each scale; not in 'all'"
     every = f"every suite: {len(_data()[1])} layers"
-    return {**named, ALL: every, OF_HEROES: "one or two known layers of each class, of all suites", RANDOM: drawn}
+    known = "one or two known layers of each class, of all suites"
+    return {**named, ALL: every, OF_HEROES: known, RANDOM: drawn, stages.SUITE: stages.SUITE_TEXT}
 
 
 def workloads(suite: str | Iterable[str] = ALL, only: str = "", seed: int = 0) -> tuple[Workload, ...]:
@@ -71,6 +73,8 @@ def workloads(suite: str | Iterable[str] = ALL, only: str = "", seed: int = 0) -
     layers = tuple(each for each in _data()[1] if ALL in wanted or each.suite in wanted or each.name in heroes)
     if RANDOM in wanted:
         layers += random_layers(_data()[1], seed)
+    if stages.SUITE in wanted:
+        layers += stages.stages(_data()[1])
     named = tuple(layer for layer in layers if only in layer.name)
     if not named:
         raise ArgumentError(
@@ -83,7 +87,7 @@ def workloads(suite: str | Iterable[str] = ALL, only: str = "", seed: int = 0) -
 def workload(name: str) -> Workload:
     """The layer of this name, of a model or drawn; raises ArgumentError that lists names like it."""
     drawn = re.fullmatch(rf"{RANDOM}_(\d+)_\d+", name)
-    for layer in workloads(RANDOM, seed=int(drawn[1])) if drawn else _data()[1]:
+    for layer in workloads(RANDOM, seed=int(drawn[1])) if drawn else workloads((ALL, stages.SUITE)):
         if layer.name == name:
             return layer
     near = ", ".join(_near(name, _data()[1]))

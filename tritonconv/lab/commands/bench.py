@@ -35,6 +35,7 @@ from tritonconv.lab.bench.layer_sizes import SCALES, at_sizes
 from tritonconv.lab.bench.progress import progress
 from tritonconv.lab.bench.recording import recording
 from tritonconv.lab.bench.runner import bench
+from tritonconv.lab.bench.stages import with_epilogue
 from tritonconv.lab.bench.summary import summary
 from tritonconv.lab.bench.workloads import ALL, suites, workloads
 from tritonconv.lab.commands.common import (
@@ -46,6 +47,7 @@ from tritonconv.lab.commands.common import (
     check_store,
     device_of,
     dtypes_of,
+    epilogue_of,
     folder,
     layer_lines,
     load_variant_files,
@@ -77,6 +79,8 @@ DESCRIPTION = (
     "add and bias gradient, passes that a fused kernel does not make, come with them.\n\n"
     "The summary of a GPU's layers says how much memory a call takes at its peak beside torch's, and which\n"
     f"layers take more than {memory.MOST:g} of it; a CPU has no count of it.\n\n"
+    "--activation, --residual, --rounding and --concat time the forward with what stands behind the layer:\n"
+    "one call of ours beside torch's separate operations. The suite stages has named layers so.\n\n"
     "--formulations measures the torch formulations of each pass on the layers instead, on a CPU, into a\n"
     "file such as autotune/formulations_authenticamd.json: rows from which layers without a tuned choice\n"
     "have theirs on that vendor's CPUs.\n\n"
@@ -98,7 +102,7 @@ DESCRIPTION = (
 # The flags that go with --overhead alone, with --roofs alone, with the layers; and those that --formulations lacks.
 OF_OVERHEAD, OF_ROOFS = ("use", "limit"), ("store",)
 OF_LAYERS = ("suite", "only", "passes", "layout", "scale", "variants", "variant_files", "compiled", "compile", "sizes",
-             "seed", "list", "copies", "cudnn_graph")  # fmt: skip
+             "seed", "list", "copies", "cudnn_graph", "activation", "residual", "rounding", "concat")  # fmt: skip
 OF_FORMULATIONS, OF_SLABS = ("suite", "only", "seed"), ("suite", "only", "layout", "scale", "seed")
 OF_KERNELBENCH = ("only", "scale", "compiled", "compile", "seed", "variants", "variant_files", "copies",
                   "cudnn_graph")  # fmt: skip
@@ -124,6 +128,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seed", type=flags.seed, metavar="N", help="seed of the random inputs, and of the suite random (default: 0)"
     )
+    add_flags(parser, "activation", "residual", "rounding")
+    parser.add_argument("--concat", action="store_true", help="with a concatenation with a skip of the output's shape")
     add_flags(parser, "device", "variant-file", "compiled", "quiet", compile="on a GPU only", output=str(RESULTS))
     parser.add_argument(
         "--copies", action="store_true", help="also time a copy that moves the bytes of each pass, as a yardstick"
@@ -206,6 +212,9 @@ def _layers(options: argparse.Namespace, device: torch.device) -> int:
     layers = workloads(options.suite or ALL, options.only, options.seed or 0)
     if options.sizes:
         layers = tuple(each for layer in layers for each in (layer, *at_sizes(layer, options.sizes)))
+    layers = with_epilogue(layers, epilogue_of(options))
+    if set(options.passes or ("forward",)) != {"forward"} and any(layer.epilogue is not None for layer in layers):
+        raise ArgumentError("argument --passes: of a layer with an epilogue the forward alone is measured")
     if options.list:
         print("\n".join(layer_lines(layers, scale_for(options.scale, device))))
         return OK

@@ -14,7 +14,8 @@ import torch
 
 from tritonconv.autotune import store
 from tritonconv.autotune.key import device_name
-from tritonconv.errors import ArgumentError, StoreError
+from tritonconv.epilogue import NAMES, Epilogue
+from tritonconv.errors import ArgumentError, ArgumentTypeError, StoreError
 from tritonconv.kernels import registry, triton_compiled
 from tritonconv.kernels.registry import triton_fault
 from tritonconv.kernels.targets import TARGETS
@@ -24,6 +25,7 @@ from tritonconv.lab import flags, text_table
 from tritonconv.lab.bench.calls import ALL_PASSES, FORWARD_BACKWARD
 from tritonconv.lab.bench.layer_sizes import RANDOM, SCALES, Workload
 from tritonconv.lab.bench.options import Options
+from tritonconv.lab.bench.stages import SUITE, of_words
 from tritonconv.lab.bench.workloads import ALL, OF_HEROES, suites
 from tritonconv.lab.inspection.launches import launches_of
 from tritonconv.problem import LAYOUTS
@@ -32,7 +34,7 @@ OK, WRONG, USAGE, INTERRUPTED = 0, 1, 2, 130
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 AUTO, DEVICE = "auto", re.compile(r"cpu|cuda(:\d+)?")
 RESULTS = Path("results")
-OTHER_SUITES = ("kernelbench", RANDOM)  # not layers of models: asked for by name
+OTHER_SUITES = ("kernelbench", RANDOM, SUITE)  # not layers of models: asked for by name
 MOST_PROCESSES = 8  # each holds torch and a compiler: about 0.7 GB
 
 
@@ -75,6 +77,10 @@ FLAGS: dict[str, dict[str, Any]] = {
     "compiled": folder(f"take kernels from this folder, which tritonconv compile filled, and compile only those that "
                        f"it lacks (default: ${VARIABLE})"),
     "compile": {"action": argparse.BooleanOptionalAction, "help": "time torch.compile too"},
+    "activation": {"metavar": "NAME[:X]", "help": f"with this activation behind the layer: {', '.join(NAMES)}; "
+                   "leaky_relu:0.2, gelu:tanh"},
+    "residual": {"action": "store_true", "help": "with a residual that is added to the output"},
+    "rounding": {"choices": ("torch",), "help": "with the roundings of torch's separate operations"},
     "jobs": {"type": flags.processes, "default": min(CORES, MOST_PROCESSES), "metavar": "N",
              "help": "processes that compile (default: %(default)s)"},
 }  # fmt: skip
@@ -86,6 +92,20 @@ def add_flags(parser: argparse.ArgumentParser, *names: str, **defaults: str) -> 
         flag = FLAGS[name]
         text = flag["help"] + (f" (default: {defaults[name]})" if name in defaults else "")
         parser.add_argument(f"--{name}", **{**flag, "help": text})
+
+
+def epilogue_of(options: argparse.Namespace) -> Epilogue | None:
+    """That of --activation, --residual, --rounding and --concat, where the command has them; None without any.
+
+    Raises ArgumentError for an activation that is none.
+    """
+    concat, activation = getattr(options, "concat", False), options.activation
+    if concat and (activation or options.residual or options.rounding):
+        raise ArgumentError("argument --concat: no other epilogue goes with it")
+    try:
+        return of_words(activation, options.residual, options.rounding, concat)
+    except (ArgumentError, ArgumentTypeError) as error:
+        raise ArgumentError(f"argument --activation: {error}") from None
 
 
 def dtypes_of(options: argparse.Namespace, *default: str) -> tuple[torch.dtype, ...]:

@@ -97,7 +97,8 @@ def compare(before: Run, after: Run, by_speedup: bool) -> list[Change]:
 def _means(changes: list[Change]) -> list[str]:
     ratios: dict[tuple[str, str, str], list[float]] = {}
     for change in changes:
-        ratios.setdefault((change.row["pass"], change.row["dtype"], change.row["variant"]), []).append(change.ratio)
+        pass_name = change.row["pass"] + (" + epilogue" if change.row.get("epilogue") else "")
+        ratios.setdefault((pass_name, change.row["dtype"], change.row["variant"]), []).append(change.ratio)
     lines = [["pass", "dtype", "variant", "rows", "geomean", "least", "most"]]
     for kind, mine in sorted(ratios.items()):
         means = (f"{ratio:.3f}" for ratio in (geometric_mean(mine), min(mine), max(mine)))

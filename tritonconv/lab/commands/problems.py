@@ -19,8 +19,9 @@ from tritonconv.errors import ArgumentError
 from tritonconv.lab import flags
 from tritonconv.lab.bench.failures import one_line
 from tritonconv.lab.bench.layer_sizes import left_out
+from tritonconv.lab.bench.stages import with_epilogue, without_concat
 from tritonconv.lab.bench.workloads import ALL, distinct, in_order, workloads
-from tritonconv.lab.commands.common import add_flags, dtypes_of, layouts_of, model_suites
+from tritonconv.lab.commands.common import add_flags, dtypes_of, epilogue_of, layouts_of, model_suites
 from tritonconv.problem import LAYOUTS, Problem
 
 
@@ -53,6 +54,7 @@ def add_problems(parser: argparse.ArgumentParser, scale: str, dtype: str = "floa
         )
     parser.add_argument("--groups", type=int, default=1, metavar="G", help="with --x: as of torch (default: 1)")
     parser.add_argument("--bias", action="store_true", help="with --x: the problem has a bias")
+    add_flags(parser, "activation", "residual", "rounding")
     add_flags(parser, dtype=f"{dtype}; a model: its own", layout="both; a model: its own")
 
 
@@ -68,13 +70,16 @@ def tasks_asked_for(options: argparse.Namespace, device: torch.device, scale: st
     for name, needs in (("input", "model"), ("weight", "x")):
         if (getattr(options, name) is None) != (getattr(options, needs) is None):
             raise ArgumentError(f"arguments --{needs} and --{name} go together")
+    epilogue = epilogue_of(options)
     if options.model is not None:
+        if epilogue is not None:
+            raise ArgumentError("argument --model: its layers have the epilogues of the model alone")
         return tasks_of(_of_model(options, device)), "given"
     if options.x is not None:
-        return tasks_of(_given(options)), "given"
+        return tasks_of(replace(each, epilogue=epilogue) for each in _given(options)), "given"
     layers = [
-        layer
-        for layer in workloads(options.suite or options.default_suites, options.only)
+        without_concat(layer)
+        for layer in with_epilogue(workloads(options.suite or options.default_suites, options.only), epilogue)
         if left_out(layer, scale) is None
     ]
     tasks = [

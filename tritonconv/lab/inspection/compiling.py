@@ -176,22 +176,20 @@ def compile_launch(record: Variant, problem: Problem, config: Config) -> list[tu
     The whole backward at once is compiled with the backward-weight variant, whose config it takes. Raises RuntimeError
     for a variant that launches as it likes, or nothing.
     """
-    from tritonconv.kernels.triton_program import JOINT
+    from tritonconv.kernels.triton_program import JOINT, Program, operands_of
 
     if record.launches is None:
         raise RuntimeError("the variant does not say what it launches")
-    kernels = _compiled(record.launches, problem, config, record.pass_name)
+    kernels = _compiled(record.program(problem, config))
     if not kernels:
         raise RuntimeError("the variant launches no kernel")
     if record.joint is not None:
-        kernels += [(f"{name} (joint)", each) for name, each in _compiled(record.joint, problem, config, JOINT)]
+        both = Program.of(partial(record.joint, problem, config), operands_of(problem, JOINT, META))
+        kernels += [(f"{name} (joint)", each) for name, each in _compiled(both)]
     return kernels
 
 
-def _compiled(launches: Callable[..., Any], problem: Problem, config: Config, pass_name: str) -> list[tuple[str, Any]]:
-    from tritonconv.kernels.triton_program import Program, operands_of
-
-    program = Program.of(partial(launches, problem, config), operands_of(problem, pass_name, META))
+def _compiled(program: Any) -> list[tuple[str, Any]]:
     return [(kernel.name, compiled) for kernel, compiled in zip(program.kernels, program.compile(), strict=True)]
 
 

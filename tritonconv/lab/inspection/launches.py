@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from tritonconv.epilogue import Epilogue
 from tritonconv.errors import ArgumentError
 from tritonconv.kernels import triton_compiled
 from tritonconv.kernels.registry import renamed, variant
@@ -65,6 +66,8 @@ class Launch:
     def line(self) -> str:
         """As a line of the folder's list."""
         problem = {**asdict(self.problem), "dtype": str(self.problem.dtype).removeprefix("torch.")}
+        if self.problem.epilogue is None:
+            del problem["epilogue"]
         return json.dumps({**asdict(self), "problem": problem, "config": dict(self.config)}) + "\n"
 
     @classmethod
@@ -74,6 +77,8 @@ class Launch:
         fields: dict[str, Any] = {
             key: tuple(each) if isinstance(each, list) else each for key, each in row["problem"].items()
         }
+        if "epilogue" in fields:
+            fields["epilogue"] = Epilogue(**fields["epilogue"])
         row["problem"] = Problem(**fields | {"dtype": getattr(torch, fields["dtype"])})
         row["kernels"] = tuple(Kernel(**kernel) for kernel in row["kernels"])
         row["modules"] = tuple((key, name) for key, name in row["modules"])

@@ -1,0 +1,222 @@
+"""Epilogues in the key of a choice, in the tuner, the cost model, the benchmark and its rows. CPU only."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from test_runner import layer, run
+
+import tritonconv
+from tritonconv import ArgumentError, Problem, dispatch
+from tritonconv.autotune import choose, model, store
+from tritonconv.autotune.ceilings import of_capability
+from tritonconv.autotune.key import Key, device_name
+from tritonconv.autotune.tuning import api, session
+from tritonconv.autotune.tuning.compiled_ahead import jobs_of
+from tritonconv.epilogue import ACTIVATIONS, Epilogue
+from tritonconv.kernels.registry import have_triton, variant
+from tritonconv.kernels.work import bytes_spared
+from tritonconv.lab import cli
+from tritonconv.lab.bench import contestants, operations, schema, stages, summary
+from tritonconv.lab.bench.case import Case
+from tritonconv.lab.bench.contestants import contestant
+from tritonconv.lab.bench.progress import Progress
+from tritonconv.lab.bench.workloads import workloads
+from tritonconv.lab.inspection.launches import Launch
+from tritonconv.plots import html
+from tritonconv.problem import PASSES
+
+CPU = torch.device("cpu")
+UP = Problem(1, 4, 3, (3, 4, 5), (2, 2, 2), (2, 2, 2), (0, 0, 0), (6, 8, 10), bias=True)
+BOTH = Epilogue("relu", residual=True)
+WITH = replace(UP, epilogue=BOTH)
+LEAKY = Epilogue("leaky_relu", 0.3)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """The user's store, empty; the plans and tables of the process are put back."""
+    monkeypatch.setenv("TRITONCONV_CACHE", str(tmp_path / "store"))
+    monkeypatch.setattr(dispatch, "_by_call", {})
+    monkeypatch.setattr(dispatch, "_by_problem", {})
+    choose.forget()
+    yield tmp_path / "store"
+    choose.forget()
+
+
+def test_the_forward_with_an_epilogue_has_a_key_of_its_own():
+    assert str(Key.of(WITH, "forward")) == f"{Key.of(UP, 'forward')} then residual + relu"
+    for name in PASSES[1:]:
+        assert Key.of(WITH, name) == Key.of(UP, name)
+    keys = {str(Key.of(replace(UP, epilogue=Epilogue(name, residual=r, rounding=how)), "forward"))
+            for name in (None, *ACTIVATIONS) for r in (False, True) for how in (None, "torch")}  # fmt: skip
+    assert len(keys) == 4 * (len(ACTIVATIONS) + 1)
+    slopes = {Key.of(replace(UP, epilogue=replace(LEAKY, slope=slope)), "forward") for slope in (0.01, 0.3)}
+    assert len(slopes) == 1
+
+
+def stored(problem: Problem, name: str) -> None:
+    entry = store.Entry(name, {}, 1.0, 2.0, "", str(problem), "forward", "2026-11-29T00:00:00+00:00")
+    store.merge(store.Table(device_name(CPU), {str(Key.of(problem, "forward")): entry}))
+    dispatch.forget()
+
+
+def test_without_an_entry_of_its_own_a_call_takes_the_plain_choice():
+    torch.manual_seed(0)
+    x, weight, bias, residual = (torch.randn(shape) for shape in (UP.x_shape, UP.weight_shape, (3,), UP.y_shape))
+    own = "forward_torch_columns"
+
+    def chosen() -> tuple[str, str]:
+        y = tritonconv.conv_transpose3d(x, weight, bias, 2, activation="relu", residual=residual)
+        torch.testing.assert_close(y, torch.relu(torch.conv_transpose3d(x, weight, bias, 2) + residual))
+        tritonconv.conv_transpose3d(x, weight, bias, 2, activation=("leaky_relu", 0.4))
+        names = {problem.epilogue: plan.choice("forward").variant.name for (problem, *_), plan in
+                 dispatch._by_problem.items()}  # fmt: skip
+        assert names[None] == names[LEAKY.kind]
+        return names[None], names[BOTH]
+
+    untuned = chosen()
+    assert untuned[0] == untuned[1]
+    stored(UP, "forward_torch_shuffle")
+    assert chosen() == ("forward_torch_shuffle", "forward_torch_shuffle")
+    stored(WITH, own)
+    assert chosen() == ("forward_torch_shuffle", own)
+    with tritonconv.use("forward_torch_native"):
+        dispatch.forget()
+        assert chosen() == ("forward_torch_native", "forward_torch_native")
+
+
+def test_pinned_choices_come_before_an_entry(tmp_path):
+    stored(WITH, "forward_torch_columns")
+    operands = [torch.ones(shape) for shape in (UP.x_shape, UP.weight_shape, (3,))]
+    tritonconv.conv_transpose3d(*operands, 2)
+    assert dispatch.save_choices(tmp_path / "plain.json") == 1
+    residual = torch.ones(UP.y_shape)
+    tritonconv.conv_transpose3d(*operands, 2, activation="relu", residual=residual)
+    assert dispatch.save_choices(tmp_path / "both.json") == 2
+    own = {}
+    for name in ("plain.json", "both.json"):
+        dispatch.pin_choices(tmp_path / name)
+        own[name] = dispatch.plan(WITH, CPU).choice("forward").variant.name
+    dispatch.pin_choices(None)
+    assert own["plain.json"] == dispatch.plan(UP, CPU).choice("forward").variant.name
+    assert own["both.json"] == "forward_torch_columns"
+
+
+def test_a_layer_with_an_epilogue_is_tuned_as_a_whole(folder, monkeypatch):
+    monkeypatch.setattr(session, "PROBLEM_SECONDS", 0.05)
+    rows = []
+    tuning = session.Session(CPU, write=lambda kind, row: rows.append((kind, row)))
+    layer = tritonconv.FusedConvTranspose3d(4, 3, 2, stride=2, activation="relu")
+    seen = [problem for problem, _ in api.problems_of(layer, torch.ones(UP.x_shape), torch.ones(UP.y_shape))]
+    assert seen == [UP, WITH]
+    report = tuning.run(session.tasks_of([WITH]), Progress())
+    assert [winner.pass_name for _, winner in report.winners] == ["forward"] and not report.errors
+    (key,) = store.own(device_name(CPU)).entries
+    assert key == str(Key.of(WITH, "forward"))
+    timed = [row for kind, row in rows if kind == "timing"]
+    assert {row["epilogue"] for row in timed} == {"residual + relu"} and len({row["variant"] for row in timed}) > 3
+    assert dispatch.plan(WITH, CPU).choice("forward").entry is not None
+    assert dispatch.plan(UP, CPU).choice("forward").entry is None
+    assert session.Session(CPU).run(session.tasks_of([WITH]), Progress()).known
+
+
+@pytest.mark.skipif(not have_triton(), reason="Triton is not installed")
+def test_the_kernels_among_the_candidates_compute_the_epilogue():
+    half = replace(WITH, dtype=torch.float16, layout="ndhwc", c_in=32, c_out=32)
+    jobs = jobs_of([half, half.plain], "sm_90", configs=1)
+    names = {each: {name for name, problem, _ in jobs if problem.epilogue == each} for each in (BOTH, None)}
+    assert names[BOTH] and names[BOTH] < names[None]
+    for name, problem, config in jobs:
+        if problem.epilogue is not None:
+            assert variant(name).finishes(problem, config, BOTH)
+            kernels = variant(name).program(problem, config).kernels
+            assert [kernel.arguments["CONFIG"].EPILOGUE.ACTIVATION for kernel in kernels[-1:]] == ["relu"]
+            launch = Launch(name, problem, config, "ieee", "sm_90", ())
+            assert Launch.of(launch.line()) == launch
+
+
+def test_the_model_charges_for_the_residual_and_for_operations_apart():
+    rates = of_capability((9, 0))
+    large = replace(WITH, size=(64, 64, 64), out_size=(128, 128, 128), c_in=64, c_out=64, dtype=torch.float16)
+    y_ms = 2 * 64 * 128**3 / rates.memory * 1e3
+    record = variant("forward_torch_native")
+    plain, apart = (model.estimate(record, each, {}, rates).ms for each in (large.plain, large))
+    assert apart - plain == pytest.approx((BOTH.apart) * y_ms)
+    taking = replace(record, epilogue=lambda *_: True)
+    assert model.estimate(taking, large, {}, rates).ms - plain == pytest.approx(BOTH.beside * y_ms)
+    assert bytes_spared(large) == (5 - 1) * 2 * 64 * 128**3
+
+
+EPILOGUES = (stages.CONCAT, BOTH, LEAKY, Epilogue("prelu"), Epilogue("gelu_tanh"), Epilogue("silu", rounding="torch"))
+
+
+@pytest.mark.parametrize("layout", ["ncdhw", "ndhwc"])
+def test_the_gate_holds_each_epilogue_against_float64(layout, monkeypatch):
+    for epilogue in EPILOGUES:
+        case = Case(replace(UP, epilogue=epilogue, layout=layout), CPU)
+        assert contestant("torch", None, case, "forward", True).verdict.ok
+        assert contestant("tritonconv", None, case, "forward", True).verdict.ok
+        torchs = case.torch("forward")()
+        _, errors = case.judge("forward")._distances("y", [torchs[0]])
+        assert errors[0] < 1e-5  # by the pieces of a large problem too
+    problem = replace(UP, epilogue=stages.CONCAT)
+    for wrong in (lambda y, skip: torch.cat((y, y), 1), lambda y, skip: torch.cat((skip, y), 1)):
+        monkeypatch.setattr(operations, "up_concat", lambda layer, x, skip, wrong=wrong: wrong(layer(x), skip))
+        assert not contestant("tritonconv", None, Case(problem, CPU), "forward", True).verdict.ok
+    plain = operations.our_operation(UP, None)
+    monkeypatch.setattr(contestants, "our_operation", lambda problem, tensors: plain)
+    assert not contestant("tritonconv", None, Case(WITH, CPU), "forward", True).verdict.ok
+
+
+def test_the_named_layers():
+    named = {each.name: str(each.epilogue) for each in workloads(stages.SUITE)}
+    assert named == {
+        "nnunet_resenc_160x192_up4+concat": "concat",
+        "psmnet_train_64_32+residual+relu": "residual + relu",
+        "3dgan_64_1+sigmoid": "sigmoid",
+    }
+    assert not any(each.epilogue for each in workloads())
+    for given in (Epilogue("gelu_tanh", residual=True), LEAKY, Epilogue("relu", rounding="torch")):
+        flags = dict(zip(("--activation", "--rounding"), (given.activation, given.rounding), strict=True))
+        assert all((flag in " ".join(given.flags)) == bool(value) for flag, value in flags.items())
+    assert stages.of_words("leaky_relu:0.3", False, None) == LEAKY
+    assert stages.of_words("gelu:tanh", True, None) == Epilogue("gelu_tanh", residual=True)
+    with pytest.raises(ArgumentError, match="activation"):
+        stages.of_words("relu:2", False, None)
+
+
+def test_rows_of_an_epilogue_are_apart_from_those_of_plain_layers(tmp_path, capsys, quick):
+    tiny = layer()
+    _, found = run(tmp_path, tiny, *stages.with_epilogue((tiny,), BOTH), layouts=("ndhwc",))
+    apart, columns = found.of_stages(), schema.EPILOGUE.replace("?", "").split()
+    assert {row["layer"] for row in found.of_models()} == {"tiny"} and len(found.of_models()) == 4
+    assert [row["variant"] for row in apart] == ["torch", "tritonconv"]
+    for row in apart:
+        assert (row["layer"], row["pass"]) == ("tiny+residual+relu", "forward")
+        assert [row[name] for name in columns[:4]] == ["residual + relu", "relu", True, None]
+        problem = tiny.problem()
+        y_bytes = 4 * torch.Size(problem.y_shape).numel()
+        assert row["bytes"] == problem.bytes() + y_bytes and row["spared_bytes"] == 4 * y_bytes
+        schema.check({name: value for name, value in row.items() if name not in columns})
+        with pytest.raises(ValueError, match="spared_bytes"):
+            schema.check({name: value for name, value in row.items() if name != "spared_bytes"})
+    assert {row["layer"] for group in summary.groups(found.results) for row in group.rows} == {"tiny"}
+    assert "against torch's separate operations" in summary.summary(found)
+    assert "tiny+residual+relu" in html._against_the_best(found) and "tiny+" not in html._means(found)
+    assert cli.main(["bench", "--only", "psmnet", "--passes", "forward_backward", "--concat"]) == 2
+    assert "forward alone" in capsys.readouterr().err
+
+
+def test_explain_says_who_computes_the_epilogue(capsys):
+    operands = [torch.ones(shape) for shape in (UP.x_shape, UP.weight_shape, (3,))]
+    y = torch.ones(UP.y_shape)
+    text = str(tritonconv.explain(*operands, 2, activation=("leaky_relu", 0.3), residual=y, out=y))
+    assert "epilogue residual + leaky_relu(0.3): torch's operations in y's memory" in text
+    assert "out=: the answer is computed and copied" in text
+    assert "--activation leaky_relu:0.01 --residual" in text
+    with tritonconv.use("forward_torch_shuffle"):
+        assert "out=: y is written there at once" in str(tritonconv.explain(*operands, 2, out=y))
+    capsys.readouterr()
