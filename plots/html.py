@@ -42,7 +42,8 @@ T = TypeVar("T")
 
 def write(run: Run, folder: Path, pictures: Pictures) -> Path:
     """Writes the page into the folder. Raises ResultsError where there is nothing to show, OSError where it cannot."""
-    if not any((run.results, run.roofs, run.timings, run.overheads, run.profiles, run.checks, run.steps)):
+    shown = run.results, run.roofs, run.timings, run.overheads, run.profiles, run.checks, run.operations, run.slabs
+    if not any(shown):
         raise ResultsError(f"{run.path}: nothing was measured, so there is nothing to report")
     path = folder / f"{'-'.join(['report', *run.selection])}.html"
     path.write_text(page(run, pictures), encoding="utf-8")
@@ -58,6 +59,7 @@ def page(run: Run, pictures: Pictures) -> str:
         ("Layers", _layers(run)),
         ("Whole models", _steps(run)),
         ("Operations of a training step", _operations(run)),
+        ("Slabs", _slabs(run)),
         ("Null rows", _nulls(run)),
         ("Roofs", _roofs(run)),
         ("Tuned choices", _tuned(run)),
@@ -294,6 +296,14 @@ def _operations(run: Run) -> str:
     caption = "With torch's layers, backward included; torch ms and ours ms are those of one call by itself."
     head = [*OF_MODEL, "operation", "layers", "calls", "ms", "share", "torch ms", "ours ms", "speed-up"]
     return _after(caption, table(head, rows, len(names)))
+
+
+def _slabs(run: Run) -> str:
+    where = ("layer", "pass", "dtype", "layout", "scaling", "part", "ranks")
+    numbers = ("median_ms", "p20_ms", "p80_ms", "efficiency", "exchanged_bytes")
+    rows = [[row.get(name) for name in (*where, *numbers)] for row in run.slabs]
+    caption = "Times of the slowest rank; strong: the ranks share the layer's volume, weak: each has one of its size."
+    return _after(caption, table([*where, "ms", "20 %", "80 %", "efficiency", "bytes"], rows, 6))
 
 
 def _errors(run: Run) -> str:

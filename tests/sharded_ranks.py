@@ -22,7 +22,7 @@ import torch._dynamo  # once, not in each rank: optimizers and DDP import it
 import torch.distributed as dist
 from sharded_problems import WORLD, f64, integers, problems
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import tritonconv
@@ -119,14 +119,30 @@ def other_arguments(rank: int) -> dict:
     for number, (name, more) in enumerate(odd.items()):
         found[name] = said(call, **(more if rank == number % WORLD else {}))
     all_alike = {"channels": {"x": torch.ones(1, 3, 2, 2, 2)}, "nothing left": {"padding": 9}, "axis 5": {"axis": 5},
-                 "out_sizes": {"out_sizes": [1] * WORLD}, "no group": {"group": "none"}}  # fmt: skip
+                 "out_sizes": {"out_sizes": [1] * WORLD}, "no group": {"group": "none"}, "axis 2.0": {"axis": 2.0},
+                 "sizes of floats": {"sizes": [2.0] * WORLD}}  # fmt: skip
     for name, more in all_alike.items():
         found[name] = said(call, **more)
+    found["bias shape"] = said(call, bias=torch.ones(3 if rank == 2 else 2))
+    with torch.autocast("cpu", torch.bfloat16):
+        found["no tensor"] = said(call, x="x" if rank == 2 else None)
     group = dist.new_group(timeout=SHORT)  # in which the ranks meet first, so that sizes too are compared
     found["sizes"] = said(call, group=group, **({"sizes": [2] * WORLD} if rank == 2 else {}))
     found["sizes and a refusal"] = said(call, group=group, sizes=[2] * WORLD, stride=int(rank != 2))
     with_sizes = call(group=group, sizes=[2] * WORLD), call(group=group, sizes=[2] * WORLD)
+    # They have met, and kernel 1 needs no message: a refusal waits for nobody.
+    alone = {"weight": torch.ones(2, 2, 1, 1, 1), "group": group, "sizes": [2] * WORLD, "stride": int(rank != 2)}
+    found["refusal after all have met"] = said(call, **alone)
     return {**found, "then": list(call().shape), "equal": all(torch.equal(y, call()) for y in with_sizes)}
+
+
+def second(x, weight, bias, grad_y, **call) -> tuple[torch.Tensor, ...]:
+    """The gradients of a loss of all first gradients; none where torch 2.11's DTensor lost the way back."""
+    y = tritonconv.conv_transpose3d(x, weight, bias, **call)
+    first = torch.autograd.grad(y, (x, weight, bias), grad_y, create_graph=True)
+    if any(each.grad_fn is None for each in first):
+        return ()
+    return torch.autograd.grad(sum(each.square().sum() for each in first), (x, weight))
 
 
 def placements(rank: int) -> dict:
@@ -152,10 +168,18 @@ def placements(rank: int) -> dict:
                 wrong.append(f"{kinds}: result {index}")
         if got_y.placements != tuple(kinds) or got_y.stride() != y.stride():
             wrong.append(f"{kinds}: {got_y.placements} {got_y.stride()}")
+        twice = [second(*leaves, grad_y, **call), second(*spread, distribute_tensor(grad_y, where, kinds), **call)]
+        wrong += [f"{kinds}: second {index}" for index, (one, other) in enumerate(zip(*twice, strict=False))
+                  if not torch.equal(one, other.full_tensor())]  # fmt: skip
     spread = distribute_tensor(x[0].detach(), mesh, [Shard(1)])
     rest = [distribute_tensor(t.detach(), mesh, [Replicate()]) for t in (weight, bias)]
     if not torch.equal(tritonconv.conv_transpose3d(spread, *rest, **call).full_tensor(), y[0]):
         wrong.append("without a batch")
+
+    like = {"memory_format": torch.channels_last_3d}
+    last = tritonconv.conv_transpose3d(distribute_tensor(x.detach(), mesh, [Shard(2)]).contiguous(**like), *rest)
+    if not (last.is_contiguous(**like) and (last.to_local().is_contiguous(**like) or not last.to_local().numel())):
+        wrong.append(f"channels_last_3d: {last.stride()} of the whole, {last.to_local().stride()} of the slab")
 
     def of(tensor, *kinds):
         return distribute_tensor(tensor.detach(), mesh if len(kinds) == 1 else square, kinds)
@@ -168,6 +192,9 @@ def placements(rank: int) -> dict:
         "weight and a batch": (of(x, Shard(0)), of(weight, Shard(1)), of(bias, Shard(0))),
     }.items():  # fmt: skip
         found[name] = said(tritonconv.conv_transpose3d, *operands, **call)
+    pair = DeviceMesh("cpu", [1, 3])
+    outside = [distribute_tensor(t.detach(), pair, [Shard(2) if t is x else Replicate()]) for t in leaves]
+    found["outside"] = said(tritonconv.conv_transpose3d, *outside, **call)
     return {"wrong": wrong, "refused": found}
 
 

@@ -58,7 +58,8 @@ def test_other_arguments_of_one_rank_are_an_error_on_each(found):
         "axis": "axis: rank 1 of the group has [3], rank 0 has [2]",
         "dtype": "dtype: rank 2 of the group",
         "input shape": "input shape without the axis: rank 3 of the group has [1, 2, 3, 2], rank 0 has [1, 2, 2, 2]",
-        "bias": "bias: rank 1 of the group has [0], rank 0 has [1]",
+        "bias": "bias (axes, values): rank 1 of the group has [0, 0], rank 0 has [1, 2]",
+        "bias shape": "bias (axes, values): rank 2 of the group has [1, 3], rank 0 has [1, 2]",
         "gradients": "gradients wanted (input, weight, bias): rank 1 of the group has [1, 0, 0]",
         "sizes": "sizes (their checksum): rank 2 of the group",
     }
@@ -75,6 +76,7 @@ def test_a_rank_that_refuses_its_own_arguments_is_an_error_on_each(found):
         "refuses its own": (2, "ArgumentError", "stride must be at least 1"),
         "refuses its own too": (3, "ArgumentTypeError", "torch.int64"),
         "sizes and a refusal": (2, "ArgumentError", "stride must be at least 1"),
+        "no tensor": (2, "ArgumentTypeError", "input expects a tensor, got 'x'"),
     }
     alike = {
         "channels": "but x has 3",
@@ -91,6 +93,10 @@ def test_a_rank_that_refuses_its_own_arguments_is_an_error_on_each(found):
             assert result[name]["error"] == error and text in result[name]["text"], (name, result[name])
         for name, text in alike.items():
             assert result[name]["error"] == "ArgumentError" and text in result[name]["text"], (name, result[name])
+        for name, text in (("axis 2.0", "axis expects an integer, got 2.0"), ("sizes of floats", "got [2.0, 2.0,")):
+            assert result[name]["error"] == "ArgumentTypeError" and text in result[name]["text"], (name, result[name])
+        late = result["refusal after all have met"]
+        assert (late["error"], late["seconds"] < 1) == ("ArgumentError" if number == 2 else "", True), late
         assert "call init_process_group first" in rank["no group"]["text"]
 
 
@@ -104,7 +110,7 @@ def test_a_rank_that_does_not_come_or_dies_is_an_error_within_the_timeout(found)
 
 
 def test_dtensors_with_spatial_shards_equal_the_whole_and_others_are_refused(found):
-    for rank in found:
+    for number, rank in enumerate(found):
         result = rank["placements"]
         assert result["wrong"] == []
         texts = {
@@ -118,13 +124,15 @@ def test_dtensors_with_spatial_shards_equal_the_whole_and_others_are_refused(fou
         for name, text in texts.items():
             assert result["refused"][name]["error"] == "ArgumentError", (name, result["refused"])
             assert text in result["refused"][name]["text"]
+        assert ("which this rank is not in" in result["refused"]["outside"]["text"]) == (number in (0, 2))
 
 
-def test_the_benchmark_of_slabs(found):
+def test_the_benchmark_of_slabs(found, monkeypatch, tmp_path):
     """Strong and weak scaling on 1, 2 and 4 ranks; without torchrun it says how to start it."""
     assert [rank["benched"] for rank in found] == [0] * len(RANKS)
     (path,) = results.written(Path(found[0]["folder"]) / "results")
-    rows = results.read(path).slabs
+    run = results.read(path)
+    rows = run.slabs
     kinds = {(row["scaling"], row["ranks"], row["pass"], row["part"]) for row in rows}
     assert len(rows) == len(kinds) == 2 * 3 * 2 * 3
     for row in rows:
@@ -132,7 +140,12 @@ def test_the_benchmark_of_slabs(found):
         assert row["exchanged_bytes"] == passes * planes * 2 * 2 * 3 * 4
         assert (row["efficiency"] is None) == (row["part"] != "total")
         assert row["efficiency"] in (None, 1) or row["ranks"] > 1
+    monkeypatch.setenv("RANK", "0")  # of no launcher that torch knows
     assert cli.main(["bench", "--slabs", "--layout", "ncdhw"]) == 2
+    pytest.importorskip("matplotlib")
+    from tritonconv.plots import html
+
+    assert ">Slabs<" in html.write(run, tmp_path, {}).read_text()
 
 
 def test_the_plan_of_an_exchange():

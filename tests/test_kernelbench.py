@@ -63,3 +63,5 @@ def test_the_command_measures_them_as_kernelbench_defines_them(tmp_path, monkeyp
     assert "a CPU multiplies float32 as it is" in said and "fast_1 100%" in said and "of 1 problems" in said
     assert cli.main([*command, "--suite", "unet"]) == 2
     assert "--suite: goes with the layers, not with --kernelbench" in capsys.readouterr().err
+    assert cli.main([*command, "--dtype", "float16"]) == 2
+    assert "--dtype: KernelBench's problems are float32" in capsys.readouterr().err

@@ -37,7 +37,24 @@ class Uncalled(nn.Module):
     def forward(self, x):
         return nn.functional.conv_transpose3d(x, self.up.weight)
 
+class Fails(nn.Module):  # from a call on; of float64 the answers have another shape
+    calls, last, kind = 0, 20, RuntimeError
+    def __init__(self):
+        super().__init__()
+        self.up = nn.ConvTranspose3d(1, 1, 2, stride=2)
+    def forward(self, x):
+        Fails.calls += 1
+        if Fails.calls > Fails.last:
+            raise Fails.kind("late")
+        y = self.up(x)
+        return y[:, :, 1:] if x.dtype is torch.float64 else y
+
+class NoNumbers(Fails):
+    def forward(self, x):
+        return self.up(x) * float("nan")
+
 plain, number, broken = nn.Conv3d(1, 1, 1), lambda: 3, lambda: 1 / 0
+frozen, exits = lambda: nn.ConvTranspose3d(1, 1, 2).requires_grad_(False), lambda: exit(3)
 """
 
 
@@ -94,6 +111,9 @@ def test_what_cannot_be_measured_is_said_in_a_line(module, monkeypatch, capsys):
         (f"{module}:nothing", *given): f"{module} has no 'nothing' that can be called",
         (f"{module}:number", *given): "cannot be built: TypeError: expected a torch.nn.Module, got a int",
         (f"{module}:broken", *given): "cannot be built: ZeroDivisionError",
+        (f"{module}:exits", *given): "cannot be built: SystemExit",
+        (f"{module}:frozen", *given): "has no training step: no floating output of the forward needs a gradient",
+        (f"{module}:make", "--input", "1x1x9999999x9999999x9999"): "does not take",
         (f"{module}:plain", *given): "has no torch.nn.ConvTranspose3d",
         (f"{module}:Uncalled", *given): "calls none of its ConvTranspose3d",
         (f"{module}:make", "--input", "1x2x2x2x2"): "does not take 1x2x2x2x2: RuntimeError",
@@ -103,7 +123,7 @@ def test_what_cannot_be_measured_is_said_in_a_line(module, monkeypatch, capsys):
     for arguments, words in said.items():
         assert cli.main(["bench", "--quiet", "--output", "out", "--model", *arguments]) == 2, arguments
         error = capsys.readouterr().err
-        assert words in error and error.count("\n") == 1, error
+        assert words in error and error.count("\n") == 1 and not results.Path("out").exists(), error
     monkeypatch.setattr(factories.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ArgumentError, match="nnunet needs dynamic_network_architectures: pip install"):
         factories.network("nnunet", (), "cpu")
@@ -122,6 +142,22 @@ def test_a_wrong_model_is_an_error_and_is_not_timed(module, monkeypatch, capsys)
     assert code == 1 and [row["variant"] for row in run.steps] == ["torch", "torch_again"]
     assert run.errors[0]["status"] == "wrong" and "allowed 4 times torch's" in run.errors[0]["message"]
     assert "failed: " in capsys.readouterr().out
+
+
+def test_a_model_that_fails_on_the_way_or_has_no_numbers_is_an_error_row(module, capsys):
+    given = ["--input", "1x1x2x2x2"]
+    code, run = bench("--model", f"{module}:NoNumbers", *given)
+    assert code == 1 and not run.steps and run.errors[0]["message"] == "outputs or gradients are infinite or NaN"
+    code, run = bench("--model", f"{module}:Fails", *given)
+    assert code == 1 and run.operations and "while the steps were timed: RuntimeError: late" in run.errors[0]["message"]
+    assert run.skips[0]["variant"] == "float64" and run.end["reason"] == "complete"
+    code, run = bench("--model", f"{module}:Fails", *given, "--dtype", "float32,float64")  # neither runs once
+    assert code == 1 and [row["dtype"] for row in run.errors] == ["float32", "float64"]
+    fails = sys.modules[module].Fails
+    fails.calls, fails.kind = 0, KeyboardInterrupt
+    code, run = bench("--model", f"{module}:Fails", *given)
+    assert code == 130 and run.operations and run.end["reason"] == "interrupted"
+    assert "operation" in capsys.readouterr().out.rpartition("results: ")[0].rpartition("results: ")[2]
 
 
 def test_a_compilation_that_fails_or_takes_too_long_is_a_row(module, monkeypatch):

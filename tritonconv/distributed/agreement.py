@@ -16,7 +16,7 @@ from tritonconv.errors import ArgumentError
 
 # The fields that all ranks must share, with the integers each has.
 SHARED = {
-    "axis": 1, "dtype": 1, "input shape without the axis": 4, "weight shape": 5, "bias": 1, "stride": 3,
+    "axis": 1, "dtype": 1, "input shape without the axis": 4, "weight shape": 5, "bias (axes, values)": 2, "stride": 3,
     "padding (begin)": 3, "padding (end)": 3, "output_padding": 3, "groups": 1, "dilation": 3,
     "gradients wanted (input, weight, bias)": 3, "sizes (their checksum)": 1, "out_sizes (their checksum)": 1,
 }  # fmt: skip
@@ -29,8 +29,9 @@ def terms(x, weight, bias, geo: Geometry, axis: int, needs: tuple[bool, ...], si
     """The integers of a checked call, in the order of ``SHARED`` and then the rank's planes of x."""
     rest = (*x.shape[:axis], *x.shape[axis + 1 :])
     return [
-        axis, DTYPES.index(x.dtype), *rest, *weight.shape, bias is not None, *geo.stride, *geo.crop, *geo.back,
-        *geo.output_padding, geo.groups, *geo.dilation, *needs, _checksum(sizes), _checksum(out_sizes), x.shape[axis],
+        axis, DTYPES.index(x.dtype), *rest, *weight.shape, *((0, 0) if bias is None else (bias.dim(), bias.numel())),
+        *geo.stride, *geo.crop, *geo.back, *geo.output_padding, geo.groups, *geo.dilation, *needs, _checksum(sizes),
+        _checksum(out_sizes), x.shape[axis],
     ]  # fmt: skip
 
 

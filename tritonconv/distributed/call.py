@@ -74,32 +74,57 @@ def conv_transpose3d(
             float32, float64.
         torch.distributed's own error: a rank that died or does not come, within the group's timeout.
     """
+    arguments = stride, padding, output_padding, groups, dilation
+    return sharded(input, weight, bias, arguments, group, axis, sizes, out_sizes, overlap)
+
+
+def sharded(
+    x,
+    weight,
+    bias,
+    arguments: tuple,
+    group,
+    axis,
+    sizes,
+    out_sizes,
+    overlap: bool | None = None,
+    one_loss: bool = False,
+) -> torch.Tensor:
+    """As :func:`conv_transpose3d`. ``one_loss``: a loss of the gradients of weight and bias is one for all ranks, not
+    the sum of theirs; so it is with a replicated DTensor.
+    """
     group = _group(group)
     refusal: Exception | None = None
     own, planes = None, None
     try:
+        _check_tensors(x, weight, bias)
         if any_autocast():
-            input, weight, bias = autocast.cast_arguments_once(input, weight, bias)
-        geo = _checked(input, weight, bias, (stride, padding, output_padding, groups, dilation))
-        axis = _axis(axis)
+            x, weight, bias = autocast.cast_arguments_once(x, weight, bias)
+        geo = _checked(x, weight, bias, arguments)
+        axis = checked_axis(axis)
         rank, world = dist.get_rank(group), dist.get_world_size(group)
         planes = _planes("sizes", sizes, world)
         out_planes = _planes("out_sizes", out_sizes, world)
-        if planes is not None and planes[rank] != input.shape[axis]:
-            raise ArgumentError(f"{OP}: sizes {planes} give rank {rank} {planes[rank]} planes; input {input.shape}")
-        needs = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in (input, weight, bias))
-        own = agreement.terms(input, weight, bias, geo, axis, needs, planes, out_planes)
-    except (TypeError, ValueError, RuntimeError) as error:
+        if planes is not None and planes[rank] != x.shape[axis]:
+            shape = tuple(x.shape)
+            raise ArgumentError(
+                f"{OP}: sizes {planes} give rank {rank} {planes[rank]} planes; input {shape}, axis {axis}"
+            )
+        needs = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in (x, weight, bias))
+        own = agreement.terms(x, weight, bias, geo, axis, needs, planes, out_planes)
+    except Exception as error:
         refusal = error  # the others learn of it before it is raised
-    if planes is None or group not in _met:
-        found = agreement.compare(own, _device(input, group), group)
+    if sizes is None or group not in _met:  # else the others are on their way to the exchange
+        try:
+            found = agreement.compare(own, _device(x, group), group)
+        except Exception as error:
+            raise (refusal or error) from (error if refusal else None)
         if refusal is None:  # else the others raise there: all ranks must agree on whether they have met
             _met.add(group)
             planes = found if planes is None else planes
     if refusal is not None:
         raise refusal
-    passes = passes_of(input, weight, bias, geo, axis, planes, out_planes, group, overlap)
-    return forward(input, weight, bias, passes)
+    return forward(x, weight, bias, passes_of(x, weight, bias, geo, axis, planes, out_planes, group, overlap, one_loss))
 
 
 def _group(group) -> dist.ProcessGroup:
@@ -118,24 +143,32 @@ def _device(x, group) -> torch.device:
     return x.device if isinstance(x, torch.Tensor) and not x.is_meta else torch.device("cpu")
 
 
-def _checked(x, weight, bias, arguments) -> Geometry:
-    """The geometry of a call whose operands are this rank's; the shapes are checked when the ranks have compared."""
+def _check_tensors(x, weight, bias) -> None:
     for name, tensor in (("input", x), ("weight", weight), ("bias", bias)):
         if not isinstance(tensor, torch.Tensor) and (name != "bias" or tensor is not None):
             raise ArgumentTypeError(f"{OP}: {name} expects a tensor, got {tensor!r} ({type(tensor).__name__})")
+
+
+def _checked(x, weight, bias, arguments) -> Geometry:
+    """The geometry of a call whose operands are this rank's; the shapes are checked when the ranks have compared."""
     if not fallback.plain(x, weight, bias):
         raise ArgumentError(f"{OP}: slabs are not served where {fallback.reason(x, weight, bias)}")
     why_not = fallback.unserved(x, weight, bias)
     if why_not is not None:
         raise ArgumentTypeError(f"{OP}: slabs are not served where {why_not}")
     if x.dim() != 5 or weight.dim() != 5:
-        raise ArgumentError(f"{OP}: a slab and the weight expect 5 axes, got x {x.shape}, weight {weight.shape}")
+        shapes = f"input {tuple(x.shape)}, weight {tuple(weight.shape)}"
+        raise ArgumentError(f"{OP}: a slab and the weight expect 5 axes, got {shapes}")
     check_types(x, weight, bias)
     return geometry(*arguments)
 
 
-def _axis(axis) -> int:
-    number = operator.index(axis)
+def checked_axis(axis) -> int:
+    """The axis of the slabs as an integer. Raises ArgumentTypeError for none, ArgumentError for another axis."""
+    try:
+        number = operator.index(axis)
+    except TypeError:
+        raise ArgumentTypeError(f"{OP}: axis expects an integer, got {axis!r}") from None
     if number not in (2, 3, 4):
         raise ArgumentError(f"{OP}: axis expects 2, 3 or 4, got {axis!r}")
     return number
@@ -144,13 +177,19 @@ def _axis(axis) -> int:
 def _planes(name: str, given, world: int) -> tuple[int, ...] | None:
     if given is None:
         return None
-    planes = tuple(operator.index(each) for each in given)
+    try:
+        planes = tuple(operator.index(each) for each in given)
+    except TypeError:
+        message = f"{OP}: {name} expects an integer for each of the {world} ranks, got {given!r}"
+        raise ArgumentTypeError(message) from None
     if len(planes) != world or min(planes) < 0:
         raise ArgumentError(f"{OP}: {name} expects planes of each of the {world} ranks, got {given!r}")
     return planes
 
 
-def passes_of(x, weight, bias, geo: Geometry, axis: int, sizes, out_sizes, group, overlap=None) -> ShardedPasses:
+def passes_of(
+    x, weight, bias, geo: Geometry, axis: int, sizes, out_sizes, group, overlap=None, one_loss=False
+) -> ShardedPasses:
     """The passes of a checked call on this rank, after the checks of the whole volume, which end alike on all ranks."""
     shape = list(x.shape)
     shape[axis] = sum(sizes)
@@ -162,4 +201,4 @@ def passes_of(x, weight, bias, geo: Geometry, axis: int, sizes, out_sizes, group
     if sum(owned) != total:
         raise ArgumentError(f"{OP}: out_sizes {owned} are {sum(owned)} planes, the answer has {total}")
     halo = Halo(slabs.exchange(line, sizes, owned), dist.get_rank(group), axis, group)
-    return ShardedPasses(halo, geo, line, overlap)
+    return ShardedPasses(halo, geo, line, overlap, one_loss)

@@ -8,9 +8,10 @@ from __future__ import annotations
 import torch
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-from tritonconv.arguments import OP, Geometry, check_shapes
-from tritonconv.distributed.call import conv_transpose3d
+from tritonconv.arguments import OP, Geometry, check_shapes, layout_of
+from tritonconv.distributed.call import sharded
 from tritonconv.errors import ArgumentError
+from tritonconv.problem import LAYOUTS
 
 
 def call(x: DTensor, weight: DTensor, bias: DTensor | None, geo: Geometry) -> DTensor:
@@ -31,26 +32,27 @@ def call(x: DTensor, weight: DTensor, bias: DTensor | None, geo: Geometry) -> DT
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and not _replicated(tensor, mesh):
             raise ArgumentError(f"{OP}: with a DTensor as input {name} must be a replicated DTensor of the same mesh")
+    if mesh.get_coordinate() is None:
+        raise ArgumentError(f"{OP}: input is a DTensor on {mesh}, which this rank is not in")
     (where,) = spatial
     axis, ranks, out = placements[where].dim, mesh.size(where), check_shapes(x, weight, bias, geo)  # type: ignore[attr-defined]
     # The gradients of weight and bias come summed over the slabs; over shards of the batch torch sums them.
     parts = [Partial() if each == 0 else Replicate() for each in axes]
-    y = conv_transpose3d(
+    y = sharded(
         x.to_local(),
         weight.to_local(grad_placements=parts),
         None if bias is None else bias.to_local(grad_placements=parts),
-        geo.stride,
-        tuple(zip(geo.crop, geo.back, strict=True)),
-        geo.output_padding,
-        geo.groups,
-        geo.dilation,
-        group=mesh.get_group(where),
-        axis=axis,
+        (geo.stride, tuple(zip(geo.crop, geo.back, strict=True)), geo.output_padding, geo.groups, geo.dilation),
+        mesh.get_group(where),
+        axis,
         sizes=_chunks(x.shape[axis], ranks),
         out_sizes=_chunks(out[axis - 2], ranks),
+        one_loss=True,
     )
-    shape = torch.Size((x.shape[0], weight.shape[1] * geo.groups, *out))
-    return DTensor.from_local(y, mesh, placements, run_check=False, shape=shape, stride=_dense(shape))
+    layout, shape = LAYOUTS[layout_of(x, weight)], (x.shape[0], weight.shape[1] * geo.groups, *out)
+    whole = torch.empty(shape, device="meta", memory_format=layout)
+    y = y.contiguous(memory_format=layout)  # a slab may lie otherwise than the whole
+    return DTensor.from_local(y, mesh, placements, run_check=False, shape=whole.shape, stride=whole.stride())
 
 
 def _replicated(tensor, mesh) -> bool:
@@ -63,10 +65,3 @@ def _chunks(size: int, ranks: int) -> tuple[int, ...]:
     """The planes of each rank, by the rule of ``torch.chunk``."""
     chunk = -(-size // ranks)
     return tuple(max(0, min(chunk, size - rank * chunk)) for rank in range(ranks))
-
-
-def _dense(shape: tuple[int, ...]) -> tuple[int, ...]:
-    strides = [1]
-    for size in reversed(shape[1:]):
-        strides.insert(0, strides[0] * size)
-    return tuple(strides)

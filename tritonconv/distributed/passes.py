@@ -31,12 +31,17 @@ LEAST_PRODUCTS = 1 << 27
 
 
 class ShardedPasses:
-    """The passes of one call on one rank. The methods record nothing."""
+    """The passes of one call on one rank. The methods record nothing.
+
+    ``one_loss``: a loss of the gradients of weight and bias is one for all ranks, not the sum of theirs.
+    """
 
     plan: Plan
 
-    def __init__(self, halo: Halo, geo: Geometry, line: Axis, overlap: bool | None = None) -> None:
-        self.halo, self.geo, self.line, self.overlap = halo, geo, line, overlap
+    def __init__(
+        self, halo: Halo, geo: Geometry, line: Axis, overlap: bool | None = None, one_loss: bool = False
+    ) -> None:
+        self.halo, self.geo, self.line, self.overlap, self.one_loss = halo, geo, line, overlap, one_loss
         self.empty = halo.share.y[0] == halo.share.y[1]
 
     def forward(self, x, weight, bias, pieces=None):
@@ -175,7 +180,9 @@ class _ShardedBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_x, *others):
-        grads = grad_x, *totals(ctx.passes.halo.group, *others)
+        if not ctx.passes.one_loss:
+            others = totals(ctx.passes.halo.group, *others)
+        grads = grad_x, *others
         passes = partial(forward, passes=ctx.passes), partial(backward, passes=ctx.passes)
         found = autograd.backward_of_backward(*passes, ctx.saved_tensors, ctx.needs_input_grad[:3], grads)
         return *found, None, None, None

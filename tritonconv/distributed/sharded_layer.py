@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tritonconv.distributed.call import conv_transpose3d
+from tritonconv.distributed.call import checked_axis, conv_transpose3d
 from tritonconv.errors import ArgumentError
 from tritonconv.layer import ConvTranspose3d
 
@@ -23,13 +23,13 @@ class ShardedConvTranspose3d(ConvTranspose3d):
     Its state_dict is that of ``torch.nn.ConvTranspose3d``. The parameters must be equal on all ranks: seed alike, or
     broadcast or load them. Their gradients are those of the sum of all ranks' losses, summed in the backward. A copy
     and a pickle of the layer have the default group, for a group belongs to a process.
+
+    Raises ArgumentError or ArgumentTypeError for an axis that is none of 2, 3 and 4, and what torch's layer raises.
     """
 
     def __init__(self, *args: Any, group: dist.ProcessGroup | None = None, axis: int = 2, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if self.padding_mode != "zeros":
-            raise ArgumentError(f"ConvTranspose3d: supports only padding_mode='zeros', got {self.padding_mode!r}")
-        self.group, self.axis = group, axis
+        self.group, self.axis = group, checked_axis(axis)
 
     def forward(  # type: ignore[override]
         self, input: torch.Tensor, output_size: None = None, *, sizes: Sequence[int] | None = None
@@ -38,6 +38,8 @@ class ShardedConvTranspose3d(ConvTranspose3d):
 
         Raises ArgumentError for an ``output_size``, which a slab does not know, and as that function does.
         """
+        if self.padding_mode != "zeros":
+            raise ArgumentError(f"ConvTranspose3d: supports only padding_mode='zeros', got {self.padding_mode!r}")
         if output_size is not None:
             raise ArgumentError("ConvTranspose3d: a slab takes no output_size; give the layer its output_padding")
         return conv_transpose3d(

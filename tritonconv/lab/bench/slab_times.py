@@ -32,6 +32,7 @@ from tritonconv.lab.bench.results import OURS
 from tritonconv.lab.bench.timing import Spread
 from tritonconv.problem import Problem
 
+LAUNCHERS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # variables of the environment
 LEAST_RUNS, MOST_RUNS = 5, 200
 GATE_PLANES, GATE_SIZE = 3, 4  # a rank's planes, and the most along the other axes
 CELLS = 12  # a number of ranks has two scalings, two passes and three parts
@@ -42,12 +43,15 @@ Groups = dict[int, dist.ProcessGroup]
 def ranks(device: torch.device) -> Iterator[tuple[torch.device, Groups]]:
     """This rank's device, and the groups of the first 1, 2, 4 ... ranks that it is in, by their number.
 
-    Raises ArgumentError where torchrun (or another launcher that sets RANK) has not started this process.
+    Raises ArgumentError where torchrun (or another launcher that sets its variables) has not started this process, and
+    for more ranks on a machine than it has GPUs.
     """
-    if not dist.is_initialized() and "RANK" not in os.environ:
+    if not dist.is_initialized() and any(name not in os.environ for name in LAUNCHERS):
         raise ArgumentError("argument --slabs: start it as torchrun --nproc-per-node RANKS -m tritonconv bench --slabs")
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        if device.index >= torch.cuda.device_count():
+            raise ArgumentError(f"argument --slabs: a rank is for {device}, and there are {torch.cuda.device_count()}")
         torch.cuda.set_device(device)
     own = not dist.is_initialized()
     if own:

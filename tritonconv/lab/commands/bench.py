@@ -181,6 +181,8 @@ def run(options: argparse.Namespace) -> int:
     if options.model:
         return measure_models(options, device)
     if options.kernelbench:
+        if flags.once(options.dtype, ("float32",)) != ("float32",):
+            raise ArgumentError("argument --dtype: KernelBench's problems are float32")
         options.suite, options.passes, options.layout = [kernelbench.SUITE], ["forward"], ["ncdhw"]
         options.dtype = ["float32"]
         with products_in(options.kernelbench):

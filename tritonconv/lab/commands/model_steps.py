@@ -12,17 +12,21 @@ from tritonconv.lab import flags
 from tritonconv.lab.bench import results
 from tritonconv.lab.bench.progress import progress
 from tritonconv.lab.bench.recording import recording
-from tritonconv.lab.commands.common import OK, RESULTS, WRONG, dtypes_of, scale_for, use_compiled
+from tritonconv.lab.bench.results import BASELINE
+from tritonconv.lab.commands.common import INTERRUPTED, OK, RESULTS, WRONG, dtypes_of, scale_for, use_compiled
 from tritonconv.lab.models import breakdown
 from tritonconv.lab.models.factories import network
-from tritonconv.lab.models.twins import Wanted
-from tritonconv.lab.models.whole_model import measured
+from tritonconv.lab.models.twins import Wanted, twins
+from tritonconv.lab.models.whole_model import STEP, head_of, measured
 
 MODEL_SECONDS = 60.0  # of one model in one dtype and layout
 
 
 def measure_models(options: argparse.Namespace, device: torch.device) -> int:
-    """Measures each model in each dtype and layout, and prints the tables. Returns the exit code."""
+    """Measures each model in each dtype and layout, and prints the tables. Returns the exit code.
+
+    Raises ArgumentError where a single one cannot be measured; among several it is an error row.
+    """
     scale = scale_for(options.scale, device)
     if options.input and len(options.model) > 1:
         raise ArgumentError("argument --input: goes with one model")
@@ -35,16 +39,24 @@ def measure_models(options: argparse.Namespace, device: torch.device) -> int:
     pairs, seed = itertools.product(dtypes, layouts), options.seed or 0
     ways = [Wanted(device, dtype, layout, seconds, seed, compiled) for dtype, layout in pairs]
     target, facts = options.output or RESULTS, {"scale": scale, "scale_rule": "whole models, inputs as each row says"}
-    with (
-        progress(options.quiet, unit="models", first="building the model") as shown,
-        recording(target, "model-", device, options.command, seed, **facts) as writer,
-    ):
-        shown.begin(count)
-        for each in networks:
-            for way in ways:
-                measured(each, way, writer)
-                shown.step(f"{each.name} {way.layout}")
+    with progress(options.quiet, unit="models", first="building the model") as shown:
+        # One that cannot be had leaves no file.
+        made = twins(networks[0], ways[0]) if count == 1 else None
+        with recording(target, "model-", device, options.command, seed, **facts) as writer:
+            shown.begin(count)
+            try:
+                for each, way in itertools.product(networks, ways):
+                    try:
+                        measured(each, way, writer, made)
+                    except ArgumentError as error:
+                        failed = {"layer": each.name, "pass": STEP, "variant": BASELINE, "status": "error"}
+                        writer.write("error", {**failed, "message": str(error), **head_of(each, way)})
+                    shown.step(f"{each.name} {way.layout}")
+            except KeyboardInterrupt:  # what is measured is shown
+                writer.end["reason"] = "interrupted"
     found = results.read(writer.path)
     print(breakdown.text(found))
     print(f"\nresults: {writer.path}")
+    if writer.end.get("reason") == "interrupted":
+        return INTERRUPTED
     return WRONG if found.errors or not found.steps else OK

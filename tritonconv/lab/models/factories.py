@@ -133,7 +133,7 @@ def _made_by(text: str) -> Callable[[], nn.Module]:
         sys.path.insert(0, here)
     try:
         factory: Any = importlib.import_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script that parses the command line exits
         raise ArgumentError(f"argument --model: {module!r} cannot be imported: {one_line(error)}") from None
     for part in attribute.split("."):
         factory = getattr(factory, part, None)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tritonconv.errors import ArgumentError
 from tritonconv.lab.models.factories import Shape
 from tritonconv.problem import LAYOUTS
 
@@ -24,6 +25,10 @@ SLACK = {torch.float32: 1e-5, torch.float64: 1e-13, torch.bfloat16: 2.0**-8, tor
 FAR = 100.0
 
 Step = Callable[[], "Answers"]
+
+
+class UntrainableError(ArgumentError):
+    """A forward gives no floating output that a parameter's gradient comes from."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,10 @@ class Errors:
         """The larger of each."""
         return Errors(max(self.outputs, other.outputs), max(self.gradients, other.gradients))
 
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.outputs) and math.isfinite(self.gradients)
+
     def within(self, other: Errors, slack: float) -> bool:
         """At most CREDIT times the other's, and the slack; False for NaN."""
         mine, theirs = (self.outputs, self.gradients), (other.outputs, other.gradients)
@@ -65,7 +74,8 @@ def training_step(model: nn.Module, forward: nn.Module, inputs: Sequence[torch.T
     """The step of a model whose forward is ``forward``: itself, or what torch.compile made of it.
 
     The loss is the mean square of each floating output; an output of one value is a loss itself. In a half dtype the
-    forward runs under autocast, and parameters and inputs are float32.
+    forward runs under autocast, and parameters and inputs are float32. The step raises UntrainableError where the loss
+    needs no gradient.
     """
 
     def step() -> Answers:
@@ -74,6 +84,8 @@ def training_step(model: nn.Module, forward: nn.Module, inputs: Sequence[torch.T
             outputs = [each for each in _tensors(forward(*inputs)) if each.is_floating_point()]
         wide = [each.to(torch.promote_types(each.dtype, torch.float32)) for each in outputs]
         loss = sum((each.square().mean() if each.numel() > 1 else each.sum() for each in wide), torch.zeros(()))
+        if not loss.requires_grad:
+            raise UntrainableError("no floating output of the forward needs a gradient")
         loss.backward()
         gradients = [each.grad for each in model.parameters() if each.grad is not None]
         return Answers([each.detach() for each in outputs], gradients)

@@ -46,7 +46,7 @@ class Twins:
 
 def twins(network: Network, wanted: Wanted) -> Twins:
     """The models and their inputs. Raises ArgumentError where the network cannot be built, copied or run, or has no
-    transposed convolution of torch's class."""
+    transposed convolution of torch's class or no loss to train."""
     kept = torch.float32 if wanted.dtype in steps.HALVES else wanted.dtype
     try:
         torch.manual_seed(wanted.seed)
@@ -54,14 +54,16 @@ def twins(network: Network, wanted: Wanted) -> Twins:
         for parameter in model.parameters():
             if parameter.dim() == 5:
                 parameter.data = parameter.data.contiguous(memory_format=LAYOUTS[wanted.layout])
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a factory that parses the command line exits
         raise ArgumentError(f"argument --model: {network.name} cannot be built: {one_line(error)}") from None
     if not transposed(model):
         raise ArgumentError(f"argument --model: {network.name} has no torch.nn.ConvTranspose3d")
-    inputs = steps.inputs_of(network.inputs, wanted.dtype, wanted.layout, wanted.device, wanted.seed)
     try:
+        inputs = steps.inputs_of(network.inputs, wanted.dtype, wanted.layout, wanted.device, wanted.seed)
         with recorded(model) as calls:
             steps.training_step(model, model, inputs, wanted.dtype)()
+    except steps.UntrainableError as error:
+        raise ArgumentError(f"argument --model: {network.name} has no training step: {error}") from None
     except Exception as error:
         if context_is_lost(error):
             raise

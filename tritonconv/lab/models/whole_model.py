@@ -32,7 +32,7 @@ from tritonconv.lab.models import steps
 from tritonconv.lab.models.factories import Network, shown
 from tritonconv.lab.models.profiled_step import Operation, profiled
 from tritonconv.lab.models.recorded import recorded
-from tritonconv.lab.models.twins import DECODER, OURS_COMPILED, Wanted, twins
+from tritonconv.lab.models.twins import DECODER, OURS_COMPILED, Twins, Wanted, twins
 from tritonconv.precision import TF32, float32_precision
 
 STEP = "training step"
@@ -50,26 +50,36 @@ PROFILED_STEPS = 3
 MOST_ROUNDS = 50
 
 
-def measured(network: Network, wanted: Wanted, writer: Writer) -> None:
-    """Writes the rows of a network. Raises ArgumentError where it cannot be built or run as asked for."""
+def head_of(network: Network, wanted: Wanted) -> dict[str, object]:
+    """The fields that all rows of a network have."""
+    dtype = str(wanted.dtype).removeprefix("torch.")
+    return {"model": network.name, "inputs": shown(network.inputs), "layout": wanted.layout, "dtype": dtype}
+
+
+def measured(network: Network, wanted: Wanted, writer: Writer, made: Twins | None = None) -> None:
+    """Writes the rows of a network; ``made`` are its :func:`twins`, where they are there already. Raises ArgumentError
+    where it cannot be built or run as asked for."""
     with gpu.cudnn_benchmark(wanted.device):
-        Measurement(network, wanted, writer)()
+        Measurement(network, wanted, writer, made)()
 
 
 class Measurement:
     """One network in one dtype and layout."""
 
-    def __init__(self, network: Network, wanted: Wanted, writer: Writer) -> None:
+    def __init__(self, network: Network, wanted: Wanted, writer: Writer, made: Twins | None = None) -> None:
         self.network, self.wanted, self.writer = network, wanted, writer
-        self.head: dict[str, object] = {
-            "model": network.name, "inputs": shown(network.inputs), "layout": wanted.layout,
-            "dtype": str(wanted.dtype).removeprefix("torch."),
-        }  # fmt: skip
-        self.twins = twins(network, wanted)
+        self.head = head_of(network, wanted)
+        self.twins = made or twins(network, wanted)
 
     def __call__(self) -> None:
         begin, seconds = perf_counter(), self.wanted.seconds
         sound = self._compared()
+        try:
+            self._measured(sound, begin, seconds)
+        except Exception as error:  # of the model's own, after steps that went well; the next model may do
+            self._failed(BASELINE, error, "while the steps were timed: ")
+
+    def _measured(self, sound: Mapping[str, Mapping[str, object]], begin: float, seconds: float) -> None:
         if BASELINE in sound:
             self._operations(LAYERS * seconds)
             self._timed({name: self._step(name) for name in sound}, sound, EAGER * seconds)
@@ -97,6 +107,13 @@ class Measurement:
             return {}
         self.reference, self.by_float64 = truth or answers[BASELINE], truth is not None
         self.torchs = steps.errors(answers[BASELINE], self.reference)
+        if self.by_float64 and not self.torchs.finite:
+            self._skip("float64", "answers are held against torch's alone: its own are no numbers or of other shapes")
+            self.reference, self.by_float64 = answers[BASELINE], False
+            self.torchs = steps.errors(answers[BASELINE], self.reference)
+        if not self.torchs.finite:
+            self._row("error", variant=BASELINE, status="wrong", message="outputs or gradients are infinite or NaN")
+            return {}
         judged = {name: self._judged(name, mine) for name, mine in answers.items()}
         return {name: fields for name, fields in judged.items() if fields is not None}
 
@@ -145,7 +162,7 @@ class Measurement:
         in_tf32 = wanted.device.type == "cuda" and wanted.dtype is torch.float32 and float32_precision() == TF32
         # TF32 has float16's mantissa.
         slack = steps.SLACK[torch.float16 if in_tf32 else wanted.dtype] * (1 if self.by_float64 else steps.FAR)
-        if name == COMPILED:
+        if name == COMPILED and mine.finite:
             self.torchs = self.torchs.worse(mine)
         elif name != BASELINE and not mine.within(self.torchs, slack):
             off = f"outputs off by {mine.outputs:.3g}, gradients by {mine.gradients:.3g}"
