@@ -99,7 +99,7 @@ def plan_for(x, weight, bias, arguments: tuple) -> Plan | None:
 
 
 def torchs_for(x, weight, bias, stride, padding, output_padding, groups, dilation) -> tuple | None:
-    """torch's arguments of a repeated call that is torch's own operation (:func:`keep_torchs`), else None.
+    """torch's arguments of a repeated call on a CPU that is torch's own operation (:func:`keep_torchs`), else None.
 
     Each look at a tensor takes a tenth of a microsecond, and more where other programs use the caches of the CPU. So
     none is made that only finds operands which do not fit each other: torch itself refuses those, but for parameters
@@ -112,9 +112,8 @@ def torchs_for(x, weight, bias, stride, padding, output_padding, groups, dilatio
     )
     try:
         known = _torchs.get((
-            x.shape, x.stride(), x.dtype, x.device, weight.shape, weight.stride(), bias is None, recorded,
-            id(stride), id(padding), id(output_padding), id(groups), id(dilation),
-            deterministic_algorithms(), graphs.get(),
+            x.shape, x.stride(), x.dtype, weight.shape, weight.stride(), bias is None, recorded,
+            id(stride), id(padding), id(output_padding), id(groups), id(dilation), graphs.get(),
         ))  # fmt: skip
     except RuntimeError:  # a sparse tensor has no strides
         return None
@@ -126,8 +125,8 @@ def keep_torchs(direct: tuple, x, weight, bias, arguments: tuple, recorded: bool
     if any_autocast() or forced.get() or plain(arguments) is not arguments:  # a list may change
         return
     key = (
-        x.shape, x.stride(), x.dtype, x.device, weight.shape, weight.stride(), bias is None, recorded,
-        *map(id, arguments), deterministic_algorithms(), graphs.get(),
+        x.shape, x.stride(), x.dtype, weight.shape, weight.stride(), bias is None, recorded, *map(id, arguments),
+        graphs.get(),
     )  # fmt: skip
     remember(_torchs, key, (direct, arguments), MOST_TORCHS)
 

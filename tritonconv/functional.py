@@ -71,7 +71,8 @@ def conv_transpose3d(
         return _traced(input, weight, bias, arguments)
     if not fallback.ordinary(input, weight, bias):
         return _by_torch(input, weight, bias, arguments)
-    direct = torchs_for(input, weight, bias, *arguments)
+    # On a GPU a look that finds nothing would cost a call of a kernel of ours more than it saves one of torch's own.
+    direct = torchs_for(input, weight, bias, *arguments) if input.is_cpu else None
     if direct is not None:
         try:
             return torch.conv_transpose3d(input, weight, bias, *direct)
@@ -104,7 +105,8 @@ def eager(input, weight, bias, arguments):
     # The gradients' variants are not chosen for a call that needs none.
     direct = plan.torch_alone if recorded else plan.torch_forward
     if direct is not None:
-        keep_torchs(direct, input, weight, bias, arguments, recorded)
+        if input.is_cpu:
+            keep_torchs(direct, input, weight, bias, arguments, recorded)
         return torch.conv_transpose3d(input, weight, bias, *direct)
     if recorded:
         return autograd.differentiable_forward(input, weight, bias, plan)
