@@ -40,8 +40,13 @@ def test_a_repeated_call_of_torchs_own_is_refused_as_its_first_one_is(fresh):
     ):
         with pytest.raises((ArgumentError, ArgumentTypeError), match=fault):
             tritonconv.conv_transpose3d(*operands, stride)
+    leaf = weight.clone().requires_grad_()
     with tritonconv.use("forward_torch_phases"):
         assert found(x, weight, bias, stride=stride) is None
+        tritonconv.conv_transpose3d(x, leaf, bias, stride)
+    for _ in range(2):
+        tritonconv.conv_transpose3d(x, leaf.detach().requires_grad_(), bias, stride)
+    assert found(x, leaf, bias, stride=stride) is None, "a checkpoint may ask for the variants that were forced"
     with torch.autocast("cpu"):
         assert found(x, weight, bias, stride=stride) is None
         assert tritonconv.conv_transpose3d(x, weight, bias, stride).dtype is torch.bfloat16

@@ -105,7 +105,9 @@ def torchs_for(x, weight, bias, stride, padding, output_padding, groups, dilatio
     none is made that only finds operands which do not fit each other: torch itself refuses those, but for parameters
     without values.
     """
-    if any_autocast() or forced.get() or trained or weight.is_meta or (bias is not None and bias.is_meta):
+    if any_autocast() or forced.get() or weight.is_meta or (bias is not None and bias.is_meta):
+        return None
+    if trained and id(weight) in trained:  # a checkpoint may recompute a call that had forced variants
         return None
     recorded = torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
