@@ -2,7 +2,8 @@
 
 In this order: a choice that was pinned; the entry of exactly this key, of the same with or without a bias, of half or
 twice as many voxels, the user's own before the shipped ones, and for float16 those of bfloat16; of a call with an
-epilogue the plain call's choice; what the model or the rules say without measurement. An entry of an earlier revision
+epilogue the plain call's choice; on a CPU what a program's first calls found; what the model or the rules say without
+measurement. An entry of an earlier revision
 of its kernel stays in use: an old measurement beats none. Nothing is tuned here. An entry that cannot be used is passed
 over. Dispatch keeps the plan of each distinct call.
 """
@@ -89,6 +90,13 @@ def choose(problem: Problem, device: torch.device, pass_name: str, graphs: bool 
                     return Selection(record, each.config, _reason(each, entry, words), each)
     if problem.epilogue is not None:
         return choose(problem.plain, device, pass_name, graphs)
+    if device.type == "cpu":
+        from tritonconv.autotune import online  # its rows are read where a CPU's call needs them
+
+        decided = online.decided(problem, pass_name)
+        if decided is not None:
+            record = variant(decided[0])
+            return Selection(record, record.default(problem, device), decided[1])
     return untuned(problem, device, pass_name)
 
 
@@ -274,6 +282,9 @@ def _sources(kind: str, index: int | None, threads: int) -> tuple[Source, ...]:
 
 
 def forget() -> None:
-    """Drops the cached tables; the next call reads them again."""
+    """Drops the cached tables, and what first calls found; the next call reads them again."""
+    from tritonconv.autotune import online  # its rows are read where a CPU's call needs them
+
     _sources.cache_clear()
     _firsts.clear()
+    online.forget()

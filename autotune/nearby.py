@@ -29,6 +29,7 @@ from tritonconv.kernels.variant import Variant
 from tritonconv.problem import PASSES, Problem
 
 FORMAT = 1
+ELSEWHERE = "AuthenticAMD"  # whose rows say what is worth a trial on a CPU of a vendor without rows
 NATIVE = "torch_native"
 BOTH = "torch_native of both gradients"
 KINDS = {"forward": "us of the forward", "gradients": "us of both gradients"}  # torch's own time in a row
@@ -53,6 +54,10 @@ class Guess(NamedTuple):
     mean: float
     deviation: float
     nearest: str
+
+    @property
+    def hopeful(self) -> float:
+        return self.mean - CAUTION * self.deviation
 
     @property
     def cautious(self) -> float:
@@ -237,6 +242,57 @@ def best(problem: Problem, rows: Rows | None, cpu: str) -> tuple[tuple[str, str,
             mean = math.log(math.exp(data.mean) + math.exp(weight.mean))
             pair, pair_why = (data_name, weight_name), _reason(mean, data.nearest, cpu)
     return (forward, *pair), (forward_why, pair_why)  # type: ignore[return-value]
+
+
+def likely_forwards(problem: Problem, vendor: str, least_us: float, most: int) -> list[tuple[str]]:
+    """The formulations of the forward that may be faster than torch's own, the likeliest first; none where torch's own
+    is expected to take less than ``least_us``."""
+    rows = _rows_for(vendor, problem.dtype)
+    if rows is None or rows.torchs_us("forward", problem) < least_us:
+        return []
+    return [(name,) for _, name in _hopeful(rows, PASSES[0], problem, 0.0)[:most]]
+
+
+def likely_gradients(problem: Problem, vendor: str, least_us: float, most: int) -> list[tuple[str, str]]:
+    """As :func:`likely_forwards`, pairs of formulations of backward-data and backward-weight."""
+    rows = _rows_for(vendor, problem.dtype)
+    if rows is None or rows.torchs_us("gradients", problem) < least_us:
+        return []
+    serving = ([guess for guess, each in rows.guesses(name, problem) if _serves(each, problem)] for name in PASSES[1:])
+    data, weight = serving
+    if not data or not weight:
+        return []
+    least_data, least_weight = (min(math.exp(guess.hopeful) for guess in each) for each in (data, weight))
+    names = (
+        [name for _, name in _hopeful(rows, PASSES[1], problem, least_weight)[:most]],
+        [name for _, name in _hopeful(rows, PASSES[2], problem, least_data)[:most]],
+    )
+    if not all(names):
+        return []
+    pairs = (tuple(each[min(index, len(each) - 1)] for each in names) for index in range(max(map(len, names))))
+    return list(pairs)  # type: ignore[arg-type]
+
+
+def _hopeful(rows: Rows, pass_name: str, problem: Problem, beside: float) -> list[tuple[float, str]]:
+    """(expected logarithm, formulation), the least first, of those that serve the problem and may be faster than
+    torch's own by 3 % together with ``beside`` of its time."""
+    found = sorted((guess.mean, name, guess.hopeful) for guess, name in rows.guesses(pass_name, problem))
+    native = f"{PASSES[0]}_{NATIVE}"
+    return [
+        (mean, name)
+        for mean, name, hope in found
+        if math.exp(hope) + beside < 0.97 and name != native and _serves(name, problem)
+    ]
+
+
+def _serves(name: str, problem: Problem) -> bool:
+    return variant(name).supports(problem, torch.device("cpu")) is None
+
+
+def _rows_for(vendor: str, dtype: torch.dtype) -> Rows | None:
+    """A vendor's rows, else another's: they say where to look."""
+    known = (rows_of(each, dtype) for each in (vendor, ELSEWHERE))
+    return next((rows for rows in known if rows is not None), None)
 
 
 def _reason(mean: float, nearest: str, cpu: str) -> str:

@@ -31,7 +31,7 @@ LAYERS = (
     ("kernels",),
     ("autotune",),
     ("fallback",),
-    ("forced", "plan", "epilogue_forward"),
+    ("forced", "plan", "trial_plan", "epilogue_forward"),
     ("dispatch",),
     ("autograd", "operators", "guards", "autocast"),
     (

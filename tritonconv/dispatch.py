@@ -138,7 +138,32 @@ def _plan_anew(x, weight, bias, arguments) -> Plan | None:
         return None
     problem = problem_of(x, weight, bias, geometry(*arguments))
     _offer_to_tuner(problem, x.device)
-    return plan(problem, x.device)
+    return _tried(plan(problem, x.device))
+
+
+def _tried(made: Plan) -> Plan:
+    """A CPU's plan whose first calls choose its formulations, where they may."""
+    if made.device.type != "cpu" or forced.get() or torch_only():
+        return made
+    from tritonconv.autotune import online  # its rows are read where a CPU's call needs them
+    from tritonconv.trial_plan import trial_of
+
+    problem = made.problem
+
+    def finished() -> Plan:
+        drop(lambda each: each.problem.plain == problem and each.device == made.device)
+        return plan(problem, made.device)
+
+    return trial_of(made, online.contests(problem), finished) if online.wanted() else made
+
+
+def undecided(problem: Problem, device: torch.device) -> frozenset[str]:
+    """The passes of a called problem whose choice its next calls will make: on a CPU the first calls do."""
+    if device.type != "cpu":
+        return frozenset()
+    from tritonconv.autotune import online  # its rows are read where a CPU's call needs them
+
+    return online.undecided(problem)
 
 
 _tuner: Callable[[Problem, torch.device], None] | None = None

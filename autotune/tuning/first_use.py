@@ -24,6 +24,7 @@ import torch
 from tritonconv import dispatch
 from tritonconv.autotune import choose, pins, store
 from tritonconv.autotune.key import Key, device_name
+from tritonconv.autotune.online import NEVER, VARIABLE
 from tritonconv.autotune.tuning.candidates import Candidate, Effort, candidates
 from tritonconv.autotune.tuning.contest import Contest, OutOfTime
 from tritonconv.autotune.tuning.journal import Journal
@@ -39,7 +40,6 @@ from tritonconv.lab.bench.rows import versions_of
 from tritonconv.private import backward_pass
 from tritonconv.problem import Problem
 
-VARIABLE, NEVER = "TRITONCONV_TUNE", "never"
 SECONDS = 3.0  # of one kind, in the one call that tunes it
 TIMING = 0.5  # of these seconds; the gate and cuDNN's trials take the others
 FREE_SHARE = 0.25  # of a GPU's free memory that the tensors of a kind may take

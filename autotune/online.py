@@ -1,0 +1,168 @@
+"""A CPU's choice by a program's own first calls (online tuning).
+
+Rows of similar layers (``nearby.py``) say which of torch's formulations may be faster than torch's own operation. They
+do not say it for certain, least of all for the CPUs of a vendor that has no rows. So the first calls of a layer run the
+likely formulations in turns, torch's own operation among them, and are timed: no call is made for the measurement
+alone. The fastest serves all later calls of the process.
+
+The answers of the first calls may differ in their last bits. None of this happens under
+``torch.use_deterministic_algorithms``, for a forced, pinned or tuned choice, and with ``TRITONCONV_TUNE=never`` in the
+environment.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+import torch
+
+from tritonconv.autotune import nearby
+from tritonconv.bounded import remember
+from tritonconv.device import cpu_vendor
+from tritonconv.private import deterministic as deterministic_algorithms
+from tritonconv.problem import PASSES, Problem
+
+VARIABLE, NEVER = "TRITONCONV_TUNE", "never"
+FORWARD, GRADIENTS = "forward", "gradients"
+PARTS = {FORWARD: PASSES[:1], GRADIENTS: PASSES[1:]}
+ROUNDS = 4  # runs of each contestant; the first is not counted, for oneDNN prepares there what later calls use
+MOST_TRIED = 3  # beside torch's own
+SLOW = 1.5  # times the best: a contestant leaves after two runs
+FAR_SLOWER, LONG_S = 2.0, 0.05  # times torch's own: one leaves after its first run, if that took so long
+MARGIN = 0.97  # of torch's own time that a formulation must take at most
+# Of host time around a formulation, which torch's own operation is called without.
+ROAD_S = {FORWARD: 10e-6, GRADIENTS: 40e-6}
+# Expected microseconds of torch's own below which nothing is tried: a formulation's own host time is as long.
+LEAST_US = {FORWARD: 200.0, GRADIENTS: 300.0}
+MOST_PROBLEMS = 4096
+
+Names = tuple[str, ...]
+
+
+class Outcome(NamedTuple):
+    """The variants that serve the later calls, and how many times faster than torch's own they were."""
+
+    names: Names
+    ratio: float
+
+
+class Contest:
+    """The times of a problem's contestants, for its forward or for both gradients.
+
+    ``contestants[0]`` is torch's own operation, timed as a whole: its two gradients share copies. The others are timed
+    part by part, so that the winner may take backward-data of one and backward-weight of another.
+    """
+
+    def __init__(self, kind: str, contestants: tuple[Names, ...]) -> None:
+        self.kind, self.contestants = kind, contestants
+        self.seconds: list[list[tuple[float, ...]]] = [[] for _ in contestants]  # by contestant and run
+        self.running = list(range(len(contestants)))
+        self.closed = self.given_up = False
+
+    def turn(self) -> int:
+        """The contestant that runs now. A finished contest has torch's own."""
+        return min(list(self.running), key=lambda index: len(self.seconds[index]), default=0)
+
+    def record(self, index: int, *parts: float) -> None:
+        """Notes a run of a contestant, in seconds; one that is too slow leaves."""
+        self.seconds[index].append(parts)
+        runs, mine = len(self.seconds[index]), self.best(index)
+        least = min(self.best(each) for each in range(len(self.contestants)) if self.seconds[each])
+        if (runs == 1 and index and mine > max(LONG_S, FAR_SLOWER * self.best(0))) or (
+            runs > 1 and mine > SLOW * least
+        ):
+            self.leave(index)
+        else:
+            self._close_where_done()
+
+    def leave(self, index: int) -> None:
+        """Takes a contestant out of the running; its times still count."""
+        if index in self.running:
+            self.running.remove(index)
+        self._close_where_done()
+
+    def give_up(self) -> None:
+        """Closes the contest without an outcome."""
+        self.closed = self.given_up = True
+
+    def _close_where_done(self) -> None:
+        enough = 2 if len(self.running) == 1 else ROUNDS
+        self.closed |= all(len(self.seconds[each]) >= enough for each in list(self.running))
+
+    def best(self, index: int) -> float:
+        """The fastest run of a contestant that counts; endless before its first."""
+        return min(map(sum, _counted(self.seconds[index])), default=float("inf"))
+
+    def outcome(self) -> Outcome:
+        """The fastest; torch's own where nothing is faster by the margin and the host time around it."""
+        own = self.best(0)
+        fastest = []
+        for part in range(len(PARTS[self.kind])):
+            times = [
+                (min(run[part] for run in _counted(runs)), names[part])
+                for names, runs in zip(self.contestants[1:], self.seconds[1:], strict=True)
+                if runs
+            ]
+            fastest.append(min(times, default=(float("inf"), "")))
+        total = sum(seconds for seconds, _ in fastest)
+        if total < MARGIN * own - ROAD_S[self.kind]:
+            return Outcome(tuple(name for _, name in fastest), own / total)
+        return Outcome(self.contestants[0], 1.0)
+
+
+def _counted(runs: list[tuple[float, ...]]) -> list[tuple[float, ...]]:
+    return runs[1:] or runs
+
+
+_contests: dict[tuple[Problem, int], dict[str, Contest]] = {}
+
+
+def wanted() -> bool:
+    """Whether a program's calls may choose now."""
+    return not deterministic_algorithms() and os.environ.get(VARIABLE) != NEVER
+
+
+def contests(problem: Problem) -> dict[str, Contest]:
+    """The contests of a problem on this CPU, by kind, with its number of threads; closed ones too, none where nothing
+    is likely to be faster than torch's own."""
+    key = problem, torch.get_num_threads()
+    found = _contests.get(key)
+    if found is None:
+        found = remember(_contests, key, _opened(problem), MOST_PROBLEMS)
+    return found
+
+
+def _opened(problem: Problem) -> dict[str, Contest]:
+    if problem.n == 0 or problem.c_out == 0:
+        return {}
+    likely = {
+        FORWARD: nearby.likely_forwards(problem, cpu_vendor(), LEAST_US[FORWARD], MOST_TRIED),
+        GRADIENTS: nearby.likely_gradients(problem, cpu_vendor(), LEAST_US[GRADIENTS], MOST_TRIED),
+    }
+    own = {kind: tuple(f"{name}_{nearby.NATIVE}" for name in PARTS[kind]) for kind in PARTS}
+    return {kind: Contest(kind, (own[kind], *names)) for kind, names in likely.items() if names}
+
+
+def undecided(problem: Problem) -> frozenset[str]:
+    """The passes whose choice calls to come will make, of a problem that was called."""
+    found = _contests.get((problem, torch.get_num_threads()), {})
+    return frozenset(name for kind, contest in found.items() if not contest.closed for name in PARTS[kind])
+
+
+def decided(problem: Problem, pass_name: str) -> tuple[str, str] | None:
+    """(variant, reason) for a pass whose contest is closed; None for every other."""
+    kind = FORWARD if pass_name == PASSES[0] else GRADIENTS
+    contest = _contests.get((problem, torch.get_num_threads()), {}).get(kind)
+    if contest is None or not contest.closed or contest.given_up or not wanted():
+        return None
+    names, ratio = contest.outcome()
+    name, tried = names[PARTS[kind].index(pass_name)], len(contest.contestants) - 1
+    if names == contest.contestants[0]:
+        return name, f"torch's own: in the first calls none of {tried} others was faster"
+    return name, f"{ratio:.2f} times as fast as torch's own in the first calls here, where {tried} others were tried"
+
+
+def forget() -> None:
+    """Drops all that was measured; contests begin anew."""
+    _contests.clear()
