@@ -13,6 +13,7 @@ environment.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -136,7 +137,7 @@ def contests(problem: Problem) -> dict[str, Contest]:
 def _opened(problem: Problem) -> dict[str, Contest]:
     if problem.n == 0 or problem.c_out == 0:
         return {}
-    likely = {
+    likely: dict[str, Sequence[Names]] = {
         FORWARD: nearby.likely_forwards(problem, cpu_vendor(), LEAST_US[FORWARD], MOST_TRIED),
         GRADIENTS: nearby.likely_gradients(problem, cpu_vendor(), LEAST_US[GRADIENTS], MOST_TRIED),
     }
