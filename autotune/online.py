@@ -145,10 +145,9 @@ def _opened(problem: Problem) -> dict[str, Contest]:
     return {kind: Contest(kind, (own[kind], *names)) for kind, names in likely.items() if names}
 
 
-def undecided(problem: Problem) -> frozenset[str]:
-    """The passes whose choice calls to come will make, of a problem that was called."""
-    found = _contests.get((problem, torch.get_num_threads()), {})
-    return frozenset(name for kind, contest in found.items() if not contest.closed for name in PARTS[kind])
+def trials() -> int:
+    """Runs of contestants so far in this process. A call that leaves it as it is runs what later calls will run."""
+    return sum(len(runs) for found in list(_contests.values()) for each in found.values() for runs in each.seconds)
 
 
 def decided(problem: Problem, pass_name: str) -> tuple[str, str] | None:

@@ -123,7 +123,7 @@ def test_gradients_are_timed_part_by_part_and_the_best_of_each_stays(tried, monk
             torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-3)
     plan = dispatch.plan(PROBLEM, x.device)
     assert [plan.choice(name).variant.name for name in PASSES[1:]] == [PAIRS[0][0], PAIRS[1][1]]
-    assert not dispatch.undecided(PROBLEM, x.device)
+    assert online.contests(PROBLEM)[GRADIENTS].closed
 
 
 def test_double_backward_and_out_go_through_a_contest(tried, monkeypatch):
@@ -205,7 +205,7 @@ def test_a_contestant_that_raises_leaves_and_the_call_is_answered(tried, monkeyp
         y = tritonconv.conv_transpose3d(*given, **ARGUMENTS)
         agree(y, *given)
         y.sum().backward()
-    assert not dispatch.undecided(PROBLEM, y.device)
+    assert all(contest.closed for contest in online.contests(PROBLEM).values())
     names = [dispatch.plan(PROBLEM, y.device).choice(name).variant.name for name in PASSES]
     assert "forward_torch_onednn" not in names and PAIRS[0][1] not in names
 
@@ -223,7 +223,7 @@ def test_a_program_with_one_gradient_alone_ends_the_contest(tried, monkeypatch):
     for _ in range(3 * ROUNDS + 3):
         y = tritonconv.conv_transpose3d(x, weight, bias, **ARGUMENTS)
         y.sum().backward()
-    assert not dispatch.undecided(PROBLEM, x.device)
+    assert online.contests(PROBLEM)[GRADIENTS].closed
     assert online.decided(PROBLEM, PASSES[1]) is None
 
 
@@ -244,7 +244,7 @@ def test_threads_share_a_contest(tried):
     for thread in threads:
         thread.join()
     assert not wrong
-    assert PASSES[0] not in dispatch.undecided(PROBLEM, x.device)
+    assert online.contests(PROBLEM)[FORWARD].closed
 
 
 def test_a_number_of_threads_has_its_own_contest(tried):
@@ -270,8 +270,8 @@ def test_a_benchmark_times_what_the_first_calls_have_chosen(tried):
     case = Case(PROBLEM, torch.device("cpu"), 0)
     own = contestant(OURS, None, case, "forward", at_size=False)
     assert own.verdict.ok
-    assert PASSES[0] not in dispatch.undecided(PROBLEM, case.device)
-    assert own.chosen["forward"].reason.startswith(("torch's own: in the first calls", "1.", "2.", "3.", "4."))
+    assert online.contests(PROBLEM)[FORWARD].closed and not online.contests(PROBLEM)[GRADIENTS].seconds[0]
+    assert "in the first calls" in own.chosen["forward"].reason
 
 
 def test_likely_formulations_serve_the_problem_and_small_ones_have_none():

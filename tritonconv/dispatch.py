@@ -157,15 +157,6 @@ def _tried(made: Plan) -> Plan:
     return trial_of(made, online.contests(problem), finished) if online.wanted() else made
 
 
-def undecided(problem: Problem, device: torch.device) -> frozenset[str]:
-    """The passes of a called problem whose choice its next calls will make: on a CPU the first calls do."""
-    if device.type != "cpu":
-        return frozenset()
-    from tritonconv.autotune import online  # its rows are read where a CPU's call needs them
-
-    return online.undecided(problem)
-
-
 _tuner: Callable[[Problem, torch.device], None] | None = None
 
 

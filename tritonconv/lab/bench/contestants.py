@@ -9,7 +9,6 @@ from time import perf_counter
 
 import torch
 
-from tritonconv import dispatch
 from tritonconv.autotune.sources import revision
 from tritonconv.dispatch import Selection, choice_now, plan, wait_until_compiled
 from tritonconv.forced import in_force, pinned, use
@@ -17,12 +16,11 @@ from tritonconv.kernels.variant import Variant
 from tritonconv.lab.bench import cudnn_graph, gate, spent
 from tritonconv.lab.bench.calls import FORWARD_BACKWARD, TensorCall, operation_call
 from tritonconv.lab.bench.case import Case
+from tritonconv.lab.bench.first_calls import let_choose
 from tritonconv.lab.bench.operations import our_operation, torchs_operation
 from tritonconv.lab.bench.results import BASELINE, COMPILED, OURS
 from tritonconv.lab.bench.stages import CONCAT
 from tritonconv.problem import PASSES, Problem
-
-MOST_FIRST_CALLS = 50  # a problem has at most four contestants of four runs, for each of two kinds
 
 
 @dataclass(frozen=True)
@@ -147,18 +145,8 @@ def prepared(name: str, record: Variant | None, case: Case, pass_name: str) -> t
     with use(record.name) if record else contextlib.nullcontext():
         call = _call(case, pass_name, public=record is None)
     if record is None:
-        _let_choose(call, case, pass_name)
+        let_choose(call)
     return call, launched(record, case.problem, case.device, pass_name)
-
-
-def _let_choose(call: TensorCall, case: Case, pass_name: str) -> None:
-    """Runs the calls by which the public operation chooses on a CPU: a program has them behind it soon."""
-    mine = PASSES if pass_name == FORWARD_BACKWARD else (pass_name,)
-    with spent.on(spent.TRIALS):
-        for _ in range(MOST_FIRST_CALLS):
-            call()
-            if dispatch.undecided(case.problem, case.device).isdisjoint(mine):
-                break
 
 
 def _compiled(case: Case):

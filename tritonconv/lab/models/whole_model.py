@@ -24,6 +24,7 @@ from tritonconv.lab.bench.columns import GRAPH, WALL
 from tritonconv.lab.bench.conduct import Operands
 from tritonconv.lab.bench.contestants import contestant
 from tritonconv.lab.bench.failures import context_is_lost, one_line
+from tritonconv.lab.bench.first_calls import let_choose
 from tritonconv.lab.bench.measure import Measured, measure, rounds
 from tritonconv.lab.bench.noise import AGAIN
 from tritonconv.lab.bench.results import BASELINE, COMPILED, OURS, Writer
@@ -129,8 +130,9 @@ class Measurement:
             return None
 
     def _warm(self, step: steps.Step) -> steps.Answers:
-        """The answers of a step; on a GPU of the second, for in the first torch's own may have stood in."""
-        found = step()
+        """The answers of a step; on a GPU of the second, for in the first torch's own may have stood in, and on a CPU of
+        the first after the choice."""
+        found = let_choose(step)
         if self.wanted.device.type == "cuda":
             wait_until_compiled()
             found = step()
