@@ -41,14 +41,14 @@ MOST_PROBLEMS = 4096
 Names = tuple[str, ...]
 
 
-class Outcome(NamedTuple):
+class Fastest(NamedTuple):
     """The variants that serve the later calls, and how many times faster than torch's own they were."""
 
     names: Names
     ratio: float
 
 
-class Contest:
+class Trial:
     """The times of a problem's contestants, for its forward or for both gradients.
 
     ``contestants[0]`` is torch's own operation, timed as a whole: its two gradients share copies. The others are timed
@@ -62,7 +62,7 @@ class Contest:
         self.closed = self.given_up = False
 
     def turn(self) -> int:
-        """The contestant that runs now. A finished contest has torch's own."""
+        """The contestant that runs now. A finished trial has torch's own."""
         return min(list(self.running), key=lambda index: len(self.seconds[index]), default=0)
 
     def record(self, index: int, *parts: float) -> None:
@@ -84,7 +84,7 @@ class Contest:
         self._close_where_done()
 
     def give_up(self) -> None:
-        """Closes the contest without an outcome."""
+        """Closes the trial without an outcome."""
         self.closed = self.given_up = True
 
     def _close_where_done(self) -> None:
@@ -95,7 +95,7 @@ class Contest:
         """The fastest run of a contestant that counts; endless before its first."""
         return min(map(sum, _counted(self.seconds[index])), default=float("inf"))
 
-    def outcome(self) -> Outcome:
+    def fastest(self) -> Fastest:
         """The fastest; torch's own where nothing is faster by the margin and the host time around it."""
         own = self.best(0)
         fastest = []
@@ -108,15 +108,15 @@ class Contest:
             fastest.append(min(times, default=(float("inf"), "")))
         total = sum(seconds for seconds, _ in fastest)
         if total < MARGIN * own - ROAD_S[self.kind]:
-            return Outcome(tuple(name for _, name in fastest), own / total)
-        return Outcome(self.contestants[0], 1.0)
+            return Fastest(tuple(name for _, name in fastest), own / total)
+        return Fastest(self.contestants[0], 1.0)
 
 
 def _counted(runs: list[tuple[float, ...]]) -> list[tuple[float, ...]]:
     return runs[1:] or runs
 
 
-_contests: dict[tuple[Problem, int], dict[str, Contest]] = {}
+_trials: dict[tuple[Problem, int], dict[str, Trial]] = {}
 
 
 def wanted() -> bool:
@@ -124,17 +124,17 @@ def wanted() -> bool:
     return not deterministic_algorithms() and os.environ.get(VARIABLE) != NEVER
 
 
-def contests(problem: Problem) -> dict[str, Contest]:
-    """The contests of a problem on this CPU, by kind, with its number of threads; closed ones too, none where nothing
+def trials(problem: Problem) -> dict[str, Trial]:
+    """The trials of a problem on this CPU, by kind, with its number of threads; closed ones too, none where nothing
     is likely to be faster than torch's own."""
     key = problem, torch.get_num_threads()
-    found = _contests.get(key)
+    found = _trials.get(key)
     if found is None:
-        found = remember(_contests, key, _opened(problem), MOST_PROBLEMS)
+        found = remember(_trials, key, _opened(problem), MOST_PROBLEMS)
     return found
 
 
-def _opened(problem: Problem) -> dict[str, Contest]:
+def _opened(problem: Problem) -> dict[str, Trial]:
     if problem.n == 0 or problem.c_out == 0:
         return {}
     likely: dict[str, Sequence[Names]] = {
@@ -142,27 +142,27 @@ def _opened(problem: Problem) -> dict[str, Contest]:
         GRADIENTS: nearby.likely_gradients(problem, cpu_vendor(), LEAST_US[GRADIENTS], MOST_TRIED),
     }
     own = {kind: tuple(f"{name}_{nearby.NATIVE}" for name in PARTS[kind]) for kind in PARTS}
-    return {kind: Contest(kind, (own[kind], *names)) for kind, names in likely.items() if names}
+    return {kind: Trial(kind, (own[kind], *names)) for kind, names in likely.items() if names}
 
 
-def trials() -> int:
+def runs_so_far() -> int:
     """Runs of contestants so far in this process. A call that leaves it as it is runs what later calls will run."""
-    return sum(len(runs) for found in list(_contests.values()) for each in found.values() for runs in each.seconds)
+    return sum(len(runs) for found in list(_trials.values()) for each in found.values() for runs in each.seconds)
 
 
 def decided(problem: Problem, pass_name: str) -> tuple[str, str] | None:
-    """(variant, reason) for a pass whose contest is closed; None for every other."""
+    """(variant, reason) for a pass whose trial is closed; None for every other."""
     kind = FORWARD if pass_name == PASSES[0] else GRADIENTS
-    contest = _contests.get((problem, torch.get_num_threads()), {}).get(kind)
-    if contest is None or not contest.closed or contest.given_up or not wanted():
+    trial = _trials.get((problem, torch.get_num_threads()), {}).get(kind)
+    if trial is None or not trial.closed or trial.given_up or not wanted():
         return None
-    names, ratio = contest.outcome()
-    name, tried = names[PARTS[kind].index(pass_name)], len(contest.contestants) - 1
-    if names == contest.contestants[0]:
+    names, ratio = trial.fastest()
+    name, tried = names[PARTS[kind].index(pass_name)], len(trial.contestants) - 1
+    if names == trial.contestants[0]:
         return name, f"torch's own: in the first calls none of {tried} others was faster"
     return name, f"{ratio:.2f} times as fast as torch's own in the first calls here, where {tried} others were tried"
 
 
 def forget() -> None:
-    """Drops all that was measured; contests begin anew."""
-    _contests.clear()
+    """Drops all that was measured; trials begin anew."""
+    _trials.clear()

@@ -37,7 +37,7 @@ UNBOUNDED = {
 # Empty dicts, lists and sets that a module fills: the reason why each has an end.
 FILLED = {
     "autotune.choose": {"_firsts": "remember", "_adopted": "device, and kind of layer that was tuned"},
-    "autotune.online": {"_contests": "remember"},
+    "autotune.online": {"_trials": "remember"},
     "autotune.tuning.first_use": {"_kinds": "remember"},
     "kernels.registry": {"_files": "variant"},
     "kernels.triton_arrival": {"_buffers": "device, and stream of torch's few"},

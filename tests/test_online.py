@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import tritonconv
 from tritonconv import dispatch, trial_plan
 from tritonconv.autotune import nearby, online
-from tritonconv.autotune.online import FORWARD, GRADIENTS, ROUNDS, Contest
+from tritonconv.autotune.online import FORWARD, GRADIENTS, ROUNDS, Trial
 from tritonconv.lab.bench.case import Case
 from tritonconv.lab.bench.contestants import contestant
 from tritonconv.lab.bench.results import OURS
@@ -123,7 +123,7 @@ def test_gradients_are_timed_part_by_part_and_the_best_of_each_stays(tried, monk
             torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-3)
     plan = dispatch.plan(PROBLEM, x.device)
     assert [plan.choice(name).variant.name for name in PASSES[1:]] == [PAIRS[0][0], PAIRS[1][1]]
-    assert online.contests(PROBLEM)[GRADIENTS].closed
+    assert online.trials(PROBLEM)[GRADIENTS].closed
 
 
 def test_double_backward_and_out_go_through_a_contest(tried, monkeypatch):
@@ -205,7 +205,7 @@ def test_a_contestant_that_raises_leaves_and_the_call_is_answered(tried, monkeyp
         y = tritonconv.conv_transpose3d(*given, **ARGUMENTS)
         agree(y, *given)
         y.sum().backward()
-    assert all(contest.closed for contest in online.contests(PROBLEM).values())
+    assert all(trial.closed for trial in online.trials(PROBLEM).values())
     names = [dispatch.plan(PROBLEM, y.device).choice(name).variant.name for name in PASSES]
     assert "forward_torch_onednn" not in names and PAIRS[0][1] not in names
 
@@ -223,7 +223,7 @@ def test_a_program_with_one_gradient_alone_ends_the_contest(tried, monkeypatch):
     for _ in range(3 * ROUNDS + 3):
         y = tritonconv.conv_transpose3d(x, weight, bias, **ARGUMENTS)
         y.sum().backward()
-    assert online.contests(PROBLEM)[GRADIENTS].closed
+    assert online.trials(PROBLEM)[GRADIENTS].closed
     assert online.decided(PROBLEM, PASSES[1]) is None
 
 
@@ -244,18 +244,18 @@ def test_threads_share_a_contest(tried):
     for thread in threads:
         thread.join()
     assert not wrong
-    assert online.contests(PROBLEM)[FORWARD].closed
+    assert online.trials(PROBLEM)[FORWARD].closed
 
 
 def test_a_number_of_threads_has_its_own_contest(tried):
     before = torch.get_num_threads()
-    first = online.contests(PROBLEM)
+    first = online.trials(PROBLEM)
     torch.set_num_threads(before + 1)
     try:
-        assert online.contests(PROBLEM) is not first
+        assert online.trials(PROBLEM) is not first
     finally:
         torch.set_num_threads(before)
-    assert online.contests(PROBLEM) is first
+    assert online.trials(PROBLEM) is first
 
 
 def test_explain_names_those_that_will_be_tried(tried, capsys):
@@ -270,7 +270,7 @@ def test_a_benchmark_times_what_the_first_calls_have_chosen(tried):
     case = Case(PROBLEM, torch.device("cpu"), 0)
     own = contestant(OURS, None, case, "forward", at_size=False)
     assert own.verdict.ok
-    assert online.contests(PROBLEM)[FORWARD].closed and not online.contests(PROBLEM)[GRADIENTS].seconds[0]
+    assert online.trials(PROBLEM)[FORWARD].closed and not online.trials(PROBLEM)[GRADIENTS].seconds[0]
     assert "in the first calls" in own.chosen["forward"].reason
 
 
@@ -292,28 +292,28 @@ def test_likely_formulations_serve_the_problem_and_small_ones_have_none():
     assert not nearby.likely_forwards(small, "AuthenticAMD", 200.0, 3)
     assert not nearby.likely_gradients(small, "AuthenticAMD", 300.0, 3)
     assert not nearby.likely_forwards(replace(layer, dtype=torch.float64), "AuthenticAMD", 200.0, 3)
-    assert online.contests(replace(layer, n=0)) == {}
+    assert online.trials(replace(layer, n=0)) == {}
 
 
 def test_a_slow_contestant_leaves():
-    contest = Contest(FORWARD, ((OWN[0],), ("slow",), ("far slower",), ("faster",)))
-    assert contest.turn() == 0
+    trial = Trial(FORWARD, ((OWN[0],), ("slow",), ("far slower",), ("faster",)))
+    assert trial.turn() == 0
     for index, seconds in enumerate((0.10, 0.14, 0.30, 0.09)):
-        contest.record(index, seconds)
-    assert contest.running == [0, 1, 3]  # the third took a fifth of a second longer than torch's own
+        trial.record(index, seconds)
+    assert trial.running == [0, 1, 3]  # the third took a fifth of a second longer than torch's own
     for index, seconds in ((0, 0.10), (1, 0.14), (3, 0.09)):
-        assert contest.turn() == index
-        contest.record(index, seconds)
-    assert contest.running == [0, 3]  # 0.14 is more than SLOW times 0.09
-    while not contest.closed:
-        contest.record(index := contest.turn(), (0.10, 0, 0, 0.09)[index])
-    assert contest.outcome() == (("faster",), pytest.approx(0.10 / 0.09))
+        assert trial.turn() == index
+        trial.record(index, seconds)
+    assert trial.running == [0, 3]  # 0.14 is more than SLOW times 0.09
+    while not trial.closed:
+        trial.record(index := trial.turn(), (0.10, 0, 0, 0.09)[index])
+    assert trial.fastest() == (("faster",), pytest.approx(0.10 / 0.09))
 
 
 def test_the_host_time_of_a_formulation_counts():
     for kind, names in ((FORWARD, OWN[:1]), (GRADIENTS, OWN[1:])):
-        contest = Contest(kind, (names, tuple("other" for _ in names)))
-        while not contest.closed:
-            index = contest.turn()
-            contest.record(index, *((100e-6,) if index == 0 else [95e-6 / len(names)] * len(names)))
-        assert contest.outcome().names == names  # faster by 5 us, which is less than its own host time
+        trial = Trial(kind, (names, tuple("other" for _ in names)))
+        while not trial.closed:
+            index = trial.turn()
+            trial.record(index, *((100e-6,) if index == 0 else [95e-6 / len(names)] * len(names)))
+        assert trial.fastest().names == names  # faster by 5 us, which is less than its own host time

@@ -154,7 +154,7 @@ def _tried(made: Plan) -> Plan:
         drop(lambda each: each.problem.plain == problem and each.device == made.device)
         return plan(problem, made.device)
 
-    return trial_of(made, online.contests(problem), finished) if online.wanted() else made
+    return trial_of(made, online.trials(problem), finished) if online.wanted() else made
 
 
 _tuner: Callable[[Problem, torch.device], None] | None = None

@@ -6,68 +6,68 @@ from collections.abc import Callable, Mapping
 from time import perf_counter
 
 from tritonconv.autotune.choose import Selection
-from tritonconv.autotune.online import FORWARD, GRADIENTS, PARTS, ROUNDS, Contest, Names
+from tritonconv.autotune.online import FORWARD, GRADIENTS, PARTS, ROUNDS, Trial, Names
 from tritonconv.kernels.registry import variant
 from tritonconv.plan import Plan
 
 
 class TrialPlan(Plan):
-    """As the plan ``settled``, but each run of an open contest is that of the contestant whose turn it is.
+    """As the plan ``settled``, but each run of an open trial is that of the contestant whose turn it is.
 
-    ``finished`` is called when a contest has closed; it drops this plan and returns the one of later calls.
+    ``finished`` is called when a trial has closed; it drops this plan and returns the one of later calls.
     """
 
-    torch_alone = None  # a call of torch's own would go past the contests
+    torch_alone = None  # a call of torch's own would go past the trials
 
-    def __init__(self, settled: Plan, contests: Mapping[str, Contest], finished: Callable[[], Plan]) -> None:
+    def __init__(self, settled: Plan, trials: Mapping[str, Trial], finished: Callable[[], Plan]) -> None:
         super().__init__(settled.problem, settled.device, self._choice)
         self.plan_with = settled.plan_with
-        self._settled, self._contests, self._finished = settled, contests, finished
+        self._settled, self._trials, self._finished = settled, trials, finished
         self._later: Plan | None = None
         self._plans: dict[Names, Plan] = {}
         self._single_gradients = 0
 
     def _choice(self, pass_name: str) -> Selection:
         chosen = self._settled.choice(pass_name)
-        contest = self._open(FORWARD if pass_name in PARTS[FORWARD] else GRADIENTS)
-        if contest is None:
+        trial = self._open(FORWARD if pass_name in PARTS[FORWARD] else GRADIENTS)
+        if trial is None:
             return chosen
-        others = ", ".join(" + ".join(names) for names in contest.contestants)
+        others = ", ".join(" + ".join(names) for names in trial.contestants)
         return chosen._replace(reason=f"{chosen.reason}; the first calls try {others}, and keep the fastest")
 
-    def _open(self, kind: str) -> Contest | None:
-        contest = self._contests.get(kind)
-        return None if contest is None or contest.closed else contest
+    def _open(self, kind: str) -> Trial | None:
+        trial = self._trials.get(kind)
+        return None if trial is None or trial.closed else trial
 
     @property
-    def torch_forward(self) -> tuple | None:  # type: ignore[override]  # it changes when the contest closes
+    def torch_forward(self) -> tuple | None:  # type: ignore[override]  # it changes when the trial closes
         return None if self._open(FORWARD) else self._settled.torch_forward
 
     def forward(self, x, weight, bias, out=None):  # type: ignore[override]
-        contest = self._open(FORWARD)
-        if contest is None:
+        trial = self._open(FORWARD)
+        if trial is None:
             return self._without(FORWARD).forward(x, weight, bias, out)
-        index, plan = self._contestant(contest)
+        index, plan = self._contestant(trial)
         begin = perf_counter()
         try:
             y = plan.forward(x, weight, bias, out)
         except RuntimeError:  # it found no memory, for example
             if index == 0:
                 raise
-            self._leave(contest, index)
+            self._leave(trial, index)
             return self.forward(x, weight, bias, out)
-        self._record(contest, index, perf_counter() - begin)
+        self._record(trial, index, perf_counter() - begin)
         return y
 
     def backward(self, x, weight, grad_y, need_bias, packed=None):  # type: ignore[override]
-        contest = self._open(GRADIENTS)
-        if contest is None:
+        trial = self._open(GRADIENTS)
+        if trial is None:
             return self._without(GRADIENTS).backward(x, weight, grad_y, need_bias, packed)
-        index, plan = self._contestant(contest)
+        index, plan = self._contestant(trial)
         begin = perf_counter()
         if index == 0:
             gradients = plan.backward(x, weight, grad_y, need_bias)
-            self._record(contest, index, perf_counter() - begin)
+            self._record(trial, index, perf_counter() - begin)
             return gradients
         try:
             dense = plan._operand(plan.choice("backward_data"), grad_y)
@@ -75,9 +75,9 @@ class TrialPlan(Plan):
             between = perf_counter()
             gradients = grad_x, *plan.backward_weight(x, dense, need_bias)
         except RuntimeError:
-            self._leave(contest, index)
+            self._leave(trial, index)
             return self.backward(x, weight, grad_y, need_bias)
-        self._record(contest, index, between - begin, perf_counter() - between)
+        self._record(trial, index, between - begin, perf_counter() - between)
         return gradients
 
     def backward_data(self, grad_y, weight, packed=None):  # type: ignore[override]
@@ -87,19 +87,19 @@ class TrialPlan(Plan):
         return self._one_gradient().backward_weight(x, grad_y, need_bias)
 
     def _one_gradient(self) -> Plan:
-        """The plan of a call that needs one gradient alone; a program that makes only such calls ends the contest."""
-        contest = self._open(GRADIENTS)
-        if contest is None:
+        """The plan of a call that needs one gradient alone; a program that makes only such calls ends the trial."""
+        trial = self._open(GRADIENTS)
+        if trial is None:
             return self._without(GRADIENTS)
         self._single_gradients += 1
-        if self._single_gradients > ROUNDS * len(contest.contestants):
-            contest.give_up()
+        if self._single_gradients > ROUNDS * len(trial.contestants):
+            trial.give_up()
             return self._now()
         return self._settled
 
-    def _contestant(self, contest: Contest) -> tuple[int, Plan]:
-        index = contest.turn()
-        names = contest.contestants[index]
+    def _contestant(self, trial: Trial) -> tuple[int, Plan]:
+        index = trial.turn()
+        names = trial.contestants[index]
         plan = self._plans.get(names)
         if plan is None:
             chosen = {record.pass_name: record for record in map(variant, names)}
@@ -110,30 +110,30 @@ class TrialPlan(Plan):
             plan = self._plans[names] = Plan(self.problem, self.device, self._settled.choice, selections)
         return index, plan
 
-    def _record(self, contest: Contest, index: int, *seconds: float) -> None:
-        contest.record(index, *seconds)
-        if contest.closed:
+    def _record(self, trial: Trial, index: int, *seconds: float) -> None:
+        trial.record(index, *seconds)
+        if trial.closed:
             self._now()
 
-    def _leave(self, contest: Contest, index: int) -> None:
-        contest.leave(index)
-        if contest.closed:
+    def _leave(self, trial: Trial, index: int) -> None:
+        trial.leave(index)
+        if trial.closed:
             self._now()
 
     def _without(self, kind: str) -> Plan:
-        """The plan of the passes of a kind that has no open contest."""
-        return self._now() if kind in self._contests else self._settled
+        """The plan of the passes of a kind that has no open trial."""
+        return self._now() if kind in self._trials else self._settled
 
     def _now(self) -> Plan:
-        """The plan after a contest."""
+        """The plan after a trial."""
         if self._later is None:
             self._later = self._finished()
         return self._later
 
 
-def trial_of(settled: Plan, contests: Mapping[str, Contest], finished: Callable[[], Plan]) -> Plan:
-    """A :class:`TrialPlan` where a contest is open for a pass whose choice nobody made; else the plan itself."""
-    mine = {kind: contest for kind, contest in contests.items() if not contest.closed and _free(settled, kind)}
+def trial_of(settled: Plan, trials: Mapping[str, Trial], finished: Callable[[], Plan]) -> Plan:
+    """A :class:`TrialPlan` where a trial is open for a pass whose choice nobody made; else the plan itself."""
+    mine = {kind: trial for kind, trial in trials.items() if not trial.closed and _free(settled, kind)}
     return TrialPlan(settled, mine, finished) if mine else settled
 
 

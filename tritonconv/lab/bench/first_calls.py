@@ -14,8 +14,8 @@ Result = TypeVar("Result")
 def let_choose(call: Callable[[], Result]) -> Result:
     """Calls until a call tries nothing, which is once where nothing is tried; returns the last answer."""
     for _ in range(MOST_CALLS):
-        before = online.trials()
+        before = online.runs_so_far()
         result = call()
-        if online.trials() == before:
+        if online.runs_so_far() == before:
             break
     return result

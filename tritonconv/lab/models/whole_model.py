@@ -130,7 +130,7 @@ class Measurement:
             return None
 
     def _warm(self, step: steps.Step) -> steps.Answers:
-        """The answers of a step; on a GPU of the second, for in the first torch's own may have stood in, and on a CPU of
+        """The answers of a step; on a GPU of the second, for in the first torch's own may have stood in; on a CPU of
         the first after the choice."""
         found = let_choose(step)
         if self.wanted.device.type == "cuda":
