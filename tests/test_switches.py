@@ -7,16 +7,16 @@ import torch
 
 import tritonconv
 from tritonconv import ArgumentError, dispatch
-from tritonconv.autotune import rules
+from tritonconv.autotune import nearby, rules
 from tritonconv.autotune.rules import FALLBACK
 from tritonconv.problem import PASSES, Problem
 from tritonconv.switches import REASON, VARIABLE
 
 CPU = torch.device("cpu")
-# Of images of one voxel, and of kernel = stride: the rules take another variant for each.
+# Of images of one voxel, and of kernel = stride: another variant is chosen for each.
 CALLS = {
     "one voxel": ((2, 8, 1, 1, 1), (8, 4, 4, 4, 4), 1),
-    "tiles": ((1, 64, 8, 8, 8), (64, 32, 2, 2, 2), 2),
+    "tiles": ((2, 64, 16, 16, 32), (64, 32, 2, 2, 2), 2),
 }
 
 
@@ -29,7 +29,8 @@ def _planned_anew():
 
 @pytest.mark.parametrize("call", CALLS)
 def test_every_pass_is_torchs_own(monkeypatch, call, launches, capsys):
-    monkeypatch.setattr(rules, "cpu_vendor", lambda: rules.OF_THE_RULES)
+    for module in (rules, nearby):
+        monkeypatch.setattr(module, "cpu_vendor", lambda: "AuthenticAMD")
     x_shape, weight_shape, stride = CALLS[call]
     x, weight = torch.randn(x_shape, requires_grad=True), torch.randn(weight_shape, requires_grad=True)
     ours = tritonconv.explain(x, weight, None, stride).plan
