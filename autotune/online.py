@@ -48,7 +48,7 @@ class Fastest(NamedTuple):
     ratio: float
 
 
-class Trial:
+class FirstCalls:
     """The times of a problem's contestants, for its forward or for both gradients.
 
     ``contestants[0]`` is torch's own operation, timed as a whole: its two gradients share copies. The others are timed
@@ -116,7 +116,7 @@ def _counted(runs: list[tuple[float, ...]]) -> list[tuple[float, ...]]:
     return runs[1:] or runs
 
 
-_trials: dict[tuple[Problem, int], dict[str, Trial]] = {}
+_trials: dict[tuple[Problem, int], dict[str, FirstCalls]] = {}
 
 
 def wanted() -> bool:
@@ -124,7 +124,7 @@ def wanted() -> bool:
     return not deterministic_algorithms() and os.environ.get(VARIABLE) != NEVER
 
 
-def trials(problem: Problem) -> dict[str, Trial]:
+def trials(problem: Problem) -> dict[str, FirstCalls]:
     """The trials of a problem on this CPU, by kind, with its number of threads; closed ones too, none where nothing
     is likely to be faster than torch's own."""
     key = problem, torch.get_num_threads()
@@ -134,7 +134,7 @@ def trials(problem: Problem) -> dict[str, Trial]:
     return found
 
 
-def _opened(problem: Problem) -> dict[str, Trial]:
+def _opened(problem: Problem) -> dict[str, FirstCalls]:
     if problem.n == 0 or problem.c_out == 0:
         return {}
     likely: dict[str, Sequence[Names]] = {
@@ -142,7 +142,7 @@ def _opened(problem: Problem) -> dict[str, Trial]:
         GRADIENTS: nearby.likely_gradients(problem, cpu_vendor(), LEAST_US[GRADIENTS], MOST_TRIED),
     }
     own = {kind: tuple(f"{name}_{nearby.NATIVE}" for name in PARTS[kind]) for kind in PARTS}
-    return {kind: Trial(kind, (own[kind], *names)) for kind, names in likely.items() if names}
+    return {kind: FirstCalls(kind, (own[kind], *names)) for kind, names in likely.items() if names}
 
 
 def runs_so_far() -> int:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from time import perf_counter
 
 from tritonconv.autotune.choose import Selection
-from tritonconv.autotune.online import FORWARD, GRADIENTS, PARTS, ROUNDS, Trial, Names
+from tritonconv.autotune.online import FORWARD, GRADIENTS, PARTS, ROUNDS, FirstCalls, Names
 from tritonconv.kernels.registry import variant
 from tritonconv.plan import Plan
 
@@ -17,9 +17,7 @@ class TrialPlan(Plan):
     ``finished`` is called when a trial has closed; it drops this plan and returns the one of later calls.
     """
 
-    torch_alone = None  # a call of torch's own would go past the trials
-
-    def __init__(self, settled: Plan, trials: Mapping[str, Trial], finished: Callable[[], Plan]) -> None:
+    def __init__(self, settled: Plan, trials: dict[str, FirstCalls], finished: Callable[[], Plan]) -> None:
         super().__init__(settled.problem, settled.device, self._choice)
         self.plan_with = settled.plan_with
         self._settled, self._trials, self._finished = settled, trials, finished
@@ -35,12 +33,24 @@ class TrialPlan(Plan):
         others = ", ".join(" + ".join(names) for names in trial.contestants)
         return chosen._replace(reason=f"{chosen.reason}; the first calls try {others}, and keep the fastest")
 
-    def _open(self, kind: str) -> Trial | None:
+    def _open(self, kind: str) -> FirstCalls | None:
+        """The trial that a run of these passes belongs to; None where user or tuner made the choice."""
         trial = self._trials.get(kind)
-        return None if trial is None or trial.closed else trial
+        if trial is None or trial.closed:
+            return None
+        chosen = [self._settled.choice(name) for name in PARTS[kind]]  # not before a call needs it
+        if any(each.forced or each.entry is not None for each in chosen):
+            self._trials.pop(kind, None)
+            return None
+        return trial
+
+    # A call of torch's own would go past the trials.
+    @property
+    def torch_alone(self) -> tuple | None:  # type: ignore[override]  # they change when a trial closes
+        return None if self._open(FORWARD) or self._open(GRADIENTS) else self._settled.torch_alone
 
     @property
-    def torch_forward(self) -> tuple | None:  # type: ignore[override]  # it changes when the trial closes
+    def torch_forward(self) -> tuple | None:  # type: ignore[override]
         return None if self._open(FORWARD) else self._settled.torch_forward
 
     def forward(self, x, weight, bias, out=None):  # type: ignore[override]
@@ -97,7 +107,7 @@ class TrialPlan(Plan):
             return self._now()
         return self._settled
 
-    def _contestant(self, trial: Trial) -> tuple[int, Plan]:
+    def _contestant(self, trial: FirstCalls) -> tuple[int, Plan]:
         index = trial.turn()
         names = trial.contestants[index]
         plan = self._plans.get(names)
@@ -110,12 +120,12 @@ class TrialPlan(Plan):
             plan = self._plans[names] = Plan(self.problem, self.device, self._settled.choice, selections)
         return index, plan
 
-    def _record(self, trial: Trial, index: int, *seconds: float) -> None:
+    def _record(self, trial: FirstCalls, index: int, *seconds: float) -> None:
         trial.record(index, *seconds)
         if trial.closed:
             self._now()
 
-    def _leave(self, trial: Trial, index: int) -> None:
+    def _leave(self, trial: FirstCalls, index: int) -> None:
         trial.leave(index)
         if trial.closed:
             self._now()
@@ -131,12 +141,7 @@ class TrialPlan(Plan):
         return self._later
 
 
-def trial_of(settled: Plan, trials: Mapping[str, Trial], finished: Callable[[], Plan]) -> Plan:
-    """A :class:`TrialPlan` where a trial is open for a pass whose choice nobody made; else the plan itself."""
-    mine = {kind: trial for kind, trial in trials.items() if not trial.closed and _free(settled, kind)}
+def trial_of(settled: Plan, trials: Mapping[str, FirstCalls], finished: Callable[[], Plan]) -> Plan:
+    """A :class:`TrialPlan` where a trial is open; else the plan itself."""
+    mine = {kind: trial for kind, trial in trials.items() if not trial.closed}
     return TrialPlan(settled, mine, finished) if mine else settled
-
-
-def _free(plan: Plan, kind: str) -> bool:
-    chosen = [plan.choice(name) for name in PARTS[kind]]
-    return not any(each.forced or each.entry is not None for each in chosen)
