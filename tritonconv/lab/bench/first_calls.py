@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from tritonconv.autotune import online
 
-MOST_CALLS = 50  # a layer has at most four contestants of four runs, for the forward and for both gradients
+MOST_CALLS = 50  # a layer has at most five contestants of four runs, for the forward and for both gradients
 Result = TypeVar("Result")
 
 
