@@ -47,7 +47,7 @@ def test_a_repeated_call_of_torchs_own_is_refused_as_its_first_one_is(short):
     assert [short(x, weight, bias, STRIDE) for _ in range(3)] == TWICE_AND_SHORT
     want = F.conv_transpose3d(x, weight, bias, 2)
     assert torch.equal(tritonconv.conv_transpose3d(x, weight, bias, STRIDE), want)
-    assert not short(x, weight, bias, tuple(list(STRIDE))), "equal, and another object"
+    assert not short(x, weight, bias, tuple([*STRIDE])), "equal, and another object"
     assert not short(x, weight, None, STRIDE)
     assert not short(x.clone().requires_grad_(), weight, bias, STRIDE), "its gradients may be another's"
     assert not short(x[:1], weight, bias, STRIDE)

@@ -28,9 +28,8 @@ from tritonconv.forced import forced, trained
 from tritonconv.kernels.registry import variant, variants
 from tritonconv.kernels.variant import Config
 from tritonconv.plan import Plan
-from tritonconv.private import any_autocast
+from tritonconv.private import any_autocast, operands_check
 from tritonconv.private import deterministic as deterministic_algorithms
-from tritonconv.private import operands_check
 from tritonconv.problem import Problem
 from tritonconv.switches import graphs, torch_only
 
