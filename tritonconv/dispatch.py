@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -36,6 +37,7 @@ from tritonconv.switches import graphs, torch_only
 MAX_PLANS = 4096
 MOST_TORCHS = 512  # weights; a program that makes new ones for each call fills it
 MOST_KINDS = 8  # of calls with one weight: sizes of images
+PATIENCE = 64  # calls of other kinds, after which those of a weight are forgotten
 
 # Rises when later calls may get other plans: a result derived from a plan is then stale.
 generation = 0
@@ -44,6 +46,7 @@ _by_call: dict[tuple, Plan] = {}
 _by_problem: dict[tuple, Plan] = {}
 # Repeated calls on a CPU that are torch's own operation, by the id of their weight (:func:`keep_torchs`).
 torchs_own: dict[int, tuple[tuple, ...]] = {}
+_of_other_kinds = itertools.count(1)
 
 
 def plan(problem: Problem, device: torch.device, in_graph: bool = False) -> Plan:
@@ -118,12 +121,16 @@ def keep_torchs(direct: tuple, x, weight, bias, arguments: tuple, recorded: bool
     if known is None:  # a weight that is made for each call never earns the check
         remember(torchs_own, id(weight), (), MOST_TORCHS)
         return
+    if len(known) >= MOST_KINDS:  # ever new sizes do not earn theirs; those of a program's next part do
+        if next(_of_other_kinds) % PATIENCE == 0:
+            torchs_own.pop(id(weight), None)
+        return
     operands = (x, weight) if bias is None else (x, weight, bias)
     check = operands_check(*operands, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
     # The gradients' variants are chosen only where they are needed.
     only_without = not recorded and any(operand.requires_grad for operand in operands)
     entry = check, *arguments, bias is None, only_without, direct
-    remember(torchs_own, id(weight), (entry, *known)[:MOST_KINDS], MOST_TORCHS)
+    remember(torchs_own, id(weight), (entry, *known), MOST_TORCHS)
 
 
 def _plan_anew(x, weight, bias, arguments) -> Plan | None:
