@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -194,3 +196,25 @@ def test_no_short_way_for_arguments_that_may_change_or_only_look_alike(short):
     for other in (True, 1.0, (True, 1, 1), (1.0, 1, 1)):
         with pytest.raises(ArgumentTypeError, match="stride expects integers"):
             tritonconv.conv_transpose3d(x, weight, None, other)
+
+
+def test_the_short_way_has_no_more_calls_of_python_than_torchs_layer(short):
+    x = torch.randn(1, 3, 2, 2, 2)
+    ours, theirs = (kind(3, 2, 2, 2) for kind in (tritonconv.ConvTranspose3d, torch.nn.ConvTranspose3d))
+    for _ in range(3):
+        ours(x)
+    assert len(_python_calls(lambda: ours(x))) <= len(_python_calls(lambda: theirs(x)))
+    call = x, ours.weight, ours.bias, *(getattr(ours, name) for name in ("stride", "padding", "output_padding"))
+    own = _python_calls(lambda: tritonconv.conv_transpose3d(*call, ours.groups, ours.dilation))
+    assert own == ["conv_transpose3d", "is_dynamo_compiling"]
+
+
+def _python_calls(call):
+    """The names of the functions of Python that a call calls."""
+    names: list[str] = []
+    sys.setprofile(lambda frame, event, _: names.append(frame.f_code.co_name) if event == "call" else None)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return names[1:]  # without its own
