@@ -20,7 +20,7 @@ import stub_driver
 import torch
 
 import tritonconv
-from tritonconv import Problem, dispatch, functional
+from tritonconv import Problem, dispatch
 from tritonconv.autotune.choose import Selection
 from tritonconv.kernels.registry import variant
 from tritonconv.problem import output_size
@@ -91,7 +91,6 @@ class Layer:
         self.plan = dispatch.Plan(problem, CPU, None, chosen)
         dispatch.forget()  # another class may have the same layer
         dispatch._by_problem[problem, CPU, (), False, False] = self.plan
-        functional.torchs_for = lambda *call: None  # the tensors stand for a GPU's, for which a call makes no such look
         x = torch.ones(problem.x_shape, dtype=DTYPE).contiguous(memory_format=problem.memory_format)
         self.operands = x, torch.ones(problem.weight_shape, dtype=DTYPE), torch.ones(c_out, dtype=DTYPE)
         self.leaves = tuple(t.clone().requires_grad_() for t in self.operands)

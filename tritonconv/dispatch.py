@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -28,21 +29,24 @@ from tritonconv.forced import forced, trained
 from tritonconv.kernels.registry import variant, variants
 from tritonconv.kernels.variant import Config
 from tritonconv.plan import Plan
-from tritonconv.private import any_autocast
+from tritonconv.private import any_autocast, operands_check
 from tritonconv.private import deterministic as deterministic_algorithms
 from tritonconv.problem import Problem
 from tritonconv.switches import graphs, torch_only
 
 MAX_PLANS = 4096
-MOST_TORCHS = 512  # a program that makes new tuples for each call fills it
+MOST_TORCHS = 512  # weights; a program that makes new ones for each call fills it
+MOST_KINDS = 8  # of calls with one weight: sizes of images
+PATIENCE = 64  # calls of other kinds, after which those of a weight are forgotten
 
 # Rises when later calls may get other plans: a result derived from a plan is then stale.
 generation = 0
 
 _by_call: dict[tuple, Plan] = {}
 _by_problem: dict[tuple, Plan] = {}
-# By a part of a call's key that is read in less time: torch's arguments, and ours, which live on here for their ids.
-_torchs: dict[tuple, tuple[tuple, tuple]] = {}
+# Repeated calls on a CPU that are torch's own operation, by the id of their weight (:func:`keep_torchs`).
+torchs_own: dict[int, tuple[tuple, ...]] = {}
+_of_other_kinds = itertools.count(1)
 
 
 def plan(problem: Problem, device: torch.device, in_graph: bool = False) -> Plan:
@@ -98,39 +102,35 @@ def plan_for(x, weight, bias, arguments: tuple) -> Plan | None:
     return entry
 
 
-def torchs_for(x, weight, bias, stride, padding, output_padding, groups, dilation) -> tuple | None:
-    """torch's arguments of a repeated call on a CPU that is torch's own operation (:func:`keep_torchs`), else None.
-
-    Each look at a tensor takes a tenth of a microsecond, and more where other programs use the caches of the CPU. So
-    none is made that only finds operands which do not fit each other: torch itself refuses those, but for parameters
-    without values.
-    """
-    if any_autocast() or forced.get() or weight.is_meta or (bias is not None and bias.is_meta):
-        return None
-    if trained and id(weight) in trained:  # a checkpoint may recompute a call that had forced variants
-        return None
-    recorded = torch.is_grad_enabled() and (
-        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    )
-    try:
-        known = _torchs.get((
-            x.shape, x.stride(), x.dtype, weight.shape, weight.stride(), bias is None, recorded,
-            id(stride), id(padding), id(output_padding), id(groups), id(dilation), graphs.get(),
-        ))  # fmt: skip
-    except RuntimeError:  # a sparse tensor has no strides
-        return None
-    return None if known is None else known[0]
-
-
 def keep_torchs(direct: tuple, x, weight, bias, arguments: tuple, recorded: bool) -> None:
-    """Notes that a planned call is torch's own operation with the arguments ``direct``."""
-    if any_autocast() or forced.get() or plain(arguments) is not arguments:  # a list may change
+    """Notes that a planned call on a CPU is torch's own operation with the arguments ``direct``.
+
+    The second call with a weight leaves an entry of ``torchs_own``: torch's check of the operands, our arguments, which
+    live on here to be known by their identity, whether there is no bias, whether autograd must be off, ``direct``.
+    The check is the one by which a compiled graph knows its operands again: their classes, sizes, strides, dtypes,
+    devices and ``requires_grad``, and the dispatch keys that are in force, by which autocast, transforms, modes and
+    tracers differ. It is one call into C: each look at a tensor in Python takes a tenth of a microsecond, and several
+    times that where the data of the call before have pushed Python's objects out of the CPU's caches.
+    """
+    if any_autocast() or forced.get() or graphs.get() or operands_check is None:
         return
-    key = (
-        x.shape, x.stride(), x.dtype, weight.shape, weight.stride(), bias is None, recorded, *map(id, arguments),
-        graphs.get(),
-    )  # fmt: skip
-    remember(_torchs, key, (direct, arguments), MOST_TORCHS)
+    # A checkpoint may recompute a call that had forced variants; a list may change.
+    if id(weight) in trained or plain(arguments) is not arguments:
+        return
+    known = torchs_own.get(id(weight))
+    if known is None:  # a weight that is made for each call never earns the check
+        remember(torchs_own, id(weight), (), MOST_TORCHS)
+        return
+    if len(known) >= MOST_KINDS:  # ever new sizes do not earn theirs; those of a program's next part do
+        if next(_of_other_kinds) % PATIENCE == 0:
+            torchs_own.pop(id(weight), None)
+        return
+    operands = (x, weight) if bias is None else (x, weight, bias)
+    check = operands_check(*operands, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+    # The gradients' variants are chosen only where they are needed.
+    only_without = not recorded and any(operand.requires_grad for operand in operands)
+    entry = check, *arguments, bias is None, only_without, direct
+    remember(torchs_own, id(weight), (entry, *known), MOST_TORCHS)
 
 
 def _plan_anew(x, weight, bias, arguments) -> Plan | None:
@@ -183,7 +183,7 @@ def drop(which: Callable[[Plan], bool]) -> None:
         for key, entry in list(memory.items()):
             if which(entry):
                 memory.pop(key, None)
-    _torchs.clear()
+    torchs_own.clear()
     generation += 1
 
 
@@ -235,7 +235,7 @@ def forget() -> None:
     global generation
     _by_call.clear()
     _by_problem.clear()
-    _torchs.clear()
+    torchs_own.clear()
     forget_tables()
     generation += 1
 
@@ -283,13 +283,15 @@ def wait_until_compiled(seconds: float | None = None) -> bool:
 @contextlib.contextmanager
 def watch() -> Iterator[list[tuple[Problem, torch.device]]]:
     """Lists, after the block, the distinct (problem, device) of its calls, in their order."""
-    global _by_call, _by_problem, _torchs, generation
+    global _by_call, _by_problem, generation
     problems: list[tuple[Problem, torch.device]] = []
-    outer = _by_call, _by_problem, _torchs
-    _by_call, _by_problem, _torchs = {}, {}, {}
+    outer = _by_call, _by_problem
+    _by_call, _by_problem = {}, {}
+    torchs_own.clear()
     generation += 1  # makes a compiled graph look its plans up, so that they are listed too
     try:
         yield problems
     finally:
         problems += dict.fromkeys((problem, device) for problem, device, *_ in _by_problem)
-        _by_call, _by_problem, _torchs = outer
+        _by_call, _by_problem = outer
+        torchs_own.clear()

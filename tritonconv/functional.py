@@ -1,6 +1,7 @@
 """``conv_transpose3d`` decides which road a call takes.
 
-* plain eager call: a plan looked up by one tuple, run directly or under ordinary autograd
+* repeated call on a CPU that is torch's own operation: known by its weight (:func:`tritonconv.dispatch.keep_torchs`)
+* other plain eager call: a plan looked up by one tuple, run directly or under ordinary autograd
 * ``torch.compile``: torch's operation where it would run and no size is symbolic, else the registered operators
 * everything else (export, tracing, functorch, forward-mode, fake and meta tensors, subclasses, complex, integer):
   torch itself, with the shapes checked
@@ -12,10 +13,13 @@ import torch
 
 from tritonconv import autocast, autograd, fallback, guards, operators
 from tritonconv.arguments import check_types, geometry
-from tritonconv.dispatch import keep_torchs, plan_for, torchs_for
+from tritonconv.dispatch import keep_torchs, plan_for, torchs_own
 from tritonconv.errors import ArgumentTypeError, EmptyOutputError, VariantNotApplicable
-from tritonconv.forced import forced_variants, restore_forced
+from tritonconv.forced import forced, forced_variants, restore_forced, trained
 from tritonconv.private import any_autocast
+from tritonconv.switches import graphs
+
+_in_dynamo = torch.compiler.is_dynamo_compiling  # torch.compile takes it for True, wherever it is kept
 
 
 def conv_transpose3d(
@@ -67,17 +71,20 @@ def conv_transpose3d(
 
         operands = input, weight, bias
         return epilogue_road.call(conv_transpose3d, _torch_serves, operands, arguments, activation, residual, rounding)
+    if not _in_dynamo():  # which would trace what follows
+        for check, s, p, q, g, r, unbiased, only_without, direct in torchs_own.get(id(weight), ()):
+            if (
+                stride is s and padding is p and output_padding is q and groups is g and dilation is r
+                and unbiased is (bias is None)
+                and (check(input, weight) if unbiased else check(input, weight, bias))
+                and not (only_without and torch.is_grad_enabled())
+                and not (forced.get() or graphs.get() or (trained and id(weight) in trained))
+            ):  # fmt: skip
+                return torch.conv_transpose3d(input, weight, bias, *direct)
     if torch.compiler.is_compiling():
         return _traced(input, weight, bias, arguments)
     if not fallback.ordinary(input, weight, bias):
         return _by_torch(input, weight, bias, arguments)
-    # On a GPU a look that finds nothing would cost a call of a kernel of ours more than it saves one of torch's own.
-    direct = torchs_for(input, weight, bias, *arguments) if input.is_cpu else None
-    if direct is not None:
-        try:
-            return torch.conv_transpose3d(input, weight, bias, *direct)
-        except (RuntimeError, TypeError):  # the checks below say more of what is wrong
-            pass
     forced_again = restore_forced(weight)
     if forced_again is None:
         return eager(input, weight, bias, arguments)

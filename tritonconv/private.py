@@ -60,3 +60,6 @@ empty_on = {kind: private(f"_C._dynamo.guards._empty_strided_{kind}", None) for 
 without_compiler = private("_compile._disable_dynamo", torch.compiler.disable)
 # ``forward_mode._current_level``: the level of forward-mode differentiation, below 0 outside it.
 forward_mode: Any = forward_ad if hasattr(forward_ad, "_current_level") else SimpleNamespace(_current_level=0)
+# Made of tensors, it holds others against their classes, sizes, strides, dtypes, devices, requires_grad and dispatch
+# keys; None where it is missing.
+operands_check = private("_C._dynamo.guards.TensorGuards", None)
