@@ -17,7 +17,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from tritonconv import autocast, autograd, fallback
 from tritonconv.arguments import layout_of
-from tritonconv.dispatch import MAX_PLANS, Plan, plan_for
+from tritonconv.dispatch import MAX_PLANS, Plan, plan_for, torchs_for
 from tritonconv.errors import ArgumentError, ArgumentTypeError, EmptyOutputError
 from tritonconv.forced import restore_forced
 from tritonconv.functional import eager
@@ -65,9 +65,22 @@ def up_concat(layer: nn.Module, x: Any, skip: Any, skip_first: bool = False) -> 
     arguments = geometry_of(layer)
     if arguments is None:
         return _composed(layer, x, skip, skip_first)
-    weight: Any = layer.weight
-    bias: Any = layer.bias
-    if not fallback.plain(x, weight, bias) or type(skip) not in fallback.PLAIN_TYPES or fallback.old_vmap(skip):
+    own: Any = layer._parameters
+    if "weight" in own and "bias" in own:  # torch takes ten times as long to find them
+        weight, bias = own["weight"], own["bias"]
+    else:  # another tensor in the place of one
+        weight, bias = layer.weight, layer.bias
+    if not fallback.ordinary(x, weight, bias) or type(skip) not in fallback.PLAIN_TYPES:
+        return _composed(layer, x, skip, skip_first)
+    if x.is_cpu and skip.is_cpu and skip.dim() == 5:
+        direct = torchs_for(x, weight, bias, *arguments)
+        if direct is not None:
+            try:
+                y = torch.conv_transpose3d(x, weight, bias, *direct)
+                return torch.cat((skip, y) if skip_first else (y, skip), 1)
+            except (RuntimeError, TypeError):  # the checks below say more of what is wrong
+                pass
+    if not fallback.undisturbed(x, weight, bias) or fallback.old_vmap(skip):
         return _composed(layer, x, skip, skip_first)
     forced_again = restore_forced(weight)
     if forced_again is None:
@@ -104,7 +117,7 @@ def hooked(layer: nn.Module) -> bool:
         or torchs_module._global_forward_pre_hooks
         or torchs_module._global_backward_hooks
         or torchs_module._global_backward_pre_hooks
-        or is_parametrized(layer)
+        or ("parametrizations" in layer._modules and is_parametrized(layer))
     )
 
 
@@ -168,8 +181,11 @@ def _joined(x, weight, bias, skip, skip_first, plan):
 
 def _concatenation(x, weight, bias, skip, skip_first, plan: Plan, pack: bool = False):
     """(the result, the packed weight that a backward takes, or None)."""
-    n, c_out, *size = plan.problem.y_shape
-    layout = _layout(plan.problem.layout, plan.problem.y_shape) if layout_of(skip, skip) == "ndhwc" else "ncdhw"
+    whole = plan.problem.y_shape
+    n, c_out, *size = whole
+    layout = _layout(plan.problem.layout, whole)
+    if layout == "ndhwc":
+        layout = layout_of(skip, skip)
     shape = n, c_out + skip.shape[1], *size
     buffer = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=LAYOUTS[layout])
     y, beside = _parts(buffer, c_out, skip_first)
@@ -177,6 +193,8 @@ def _concatenation(x, weight, bias, skip, skip_first, plan: Plan, pack: bool = F
     if y.numel():
         if pack:
             _, packed = plan.forward_and_pack(x, weight, bias, y)
+        elif plan.takes_room:  # the products lie where the skip will: no memory beside the result
+            plan.forward(x, weight, bias, y, room=beside)
         else:
             plan.forward(x, weight, bias, y)
     beside.copy_(skip)
