@@ -26,6 +26,8 @@ from tritonconv.problem import PASSES, Problem
 SMALL_IMAGE_ELEMENTS = 20480
 # Below this the Python around a call costs more than any formulation saves (about 20 us against 3e11 FLOP/s).
 LITTLE_WORK = 5_000_000
+# Such a layer has fewer outputs too: k2 s2 1x8->8 12^3 (110,592) 0.16 -> 0.15 ms alone, 0.20 -> 0.21 beside its skip.
+FEW_OUTPUTS = 1 << 17
 # An overlap-add is one small operation per tap, about 20 us each: k3 s2 1x32->2 12^3 0.11 -> 0.57 ms, 24^3 (1.7e6 FLOP
 # per tap) 0.79 -> 1.16 ms.
 WORK_PER_TAP = 3_000_000
@@ -264,7 +266,7 @@ def choose(problem: Problem, device: torch.device, pass_name: str) -> tuple[Vari
         return native, f"nothing was measured on CPUs of vendor {vendor or 'unknown'}: torch's own"
     if problem.dtype != torch.float32:
         return native, f"the rules were measured for float32, the problem has {problem.dtype}: torch's own"
-    small = problem.flops < LITTLE_WORK and math.prod(problem.y_shape) < LITTLE_WORK // 50
+    small = problem.flops < LITTLE_WORK and math.prod(problem.y_shape) < FEW_OUTPUTS
     if small and not _one_voxel(problem):  # 41 us of torch's for 8x64->32 k2, 10 us as a product
         return native, f"{problem.flops / 1e6:.2g} MFLOP: the call itself costs more than any formulation saves"
     return _by_rule(RULES[pass_name], problem, device, native)

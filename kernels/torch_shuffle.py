@@ -121,7 +121,7 @@ def _has_pairs(phases: torch.Tensor, kw: int) -> bool:
     if kw % 2 or phases.device.type != "cpu" or phases.dtype not in (torch.float32, torch.float64):
         return False
     n, c_out, d, kd, h, kh, w, last = phases.stride()
-    return last == 1 and not (n | c_out | d | kd | h | kh | w | phases.storage_offset()) % 2
+    return last == 1 and not (n | c_out | d | kd | h | kh | w | int(phases.storage_offset())) % 2
 
 
 def _products(

@@ -71,8 +71,8 @@ class Variant:
     ``strided``, of a variant with ``launch``: that of a forward takes also ``out``, a tensor of any strides that do not
     overlap, and writes y there; that of a gradient takes grad_y as it lies. (Those with ``launches`` all do.)
 
-    ``takes_room``, of a forward that is ``strided``: with ``out`` it takes also ``room``, a tensor (n, channels, od, oh,
-    ow) of the same device and dtype that it may write as it likes, or None: the caller fills it afterwards.
+    ``takes_room``, of a forward that is ``strided``: with ``out`` it takes also ``room``, None or a tensor (n,
+    channels, od, oh, ow) of the same device and dtype that it may write as it likes: the caller fills it afterwards.
 
     ``supports`` returns None, or the reason why the variant cannot serve the problem on the device; by default it
     serves all. ``workspace_bytes`` bounds the temporary memory besides inputs and outputs.

@@ -188,7 +188,11 @@ def _concatenation(x, weight, bias, skip, skip_first, plan: Plan, pack: bool = F
         layout = layout_of(skip, skip)
     shape = n, c_out + skip.shape[1], *size
     buffer = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=LAYOUTS[layout])
-    y, beside = _parts(buffer, c_out, skip_first)
+    more = shape[1] - c_out
+    if skip_first:
+        beside, y = buffer.split_with_sizes((more, c_out), 1)
+    else:
+        y, beside = buffer.split_with_sizes((c_out, more), 1)
     packed = None
     if y.numel():
         if pack:

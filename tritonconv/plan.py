@@ -253,7 +253,9 @@ class Plan:
         layout, of = problem.memory_format, partial(self._operand, choice)
         strides = torch.empty(problem.y_shape, device="meta", memory_format=layout).stride()
 
-        def forward(x, weight, bias, out=None, **more):  # the operands of an epilogue and the room, of a variant that takes them
+        def forward(
+            x, weight, bias, out=None, **more
+        ):  # the operands of an epilogue and the room, of a variant that takes them
             with _no_autocast(x):
                 if out is None:
                     y = to_layout(launch(problem, config, of(x), weight, bias, **more), layout)
