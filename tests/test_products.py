@@ -8,10 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from variant_cases import CASES, complaints
+from variant_cases import CASES, Case, complaints, expected, same
 
 from tritonconv.device import cpu_vendor
-from tritonconv.kernels import torch_products
+from tritonconv.kernels import torch_products, torch_shuffle
 from tritonconv.kernels.registry import variant
 from tritonconv.kernels.torch_products import product, products, sum_of_products
 from tritonconv.problem import LAYOUTS
@@ -142,3 +142,17 @@ def test_no_call_sets_a_switch_of_the_process():
                 names |= {getattr(node.func, "attr", None)} & SETTERS
             found += [f"{path.name}:{node.lineno}: {name}" for name in names]
     assert not found and seen > 50
+
+
+def test_a_room_that_does_not_serve_is_left(monkeypatch):
+    monkeypatch.setattr(torch_shuffle, "IMAGE_ELEMENTS", 1)
+    monkeypatch.setattr(torch_products, "mkl_is_slow", lambda: False)
+    for dtype, kernel in ((torch.float32, 2), (torch.float64, 2), (torch.bfloat16, 2), (torch.float32, (1, 2, 3))):
+        case = Case(channels=(3, 2), size=(2, 3, 1), kernel=kernel, stride=kernel, n=2)
+        problem = case.problem(dtype)
+        (x, weight, bias), _, y, _ = expected(case, True)
+        operands = [each.to(dtype) for each in (x, weight, bias)]
+        room = torch.full((2, 2, *problem.out_size), torch.nan, dtype=dtype)
+        for place in (room, room.contiguous(memory_format=torch.channels_last_3d), room[:, :1]):
+            out = torch.full(problem.y_shape, torch.nan, dtype=dtype)
+            assert same(torch_shuffle.forward(problem, {}, *operands, out=out, room=place), y)

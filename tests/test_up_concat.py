@@ -161,23 +161,6 @@ def test_the_products_lie_where_the_skip_will(n, monkeypatch):
         assert held <= whole + size * problem.c_out
 
 
-def test_a_room_that_does_not_serve_is_left(monkeypatch):
-    monkeypatch.setattr(torch_shuffle, "IMAGE_ELEMENTS", 1)
-    monkeypatch.setattr(torch_products, "mkl_is_slow", lambda: False)
-    for dtype, kernel in ((torch.float32, 2), (f64, 2), (torch.bfloat16, 2), (torch.float32, (1, 2, 3))):
-        case = Case(channels=(3, 2), size=(2, 3, 1), kernel=kernel, stride=kernel, n=2)
-        problem = case.problem(dtype)
-        (x, weight, bias), _, y, _ = expected(case, True)
-        operands = [each.to(dtype) for each in (x, weight, bias)]
-        for room in (
-            torch.full((2, 2, *problem.out_size), torch.nan, dtype=dtype),
-            torch.full((2, 2, *problem.out_size), torch.nan, dtype=dtype).contiguous(memory_format=LAST),
-            torch.full((2, 1, *problem.out_size), torch.nan, dtype=dtype),
-        ):
-            out = torch.full(problem.y_shape, torch.nan, dtype=dtype)
-            assert same(torch_shuffle.forward(problem, {}, *operands, out=out, room=room), y)
-
-
 def test_a_repeated_call_of_torchs_own_goes_there_at_once(monkeypatch):
     layer, x, skip = operands_of(K3)
     with tritonconv.use():

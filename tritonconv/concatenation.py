@@ -98,7 +98,7 @@ def geometry_of(layer: Any) -> tuple | None:
     if layer._compiled_call_impl is not None:
         return None
     if own is TransposedConv3dLayer.forward:
-        return None if is_lazy(layer.weight) or is_lazy(layer.bias) else layer._geometry
+        return None if is_lazy(layer.weight) or is_lazy(layer.bias) else (*layer._geometry, 1, 1)
     if own not in FORWARDS or not isinstance(layer, nn.ConvTranspose3d) or layer.padding_mode != "zeros":
         return None
     if is_lazy(layer.weight):
