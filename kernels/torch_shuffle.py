@@ -86,6 +86,8 @@ def forward(problem, config, x, weight, bias, out=None, room=None):
     if room is not None and _enough(problem, x, room):
         interleave(phases, _products(problem, x, weight, bias, room))
         return y
+    if problem.layout == "ndhwc":  # each part reads the whole weight in the order of its columns: one copy for all
+        weight = weight.contiguous(memory_format=problem.memory_format)
     for part in _parts(problem):
         if part is _WHOLE:
             interleave(phases, _products(problem, x, weight, bias))
@@ -167,7 +169,8 @@ def _outputs(problem: Problem) -> int:
 def _parts(problem: Problem) -> Iterator[tuple[slice, slice, slice]]:
     """(images, channels of y, planes of x) of one product each."""
     image = _outputs(problem)
-    parts = min(MOST_PARTS[problem.layout], math.ceil(image / PART_ELEMENTS))
+    fewest = 2 if problem.layout == "ndhwc" and problem.n == 1 else 1  # it holds its copy of the weight beside a part
+    parts = min(MOST_PARTS[problem.layout], max(fewest, math.ceil(image / PART_ELEMENTS)))
     if image < IMAGE_ELEMENTS or parts == problem.n == 1:
         yield _WHOLE
         return

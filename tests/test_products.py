@@ -8,8 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from allocations import peak
 from variant_cases import CASES, Case, complaints, expected, same
 
+import tritonconv
 from tritonconv.device import cpu_vendor
 from tritonconv.kernels import torch_products, torch_shuffle
 from tritonconv.kernels.registry import variant
@@ -156,3 +158,13 @@ def test_a_room_that_does_not_serve_is_left(monkeypatch):
         for place in (room, room.contiguous(memory_format=torch.channels_last_3d), room[:, :1]):
             out = torch.full(problem.y_shape, torch.nan, dtype=dtype)
             assert same(torch_shuffle.forward(problem, {}, *operands, out=out, room=place), y)
+
+
+def test_a_weight_as_large_as_y_is_not_copied_beside_the_result():
+    layer = tritonconv.ConvTranspose3d(16, 4, 2, stride=2)
+    x, skip = (
+        torch.randn(2, c, n, n, n).contiguous(memory_format=torch.channels_last_3d) for c, n in ((16, 2), (4, 4))
+    )
+    with tritonconv.use("forward_torch_shuffle"), torch.no_grad():
+        ours, torchs = peak(lambda: tritonconv.up_concat(layer, x, skip)), peak(lambda: torch.cat((layer(x), skip), 1))
+    assert ours == torchs

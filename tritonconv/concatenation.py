@@ -6,6 +6,7 @@ buffer, and the gradient of y is read there, as a view.
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import Any
 
@@ -159,13 +160,24 @@ def _eager(x, weight, bias, skip, skip_first, arguments):
         plan = plan_for(image, weight, bias, arguments)
     except EmptyOutputError:
         plan = None
-    if plan is None or not plan.writes_out or skip.layout is not torch.strided or not _keeps(x.dtype, skip.dtype):
+    if plan is None or not _in_slice(plan, x, skip):
         return _concatenated(eager(x, weight, bias, arguments), skip, skip_first)
     shape = plan.problem.y_shape
     _check(shape if batched else shape[1:], x.device, skip)
     if not batched:
         return _joined(image, weight, bias, skip.unsqueeze(0), skip_first, plan).squeeze(0)
     return _joined(image, weight, bias, skip, skip_first, plan)
+
+
+def _in_slice(plan: Plan, x, skip) -> bool:
+    """The layer's output is written at its place in the result."""
+    if not plan.writes_out or skip.layout is not torch.strided or not _keeps(x.dtype, skip.dtype):
+        return False
+    problem = plan.problem
+    if problem.layout != "ndhwc" or not x.is_cpu or not problem.tiles_exactly:
+        return True
+    # The copy of the weight for channels_last_3d, beside the result and with a part of y, would be larger than y.
+    return 2 * math.prod(problem.weight_shape) <= math.prod(problem.y_shape)
 
 
 def _keeps(dtype: torch.dtype, skips: torch.dtype) -> bool:
