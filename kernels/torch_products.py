@@ -30,12 +30,16 @@ def product(left: torch.Tensor, right: torch.Tensor, bias: torch.Tensor | None =
     return left @ right if bias is None else addmm(bias, left, right)
 
 
-def products(matrix: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+def products(matrix: torch.Tensor, images: torch.Tensor, place: torch.Tensor | None = None) -> torch.Tensor:
     """``matrix`` (m, k) times each of ``images`` (n, k, voxels) -> (n, m, voxels), dense in one order or the other.
+
+    It is ``place``, of that shape, where there is one, which :func:`writes` must allow.
 
     ``torch.matmul`` would fold the batch into the rows where an operand requires a gradient, at the price of
     transposing copies of images and result.
     """
+    if place is not None:
+        return bmm(matrix.expand(images.shape[0], *matrix.shape), images, out=place)
     if images.shape[0] and _by_onednn(matrix, images[0]):
         n, _, voxels = images.shape
         if not matrix.is_contiguous() and images[0].numel() < matrix.numel():  # of the two oneDNN's left one is copied
@@ -51,6 +55,11 @@ def products(matrix: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
     if _by_convolution(matrix, images):
         return F.conv1d(images, matrix.unsqueeze(2))
     return bmm(matrix.expand(images.shape[0], *matrix.shape), images)
+
+
+def writes(images: torch.Tensor) -> bool:
+    """:func:`products` can write into a given place in no more time: oneDNN's are new tensors."""
+    return images.device.type == "cpu" and not (images.dtype is torch.float32 and mkl_is_slow())
 
 
 def sum_of_products(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

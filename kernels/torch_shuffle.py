@@ -12,7 +12,7 @@ from functools import partial
 import torch
 
 from tritonconv.kernels.torch_layout import bias_gradient, matrix_refusal, voxel_rows
-from tritonconv.kernels.torch_products import product, products, sum_of_products
+from tritonconv.kernels.torch_products import product, products, sum_of_products, writes
 from tritonconv.kernels.variant import Variant
 from tritonconv.kernels.work import by_torch, size_of
 from tritonconv.problem import Problem
@@ -22,9 +22,13 @@ from tritonconv.problem import Problem
 # More and smaller products take longer: y into a slice and the skip beside it take, with one product for all, one for
 # an image, two for an image, 3.7, 3.8, 4.3 ms (4 x 128->64, 8^3), 2.0, 1.8, 2.0 (2 x 64->32, 12^3), 1.0, 1.4, 2.2
 # (8 x 32->16, 8^3), 2.6, 2.6, 2.7 (1 x 32->16, 24^3), and 6.7, 6.7, 6.6 and in four 8.4 (1 x 32->16, 32^3; float32,
-# 2 cores of an AMD EPYC with 1 MiB L2 each, torch 2.13, memory that was written before).
+# 2 cores of an AMD EPYC with 1 MiB L2 each, torch 2.13, memory that was written before). In a room each image of a
+# batch has a product of its own too, 0.07 ms for all and 0.10 for each (2 x 32->32, 8^3; 2 cores of an Intel Xeon), so
+# the products of smaller images are not made there.
 IMAGE_ELEMENTS, PART_ELEMENTS = 1 << 17, 1 << 20
 MOST_PARTS = {"ncdhw": 2, "ndhwc": 4}
+_ALL = slice(None)
+_WHOLE = _ALL, _ALL, _ALL
 
 
 def supports(problem: Problem, device: torch.device) -> str | None:
@@ -58,51 +62,118 @@ def taps_last(weight: torch.Tensor) -> torch.Tensor:
 
 def taps_first(weight: torch.Tensor) -> torch.Tensor:
     """(c_in, c_out, kd, kh, kw) -> (c_in, c_out*taps), the NCDHW column order; a view of a contiguous weight."""
-    return weight.reshape(weight.shape[0], weight[0].numel())
+    return weight.flatten(1)
 
 
-def forward(problem, config, x, weight, bias, out=None):
+def forward(problem, config, x, weight, bias, out=None, room=None):
     """One GEMM over all phases, x read once, then the phases are interleaved.
 
-    With ``out`` on a CPU it is one of some channels or planes at a time, so that no tensor of the size of y is made.
+    With ``out`` on a CPU it is one of some channels or planes at a time, so that no tensor of the size of y is made;
+    where there is ``room`` for them, they are computed there.
     """
     y = out
     if y is None:
         y = torch.empty(problem.y_shape, dtype=x.dtype, device=x.device, memory_format=problem.memory_format)
     (d, h, w), (kd, kh, kw) = problem.size, problem.kernel
-    phases = y.unflatten(2, (d, kd)).unflatten(4, (h, kh)).unflatten(6, (w, kw))  # (n, c_out, d, kd, h, kh, w, kw)
-    parts = _parts(problem) if out is not None and x.device.type == "cpu" else _WHOLE
-    for images, channels, planes in parts:
+    n, c_out, step_d, step_h, step_w = y.stride()
+    phases = y.as_strided(
+        (problem.n, problem.c_out, d, kd, h, kh, w, kw),
+        (n, c_out, kd * step_d, step_d, kh * step_h, step_h, kw * step_w, step_w),
+    )
+    if out is None or x.device.type != "cpu":
+        interleave(phases, _products(problem, x, weight, bias))
+        return y
+    if room is not None and _enough(problem, x, room):
+        interleave(phases, _products(problem, x, weight, bias, room))
+        return y
+    if problem.layout == "ndhwc":  # each part reads the whole weight in the order of its columns: one copy for all
+        weight = weight.contiguous(memory_format=problem.memory_format)
+    for part in _parts(problem):
+        if part is _WHOLE:
+            interleave(phases, _products(problem, x, weight, bias))
+            continue
+        images, channels, planes = part
         offsets = None if bias is None else bias[channels]
         # Nobody holds a part while the next one is made.
-        phases[images, channels, planes].copy_(_products(problem, x[images, :, planes], weight[:, channels], offsets))
+        interleave(
+            phases[images, channels, planes],
+            _products(problem, x[images, :, planes], weight[:, channels], offsets),
+        )
     return y
 
 
-def _products(problem: Problem, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """Some images and planes of x times some channels of the weight, as a view (n, c_out, d, kd, h, kh, w, kw)."""
+def interleave(phases: torch.Tensor, values: torch.Tensor) -> None:
+    """Fills ``phases``, a view (n, c_out, d, kd, h, kh, w, kw) of y, with ``values`` of that shape.
+
+    Neighbours along w in y come from two places, and torch copies with an inner loop over those two. As the halves of
+    complex numbers they are written together: 1.34 -> 0.64 ms for y (1, 16, 48, 48, 48), 6.2 -> 4.3 ms for (1, 32, 64,
+    64, 64) (float32, 2 cores of an Intel Xeon, torch 2.13). Four taps take two calls and 0.88 -> 0.52 ms for y (1, 8,
+    32, 32, 96), six or eight gain nothing: 0.35 -> 0.40 ms for (1, 8, 16, 16, 192) (one core).
+    """
+    kw = phases.shape[7]
+    if not _has_pairs(phases, kw):
+        phases.copy_(values)
+    elif kw == 2:
+        torch.complex(*values.unbind(7), out=torch.view_as_complex(phases))
+    else:
+        for first in range(0, kw, 2):
+            pair = torch.view_as_complex(phases.narrow(7, first, 2))
+            torch.complex(values.select(7, first), values.select(7, first + 1), out=pair)
+
+
+def _has_pairs(phases: torch.Tensor, kw: int) -> bool:
+    """It is made of pairs of neighbours that torch takes for complex numbers."""
+    if kw not in (2, 4) or phases.device.type != "cpu" or phases.dtype not in (torch.float32, torch.float64):
+        return False
+    n, c_out, d, kd, h, kh, w, last = phases.stride()
+    return last == 1 and not (n | c_out | d | kd | h | kh | w | int(phases.storage_offset())) % 2
+
+
+def _products(
+    problem: Problem,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    room: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Some images and planes of x times some channels of the weight, as a view (n, c_out, d, kd, h, kh, w, kw); in
+    NCDHW they lie in the first channels of each image of ``room``, where there is one."""
     (n, _, d, h, w), (_, c_out, kd, kh, kw) = x.shape, weight.shape
     if problem.layout == "ndhwc":
         offsets = None if bias is None else bias.repeat(kd * kh * kw)
         z = product(voxel_rows(x).flatten(0, 1), taps_last(weight), offsets)
         return z.view(n, d, h, w, kd, kh, kw, c_out).permute(0, 7, 1, 4, 2, 5, 3, 6)
-    z = products(taps_first(weight).t(), x.flatten(2).contiguous())  # (n, c_out*taps, voxels)
+    rows, voxels = c_out * kd * kh * kw, d * h * w
+    place = None if room is None else room.as_strided((n, rows, voxels), (room.stride(0), voxels, 1))
+    z = products(taps_first(weight).t(), x.flatten(2).contiguous(), place).view(n, c_out, kd, kh, kw, d, h, w)
     if bias is not None:
-        z.view(n, c_out, kd * kh * kw, d * h * w).add_(bias.view(1, c_out, 1, 1))
-    return z.view(n, c_out, kd, kh, kw, d, h, w).permute(0, 1, 5, 2, 6, 3, 7, 4)
+        z.add_(bias.view(c_out, 1, 1, 1, 1, 1, 1))
+    return z.permute(0, 1, 5, 2, 6, 3, 7, 4)
 
 
-_ALL = slice(None)
-_WHOLE = ((_ALL, _ALL, _ALL),)
+def _enough(problem: Problem, x: torch.Tensor, room: torch.Tensor) -> bool:
+    """The room takes all products, each image's as dense rows, and no call is so small that this costs more."""
+    if problem.layout != "ncdhw" or room.shape[1] < problem.c_out or not writes(x):
+        return False
+    if problem.n > 1 and _outputs(problem) < IMAGE_ELEMENTS:
+        return False
+    _, oh, ow = problem.out_size
+    return room.stride()[1:] == (_outputs(problem) // problem.c_out, oh * ow, ow, 1)
+
+
+def _outputs(problem: Problem) -> int:
+    """Elements of an image of y."""
+    return math.prod(problem.y_shape[1:])
 
 
 def _parts(problem: Problem) -> Iterator[tuple[slice, slice, slice]]:
     """(images, channels of y, planes of x) of one product each."""
-    image = math.prod(problem.y_shape[1:])
-    if image < IMAGE_ELEMENTS:
-        yield from _WHOLE
+    image = _outputs(problem)
+    fewest = 2 if problem.layout == "ndhwc" and problem.n == 1 else 1  # it holds its copy of the weight beside a part
+    parts = min(MOST_PARTS[problem.layout], max(fewest, math.ceil(image / PART_ELEMENTS)))
+    if image < IMAGE_ELEMENTS or parts == problem.n == 1:
+        yield _WHOLE
         return
-    parts = min(MOST_PARTS[problem.layout], math.ceil(image / PART_ELEMENTS))
     for each in range(problem.n):
         for part in _slices(problem.c_out if problem.layout == "ncdhw" else problem.size[0], parts):
             channels, planes = (part, _ALL) if problem.layout == "ncdhw" else (_ALL, part)
@@ -141,6 +212,7 @@ _gradient = partial(_variant, idea="kernel = stride: unshuffle of phases, then o
 VARIANTS = [
     _variant(
         "forward_torch_shuffle", "forward", "kernel = stride: one GEMM, then a shuffle of phases", launch=forward,
+        takes_room=True,
         workspace_bytes=lambda problem: problem.bytes(),
         work=lambda problem, config: by_torch(problem, "forward", 2 * size_of(problem, "y"), 2),
     ),

@@ -71,6 +71,9 @@ class Variant:
     ``strided``, of a variant with ``launch``: that of a forward takes also ``out``, a tensor of any strides that do not
     overlap, and writes y there; that of a gradient takes grad_y as it lies. (Those with ``launches`` all do.)
 
+    ``takes_room``, of a forward that is ``strided``: with ``out`` it takes also ``room``, None or a tensor (n,
+    channels, od, oh, ow) of the same device and dtype that it may write as it likes: the caller fills it afterwards.
+
     ``supports`` returns None, or the reason why the variant cannot serve the problem on the device; by default it
     serves all. ``workspace_bytes`` bounds the temporary memory besides inputs and outputs.
 
@@ -119,6 +122,7 @@ class Variant:
     launches: Callable[..., Any] | None = None
     epilogue: Callable[[Problem, Config, Epilogue], bool] | None = None
     strided: bool = False
+    takes_room: bool = False
 
     def compute(self, problem: Problem, config: Config, *operands: Any, **more: Any) -> Any:
         """The pass on tensors; ``more``: ``out``, a tensor for y, where the variant takes one."""

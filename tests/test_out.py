@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from allocations import largest_allocation
@@ -78,6 +80,25 @@ def test_products_of_some_planes_at_a_time_are_those_of_all(layout, monkeypatch)
             monkeypatch.setattr(torch_shuffle, "IMAGE_ELEMENTS", elements)
             monkeypatch.setattr(torch_shuffle, "PART_ELEMENTS", elements)
             close(OURS(x, weight, bias, (2, 3, 1), out=torch.empty_like(want)), want)
+
+
+def test_neighbours_along_w_are_written_together_where_they_can_be():
+    """Of any strides, dtype and number of taps: what is not made of pairs is copied."""
+    together = []
+    shapes = itertools.product((1, 2, 3, 4, 6), (0, 1, 2), (0, 1), (torch.float32, torch.float64, torch.bfloat16))
+    for kw, first, more, dtype in shapes:
+        buffer = torch.full((2, 5, 6, 4, 3 * kw + 2 + more), 7.0, dtype=dtype)
+        whole = buffer[:, 1:4, ..., first : first + 3 * kw] if first + 3 * kw <= buffer.shape[4] else buffer[:, :3]
+        phases = whole[..., : 3 * kw].unflatten(2, (2, 3)).unflatten(4, (2, 2)).unflatten(6, (3, kw))
+        values = torch.randn(phases.shape, dtype=dtype).transpose(6, 7).contiguous().transpose(6, 7)
+        values[0, 0, 0, 0, 0, 0, 0] = float("nan")
+        values[0, 0, 0, 0, 0, 0, 1] = -0.0
+        torch_shuffle.interleave(phases, values)
+        torch.testing.assert_close(phases, values, rtol=0, atol=0, equal_nan=True)
+        assert bool(phases[0, 0, 0, 0, 0, 0, 1].signbit().all())
+        assert int((buffer == 7.0).sum()) == buffer.numel() - phases.numel()
+        together.append(torch_shuffle._has_pairs(phases, kw))
+    assert 5 < together.count(True) < len(together) / 2
 
 
 def test_a_copy_in_blocks_fills_a_slice(monkeypatch):

@@ -8,10 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from variant_cases import CASES, complaints
+from allocations import peak
+from variant_cases import CASES, Case, complaints, expected, same
 
+import tritonconv
 from tritonconv.device import cpu_vendor
-from tritonconv.kernels import torch_products
+from tritonconv.kernels import torch_products, torch_shuffle
 from tritonconv.kernels.registry import variant
 from tritonconv.kernels.torch_products import product, products, sum_of_products
 from tritonconv.problem import LAYOUTS
@@ -142,3 +144,27 @@ def test_no_call_sets_a_switch_of_the_process():
                 names |= {getattr(node.func, "attr", None)} & SETTERS
             found += [f"{path.name}:{node.lineno}: {name}" for name in names]
     assert not found and seen > 50
+
+
+def test_a_room_that_does_not_serve_is_left(monkeypatch):
+    monkeypatch.setattr(torch_shuffle, "IMAGE_ELEMENTS", 1)
+    monkeypatch.setattr(torch_products, "mkl_is_slow", lambda: False)
+    for dtype, kernel in ((torch.float32, 2), (torch.float64, 2), (torch.bfloat16, 2), (torch.float32, (1, 2, 3))):
+        case = Case(channels=(3, 2), size=(2, 3, 1), kernel=kernel, stride=kernel, n=2)
+        problem = case.problem(dtype)
+        (x, weight, bias), _, y, _ = expected(case, True)
+        operands = [each.to(dtype) for each in (x, weight, bias)]
+        room = torch.full((2, 2, *problem.out_size), torch.nan, dtype=dtype)
+        for place in (room, room.contiguous(memory_format=torch.channels_last_3d), room[:, :1]):
+            out = torch.full(problem.y_shape, torch.nan, dtype=dtype)
+            assert same(torch_shuffle.forward(problem, {}, *operands, out=out, room=place), y)
+
+
+def test_a_weight_as_large_as_y_is_not_copied_beside_the_result():
+    layer = tritonconv.ConvTranspose3d(16, 4, 2, stride=2)
+    x, skip = (
+        torch.randn(2, c, n, n, n).contiguous(memory_format=torch.channels_last_3d) for c, n in ((16, 2), (4, 4))
+    )
+    with tritonconv.use("forward_torch_shuffle"), torch.no_grad():
+        ours, torchs = peak(lambda: tritonconv.up_concat(layer, x, skip)), peak(lambda: torch.cat((layer(x), skip), 1))
+    assert ours == torchs

@@ -12,12 +12,12 @@ from torch import nn
 from variant_cases import DEVICE, Case, expected, integers, same
 
 import tritonconv
-from tritonconv import ArgumentError, ArgumentTypeError, TransposedConv3dLayer, up_concat
+from tritonconv import ArgumentError, ArgumentTypeError, TransposedConv3dLayer, concatenation, up_concat
 from tritonconv.autotune.choose import Selection
 from tritonconv.concatenation import geometry_of
 from tritonconv.dispatch import plan
 from tritonconv.forced import pinned
-from tritonconv.kernels import torch_shuffle
+from tritonconv.kernels import torch_products, torch_shuffle
 from tritonconv.kernels.registry import have_triton, variant
 from tritonconv.problem import LAYOUTS, PASSES
 
@@ -25,6 +25,7 @@ f64 = torch.float64
 LAST = torch.channels_last_3d
 SHUFFLE = tuple(f"{name}_torch_shuffle" for name in PASSES)
 K2 = Case(channels=(6, 5), size=(2, 3, 2), kernel=2, stride=2)
+K4 = Case(channels=(3, 5), size=(2, 1, 3), kernel=(1, 3, 4), stride=(1, 3, 4))
 K3 = Case(channels=(4, 3), size=(2, 1, 3), stride=2, front=1, back=1)
 CALLS = {"k = s": (K2, SHUFFLE), "k > s": (K3, PHASES)}
 
@@ -140,6 +141,40 @@ def test_the_copies_it_saves(layout, monkeypatch):
         beside = allocations(lambda: torch.autograd.grad(lone, (x, *layer.parameters()), own))
         large = [[size for size in made if size >= nbytes / 2] for made in (in_slice, beside)]
         assert large[0] == large[1] == [nbytes]  # the unshuffled gradient, which both products read
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_the_products_lie_where_the_skip_will(n, monkeypatch):
+    """Nothing is held beside the result where the skip has the room, in memory of any values."""
+    monkeypatch.setattr(torch_products, "mkl_is_slow", lambda: False)  # oneDNN's products are new tensors
+    monkeypatch.setattr(torch_shuffle, "IMAGE_ELEMENTS", 1)
+    for case, more, first in itertools.product((K2._replace(n=n), K4._replace(n=n)), (4, 5, 9), (False, True)):
+        problem = case.problem(torch.float32)
+        layer, x, skip = operands_of(case, torch.float32, more=more)
+        size = skip[:, :1].nbytes
+        with tritonconv.use(*SHUFFLE), torch.no_grad():
+            want = joined(layer(x), skip, first)
+            assert torch.equal(up_concat(layer, x, skip, first), want)
+            held = peak(lambda layer=layer, x=x, skip=skip, first=first: up_concat(layer, x, skip, first))
+        whole = size * (problem.c_out + more)
+        assert (held == whole) == (more >= problem.c_out), (held, whole)
+        assert held <= whole + size * problem.c_out
+
+
+def test_a_repeated_call_of_torchs_own_goes_there_at_once(monkeypatch):
+    layer, x, skip = operands_of(K3)
+    with tritonconv.use():
+        want = [up_concat(layer, x, skip, first) for first in (False, True)]
+    with monkeypatch.context() as patch:
+        patch.setattr(concatenation, "_eager", None)
+        for first, each in enumerate(want):
+            got = up_concat(layer, x, skip, bool(first))
+            assert torch.equal(got, each) and torch.equal(got, joined(layer(x), skip, first))
+    for wrong in (skip[:, :, 1:], skip[0], torch.zeros(0)):
+        with pytest.raises(ArgumentError, match="must agree in all axes but the channels"):
+            up_concat(layer, x, wrong)
+    with pytest.raises(ArgumentError, match="skip is on meta"):
+        up_concat(layer, x, skip.to("meta"))
 
 
 @pytest.mark.parametrize("label", CALLS)

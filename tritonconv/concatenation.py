@@ -6,6 +6,7 @@ buffer, and the gradient of y is read there, as a view.
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import Any
 
@@ -17,10 +18,10 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from tritonconv import autocast, autograd, fallback
 from tritonconv.arguments import layout_of
-from tritonconv.dispatch import MAX_PLANS, Plan, plan_for
+from tritonconv.dispatch import MAX_PLANS, Plan, goes_the_short_way, plan_for
 from tritonconv.errors import ArgumentError, ArgumentTypeError, EmptyOutputError
 from tritonconv.forced import restore_forced
-from tritonconv.functional import eager
+from tritonconv.functional import conv_transpose3d, eager
 from tritonconv.layer import ConvTranspose3d
 from tritonconv.matlab.layer import TransposedConv3dLayer
 from tritonconv.private import any_autocast, function_base
@@ -65,9 +66,20 @@ def up_concat(layer: nn.Module, x: Any, skip: Any, skip_first: bool = False) -> 
     arguments = geometry_of(layer)
     if arguments is None:
         return _composed(layer, x, skip, skip_first)
-    weight: Any = layer.weight
-    bias: Any = layer.bias
-    if not fallback.plain(x, weight, bias) or type(skip) not in fallback.PLAIN_TYPES or fallback.old_vmap(skip):
+    own: Any = layer._parameters
+    if "weight" in own and "bias" in own:  # torch takes ten times as long to find them
+        weight, bias = own["weight"], own["bias"]
+    else:  # another tensor in the place of one
+        weight, bias = layer.weight, layer.bias
+    if not fallback.ordinary(x, weight, bias) or type(skip) not in fallback.PLAIN_TYPES:
+        return _composed(layer, x, skip, skip_first)
+    if skip.dim() == 5 and goes_the_short_way(x, weight, bias):
+        try:
+            y = conv_transpose3d(x, weight, bias, *arguments)
+            return torch.cat((skip, y) if skip_first else (y, skip), 1)
+        except (RuntimeError, TypeError):  # the checks below say more of what is wrong
+            pass
+    if not fallback.undisturbed(x, weight, bias) or fallback.old_vmap(skip):
         return _composed(layer, x, skip, skip_first)
     forced_again = restore_forced(weight)
     if forced_again is None:
@@ -85,7 +97,7 @@ def geometry_of(layer: Any) -> tuple | None:
     if layer._compiled_call_impl is not None:
         return None
     if own is TransposedConv3dLayer.forward:
-        return None if is_lazy(layer.weight) or is_lazy(layer.bias) else layer._geometry
+        return None if is_lazy(layer.weight) or is_lazy(layer.bias) else (*layer._geometry, 1, 1)
     if own not in FORWARDS or not isinstance(layer, nn.ConvTranspose3d) or layer.padding_mode != "zeros":
         return None
     if is_lazy(layer.weight):
@@ -104,7 +116,7 @@ def hooked(layer: nn.Module) -> bool:
         or torchs_module._global_forward_pre_hooks
         or torchs_module._global_backward_hooks
         or torchs_module._global_backward_pre_hooks
-        or is_parametrized(layer)
+        or ("parametrizations" in layer._modules and is_parametrized(layer))
     )
 
 
@@ -146,13 +158,24 @@ def _eager(x, weight, bias, skip, skip_first, arguments):
         plan = plan_for(image, weight, bias, arguments)
     except EmptyOutputError:
         plan = None
-    if plan is None or not plan.writes_out or skip.layout is not torch.strided or not _keeps(x.dtype, skip.dtype):
+    if plan is None or not _in_slice(plan, x, skip):
         return _concatenated(eager(x, weight, bias, arguments), skip, skip_first)
     shape = plan.problem.y_shape
     _check(shape if batched else shape[1:], x.device, skip)
     if not batched:
         return _joined(image, weight, bias, skip.unsqueeze(0), skip_first, plan).squeeze(0)
     return _joined(image, weight, bias, skip, skip_first, plan)
+
+
+def _in_slice(plan: Plan, x, skip) -> bool:
+    """The layer's output is written at its place in the result."""
+    if not plan.writes_out or skip.layout is not torch.strided or not _keeps(x.dtype, skip.dtype):
+        return False
+    problem = plan.problem
+    if problem.layout != "ndhwc" or not x.is_cpu or not problem.tiles_exactly:
+        return True
+    # The copy of the weight for channels_last_3d, beside the result and with a part of y, would be larger than y.
+    return 2 * math.prod(problem.weight_shape) <= math.prod(problem.y_shape)
 
 
 def _keeps(dtype: torch.dtype, skips: torch.dtype) -> bool:
@@ -168,15 +191,24 @@ def _joined(x, weight, bias, skip, skip_first, plan):
 
 def _concatenation(x, weight, bias, skip, skip_first, plan: Plan, pack: bool = False):
     """(the result, the packed weight that a backward takes, or None)."""
-    n, c_out, *size = plan.problem.y_shape
-    layout = _layout(plan.problem.layout, plan.problem.y_shape) if layout_of(skip, skip) == "ndhwc" else "ncdhw"
+    whole = plan.problem.y_shape
+    n, c_out, *size = whole
+    layout = _layout(plan.problem.layout, whole)
+    if layout == "ndhwc":
+        layout = layout_of(skip, skip)
     shape = n, c_out + skip.shape[1], *size
     buffer = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=LAYOUTS[layout])
-    y, beside = _parts(buffer, c_out, skip_first)
+    more = shape[1] - c_out
+    if skip_first:
+        beside, y = buffer.split_with_sizes((more, c_out), 1)
+    else:
+        y, beside = buffer.split_with_sizes((c_out, more), 1)
     packed = None
     if y.numel():
         if pack:
             _, packed = plan.forward_and_pack(x, weight, bias, y)
+        elif plan.takes_room:  # the products lie where the skip will: no memory beside the result
+            plan.forward(x, weight, bias, y, room=beside)
         else:
             plan.forward(x, weight, bias, y)
     beside.copy_(skip)

@@ -133,6 +133,12 @@ def keep_torchs(direct: tuple, x, weight, bias, arguments: tuple, recorded: bool
     remember(torchs_own, id(weight), (entry, *known), MOST_TORCHS)
 
 
+def goes_the_short_way(x, weight, bias) -> bool:
+    """A call with such operands has left an entry of ``torchs_own``; its arguments apart."""
+    operands = (x, weight) if bias is None else (x, weight, bias)
+    return any(entry[0](*operands) for entry in torchs_own.get(id(weight), ()) if entry[6] is (bias is None))
+
+
 def _plan_anew(x, weight, bias, arguments) -> Plan | None:
     if fallback.unserved(x, weight, bias) is not None:
         return None

@@ -90,6 +90,11 @@ class Plan:
         return variant.launches is not None or variant.strided
 
     @cached_property
+    def takes_room(self) -> bool:
+        """The forward that writes a given tensor takes ``room=`` beside it: memory for its products."""
+        return self.choice("forward").variant.takes_room
+
+    @cached_property
     def kept_order(self) -> int | None:
         """The order of the weight's packed copy that the forward keeps for backward-data; None where it keeps none.
 
@@ -248,7 +253,9 @@ class Plan:
         layout, of = problem.memory_format, partial(self._operand, choice)
         strides = torch.empty(problem.y_shape, device="meta", memory_format=layout).stride()
 
-        def forward(x, weight, bias, out=None, **more):  # the operands of an epilogue, of a variant that takes them
+        def forward(
+            x, weight, bias, out=None, **more
+        ):  # the operands of an epilogue and the room, of a variant that takes them
             with _no_autocast(x):
                 if out is None:
                     y = to_layout(launch(problem, config, of(x), weight, bias, **more), layout)

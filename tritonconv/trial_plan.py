@@ -53,19 +53,19 @@ class TrialPlan(Plan):
     def torch_forward(self) -> tuple | None:  # type: ignore[override]
         return None if self._open(FORWARD) else self._settled.torch_forward
 
-    def forward(self, x, weight, bias, out=None):  # type: ignore[override]
+    def forward(self, x, weight, bias, out=None, room=None):  # type: ignore[override]
         trial = self._open(FORWARD)
         if trial is None:
-            return self._without(FORWARD).forward(x, weight, bias, out)
+            return _forward(self._without(FORWARD), x, weight, bias, out, room)
         index, plan = self._contestant(trial)
         begin = perf_counter()
         try:
-            y = plan.forward(x, weight, bias, out)
+            y = _forward(plan, x, weight, bias, out, room)
         except RuntimeError:  # it found no memory, for example
             if index == 0:
                 raise
             self._leave(trial, index)
-            return self.forward(x, weight, bias, out)
+            return self.forward(x, weight, bias, out, room)
         self._record(trial, index, perf_counter() - begin)
         return y
 
@@ -139,6 +139,13 @@ class TrialPlan(Plan):
         if self._later is None:
             self._later = self._finished()
         return self._later
+
+
+def _forward(plan: Plan, x, weight, bias, out, room):
+    """A plan's forward; ``room`` where it takes any."""
+    if room is None or not plan.takes_room:
+        return plan.forward(x, weight, bias, out)
+    return plan.forward(x, weight, bias, out, room=room)
 
 
 def trial_of(settled: Plan, trials: Mapping[str, FirstCalls], finished: Callable[[], Plan]) -> Plan:
