@@ -41,7 +41,6 @@ def forward_depthwise_kernel(
     columns, and PLANES planes. The depth is the taps.
     """
     C_OUT: tl.constexpr = LAYER.C_OUT
-    GROUPS: tl.constexpr = LAYER.GROUPS
     KERNEL: tl.constexpr = LAYER.KERNEL
     STRIDE: tl.constexpr = LAYER.STRIDE
     DILATION: tl.constexpr = LAYER.DILATION
@@ -49,7 +48,7 @@ def forward_depthwise_kernel(
     x_strides, w_strides, y_strides = strides
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     PLACES: tl.constexpr = (STRIDE[1], STRIDE[2])
-    CHANNELS: tl.constexpr = GROUPS * C_OUT
+    CHANNELS: tl.constexpr = LAYER.GROUPS * C_OUT
     count = (tl.cdiv(out_size[1], STRIDE[1]), tl.cdiv(out_size[2], STRIDE[2]))
     image, first, h, w, channel = tile_of(
         tl.program_id(0), n, count, out_size[0], PLANES, CHANNELS, BLOCK_H, BLOCK_W, BLOCK_C, WIDE
