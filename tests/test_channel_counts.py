@@ -21,7 +21,7 @@ CALLS = {
     ),
     **dict.fromkeys(
         [f"{name}_depthwise_cells" for name in ("forward", "backward_data", "backward_weight")],
-        lambda count: [Case(n=1, channels=(count, count), groups=count, **OVERLAPPING)],
+        lambda count: [Case(n=1, channels=(each, each), groups=each, **OVERLAPPING) for each in (max(count, 2),)],
     ),
     **dict.fromkeys(
         ("backward_data_together", "backward_weight_together"),
