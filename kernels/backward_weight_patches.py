@@ -171,9 +171,14 @@ def _sums(problem: Problem, config: Config) -> int:
     return rows * config["BLOCK_N"] // (config["num_warps"] * WARP)
 
 
+def _spills(problem: Problem) -> bool:
+    """Whether as many columns as elsewhere spill on sm_80: float32; a thread's whole patch of several channels."""
+    return problem.dtype.itemsize == 4 or (problem.c_out > 1 and patch.sides(problem) == 1)
+
+
 def default(problem: Problem, device: torch.device):
     columns = patch.columns(problem)
-    if problem.dtype.itemsize == 4 and 0 < compute_capability() < 90:  # spills on sm_80
+    if 0 < compute_capability() < 90 and _spills(problem):
         columns = max(16, columns // 2)
     config = _config(problem, 4 * patch.sides(problem), columns)
     while patch.shared_of(problem, config, LEAST_ROWS) > shared_bytes() and columns > 16:  # of an sm_86
