@@ -121,7 +121,7 @@ def forward_phases_packed_kernel(
     count_h = deltas(phi_h, KERNEL[1], STRIDE[1], WINDOW[1], APART > 1)
     count_w = deltas(phi_w, KERNEL[2], STRIDE[2], WINDOW[2], APART > 2)
     depth = count_d * count_h * count_w * C_IN
-    tile_m, tile_n = own_tile(n, cells, TILES_N, LAYER, CONFIG, WIDE, pid // product(ALONE))
+    tile_m, tile_n = own_tile(n, cells, TILES_N, LAYER, CONFIG, WIDE, pid, product(ALONE))
     group, tile_n, offs_n = group_columns(tile_n, TILES_N, CONFIG, WIDE)
     offs_k = widened(tl.arange(0, BLOCK_K), WIDE)
     by = row_dividers(by_d, by_h, by_w, shift_d, shift_h, shift_w, CONFIG, WIDE)

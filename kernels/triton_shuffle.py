@@ -33,16 +33,17 @@ def row_dividers(by_d, by_h, by_w, shift_d, shift_h, shift_w, CONFIG: tl.constex
 
 @triton.jit
 def own_tile(
-    n, size, TILES_N: tl.constexpr, LAYER: tl.constexpr, CONFIG: tl.constexpr, WIDE: tl.constexpr, pid=None
+    n, size, TILES_N: tl.constexpr, LAYER: tl.constexpr, CONFIG: tl.constexpr, WIDE: tl.constexpr,
+    pid=None, SHARED: tl.constexpr = 1,
 ):  # fmt: skip
     """(tile_m, tile_n) of a program, in GROUP_M's order; each group of channels has TILES_N tiles of columns.
 
-    ``pid``: where several programs have the same tile, a number for each tile.
+    ``pid``: the program's number, where the kernel has asked for it; SHARED programs side by side have one tile.
     """
     tiles_m = voxel_tiles(n, size, CONFIG.BLOCK_M, CONFIG.BLOCK_W, WIDE)
     if pid is None:
         pid = tl.program_id(0)
-    return grouped_order(pid, tiles_m, TILES_N * LAYER.GROUPS, CONFIG.GROUP_M)
+    return grouped_order(pid // SHARED, tiles_m, TILES_N * LAYER.GROUPS, CONFIG.GROUP_M)
 
 
 @triton.jit
