@@ -231,7 +231,7 @@ def store_places(acc, out_ptr, h, w, channel, size, out_strides, mask_c,
 
 @triton.jit
 def begun(zero, bias_ptr, channel, mask_c, EPILOGUE: tl.constexpr):
-    """What the sums of an output begin with, like ``zero``, and the bias that :func:`store_places` adds."""
+    """The first value of an output's sums, like ``zero``, and the bias that :func:`store_places` adds."""
     start, bias = zero, 0.0
     if bias_ptr is not None:
         value = tl.load(bias_ptr + channel, mask=mask_c, other=0.0).to(tl.float32)
