@@ -13,22 +13,12 @@ import triton.language as tl
 from tritonconv.kernels import triton_phases as phases
 from tritonconv.kernels import triton_tiles as tiles
 from tritonconv.kernels.forward_shuffle import supports
-from tritonconv.kernels.triton_device import (
-    aligned,
-    ceil_div,
-    given_dividers,
-    grouped_order,
-    inside,
-    multiple,
-    settled,
-    store_tile,
-    voxel_tiles,
-    voxels,
-)
+from tritonconv.kernels.triton_device import aligned, ceil_div, settled, widened
 from tritonconv.kernels.triton_fold import folded, folded_outputs, folded_weight
 from tritonconv.kernels.triton_fold import pays as fold_pays
 from tritonconv.kernels.triton_launch import accounting
-from tritonconv.kernels.triton_phases import column_count, decoded, load_phases
+from tritonconv.kernels.triton_phases import column_count, load_phases
+from tritonconv.kernels.triton_shuffle import group_columns, own_tile, row_dividers, store_voxels, taps, zero_sums
 from tritonconv.kernels.triton_target import compute_capability
 from tritonconv.kernels.triton_weights import preferred
 from tritonconv.kernels.variant import FOLD, Variant
@@ -45,61 +35,42 @@ def backward_data_shuffle_kernel(
     n, d_in, h_in, w_in, d_out, h_out, w_out, d_crop, h_crop, w_crop,
     by_d, by_h, by_w, shift_d, shift_h, shift_w,
     strides,  # of grad_y, of the weight, of grad_x
-    LAYER: tl.constexpr, CONFIG: tl.constexpr, X_STEP: tl.constexpr, FACTS: tl.constexpr,
-    VOXELS_INNER: tl.constexpr, UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-    WAIT: tl.constexpr,
+    LAYER: tl.constexpr, CONFIG: tl.constexpr, FACTS: tl.constexpr,
+    UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
     """A program owns BLOCK_M rows (voxels of grad_x) x BLOCK_N columns (input channels) of a group; the depth is (tap,
     output channel).
     """
     C_IN: tl.constexpr = LAYER.C_IN
     C_OUT: tl.constexpr = LAYER.C_OUT
-    GROUPS: tl.constexpr = LAYER.GROUPS
     KERNEL: tl.constexpr = LAYER.KERNEL
     STRIDE: tl.constexpr = LAYER.STRIDE
-    ROWS: tl.constexpr = CONFIG.ROWS
-    BLOCK_M: tl.constexpr = CONFIG.BLOCK_M
-    BLOCK_N: tl.constexpr = CONFIG.BLOCK_N
     BLOCK_K: tl.constexpr = CONFIG.BLOCK_K
-    BLOCK_W: tl.constexpr = CONFIG.BLOCK_W
-    GROUP_M: tl.constexpr = CONFIG.GROUP_M
     grad_y_strides, w_strides, grad_x_strides = aligned(strides, UNITS)
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
-    TILES_N: tl.constexpr = ceil_div(C_IN, BLOCK_N)
-    tiles_m = voxel_tiles(n, size, BLOCK_M, BLOCK_W, WIDE)
-    tile_m, tile_n = grouped_order(tl.program_id(0), tiles_m, TILES_N * GROUPS, GROUP_M)
-    group = tile_n // TILES_N
-    offs_n = tile_n % TILES_N * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_k = tl.arange(0, BLOCK_K)
-    if WIDE:
-        group = group.to(tl.int64)
-        offs_n = offs_n.to(tl.int64)
-        offs_k = offs_k.to(tl.int64)
+    TILES_N: tl.constexpr = ceil_div(C_IN, CONFIG.BLOCK_N)
+    tile_m, tile_n = own_tile(n, size, TILES_N, LAYER, CONFIG, WIDE)
+    group, _, offs_n = group_columns(tile_n, TILES_N, CONFIG, WIDE)
+    offs_k = widened(tl.arange(0, BLOCK_K), WIDE)
     mask_n = offs_n < C_IN
     channel_x = group * C_IN + offs_n
     grad_y_group = grad_y_ptr + group * C_OUT * grad_y_strides[1]
     w_columns = w_ptr + channel_x * w_strides[1]
+    by = row_dividers(by_d, by_h, by_w, shift_d, shift_h, shift_w, CONFIG, WIDE)
 
-    by = None
-    if BLOCK_W == 0 and not ROWS and not WIDE:  # no rows along w: see dividers
-        by = given_dividers(by_d, by_h, by_w, shift_d, shift_h, shift_w)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for step in range(tl.cdiv(column_count(KERNEL, C_OUT, ROWS), BLOCK_K)):
+    acc = zero_sums(CONFIG)
+    for step in range(tl.cdiv(column_count(KERNEL, C_OUT, CONFIG.ROWS), BLOCK_K)):
         grad_y_tile = load_phases(
             grad_y_group, grad_y_strides, tile_m, n, size, (0 - crop[0], 0 - crop[1], 0 - crop[2]), out_size, step,
-            C_OUT, KERNEL, STRIDE, ROWS, FACTS, BLOCK_M, BLOCK_K, BLOCK_W, WIDE, by,
+            C_OUT, KERNEL, STRIDE, CONFIG.ROWS, FACTS, CONFIG.BLOCK_M, BLOCK_K, CONFIG.BLOCK_W, WIDE, by,
         )  # fmt: skip
-        tap_d, tap_h, tap_w, channel, mask_k = decoded(step * BLOCK_K + offs_k, C_OUT, KERNEL, ROWS)
-        tap = (tap_d * KERNEL[1] + tap_h) * KERNEL[2] + tap_w
+        tap, channel, mask_k = taps(step * BLOCK_K + offs_k, LAYER, CONFIG)
         w_rows = channel * w_strides[0] + tap * w_strides[2]
         w_mask = mask_k[:, None] & mask_n[None, :]
         w_tile = tl.load(w_columns[None, :] + w_rows[:, None], mask=w_mask, other=0.0)  # (BLOCK_K, BLOCK_N)
         acc = settled(tl.dot(grad_y_tile, w_tile, acc, input_precision=PRECISION), WAIT)
 
-    image, d, h, w, _ = voxels(tile_m, n, size, BLOCK_M, BLOCK_W, WIDE, by)
-    mask_m = (image < n) & inside(w, multiple(size[2], X_STEP))
-    rows = image * grad_x_strides[0] + d * grad_x_strides[2] + h * grad_x_strides[3] + w * grad_x_strides[4]
-    store_tile(grad_x_ptr, rows, channel_x * grad_x_strides[1], acc, mask_m, mask_n, VOXELS_INNER)
+    store_voxels(grad_x_ptr, grad_x_strides, tile_m, n, size, channel_x, acc, mask_n, CONFIG, WIDE, by)
 
 
 def launches(problem, config, grad_y, weight):

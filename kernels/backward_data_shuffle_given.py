@@ -23,19 +23,13 @@ from tritonconv.kernels.forward_shuffle_given import columns_of, fits, unfit
 from tritonconv.kernels.triton_device import (
     aligned,
     ceil_div,
-    given_dividers,
-    grouped_order,
-    inside,
-    multiple,
     product,
     settled,
-    store_tile,
-    voxel_tiles,
-    voxels,
     widened,
 )
 from tritonconv.kernels.triton_launch import accounting, refusal
 from tritonconv.kernels.triton_phases import channels_first, load_phases, phases_first
+from tritonconv.kernels.triton_shuffle import group_columns, own_tile, row_dividers, store_voxels
 from tritonconv.kernels.variant import Config, Variant
 from tritonconv.kernels.work import SECTOR, Work, tap_gemm
 from tritonconv.problem import Problem
@@ -52,51 +46,40 @@ def backward_data_shuffle_given_kernel(
     n, d_in, h_in, w_in, d_out, h_out, w_out, d_crop, h_crop, w_crop,
     by_d, by_h, by_w, shift_d, shift_h, shift_w,
     strides,  # of grad_y, of grad_x
-    LAYER: tl.constexpr, CONFIG: tl.constexpr, X_STEP: tl.constexpr, FACTS: tl.constexpr,
-    VOXELS_INNER: tl.constexpr, UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-    WAIT: tl.constexpr,
+    LAYER: tl.constexpr, CONFIG: tl.constexpr, FACTS: tl.constexpr,
+    UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
     """A program owns BLOCK_M rows (voxels of grad_x) x BLOCK_N columns (input channels) of a group; the depth is
     (output channel, tap), as the weight has it.
     """
     C_IN: tl.constexpr = LAYER.C_IN
     C_OUT: tl.constexpr = LAYER.C_OUT
-    GROUPS: tl.constexpr = LAYER.GROUPS
     KERNEL: tl.constexpr = LAYER.KERNEL
     STRIDE: tl.constexpr = LAYER.STRIDE
     ROWS: tl.constexpr = CONFIG.ROWS
     BLOCK_M: tl.constexpr = CONFIG.BLOCK_M
     BLOCK_N: tl.constexpr = CONFIG.BLOCK_N
     BLOCK_K: tl.constexpr = CONFIG.BLOCK_K
-    BLOCK_W: tl.constexpr = CONFIG.BLOCK_W
-    GROUP_M: tl.constexpr = CONFIG.GROUP_M
     grad_y_strides, grad_x_strides = aligned(strides, UNITS)
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     TAPS: tl.constexpr = product(KERNEL)
     CHANNELS: tl.constexpr = BLOCK_K // TAPS  # of a step
     TILES_N: tl.constexpr = ceil_div(C_IN, BLOCK_N)
-    tiles_m = voxel_tiles(n, size, BLOCK_M, BLOCK_W, WIDE)
-    tile_m, tile_n = grouped_order(tl.program_id(0), tiles_m, TILES_N * GROUPS, GROUP_M)
-    group = tile_n // TILES_N
-    offs_n = tile_n % TILES_N * BLOCK_N + tl.arange(0, BLOCK_N)
+    tile_m, tile_n = own_tile(n, size, TILES_N, LAYER, CONFIG, WIDE)
+    group, _, offs_n = group_columns(tile_n, TILES_N, CONFIG, WIDE)
     offs_k = tl.arange(0, BLOCK_K)
-    if WIDE:
-        group = group.to(tl.int64)
-        offs_n = offs_n.to(tl.int64)
     mask_n = offs_n < C_IN
     channel_x = group * C_IN + offs_n
     w_rows = w_ptr + channel_x * (C_OUT * TAPS)
+    by = row_dividers(by_d, by_h, by_w, shift_d, shift_h, shift_w, CONFIG, WIDE)
 
-    by = None
-    if BLOCK_W == 0 and not ROWS and not WIDE:  # no rows along w: see dividers
-        by = given_dividers(by_d, by_h, by_w, shift_d, shift_h, shift_w)
     acc = tl.zeros((BLOCK_M if ROWS else BLOCK_N, BLOCK_N if ROWS else BLOCK_M), tl.float32)
     for step in range(C_OUT // CHANNELS):
         channel = widened(step * CHANNELS, WIDE)
         grad_y_tile = load_phases(
             grad_y_ptr + (group * C_OUT + channel) * grad_y_strides[1], grad_y_strides,
             tile_m, n, size, (0 - crop[0], 0 - crop[1], 0 - crop[2]), out_size, 0,
-            CHANNELS, KERNEL, STRIDE, ROWS, FACTS, BLOCK_M, BLOCK_K, BLOCK_W, WIDE, by,
+            CHANNELS, KERNEL, STRIDE, ROWS, FACTS, BLOCK_M, BLOCK_K, CONFIG.BLOCK_W, WIDE, by,
         )  # fmt: skip
         w_ptrs = w_rows[:, None] + (channel * TAPS + offs_k)[None, :]
         w_tile = tl.load(w_ptrs, mask=mask_n[:, None], other=0.0)  # (BLOCK_N, BLOCK_K)
@@ -108,10 +91,7 @@ def backward_data_shuffle_given_kernel(
     if not ROWS:
         acc = tl.trans(acc)
 
-    image, d, h, w, _ = voxels(tile_m, n, size, BLOCK_M, BLOCK_W, WIDE, by)
-    mask_m = (image < n) & inside(w, multiple(size[2], X_STEP))
-    rows = image * grad_x_strides[0] + d * grad_x_strides[2] + h * grad_x_strides[3] + w * grad_x_strides[4]
-    store_tile(grad_x_ptr, rows, channel_x * grad_x_strides[1], acc, mask_m, mask_n, VOXELS_INNER)
+    store_voxels(grad_x_ptr, grad_x_strides, tile_m, n, size, channel_x, acc, mask_n, CONFIG, WIDE, by)
 
 
 def launches(problem, config, grad_y, weight):

@@ -18,9 +18,10 @@ import triton.language as tl
 from tritonconv.kernels import triton_phases as phases
 from tritonconv.kernels import triton_tiles as tiles
 from tritonconv.kernels.targets import MULTIPROCESSORS
-from tritonconv.kernels.triton_device import aligned, given_dividers, inside, multiple, store_tile, voxel_tiles, voxels
+from tritonconv.kernels.triton_device import aligned, voxel_tiles, widened
 from tritonconv.kernels.triton_launch import accounting, multiprocessors, refusal
-from tritonconv.kernels.triton_phases import decoded, load_phases
+from tritonconv.kernels.triton_phases import load_phases
+from tritonconv.kernels.triton_shuffle import row_dividers, store_voxels, taps
 from tritonconv.kernels.triton_target import pipeline_buffers, shared_bytes
 from tritonconv.kernels.variant import Config, Variant
 from tritonconv.kernels.weight_orders import IN_INNERMOST, OUT_INNERMOST
@@ -38,46 +39,34 @@ def backward_data_shuffle_resident_kernel(
     n, d_in, h_in, w_in, d_out, h_out, w_out, d_crop, h_crop, w_crop,
     by_d, by_h, by_w, shift_d, shift_h, shift_w,
     strides,  # of grad_y, of the weight, of grad_x
-    LAYER: tl.constexpr, CONFIG: tl.constexpr, X_STEP: tl.constexpr, FACTS: tl.constexpr,
-    VOXELS_INNER: tl.constexpr, UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    LAYER: tl.constexpr, CONFIG: tl.constexpr, FACTS: tl.constexpr,
+    UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A program owns every ``num_programs``-th tile. Rows: BLOCK_M voxels; columns: input channels; depth: (tap, output
     channel), all of them in one step.
     """
-    C_IN: tl.constexpr = LAYER.C_IN
-    C_OUT: tl.constexpr = LAYER.C_OUT
     KERNEL: tl.constexpr = LAYER.KERNEL
     STRIDE: tl.constexpr = LAYER.STRIDE
-    ROWS: tl.constexpr = CONFIG.ROWS
     BLOCK_M: tl.constexpr = CONFIG.BLOCK_M
-    BLOCK_N: tl.constexpr = CONFIG.BLOCK_N
     BLOCK_K: tl.constexpr = CONFIG.BLOCK_K
     BLOCK_W: tl.constexpr = CONFIG.BLOCK_W
     grad_y_strides, w_strides, grad_x_strides = aligned(strides, UNITS)
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
-    offs_n, offs_k = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
-    if WIDE:
-        offs_n = offs_n.to(tl.int64)
-        offs_k = offs_k.to(tl.int64)
-    mask_n = offs_n < C_IN
-    tap_d, tap_h, tap_w, channel, mask_k = decoded(offs_k, C_OUT, KERNEL, ROWS)
-    tap = (tap_d * KERNEL[1] + tap_h) * KERNEL[2] + tap_w
+    offs_n, offs_k = tl.arange(0, CONFIG.BLOCK_N), tl.arange(0, BLOCK_K)
+    offs_n, offs_k = widened(offs_n, WIDE), widened(offs_k, WIDE)
+    mask_n = offs_n < LAYER.C_IN
+    tap, channel, mask_k = taps(offs_k, LAYER, CONFIG)
     w_ptrs = w_ptr + (channel * w_strides[0] + tap * w_strides[2])[:, None] + (offs_n * w_strides[1])[None, :]
     w_tile = tl.load(w_ptrs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)  # (BLOCK_K, BLOCK_N)
 
-    by = None
-    if not WIDE:
-        by = given_dividers(by_d, by_h, by_w, shift_d, shift_h, shift_w)
+    by = row_dividers(by_d, by_h, by_w, shift_d, shift_h, shift_w, CONFIG, WIDE)
     for tile in range(tl.program_id(0), voxel_tiles(n, size, BLOCK_M, BLOCK_W, WIDE), tl.num_programs(0)):
         grad_y_tile = load_phases(
             grad_y_ptr, grad_y_strides, tile, n, size, (0 - crop[0], 0 - crop[1], 0 - crop[2]), out_size, 0,
-            C_OUT, KERNEL, STRIDE, ROWS, FACTS, BLOCK_M, BLOCK_K, BLOCK_W, WIDE, by,
+            LAYER.C_OUT, KERNEL, STRIDE, CONFIG.ROWS, FACTS, BLOCK_M, BLOCK_K, BLOCK_W, WIDE, by,
         )  # fmt: skip
         acc = tl.dot(grad_y_tile, w_tile, input_precision=PRECISION)
-        image, d, h, w, _ = voxels(tile, n, size, BLOCK_M, BLOCK_W, WIDE, by)
-        mask_m = (image < n) & inside(w, multiple(size[2], X_STEP))
-        rows = image * grad_x_strides[0] + d * grad_x_strides[2] + h * grad_x_strides[3] + w * grad_x_strides[4]
-        store_tile(grad_x_ptr, rows, offs_n * grad_x_strides[1], acc, mask_m, mask_n, VOXELS_INNER)
+        store_voxels(grad_x_ptr, grad_x_strides, tile, n, size, offs_n, acc, mask_n, CONFIG, WIDE, by)
 
 
 def launches(problem, config, grad_y, weight):

@@ -25,7 +25,8 @@ from tritonconv.kernels.triton_device import aligned, dividers, inside, multiple
 from tritonconv.kernels.triton_launch import accounting, empty, geometry, precision, refusal, wide
 from tritonconv.kernels.triton_launch import launch as run
 from tritonconv.kernels.triton_partials import POINTERS, WeightGradients
-from tritonconv.kernels.triton_phases import decoded, fine_dividers, load_phases, phases_first
+from tritonconv.kernels.triton_phases import fine_dividers, load_phases, phases_first
+from tritonconv.kernels.triton_shuffle import taps
 from tritonconv.kernels.triton_target import compute_capability
 from tritonconv.kernels.triton_weights import oriented, packed
 from tritonconv.kernels.variant import Config, Variant
@@ -95,8 +96,7 @@ def fused_backward_kernel(
         split = split.to(tl.int64)
         group = group.to(tl.int64)
         offs_c = offs_c.to(tl.int64)
-    tap_d, tap_h, tap_w, channel, mask_n = decoded(offs_n, C_OUT, KERNEL, ROWS)
-    tap = (tap_d * KERNEL[1] + tap_h) * KERNEL[2] + tap_w
+    tap, channel, mask_n = taps(offs_n, LAYER, CONFIG)
     mask_w = mask_n[:, None] & (offs_c < C_IN)[None, :]
     if grad_x_ptr is not None:
         if GIVEN:  # a row (channel, tap) of the weight lies side by side

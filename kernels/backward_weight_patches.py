@@ -37,6 +37,7 @@ from tritonconv.problem import Problem
 
 LEAST_ROWS = 64  # of a product on Hopper
 MOST_SUMS = 128  # of a thread, beside the patches of two parts
+FEW_SUMS = 16  # of a thread to which the compiler gives 128 registers on sm_80, four programs of a multiprocessor
 
 
 # The strides of grad_y are specialised: without, it spills for sm_100 in NCDHW (Triton 3.9.0).
@@ -171,11 +172,17 @@ def _sums(problem: Problem, config: Config) -> int:
     return rows * config["BLOCK_N"] // (config["num_warps"] * WARP)
 
 
+def _spills(problem: Problem, config: Config) -> bool:
+    """Whether it may on sm_80: float32, and few sums beside a patch of several output channels."""
+    return problem.dtype.itemsize == 4 or (problem.c_out > 1 and _sums(problem, config) <= FEW_SUMS)
+
+
 def default(problem: Problem, device: torch.device):
     columns = patch.columns(problem)
-    if problem.dtype.itemsize == 4 and 0 < compute_capability() < 90:  # spills on sm_80
-        columns = max(16, columns // 2)
     config = _config(problem, 4 * patch.sides(problem), columns)
+    if 0 < compute_capability() < 90 and _spills(problem, config):
+        columns = max(16, columns // 2)
+        config = _config(problem, 4 * patch.sides(problem), columns)
     while patch.shared_of(problem, config, LEAST_ROWS) > shared_bytes() and columns > 16:  # of an sm_86
         columns //= 2
         config = _config(problem, 4 * patch.sides(problem), columns)

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from tritonconv.kernels import triton_depthwise as depthwise
 from tritonconv.kernels.triton_convolution import forward
-from tritonconv.kernels.triton_depthwise import add_window, filled, lanes, store_places, tile_of
+from tritonconv.kernels.triton_depthwise import add_window, begun, filled, lanes, store_places, tile_of
 from tritonconv.kernels.triton_device import axis_phase, tap_period, tap_shift
 from tritonconv.kernels.triton_epilogue import computes
 from tritonconv.kernels.triton_launch import RUN_TIME, accounting, empty, refusal
@@ -41,15 +41,13 @@ def forward_depthwise_kernel(
     columns, and PLANES planes. The depth is the taps.
     """
     C_OUT: tl.constexpr = LAYER.C_OUT
-    GROUPS: tl.constexpr = LAYER.GROUPS
     KERNEL: tl.constexpr = LAYER.KERNEL
     STRIDE: tl.constexpr = LAYER.STRIDE
     DILATION: tl.constexpr = LAYER.DILATION
-    EPILOGUE: tl.constexpr = CONFIG.EPILOGUE
     x_strides, w_strides, y_strides = strides
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     PLACES: tl.constexpr = (STRIDE[1], STRIDE[2])
-    CHANNELS: tl.constexpr = GROUPS * C_OUT
+    CHANNELS: tl.constexpr = LAYER.GROUPS * C_OUT
     count = (tl.cdiv(out_size[1], STRIDE[1]), tl.cdiv(out_size[2], STRIDE[2]))
     image, first, h, w, channel = tile_of(
         tl.program_id(0), n, count, out_size[0], PLANES, CHANNELS, BLOCK_H, BLOCK_W, BLOCK_C, WIDE
@@ -61,13 +59,8 @@ def forward_depthwise_kernel(
     x_base = x_ptr + image * x_strides[0]
     x_tile = row * x_strides[3] + column * x_strides[4] + channel // C_OUT * x_strides[1]  # (BLOCK_M, BLOCK_C)
     w_tile = w_ptr + channel // C_OUT * w_strides[0] + channel % C_OUT * w_strides[1]  # (1, BLOCK_C)
-    start = tl.zeros((BLOCK_H * BLOCK_W, BLOCK_C), tl.float32)
-    bias = 0.0
-    if bias_ptr is not None:
-        if EPILOGUE is None:
-            start += tl.load(bias_ptr + channel, mask=mask_c, other=0.0).to(tl.float32)
-        else:
-            bias = tl.load(bias_ptr + channel, mask=mask_c, other=0.0).to(tl.float32)
+    zero = tl.zeros((BLOCK_H * BLOCK_W, BLOCK_C), tl.float32)
+    start, bias = begun(zero, bias_ptr, channel, mask_c, CONFIG.EPILOGUE)
 
     SHIFT: tl.constexpr = tap_shift(STRIDE[0], DILATION[0])
     for out_plane in range(first, tl.minimum(first + PLANES, out_size[0])):
@@ -89,7 +82,7 @@ def forward_depthwise_kernel(
             residual_plane = residual_ptr + image * y_strides[0] + out_plane * y_strides[2]
         store_places(
             acc, y_plane, h, w, channel, out_size, y_strides, mask_c, PLACES, INTERLEAVE, BLOCK_H, BLOCK_W,
-            bias, residual_plane, slopes, EPILOGUE,
+            bias, residual_plane, slopes, CONFIG.EPILOGUE,
         )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ import triton.language as tl
 from tritonconv.kernels import triton_depthwise as depthwise
 from tritonconv.kernels import triton_depthwise_cells as cells
 from tritonconv.kernels.triton_convolution import forward
-from tritonconv.kernels.triton_depthwise import filled, lanes, store_places, tile_of
+from tritonconv.kernels.triton_depthwise import begun, filled, lanes, store_places, tile_of
 from tritonconv.kernels.triton_depthwise_cells import floats, gated, load_slots, load_taps, slot_masks, tap_of
 from tritonconv.kernels.triton_device import constant, inside, product
 from tritonconv.kernels.triton_epilogue import computes
@@ -60,7 +60,6 @@ def forward_depthwise_cells_kernel(
     GROUPS: tl.constexpr = LAYER.GROUPS
     KERNEL: tl.constexpr = LAYER.KERNEL
     STRIDE: tl.constexpr = LAYER.STRIDE
-    EPILOGUE: tl.constexpr = CONFIG.EPILOGUE
     x_strides, w_strides, y_strides = strides
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     SLOTS: tl.constexpr = (len(TAPS_D) // STRIDE[0], len(TAPS_H) // STRIDE[1], len(TAPS_W) // STRIDE[2])
@@ -80,13 +79,7 @@ def forward_depthwise_cells_kernel(
     x_tile = x_ptr + image * x_strides[0] + (row * x_strides[3] + column * x_strides[4] + channel * x_strides[1])
     taps = load_taps(w_ptr + channel * w_strides[0], mask_c, w_strides[2], product(KERNEL))
     zero = tl.zeros((BLOCK_H * BLOCK_W, BLOCK_C), tl.float32)
-    start = zero
-    bias = 0.0
-    if bias_ptr is not None:
-        if EPILOGUE is None:
-            start += tl.load(bias_ptr + channel, mask=mask_c, other=0.0).to(tl.float32)
-        else:
-            bias = tl.load(bias_ptr + channel, mask=mask_c, other=0.0).to(tl.float32)
+    start, bias = begun(zero, bias_ptr, channel, mask_c, CONFIG.EPILOGUE)
 
     last = tl.minimum(first + PLANES, count[0])
     plane = first + crop[0] // STRIDE[0] + FIRST[0]  # of x: slot 0 of the first cell along d
@@ -114,7 +107,7 @@ def forward_depthwise_cells_kernel(
                 sums, y_plane, h, w, channel, size=out_size, out_strides=y_strides,
                 mask_c=gated(mask_c, out_plane < out_size[0]),
                 PLACES=PLACES, INTERLEAVE=INTERLEAVE, BLOCK_H=BLOCK_H, BLOCK_W=BLOCK_W,
-                bias=bias, residual_ptr=residual_plane, slopes=slopes, EPILOGUE=EPILOGUE,
+                bias=bias, residual_ptr=residual_plane, slopes=slopes, EPILOGUE=CONFIG.EPILOGUE,
             )  # fmt: skip
 
 

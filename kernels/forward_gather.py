@@ -53,16 +53,14 @@ def forward_gather_kernel(
 ):  # fmt: skip
     C_IN: tl.constexpr = LAYER.C_IN
     C_OUT: tl.constexpr = LAYER.C_OUT
-    GROUPS: tl.constexpr = LAYER.GROUPS
     KERNEL: tl.constexpr = LAYER.KERNEL
     STRIDE: tl.constexpr = LAYER.STRIDE
     DILATION: tl.constexpr = LAYER.DILATION
-    EPILOGUE: tl.constexpr = CONFIG.EPILOGUE
     x_strides, w_strides, y_strides = aligned(strides, UNITS)
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     COLUMNS: tl.constexpr = ceil_div(C_OUT, BLOCK_N)
     tiles_m = voxel_tiles(n, out_size, BLOCK_M, BLOCK_W, WIDE)
-    tile_m, tile_n = grouped_order(tl.program_id(0), tiles_m, COLUMNS * GROUPS, GROUP_M)
+    tile_m, tile_n = grouped_order(tl.program_id(0), tiles_m, COLUMNS * LAYER.GROUPS, GROUP_M)
     image, d, h, w, mask_m = voxels(tile_m, n, out_size, BLOCK_M, BLOCK_W, WIDE)
     group = widened(tile_n // COLUMNS, WIDE)
     offs_n = widened(tile_n % COLUMNS * BLOCK_N + tl.arange(0, BLOCK_N), WIDE)
@@ -96,11 +94,12 @@ def forward_gather_kernel(
 
     channel = group * C_OUT + offs_n
     if bias_ptr is not None:
-        acc = with_bias(acc, tl.load(bias_ptr + channel, mask=mask_n, other=0.0), y_ptr, EPILOGUE)
+        acc = with_bias(acc, tl.load(bias_ptr + channel, mask=mask_n, other=0.0), y_ptr, CONFIG.EPILOGUE)
     rows = offset(y_strides, image, 0, d, h, w)  # (BLOCK_M,)
     store_outputs(
-        y_ptr, y_strides, rows, channel, acc, mask_m, mask_n, CONFIG.VOXELS_INNER, residual_ptr, slopes, EPILOGUE
-    )
+        y_ptr, y_strides, rows, channel, acc, mask_m, mask_n, CONFIG.VOXELS_INNER, residual_ptr, slopes,
+        CONFIG.EPILOGUE,
+    )  # fmt: skip
 
 
 def programs(problem, config) -> int:

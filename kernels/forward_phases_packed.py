@@ -45,20 +45,18 @@ from tritonconv.kernels.triton_channels_last import copying, last
 from tritonconv.kernels.triton_device import (
     aligned,
     ceil_div,
-    given_dividers,
-    grouped_order,
     inside,
     load_voxels,
     multiple,
+    offset,
     product,
-    voxel_tiles,
-    voxels,
     widened,
 )
 from tritonconv.kernels.triton_epilogue import computes, with_bias
 from tritonconv.kernels.triton_gemm import fits_a_word
 from tritonconv.kernels.triton_launch import accounting, refusal
 from tritonconv.kernels.triton_phases import column_count, decoded
+from tritonconv.kernels.triton_shuffle import cell_voxels, group_columns, own_tile, row_dividers, zero_sums
 from tritonconv.kernels.triton_store import store_phases
 from tritonconv.kernels.triton_taps import voxel_words
 from tritonconv.kernels.variant import APART, SPREADS_VOXELS, SPREADS_WEIGHT, Variant
@@ -95,17 +93,10 @@ def forward_phases_packed_kernel(
 ):  # fmt: skip
     C_IN: tl.constexpr = LAYER.C_IN
     C_OUT: tl.constexpr = LAYER.C_OUT
-    GROUPS: tl.constexpr = LAYER.GROUPS
     KERNEL: tl.constexpr = LAYER.KERNEL
     STRIDE: tl.constexpr = LAYER.STRIDE
-    ROWS: tl.constexpr = CONFIG.ROWS
-    BLOCK_M: tl.constexpr = CONFIG.BLOCK_M
-    BLOCK_N: tl.constexpr = CONFIG.BLOCK_N
     BLOCK_K: tl.constexpr = CONFIG.BLOCK_K
-    BLOCK_W: tl.constexpr = CONFIG.BLOCK_W
-    GROUP_M: tl.constexpr = CONFIG.GROUP_M
     X_STEP: tl.constexpr = CONFIG.X_STEP
-    EPILOGUE: tl.constexpr = CONFIG.EPILOGUE
     APART: tl.constexpr = CONFIG.APART
     x_strides, w_strides, y_strides = aligned(strides, UNITS)
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
@@ -115,7 +106,7 @@ def forward_phases_packed_kernel(
     DEPTH: tl.constexpr = depth_of(WINDOW, C_IN, APART)
     CHANNELS_LAST: tl.constexpr = UNITS[0][1] == 0
     PLACES: tl.constexpr = places_of(WINDOW, C_IN, BLOCK_K, APART)
-    TILES_N: tl.constexpr = ceil_div(column_count(CELL, C_OUT, ROWS), BLOCK_N)
+    TILES_N: tl.constexpr = ceil_div(column_count(CELL, C_OUT, CONFIG.ROWS), CONFIG.BLOCK_N)
     crop = (crop[0], crop[1], crop[2] - SHIFT)
     # The phases of a tile side by side: they read the same voxels. The first have the most taps.
     pid = tl.program_id(0)
@@ -130,23 +121,13 @@ def forward_phases_packed_kernel(
     count_h = deltas(phi_h, KERNEL[1], STRIDE[1], WINDOW[1], APART > 1)
     count_w = deltas(phi_w, KERNEL[2], STRIDE[2], WINDOW[2], APART > 2)
     depth = count_d * count_h * count_w * C_IN
-    tiles_m = voxel_tiles(n, cells, BLOCK_M, BLOCK_W, WIDE)
-    tile_m, tile_n = grouped_order(pid // product(ALONE), tiles_m, TILES_N * GROUPS, GROUP_M)
-    group = tile_n // TILES_N
-    tile_n = tile_n % TILES_N
-    offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_k = tl.arange(0, BLOCK_K)
-    if WIDE:
-        group = group.to(tl.int64)
-        offs_k = offs_k.to(tl.int64)
-        offs_n = offs_n.to(tl.int64)
-
-    by = None
-    if BLOCK_W == 0 and not ROWS and not WIDE:  # no rows along w: see dividers
-        by = given_dividers(by_d, by_h, by_w, shift_d, shift_h, shift_w)
-    image, d, h, w, _ = voxels(tile_m, n, cells, BLOCK_M, BLOCK_W, WIDE, by)
-    d, h, w, mask_m = d + first[0], h + first[1], w + first[2], image < n
-    rows = image * x_strides[0] + d * x_strides[2] + h * x_strides[3] + w * x_strides[4]
+    tile_m, tile_n = own_tile(n, cells, TILES_N, LAYER, CONFIG, WIDE, pid, product(ALONE))
+    group, tile_n, offs_n = group_columns(tile_n, TILES_N, CONFIG, WIDE)
+    offs_k = widened(tl.arange(0, BLOCK_K), WIDE)
+    by = row_dividers(by_d, by_h, by_w, shift_d, shift_h, shift_w, CONFIG, WIDE)
+    image, d, h, w = cell_voxels(tile_m, n, cells, first, CONFIG, WIDE, by)
+    mask_m = image < n
+    rows = offset(x_strides, image, 0, d, h, w)
     width = multiple(size[2], X_STEP)
     # Neighbours along w have one mask only where the compiler sees comparisons with the width, and wide loads only
     # where no delta moves them.
@@ -158,7 +139,7 @@ def forward_phases_packed_kernel(
             d - (WINDOW[0] - 1), h - (WINDOW[1] - 1), w - (WINDOW[2] - 1 - LATE), mask_m, size, WINDOW, (1, 1, 1)
         )
 
-    phase_d, phase_h, phase_w, channel, mask_n = decoded(offs_n, C_OUT, CELL, ROWS)
+    phase_d, phase_h, phase_w, channel, mask_n = decoded(offs_n, C_OUT, CELL, CONFIG.ROWS)
     phase_d, phase_h, phase_w = phase_d + phi_d, phase_h + phi_h, phase_w + (phi_w + SHIFT)
     phase_tap = (phase_d * KERNEL[1] + phase_h) * KERNEL[2] + phase_w
     columns = channel * w_strides[1] + phase_tap * w_strides[2]
@@ -171,7 +152,7 @@ def forward_phases_packed_kernel(
     x_offsets = rows[:, None] + x_lanes[None, :]  # (BLOCK_M, BLOCK_K)
     w_offsets = w_lanes[:, None] + columns[None, :]  # (BLOCK_K, BLOCK_N)
 
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    acc = zero_sums(CONFIG)
     steps = tl.cdiv(depth, BLOCK_K)
     MANY: tl.constexpr = product(WINDOW) > 1 and product(WINDOW) * C_IN > 2 * BLOCK_K
     if MANY and CHANNELS_LAST and one_depth(KERNEL, STRIDE, APART):
@@ -233,7 +214,7 @@ def forward_phases_packed_kernel(
 
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + group * C_OUT + channel, mask=mask_n, other=0.0)
-        acc = with_bias(acc, bias, y_ptr, EPILOGUE)
+        acc = with_bias(acc, bias, y_ptr, CONFIG.EPILOGUE)
     origin = (
         first[0] * STRIDE[0] + phi_d - crop[0],
         first[1] * STRIDE[1] + phi_h - crop[1],
@@ -241,7 +222,7 @@ def forward_phases_packed_kernel(
     )
     store_phases(
         acc, y_ptr, group * C_OUT, y_strides, tile_m, n, cells, origin, out_size, tile_n,
-        C_OUT, CELL, STRIDE, ROWS, FACTS, BLOCK_M, BLOCK_N, BLOCK_W, WIDE, by, residual_ptr, slopes, EPILOGUE,
+        C_OUT, CELL, STRIDE, FACTS, CONFIG, WIDE, by, residual_ptr, slopes,
     )  # fmt: skip
 
 

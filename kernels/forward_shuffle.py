@@ -11,21 +11,11 @@ import triton
 import triton.language as tl
 
 from tritonconv.kernels import triton_phases as phases
-from tritonconv.kernels.triton_device import (
-    aligned,
-    ceil_div,
-    given_dividers,
-    grouped_order,
-    inside,
-    load_voxels,
-    multiple,
-    product,
-    voxel_tiles,
-    voxels,
-)
+from tritonconv.kernels.triton_device import aligned, ceil_div, load_voxels, product, widened
 from tritonconv.kernels.triton_epilogue import computes, with_bias
 from tritonconv.kernels.triton_launch import accounting, refusal
-from tritonconv.kernels.triton_phases import cells_of, column_count, decoded
+from tritonconv.kernels.triton_phases import cells_of, column_count
+from tritonconv.kernels.triton_shuffle import cell_rows, group_columns, own_tile, phase_taps, row_dividers, zero_sums
 from tritonconv.kernels.triton_store import store_phases
 from tritonconv.kernels.variant import Variant
 from tritonconv.kernels.work import Work
@@ -50,51 +40,26 @@ def forward_shuffle_kernel(
     """
     C_IN: tl.constexpr = LAYER.C_IN
     C_OUT: tl.constexpr = LAYER.C_OUT
-    GROUPS: tl.constexpr = LAYER.GROUPS
-    KERNEL: tl.constexpr = LAYER.KERNEL
     STRIDE: tl.constexpr = LAYER.STRIDE
-    ROWS: tl.constexpr = CONFIG.ROWS
-    BLOCK_M: tl.constexpr = CONFIG.BLOCK_M
-    BLOCK_N: tl.constexpr = CONFIG.BLOCK_N
     BLOCK_K: tl.constexpr = CONFIG.BLOCK_K
-    BLOCK_W: tl.constexpr = CONFIG.BLOCK_W
-    GROUP_M: tl.constexpr = CONFIG.GROUP_M
-    X_STEP: tl.constexpr = CONFIG.X_STEP
-    EPILOGUE: tl.constexpr = CONFIG.EPILOGUE
     x_strides, w_strides, y_strides = aligned(strides, UNITS)
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
-    TILES_N: tl.constexpr = ceil_div(column_count(STRIDE, C_OUT, ROWS), BLOCK_N)
+    TILES_N: tl.constexpr = ceil_div(column_count(STRIDE, C_OUT, CONFIG.ROWS), CONFIG.BLOCK_N)
     cells, first = cells_of(crop, out_size, STRIDE)
-    tiles_m = voxel_tiles(n, cells, BLOCK_M, BLOCK_W, WIDE)
-    tile_m, tile_n = grouped_order(tl.program_id(0), tiles_m, TILES_N * GROUPS, GROUP_M)
-    group = tile_n // TILES_N
-    tile_n = tile_n % TILES_N
-    offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_k = tl.arange(0, BLOCK_K)
-    if WIDE:
-        group = group.to(tl.int64)
-        offs_k = offs_k.to(tl.int64)
-        offs_n = offs_n.to(tl.int64)
-
-    by = None
-    if BLOCK_W == 0 and not ROWS and not WIDE:  # no rows along w: see dividers
-        by = given_dividers(by_d, by_h, by_w, shift_d, shift_h, shift_w)
-    image, d, h, w, _ = voxels(tile_m, n, cells, BLOCK_M, BLOCK_W, WIDE, by)
-    d, h, w = d + first[0], h + first[1], w + first[2]
-    mask_m = (image < n) & inside(d, size[0]) & inside(h, size[1]) & inside(w, multiple(size[2], X_STEP))
-    rows = image * x_strides[0] + d * x_strides[2] + h * x_strides[3] + w * x_strides[4]
+    tile_m, tile_n = own_tile(n, cells, TILES_N, LAYER, CONFIG, WIDE)
+    group, tile_n, offs_n = group_columns(tile_n, TILES_N, CONFIG, WIDE)
+    offs_k = widened(tl.arange(0, BLOCK_K), WIDE)
+    by = row_dividers(by_d, by_h, by_w, shift_d, shift_h, shift_w, CONFIG, WIDE)
+    rows, mask_m = cell_rows(tile_m, n, cells, first, size, x_strides, CONFIG, WIDE, by)
     x_rows = x_ptr + group * C_IN * x_strides[1] + rows
-
-    phase_d, phase_h, phase_w, channel, mask_n = decoded(offs_n, C_OUT, STRIDE, ROWS)
-    tapped = mask_n & (phase_d < KERNEL[0]) & (phase_h < KERNEL[1]) & (phase_w < KERNEL[2])
-    tap = (phase_d * KERNEL[1] + phase_h) * KERNEL[2] + phase_w
+    tap, channel, mask_n, tapped = phase_taps(offs_n, LAYER, CONFIG)
     columns = channel * w_strides[1] + tap * w_strides[2]
     w_columns = w_ptr + group * C_IN * w_strides[0] + columns
 
     steps = tl.cdiv(C_IN, BLOCK_K)
-    if product(KERNEL) != product(STRIDE):  # a tile of columns without any tap is bias alone
+    if product(LAYER.KERNEL) != product(STRIDE):  # a tile of columns without any tap is bias alone
         steps = steps * tl.max(tapped.to(tl.int32), axis=0)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    acc = zero_sums(CONFIG)
     for step in range(steps):
         k = step * BLOCK_K + offs_k
         x_mask = mask_m[:, None]
@@ -109,11 +74,11 @@ def forward_shuffle_kernel(
 
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + group * C_OUT + channel, mask=mask_n, other=0.0)
-        acc = with_bias(acc, bias, y_ptr, EPILOGUE)
+        acc = with_bias(acc, bias, y_ptr, CONFIG.EPILOGUE)
     origin = (first[0] * STRIDE[0] - crop[0], first[1] * STRIDE[1] - crop[1], first[2] * STRIDE[2] - crop[2])
     store_phases(
         acc, y_ptr, group * C_OUT, y_strides, tile_m, n, cells, origin, out_size, tile_n,
-        C_OUT, STRIDE, STRIDE, ROWS, FACTS, BLOCK_M, BLOCK_N, BLOCK_W, WIDE, by, residual_ptr, slopes, EPILOGUE,
+        C_OUT, STRIDE, STRIDE, FACTS, CONFIG, WIDE, by, residual_ptr, slopes,
     )  # fmt: skip
 
 

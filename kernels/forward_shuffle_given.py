@@ -20,20 +20,11 @@ from tritonconv.kernels import forward_shuffle
 from tritonconv.kernels import triton_phases as phases
 from tritonconv.kernels import triton_tiles as tiles
 from tritonconv.kernels.targets import MULTIPROCESSORS
-from tritonconv.kernels.triton_device import (
-    aligned,
-    given_dividers,
-    grouped_order,
-    inside,
-    load_voxels,
-    multiple,
-    product,
-    voxel_tiles,
-    voxels,
-)
+from tritonconv.kernels.triton_device import aligned, load_voxels, product, widened
 from tritonconv.kernels.triton_epilogue import computes, with_bias
 from tritonconv.kernels.triton_launch import accounting, refusal
 from tritonconv.kernels.triton_phases import cells_of, phases_first
+from tritonconv.kernels.triton_shuffle import cell_rows, own_tile, row_dividers, zero_sums
 from tritonconv.kernels.triton_store import store_phases
 from tritonconv.kernels.variant import Config, Variant
 from tritonconv.kernels.work import Work, size_of
@@ -62,45 +53,27 @@ def forward_shuffle_given_kernel(
     """
     C_IN: tl.constexpr = LAYER.C_IN
     C_OUT: tl.constexpr = LAYER.C_OUT
-    GROUPS: tl.constexpr = LAYER.GROUPS
     KERNEL: tl.constexpr = LAYER.KERNEL
     STRIDE: tl.constexpr = LAYER.STRIDE
-    ROWS: tl.constexpr = CONFIG.ROWS
-    BLOCK_M: tl.constexpr = CONFIG.BLOCK_M
     BLOCK_N: tl.constexpr = CONFIG.BLOCK_N
     BLOCK_K: tl.constexpr = CONFIG.BLOCK_K
-    BLOCK_W: tl.constexpr = CONFIG.BLOCK_W
-    GROUP_M: tl.constexpr = CONFIG.GROUP_M
-    X_STEP: tl.constexpr = CONFIG.X_STEP
-    EPILOGUE: tl.constexpr = CONFIG.EPILOGUE
     x_strides, y_strides = aligned(strides, UNITS)
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     TAPS: tl.constexpr = product(KERNEL)
     CHANNELS: tl.constexpr = BLOCK_N // TAPS  # of a tile
     TILES_N: tl.constexpr = C_OUT // CHANNELS
     cells, first = cells_of(crop, out_size, STRIDE)
-    tiles_m = voxel_tiles(n, cells, BLOCK_M, BLOCK_W, WIDE)
-    tile_m, tile_n = grouped_order(tl.program_id(0), tiles_m, TILES_N * GROUPS, GROUP_M)
-    group = tile_n // TILES_N
-    channel = tile_n * CHANNELS  # the first one of the tile, in all of y
+    tile_m, tile_n = own_tile(n, cells, TILES_N, LAYER, CONFIG, WIDE)
+    group = widened(tile_n // TILES_N, WIDE)
+    channel = widened(tile_n * CHANNELS, WIDE)  # the first one of the tile, in all of y
     offs_n = tl.arange(0, BLOCK_N)
-    offs_k = tl.arange(0, BLOCK_K)
-    if WIDE:
-        group = group.to(tl.int64)
-        channel = channel.to(tl.int64)
-        offs_k = offs_k.to(tl.int64)
-
-    by = None
-    if BLOCK_W == 0 and not ROWS and not WIDE:  # no rows along w: see dividers
-        by = given_dividers(by_d, by_h, by_w, shift_d, shift_h, shift_w)
-    image, d, h, w, _ = voxels(tile_m, n, cells, BLOCK_M, BLOCK_W, WIDE, by)
-    d, h, w = d + first[0], h + first[1], w + first[2]
-    mask_m = (image < n) & inside(d, size[0]) & inside(h, size[1]) & inside(w, multiple(size[2], X_STEP))
-    rows = image * x_strides[0] + d * x_strides[2] + h * x_strides[3] + w * x_strides[4]
+    offs_k = widened(tl.arange(0, BLOCK_K), WIDE)
+    by = row_dividers(by_d, by_h, by_w, shift_d, shift_h, shift_w, CONFIG, WIDE)
+    rows, mask_m = cell_rows(tile_m, n, cells, first, size, x_strides, CONFIG, WIDE, by)
     x_rows = x_ptr + group * C_IN * x_strides[1] + rows
     w_columns = w_ptr + (group * C_IN * C_OUT + channel % C_OUT) * TAPS + offs_n
 
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    acc = zero_sums(CONFIG)
     for step in range(tl.cdiv(C_IN, BLOCK_K)):
         k = step * BLOCK_K + offs_k
         mask_k = (k < C_IN) | (C_IN % BLOCK_K == 0)
@@ -111,13 +84,13 @@ def forward_shuffle_given_kernel(
         acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)
 
     if bias_ptr is not None:
-        acc = with_bias(acc, tl.load(bias_ptr + channel + offs_n // TAPS), y_ptr, EPILOGUE)
+        acc = with_bias(acc, tl.load(bias_ptr + channel + offs_n // TAPS), y_ptr, CONFIG.EPILOGUE)
     origin = (first[0] * STRIDE[0] - crop[0], first[1] * STRIDE[1] - crop[1], first[2] * STRIDE[2] - crop[2])
-    if EPILOGUE is None:  # half the bytes to exchange
+    if CONFIG.EPILOGUE is None:  # half the bytes to exchange
         acc = acc.to(y_ptr.dtype.element_ty)
     store_phases(
-        phases_first(acc, KERNEL, ROWS), y_ptr, channel, y_strides, tile_m, n, cells, origin, out_size, 0,
-        CHANNELS, STRIDE, STRIDE, ROWS, FACTS, BLOCK_M, BLOCK_N, BLOCK_W, WIDE, by, residual_ptr, slopes, EPILOGUE,
+        phases_first(acc, KERNEL, CONFIG.ROWS), y_ptr, channel, y_strides, tile_m, n, cells, origin, out_size, 0,
+        CHANNELS, STRIDE, STRIDE, FACTS, CONFIG, WIDE, by, residual_ptr, slopes,
     )  # fmt: skip
 
 

@@ -17,20 +17,11 @@ from tritonconv.kernels import forward_shuffle
 from tritonconv.kernels import triton_phases as phases
 from tritonconv.kernels import triton_tiles as tiles
 from tritonconv.kernels.targets import MULTIPROCESSORS
-from tritonconv.kernels.triton_device import (
-    aligned,
-    ceil_div,
-    given_dividers,
-    inside,
-    load_voxels,
-    multiple,
-    voxel_tiles,
-    voxels,
-    widened,
-)
+from tritonconv.kernels.triton_device import aligned, ceil_div, load_voxels, voxel_tiles, widened
 from tritonconv.kernels.triton_epilogue import computes, with_bias
 from tritonconv.kernels.triton_launch import accounting, multiprocessors
-from tritonconv.kernels.triton_phases import cells_of, column_count, decoded
+from tritonconv.kernels.triton_phases import cells_of, column_count
+from tritonconv.kernels.triton_shuffle import cell_rows, phase_taps, row_dividers
 from tritonconv.kernels.triton_store import store_phases
 from tritonconv.kernels.variant import Config, Variant
 from tritonconv.kernels.work import Work, size_of
@@ -57,43 +48,30 @@ def forward_shuffle_resident_kernel(
     """
     C_IN: tl.constexpr = LAYER.C_IN
     C_OUT: tl.constexpr = LAYER.C_OUT
-    KERNEL: tl.constexpr = LAYER.KERNEL
     STRIDE: tl.constexpr = LAYER.STRIDE
-    ROWS: tl.constexpr = CONFIG.ROWS
-    BLOCK_M: tl.constexpr = CONFIG.BLOCK_M
     BLOCK_N: tl.constexpr = CONFIG.BLOCK_N
     BLOCK_K: tl.constexpr = CONFIG.BLOCK_K
-    BLOCK_W: tl.constexpr = CONFIG.BLOCK_W
-    X_STEP: tl.constexpr = CONFIG.X_STEP
-    EPILOGUE: tl.constexpr = CONFIG.EPILOGUE
     x_strides, w_strides, y_strides = aligned(strides, UNITS)
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
-    TILES_N: tl.constexpr = ceil_div(column_count(STRIDE, C_OUT, ROWS), BLOCK_N)
+    TILES_N: tl.constexpr = ceil_div(column_count(STRIDE, C_OUT, CONFIG.ROWS), BLOCK_N)
     cells, first = cells_of(crop, out_size, STRIDE)
     origin = (first[0] * STRIDE[0] - crop[0], first[1] * STRIDE[1] - crop[1], first[2] * STRIDE[2] - crop[2])
-    tiles_m = voxel_tiles(n, cells, BLOCK_M, BLOCK_W, WIDE)
+    tiles_m = voxel_tiles(n, cells, CONFIG.BLOCK_M, CONFIG.BLOCK_W, WIDE)
     tile_n = tl.program_id(0) % TILES_N
     offs_n = widened(tile_n * BLOCK_N + tl.arange(0, BLOCK_N), WIDE)
     offs_k = widened(tl.arange(0, BLOCK_K), WIDE)
     mask_k = offs_k < C_IN
 
-    phase_d, phase_h, phase_w, channel, mask_n = decoded(offs_n, C_OUT, STRIDE, ROWS)
-    tapped = mask_n & (phase_d < KERNEL[0]) & (phase_h < KERNEL[1]) & (phase_w < KERNEL[2])
-    tap = (phase_d * KERNEL[1] + phase_h) * KERNEL[2] + phase_w
+    tap, channel, mask_n, tapped = phase_taps(offs_n, LAYER, CONFIG)
     columns = channel * w_strides[1] + tap * w_strides[2]
     w_ptrs = w_ptr + columns[None, :] + (offs_k * w_strides[0])[:, None]
     w_tile = tl.load(w_ptrs, mask=tapped[None, :] & mask_k[:, None], other=0.0)  # (BLOCK_K, BLOCK_N)
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + channel, mask=mask_n, other=0.0).to(tl.float32)
 
-    by = None
-    if BLOCK_W == 0 and not ROWS and not WIDE:  # no rows along w: see dividers
-        by = given_dividers(by_d, by_h, by_w, shift_d, shift_h, shift_w)
+    by = row_dividers(by_d, by_h, by_w, shift_d, shift_h, shift_w, CONFIG, WIDE)
     for tile_m in range(tl.program_id(0) // TILES_N, tiles_m, tl.num_programs(0) // TILES_N):
-        image, d, h, w, _ = voxels(tile_m, n, cells, BLOCK_M, BLOCK_W, WIDE, by)
-        d, h, w = d + first[0], h + first[1], w + first[2]
-        mask_m = (image < n) & inside(d, size[0]) & inside(h, size[1]) & inside(w, multiple(size[2], X_STEP))
-        rows = image * x_strides[0] + d * x_strides[2] + h * x_strides[3] + w * x_strides[4]
+        rows, mask_m = cell_rows(tile_m, n, cells, first, size, x_strides, CONFIG, WIDE, by)
         x_mask = mask_m[:, None]
         if C_IN != BLOCK_K:
             x_mask = x_mask & mask_k[None, :]
@@ -101,10 +79,10 @@ def forward_shuffle_resident_kernel(
         x_tile = load_voxels(x_ptrs, x_mask, CONFIG.X_VOXELS_INNER)
         acc = tl.dot(x_tile, w_tile, input_precision=PRECISION)  # (BLOCK_M, BLOCK_K) x (BLOCK_K, BLOCK_N)
         if bias_ptr is not None:
-            acc = with_bias(acc, bias, y_ptr, EPILOGUE)
+            acc = with_bias(acc, bias, y_ptr, CONFIG.EPILOGUE)
         store_phases(
             acc, y_ptr, 0, y_strides, tile_m, n, cells, origin, out_size, tile_n,
-            C_OUT, STRIDE, STRIDE, ROWS, FACTS, BLOCK_M, BLOCK_N, BLOCK_W, WIDE, by, residual_ptr, slopes, EPILOGUE,
+            C_OUT, STRIDE, STRIDE, FACTS, CONFIG, WIDE, by, residual_ptr, slopes,
         )  # fmt: skip
 
 

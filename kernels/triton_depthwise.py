@@ -229,6 +229,19 @@ def store_places(acc, out_ptr, h, w, channel, size, out_strides, mask_c,
                 tl.store(out_ptr + offsets, tile, mask=mask)
 
 
+@triton.jit
+def begun(zero, bias_ptr, channel, mask_c, EPILOGUE: tl.constexpr):
+    """The first value of an output's sums, like ``zero``, and the bias that :func:`store_places` adds."""
+    start, bias = zero, 0.0
+    if bias_ptr is not None:
+        value = tl.load(bias_ptr + channel, mask=mask_c, other=0.0).to(tl.float32)
+        if EPILOGUE is None:
+            start += value
+        else:
+            bias = value
+    return start, bias
+
+
 def refused(problem: Problem) -> str | None:
     """Why the problem is not one for the depthwise kernels."""
     if problem.c_in != problem.groups:

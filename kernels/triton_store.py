@@ -38,17 +38,20 @@ def store_outputs(
 def store_phases(
     acc,  # (BLOCK_M, BLOCK_N)
     y_ptr, first_channel, strides, tile, n, cells, origin, out_size, tile_n,
-    CHANNELS: tl.constexpr, PHASES: tl.constexpr, STRIDE: tl.constexpr, ROWS: tl.constexpr, FACTS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, WIDE: tl.constexpr,
-    by=None,  # what the voxels are divided by: dividers of the cells, fine_dividers with ROWS
-    residual_ptr=None, slopes=None, EPILOGUE: tl.constexpr = None,
+    CHANNELS: tl.constexpr, PHASES: tl.constexpr, STRIDE: tl.constexpr, FACTS: tl.constexpr,
+    CONFIG: tl.constexpr, WIDE: tl.constexpr,
+    by,  # what the voxels are divided by: dividers of the cells, fine_dividers with ROWS
+    residual_ptr, slopes,
 ):  # fmt: skip
     """Writes the outputs of a tile, of CHANNELS from ``first_channel`` on, rounded once."""
-    SPAN: tl.constexpr = span(PHASES, ROWS)
+    BLOCK_M: tl.constexpr = CONFIG.BLOCK_M
+    BLOCK_N: tl.constexpr = CONFIG.BLOCK_N
+    EPILOGUE: tl.constexpr = CONFIG.EPILOGUE
+    SPAN: tl.constexpr = span(PHASES, CONFIG.ROWS)
     y_ptr += first_channel * strides[1]
     offsets, mask, channel = places(
-        strides, tile, n, cells, origin, out_size, tile_n, CHANNELS, PHASES, STRIDE, ROWS, FACTS,
-        BLOCK_M, BLOCK_N, BLOCK_W, WIDE, by,
+        strides, tile, n, cells, origin, out_size, tile_n, CHANNELS, PHASES, STRIDE, CONFIG.ROWS, FACTS,
+        BLOCK_M, BLOCK_N, CONFIG.BLOCK_W, WIDE, by,
     )  # fmt: skip
     y_tile = acc
     if EPILOGUE is None:

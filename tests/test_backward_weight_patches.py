@@ -54,3 +54,20 @@ def test_x_is_read_once():
     splitk = variant("backward_weight_splitk")
     theirs = splitk.work(problem, splitk.default(problem, torch.device("cuda")))
     assert counts.cache_bytes < theirs.cache_bytes and counts.instructions < theirs.instructions
+
+
+def test_the_default_has_fewer_columns_where_as_many_spill(monkeypatch):
+    """On sm_80: in float32, and where a thread has few sums beside a patch of several channels."""
+    layers = {name: Case(n=32, channels=channels, size=32, kernel=taps, stride=2) for name, channels, taps in (
+        ("one channel", (32, 1), 4), ("two", (32, 2), 3), ("two, more sums", (64, 2), 3), ("in parts", (240, 3), 4),
+    )}  # fmt: skip
+    monkeypatch.setattr("tritonconv.kernels.backward_weight_patches.shared_bytes", lambda: 160 * 1024)
+    elsewhere = 32, 32, 64, 128
+    for capability, float32, columns in ((80, 16, (32, 16, 64, 128)), (90, 32, elsewhere), (100, 32, elsewhere)):
+        monkeypatch.setattr(
+            "tritonconv.kernels.backward_weight_patches.compute_capability", lambda found=capability: found
+        )
+        halves = (case.problem(torch.bfloat16, "ndhwc") for case in layers.values())
+        assert tuple(RECORD.default(each, torch.device("cuda"))["BLOCK_N"] for each in halves) == columns
+        problem = layers["one channel"].problem(torch.float32, "ndhwc")
+        assert RECORD.default(problem, torch.device("cuda"))["BLOCK_N"] == float32
