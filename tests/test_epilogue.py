@@ -291,6 +291,14 @@ def test_a_compiled_call_is_one_graph():
         torch.testing.assert_close(mine, own, rtol=1e-4, atol=1e-4)
 
 
+def test_slopes_of_a_parameter_in_a_graph_whose_sizes_are_symbolic():
+    """Their size is a number there, and y's channels are a symbol: torch.compile finds no number among symbols."""
+    x, weight, slopes = torch.randn(1, 2, 1, 1, 2), torch.randn(2, 6, 2, 2, 2), torch.nn.Parameter(SLOPES.clone())
+    compiled = torch.compile(tritonconv.conv_transpose3d, backend="eager", fullgraph=True, dynamic=True)
+    y = compiled(x, weight, activation=("prelu", slopes))
+    assert torch.equal(y, F.prelu(torch.conv_transpose3d(x, weight), slopes))
+
+
 # ------------------------------------------------------------------ refusals
 
 

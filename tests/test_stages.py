@@ -19,7 +19,7 @@ from tritonconv.epilogue import ACTIVATIONS, Epilogue
 from tritonconv.kernels.registry import have_triton, variant
 from tritonconv.kernels.work import bytes_spared
 from tritonconv.lab import cli
-from tritonconv.lab.bench import contestants, operations, schema, stages, summary
+from tritonconv.lab.bench import conduct, contestants, gate, operations, schema, stages, summary
 from tritonconv.lab.bench.case import Case
 from tritonconv.lab.bench.contestants import contestant
 from tritonconv.lab.bench.progress import Progress
@@ -33,6 +33,7 @@ UP = Problem(1, 4, 3, (3, 4, 5), (2, 2, 2), (2, 2, 2), (0, 0, 0), (6, 8, 10), bi
 BOTH = Epilogue("relu", residual=True)
 WITH = replace(UP, epilogue=BOTH)
 LEAKY = Epilogue("leaky_relu", 0.3)
+STEP = "forward_backward"
 
 
 @pytest.fixture(autouse=True)
@@ -171,6 +172,61 @@ def test_the_gate_holds_each_epilogue_against_float64(layout, monkeypatch):
     assert not contestant("tritonconv", None, Case(WITH, CPU), "forward", True).verdict.ok
 
 
+def outputs_of(case: Case) -> dict[str, torch.Tensor]:
+    """Of torch's training step, those that there are."""
+    found = zip(gate.OUTPUTS[STEP], case.torch(STEP)(), strict=False)
+    return {name: each for name, each in found if each is not None}
+
+
+@pytest.mark.parametrize("layout", ["ncdhw", "ndhwc"])
+def test_the_gate_holds_each_training_step_against_float64(layout):
+    for epilogue in (*EPILOGUES, Epilogue("tanh", residual=True)):
+        case = Case(replace(UP, epilogue=epilogue, layout=layout), CPU)
+        for name in ("torch", "tritonconv"):
+            assert contestant(name, None, case, STEP, True).verdict.ok, epilogue
+        outputs = outputs_of(case)
+        beside = epilogue.residual and epilogue.activation is not None  # else grad_y itself
+        assert ("grad_beside" in outputs, "grad_slopes" in outputs) == (beside, epilogue.activation == "prelu")
+        assert set(case.exact(STEP)) == set(outputs)
+        for name, output in outputs.items():  # by the pieces of a large problem too
+            assert case.judge(STEP)._distances(name, [output])[1][0] < 1e-4, name
+
+
+def test_no_gradient_is_held_to_a_side_of_a_kink():
+    """In bfloat16 a tenth of z is rounded to another side than float64's, or near enough to be."""
+    half = replace(UP, epilogue=BOTH, dtype=torch.bfloat16)
+    drawn = Case(half, CPU).tensors.grad_y
+    assert 0.01 < (drawn == 0).float().mean() < 0.3
+    assert (Case(replace(half, epilogue=Epilogue("gelu")), CPU).tensors.grad_y != 0).all()
+    operands = conduct.Operands(Case(half, CPU).tensors)
+    case = Case(half, CPU)
+    assert contestant("tritonconv", None, case, STEP, True).verdict.ok
+    assert case.put_back() == "" and torch.equal(case.tensors.grad_y, drawn)
+    operands.restore()
+
+
+@pytest.mark.parametrize("epilogue", [BOTH, Epilogue("prelu"), Epilogue("gelu"), stages.CONCAT], ids=str)
+def test_a_wrong_gradient_of_a_training_step_is_found(epilogue, monkeypatch):
+    right, names = operations.our_operation, ["x", "weight", "bias"]
+    names += ["beside"] * epilogue.residual + ["slopes"] * (epilogue.activation == "prelu")
+    for name in names:
+
+        def operation_of(problem, t, name=name):
+            if not t.x.requires_grad:
+                return right(problem, t)
+
+            def operation(*operands):
+                own = getattr(t, name)
+                other = replace(t, **{name: 2 * own - own.detach()})  # the same value, twice the gradient
+                return right(problem, other)(other.x, other.weight, other.bias, *operands[3:])
+
+            return operation
+
+        monkeypatch.setattr(contestants, "our_operation", operation_of)
+        verdict = contestant("tritonconv", None, Case(replace(UP, epilogue=epilogue), CPU), STEP, True).verdict
+        assert not verdict.ok and verdict.output == f"grad_{name}", (name, verdict)
+
+
 def test_the_named_layers():
     named = {each.name: str(each.epilogue) for each in workloads(stages.SUITE)}
     assert named == {
@@ -193,21 +249,24 @@ def test_rows_of_an_epilogue_are_apart_from_those_of_plain_layers(tmp_path, caps
     _, found = run(tmp_path, tiny, *stages.with_epilogue((tiny,), BOTH), layouts=("ndhwc",))
     apart, columns = found.of_stages(), schema.EPILOGUE.replace("?", "").split()
     assert {row["layer"] for row in found.of_models()} == {"tiny"} and len(found.of_models()) == 4
-    assert [row["variant"] for row in apart] == ["torch", "tritonconv"]
+    cells = [(name, variant) for name in ("forward", STEP) for variant in ("torch", "tritonconv")]
+    assert [(row["pass"], row["variant"]) for row in apart] == cells
     for row in apart:
-        assert (row["layer"], row["pass"]) == ("tiny+residual+relu", "forward")
+        assert row["layer"] == "tiny+residual+relu"
         assert [row[name] for name in columns[:4]] == ["residual + relu", "relu", True, None]
         problem = tiny.problem()
         y_bytes = 4 * torch.Size(problem.y_shape).numel()
-        assert row["bytes"] == problem.bytes() + y_bytes and row["spared_bytes"] == 4 * y_bytes
+        plain = [problem.bytes(name) for name in (PASSES if row["pass"] == STEP else PASSES[:1])]
+        assert row["bytes"] == sum(plain) + y_bytes and row["spared_bytes"] == 4 * y_bytes
         schema.check({name: value for name, value in row.items() if name not in columns})
         with pytest.raises(ValueError, match="spared_bytes"):
             schema.check({name: value for name, value in row.items() if name != "spared_bytes"})
     assert {row["layer"] for group in summary.groups(found.results) for row in group.rows} == {"tiny"}
     assert "against torch's separate operations" in summary.summary(found)
-    assert "tiny+residual+relu" in html._against_the_best(found) and "tiny+" not in html._means(found)
-    assert cli.main(["bench", "--only", "psmnet", "--passes", "forward_backward", "--concat"]) == 2
-    assert "forward alone" in capsys.readouterr().err
+    assert {line.split()[4] for line in summary._stages(found) if " + relu " in line} == {"forward", STEP}
+    assert html._against_the_best(found).count("tiny+residual+relu") == 2 and "tiny+" not in html._means(found)
+    assert cli.main(["bench", "--only", "psmnet", "--passes", "backward_data", "--concat"]) == 2
+    assert "only forward and forward_backward are measured" in capsys.readouterr().err
 
 
 def test_explain_says_who_computes_the_epilogue(capsys):
