@@ -13,7 +13,7 @@ from tritonconv import ArgumentError, Problem, dispatch
 from tritonconv.autotune import choose, model, store
 from tritonconv.autotune.ceilings import of_capability
 from tritonconv.autotune.key import Key, device_name
-from tritonconv.autotune.tuning import api, session
+from tritonconv.autotune.tuning import api, session, tasks
 from tritonconv.autotune.tuning.compiled_ahead import jobs_of
 from tritonconv.epilogue import ACTIVATIONS, Epilogue
 from tritonconv.kernels.registry import have_triton, variant
@@ -58,9 +58,9 @@ def test_the_forward_with_an_epilogue_has_a_key_of_its_own():
     assert len(slopes) == 1
 
 
-def stored(problem: Problem, name: str) -> None:
-    entry = store.Entry(name, {}, 1.0, 2.0, "", str(problem), "forward", "2026-11-29T00:00:00+00:00")
-    store.merge(store.Table(device_name(CPU), {str(Key.of(problem, "forward")): entry}))
+def stored(problem: Problem, name: str, pass_name: str = "forward") -> None:
+    entry = store.Entry(name, {}, 1.0, 2.0, "", str(problem), pass_name, "2026-11-29T00:00:00+00:00")
+    store.merge(store.Table(device_name(CPU), {str(Key.of(problem, pass_name)): entry}))
     dispatch.forget()
 
 
@@ -114,14 +114,31 @@ def test_a_layer_with_an_epilogue_is_tuned_as_a_whole(folder, monkeypatch):
     seen = [problem for problem, _ in api.problems_of(layer, torch.ones(UP.x_shape), torch.ones(UP.y_shape))]
     assert seen == [UP, WITH]
     report = tuning.run(session.tasks_of([WITH]), Progress())
-    assert [winner.pass_name for _, winner in report.winners] == ["forward"] and not report.errors
-    (key,) = store.own(device_name(CPU)).entries
-    assert key == str(Key.of(WITH, "forward"))
+    plain = [(UP, name) for name in PASSES]
+    assert {(task.problem, winner.pass_name) for task, winner in report.winners} == {(WITH, "forward"), *plain}
+    assert report.winners[0][0].problem == WITH and not report.errors
+    keys = {str(Key.of(*each)) for each in [(WITH, "forward"), *plain]}
+    assert set(store.own(device_name(CPU)).entries) == keys
     timed = [row for kind, row in rows if kind == "timing"]
-    assert {row["epilogue"] for row in timed} == {"residual + relu"} and len({row["variant"] for row in timed}) > 3
-    assert dispatch.plan(WITH, CPU).choice("forward").entry is not None
-    assert dispatch.plan(UP, CPU).choice("forward").entry is None
-    assert session.Session(CPU).run(session.tasks_of([WITH]), Progress()).known
+    assert {row.get("epilogue") for row in timed if row["pass"] != "forward"} == {None}
+    assert {row["epilogue"] for row in timed if "epilogue" in row} == {"residual + relu"}
+    assert len({row["variant"] for row in timed if "epilogue" in row}) > 3
+    for problem, name in [(WITH, name) for name in PASSES] + plain:
+        assert dispatch.plan(problem, CPU).choice(name).entry is not None
+    assert "the plain layer's, and take its choice: problem 1: n1 4->3" in str(report) and "(tuned too)" in str(report)
+    again = session.Session(CPU).run(session.tasks_of([WITH]), Progress())
+    assert [task.problem for task in again.known] == [WITH] and again.gradients[0].endswith("(stored)")
+
+
+def test_the_plain_layer_is_tuned_for_its_gradients_alone_where_they_have_no_entry(folder, monkeypatch):
+    stored(UP, "forward_torch_shuffle")  # the plain forward has one
+    waiting = session.Session(CPU)._distinct(session.tasks_of([WITH, replace(WITH, epilogue=LEAKY)]))[0]
+    assert [task.problem for task in waiting] == [WITH, UP, replace(WITH, epilogue=LEAKY)]
+    for name in PASSES[1:]:
+        stored(UP, f"{name}_torch_native", name)
+    assert [task.problem for task in session.Session(CPU)._distinct(session.tasks_of([WITH]))[0]] == [WITH]
+    layers = [tasks.Task(WITH, "psmnet_train_64_32+residual+relu", "stages")]
+    assert [task.layer for task in tasks.with_plain(layers)] == [layers[0].layer, "psmnet_train_64_32"]
 
 
 @pytest.mark.skipif(not have_triton(), reason="Triton is not installed")
@@ -275,6 +292,7 @@ def test_explain_says_who_computes_the_epilogue(capsys):
     text = str(tritonconv.explain(*operands, 2, activation=("leaky_relu", 0.3), residual=y, out=y))
     assert "epilogue residual + leaky_relu(0.3): torch's operations in y's memory" in text
     assert "out=: the answer is computed and copied" in text
+    assert "gradients: torch's derivative of the epilogue, then those of the plain layer" in text
     assert "--activation leaky_relu:0.01 --residual" in text
     with tritonconv.use("forward_torch_shuffle"):
         assert "out=: y is written there at once" in str(tritonconv.explain(*operands, 2, out=y))
