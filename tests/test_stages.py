@@ -19,7 +19,7 @@ from tritonconv.epilogue import ACTIVATIONS, Epilogue
 from tritonconv.kernels.registry import have_triton, variant
 from tritonconv.kernels.work import bytes_spared
 from tritonconv.lab import cli
-from tritonconv.lab.bench import conduct, contestants, gate, operations, schema, stages, summary
+from tritonconv.lab.bench import conduct, contestants, float64, gate, operations, schema, stages, summary
 from tritonconv.lab.bench.case import Case
 from tritonconv.lab.bench.contestants import contestant
 from tritonconv.lab.bench.progress import Progress
@@ -207,6 +207,21 @@ def test_the_gate_holds_each_training_step_against_float64(layout):
         assert set(case.exact(STEP)) == set(outputs)
         for name, output in outputs.items():  # by the pieces of a large problem too
             assert case.judge(STEP)._distances(name, [output])[1][0] < 1e-4, name
+
+
+@pytest.mark.parametrize("epilogue", [Epilogue("prelu", residual=True), Epilogue("silu"), stages.CONCAT], ids=str)
+def test_the_pieces_of_a_training_step_in_float64_are_the_whole(epilogue, monkeypatch):
+    case = Case(replace(UP, n=2, epilogue=epilogue, dtype=torch.float64), CPU)
+    exact, t = case.exact(STEP), case.tensors
+    monkeypatch.setattr(float64, "PIECE_ELEMENTS", 700)
+    for name, want in exact.items():
+        scale, (error,) = float64.distances(case.problem, t, name, [want])
+        assert error < 1e-12 * scale, name
+    single = case.on(replace(case.problem, dtype=torch.float32))
+    cut = float64.whole(single.problem, single.tensors, exact, float64.reference_in_tf32)
+    for name, each in cut.items():  # of TF32's ten bits; the others are no products
+        error = (each - single.exact(STEP)[name]).abs().max() / each.abs().max()
+        assert error < 1e-2 and (error > 1e-6 or name not in ("y", "grad_x", "grad_weight")), name
 
 
 def test_no_gradient_is_held_to_a_side_of_a_kink():
