@@ -112,10 +112,7 @@ def step_of(case: Case, changed: str = "", change=lambda value: value):
     def call():
         call.made += 1
         outputs = case.torch("forward_backward")()
-        return tuple(
-            change(value) if name == changed else value
-            for name, value in zip(OUTPUTS, outputs, strict=False)
-        )
+        return tuple(change(value) if name == changed else value for name, value in zip(OUTPUTS, outputs, strict=False))
 
     call.made = 0
     return call

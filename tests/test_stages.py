@@ -189,7 +189,7 @@ def test_the_gate_holds_each_epilogue_against_float64(layout, monkeypatch):
     assert not contestant("tritonconv", None, Case(WITH, CPU), "forward", True).verdict.ok
 
 
-def outputs_of(case: Case) -> dict[str, torch.Tensor]:
+def torchs_outputs(case: Case) -> dict[str, torch.Tensor]:
     """Of torch's training step, those that there are."""
     found = zip(gate.OUTPUTS[STEP], case.torch(STEP)(), strict=False)
     return {name: each for name, each in found if each is not None}
@@ -201,7 +201,7 @@ def test_the_gate_holds_each_training_step_against_float64(layout):
         case = Case(replace(UP, epilogue=epilogue, layout=layout), CPU)
         for name in ("torch", "tritonconv"):
             assert contestant(name, None, case, STEP, True).verdict.ok, epilogue
-        outputs = outputs_of(case)
+        outputs = torchs_outputs(case)
         beside = epilogue.residual and epilogue.activation is not None  # else grad_y itself
         assert ("grad_beside" in outputs, "grad_slopes" in outputs) == (beside, epilogue.activation == "prelu")
         assert set(case.exact(STEP)) == set(outputs)
@@ -218,7 +218,7 @@ def test_the_pieces_of_a_training_step_in_float64_are_the_whole(epilogue, monkey
         scale, (error,) = float64.distances(case.problem, t, name, [want])
         assert error < 1e-12 * scale, name
     single = case.on(replace(case.problem, dtype=torch.float32))
-    cut = float64.whole(single.problem, single.tensors, exact, float64.reference_in_tf32)
+    cut = float64.outputs_of(single.problem, single.tensors, exact, float64.reference_in_tf32)
     for name, each in cut.items():  # of TF32's ten bits; the others are no products
         error = (each - single.exact(STEP)[name]).abs().max() / each.abs().max()
         assert error < 1e-2 and (error > 1e-6 or name not in ("y", "grad_x", "grad_weight")), name

@@ -25,7 +25,8 @@ SHUFFLED = Case(n=1, channels=(2, 8), size=(1, 1, 3), kernel=(1, 1, 2), stride=(
 OVERLAPPED = SHUFFLED._replace(kernel=(1, 1, 3), front=(0, 0, 1), back=(0, 0, 1))
 FEW = OVERLAPPED._replace(channels=(2, 2))
 DEPTHWISE = OVERLAPPED._replace(channels=(3, 3), groups=3, kernel=(1, 3, 3), stride=(1, 2, 2))
-BOXED = OVERLAPPED._replace(channels=(16, 24))
+BOXED = OVERLAPPED._replace(n=2, channels=(16, 24))
+INFINITE = pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # 1 / inf is the 0 that is meant
 TAKING = [each.name for each in variants("forward") if each.epilogue is not None]
 
 
@@ -72,12 +73,13 @@ def near(y, z, epilogue, slopes) -> bool:
 
 def test_the_kernels_that_take_one():
     assert set(TAKING) >= {
-        "forward_boxes", "forward_depthwise", "forward_depthwise_cells", "forward_gather", "forward_overlap", "forward_overlap_planes",
-        "forward_phases", "forward_phases_packed", "forward_shuffle", "forward_shuffle_given",
+        "forward_boxes", "forward_depthwise", "forward_depthwise_cells", "forward_gather", "forward_overlap",
+        "forward_overlap_planes", "forward_phases", "forward_phases_packed", "forward_shuffle", "forward_shuffle_given",
         "forward_shuffle_resident",
     }  # fmt: skip
 
 
+@INFINITE
 @pytest.mark.parametrize("name", TAKING)
 def test_every_combination_is_rounded_once(name):
     of_kind = {kind: given(name, *kind) for kind in product((FLOAT, HALF), layouts_of(name))}
@@ -121,7 +123,7 @@ def test_torchs_rounding_has_torchs_bits(name):
     assert differs > 0
 
 
-@pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # 1 / inf is the 0 that is meant
+@INFINITE
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_an_activation_is_exact_from_small_to_large_and_keeps_a_nan(activation):
     """Near zero to its last digits, where torch's formula has them."""
@@ -225,6 +227,8 @@ def test_declined_where_others_add_up_the_sums_or_the_bits_are_torchs():
         tile = {**config, "BLOCK_M": 128, "BLOCK_N": columns, "num_warps": 4}
         assert takes(problem, tile, Epilogue("relu"))
         assert takes(problem, tile, Epilogue("gelu")) is takes(problem, tile, Epilogue(None, residual=True)) is fits
+        box = {"BLOCK_D": 2, "BLOCK_H": 8, "BLOCK_W": 8, "BLOCK_N": columns, "num_warps": 4}  # 128 voxels
+        assert variant("forward_boxes").epilogue(problem, box, Epilogue("gelu")) is fits
 
 
 def test_a_call_runs_it_in_the_kernel(monkeypatch):

@@ -23,7 +23,6 @@ class Task:
     layer: str
     suite: str
 
-
     @property
     def plain(self) -> Task:
         """Of the layer without its epilogue, whose choices its gradients take."""

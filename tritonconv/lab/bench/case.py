@@ -103,7 +103,7 @@ class Case:
         plain = replace(self.problem, layout="ncdhw")
         key = plain, reference
         if key not in self._float64:
-            self._float64[key] = float64.whole(plain, self.tensors, self.outputs, reference)
+            self._float64[key] = float64.outputs_of(plain, self.tensors, self.outputs, reference)
         return {name: self._float64[key][name] for name in gate.OUTPUTS[pass_name] if name in self._float64[key]}
 
     @cached_property

@@ -52,7 +52,8 @@ class Operands:
 
     def __init__(self, tensors: Tensors, settle: Callable[[], object] | None = None) -> None:
         self._tensors, self._step, self._whole = tensors, 0, False
-        self._settle, self._grad_y = settle, None
+        self._settle = settle
+        self._grad_y: torch.Tensor | None = None
         self._kept = []
         for each in named(tensors).values():
             flat = _flat(each)

@@ -69,9 +69,8 @@ def reference(problem: Problem, x, weight, bias, grad_y, outputs: Iterable[str])
 
 def reference_in_tf32(problem: Problem, x, weight, bias, grad_y, outputs: Iterable[str]) -> dict[str, torch.Tensor]:
     """The products of :func:`reference`, in float64, of float32 operands as the matrix units read them in TF32."""
-    x, weight, grad_y = (
-        (t.detach().to(torch.float32).view(torch.int32) >> TF32_BITS << TF32_BITS).view(torch.float32) for t in (x, weight, grad_y)
-    )
+    whole = (t.detach().to(torch.float32).view(torch.int32) for t in (x, weight, grad_y))
+    x, weight, grad_y = ((bits >> TF32_BITS << TF32_BITS).view(torch.float32) for bits in whole)
     return reference(problem, x, weight, bias, grad_y, set(outputs) - {"grad_bias"})
 
 
@@ -90,7 +89,9 @@ def distances(
     return max(largest), torch.tensor(errors, dtype=torch.float64).amax(0).tolist()  # amax keeps a NaN
 
 
-def whole(problem: Problem, t: Tensors, outputs: Iterable[str], by: Reference = reference) -> dict[str, torch.Tensor]:
+def outputs_of(
+    problem: Problem, t: Tensors, outputs: Iterable[str], by: Reference = reference
+) -> dict[str, torch.Tensor]:
     """The outputs of a problem with its epilogue: of its tensors by :func:`reference` or :func:`reference_in_tf32`."""
     wanted = set(outputs)
     if problem.epilogue is None:

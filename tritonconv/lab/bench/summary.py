@@ -142,9 +142,8 @@ def _stages(run: Run) -> list[str]:
         return []
     compiled = {_cell(row): row["median_ms"] for row in rows if row["variant"] == COMPILED}
     peaks = {_cell(row): row.get("peak_bytes") for row in run.of_stages() if row["variant"] == BASELINE}
-    lines = [
-        ["layer", "then", "pass", "dtype", "layout", "variant", "speed-up", "20th to 80th", COMPILED, "peak", "MB", "MB spared"]
-    ]
+    first = ["layer", "then", "pass", "dtype", "layout", "variant"]
+    lines = [[*first, "speed-up", "20th to 80th", COMPILED, "peak", "MB", "MB spared"]]
     for row in rows:
         interval = f"{row['speedup_p20']:.2f} to {row['speedup_p80']:.2f}"
         theirs = compiled.get(_cell(row)) if row["variant"] != COMPILED else None
