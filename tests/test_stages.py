@@ -211,6 +211,14 @@ def test_the_gate_holds_each_training_step_against_float64(layout):
             assert case.judge(STEP)._distances(name, [output])[1][0] < 1e-4, name
 
 
+@pytest.mark.parametrize("epilogue", [Epilogue("prelu", residual=True), stages.CONCAT], ids=str)
+def test_torch_compile_trains_beside_them(epilogue, monkeypatch):
+    """Its graph takes the leaves of the residual, the skip and the slopes."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    case = Case(replace(UP, epilogue=epilogue), CPU)
+    assert contestant("torch_compile", None, case, STEP, True).verdict.ok
+
+
 @pytest.mark.parametrize("epilogue", [Epilogue("prelu", residual=True), Epilogue("silu"), stages.CONCAT], ids=str)
 def test_the_pieces_of_a_training_step_in_float64_are_the_whole(epilogue, monkeypatch):
     case = Case(replace(UP, n=2, epilogue=epilogue, dtype=torch.float64), CPU)
