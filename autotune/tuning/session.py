@@ -284,9 +284,9 @@ class Session:
             row = {**head(task, timing.pass_name), **timing.row, "predicted_ms": predicted if predicted > 0 else None}
             self.write("timing" if timing.status == OK else "error", row)
 
-    def _distinct(self, tasks: Iterable[Task]) -> tuple[list[Task], list[str]]:
+    def _distinct(self, tasks: Iterable[Task]) -> tuple[list[Task], list[bool]]:
         """One task per problem; an empty output has nothing to time. Behind a layer with an epilogue comes the plain
-        one, where its gradients have no entry: the second answer says of which layers they are."""
+        one, where its gradients have no entry: the second answer says of each whether they have one."""
         asked = {task.problem: task for task in reversed(list(tasks))}
         table, found, gradients = store.read(device_name(self.device), self.folder), {}, []
         for task in reversed(asked.values()):
@@ -297,10 +297,10 @@ class Session:
                 continue
             plain = task.plain
             known = all(table.find(Key.of(plain.problem, name)) is not None for name in GRADIENTS)
-            gradients.append(f"{plain.layer} {plain.problem.layout} ({'stored' if known else 'tuned too'})")
+            gradients.append(known)
             if not known and plain.problem not in asked:
                 found.setdefault(plain.problem, plain)
-        return list(found.values()), list(dict.fromkeys(gradients))
+        return list(found.values()), gradients
 
     def _ceilings(self, name: str) -> ceilings.Ceilings:
         stored = store.read(name, self.folder).ceilings

@@ -11,7 +11,7 @@ from tritonconv.lab.bench.noise import Band, band
 from tritonconv.problem import Problem
 
 COMPLETE, BUDGET = "complete", "budget"
-TAKEN = "the gradients of a layer with an epilogue are the plain layer's, and take its choice: {}"
+TAKEN = "gradients of a layer with an epilogue are the plain layer's, and take its choice: of {} stored before, of {} tuned too"
 MOST_FAULTS = 10  # that the text of a report names
 
 
@@ -40,7 +40,7 @@ class Report:
     """The report on a tuning run. ``winners`` by problem; ``known`` are the problems whose key was stored before.
 
     ``reason`` is ``complete`` or ``budget``; the table has every winner either way. ``left`` problems were left in
-    ``round`` (number, of how many). ``gradients`` says of layers with an epilogue whose gradients' choices they take.
+    ``round`` (number, of how many). ``gradients`` says of each layer with an epilogue whether the plain layer's, whose choice it takes, were stored before.
     """
 
     device: str
@@ -55,7 +55,7 @@ class Report:
     null_rows: list[dict[str, object]] = field(default_factory=list)  # their fields
     table: Path | None = None
     faults: list[str] = field(default_factory=list)  # of variants: what was wrong, and what raised
-    gradients: list[str] = field(default_factory=list)
+    gradients: list[bool] = field(default_factory=list)
 
     @property
     def torch_won(self) -> int:
@@ -82,7 +82,7 @@ class Report:
             other = f"; in eager calls {winner.eager.variant}" if winner.eager is not None else ""
             lines.append(f"  {task.layer} {task.problem.layout} {winner.pass_name}: {what}{other}")
         if self.gradients:
-            lines.append(TAKEN.format(", ".join(self.gradients)))
+            lines.append(TAKEN.format(self.gradients.count(True), self.gradients.count(False)))
         if self.known:
             lines.append(
                 f"{len(self.known)} problems were tuned before, by themselves or by one of their kind and size"
