@@ -40,7 +40,8 @@ class Report:
     """The report on a tuning run. ``winners`` by problem; ``known`` are the problems whose key was stored before.
 
     ``reason`` is ``complete`` or ``budget``; the table has every winner either way. ``left`` problems were left in
-    ``round`` (number, of how many). ``gradients`` says of each layer with an epilogue whether the plain layer's, whose choice it takes, were stored before.
+    ``round`` (number, of how many). ``gradients``: of each layer with an epilogue, whether those of the plain layer, whose
+    choice it takes, were stored before.
     """
 
     device: str
