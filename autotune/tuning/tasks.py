@@ -11,7 +11,7 @@ from tritonconv.lab.bench.noise import Band, band
 from tritonconv.problem import Problem
 
 COMPLETE, BUDGET = "complete", "budget"
-TAKEN = "gradients of a layer with an epilogue are the plain layer's, and take its choice: of {} stored before, of {} tuned too"
+TAKEN = "gradients with an epilogue are the plain layer's, and take its choice: of {} stored before, of {} tuned too"
 MOST_FAULTS = 10  # that the text of a report names
 
 
@@ -40,8 +40,8 @@ class Report:
     """The report on a tuning run. ``winners`` by problem; ``known`` are the problems whose key was stored before.
 
     ``reason`` is ``complete`` or ``budget``; the table has every winner either way. ``left`` problems were left in
-    ``round`` (number, of how many). ``gradients``: of each layer with an epilogue, whether those of the plain layer, whose
-    choice it takes, were stored before.
+    ``round`` (number, of how many). ``gradients``: of each layer with an epilogue, whether the plain layer's gradients,
+    whose choice it takes, were stored before.
     """
 
     device: str
