@@ -60,9 +60,11 @@ def gradients(
 
 
 def off_the_kink(problem: Problem, t: Tensors) -> None:
-    """Makes grad_y 0 where the activation has a kink near; nothing without one."""
+    """Makes grad_y 0 where the activation has a kink near; nothing without one, or where torch has no arguments for the
+    crops, and so no training step."""
     epilogue = problem.epilogue
-    if epilogue is None or epilogue.activation not in KINKED or not t.grad_y.numel():
+    kinked = epilogue is not None and epilogue.activation in KINKED
+    if not kinked or not problem.torch_crop.exact or not t.grad_y.numel():
         return
     z = F.conv_transpose3d(t.x, t.weight, t.bias, *problem.torch_arguments)
     largest = z.abs().max()
