@@ -11,7 +11,7 @@ import math
 import triton
 import triton.language as tl
 
-from tritonconv.kernels import triton_boxes
+from tritonconv.kernels import triton_boxes, triton_epilogue
 from tritonconv.kernels.forward_phases import largest_phase, phase_order
 from tritonconv.kernels.triton_boxes import box_corner, box_gemm, box_voxels, box_zeros, boxes, store_box
 from tritonconv.kernels.triton_device import (
@@ -24,6 +24,7 @@ from tritonconv.kernels.triton_device import (
     tap_period,
     tap_shift,
 )
+from tritonconv.kernels.triton_epilogue import computes, with_bias
 from tritonconv.kernels.triton_launch import RUN_TIME, accounting, empty, geometry, precision, wide
 from tritonconv.kernels.triton_launch import launch as run
 from tritonconv.kernels.triton_tiles import power_of_two
@@ -38,11 +39,10 @@ def forward_boxes_kernel(
     w_desc,  # (tap, c_in, c_out), or (tap, c_out, c_in) where K_INNERMOST
     bias_ptr,  # (c_out,) or None
     y_ptr,  # (n, c_out, od, oh, ow)
+    residual_ptr, slopes,  # see triton_epilogue
     n, d_in, h_in, w_in, d_out, h_out, w_out, d_crop, h_crop, w_crop,
     strides,  # of y
-    LAYER: tl.constexpr, ORDER: tl.constexpr, K_INNERMOST: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    LAYER: tl.constexpr, CONFIG: tl.constexpr, ORDER: tl.constexpr, K_INNERMOST: tl.constexpr,
     VOXELS_LAST: tl.constexpr, UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
     """A program owns every ``num_programs``-th tile. Rows: a box of BLOCK_D x BLOCK_H x BLOCK_W outputs of one phase;
@@ -53,6 +53,13 @@ def forward_boxes_kernel(
     KERNEL: tl.constexpr = LAYER.KERNEL
     STRIDE: tl.constexpr = LAYER.STRIDE
     DILATION: tl.constexpr = LAYER.DILATION
+    BLOCK_D: tl.constexpr = CONFIG.BLOCK_D
+    BLOCK_H: tl.constexpr = CONFIG.BLOCK_H
+    BLOCK_W: tl.constexpr = CONFIG.BLOCK_W
+    BLOCK_N: tl.constexpr = CONFIG.BLOCK_N
+    BLOCK_K: tl.constexpr = CONFIG.BLOCK_K
+    GROUP_M: tl.constexpr = CONFIG.GROUP_M
+    EPILOGUE: tl.constexpr = CONFIG.EPILOGUE
     (y_strides,) = aligned(strides, UNITS)
     out_size, crop = (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     BLOCK_M: tl.constexpr = BLOCK_D * BLOCK_H * BLOCK_W
@@ -97,13 +104,17 @@ def forward_boxes_kernel(
             acc = tl.trans(acc)
         if bias_ptr is not None:
             channel = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-            acc += tl.load(bias_ptr + channel, mask=channel < C_OUT, other=0.0).to(tl.float32)[None, :]
+            bias = tl.load(bias_ptr + channel, mask=channel < C_OUT, other=0.0)
+            acc = with_bias(acc, bias, y_ptr, EPILOGUE)
         d, h, w, mask_m = box_voxels(d, h, w, (outs_d, outs_h, outs_w), BLOCK_M, BLOCK_H, BLOCK_W, WIDE)
         d, h, w = first_d + d * STRIDE[0], first_h + h * STRIDE[1], first_w + w * STRIDE[2]
-        store_box(y_ptr, y_strides, acc, image, d, h, w, mask_m, tile_n * BLOCK_N, C_OUT, BLOCK_N, WIDE)
+        store_box(
+            y_ptr, y_strides, acc, image, d, h, w, mask_m, tile_n * BLOCK_N, C_OUT, BLOCK_N, WIDE,
+            residual_ptr, slopes, EPILOGUE,
+        )  # fmt: skip
 
 
-def launches(problem, config, x, weight, bias, out=None):
+def launches(problem, config, x, weight, bias, out=None, **epilogue):
     y = empty(problem, problem.y_shape, x) if out is None else out
     if y.numel() == 0:
         return y
@@ -120,6 +131,7 @@ def launches(problem, config, x, weight, bias, out=None):
         w_desc=triton_boxes.taps_first(weight, IN_INNERMOST if k_innermost else OUT_INNERMOST, block),
         bias_ptr=bias,
         y_ptr=y,
+        **triton_epilogue.arguments(problem, y, **epilogue),
         **geometry(problem, forward_boxes_kernel),
         strides=(y.stride(),),
         ORDER=phase_order(problem),
@@ -176,5 +188,5 @@ VARIANT = Variant(
     "forward_boxes", "forward", "implicit GEMM per phase on tensor-descriptor boxes, persistent grid", "triton",
     launches=launches, supports=triton_boxes.box_refusal,
     space=lambda problem, device: box_space(default(problem, device), largest_phase(problem)), default=default,
-    spreads_nonfinite=SPREADS_WEIGHT, work=work,
+    spreads_nonfinite=SPREADS_WEIGHT, work=work, epilogue=computes,
 )  # fmt: skip

@@ -18,6 +18,7 @@ from tritonconv.kernels.targets import MULTIPROCESSORS
 from tritonconv.kernels.triton_buffers import ALIGNMENT, Buffer, Descriptor, copied
 from tritonconv.kernels.triton_device import next_step, offset, settled, widened
 from tritonconv.kernels.triton_launch import multiprocessors, refusal
+from tritonconv.kernels.triton_store import store_outputs
 from tritonconv.kernels.triton_target import compute_capability, target
 from tritonconv.kernels.triton_weights import packed, strides
 from tritonconv.kernels.weight_orders import OUT_INNERMOST
@@ -106,13 +107,18 @@ def box_gemm(
 @triton.jit
 def store_box(
     out_ptr, strides, acc, image, d, h, w, mask_m, column, CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr,
-    WIDE: tl.constexpr,
+    WIDE: tl.constexpr, residual_ptr=None, slopes=None, EPILOGUE: tl.constexpr = None,
 ):  # fmt: skip
-    """Stores the sums (BLOCK_M, BLOCK_N) at the voxels (BLOCK_M,) d, h, w and the channels from ``column`` on."""
+    """Stores the sums (BLOCK_M, BLOCK_N) at the voxels (BLOCK_M,) d, h, w and the channels from ``column`` on; the last
+    three as of ``store_outputs``."""
     channel = widened(column + tl.arange(0, BLOCK_N), WIDE)
     rows = offset(strides, widened(image, WIDE), 0, d, h, w)
-    out_ptrs = out_ptr + rows[:, None] + (channel * strides[1])[None, :]
-    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask_m[:, None] & (channel < CHANNELS)[None, :])
+    if EPILOGUE is None:
+        out_ptrs = out_ptr + rows[:, None] + (channel * strides[1])[None, :]
+        tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask_m[:, None] & (channel < CHANNELS)[None, :])
+    else:
+        mask_n = channel < CHANNELS
+        store_outputs(out_ptr, strides, rows, channel, acc, mask_m, mask_n, False, residual_ptr, slopes, EPILOGUE)
 
 
 def box_refusal(problem: Problem, device: torch.device) -> str | None:

@@ -11,6 +11,7 @@ kernel takes three things for it, all None in a plain call, which is compiled as
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 # Float32 sums of a thread beside which a function or a residual finds registers. With twice as many, the widest tiles,
 # residual + gelu spills 80 to 528 bytes a thread (bfloat16, sm_80, sm_90, sm_100, Triton 3.6.0).
 MOST_SUMS = 64
+BOX = ("BLOCK_D", "BLOCK_H", "BLOCK_W")
 EXACT = (None, "relu", "leaky_relu", "prelu")  # have torch's bits: a comparison and a product, no function
 
 
@@ -124,8 +126,9 @@ def computes(problem: Problem, config: Config, epilogue: Epilogue) -> bool:
 
 
 def _sums_of_a_thread(config: Config) -> int:
-    """0 of a config that names no rows."""
-    return config.get("BLOCK_M", 0) * config.get("BLOCK_N", 0) // (WARP * config.get("num_warps", 4))
+    """0 of a config that names no rows; those of a box are its voxels."""
+    rows = math.prod(config[name] for name in BOX) if BOX[0] in config else config.get("BLOCK_M", 0)
+    return rows * config.get("BLOCK_N", 0) // (WARP * config.get("num_warps", 4))
 
 
 def arguments(

@@ -84,7 +84,7 @@ def test_later_calls_take_what_a_campaign_chose(tmp_path, monkeypatch, capsys):
 
 
 def test_torch_compile_is_asked_last_and_adds_its_rows_alone(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(contestants, "_compiled", lambda case: torch.nn.functional.conv_transpose3d)
+    monkeypatch.setattr(contestants, "_compiled", lambda problem, tensors: torch.nn.functional.conv_transpose3d)
     assert run(tmp_path, 30, "--compile") == 0
     out = capsys.readouterr().out
     assert "bench: 2 of 2 cells" in out and "torch.compile: 2 of 2 cells" in out

@@ -98,12 +98,13 @@ def test_every_combination_has_torchs_values(dtype):
 def test_rounding_as_torch_rounds_after_each_step(dtype):
     x, weight, bias, residual, slopes, arguments = operands(CASES[0], dtype)
     differs = 0
-    for activation, r in product((None, "relu", "prelu", "silu"), (residual, None)):
+    for activation, r in product(ACTIVATIONS, (residual, None)):
         call = x, weight, bias, r, slopes, arguments, activation
         with tritonconv.use("forward_torch_phases"):
             y = tritonconv.conv_transpose3d(x, weight, None, *arguments)
             y = y + bias.view(-1, 1, 1, 1)
-            want = ACTIVATIONS[activation](y if r is None else y + r, slopes)
+            z = y if r is None else y + r
+            want = F.prelu(z, slopes) if activation == "prelu" else ACTIVATIONS[activation](z, slopes)
             found = ours(*call, rounding="torch")
             assert torch.equal(found, want)
             differs += not torch.equal(found, ours(*call))
@@ -112,17 +113,19 @@ def test_rounding_as_torch_rounds_after_each_step(dtype):
 
 
 def test_the_kernels_round_as_torch_does():
-    """In Triton's interpreter, whose half-precision products are right."""
+    """In Triton's interpreter, whose half-precision products are right; the functions are torch's operations."""
     pytest.importorskip("triton")
     x, weight, bias, residual, slopes, arguments = operands(CASES[0], torch.float16)
-    for name, activation in product(("forward_phases", "forward_gather"), ("relu", ("leaky_relu", 0.3))):
+    exact, functions = ("relu", ("leaky_relu", 0.3)), ("sigmoid", "tanh", "silu", "gelu", ("gelu", "tanh"))
+    cases = [*product(("forward_phases", "forward_gather"), exact), *product(("forward_gather",), functions)]
+    for name, activation in cases:
         with tritonconv.use(name):
             y = tritonconv.conv_transpose3d(x, weight, None, *arguments) + bias.view(-1, 1, 1, 1)
             want = ACTIVATIONS[activation](y + residual, slopes)
             call = x, weight, bias, residual, slopes, arguments, activation
             assert torch.equal(ours(*call, rounding="torch"), want)
-            exact = separate(*(t.double() for t in call[:5]), *call[5:])
-            torch.testing.assert_close(ours(*call).double(), exact, rtol=2e-3, atol=2e-3)
+            near = separate(*(t.double() for t in call[:5]), *call[5:])
+            torch.testing.assert_close(ours(*call).double(), near, rtol=2e-3, atol=2e-3)
 
 
 def test_nan_stays_nan_and_one_image_needs_no_batch():
@@ -289,6 +292,14 @@ def test_a_compiled_call_is_one_graph():
         found = torch.autograd.grad(y.sum(), leaves)
     for mine, own in zip(found, torch.autograd.grad(separate(*call).sum(), leaves), strict=True):
         torch.testing.assert_close(mine, own, rtol=1e-4, atol=1e-4)
+
+
+def test_slopes_of_a_parameter_in_a_graph_whose_sizes_are_symbolic():
+    """Their size is a number there, and y's channels are a symbol: torch.compile finds no number among symbols."""
+    x, weight, slopes = torch.randn(1, 2, 1, 1, 2), torch.randn(2, 6, 2, 2, 2), torch.nn.Parameter(SLOPES.clone())
+    compiled = torch.compile(tritonconv.conv_transpose3d, backend="eager", fullgraph=True, dynamic=True)
+    y = compiled(x, weight, activation=("prelu", slopes))
+    assert torch.equal(y, F.prelu(torch.conv_transpose3d(x, weight), slopes))
 
 
 # ------------------------------------------------------------------ refusals

@@ -16,6 +16,7 @@ from tritonconv.lab.bench.workloads import workloads
 from tritonconv.problem import LAYOUTS, Problem
 
 CPU = torch.device("cpu")
+OUTPUTS = gate.OUTPUTS["forward_backward"][:4]  # of a layer without an epilogue (those with one: test_stages.py)
 
 
 @pytest.mark.parametrize(
@@ -30,7 +31,7 @@ def test_the_reference_is_the_definition(name):
     t = make_tensors(problem, CPU, 0)
     whole = {key: value.mul(2).round() for key, value in vars(t).items() if value is not None}
     t = dataclasses.replace(t, **whole)
-    wanted = gate.OUTPUTS["forward_backward"]
+    wanted = OUTPUTS
     exact = float64.reference(problem, t.x, t.weight, t.bias, t.grad_y, wanted)
     torchs = dict(zip(wanted, torch_call(problem, t, "forward_backward")(), strict=False))
     assert exact.keys() == torchs.keys()
@@ -39,7 +40,7 @@ def test_the_reference_is_the_definition(name):
 
 def test_the_gate_permits_what_tf32_does_to_the_operands_and_no_more():
     problem = Problem(2, 48, 16, (3, 4, 8), (3,) * 3, (2,) * 3, (1,) * 3, (5, 7, 15), bias=True)
-    t, wanted = make_tensors(problem, CPU, 0), gate.OUTPUTS["forward_backward"]
+    t, wanted = make_tensors(problem, CPU, 0), OUTPUTS
     operands = problem, t.x, t.weight, t.bias, t.grad_y, wanted
     exact, cut = float64.reference(*operands), float64.reference_in_tf32(*operands)
     assert cut.keys() == exact.keys() - {"grad_bias"}
@@ -111,10 +112,7 @@ def step_of(case: Case, changed: str = "", change=lambda value: value):
     def call():
         call.made += 1
         outputs = case.torch("forward_backward")()
-        return tuple(
-            change(value) if name == changed else value
-            for name, value in zip(gate.OUTPUTS["forward_backward"], outputs, strict=False)
-        )
+        return tuple(change(value) if name == changed else value for name, value in zip(OUTPUTS, outputs, strict=False))
 
     call.made = 0
     return call
@@ -144,7 +142,7 @@ def test_float64_piece_by_piece_is_float64(kind, elements, monkeypatch):
     """The scale, and the error of an answer that is wrong in the last element."""
     problem = KINDS[kind]
     t = make_tensors(problem, CPU, 0)
-    outputs = gate.OUTPUTS["forward_backward"]
+    outputs = OUTPUTS
     exact = float64.reference(problem, t.x, t.weight, t.bias, t.grad_y, outputs)
     assert exact.keys() == {*outputs} - ({"grad_bias"} if t.bias is None else set())
     monkeypatch.setattr(float64, "PIECE_ELEMENTS", elements)
@@ -157,7 +155,7 @@ def test_float64_piece_by_piece_is_float64(kind, elements, monkeypatch):
         assert right < 1e-12 * scale and wrong == pytest.approx(3.0, rel=1e-9) and math.isnan(nan)
 
 
-@pytest.mark.parametrize("output", gate.OUTPUTS["forward_backward"])
+@pytest.mark.parametrize("output", OUTPUTS)
 @pytest.mark.parametrize("change", [garbage, lambda value: value * math.nan, a_little], ids=["huge", "nan", "a little"])
 def test_where_torch_is_wrong_at_size_float64_says_so_and_the_candidate_passes(output, change):
     case = spoilt(STEP, output, change)
@@ -171,11 +169,11 @@ def test_where_torch_is_wrong_at_size_float64_says_so_and_the_candidate_passes(o
     assert Judge(case, "forward_backward").at_size(same).ok == finite
     verdict = judge.at_size(same)
     assert not verdict.ok and verdict.output == output
-    off = next(name for name in gate.OUTPUTS["forward_backward"] if name != output)
+    off = next(name for name in OUTPUTS if name != output)
     assert judge.at_size(step_of(case, off, a_little)).output == off  # of the others torch's answer still decides
 
 
-@pytest.mark.parametrize("output", gate.OUTPUTS["forward_backward"])
+@pytest.mark.parametrize("output", OUTPUTS)
 def test_a_wrong_candidate_is_wrong_and_torch_stays_trusted(output):
     judge = spoilt(STEP).judge("forward_backward")
     verdict = judge(lambda case: step_of(case, output if case.problem == STEP else "", a_little))

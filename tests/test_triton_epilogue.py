@@ -25,14 +25,26 @@ SHUFFLED = Case(n=1, channels=(2, 8), size=(1, 1, 3), kernel=(1, 1, 2), stride=(
 OVERLAPPED = SHUFFLED._replace(kernel=(1, 1, 3), front=(0, 0, 1), back=(0, 0, 1))
 FEW = OVERLAPPED._replace(channels=(2, 2))
 DEPTHWISE = OVERLAPPED._replace(channels=(3, 3), groups=3, kernel=(1, 3, 3), stride=(1, 2, 2))
+BOXED = OVERLAPPED._replace(n=2, channels=(16, 24))
+INFINITE = pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # 1 / inf is the 0 that is meant
 TAKING = [each.name for each in variants("forward") if each.epilogue is not None]
 
 
-def given(name: str, dtype=FLOAT, layout="ncdhw", case=None):
+def case_of(name: str, dtype, layout) -> Case | None:
+    """The first case that the variant serves."""
+    cases = (OVERLAPPED, SHUFFLED, FEW, DEPTHWISE, BOXED)
+    return next((each for each in cases if variant(name).supports(each.problem(dtype, layout), CPU) is None), None)
+
+
+def layouts_of(name: str) -> tuple[str, ...]:
+    """Those that the variant serves."""
+    return tuple(each for each in LAYOUTS if case_of(name, FLOAT, each) is not None)
+
+
+def given(name: str, dtype=FLOAT, layout=None, case=None):
     """(problem, default config, x, weight, bias, residual, slopes), of which every exact sum is a float32."""
-    if case is None:
-        cases = (OVERLAPPED, SHUFFLED, FEW, DEPTHWISE)
-        case = next(each for each in cases if variant(name).supports(each.problem(dtype, layout), CPU) is None)
+    layout = layout or layouts_of(name)[0]
+    case = case or case_of(name, dtype, layout)
     problem = case.problem(dtype, layout)
     torch.manual_seed(0)
 
@@ -61,16 +73,17 @@ def near(y, z, epilogue, slopes) -> bool:
 
 def test_the_kernels_that_take_one():
     assert set(TAKING) >= {
-        "forward_depthwise", "forward_depthwise_cells", "forward_gather", "forward_overlap", "forward_overlap_planes",
-        "forward_phases", "forward_phases_packed", "forward_shuffle", "forward_shuffle_given",
+        "forward_boxes", "forward_depthwise", "forward_depthwise_cells", "forward_gather", "forward_overlap",
+        "forward_overlap_planes", "forward_phases", "forward_phases_packed", "forward_shuffle", "forward_shuffle_given",
         "forward_shuffle_resident",
     }  # fmt: skip
 
 
+@INFINITE
 @pytest.mark.parametrize("name", TAKING)
 def test_every_combination_is_rounded_once(name):
-    kinds = cycle(product((FLOAT, HALF), LAYOUTS))
-    of_kind = {kind: given(name, *kind) for kind in product((FLOAT, HALF), LAYOUTS)}
+    of_kind = {kind: given(name, *kind) for kind in product((FLOAT, HALF), layouts_of(name))}
+    kinds = cycle(of_kind)
     sums = {}
     for kind, (problem, _, x, weight, *_) in of_kind.items():
         sums[kind] = torch.conv_transpose3d(
@@ -94,7 +107,7 @@ def test_every_combination_is_rounded_once(name):
 @pytest.mark.parametrize("name", TAKING)
 def test_torchs_rounding_has_torchs_bits(name):
     differs = 0
-    for layout, activation in product(LAYOUTS, triton_epilogue.EXACT):
+    for layout, activation in product(layouts_of(name), triton_epilogue.EXACT):
         problem, config, x, weight, bias, residual, slopes = given(name, HALF, layout)
         x, weight, bias, residual = (each + torch.randn_like(each) / 64 for each in (x, weight, bias, residual))
         sums = variant(name).compute(problem, config, x, weight, None)
@@ -110,7 +123,7 @@ def test_torchs_rounding_has_torchs_bits(name):
     assert differs > 0
 
 
-@pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # 1 / inf is the 0 that is meant
+@INFINITE
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_an_activation_is_exact_from_small_to_large_and_keeps_a_nan(activation):
     """Near zero to its last digits, where torch's formula has them."""
@@ -214,6 +227,8 @@ def test_declined_where_others_add_up_the_sums_or_the_bits_are_torchs():
         tile = {**config, "BLOCK_M": 128, "BLOCK_N": columns, "num_warps": 4}
         assert takes(problem, tile, Epilogue("relu"))
         assert takes(problem, tile, Epilogue("gelu")) is takes(problem, tile, Epilogue(None, residual=True)) is fits
+        box = {"BLOCK_D": 2, "BLOCK_H": 8, "BLOCK_W": 8, "BLOCK_N": columns, "num_warps": 4}  # 128 voxels
+        assert variant("forward_boxes").epilogue(problem, box, Epilogue("gelu")) is fits
 
 
 def test_a_call_runs_it_in_the_kernel(monkeypatch):

@@ -121,7 +121,7 @@ def _show(made: Plan, epilogue: Epilogue | None = None, out: bool = False) -> Ex
             for each, why in zip(others, why_not, strict=True)
         ]
     command = tune_command(problem, made.device)
-    chosen = [made.choice(pass_name) for pass_name in problem.passes]
+    chosen = [made.choice(pass_name) for pass_name in PASSES]
     if command and any(not each.forced and (each.entry is None or each.outdated) for each in chosen):
         lines.append(f"to measure it here: {command}")
     explanation = Explanation(made, None, "\n".join(lines))
@@ -137,6 +137,7 @@ def _behind(made: Plan, epilogue: Epilogue | None, out: bool) -> Iterator[str]:
             yield f"epilogue {epilogue}: in the kernel, before y is stored; spares {size:.3g} MB of torch's operations"
         else:
             yield f"epilogue {epilogue}: torch's operations in y's memory ({size:.3g} MB more than in one pass)"
+        yield "gradients: torch's derivative of the epilogue, then those of the plain layer, by its choices below"
     if out or (epilogue is not None and not epilogue.in_kernels):
         yield "out=: " + ("y is written there at once" if made.writes_out else "the answer is computed and copied")
 

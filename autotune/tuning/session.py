@@ -21,7 +21,7 @@ from tritonconv.autotune.tuning.compiled_ahead import compiled_first, was_compil
 from tritonconv.autotune.tuning.contest import Contest, OutOfTime
 from tritonconv.autotune.tuning.journal import OK, SCREEN, WRONG, Journal, Timing
 from tritonconv.autotune.tuning.tasks import BUDGET, Report, Task
-from tritonconv.autotune.tuning.tuner import ProblemTuner, Winner
+from tritonconv.autotune.tuning.tuner import GRADIENTS, ProblemTuner, Winner
 from tritonconv.device import current
 from tritonconv.errors import ArgumentError
 from tritonconv.kernels.registry import variant
@@ -85,11 +85,11 @@ class Session:
     def _run(self, tasks: Iterable[Task], progress: Progress) -> Report:
         name = device_name(self.device)
         store.merge(Table(name), self.folder)
-        waiting = self._distinct(tasks)
+        waiting, gradients = self._distinct(tasks)
         self.served, self.beside = 0, []
         self.begin, self.journal = perf_counter(), Journal.open(name, self.folder)
         self.versions, self.ceilings = versions_of(self.device), self._ceilings(name)
-        self.report = Report(name, table=store.path_of(name, self.folder))
+        self.report = Report(name, table=store.path_of(name, self.folder), gradients=gradients)
         self.deadline = float("inf") if self.seconds is None else self.begin + self.seconds
         efforts = self._efforts()
         progress.begin(len(waiting) * len(efforts))
@@ -284,10 +284,23 @@ class Session:
             row = {**head(task, timing.pass_name), **timing.row, "predicted_ms": predicted if predicted > 0 else None}
             self.write("timing" if timing.status == OK else "error", row)
 
-    def _distinct(self, tasks: Iterable[Task]) -> list[Task]:
-        """One task per problem; an empty output has nothing to time."""
-        found = {task.problem: task for task in reversed(list(tasks))}
-        return [task for task in reversed(found.values()) if task.problem.n and task.problem.c_out]
+    def _distinct(self, tasks: Iterable[Task]) -> tuple[list[Task], list[bool]]:
+        """One task per problem; an empty output has nothing to time. Behind a layer with an epilogue comes the plain
+        one, where its gradients have no entry: the second answer says of each whether they have one."""
+        asked = {task.problem: task for task in reversed(list(tasks))}
+        table, found, gradients = store.read(device_name(self.device), self.folder), {}, []
+        for task in reversed(asked.values()):
+            if not (task.problem.n and task.problem.c_out):
+                continue
+            found[task.problem] = task
+            if task.problem.epilogue is None:
+                continue
+            plain = task.plain
+            known = all(table.find(Key.of(plain.problem, name)) is not None for name in GRADIENTS)
+            gradients.append(known)
+            if not known and plain.problem not in asked:
+                found.setdefault(plain.problem, plain)
+        return list(found.values()), gradients
 
     def _ceilings(self, name: str) -> ceilings.Ceilings:
         stored = store.read(name, self.folder).ceilings

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tritonconv.autotune.tuning.tuner import Winner
@@ -10,6 +11,7 @@ from tritonconv.lab.bench.noise import Band, band
 from tritonconv.problem import Problem
 
 COMPLETE, BUDGET = "complete", "budget"
+TAKEN = "gradients with an epilogue are the plain layer's, and take its choice: of {} stored before, of {} tuned too"
 MOST_FAULTS = 10  # that the text of a report names
 
 
@@ -21,13 +23,25 @@ class Task:
     layer: str
     suite: str
 
+    @property
+    def plain(self) -> Task:
+        """Of the layer without its epilogue, whose choices its gradients take."""
+        name = self.layer.partition(" then ")[0].partition("+")[0]
+        return self if self.problem.epilogue is None else replace(self, problem=self.problem.plain, layer=name)
+
+
+def with_plain(tasks: Iterable[Task]) -> list[Task]:
+    """Each task, and behind one with an epilogue that of the plain layer."""
+    return [each for task in tasks for each in dict.fromkeys((task, task.plain))]
+
 
 @dataclass
 class Report:
     """The report on a tuning run. ``winners`` by problem; ``known`` are the problems whose key was stored before.
 
     ``reason`` is ``complete`` or ``budget``; the table has every winner either way. ``left`` problems were left in
-    ``round`` (number, of how many).
+    ``round`` (number, of how many). ``gradients``: of each layer with an epilogue, whether the plain layer's gradients,
+    whose choice it takes, were stored before.
     """
 
     device: str
@@ -42,6 +56,7 @@ class Report:
     null_rows: list[dict[str, object]] = field(default_factory=list)  # their fields
     table: Path | None = None
     faults: list[str] = field(default_factory=list)  # of variants: what was wrong, and what raised
+    gradients: list[bool] = field(default_factory=list)
 
     @property
     def torch_won(self) -> int:
@@ -67,6 +82,8 @@ class Report:
             what = f"{winner.selection.variant.name} {config}".rstrip()
             other = f"; in eager calls {winner.eager.variant}" if winner.eager is not None else ""
             lines.append(f"  {task.layer} {task.problem.layout} {winner.pass_name}: {what}{other}")
+        if self.gradients:
+            lines.append(TAKEN.format(self.gradients.count(True), self.gradients.count(False)))
         if self.known:
             lines.append(
                 f"{len(self.known)} problems were tuned before, by themselves or by one of their kind and size"

@@ -6,7 +6,7 @@ A call takes nothing and returns its outputs as a tuple, in the order of :data:`
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,13 +18,15 @@ TensorCall = Callable[[], tuple]
 
 FORWARD_BACKWARD = "forward_backward"
 ALL_PASSES = (*PASSES, FORWARD_BACKWARD)
+LEAVES = ("x", "weight", "bias", "beside", "slopes")  # of a training step: each that there is has a gradient
 
 
 @dataclass(frozen=True)
 class Tensors:
     """x (n, c_in, d, h, w) and grad_y (n, c_out, od, oh, ow) in the problem's layout, weight and bias contiguous.
 
-    Of an epilogue ``beside``, the residual or the skip, is like grad_y, and ``slopes`` (c_out,) are prelu's.
+    Of an epilogue ``beside``, the residual or the skip, is like grad_y, and ``slopes`` (c_out,) are prelu's. Of a
+    concatenation grad_y is that of the result: the channels of y, then those of the skip.
     """
 
     x: torch.Tensor
@@ -38,6 +40,12 @@ class Tensors:
         """The same values with the images in another layout."""
         beside = None if self.beside is None else laid_out(self.beside, layout)
         return replace(self, x=laid_out(self.x, layout), grad_y=laid_out(self.grad_y, layout), beside=beside)
+
+    @property
+    def leaves(self) -> Tensors:
+        """In the same memory, as parameters and inputs whose gradients are wanted."""
+        own = {name: getattr(self, name) for name in LEAVES}
+        return replace(self, **{name: each.detach().requires_grad_() for name, each in own.items() if each is not None})
 
 
 def make_tensors(problem: Problem, device: torch.device, seed: int) -> Tensors:
@@ -54,7 +62,7 @@ def make_tensors(problem: Problem, device: torch.device, seed: int) -> Tensors:
         x=laid_out(values(problem.x_shape), problem.layout),
         weight=values(problem.weight_shape),
         bias=values((problem.c_out,)) if problem.bias else None,
-        grad_y=laid_out(values(problem.y_shape), problem.layout),
+        grad_y=laid_out(values(answer_shape(problem)), problem.layout),
     )
     epilogue = problem.epilogue
     if epilogue is None:
@@ -68,6 +76,13 @@ def make_tensors(problem: Problem, device: torch.device, seed: int) -> Tensors:
     )
 
 
+def answer_shape(problem: Problem) -> tuple[int, ...]:
+    """Of the operation's answer: that of y, and of a concatenation with a skip like y twice as many channels."""
+    n, c_out, *size = problem.y_shape
+    joined = problem.epilogue is not None and not problem.epilogue.in_kernels
+    return n, c_out * (1 + joined), *size
+
+
 def laid_out(tensor: torch.Tensor, layout: str) -> torch.Tensor:
     """A copy with exactly the strides of the layout.
 
@@ -77,25 +92,44 @@ def laid_out(tensor: torch.Tensor, layout: str) -> torch.Tensor:
     return torch.empty_like(tensor, memory_format=LAYOUTS[layout]).copy_(tensor)
 
 
-def operation_call(operation: Callable[..., Any], problem: Problem, tensors: Tensors, pass_name: str) -> TensorCall:
-    """``forward``, or ``forward_backward`` by autograd, of an operation with the signature of torch's."""
+def operation_call(
+    operation_of: Callable[[Problem, Tensors], Callable[..., Any]], problem: Problem, tensors: Tensors, pass_name: str
+) -> TensorCall:
+    """``forward``, or ``forward_backward`` by autograd. ``operation_of`` makes the operation, with the signature of
+    torch's, for the tensors: what it takes besides x, weight and bias is among them."""
     arguments = problem.torch_arguments
     if pass_name == "forward":
+        operation = operation_of(problem, tensors)
         x, weight, bias = tensors.x, tensors.weight, tensors.bias
         return lambda: (operation(x, weight, bias, *arguments),)
-    return training_step(operation, tensors, *arguments)
+    leaves, epilogue = tensors.leaves, problem.epilogue
+    # With nothing behind it the gradient of a residual or a skip is grad_y itself or a part of it: no output.
+    own = LEAVES if epilogue is None or epilogue.activation is not None else (*LEAVES[:3], None)
+    return training_step(operation_of(problem, leaves), leaves, *arguments, returned=own)
 
 
-def training_step(operation: Callable[..., Any], tensors: Tensors, *arguments: object) -> TensorCall:
-    """``operation(x, weight, bias, *arguments)`` and its gradients by autograd."""
-    leaves = [t.detach().requires_grad_() for t in (tensors.x, tensors.weight, tensors.bias) if t is not None]
-    bias, grad_y = (leaves[2] if tensors.bias is not None else None), tensors.grad_y
+def training_step(
+    operation: Callable[..., Any], leaves: Tensors, *arguments: object, returned: Sequence[str | None] = LEAVES
+) -> TensorCall:
+    """``operation(x, weight, bias, *arguments)`` and the gradients of the leaves by autograd, of them those that are to
+    be ``returned``; None in the place of one that there is not."""
+    x, weight, bias, grad_y = leaves.x, leaves.weight, leaves.bias, leaves.grad_y
+    names = [name for name in LEAVES if getattr(leaves, name) is not None]
+    inputs = [getattr(leaves, name) for name in names]
 
     def forward_backward():
-        y = operation(leaves[0], leaves[1], bias, *arguments)
-        return (y.detach(), *torch.autograd.grad(y, leaves, grad_y))
+        y = operation(x, weight, bias, *arguments)
+        return (y.detach(), *torch.autograd.grad(y, inputs, grad_y))
 
-    return forward_backward
+    if names == list(LEAVES[: len(names)]) and len(names) <= 3:
+        return forward_backward
+    places = [1 + names.index(name) if name in names else None for name in returned]
+
+    def in_their_places():
+        outputs = forward_backward()
+        return (outputs[0], *(None if place is None else outputs[place] for place in places))
+
+    return in_their_places
 
 
 def work(problem: Problem, pass_name: str) -> tuple[int, int]:

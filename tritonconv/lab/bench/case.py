@@ -6,7 +6,7 @@ import math
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 
@@ -16,14 +16,23 @@ from tritonconv.dispatch import Plan, plan_of
 from tritonconv.kernels.registry import variant
 from tritonconv.kernels.variant import Variant
 from tritonconv.lab.bench import conduct, float64, gate, gpu, spent
-from tritonconv.lab.bench.calls import FORWARD_BACKWARD, TensorCall, Tensors, make_tensors, training_step
-from tritonconv.lab.bench.operations import torch_call
+from tritonconv.lab.bench.behind import off_the_kink
+from tritonconv.lab.bench.calls import (
+    FORWARD_BACKWARD,
+    TensorCall,
+    Tensors,
+    make_tensors,
+    operation_call,
+    training_step,
+)
+from tritonconv.lab.bench.operations import our_operation, torch_call
 from tritonconv.problem import LAYOUTS, PASSES, Problem
 
 CHANGED = "the call changes its operand {}"
 CHANGED_BY_ONE = "one of the calls that were timed together changes {}, and it is not known which"
 WRONG = "{}: torch's own is wrong at this size: max error {:.3g} against float64"
 EVERY_OUTPUT = frozenset(gate.OUTPUTS[FORWARD_BACKWARD])
+GRADIENTS = EVERY_OUTPUT - {"y"}
 
 
 @dataclass(eq=False)
@@ -60,7 +69,10 @@ class Case:
 
     def _drawn(self) -> Tensors:
         seed = zlib.crc32(str(replace(self.problem, layout="ncdhw")).encode()) if self.seed is None else self.seed
-        return make_tensors(self.problem, self.device, seed)
+        made = make_tensors(self.problem, self.device, seed)
+        if self.outputs & GRADIENTS:
+            off_the_kink(self.problem, made)
+        return made
 
     def put_back(self) -> str:
         """Draws operands anew whose values have changed; their names, "" where none has."""
@@ -91,9 +103,7 @@ class Case:
         plain = replace(self.problem, layout="ncdhw")
         key = plain, reference
         if key not in self._float64:
-            t = self.tensors
-            found = reference(plain, t.x, t.weight, t.bias, t.grad_y, self.outputs)
-            self._float64[key] = {**found, "y": float64.finished(plain, t, found["y"])} if "y" in found else found
+            self._float64[key] = float64.outputs_of(plain, self.tensors, self.outputs, reference)
         return {name: self._float64[key][name] for name in gate.OUTPUTS[pass_name] if name in self._float64[key]}
 
     @cached_property
@@ -126,9 +136,11 @@ class Case:
             return lambda: (plan.backward_data(t.grad_y, t.weight),)
         if pass_name == "backward_weight":
             return lambda: plan.backward_weight(t.x, t.grad_y, self.problem.bias)
+        if self.problem.epilogue is not None:
+            return operation_call(our_operation, self.problem, t, FORWARD_BACKWARD)
         if plan.torch_alone is not None and self.torch_is_safe:  # such a plan never reaches our autograd
             return self.torch(FORWARD_BACKWARD)
-        return training_step(differentiable_forward, t, plan)
+        return training_step(differentiable_forward, t.leaves, plan)
 
     def judge(self, pass_name: str) -> Judge:
         """The judge of all that is proposed for a pass."""
@@ -210,7 +222,8 @@ class Judge:
             with gpu.cudnn_benchmark(case.device, wanted=self.small is case):
                 self._exact(self.small)
         torchs: dict[str, torch.Tensor] = {}
-        with conduct.Operands(case.tensors) as operands:
+        settle = partial(off_the_kink, case.problem, case.tensors) if self.pass_name == FORWARD_BACKWARD else None
+        with conduct.Operands(case.tensors, settle) as operands:
             names = gate.OUTPUTS[self.pass_name]
             mine = conduct.answer(call, names, case.problem, operands, lambda: torchs.update(self._torchs(case)))
             verdict = gate.worst([self._output(name, mine.outputs, want) for name, want in torchs.items()])

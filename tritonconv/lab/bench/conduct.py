@@ -46,11 +46,14 @@ def checksums(tensors: Tensors) -> Checksums:
 class Operands:
     """The operands of calls while these are watched: a context manager, behind which the values are as they were.
 
-    It keeps the values of ``PLACES`` places of each, the first and the last among them.
+    It keeps the values of ``PLACES`` places of each, the first and the last among them. ``settle`` makes grad_y fit the
+    others where all have changed.
     """
 
-    def __init__(self, tensors: Tensors) -> None:
+    def __init__(self, tensors: Tensors, settle: Callable[[], object] | None = None) -> None:
         self._tensors, self._step, self._whole = tensors, 0, False
+        self._settle = settle
+        self._grad_y: torch.Tensor | None = None
         self._kept = []
         for each in named(tensors).values():
             flat = _flat(each)
@@ -72,10 +75,16 @@ class Operands:
         self._whole = True
         self._tensors.x.mul_(2)
         self._tensors.grad_y.neg_()
+        if self._settle is not None:
+            self._grad_y = self._tensors.grad_y.clone()
+            self._settle()
 
     def restore(self) -> None:
         """The values as they were."""
         if self._whole:
+            if self._grad_y is not None:
+                self._tensors.grad_y.copy_(self._grad_y)
+                self._grad_y = None
             self._tensors.x.mul_(0.5)
             self._tensors.grad_y.neg_()
             self._whole = False

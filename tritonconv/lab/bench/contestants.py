@@ -14,7 +14,7 @@ from tritonconv.dispatch import Selection, choice_now, plan, wait_until_compiled
 from tritonconv.forced import in_force, pinned, use
 from tritonconv.kernels.variant import Variant
 from tritonconv.lab.bench import cudnn_graph, gate, spent
-from tritonconv.lab.bench.calls import FORWARD_BACKWARD, TensorCall, operation_call
+from tritonconv.lab.bench.calls import FORWARD_BACKWARD, TensorCall, Tensors, operation_call
 from tritonconv.lab.bench.case import Case
 from tritonconv.lab.bench.first_calls import let_choose
 from tritonconv.lab.bench.operations import our_operation, torchs_operation
@@ -141,7 +141,7 @@ def prepared(name: str, record: Variant | None, case: Case, pass_name: str) -> t
     if name == cudnn_graph.NAME:
         return cudnn_graph.call(case.problem, case.tensors, case.device), {}
     if name == COMPILED:
-        return operation_call(_compiled(case), case.problem, case.tensors, pass_name), {}
+        return operation_call(_compiled, case.problem, case.tensors, pass_name), {}
     with use(record.name) if record else contextlib.nullcontext():
         call = _call(case, pass_name, public=record is None)
     if record is None:
@@ -149,10 +149,10 @@ def prepared(name: str, record: Variant | None, case: Case, pass_name: str) -> t
     return call, launched(record, case.problem, case.device, pass_name)
 
 
-def _compiled(case: Case):
+def _compiled(problem: Problem, tensors: Tensors):
     """torch.compile of torch's own operations, compiled anew: one graph per problem, as a model's would be."""
     torch.compiler.reset()
-    operation = torchs_operation(case.problem, case.tensors)
+    operation = torchs_operation(problem, tensors)
     # A lambda, for torch.compile leaves a function of torch's C++ as it is.
     return torch.compile(lambda *args: operation(*args), fullgraph=True, dynamic=False)
 
@@ -161,5 +161,5 @@ def _call(case: Case, pass_name: str, public: bool) -> TensorCall:
     """The public operation where it has the pass; one gradient alone, or a variant alone, through its plan."""
     public = public or case.problem.epilogue == CONCAT  # no plan writes it
     if pass_name == FORWARD_BACKWARD or (public and pass_name == "forward"):
-        return operation_call(our_operation(case.problem, case.tensors), case.problem, case.tensors, pass_name)
+        return operation_call(our_operation, case.problem, case.tensors, pass_name)
     return case.call(plan(case.problem, case.device), pass_name)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from tritonconv.lab.bench.behind import EVERYTHING, Reference, behind, gradients
 from tritonconv.lab.bench.calls import Tensors
 from tritonconv.lab.bench.operations import exact
 from tritonconv.lab.bench.stages import CONCAT
@@ -68,9 +69,8 @@ def reference(problem: Problem, x, weight, bias, grad_y, outputs: Iterable[str])
 
 def reference_in_tf32(problem: Problem, x, weight, bias, grad_y, outputs: Iterable[str]) -> dict[str, torch.Tensor]:
     """The products of :func:`reference`, in float64, of float32 operands as the matrix units read them in TF32."""
-    x, weight, grad_y = (
-        (t.detach().view(torch.int32) >> TF32_BITS << TF32_BITS).view(torch.float32) for t in (x, weight, grad_y)
-    )
+    whole = (t.detach().to(torch.float32).view(torch.int32) for t in (x, weight, grad_y))
+    x, weight, grad_y = ((bits >> TF32_BITS << TF32_BITS).view(torch.float32) for bits in whole)
     return reference(problem, x, weight, bias, grad_y, set(outputs) - {"grad_bias"})
 
 
@@ -89,11 +89,22 @@ def distances(
     return max(largest), torch.tensor(errors, dtype=torch.float64).amax(0).tolist()  # amax keeps a NaN
 
 
-def finished(problem: Problem, t: Tensors, y: torch.Tensor) -> torch.Tensor:
-    """The answer with the problem's epilogue, of a convolution in float64."""
+def outputs_of(
+    problem: Problem, t: Tensors, outputs: Iterable[str], by: Reference = reference
+) -> dict[str, torch.Tensor]:
+    """The outputs of a problem with its epilogue: of its tensors by :func:`reference` or :func:`reference_in_tf32`."""
+    wanted = set(outputs)
+    if problem.epilogue is None:
+        return by(problem, t.x, t.weight, t.bias, t.grad_y, wanted)
+    y = by(problem, t.x, t.weight, t.bias, t.grad_y[:, : problem.c_out], {"y"})["y"]
+    found = {"y": _finished(problem, t, y)} if "y" in wanted else {}
+    return found | (gradients(problem, t, y, by, wanted) if wanted - {"y"} else {})
+
+
+def _finished(problem: Problem, t: Tensors, y: torch.Tensor) -> torch.Tensor:
     if problem.epilogue == CONCAT:
-        return torch.cat((y, _skip(t, slice(None), slice(None))), 1)
-    return exact(problem, t, y, slice(None), slice(None))
+        return torch.cat((y, _skip(t, EVERYTHING, EVERYTHING)), 1)
+    return exact(problem, t, y, EVERYTHING, EVERYTHING)
 
 
 def _skip(t: Tensors, image: slice, channels: slice) -> torch.Tensor:
@@ -112,28 +123,62 @@ class _Block(NamedTuple):
 
 def _pieces(problem: Problem, t: Tensors, output: str) -> Iterator[tuple[tuple, torch.Tensor]]:
     """Where a piece of the output lies, and the piece in float64."""
+    if output == "y":
+        for image, channels, y in _before_epilogue(problem, t):
+            yield (image, channels), exact(problem, t, y, image, channels)
+            if problem.epilogue == CONCAT:
+                skips = slice(channels.start + problem.c_out, channels.stop + problem.c_out)
+                yield (image, skips), _skip(t, image, channels)
+        return
+    if problem.epilogue == CONCAT:
+        problem, t = problem.plain, replace(t, grad_y=t.grad_y[:, : problem.c_out])
+    if problem.epilogue is not None:
+        yield from _pieces_behind(problem, t, output)
+        return
     if output == "grad_bias":
         yield (), t.grad_y.sum((0, 2, 3, 4), dtype=torch.float64)
         return
-    images = [slice(image, image + 1) for image in range(problem.n)]
     for rows in _blocks(problem):
-        if output == "y":
-            for column, image in itertools.product(zip(*rows, strict=True), images):
-                channels = column[0].outside
-                y = _sum(_piece(problem, t, output, image, block) for block in column)
-                if t.bias is not None:
-                    y = y + t.bias[channels].to(torch.float64).view(-1, 1, 1, 1)
-                yield (image, channels), exact(problem, t, y, image, channels)
-                if problem.epilogue == CONCAT:
-                    skips = slice(channels.start + problem.c_out, channels.stop + problem.c_out)
-                    yield (image, skips), _skip(t, image, channels)
-        elif output == "grad_x":
-            for row, image in itertools.product(rows, images):
+        if output == "grad_x":
+            for row, image in itertools.product(rows, _images(problem)):
                 yield (image, row[0].inside), _sum(_piece(problem, t, output, image, block) for block in row)
         else:
             for block in itertools.chain(*rows):
-                pieces = (_piece(problem, t, output, image, block) for image in images)
+                pieces = (_piece(problem, t, output, image, block) for image in _images(problem))
                 yield (block.inside, block.columns), _sum(pieces)
+
+
+def _images(problem: Problem) -> list[slice]:
+    return [slice(image, image + 1) for image in range(problem.n)]
+
+
+def _before_epilogue(problem: Problem, t: Tensors) -> Iterator[tuple[slice, slice, torch.Tensor]]:
+    """(image, channels, the convolution with its bias there), of all images and channels of y."""
+    for rows in _blocks(problem):
+        for column, image in itertools.product(zip(*rows, strict=True), _images(problem)):
+            channels = column[0].outside
+            y = _sum(_piece(problem, t, "y", image, block) for block in column)
+            if t.bias is not None:
+                y = y + t.bias[channels].to(torch.float64).view(-1, 1, 1, 1)
+            yield image, channels, y
+
+
+def _pieces_behind(problem: Problem, t: Tensors, output: str) -> Iterator[tuple[tuple, torch.Tensor]]:
+    """The same of a gradient, with an epilogue. The gradient of z, as large as y, is kept in float32 at least."""
+    kept = torch.float64 if problem.dtype is torch.float64 else torch.float32
+    grad_z = torch.empty(problem.y_shape, dtype=kept, device=t.x.device)
+    slopes = torch.zeros(problem.c_out, dtype=torch.float64, device=t.x.device)
+    for image, channels, y in _before_epilogue(problem, t):
+        found = behind(problem, t, y, image, channels)
+        grad_z[image, channels] = found.z.to(kept)
+        if found.slopes is not None:
+            slopes[channels] += found.slopes
+    if output == "grad_slopes":
+        yield (), slopes
+    elif output == "grad_beside":
+        yield from (((image,), grad_z[image].to(torch.float64)) for image in _images(problem))
+    else:
+        yield from _pieces(problem.plain, replace(t, grad_y=grad_z), output)
 
 
 def _blocks(problem: Problem) -> Iterator[list[list[_Block]]]:

@@ -38,7 +38,7 @@ OUTPUTS = {
     "forward": ("y",),
     "backward_data": ("grad_x",),
     "backward_weight": ("grad_weight", "grad_bias"),
-    "forward_backward": ("y", "grad_x", "grad_weight", "grad_bias"),
+    "forward_backward": ("y", "grad_x", "grad_weight", "grad_bias", "grad_beside", "grad_slopes"),
 }
 
 DIVISOR = 16  # of strides: what Triton specialises its kernels on
@@ -114,6 +114,8 @@ def terms(problem: Problem, output: str) -> int:
         "grad_x": problem.c_out // problem.groups * taps,
         "grad_weight": problem.n * math.prod(problem.size),
         "grad_bias": problem.n * math.prod(problem.out_size),
+        "grad_beside": 1,
+        "grad_slopes": problem.n * math.prod(problem.out_size),
     }[output]
 
 

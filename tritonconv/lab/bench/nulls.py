@@ -26,7 +26,7 @@ def calls(case: Case, pass_name: str) -> dict[str, TensorCall]:
     contestants = {AGAIN: case.torch(pass_name)}
     passes = {"forward": ("forward",), FORWARD_BACKWARD: PASSES}.get(pass_name)
     if passes is not None:
-        call = operation_call(our_operation(case.problem, case.tensors), case.problem, case.tensors, pass_name)
+        call = operation_call(our_operation, case.problem, case.tensors, pass_name)
         contestants[OUR_ROAD] = in_force(call, *(FALLBACK[name] for name in passes))
     for name in list(contestants):
         try:

@@ -24,7 +24,7 @@ from tritonconv.problem import Problem
 def torch_call(problem: Problem, tensors: Tensors, pass_name: str) -> TensorCall:
     """torch's own: ``conv_transpose3d``, its autograd, or the ATen function its autograd calls for one gradient."""
     if pass_name in ("forward", FORWARD_BACKWARD):
-        return operation_call(torchs_operation(problem, tensors), problem, tensors, pass_name)
+        return operation_call(torchs_operation, problem, tensors, pass_name)
     stride, padding, output_padding, groups, dilation = problem.torch_arguments
     data = pass_name == "backward_data"
     mask = (data, not data, not data and problem.bias)
@@ -42,7 +42,7 @@ def torch_call(problem: Problem, tensors: Tensors, pass_name: str) -> TensorCall
 
 
 def torchs_operation(problem: Problem, t: Tensors) -> Callable[..., torch.Tensor]:
-    """torch's separate operations, with the signature of its convolution."""
+    """torch's separate operations, with the signature of its convolution; ``t`` holds what else they take."""
     epilogue = problem.epilogue
     if epilogue is None:
         return F.conv_transpose3d
@@ -82,16 +82,21 @@ def _layer(problem: Problem, t: Tensors) -> ConvTranspose3d:
         problem.c_in, problem.c_out, problem.kernel, stride, padding, output_padding, groups, problem.bias, dilation,
         device="meta",
     )  # fmt: skip
-    layer.weight = torch.nn.Parameter(t.weight, requires_grad=False)
-    layer.bias = None if t.bias is None else torch.nn.Parameter(t.bias, requires_grad=False)
+    # Past nn.Module's checks: as a Parameter each would be a leaf of its own.
+    layer._parameters |= {"weight": t.weight, "bias": t.bias}  # type: ignore[dict-item]
     return layer
 
 
-def exact(problem: Problem, t: Tensors, y: torch.Tensor, image: slice, channels: slice) -> torch.Tensor:
-    """The epilogue in float64, of a convolution with its bias for these images and channels of y."""
+def exact(
+    problem: Problem, t: Tensors, y: torch.Tensor, image: slice, channels: slice, slopes: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The epilogue in float64, of a convolution with its bias for these images and channels of y; ``slopes`` are those
+    of the channels where autograd records it."""
     epilogue = problem.epilogue
     if epilogue is None or epilogue == CONCAT:
         return y
     if t.beside is not None:
         y = y + t.beside[image, channels].to(y.dtype)
-    return activated(y, epilogue, None if t.slopes is None else t.slopes[channels].to(y.dtype))
+    if t.slopes is not None and slopes is None:
+        slopes = t.slopes[channels].to(y.dtype)
+    return activated(y, epilogue, slopes)

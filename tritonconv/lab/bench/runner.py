@@ -14,7 +14,7 @@ from pathlib import Path
 from time import perf_counter
 
 from tritonconv.device import current
-from tritonconv.lab.bench import gate, gpu, roofs, spent
+from tritonconv.lab.bench import gate, gpu, roofs, spent, stages
 from tritonconv.lab.bench.case import Case
 from tritonconv.lab.bench.cell import Cell, CellTimer
 from tritonconv.lab.bench.clock import method
@@ -179,7 +179,7 @@ class _Bench:
             # The values follow from the layer's name and the seed alone.
             case = Case(problems[0], options.device, options.seed + zlib.crc32(layer.name.encode()), outputs)
             for problem, pass_name in itertools.product(problems, options.passes):
-                if pass_name not in problem.passes and problem.epilogue is not None:
+                if problem.epilogue is not None and pass_name not in stages.PASSES:
                     continue
                 cell = Cell(layer, self.layers[layer], case.on(problem), pass_name)
                 if cell.key not in options.done:

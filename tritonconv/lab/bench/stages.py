@@ -1,7 +1,8 @@
 """A layer with what stands behind it in a model: an epilogue, or the concatenation with a skip connection.
 
 The value is ``Problem.epilogue``: an :class:`~tritonconv.epilogue.Epilogue`, or :data:`CONCAT`. Key, case, row and
-label take from it. Only the forward is measured so (``operations.py``).
+label take from it. The forward and the training step are measured so (``operations.py``): a gradient by itself is that
+of the plain layer.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ import torch
 from tritonconv.epilogue import Epilogue, parsed
 from tritonconv.errors import ArgumentError
 from tritonconv.kernels.work import bytes_spared
+from tritonconv.lab.bench.calls import FORWARD_BACKWARD
 from tritonconv.lab.bench.layer_sizes import Workload
 from tritonconv.problem import Problem
 
 SUITE = "stages"
-SUITE_TEXT = "layers with the activation, residual or concatenation behind them; forward alone; not in 'all'"
+SUITE_TEXT = "layers with the activation, residual or concatenation behind them; not in 'all'"
+PASSES = ("forward", FORWARD_BACKWARD)
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,8 @@ def stages(layers: tuple[Workload, ...]) -> tuple[Workload, ...]:
 def fields(problem: Problem) -> dict[str, object]:
     """The columns of a row about a problem with an epilogue; none of a plain one.
 
-    ``epilogue`` is its text; ``spared_bytes`` are what torch's separate operations move more than one pass.
+    ``epilogue`` is its text; ``spared_bytes`` are what torch's separate operations move more than one pass, in the
+    forward: the backward runs the derivative as torch does.
     """
     epilogue = problem.epilogue
     if epilogue is None:

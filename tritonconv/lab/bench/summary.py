@@ -142,9 +142,8 @@ def _stages(run: Run) -> list[str]:
         return []
     compiled = {_cell(row): row["median_ms"] for row in rows if row["variant"] == COMPILED}
     peaks = {_cell(row): row.get("peak_bytes") for row in run.of_stages() if row["variant"] == BASELINE}
-    lines = [
-        ["layer", "then", "dtype", "layout", "variant", "speed-up", "20th to 80th", COMPILED, "peak", "MB", "MB spared"]
-    ]
+    first = ["layer", "then", "pass", "dtype", "layout", "variant"]
+    lines = [[*first, "speed-up", "20th to 80th", COMPILED, "peak", "MB", "MB spared"]]
     for row in rows:
         interval = f"{row['speedup_p20']:.2f} to {row['speedup_p80']:.2f}"
         theirs = compiled.get(_cell(row)) if row["variant"] != COMPILED else None
@@ -154,13 +153,13 @@ def _stages(run: Run) -> list[str]:
         lines.append([*_cell(row)[1:], row["variant"], f"{row['speedup']:.2f}", interval, over, peak, *moved])
     title = "layers with what stands behind them, against torch's separate operations:"
     legend = f"{COMPILED}: how many times faster than it, by the medians; peak: memory of a call by torch's; " + (
-        "MB spared: what torch's operations move more"
+        "MB spared: what torch's operations move more, in the forward"
     )
     return ["", title, "", *text_table.lines(lines, numbers=6), "", legend]
 
 
 def _cell(row: Mapping) -> tuple[str, ...]:
-    return row["layer"], row["layer"].partition("+")[0], row["epilogue"], row["dtype"], row["layout"]
+    return row["layer"], row["layer"].partition("+")[0], row["epilogue"], row["pass"], row["dtype"], row["layout"]
 
 
 def summary(run: Run) -> str:

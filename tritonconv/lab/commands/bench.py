@@ -35,7 +35,7 @@ from tritonconv.lab.bench.layer_sizes import SCALES, at_sizes
 from tritonconv.lab.bench.progress import progress
 from tritonconv.lab.bench.recording import recording
 from tritonconv.lab.bench.runner import bench
-from tritonconv.lab.bench.stages import with_epilogue
+from tritonconv.lab.bench.stages import PASSES, with_epilogue
 from tritonconv.lab.bench.summary import summary
 from tritonconv.lab.bench.workloads import ALL, suites, workloads
 from tritonconv.lab.commands.common import (
@@ -79,8 +79,8 @@ DESCRIPTION = (
     "add and bias gradient, passes that a fused kernel does not make, come with them.\n\n"
     "The summary of a GPU's layers says how much memory a call takes at its peak beside torch's, and which\n"
     f"layers take more than {memory.MOST:g} of it; a CPU has no count of it.\n\n"
-    "--activation, --residual, --rounding and --concat time the forward with what stands behind the layer:\n"
-    "one call of ours beside torch's separate operations. The suite stages has named layers so.\n\n"
+    "--activation, --residual, --rounding and --concat time the forward and the training step with what stands\n"
+    "behind the layer: one call of ours beside torch's separate operations. The suite stages has named layers so.\n\n"
     "--formulations measures the torch formulations of each pass on the layers instead, on a CPU, into a\n"
     "file such as autotune/formulations_authenticamd.json: rows from which layers without a tuned choice\n"
     "have theirs on that vendor's CPUs.\n\n"
@@ -213,8 +213,8 @@ def _layers(options: argparse.Namespace, device: torch.device) -> int:
     if options.sizes:
         layers = tuple(each for layer in layers for each in (layer, *at_sizes(layer, options.sizes)))
     layers = with_epilogue(layers, epilogue_of(options))
-    if set(options.passes or ("forward",)) != {"forward"} and any(layer.epilogue is not None for layer in layers):
-        raise ArgumentError("argument --passes: of a layer with an epilogue the forward alone is measured")
+    if not set(options.passes or PASSES) <= set(PASSES) and any(layer.epilogue is not None for layer in layers):
+        raise ArgumentError(f"argument --passes: of a layer with an epilogue only {' and '.join(PASSES)} are measured")
     if options.list:
         print("\n".join(layer_lines(layers, scale_for(options.scale, device))))
         return OK

@@ -12,6 +12,7 @@ from time import perf_counter
 import torch
 
 from tritonconv.autotune.tuning.compiled_ahead import CONFIGS, jobs_of, with_reduced
+from tritonconv.autotune.tuning.tasks import with_plain
 from tritonconv.errors import ArgumentError
 from tritonconv.kernels.targets import TARGETS
 from tritonconv.kernels.triton_compiled import VARIABLE, CompiledFolder
@@ -73,7 +74,8 @@ def run(options: argparse.Namespace) -> int:
     if options.check is not None:
         return _check(options.check, options.quiet)
     tasks, _ = tasks_asked_for(options, torch.device("cpu"), options.scale or "full")
-    problems = list(dict.fromkeys(task.problem for task in tasks if task.problem.n and task.problem.c_out))
+    asked = (task.problem for task in with_plain(tasks) if task.problem.n and task.problem.c_out)
+    problems = list(dict.fromkeys(asked))
     begin, filled = perf_counter(), []
     for target in flags.once(options.target, ()):
         with _about(options.output):

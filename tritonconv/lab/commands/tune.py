@@ -36,6 +36,9 @@ others are tuned all the same; the end of the output names those that failed, an
 The problems are the layers of suites (--suite), the layers of your model (--model module:factory --input
 1x1x96x96x96), or one problem (--x 1x64x16x16x16 --weight 64x32x2x2x2 --stride 2).
 
+With --activation, --residual or --rounding the forward is tuned with the epilogue. Its gradients are the plain layer's
+and take its choice: where that has none yet, the plain layer is tuned too.
+
 The store is the folder that TRITONCONV_CACHE names, else one in the XDG cache directory. Where the store has no choice,
 calls look into the tables that come with tritonconv.
 """
