@@ -10,7 +10,7 @@ from tritonconv.lab.bench import kernelbench, results
 from tritonconv.lab.bench.results import Writer, read
 from tritonconv.lab.bench.runner import Outcome
 from tritonconv.lab.bench.workloads import workloads
-from tritonconv.lab.commands import bench
+from tritonconv.lab.commands.measurements import layers
 
 
 def test_the_published_figures_are_of_the_suites_layers():
@@ -52,7 +52,7 @@ def test_the_command_measures_them_as_kernelbench_defines_them(tmp_path, monkeyp
         return Outcome(writer.path, "complete", 0)
 
     asked = []
-    monkeypatch.setattr(bench, "bench", measured)
+    monkeypatch.setattr(layers, "bench", measured)
     command = ["bench", "--kernelbench", "ieee", "--only", "l2_50", "--quiet", "--output", str(tmp_path)]
     assert cli.main(command) == 0
     (options,) = asked
