@@ -29,7 +29,7 @@ NAME = re.compile(r"[a-z]+-\d{8}T\d{6}Z-[0-9a-f]+\.jsonl$")
 SAME = ("layer", "pass", "dtype", "layout", "variant", "config", "stage", "launch")
 # The lists of a run whose rows are about a layer, a pass, a dtype and a layout.
 OF_LAYERS = ("results", "nulls", "timings", "tuned", "overheads", "profiles", "checks")
-BASELINE, OURS, COMPILED = "torch", "tritonconv", "torch_compile"
+BASELINE, OURS, COMPILED, OURS_COMPILED = "torch", "tritonconv", "torch_compile", "tritonconv_compile"
 
 
 class Writer:
@@ -99,6 +99,7 @@ class Run:
     checks: list[dict] = field(default_factory=list)
     operations: list[dict] = field(default_factory=list)
     steps: list[dict] = field(default_factory=list)
+    problems: list[dict] = field(default_factory=list)
     skips: list[dict] = field(default_factory=list)
     errors: list[dict] = field(default_factory=list)
     end: dict | None = None
@@ -200,7 +201,7 @@ def merged(runs: Sequence[Run]) -> Run:
     for kind in OF_LAYERS:
         rows = {json.dumps([row.get(key) for key in SAME]): row for run in runs for row in getattr(run, kind)}
         getattr(whole, kind).extend(rows.values())
-    for kind in ("roofs", "slabs", "operations", "steps", "skips", "errors", "warnings"):
+    for kind in ("roofs", "slabs", "operations", "steps", "problems", "skips", "errors", "warnings"):
         getattr(whole, kind).extend(row for run in runs for row in getattr(run, kind))
     _one_way_of_timing(whole, next((run.results for run in reversed(runs) if run.results), []))
     return whole
