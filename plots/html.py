@@ -15,7 +15,7 @@ from typing import TypeVar
 from tritonconv.errors import ResultsError
 from tritonconv.lab.bench import counters, noise
 from tritonconv.lab.bench.columns import SAID, columns_of, median
-from tritonconv.lab.bench.results import BASELINE, OURS, Run
+from tritonconv.lab.bench.results import BASELINE, OF_MODEL, OURS, Run
 from tritonconv.lab.bench.standings import Standing, by_column, by_pass, grouped, standings
 from tritonconv.plots import style
 from tritonconv.plots.page import PAGE
@@ -276,9 +276,6 @@ def _checks(run: Run) -> str:
             rows.append([*key, len(checks), max(shares)])
     caption = "Variants held against float64 on one layer per class; the worst error as a share of the allowed one."
     return _after(caption, table(["variant", "dtype", "answers", "worst error / allowed"], rows, 2))
-
-
-OF_MODEL = ("model", "inputs", "dtype", "layout")
 
 
 def _steps(run: Run) -> str:

@@ -30,8 +30,8 @@ SAID = (
     "the layer and the operations behind it: ours is convert(model), and fuse(model) where that takes one of\n"
     f"them; right is a difference within {level2_times.TOLERANCE:g}, KernelBench's tolerance. TF32 is torch's switch,\n"
     "set for both sides; `--kernelbench ieee` sets it off. At scale cpu the layers of level 1 are shrunk, and of\n"
-    f"level 2 the batch (to {level2.CPU_BATCH} at most); the output says so. A problem of level 2 that a CPU cannot measure\n"
-    f"in {level2_times.SECONDS:g} s, or in its share of --seconds, is listed as not run."
+    f"level 2 the batch (to {level2.CPU_BATCH} at most); the output says so. A problem of level 2 that a CPU cannot\n"
+    f"measure in {level2_times.SECONDS:g} s, or in its share of --seconds, is listed as not run."
 )
 OWN = ()
 TOO = ("only", "scale", "compiled", "compile", "seed", "variants", "variant_files", "copies", "cudnn_graph")

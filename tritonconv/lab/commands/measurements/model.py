@@ -60,7 +60,7 @@ def run(options: argparse.Namespace, device: torch.device) -> int:
     with progress(options.quiet, unit="models", first="building the model") as shown:
         # One that cannot be had leaves no file.
         made = twins(networks[0], ways[0]) if count == 1 else None
-        with recording(target, "model-", device, options.command, seed, **facts) as writer:
+        with recording(target, results.MODEL, device, options.command, seed, **facts) as writer:
             shown.begin(count)
             try:
                 for each, way in itertools.product(networks, ways):
