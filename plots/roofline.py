@@ -125,7 +125,7 @@ def _roofs(axes: Axes, canvas, run: Run, dtype: str, limits, placer: Placer) -> 
         placer.block_line((low_x, low_x * rate), (end, end * rate))
         # The label starts where the line enters the panel; it goes below where the line above leaves it no room.
         start = max(low_x, low_y / rate) * 1.15
-        near = index > 0 and _distance(axes, start, copies[index - 1][0], rate) < LABEL_LINE
+        near = index > 0 and _distance(axes, canvas, start, copies[index - 1][0], rate) < LABEL_LINE
         placer.along(
             f"{what}: {units.rate(rate, 'B/s')}", (start, start * rate), (start * 2, start * 2 * rate), fontsize=6.8,
             below=near,
@@ -145,11 +145,11 @@ def _roofs(axes: Axes, canvas, run: Run, dtype: str, limits, placer: Placer) -> 
                   fontsize=7.5, color=style.VERMILLION)  # fmt: skip
 
 
-def _distance(axes: Axes, x: float, above: float, rate: float) -> float:
+def _distance(axes: Axes, canvas, x: float, above: float, rate: float) -> float:
     """Points between two parallel roofs of bytes/s."""
     first, second, along = axes.transData.transform([(x, x * above), (x, x * rate), (2 * x, 2 * x * rate)])
     across, up = along - second
-    return (first[1] - second[1]) * across / math.hypot(across, up) * 72 / axes.get_figure(root=True).dpi
+    return float(first[1] - second[1]) * across / math.hypot(across, up) * 72 / canvas.figure.dpi
 
 
 def _roof_note(run: Run) -> str:

@@ -123,7 +123,7 @@ def test_the_label_of_a_roof_goes_below_its_line_where_the_line_above_is_near(tm
     real = labels.Placer.along
     monkeypatch.setattr(labels.Placer, "along", lambda self, text, *rest, **how: (
         placed.update({text.partition(":")[0]: how.get("below", False)}), real(self, text, *rest, **how)))  # fmt: skip
-    for factor, below in ((1.3, True), (10.0, False)):
+    for factor, below in ((1.15, True), (10.0, False)):
         near = {**COPY, "name": "copy_cache", "what": "near", "value": factor * COPY["value"]}
         texts(monkeypatch, roofline, write(tmp_path, 3, roofs=(COPY, near, PEAK)), tmp_path)
         assert placed["near"] is False and placed["copy in memory"] is below
