@@ -148,7 +148,7 @@ def _roofs(axes: Axes, canvas, run: Run, dtype: str, limits, placer: Placer) -> 
 def _distance(axes: Axes, canvas, x: float, above: float, rate: float) -> float:
     """Points between two parallel roofs of bytes/s."""
     first, second, along = axes.transData.transform([(x, x * above), (x, x * rate), (2 * x, 2 * x * rate)])
-    across, up = along - second
+    across, up = map(float, along - second)
     return float(first[1] - second[1]) * across / math.hypot(across, up) * 72 / canvas.figure.dpi
 
 
