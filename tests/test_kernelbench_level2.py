@@ -133,6 +133,15 @@ def rows(tmp_path, asked: Asked) -> results.Run:
     return results.read(writer.path)
 
 
+def test_the_report_has_the_problems(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    from tritonconv.plots import html
+
+    monkeypatch.setattr(level2_times, "MOST_TIMED_SECONDS", 0.0)
+    page = html.write(rows(tmp_path, Asked(CPU)), tmp_path, {}).read_text()
+    assert "KernelBench&#x27;s level 2" in page and "2x3x16x32x32" in page
+
+
 def test_a_problem_that_a_cpu_cannot_measure_in_its_seconds_or_memory_is_listed(tmp_path, monkeypatch):
     run = rows(tmp_path, Asked(CPU, seconds=0.01))
     assert not run.problems and "calls are not made in the 0.01 s of a problem" in run.skips[0]["message"]
