@@ -31,8 +31,8 @@ def test_levels_have_their_means_and_a_wrong_answer_counts(tmp_path):
     text = kernelbench.text(read(writer.path))
     first, second = text.index("level 1"), text.index("level 2")
     assert "products of both sides: tf32" in text[:first] and "wrong: tritonconv on kernelbench_l1_77" in text
-    assert "geometric mean 4.00, least 2.00 (kernelbench_l1_61)" in text[first:second]
-    assert "fast_0 67%, fast_1 67%, fast_2 33%, fast_4 33%, fast_8 0%, of 3 problems" in text[first:second]
+    assert "geometric mean 3.17, least 2.00 (kernelbench_l1_72)" in text[first:second]
+    assert "fast_0 75%, fast_1 75%, fast_2 25%, fast_4 25%, fast_8 0%, of 4 problems" in text[first:second]
     assert "CUDA-L1 on an H100: l1_61 2.06, l1_70 3.2, l1_77 1.4" in text[first:second]
     assert "KernelBench's leaderboard: no right answer" in text[first:second]
     assert "geometric mean 3.00" in text[second:] and "of 1 problems" in text[second:]

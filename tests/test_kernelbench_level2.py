@@ -63,8 +63,8 @@ FORMULAS = {
     96: lambda y, m: F.max_pool3d(0.5 * y, 2).mean((2, 3, 4), keepdim=True).clamp(0, 1),
     100: lambda y, m: y.clamp(min=-1) / 2,
 }  # fmt: skip
-# Two of them normalize the last axis, and one knows the sizes of its output.
-SIZES = {3: (2, 2, 32), 34: (2, 2, 32), 38: (32, 64, 64)}
+# Two of them normalize the last axis, one knows the sizes of its output, and one pools by six.
+SIZES = {3: (2, 2, 32), 34: (2, 2, 32), 38: (32, 64, 64), 78: (4, 4, 4)}
 
 
 @pytest.mark.parametrize("number", FORMULAS)
@@ -106,6 +106,13 @@ def test_fuse_takes_what_a_call_computes_and_a_batch_norm_stays_in_training():
 
 
 def test_the_command_measures_the_whole_problem_as_kernelbench_defines_it(tmp_path, monkeypatch, capsys):
+    switches, real = [], level2_times.measured
+
+    def measured(*asked):
+        switches.append(torch.backends.cudnn.conv.fp32_precision)
+        real(*asked)
+
+    monkeypatch.setattr(level2_times, "measured", measured)
     monkeypatch.setattr(level2_times, "MOST_TIMED_SECONDS", 0.0)
     command = ["bench", "--kernelbench", "ieee", "--only", "l2_50", "--quiet", "--output", str(tmp_path)]
     assert cli.main(command) == 0
@@ -114,7 +121,7 @@ def test_the_command_measures_the_whole_problem_as_kernelbench_defines_it(tmp_pa
     assert {(row["model"], row["inputs"]) for row in run.problems} == {(SMALL, "2x3x16x32x32")}
     mine = run.problems[2]
     assert mine["max_difference"] <= mine["tolerance"] == 1e-4 and mine["fused"] == []
-    assert run.environment["cudnn_conv_fp32"] == "ieee" and "batch at most 2" in run.environment["scale_rule"]
+    assert switches == ["ieee"] and "batch at most 2" in run.environment["scale_rule"]
     said = capsys.readouterr().out
     assert "a CPU multiplies float32 as it is" in said and "smaller than KernelBench's" in said
     assert "level 2: the whole problem" in said and "level 1" not in said and "of 1 problems" in said
