@@ -61,10 +61,8 @@ def _measured(options: argparse.Namespace, device: torch.device, found: tuple[Wo
     use_compiled(options, device)
     asked = Asked(device, share or level2_times.SECONDS, layers.seed, layers.compiled)
     facts = header(layers)
-    if of_2:
-        facts["scale_rule"] = "; ".join(
-            [str(facts["scale_rule"]), *([level2.SCALE_RULE] if layers.scale == "cpu" else [])]
-        )
+    if of_2 and layers.scale == "cpu":
+        facts["scale_rule"] = f"{facts['scale_rule']}; {level2.SCALE_RULE}"
     with (
         progress(options.quiet) as shown,
         recording(options.output or RESULTS, PREFIX, device, options.command, layers.seed, **facts) as writer,
