@@ -56,11 +56,11 @@ def problem(name: str, scale: str = "full") -> Network:
     definition, layer = definitions()["problems"][name], workload(name)
     shapes: dict[str, Shape] = {"x": layer.problem().x_shape, **definition.get("inputs", {})}
     batch = layer.n if scale == "full" else min(layer.n, CPU_BATCH)
-    kind = OfTwo if len(shapes) > 1 else Problem
+    kind = ChainedOfTwo if len(shapes) > 1 else Chained
     return Network(name, lambda: kind(layer, definition), tuple((batch, *shape[1:]) for shape in shapes.values()))
 
 
-class Problem(nn.Module):
+class Chained(nn.Module):
     """The model of a problem; its layer is :data:`LAYER`."""
 
     def __init__(self, layer: Workload, definition: Mapping[str, Any]) -> None:
@@ -101,7 +101,7 @@ class Problem(nn.Module):
         return operand
 
 
-class OfTwo(Problem):
+class ChainedOfTwo(Chained):
     """With a second tensor for the forward."""
 
     def forward(self, x: torch.Tensor, beside: torch.Tensor) -> torch.Tensor:  # type: ignore[override]

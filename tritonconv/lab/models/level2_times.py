@@ -124,7 +124,7 @@ class _Measurement:
         return None
 
     def _compiled(self, fields: dict[str, dict[str, object]]) -> dict[str, Callable]:
-        """What torch.compile makes of both models; a skip or an error row for one that it does not have."""
+        """Both models as torch.compile has them; a skip or an error row for one that it does not have."""
         found: dict[str, Callable] = {}
         torch.compiler.reset()
         converted = copy.deepcopy(self.models[BASELINE])
