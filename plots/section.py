@@ -16,7 +16,7 @@ from tritonconv.plots.html import MEANS, STANDING, Cell, means_of, shown, standi
 
 COMMAND = "report"
 RATIOS = ("geometric mean", "slowest", "speed-up")  # columns with two decimals
-STEPS = ("model", "inputs", "dtype", "step", "compile s", "ms", "times as fast", "20 %", "80 %")
+STEPS = ("model", "inputs", "dtype", "step", "compile s", "rounds", "ms", "times as fast", "20 %", "80 %")
 STEPS_CAPTION = (
     f"Whole models, one training step (forward, loss, backward), beside the eager step with torch's layers: medians of "
     f"the ratios of steps next to each other. `{AGAIN}`, a copy with torch's layers, shows the noise. A row of "
@@ -41,7 +41,7 @@ def section(run: Run, ranked: Sequence[Standing], every_layer: bool) -> str:
         means += [[f"{name} ({column})", *rest] for name, *rest in means_of(others)]
     text = [_caption(run), _table(MEANS, means, 5)] if ranked else [f"{style.machine(run)}."]
     if run.steps:
-        text += [STEPS_CAPTION, _table(STEPS, [_step_cells(row) for row in run.steps], 5)]
+        text += [STEPS_CAPTION, _table(STEPS, [_step_cells(row) for row in run.steps], 6)]
     for (pass_name, dtype), of_pass in by_pass(ranked).items() if every_layer else ():
         rows = _table(STANDING, [standing_cells(one) for one in sorted(of_pass, key=lambda one: one.ratio)], 4)
         text.append(f"#### {style.PASS_NAMES.get(pass_name, pass_name)}, {dtype}: the slowest first\n\n{rows}")
@@ -51,7 +51,7 @@ def section(run: Run, ranked: Sequence[Standing], every_layer: bool) -> str:
 def _step_cells(row: Mapping) -> list[Cell]:
     times = [f"{row[name]:.3f}" for name in ("speedup", "speedup_p20", "speedup_p80")]
     names = ("model", "inputs", "dtype", "variant")
-    return [*(row[name] for name in names), row.get("compile_s"), row["median_ms"], *times]
+    return [*(row[name] for name in names), row.get("compile_s"), row["n_runs"], row["median_ms"], *times]
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[Cell]], numbers: int) -> str:

@@ -241,4 +241,6 @@ def test_a_section_has_the_steps_of_whole_models(tmp_path):
     path = tmp_path / "README.md"
     path.write_text("<!-- tritonconv report: begin -->\n<!-- tritonconv report: end -->\n")
     section.update(results.load(tmp_path), path, every_layer=False)
-    assert "| unet | 1x1x8x8x8 | float32 | tritonconv_compile | 7.5 | 2 | 1.250 | 1.000 | 1.500 |" in path.read_text()
+    assert (
+        "| unet | 1x1x8x8x8 | float32 | tritonconv_compile | 7.5 | 5 | 2 | 1.250 | 1.000 | 1.500 |" in path.read_text()
+    )
