@@ -15,7 +15,7 @@ from typing import TypeVar
 from tritonconv.errors import ResultsError
 from tritonconv.lab.bench import counters, noise
 from tritonconv.lab.bench.columns import SAID, columns_of, median
-from tritonconv.lab.bench.results import BASELINE, OURS, Run
+from tritonconv.lab.bench.results import BASELINE, OF_MODEL, OURS, Run
 from tritonconv.lab.bench.standings import Standing, by_column, by_pass, grouped, standings
 from tritonconv.plots import style
 from tritonconv.plots.page import PAGE
@@ -42,7 +42,8 @@ T = TypeVar("T")
 
 def write(run: Run, folder: Path, pictures: Pictures) -> Path:
     """Writes the page into the folder. Raises ResultsError where there is nothing to show, OSError where it cannot."""
-    shown = run.results, run.roofs, run.timings, run.overheads, run.profiles, run.checks, run.operations, run.slabs
+    shown = (run.results, run.roofs, run.timings, run.overheads, run.profiles, run.checks, run.operations, run.slabs,
+             run.problems)  # fmt: skip
     if not any(shown):
         raise ResultsError(f"{run.path}: nothing was measured, so there is nothing to report")
     path = folder / f"{'-'.join(['report', *run.selection])}.html"
@@ -59,6 +60,7 @@ def page(run: Run, pictures: Pictures) -> str:
         ("Layers", _layers(run)),
         ("Whole models", _steps(run)),
         ("Operations of a training step", _operations(run)),
+        ("KernelBench's level 2", _problems(run)),
         ("Slabs", _slabs(run)),
         ("Null rows", _nulls(run)),
         ("Roofs", _roofs(run)),
@@ -276,9 +278,6 @@ def _checks(run: Run) -> str:
     return _after(caption, table(["variant", "dtype", "answers", "worst error / allowed"], rows, 2))
 
 
-OF_MODEL = ("model", "inputs", "dtype", "layout")
-
-
 def _steps(run: Run) -> str:
     names = ("variant", "median_ms", "p20_ms", "p80_ms", "speedup", "speedup_p20", "speedup_p80", "graph_ms",
              "graph_speedup", "output_error", "gradient_error")  # fmt: skip
@@ -295,6 +294,15 @@ def _operations(run: Run) -> str:
              *(row.get(name) for name in names)] for row in run.operations]  # fmt: skip
     caption = "With torch's layers, backward included; torch ms and ours ms are those of one call by itself."
     head = [*OF_MODEL, "operation", "layers", "calls", "ms", "share", "torch ms", "ours ms", "speed-up"]
+    return _after(caption, table(head, rows, len(names)))
+
+
+def _problems(run: Run) -> str:
+    names = ("median_ms", "p20_ms", "p80_ms", "speedup", "speedup_p20", "speedup_p80", "max_difference")
+    rows = [[row["model"], row["inputs"], row["variant"], ", ".join(row.get("fused") or ()),
+             *(row.get(name) for name in names)] for row in run.problems]  # fmt: skip
+    head = ["problem", "inputs", "variant", "fused", "ms", "20 %", "80 %", "speed-up", "20 %", "80 %", "difference"]
+    caption = "The forward of the whole problem; speed-ups are over torch eager, differences are to its output."
     return _after(caption, table(head, rows, len(names)))
 
 

@@ -105,17 +105,20 @@ class Placer:
         towards: tuple[float, float] | None,
         fontsize: float,
         ha: str = "left",
+        below: bool = False,
     ) -> None:
-        """Writes ``text`` just above a line through ``start``, turned to the direction of ``towards`` (None: level)."""
+        """Writes ``text`` just above a line through ``start``, or ``below`` it, turned to the direction of ``towards``
+        (None: level)."""
         (px, py), angle = self._axes.transData.transform(start), 0.0
         if towards is not None:
             qx, qy = self._axes.transData.transform(towards)
             angle = math.atan2(qy - py, qx - px)
-        lift = 2.2 * self._pixels
+        lift = (-2.2 if below else 2.2) * self._pixels
         place = (px - lift * math.sin(angle), py + lift * math.cos(angle))
         cx, cy = self._axes.transData.inverted().transform(place)
         label = self._axes.text(
-            cx, cy, text, rotation=math.degrees(angle), rotation_mode="anchor", ha=ha, va="bottom",
+            cx, cy, text, rotation=math.degrees(angle), rotation_mode="anchor", ha=ha,
+            va="top" if below else "bottom",
             fontsize=fontsize, zorder=1.5,
         )  # fmt: skip
         label.set_path_effects(self._halo)

@@ -22,9 +22,11 @@ from tritonconv.plots.labels import Placer
 
 MADE_BY = "tritonconv bench"
 PANEL = (4.68, 3.55)  # inches
-WIDE = (7.2, 4.4)  # of a panel with many layers, whose numbers need the room
-FEW = 12  # layers that are named in the chart itself
+WIDE = (7.2, 5.2)  # of a panel with many layers, whose numbers need the room
+FEW = 6  # layers that are named in the chart itself; others have numbers
+SOME = 12  # layers of which every contestant shows, in small panels
 TABLE_LINE = 0.118  # inches
+LABEL_LINE = 11.0  # points that a roof's label takes
 
 
 def draw(run: Run) -> Figure:
@@ -33,7 +35,7 @@ def draw(run: Run) -> Figure:
     if not rows:
         raise ResultsError(f"{run.path}: no results to draw")
     numbers = _numbers(rows)
-    many = len(numbers) > FEW
+    numbered, many = len(numbers) > FEW, len(numbers) > SOME
     if many:  # beside many layers the single variants would hide the comparison
         rows = [row for row in rows if row["variant"] in (BASELINE, OURS)] or rows
     kinds, layouts = grouped(rows, "pass", "dtype"), list(dict.fromkeys(row["layout"] for row in rows))
@@ -49,12 +51,12 @@ def draw(run: Run) -> Figure:
             "the roofs down, or a smaller cache held the data."
         )
     columns = 1 if many else len(layouts)
-    table = (len(numbers) + 2 * len(suites)) * TABLE_LINE if many else 0
+    table = (len(numbers) + 2 * len(suites)) * TABLE_LINE
     least = table / (len(kinds) * len(layouts)) - 0.75
     frame = figures.Frame(
         run, f"Roofline of transposed 3-D convolution: {BASELINE} and {OURS} on the same layers", notes,
         (WIDE[0], max(WIDE[1], least)) if many else PANEL, len(kinds) * len(layouts), columns, left=0.62,
-        right=2.25 if many else 0.2,
+        right=2.25 if numbered else 0.2,
     )  # fmt: skip
     limits = _limits(run, rows)
     for line, ((pass_name, dtype), of_kind) in enumerate(kinds.items()):
@@ -62,9 +64,9 @@ def draw(run: Run) -> Figure:
             title = style.title(pass_name, style.LAYOUT_NAMES[layout], dtype)
             axes = frame.panel(line * len(layouts) + column, title)
             mine = [row for row in of_kind if row["layout"] == layout]
-            _panel(axes, frame.canvas, run, mine, numbers, limits, dtype, many)
+            _panel(axes, frame.canvas, run, mine, numbers if numbered else {}, limits, dtype)
     _legend(frame, rows)
-    if many:
+    if numbered:
         _table(frame, numbers)
     return frame.done()
 
@@ -76,7 +78,7 @@ def _numbers(rows: Sequence[Mapping]) -> dict[str, tuple[int, str]]:
     return {name: (index, suite) for index, (name, suite) in enumerate(ordered, start=1)}
 
 
-def _panel(axes: Axes, canvas, run: Run, rows, numbers, limits, dtype: str, many: bool) -> None:
+def _panel(axes: Axes, canvas, run: Run, rows, numbers, limits, dtype: str) -> None:
     (low_x, high_x), (low_y, high_y) = limits
     figures.log_axes(axes)
     axes.set_xlim(low_x, high_x)
@@ -92,7 +94,7 @@ def _panel(axes: Axes, canvas, run: Run, rows, numbers, limits, dtype: str, many
     for same in by_layer.values():
         x, heights = _intensity(same[0]), [_rate(row) for row in same]
         axes.plot([x, x], [min(heights), max(heights)], color="#B5B5B5", linewidth=0.7, zorder=2)
-        if not many:  # a name is long enough to hide the line
+        if not numbers:  # a name is long enough to hide the line
             placer.block_line((x, min(heights)), (x, max(heights)))
     for row in sorted(rows, key=lambda row: (row["variant"] == OURS, row["variant"] != BASELINE)):
         x, y = _intensity(row), _rate(row)
@@ -106,8 +108,8 @@ def _panel(axes: Axes, canvas, run: Run, rows, numbers, limits, dtype: str, many
         placer.block_point(x, y, 3.0)
     tops = [max(same, key=lambda row: (row["variant"] == OURS, _rate(row))) for same in by_layer.values()]
     for row in sorted(tops, key=_intensity):
-        text = str(numbers[row["layer"]][0]) if many else row["layer"]
-        placer.place(text, _intensity(row), _rate(row), fontsize=5.6 if many else 6.5)
+        text = str(numbers[row["layer"]][0]) if numbers else row["layer"]
+        placer.place(text, _intensity(row), _rate(row), fontsize=5.6 if len(numbers) > SOME else 6.5)
 
 
 def _roofs(axes: Axes, canvas, run: Run, dtype: str, limits, placer: Placer) -> None:
@@ -121,11 +123,13 @@ def _roofs(axes: Axes, canvas, run: Run, dtype: str, limits, placer: Placer) -> 
             linewidth=1.3 if strong else 0.8, linestyle="-" if strong else (0, (5, 2)),
         )  # fmt: skip
         placer.block_line((low_x, low_x * rate), (end, end * rate))
-        # The label starts where the line enters the panel.
+        # The label starts where the line enters the panel; it goes below where the line above leaves it no room.
         start = max(low_x, low_y / rate) * 1.15
+        near = index > 0 and _distance(axes, canvas, start, copies[index - 1][0], rate) < LABEL_LINE
         placer.along(
-            f"{what}: {units.rate(rate, 'B/s')}", (start, start * rate), (start * 2, start * 2 * rate), fontsize=6.8
-        )
+            f"{what}: {units.rate(rate, 'B/s')}", (start, start * rate), (start * 2, start * 2 * rate), fontsize=6.8,
+            below=near,
+        )  # fmt: skip
     if peak:
         first = max(low_x, peak / copies[0][0]) if copies else low_x
         axes.plot([first, high_x], [peak, peak], color="black", linewidth=1.3, zorder=1)
@@ -139,6 +143,13 @@ def _roofs(axes: Axes, canvas, run: Run, dtype: str, limits, placer: Placer) -> 
         missing = " and ".join(name for name, has in (("copy", copies), (f"{dtype} matrix", peak)) if not has)
         axes.text(0.02, 0.97, f"no measured {missing} roof in this file", transform=axes.transAxes, va="top",
                   fontsize=7.5, color=style.VERMILLION)  # fmt: skip
+
+
+def _distance(axes: Axes, canvas, x: float, above: float, rate: float) -> float:
+    """Points between two parallel roofs of bytes/s."""
+    first, second, along = axes.transData.transform([(x, x * above), (x, x * rate), (2 * x, 2 * x * rate)])
+    across, up = map(float, along - second)
+    return float(first[1] - second[1]) * across / math.hypot(across, up) * 72 / canvas.figure.dpi
 
 
 def _roof_note(run: Run) -> str:
@@ -170,8 +181,9 @@ def _limits(run: Run, rows: Sequence[Mapping]) -> tuple[tuple[float, float], tup
     peaks = [peak for dtype in {row["dtype"] for row in rows} if (peak := measured_roofs.peak(run, dtype)[0])]
     copies = measured_roofs.copies(run)
     # Where the roofs meet belongs in the picture, with enough of the slope to its left to read its label.
-    ridge = [min(peaks) / copies[0][0] / 8] if peaks and copies else []
-    across = (min([*xs, *ridge]) / 1.7, max(xs) * 1.9)
+    slope = 4 if len({row["layer"] for row in rows}) > SOME else 7  # in a small panel the label takes more of it
+    ridge = [min(peaks) / copies[0][0] / slope] if peaks and copies else []
+    across = (min([*xs, *ridge]) / 1.7, max(xs) * 1.6)
     return across, (min([*ys, *(peak / 30 for peak in peaks)]) / 1.9, max([*ys, *peaks]) * 1.7)
 
 

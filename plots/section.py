@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tritonconv.errors import ResultsError
 from tritonconv.lab import markdown, text_table
 from tritonconv.lab.bench.columns import SAID
+from tritonconv.lab.bench.noise import AGAIN
 from tritonconv.lab.bench.results import Run
 from tritonconv.lab.bench.standings import Standing, by_column, by_pass, standings
 from tritonconv.plots import style
@@ -15,27 +16,42 @@ from tritonconv.plots.html import MEANS, STANDING, Cell, means_of, shown, standi
 
 COMMAND = "report"
 RATIOS = ("geometric mean", "slowest", "speed-up")  # columns with two decimals
+STEPS = ("model", "inputs", "dtype", "step", "compile s", "rounds", "ms", "times as fast", "20 %", "80 %")
+STEPS_CAPTION = (
+    f"Whole models, one training step (forward, loss, backward), beside the eager step with torch's layers: medians of "
+    f"the ratios of steps next to each other. `{AGAIN}`, a copy with torch's layers, shows the noise. A row of "
+    f"torch.compile is timed in a second turn, and its seconds of compilation stand beside it."
+)
 
 
 def update(run: Run, path: Path, every_layer: bool) -> None:
     """Replaces the section of the run's device. Raises ResultsError where nothing was timed beside torch."""
     ranked = standings(run.of_models())
-    if not ranked:
+    if not ranked and not run.steps:
         raise ResultsError(f"{run.path}: no layer was timed beside torch")
     body = section(run, ranked, every_layer)
     markdown.update(path, COMMAND, run.environment["device_name"], body, str, newest_first=False)
 
 
 def section(run: Run, ranked: Sequence[Standing], every_layer: bool) -> str:
-    """The Markdown of a run: means, of all layers and by class, and with ``every_layer`` a table of each."""
+    """The Markdown of a run: means, of all layers and by class, whole models, and with ``every_layer`` a table of
+    each layer."""
     means = means_of(ranked)
     for column, others in list(by_column(run.of_models()).items())[1:]:
         means += [[f"{name} ({column})", *rest] for name, *rest in means_of(others)]
-    text = [_caption(run), _table(MEANS, means, 5)]
+    text = [_caption(run), _table(MEANS, means, 5)] if ranked else [f"{style.machine(run)}."]
+    if run.steps:
+        text += [STEPS_CAPTION, _table(STEPS, [_step_cells(row) for row in run.steps], 6)]
     for (pass_name, dtype), of_pass in by_pass(ranked).items() if every_layer else ():
         rows = _table(STANDING, [standing_cells(one) for one in sorted(of_pass, key=lambda one: one.ratio)], 4)
         text.append(f"#### {style.PASS_NAMES.get(pass_name, pass_name)}, {dtype}: the slowest first\n\n{rows}")
     return "\n\n".join(text) + "\n"
+
+
+def _step_cells(row: Mapping) -> list[Cell]:
+    times = [f"{row[name]:.3f}" for name in ("speedup", "speedup_p20", "speedup_p80")]
+    names = ("model", "inputs", "dtype", "variant")
+    return [*(row[name] for name in names), row.get("compile_s"), row["n_runs"], row["median_ms"], *times]
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[Cell]], numbers: int) -> str:

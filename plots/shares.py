@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from tritonconv.errors import ResultsError
-from tritonconv.lab.bench.results import OURS, Run
+from tritonconv.lab.bench.noise import AGAIN
+from tritonconv.lab.bench.results import OF_MODEL, OURS, Run
 from tritonconv.lab.bench.standings import grouped
 from tritonconv.plots import figures, style
 
@@ -25,26 +26,27 @@ CHARACTERS = 95  # of a name in a bar as wide as the panel
 
 def draw(run: Run) -> Figure:
     """Raises ResultsError where no model was measured."""
-    panels = grouped(run.operations, "model", "inputs", "dtype", "layout")
+    panels = grouped(run.operations, *OF_MODEL)
     if not panels:
         raise ResultsError(f"{run.path}: no model was measured")
     notes = [
         "Width: the operation's share of a training step with torch's layers, its backward included, by torch's "
         "profiler. Height: the time of the same call with our layers, by itself, torch's is 1; whatever is no "
-        "transposed convolution stays as it is. So the area is the time of the step."
+        "transposed convolution stays as it is. So the area is the time of the step. Null: a copy with torch's layers."
     ]
     frame = figures.Frame(run, "Shares of a training step", notes, PANEL, len(panels), left=0.65)
     for index, (key, rows) in enumerate(panels.items()):
-        step = [row for row in run.steps if row["variant"] == OURS and _key(row) == key]
-        gain = f": the whole step {step[0]['speedup']:.3f} times as fast" if step else ""
-        axes = frame.panel(index, f"{', '.join(key)}{gain}")
+        gains = {row["variant"]: row["speedup"] for row in run.steps if _key(row) == key}
+        gain = f": the whole step {gains[OURS]:.3f} times as fast" if OURS in gains else ""
+        null = f" (null {gains[AGAIN]:.3f})" if gain and AGAIN in gains else ""
+        axes = frame.panel(index, f"{', '.join(key)}{gain}{null}")
         _bars(axes, rows)
     frame.legend([Patch(color=style.BLUE, label=TRANSPOSED), Patch(color="#D9D9D9", label="anything else")])
     return frame.done()
 
 
 def _key(row: Mapping) -> tuple:
-    return row["model"], row["inputs"], row["dtype"], row["layout"]
+    return tuple(row[name] for name in OF_MODEL)
 
 
 def _bars(axes: Axes, rows: Sequence[Mapping]) -> None:

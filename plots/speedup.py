@@ -88,6 +88,6 @@ def _panel(axes: Axes, rows: Sequence[Mapping], lines: Sequence[str], limits: tu
         height = 1 + (0.06 + (len(layouts) - 1 - step) * HEAD_LINE) / (len(lines) * ROW)
         axes.plot(0.012, height + 0.045 / (len(lines) * ROW), marker, color=colour, markersize=4, clip_on=False,
                   transform=axes.transAxes)  # fmt: skip
-        axes.text(0.035, height, text, transform=axes.transAxes, color=colour, fontsize=7.5)
+        axes.text(0.045, height, text, transform=axes.transAxes, color=colour, fontsize=7.5)
     figures.ratio_axis(axes, *limits)
     axes.set_xlabel("speed-up over torch (right of 1 is faster)")

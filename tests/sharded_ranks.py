@@ -29,7 +29,7 @@ import tritonconv
 from tritonconv import distributed as sharded
 from tritonconv.lab import cli
 from tritonconv.lab.bench.workloads import workload
-from tritonconv.lab.commands import bench as bench_command
+from tritonconv.lab.commands.measurements import slabs
 
 SHORT = timedelta(seconds=1)  # a group's timeout where a rank does not come
 
@@ -202,7 +202,7 @@ def benched(rank: int) -> int:
     """``tritonconv bench --slabs`` of a tiny layer on the ranks; rank 0 writes its results."""
     sizes = {"n": 1, "c_in": 2, "c_out": 2, "size": (2, 5, 3), "kernel": (3, 3, 3), "padding": (1, 1, 1)}
     tiny = replace(workload("vnet_up3"), **sizes)
-    bench_command.workloads = lambda *chosen: (tiny,)
+    slabs.workloads = lambda *chosen: (tiny,)
     flags = ["--seconds", "0.1", "--output", f"{sys.argv[1]}/results"]
     return cli.main(["bench", "--slabs", "--device", "cpu", *flags])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,25 @@ def test_many_layers_are_numbered_beside_the_chart(tmp_path, monkeypatch):
     assert re.search(r"\b1  layer_0\b", shown)
     assert re.search(r"30  layer_9\b", shown)
     assert len(re.findall(r"layer_\d+", shown)) == 30
+
+
+def test_more_layers_than_can_be_named_have_numbers_and_every_contestant_shows(tmp_path, monkeypatch):
+    run = write(tmp_path, 8)
+    compiled = [{**row, "variant": "torch_compile"} for row in run.results if row["variant"] == "torch"]
+    shown = texts(monkeypatch, roofline, replace(run, results=[*run.results, *compiled]), tmp_path)
+    assert re.search(r"\b8  layer_7\b", shown) and len(re.findall(r"layer_\d+", shown)) == 8
+    assert "torch_compile" in shown
+
+
+def test_the_label_of_a_roof_goes_below_its_line_where_the_line_above_is_near(tmp_path, monkeypatch):
+    placed = {}
+    real = labels.Placer.along
+    monkeypatch.setattr(labels.Placer, "along", lambda self, text, *rest, **how: (
+        placed.update({text.partition(":")[0]: how.get("below", False)}), real(self, text, *rest, **how)))  # fmt: skip
+    for factor, below in ((1.15, True), (10.0, False)):
+        near = {**COPY, "name": "copy_cache", "what": "near", "value": factor * COPY["value"]}
+        texts(monkeypatch, roofline, write(tmp_path, 3, roofs=(COPY, near, PEAK)), tmp_path)
+        assert placed["near"] is False and placed["copy in memory"] is below
 
 
 def test_missing_roofs_are_said(tmp_path, monkeypatch):

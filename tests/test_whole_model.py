@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 
 import pytest
 import torch
 from torch import nn
 
-from tests.test_results import ENVIRONMENT
+from tests.test_results import ENVIRONMENT, result
 from tritonconv.errors import ArgumentError
 from tritonconv.lab import cli
 from tritonconv.lab.bench import results
@@ -199,3 +200,47 @@ def test_under_autocast_the_problems_have_its_dtype_and_the_loss_takes_any_outpu
     assert [each.dim() for each in found.outputs] == [5, 0] and len(found.gradients) == 2
     exact = steps.Errors(1e-6, 1e-6)
     assert steps.Errors(4e-6, 4e-6).within(exact, 0) and not steps.Errors(1e-6, float("nan")).within(exact, 1)
+
+
+def written(folder, prefix: str, name: str, *rows: dict, device: str = "cpu") -> None:
+    """A results file of a device, whose name says that it was written at ``name``."""
+    head = {"kind": "environment", **ENVIRONMENT, "run": name, "device_name": device}
+    path = folder / f"{prefix}20260101T00000{name}Z-0.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in (head, *rows)))
+
+
+def test_a_folder_has_all_models_of_its_device_beside_the_newest_layers(tmp_path):
+    step = {"kind": "step", "inputs": "1", "dtype": "float32", "layout": "ncdhw", "variant": "torch", "p20_ms": 1.0,
+            "p80_ms": 1.0, "n_runs": 5, "speedup": 1.0, "speedup_p20": 1.0, "speedup_p80": 1.0}  # fmt: skip
+    written(tmp_path, results.PREFIX, "1", {"kind": "result", **result("old")})
+    written(tmp_path, results.PREFIX, "2", {"kind": "result", **result("new")})
+    written(
+        tmp_path, results.MODEL, "3", {**step, "model": "a", "median_ms": 9.0}, {**step, "model": "b", "median_ms": 1.0}
+    )
+    written(tmp_path, results.MODEL, "4", {**step, "model": "a", "median_ms": 2.0})
+    written(tmp_path, results.MODEL, "5", {**step, "model": "c", "median_ms": 3.0}, device="another")
+    newest = results.load(tmp_path)  # of another device than the layers
+    assert newest.run == "5" and [row["model"] for row in newest.steps] == ["c"] and not newest.results
+    (tmp_path / "model-20260101T000005Z-0.jsonl").unlink()
+    whole = results.load(tmp_path)
+    assert whole.run == "2" and [row["layer"] for row in whole.results] == ["new"]
+    assert [(row["model"], row["median_ms"]) for row in whole.steps] == [("b", 1.0), ("a", 2.0)]
+    for path in tmp_path.glob("bench-*"):
+        path.unlink()
+    assert results.load(tmp_path).run == "4" and len(results.load(tmp_path).steps) == 2
+
+
+def test_a_section_has_the_steps_of_whole_models(tmp_path):
+    pytest.importorskip("matplotlib")
+    from tritonconv.plots import section
+
+    step = {"kind": "step", "model": "unet", "inputs": "1x1x8x8x8", "dtype": "float32", "layout": "ncdhw",
+            "variant": "tritonconv_compile", "compile_s": 7.5, "median_ms": 2.0, "p20_ms": 1.0, "p80_ms": 3.0,
+            "n_runs": 5, "speedup": 1.25, "speedup_p20": 1.0, "speedup_p80": 1.5}  # fmt: skip
+    written(tmp_path, results.MODEL, "1", step)
+    path = tmp_path / "README.md"
+    path.write_text("<!-- tritonconv report: begin -->\n<!-- tritonconv report: end -->\n")
+    section.update(results.load(tmp_path), path, every_layer=False)
+    assert (
+        "| unet | 1x1x8x8x8 | float32 | tritonconv_compile | 7.5 | 5 | 2 | 1.250 | 1.000 | 1.500 |" in path.read_text()
+    )

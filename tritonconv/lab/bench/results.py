@@ -23,13 +23,14 @@ from tritonconv.kernels.registry import renamed
 from tritonconv.lab.bench.schema import SCHEMA, check
 
 LATEST = "latest.jsonl"
-PREFIX, CAMPAIGN, PROFILE = "bench-", "campaign-", "profile-"
+PREFIX, CAMPAIGN, PROFILE, MODEL = "bench-", "campaign-", "profile-", "model-"
 NAME = re.compile(r"[a-z]+-\d{8}T\d{6}Z-[0-9a-f]+\.jsonl$")
 # Rows that agree in these are about the same thing.
 SAME = ("layer", "pass", "dtype", "layout", "variant", "config", "stage", "launch")
+OF_MODEL = ("model", "inputs", "dtype", "layout")  # the same of rows about a whole model, with "variant"
 # The lists of a run whose rows are about a layer, a pass, a dtype and a layout.
 OF_LAYERS = ("results", "nulls", "timings", "tuned", "overheads", "profiles", "checks")
-BASELINE, OURS, COMPILED = "torch", "tritonconv", "torch_compile"
+BASELINE, OURS, COMPILED, OURS_COMPILED = "torch", "tritonconv", "torch_compile", "tritonconv_compile"
 
 
 class Writer:
@@ -99,6 +100,7 @@ class Run:
     checks: list[dict] = field(default_factory=list)
     operations: list[dict] = field(default_factory=list)
     steps: list[dict] = field(default_factory=list)
+    problems: list[dict] = field(default_factory=list)
     skips: list[dict] = field(default_factory=list)
     errors: list[dict] = field(default_factory=list)
     end: dict | None = None
@@ -159,15 +161,24 @@ def latest(folder: Path) -> Path:
 
 
 def load(path: Path) -> Run:
-    """A results file; of a folder the newest, or all parts of a campaign as one (:func:`merged`), with its profiles."""
+    """A results file; of a folder the newest, or all parts of a campaign as one (:func:`merged`), with its profiles and
+    the whole models of its device.
+
+    The environment is that of the newest file that is none of these two, where there is one.
+    """
     if path.is_file() or path.suffix == ".jsonl":
         return read(path)
-    newest = latest(path)
-    paths = written(path, CAMPAIGN) if newest.name.startswith(CAMPAIGN) else [newest]
-    runs = list(map(read, paths))
+    newest = read(latest(path))
+    paths = written(path, CAMPAIGN) if newest.path.name.startswith(CAMPAIGN) else []
+    runs = list(map(read, paths)) or [newest]
     device = runs[-1].environment["device_name"]
-    profiles = [run for run in map(read, written(path, PROFILE)) if run.environment["device_name"] == device]
-    return merged([*profiles, *runs]) if profiles or len(runs) > 1 else runs[0]
+    beside = [run for kind in (PROFILE, MODEL) for run in map(read, written(path, kind))
+              if run.environment["device_name"] == device and run.path != newest.path]  # fmt: skip
+    if newest.path.name.startswith(MODEL):  # it too goes with the newest of the layers
+        layers = [each for each in written(path) if not each.name.startswith((PROFILE, MODEL))]
+        of_layers = [run for run in map(read, layers[-1:]) if run.environment["device_name"] == device]
+        beside, runs = ([*beside, newest], of_layers) if of_layers else (beside, runs)
+    return merged([*beside, *runs]) if beside or len(runs) > 1 else runs[0]
 
 
 def files(folder: Path) -> list[Path]:
@@ -200,7 +211,11 @@ def merged(runs: Sequence[Run]) -> Run:
     for kind in OF_LAYERS:
         rows = {json.dumps([row.get(key) for key in SAME]): row for run in runs for row in getattr(run, kind)}
         getattr(whole, kind).extend(rows.values())
-    for kind in ("roofs", "slabs", "operations", "steps", "skips", "errors", "warnings"):
+    for kind in ("operations", "steps"):  # of a model those of its newest run
+        models = {tuple(row[key] for key in OF_MODEL): run for run in runs for row in getattr(run, kind)}
+        getattr(whole, kind).extend(row for run in runs for row in getattr(run, kind)
+                                    if models[tuple(row[key] for key in OF_MODEL)] is run)  # fmt: skip
+    for kind in ("roofs", "slabs", "problems", "skips", "errors", "warnings"):
         getattr(whole, kind).extend(row for run in runs for row in getattr(run, kind))
     _one_way_of_timing(whole, next((run.results for run in reversed(runs) if run.results), []))
     return whole

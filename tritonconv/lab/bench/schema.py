@@ -32,6 +32,8 @@ REQUIRED = {
     # the times of the step of a contestant.
     "operation": f"{_MODEL} operation calls ms share",
     "step": f"{_MODEL} variant median_ms p20_ms p80_ms n_runs speedup speedup_p20 speedup_p80",
+    # A contestant's forward of a whole problem of KernelBench's level 2 (lab/models/level2_times.py).
+    "problem": f"{_MODEL} variant timing median_ms p20_ms p80_ms n_runs speedup speedup_p20 speedup_p80",
     "skip": "layer pass variant message",
     "error": "layer pass variant status message",
     "end": "reason",

@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from tritonconv.lab import text_table
-from tritonconv.lab.bench.results import BASELINE, Run
+from tritonconv.lab.bench.results import BASELINE, OF_MODEL, Run
 from tritonconv.lab.models.whole_model import SAID, STEP
 
-KEY = ("model", "inputs", "dtype", "layout")
 MOST_NAMES = 2  # of layers in a row
 
 
 def text(run: Run) -> str:
     """All networks of a run, one after the other; then what failed and what was left out."""
     parts = []
-    for key in dict.fromkeys(tuple(row[name] for name in KEY) for row in (*run.operations, *run.steps)):
-        of = [[row for row in rows if tuple(row[name] for name in KEY) == key] for rows in (run.operations, run.steps)]
+    for key in dict.fromkeys(tuple(row[name] for name in OF_MODEL) for row in (*run.operations, *run.steps)):
+        of = [
+            [row for row in rows if tuple(row[name] for name in OF_MODEL) == key]
+            for rows in (run.operations, run.steps)
+        ]
         parts.append("\n".join([f"{key[0]}, {', '.join(key[1:])}", *_operations(of[0]), *_steps(of[1])]))
     for kind, rows in (("left out", run.skips), ("failed", run.errors)):
         parts += [f"{kind}: {row['layer']}, {row['variant']}: {row['message']}" for row in rows if row["pass"] == STEP]

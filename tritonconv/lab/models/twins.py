@@ -12,13 +12,13 @@ from tritonconv.convert import ConversionReport, convert
 from tritonconv.errors import ArgumentError
 from tritonconv.lab.bench.failures import context_is_lost, one_line
 from tritonconv.lab.bench.noise import AGAIN
-from tritonconv.lab.bench.results import BASELINE, COMPILED, OURS
+from tritonconv.lab.bench.results import BASELINE, COMPILED, OURS, OURS_COMPILED
 from tritonconv.lab.models import steps
 from tritonconv.lab.models.factories import Network, shown
 from tritonconv.lab.models.recorded import recorded, transposed
 from tritonconv.problem import LAYOUTS
 
-DECODER, OURS_COMPILED = "tritonconv_decoder", "tritonconv_compile"
+DECODER = "tritonconv_decoder"
 
 
 @dataclass(frozen=True)

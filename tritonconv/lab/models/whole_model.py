@@ -27,13 +27,13 @@ from tritonconv.lab.bench.failures import context_is_lost, one_line
 from tritonconv.lab.bench.first_calls import let_choose
 from tritonconv.lab.bench.measure import Measured, measure, rounds
 from tritonconv.lab.bench.noise import AGAIN
-from tritonconv.lab.bench.results import BASELINE, COMPILED, OURS, Writer
+from tritonconv.lab.bench.results import BASELINE, COMPILED, OURS, OURS_COMPILED, Writer
 from tritonconv.lab.bench.rows import sizes_of
 from tritonconv.lab.models import steps
 from tritonconv.lab.models.factories import Network, shown
 from tritonconv.lab.models.profiled_step import Operation, profiled
 from tritonconv.lab.models.recorded import recorded
-from tritonconv.lab.models.twins import DECODER, OURS_COMPILED, Twins, Wanted, twins
+from tritonconv.lab.models.twins import DECODER, Twins, Wanted, twins
 from tritonconv.precision import TF32, float32_precision
 
 STEP = "training step"
