@@ -43,8 +43,9 @@ MODELLED = (torch.bfloat16, torch.float16)
 class Selection(NamedTuple):
     """The variant and config of one pass, and the reason.
 
-    ``entry`` is the stored choice behind it, None where there is none. The user named or pinned a ``forced`` one:
-    torch's own never replaces it.
+    ``entry`` is the stored choice behind it, None where there is none. ``saved_s`` are the seconds that a CPU pass, or
+    its two gradients together, saved in the first calls; None where those did not choose. The user named or pinned a
+    ``forced`` one: torch's own never replaces it.
     """
 
     variant: Variant
@@ -52,6 +53,7 @@ class Selection(NamedTuple):
     reason: str
     entry: Entry | None = None
     forced: bool = False
+    saved_s: float | None = None
 
     @property
     def outdated(self) -> bool:
@@ -96,7 +98,7 @@ def choose(problem: Problem, device: torch.device, pass_name: str, graphs: bool 
         decided = online.decided(problem, pass_name)
         if decided is not None:
             record = variant(decided[0])
-            return Selection(record, record.default(problem, device), decided[1])
+            return Selection(record, record.default(problem, device), decided[1], saved_s=decided[2])
     return untuned(problem, device, pass_name)
 
 

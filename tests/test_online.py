@@ -86,6 +86,26 @@ def test_the_first_run_of_each_does_not_count(tried):
     assert dispatch.plan(PROBLEM, given[0].device).choice("forward").variant.name == "forward_torch_onednn"
 
 
+@pytest.mark.parametrize(("own", "other", "short"), [(0.0010, 0.0009, True), (0.0020, 0.0015, False)])
+def test_a_forward_that_saves_little_is_torchs_in_a_step(tried, launches, monkeypatch, own, other, short):
+    """Less than the road through our autograd takes; in a call without gradients it stays."""
+    tried(*[own, other, own] * ROUNDS)
+    x, weight, bias = operands()
+    monkeypatch.setattr(nearby, "likely_gradients", lambda *of: [])
+    for _ in range(3 * ROUNDS):
+        tritonconv.conv_transpose3d(x, weight, bias, **ARGUMENTS)
+    weight.requires_grad_()
+    for _ in range(3):
+        launches.clear()
+        y = tritonconv.conv_transpose3d(x, weight, bias, **ARGUMENTS)
+        assert ("ConvolutionBackward" in type(y.grad_fn).__name__) == short
+        agree(y, x, weight, bias)
+        with torch.no_grad():
+            launches.clear()
+            tritonconv.conv_transpose3d(x, weight, bias, **ARGUMENTS)
+            assert launches == ["forward_torch_onednn"]
+
+
 def test_torchs_own_stays_where_nothing_is_faster_and_goes_the_short_way(tried, launches):
     tried(*[0.010, 0.012, 0.00985] * ROUNDS)
     x, weight, bias = operands()
@@ -307,7 +327,7 @@ def test_a_slow_contestant_leaves():
     assert trial.running == [0, 3]  # 0.14 is more than SLOW times 0.09
     while not trial.closed:
         trial.record(index := trial.turn(), (0.10, 0, 0, 0.09)[index])
-    assert trial.fastest() == (("faster",), pytest.approx(0.10 / 0.09))
+    assert trial.fastest() == (("faster",), pytest.approx(0.10 / 0.09), pytest.approx(0.01))
 
 
 def test_the_host_time_of_a_formulation_counts():
@@ -315,5 +335,5 @@ def test_the_host_time_of_a_formulation_counts():
         trial = FirstCalls(kind, (names, tuple("other" for _ in names)))
         while not trial.closed:
             index = trial.turn()
-            trial.record(index, *((100e-6,) if index == 0 else [95e-6 / len(names)] * len(names)))
-        assert trial.fastest().names == names  # faster by 5 us, which is less than its own host time
+            trial.record(index, *((100e-6,) if index == 0 else [80e-6 / len(names)] * len(names)))
+        assert trial.fastest().names == names  # faster by 20 us, which is less than its own host time

@@ -112,7 +112,7 @@ def eager(input, weight, bias, arguments):
     # The gradients' variants are not chosen for a call that needs none.
     direct = plan.torch_alone if recorded else plan.torch_forward
     if direct is not None:
-        if input.is_cpu:
+        if input.is_cpu and plan.torch_forward is not None:  # the entry serves calls without gradients too
             keep_torchs(direct, input, weight, bias, arguments, recorded)
         return torch.conv_transpose3d(input, weight, bias, *direct)
     if recorded:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 # Of a packed weight that is kept from a forward to its backward. To pack it anew moves twice as much: 16 us at the
 # 4 TB/s of an H200's memory, and such a layer's products take far longer.
 MOST_KEPT_BYTES = 32 << 20
+AUTOGRAD_S = 120e-6  # of a training step, between other calls
 MOST_EPILOGUES = 16  # of one problem; a slope that a program computes makes ever new ones
 # The passes that the function of a name runs: see :attr:`Plan.replays`.
 REPLAYED = {name: (name,) for name in PASSES} | {"forward_and_pack": PASSES[:1], "backward": PASSES[1:]}
@@ -69,12 +70,15 @@ class Plan:
     def torch_alone(self) -> tuple | None:
         """torch's arguments where every pass is torch's own and torch can express the crops, else None.
 
-        Such a call goes straight to torch and its autograd.
+        Such a call goes straight to torch and its autograd. So does a call whose forward alone is another, where that
+        saved less than the road through our autograd takes.
         """
-        torchs = [
-            self._torchs(name) for name in PASSES
-        ]  # a list, so that any forced variant that does not serve raises here
-        return self.torch_forward if all(torchs) else None
+        own = [self._torchs(name) for name in PASSES]  # a list, so that any forced variant that does not serve raises
+        if all(own):
+            return self.torch_forward
+        saved = self.choice("forward").saved_s
+        little = all(own[1:]) and saved is not None and saved < AUTOGRAD_S
+        return self.problem.shortest_arguments if little and self.problem.torch_crop.exact else None
 
     @cached_property
     def torch_forward(self) -> tuple | None:
