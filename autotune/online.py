@@ -27,7 +27,9 @@ from tritonconv.problem import PASSES, Problem
 VARIABLE, NEVER = "TRITONCONV_TUNE", "never"
 FORWARD, GRADIENTS = "forward", "gradients"
 PARTS = {FORWARD: PASSES[:1], GRADIENTS: PASSES[1:]}
-ROUNDS = 4  # runs of each contestant; the first is not counted, for oneDNN prepares there what later calls use
+# Runs of each contestant: ROUNDS, and up to MOST_ROUNDS where those together take less than ENOUGH_S. The first quarter
+# is not counted: oneDNN prepares there what later calls use, and the caches fill.
+ROUNDS, MOST_ROUNDS, ENOUGH_S = 4, 12, 0.010
 MOST_TRIED = 4  # beside torch's own
 SLOW = 1.5  # times the best: a contestant leaves after two runs
 FAR_SLOWER, LONG_S = 2.0, 0.05  # times torch's own: one leaves after its first run, if that took so long
@@ -91,8 +93,8 @@ class FirstCalls:
         self.closed = self.given_up = True
 
     def _close_where_done(self) -> None:
-        enough = 2 if len(self.running) == 1 else ROUNDS
-        self.closed |= all(len(self.seconds[each]) >= enough for each in list(self.running))
+        alone = len(self.running) == 1
+        self.closed |= all(alone or _enough(self.seconds[each]) for each in list(self.running))
 
     def best(self, index: int) -> float:
         """The fastest run of a contestant that counts; endless before its first."""
@@ -115,8 +117,12 @@ class FirstCalls:
         return Fastest(self.contestants[0], 1.0, 0.0)
 
 
+def _enough(runs: list[tuple[float, ...]]) -> bool:
+    return len(runs) >= MOST_ROUNDS or (len(runs) >= ROUNDS and sum(map(sum, runs)) >= ENOUGH_S)
+
+
 def _counted(runs: list[tuple[float, ...]]) -> list[tuple[float, ...]]:
-    return runs[1:] or runs
+    return runs[max(1, len(runs) // 4) :] or runs
 
 
 _trials: dict[tuple[Problem, int], dict[str, FirstCalls]] = {}

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import tritonconv
 from tritonconv import dispatch, trial_plan
 from tritonconv.autotune import nearby, online
-from tritonconv.autotune.online import FORWARD, GRADIENTS, ROUNDS, FirstCalls
+from tritonconv.autotune.online import FORWARD, GRADIENTS, MOST_ROUNDS, ROUNDS, FirstCalls
 from tritonconv.lab.bench.case import Case
 from tritonconv.lab.bench.contestants import contestant
 from tritonconv.lab.bench.results import OURS
@@ -89,10 +89,10 @@ def test_the_first_run_of_each_does_not_count(tried):
 @pytest.mark.parametrize(("own", "other", "short"), [(0.0010, 0.0009, True), (0.0020, 0.0015, False)])
 def test_a_forward_that_saves_little_is_torchs_in_a_step(tried, launches, monkeypatch, own, other, short):
     """Less than the road through our autograd takes; in a call without gradients it stays."""
-    tried(*[own, other, own] * ROUNDS)
+    tried(*[own, other, own] * MOST_ROUNDS)
     x, weight, bias = operands()
     monkeypatch.setattr(nearby, "likely_gradients", lambda *of: [])
-    for _ in range(3 * ROUNDS):
+    for _ in range(3 * MOST_ROUNDS):
         tritonconv.conv_transpose3d(x, weight, bias, **ARGUMENTS)
     weight.requires_grad_()
     for _ in range(3):
@@ -221,7 +221,7 @@ def test_a_contestant_that_raises_leaves_and_the_call_is_answered(tried, monkeyp
 
     monkeypatch.setattr(Plan, "_as_it_likes", without_memory)
     given = operands(requires_grad=True)
-    for _ in range(6 * ROUNDS):
+    for _ in range(3 * MOST_ROUNDS):
         y = tritonconv.conv_transpose3d(*given, **ARGUMENTS)
         agree(y, *given)
         y.sum().backward()
@@ -253,7 +253,7 @@ def test_threads_share_a_contest(tried):
     wrong = []
 
     def calls() -> None:
-        for _ in range(4 * ROUNDS):
+        for _ in range(MOST_ROUNDS):
             y = tritonconv.conv_transpose3d(x, weight, bias, **ARGUMENTS)
             if not torch.allclose(y, expected, rtol=1e-4, atol=1e-4):
                 wrong.append(y)

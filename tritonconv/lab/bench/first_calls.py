@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from tritonconv.autotune import online
+from tritonconv.autotune.online import MOST_ROUNDS, MOST_TRIED
 
-MOST_CALLS = 50  # a layer has at most five contestants of four runs, for the forward and for both gradients
+MOST_CALLS = 2 * (1 + MOST_TRIED) * MOST_ROUNDS  # at most: of the forward, and of both gradients
 Result = TypeVar("Result")
 
 
