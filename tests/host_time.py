@@ -3,8 +3,9 @@
 The floor is an ``autograd.Function`` of the same operands that allocates its outputs alone. A row gives the time above
 it in units of a bare ``Function.apply`` made behind such a call, which has pushed the code of others out of the CPU's
 caches (on an Intel Xeon it takes 4.7 us in a loop of its own, and 9 us between steps): of a forward, of one that
-autograd records, and of a training step. The time is the CPU's of this thread (on tensors of the CPU the backward runs in it too), the least of
-many batches, so other programs disturb it little. Every launch ends in Triton's own launcher in C.
+autograd records, and of a training step. The time is the CPU's of this thread (on tensors of the CPU the backward runs
+in it too), the least of many batches, so other programs disturb it little. Every launch ends in Triton's own launcher
+in C.
 """
 
 from __future__ import annotations
