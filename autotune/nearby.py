@@ -29,7 +29,8 @@ from tritonconv.kernels.variant import Variant
 from tritonconv.problem import PASSES, Problem
 
 FORMAT = 1
-ELSEWHERE = "AuthenticAMD"  # whose rows say what is worth a trial on a CPU of a vendor without rows
+# Whose rows say what is worth a trial on a CPU of another vendor, where that one's own do not know.
+VENDORS = "AuthenticAMD", "GenuineIntel"
 NATIVE = "torch_native"
 BOTH = "torch_native of both gradients"
 KINDS = {"forward": "us of the forward", "gradients": "us of both gradients"}  # torch's own time in a row
@@ -249,24 +250,23 @@ def likely_forwards(problem: Problem, vendor: str, least_us: float, most: int) -
     """The formulations of the forward that may be faster than torch's own, the likeliest first; none where torch's own
     is expected to take less than ``least_us``."""
     rows = _rows_for(vendor, problem.dtype)
-    if rows is None or rows.torchs_us("forward", problem) < least_us:
+    if not rows or rows[0].torchs_us("forward", problem) < least_us:
         return []
-    return [(name,) for _, name in _hopeful(rows, PASSES[0], problem, 0.0)[:most]]
+    return [(name,) for _, name in _hopeful(_guesses(rows, PASSES[0], problem), 0.0)[:most]]
 
 
 def likely_gradients(problem: Problem, vendor: str, least_us: float, most: int) -> list[tuple[str, str]]:
     """As :func:`likely_forwards`, pairs of formulations of backward-data and backward-weight."""
     rows = _rows_for(vendor, problem.dtype)
-    if rows is None or rows.torchs_us("gradients", problem) < least_us:
+    if not rows or rows[0].torchs_us("gradients", problem) < least_us:
         return []
-    serving = ([guess for guess, each in rows.guesses(name, problem) if _serves(each, problem)] for name in PASSES[1:])
-    data, weight = serving
+    data, weight = (_guesses(rows, name, problem) for name in PASSES[1:])
     if not data or not weight:
         return []
-    least_data, least_weight = (min(math.exp(guess.hopeful) for guess in each) for each in (data, weight))
+    least_data, least_weight = (min(math.exp(guess.hopeful) for guess, _ in each) for each in (data, weight))
     names = (
-        [name for _, name in _hopeful(rows, PASSES[1], problem, least_weight)[:most]],
-        [name for _, name in _hopeful(rows, PASSES[2], problem, least_data)[:most]],
+        [name for _, name in _hopeful(data, least_weight)[:most]],
+        [name for _, name in _hopeful(weight, least_data)[:most]],
     )
     if not all(names):
         return []
@@ -274,26 +274,32 @@ def likely_gradients(problem: Problem, vendor: str, least_us: float, most: int) 
     return list(pairs)  # type: ignore[arg-type]
 
 
-def _hopeful(rows: Rows, pass_name: str, problem: Problem, beside: float) -> list[tuple[float, str]]:
-    """(expected logarithm, formulation), the least first, of those that serve the problem and may be faster than
-    torch's own by 3 % together with ``beside`` of its time."""
-    found = sorted((guess.mean, name, guess.hopeful) for guess, name in rows.guesses(pass_name, problem))
+def _hopeful(guesses: Iterable[tuple[Guess, str]], beside: float) -> list[tuple[float, str]]:
+    """(expected logarithm, formulation), the least first, of those that may be faster than torch's own by 3 % together
+    with ``beside`` of its time."""
     native = f"{PASSES[0]}_{NATIVE}"
-    return [
-        (mean, name)
-        for mean, name, hope in found
-        if math.exp(hope) + beside < 0.97 and name != native and _serves(name, problem)
-    ]
+    found = ((guess.mean, name) for guess, name in guesses if math.exp(guess.hopeful) + beside < 0.97)
+    return sorted(each for each in found if each[1] != native)
+
+
+def _guesses(rows: Iterable[Rows], pass_name: str, problem: Problem) -> list[tuple[Guess, str]]:
+    """Of the formulations that serve the problem, each by the first of these rows that know it."""
+    found: dict[str, Guess] = {}
+    for each in rows:
+        for guess, name in each.guesses(pass_name, problem):
+            if name not in found and _serves(name, problem):
+                found[name] = guess
+    return [(guess, name) for name, guess in found.items()]
 
 
 def _serves(name: str, problem: Problem) -> bool:
     return variant(name).supports(problem, torch.device("cpu")) is None
 
 
-def _rows_for(vendor: str, dtype: torch.dtype) -> Rows | None:
-    """A vendor's rows, else another's: they say where to look."""
-    known = (rows_of(each, dtype) for each in (vendor, ELSEWHERE))
-    return next((rows for rows in known if rows is not None), None)
+def _rows_for(vendor: str, dtype: torch.dtype) -> list[Rows]:
+    """A vendor's rows, then those of others: they say where to look."""
+    known = (rows_of(each, dtype) for each in dict.fromkeys((vendor, *VENDORS)))
+    return [rows for rows in known if rows is not None]
 
 
 def _reason(mean: float, nearest: str, cpu: str) -> str:
