@@ -38,7 +38,7 @@ MARGIN = 0.95  # of torch's own time that a formulation must take at most
 # have pushed ours out of the CPU's caches, it is several times that of a loop.
 ROAD_S = {FORWARD: 25e-6, GRADIENTS: 120e-6}
 # Expected microseconds of torch's own below which nothing is tried: a formulation's own host time is as long.
-LEAST_US = {FORWARD: 100.0, GRADIENTS: 200.0}
+LEAST_US = {FORWARD: 200.0, GRADIENTS: 300.0}
 MOST_PROBLEMS = 4096
 
 Names = tuple[str, ...]
