@@ -81,6 +81,22 @@ def test_a_cpu_of_a_vendor_without_rows_has_torchs_own(monkeypatch):
         assert record.name == rules.FALLBACK[name] and "Another" in because
 
 
+def test_a_trial_asks_the_rows_of_another_vendor_for_what_its_own_do_not_know(monkeypatch):
+    """A formulation that was measured on one vendor's CPUs is tried on those of another, and on a third's."""
+    few = dataclasses.replace(TILE, c_in=64, c_out=1, size=(32, 32, 32), kernel=(4, 4, 4), crop=(1, 1, 1),
+                              out_size=(64, 64, 64))  # fmt: skip
+    intel = nearby.rows_of("GenuineIntel", torch.float32)
+    without = dataclasses.replace(intel, logs={k: v for k, v in intel.logs.items() if k != "forward_torch_packed"})
+    rows = {"AuthenticAMD": without, "GenuineIntel": intel}
+    monkeypatch.setattr(nearby, "rows_of", lambda name, dtype: rows.get(name))
+    for asked in (*rows, "Another"):
+        assert ("forward_torch_packed",) in nearby.likely_forwards(few, asked, 200.0, 4), asked
+    rows["GenuineIntel"] = without
+    assert ("forward_torch_packed",) not in nearby.likely_forwards(few, "AuthenticAMD", 200.0, 4)
+    rows.clear()
+    assert nearby.likely_forwards(few, "AuthenticAMD", 200.0, 4) == []
+
+
 def test_the_reason_names_the_nearest_layer(on_amd):
     wide = dataclasses.replace(TILE, n=2, c_in=28, c_out=3, size=(26, 26, 51), kernel=(2, 4, 4), stride=(2, 4, 4),
                                out_size=(52, 104, 204), bias=True)  # fmt: skip
