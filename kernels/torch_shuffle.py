@@ -111,8 +111,8 @@ def _enough(problem: Problem, x: torch.Tensor, room: torch.Tensor) -> bool:
         return False
     if problem.n > 1 and _outputs(problem) < IMAGE_ELEMENTS:
         return False
-    _, oh, ow = problem.out_size
-    return room.stride()[1:] == (_outputs(problem) // problem.c_out, oh * ow, ow, 1)
+    od, oh, ow = problem.out_size
+    return room.stride()[1:] == (od * oh * ow, oh * ow, ow, 1)
 
 
 def _outputs(problem: Problem) -> int:

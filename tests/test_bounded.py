@@ -44,7 +44,7 @@ FILLED = {
     "kernels.triton_compiled": {"_active": "folder"},
     "autocast": {"_probes": "device", "_casts": "device"},
     "convert": {"_SUBCLASSES": "class"},
-    "dispatch": {"_by_call": "remember", "_by_problem": "remember", "torchs_own": "remember"},
+    "dispatch": {"_by_call": "remember", "_by_problem": "remember", "stages": "remember", "torchs_own": "remember"},
     "forced": {"trained": "weight that is alive"},
     "guards": {"_names": "remember", "_calls": "remember"},
 }

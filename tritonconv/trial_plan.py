@@ -53,6 +53,19 @@ class TrialPlan(Plan):
     def torch_forward(self) -> tuple | None:  # type: ignore[override]
         return None if self._open(FORWARD) else self._settled.torch_forward
 
+    @property
+    def writes_out(self) -> bool:  # type: ignore[override]
+        """True while contestants run: one that does not write there is timed with its copy."""
+        return self._open(FORWARD) is not None or self._settled.writes_out
+
+    @property
+    def takes_room(self) -> bool:  # type: ignore[override]
+        return True  # it is for the contestants that take it
+
+    def lasting(self, recorded: bool) -> Plan | None:
+        """None while a trial that such a call belongs to is open."""
+        return None if self._open(FORWARD) or (recorded and self._open(GRADIENTS)) else self._settled
+
     def forward(self, x, weight, bias, out=None, room=None):  # type: ignore[override]
         trial = self._open(FORWARD)
         if trial is None:
