@@ -24,7 +24,7 @@ from tritonconv.forced import forced, restore_forced, trained
 from tritonconv.functional import eager
 from tritonconv.layer import ConvTranspose3d
 from tritonconv.matlab.layer import TransposedConv3dLayer
-from tritonconv.private import any_autocast, deterministic, forward_mode, function_base
+from tritonconv.private import any_autocast, deterministic, dispatch_modes, forward_mode, function_base
 from tritonconv.problem import LAYOUTS
 from tritonconv.switches import graphs
 
@@ -84,7 +84,7 @@ def up_concat(layer: nn.Module, x: Any, skip: Any, skip_first: bool = False) -> 
                 if direct is not None:
                     y = torch.conv_transpose3d(x, weight, bias, *direct)
                     return torch.cat((skip, y) if skip_first else (y, skip), 1)
-                if forward_mode._current_level < 0 and not deterministic():
+                if forward_mode._current_level < 0 and dispatch_modes() == 0 and not deterministic():
                     if leaves and torch.is_grad_enabled():
                         return _differentiable(x, weight, bias, skip, skip_first, place)
                     return _concatenation(x, weight, bias, skip, skip_first, place)[0]
@@ -235,6 +235,8 @@ def _joined(x, weight, bias, skip, skip_first, place: Place):
 def _concatenation(x, weight, bias, skip, skip_first, place: Place, pack: bool = False):
     """(the result, the packed weight that a backward takes, or None)."""
     plan, shape, memory_format, (c_out, more) = place
+    if type(plan) is not Plan:  # each contestant runs and is timed as it would serve
+        return plan.timed(lambda each: _contestants(x, weight, bias, skip, skip_first, place._replace(plan=each)))
     buffer = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
     if skip_first:
         beside, y = buffer.split_with_sizes((more, c_out), 1)
@@ -250,6 +252,14 @@ def _concatenation(x, weight, bias, skip, skip_first, place: Place, pack: bool =
             plan.forward(x, weight, bias, y)
     beside.copy_(skip)
     return buffer, packed
+
+
+def _contestants(x, weight, bias, skip, skip_first, place: Place):
+    """As :func:`_concatenation`, or torch's two operations where the plan is torch's own."""
+    direct = place.plan.torch_forward
+    if direct is None:
+        return _concatenation(x, weight, bias, skip, skip_first, place)
+    return _concatenated(torch.conv_transpose3d(x, weight, bias, *direct), skip, skip_first), None
 
 
 @lru_cache(MAX_PLANS)

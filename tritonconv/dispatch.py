@@ -119,8 +119,8 @@ def keep_torchs(direct: tuple, x, weight, bias, arguments: tuple, recorded: bool
 
 def keep_stage(direct: tuple | None, place, x, weight, bias, skip, arguments: tuple, recorded: bool) -> None:
     """Notes how ``up_concat`` of these operands runs on a CPU: as torch's own operation and its concatenation where
-    there is ``direct``, else with y written at its ``place``. An entry of ``stages`` is as one of ``torchs_own``, but its
-    check is of (x, skip, weight, bias), and it says whether one of them requires a gradient."""
+    there is ``direct``, else with y written at its ``place``. An entry of ``stages`` is as one of ``torchs_own``, but
+    its check is of (x, skip, weight, bias), and it says whether one of them requires a gradient."""
     leaves = any(operand is not None and operand.requires_grad for operand in (x, skip, weight, bias))
     _keep(stages, (x, skip, weight, bias), arguments, recorded, leaves, direct, place)
 

@@ -117,6 +117,10 @@ class Plan:
         gradients of x, weight or bias."""
         return self
 
+    def timed(self, run: Callable[[Plan], Any]) -> Any:
+        """``run`` of this plan; of a plan that the first calls choose, of a contestant's."""
+        return run(self)
+
     # The passes as functions of the operands. A Triton kernel's takes operands of any strides, and works out its
     # launches once for each kind of them; a torch formulation's takes them dense in the problem's layout.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from time import perf_counter
+from typing import Any
 
 from tritonconv.autotune.choose import Selection
 from tritonconv.autotune.online import FORWARD, GRADIENTS, PARTS, ROUNDS, FirstCalls, Names
@@ -55,32 +56,32 @@ class TrialPlan(Plan):
 
     @property
     def writes_out(self) -> bool:  # type: ignore[override]
-        """True while contestants run: one that does not write there is timed with its copy."""
+        """True while contestants run, each as it would serve."""
         return self._open(FORWARD) is not None or self._settled.writes_out
-
-    @property
-    def takes_room(self) -> bool:  # type: ignore[override]
-        return True  # it is for the contestants that take it
 
     def lasting(self, recorded: bool) -> Plan | None:
         """None while a trial that such a call belongs to is open."""
         return None if self._open(FORWARD) or (recorded and self._open(GRADIENTS)) else self._settled
 
     def forward(self, x, weight, bias, out=None, room=None):  # type: ignore[override]
+        return self.timed(lambda plan: _forward(plan, x, weight, bias, out, room))
+
+    def timed(self, run: Callable[[Plan], Any]) -> Any:
+        """``run`` of the contestant's plan whose turn it is, and its time counts."""
         trial = self._open(FORWARD)
         if trial is None:
-            return _forward(self._without(FORWARD), x, weight, bias, out, room)
+            return run(self._without(FORWARD))
         index, plan = self._contestant(trial)
         begin = perf_counter()
         try:
-            y = _forward(plan, x, weight, bias, out, room)
+            answer = run(plan)
         except RuntimeError:  # it found no memory, for example
             if index == 0:
                 raise
             self._leave(trial, index)
-            return self.forward(x, weight, bias, out, room)
+            return self.timed(run)
         self._record(trial, index, perf_counter() - begin)
-        return y
+        return answer
 
     def backward(self, x, weight, grad_y, need_bias, packed=None):  # type: ignore[override]
         trial = self._open(GRADIENTS)
