@@ -75,11 +75,10 @@ def unshuffle(problem: Problem, grad_y: torch.Tensor) -> torch.Tensor:
 
 
 class Orders(NamedTuple):
-    """Indices (outputs of a channel,) in int32, and the strides of axes that have nothing between their values."""
+    """Indices (outputs of a channel,) in int32, and the strides of phases with nothing between their values."""
 
     into_y: torch.Tensor  # of each voxel of y, its place among the voxels of all phases
     from_y: torch.Tensor  # the inverse
-    by_voxel: tuple[int, ...]  # of (od, oh, ow)
     by_phase: tuple[int, ...]  # of (kd, kh, kw, d, h, w)
 
 
@@ -90,8 +89,8 @@ def _by_index(way: str, y: torch.Tensor, size: Triple, kernel: Triple) -> Orders
     threads = min(torch.get_num_threads(), -(-y.numel() // GRAIN))
     if size[2] * threads > INDEXED_ROWS[way]:
         return None
-    orders = _orders(size, kernel)
-    return orders if orders is not None and y.stride()[2:] == orders.by_voxel else None
+    _, _, _, oh, ow = y.shape
+    return _orders(size, kernel) if y.stride()[2:] == (oh * ow, ow, 1) else None
 
 
 def _select(source: torch.Tensor, order: torch.Tensor, target: torch.Tensor) -> None:
@@ -115,7 +114,7 @@ def _orders(size: Triple, kernel: Triple) -> Orders | None:
         phases, voxels = places.view(kd, kh, kw, d, h, w), places.view(d * kd, h * kh, w * kw)
         into_y = phases.permute(3, 0, 4, 1, 5, 2).flatten()
         from_y = voxels.view(d, kd, h, kh, w, kw).permute(1, 3, 5, 0, 2, 4).flatten()
-    return Orders(into_y, from_y, voxels.stride(), phases.stride())
+    return Orders(into_y, from_y, phases.stride())
 
 
 def _has_pairs(phases: torch.Tensor, kw: int) -> bool:
