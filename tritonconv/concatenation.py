@@ -296,7 +296,7 @@ class _UpConcat(torch.autograd.Function):
         grad_y, grad_skip = _parts(grad, ctx.plan.problem.c_out, ctx.skip_first)
         gradients = (None, None, None)
         if any(wanted):
-            gradients = autograd.backward(grad_y, x, weight, wanted, ctx.plan, ctx.packed)
+            gradients = autograd.backward_of_call(grad_y, x, weight, wanted, ctx.plan, ctx.packed)
         return *gradients, grad_skip.to(ctx.skip_dtype) if ctx.needs_input_grad[3] else None, None, None
 
 
