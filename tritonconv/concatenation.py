@@ -236,7 +236,7 @@ def _concatenation(x, weight, bias, skip, skip_first, place: Place, pack: bool =
     """(the result, the packed weight that a backward takes, or None)."""
     plan, shape, memory_format, (c_out, more) = place
     if type(plan) is not Plan:  # each contestant runs and is timed as it would serve
-        return plan.timed(lambda each: _contestants(x, weight, bias, skip, skip_first, place._replace(plan=each)))
+        return plan.stage(lambda each: _contestants(x, weight, bias, skip, skip_first, place._replace(plan=each)))
     buffer = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
     if skip_first:
         beside, y = buffer.split_with_sizes((more, c_out), 1)

@@ -117,8 +117,8 @@ class Plan:
         gradients of x, weight or bias."""
         return self
 
-    def timed(self, run: Callable[[Plan], Any]) -> Any:
-        """``run`` of this plan; of a plan that the first calls choose, of a contestant's."""
+    def stage(self, run: Callable[[Plan], Any]) -> Any:
+        """``run``, which is a decoder's stage, of this plan; of one that the first calls choose, of a contestant's."""
         return run(self)
 
     # The passes as functions of the operands. A Triton kernel's takes operands of any strides, and works out its

@@ -64,9 +64,15 @@ class TrialPlan(Plan):
         return None if self._open(FORWARD) or (recorded and self._open(GRADIENTS)) else self._settled
 
     def forward(self, x, weight, bias, out=None, room=None):  # type: ignore[override]
-        return self.timed(lambda plan: _forward(plan, x, weight, bias, out, room))
+        return self._timed(lambda plan: _forward(plan, x, weight, bias, out, room))
 
-    def timed(self, run: Callable[[Plan], Any]) -> Any:
+    def stage(self, run: Callable[[Plan], Any]) -> Any:
+        trial = self._open(FORWARD)
+        if trial is not None:
+            trial.of_stages = True
+        return self._timed(run)
+
+    def _timed(self, run: Callable[[Plan], Any]) -> Any:
         """``run`` of the contestant's plan whose turn it is, and its time counts."""
         trial = self._open(FORWARD)
         if trial is None:
@@ -79,7 +85,7 @@ class TrialPlan(Plan):
             if index == 0:
                 raise
             self._leave(trial, index)
-            return self.timed(run)
+            return self._timed(run)
         self._record(trial, index, perf_counter() - begin)
         return answer
 
