@@ -185,9 +185,10 @@ def _eager(x, weight, bias, skip, skip_first, arguments):
     lasting = plan.lasting(recorded) if batched and x.is_cpu and skip.layout is torch.strided else None
     if lasting is not None:
         keep_stage(direct, place and place._replace(plan=lasting), x, weight, bias, skip, arguments, recorded)
-    if place is None:
+    if direct is not None:
         joined = _concatenated(torch.conv_transpose3d(image, weight, bias, *direct), skip, skip_first)
     else:
+        assert place is not None
         joined = _joined(image, weight, bias, skip, skip_first, place)
     return joined if batched else joined.squeeze(0)
 
