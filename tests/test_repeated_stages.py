@@ -78,6 +78,15 @@ def test_it_answers_and_refuses_as_the_first_one(short):
         assert short(layer, x, skip)
 
 
+def test_a_frozen_layer_beside_a_skip_that_is_trained(short):
+    layer, x, skip = operands()
+    layer.requires_grad_(False)
+    skip.requires_grad_()
+    assert [short(layer, x, skip) for _ in range(3)] == TWICE_AND_SHORT
+    got = up_concat(layer, x, skip)
+    assert torch.equal(torch.autograd.grad(got.sum(), skip)[0], torch.ones_like(skip))
+
+
 def test_a_change_of_the_layer_is_seen(short):
     layer, x, skip = operands()
     assert [short(layer, x, skip) for _ in range(3)] == TWICE_AND_SHORT

@@ -142,8 +142,8 @@ def _keep(known_calls: dict[int, tuple[tuple, ...]], operands: tuple, arguments:
         return
     checked = (*others, weight) if bias is None else (*others, weight, bias)
     check = operands_check(*checked, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
-    # The gradients' variants are chosen only where they are needed.
-    only_without = not recorded and any(operand.requires_grad for operand in checked)
+    # The gradients' variants are chosen only where they are needed; the skip's is none of theirs.
+    only_without = not recorded and any(each is not None and each.requires_grad for each in (others[0], weight, bias))
     entry = check, *arguments, bias is None, only_without, *what
     remember(known_calls, id(weight), (entry, *known), MOST_TORCHS)
 
