@@ -12,6 +12,7 @@ from functools import partial
 import torch
 
 from tritonconv.kernels.torch_layout import bias_gradient, matrix_refusal, voxel_rows
+from tritonconv.kernels.torch_phase_copies import interleave, unshuffle
 from tritonconv.kernels.torch_products import product, products, sum_of_products, writes
 from tritonconv.kernels.variant import Variant
 from tritonconv.kernels.work import by_torch, size_of
@@ -40,21 +41,6 @@ def supports(problem: Problem, device: torch.device) -> str | None:
     return matrix_refusal(problem)
 
 
-def unshuffle(problem: Problem, grad_y: torch.Tensor) -> torch.Tensor:
-    """grad_y with its phases beside the channels, as the GEMM's operand.
-
-    NCDHW: (n, c_out*taps, voxels), rows ordered as the columns of :func:`taps_first`.
-    channels_last_3d: (n*voxels, taps*c_out).
-    """
-    (d, h, w), (kd, kh, kw) = problem.size, problem.kernel
-    n, c_out = problem.n, problem.c_out
-    if problem.layout == "ndhwc":
-        split = grad_y.permute(0, 2, 3, 4, 1).reshape(n, d, kd, h, kh, w, kw, c_out)
-        return split.permute(0, 1, 3, 5, 2, 4, 6, 7).reshape(n * d * h * w, kd * kh * kw * c_out)
-    split = grad_y.reshape(n, c_out, d, kd, h, kh, w, kw)
-    return split.permute(0, 1, 3, 5, 7, 2, 4, 6).reshape(n, c_out * kd * kh * kw, d * h * w)
-
-
 def taps_last(weight: torch.Tensor) -> torch.Tensor:
     """(c_in, c_out, kd, kh, kw) -> (c_in, taps*c_out), the channels_last_3d column order."""
     return weight.permute(0, 2, 3, 4, 1).reshape(weight.shape[0], weight[0].numel())
@@ -74,59 +60,27 @@ def forward(problem, config, x, weight, bias, out=None, room=None):
     y = out
     if y is None:
         y = torch.empty(problem.y_shape, dtype=x.dtype, device=x.device, memory_format=problem.memory_format)
-    (d, h, w), (kd, kh, kw) = problem.size, problem.kernel
-    n, c_out, step_d, step_h, step_w = y.stride()
-    phases = y.as_strided(
-        (problem.n, problem.c_out, d, kd, h, kh, w, kw),
-        (n, c_out, kd * step_d, step_d, kh * step_h, step_h, kw * step_w, step_w),
-    )
     if out is None or x.device.type != "cpu":
-        interleave(phases, _products(problem, x, weight, bias))
+        interleave(y, _products(problem, x, weight, bias))
         return y
     if room is not None and _enough(problem, x, room):
-        interleave(phases, _products(problem, x, weight, bias, room))
+        interleave(y, _products(problem, x, weight, bias, room))
         return y
     if problem.layout == "ndhwc":  # each part reads the whole weight in the order of its columns: one copy for all
         weight = weight.contiguous(memory_format=problem.memory_format)
     for part in _parts(problem):
         if part is _WHOLE:
-            interleave(phases, _products(problem, x, weight, bias))
+            interleave(y, _products(problem, x, weight, bias))
             continue
         images, channels, planes = part
         offsets = None if bias is None else bias[channels]
+        places = y if planes is _ALL else y[:, :, planes.start * problem.kernel[0] : planes.stop * problem.kernel[0]]
         # Nobody holds a part while the next one is made.
         interleave(
-            phases[images, channels, planes],
+            places[images, channels],
             _products(problem, x[images, :, planes], weight[:, channels], offsets),
         )
     return y
-
-
-def interleave(phases: torch.Tensor, values: torch.Tensor) -> None:
-    """Fills ``phases``, a view (n, c_out, d, kd, h, kh, w, kw) of y, with ``values`` of that shape.
-
-    Neighbours along w in y come from two places, and torch copies with an inner loop over those two. As the halves of
-    complex numbers they are written together: 1.34 -> 0.64 ms for y (1, 16, 48, 48, 48), 6.2 -> 4.3 ms for (1, 32, 64,
-    64, 64) (float32, 2 cores of an Intel Xeon, torch 2.13). Four taps take two calls and 0.88 -> 0.52 ms for y (1, 8,
-    32, 32, 96), six or eight gain nothing: 0.35 -> 0.40 ms for (1, 8, 16, 16, 192) (one core).
-    """
-    kw = phases.shape[7]
-    if not _has_pairs(phases, kw):
-        phases.copy_(values)
-    elif kw == 2:
-        torch.complex(*values.unbind(7), out=torch.view_as_complex(phases))
-    else:
-        for first in range(0, kw, 2):
-            pair = torch.view_as_complex(phases.narrow(7, first, 2))
-            torch.complex(values.select(7, first), values.select(7, first + 1), out=pair)
-
-
-def _has_pairs(phases: torch.Tensor, kw: int) -> bool:
-    """It is made of pairs of neighbours that torch takes for complex numbers."""
-    if kw not in (2, 4) or phases.device.type != "cpu" or phases.dtype not in (torch.float32, torch.float64):
-        return False
-    n, c_out, d, kd, h, kh, w, last = phases.stride()
-    return last == 1 and not (n | c_out | d | kd | h | kh | w | int(phases.storage_offset())) % 2
 
 
 def _products(
@@ -136,19 +90,19 @@ def _products(
     bias: torch.Tensor | None,
     room: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Some images and planes of x times some channels of the weight, as a view (n, c_out, d, kd, h, kh, w, kw); in
+    """Some images and planes of x times some channels of the weight, as a view (n, c_out, kd, kh, kw, d, h, w); in
     NCDHW they lie in the first channels of each image of ``room``, where there is one."""
     (n, _, d, h, w), (_, c_out, kd, kh, kw) = x.shape, weight.shape
     if problem.layout == "ndhwc":
         offsets = None if bias is None else bias.repeat(kd * kh * kw)
         z = product(voxel_rows(x).flatten(0, 1), taps_last(weight), offsets)
-        return z.view(n, d, h, w, kd, kh, kw, c_out).permute(0, 7, 1, 4, 2, 5, 3, 6)
+        return z.view(n, d, h, w, kd, kh, kw, c_out).permute(0, 7, 4, 5, 6, 1, 2, 3)
     rows, voxels = c_out * kd * kh * kw, d * h * w
     place = None if room is None else room.as_strided((n, rows, voxels), (room.stride(0), voxels, 1))
     z = products(taps_first(weight).t(), x.flatten(2).contiguous(), place).view(n, c_out, kd, kh, kw, d, h, w)
     if bias is not None:
         z.add_(bias.view(c_out, 1, 1, 1, 1, 1, 1))
-    return z.permute(0, 1, 5, 2, 6, 3, 7, 4)
+    return z
 
 
 def _enough(problem: Problem, x: torch.Tensor, room: torch.Tensor) -> bool:
@@ -157,8 +111,8 @@ def _enough(problem: Problem, x: torch.Tensor, room: torch.Tensor) -> bool:
         return False
     if problem.n > 1 and _outputs(problem) < IMAGE_ELEMENTS:
         return False
-    _, oh, ow = problem.out_size
-    return room.stride()[1:] == (_outputs(problem) // problem.c_out, oh * ow, ow, 1)
+    od, oh, ow = problem.out_size
+    return room.stride()[1:] == (od * oh * ow, oh * ow, ow, 1)
 
 
 def _outputs(problem: Problem) -> int:

@@ -14,9 +14,9 @@ def watch_pass(monkeypatch, name: str, note: Callable) -> None:
     def watched(plan):
         run = made.__get__(plan, dispatch.Plan)
 
-        def call(*operands):
+        def call(*operands, **more):
             note(plan, *operands)
-            return run(*operands)
+            return run(*operands, **more)
 
         return call
 

@@ -1,4 +1,4 @@
-"""Outputs with an axis of no planes: torch's answer where torch has one, else one clear refusal."""
+"""Outputs with an axis of no planes: torch's answer where torch has one, else one clear refusal. Empty batches."""
 
 from __future__ import annotations
 
@@ -60,3 +60,19 @@ def test_explain_says_that_torch_decides(capsys):
     x, weight = torch.randn(2, 3, 2, 2, 2), torch.randn(3, 2, 1, 1, 1)
     told = tritonconv.explain(x, weight, padding=1)
     assert told.plan is None and "torch answers this call, or refuses it" in capsys.readouterr().out
+
+
+def test_an_empty_batch_has_torchs_strides_with_an_epilogue_too():
+    for formats in itertools.product((torch.contiguous_format, torch.channels_last_3d), repeat=3):
+        shapes = (0, 3, 2, 3, 2), (3, 4, 2, 2, 2), (0, 4, 4, 6, 4)
+        for dtype in (torch.float32, torch.float64, torch.bfloat16):
+            x, weight, residual = (
+                torch.empty(shape, dtype=dtype).contiguous(memory_format=each)
+                for shape, each in zip(shapes, formats, strict=True)
+            )
+            want = torch.relu(torch.conv_transpose3d(x, weight, None, 2)).stride()
+            assert tritonconv.conv_transpose3d(x, weight, None, 2).stride() == want
+            for more in ({"activation": "relu"}, {"residual": residual}, {"rounding": "torch"}):
+                assert tritonconv.conv_transpose3d(x, weight, None, 2, **more).stride() == want
+                leaf = x.clone().requires_grad_()
+                assert tritonconv.conv_transpose3d(leaf, weight, None, 2, **more).stride() == want

@@ -55,6 +55,20 @@ def backward(grad_y, x, weight, wanted, plan: Plan, packed=None):
     return gradients(grad_y, x, weight, wanted, plan, packed)
 
 
+def backward_of_call(grad_y, x, weight, wanted, plan: Plan, packed=None):
+    """As :func:`backward`, of a call's first gradients: under ``create_graph`` those of x and the weight have a graph,
+    as torch's have, also where they depend on no tensor that requires a gradient. A loss of them alone is then no
+    error: it leaves no gradient.
+    """
+    found = backward(grad_y, x, weight, wanted, plan, packed)
+    if not torch.is_grad_enabled() or not (wanted[0] or wanted[1]) or not fallback.plain(grad_y, grad_y):
+        return found
+    if any(each is not None and each.requires_grad for each in found):
+        return found
+    leaf = torch.empty(0, device=grad_y.device, requires_grad=True)
+    return _Constant.apply(leaf, *found)
+
+
 def gradients(grad_y, x, weight, wanted, plan: Plan, packed=None):
     """As :func:`backward`, with nothing recorded."""
     need_x, need_weight, need_bias = wanted
@@ -107,7 +121,7 @@ class _Forward(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_y):
         x, weight = ctx.saved_tensors
-        return *backward(grad_y, x, weight, ctx.needs_input_grad[:3], ctx.plan, ctx.packed), None
+        return *backward_of_call(grad_y, x, weight, ctx.needs_input_grad[:3], ctx.plan, ctx.packed), None
 
 
 class _Backward(torch.autograd.Function):
@@ -122,6 +136,18 @@ class _Backward(torch.autograd.Function):
     def backward(ctx, *grads):
         passes = partial(forward, plan=ctx.plan), partial(backward, plan=ctx.plan)
         return *backward_of_backward(*passes, ctx.saved_tensors, ctx.needs_input_grad[:3], grads), None, None
+
+
+class _Constant(torch.autograd.Function):
+    """Tensors with a graph, by which they depend on nothing."""
+
+    @staticmethod
+    def forward(ctx, leaf, *tensors):
+        return tuple(None if each is None else each.view_as(each) for each in tensors)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return (None,) * (1 + len(grads))
 
 
 # ``Function.apply`` without its look for functorch's transforms: a call under one goes to :mod:`tritonconv.fallback`.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -18,14 +18,15 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from tritonconv import autocast, autograd, fallback
 from tritonconv.arguments import layout_of
-from tritonconv.dispatch import MAX_PLANS, Plan, goes_the_short_way, plan_for
+from tritonconv.dispatch import MAX_PLANS, Plan, keep_stage, plan_for, stages
 from tritonconv.errors import ArgumentError, ArgumentTypeError, EmptyOutputError
-from tritonconv.forced import restore_forced
-from tritonconv.functional import conv_transpose3d, eager
+from tritonconv.forced import forced, restore_forced, trained
+from tritonconv.functional import eager
 from tritonconv.layer import ConvTranspose3d
 from tritonconv.matlab.layer import TransposedConv3dLayer
-from tritonconv.private import any_autocast, function_base
+from tritonconv.private import any_autocast, deterministic, dispatch_modes, forward_mode, function_base
 from tritonconv.problem import LAYOUTS
+from tritonconv.switches import graphs
 
 OP = "up_concat"
 FORWARDS = (nn.ConvTranspose3d.forward, ConvTranspose3d.forward)
@@ -61,8 +62,6 @@ def up_concat(layer: nn.Module, x: Any, skip: Any, skip_first: bool = False) -> 
         raise ArgumentTypeError(f"{OP}: layer expects a torch.nn.Module, got {layer!r} ({type(layer).__name__})")
     if torch.compiler.is_compiling():
         return _composed(layer, x, skip, skip_first)
-    if isinstance(x, torch.Tensor) and not isinstance(skip, torch.Tensor):
-        raise ArgumentTypeError(f"{OP}: skip expects a tensor, got {skip!r} ({type(skip).__name__})")
     arguments = geometry_of(layer)
     if arguments is None:
         return _composed(layer, x, skip, skip_first)
@@ -71,14 +70,28 @@ def up_concat(layer: nn.Module, x: Any, skip: Any, skip_first: bool = False) -> 
         weight, bias = own["weight"], own["bias"]
     else:  # another tensor in the place of one
         weight, bias = layer.weight, layer.bias
+    known = stages.get(id(weight))
+    if known:
+        stride, padding, output_padding, groups, dilation = arguments
+        for check, s, p, q, g, r, unbiased, only_without, leaves, direct, place in known:
+            if (
+                stride is s and padding is p and output_padding is q and groups is g and dilation is r
+                and unbiased is (bias is None)
+                and (check(x, skip, weight) if unbiased else check(x, skip, weight, bias))
+                and not (only_without and torch.is_grad_enabled())
+                and not (forced.get() or graphs.get() or (trained and id(weight) in trained))
+            ):  # fmt: skip
+                if direct is not None:
+                    y = torch.conv_transpose3d(x, weight, bias, *direct)
+                    return torch.cat((skip, y) if skip_first else (y, skip), 1)
+                if forward_mode._current_level < 0 and dispatch_modes() == 0 and not deterministic():
+                    if leaves and torch.is_grad_enabled():
+                        return _differentiable(x, weight, bias, skip, skip_first, place)
+                    return _concatenation(x, weight, bias, skip, skip_first, place)[0]
+    if isinstance(x, torch.Tensor) and not isinstance(skip, torch.Tensor):
+        raise ArgumentTypeError(f"{OP}: skip expects a tensor, got {skip!r} ({type(skip).__name__})")
     if not fallback.ordinary(x, weight, bias) or type(skip) not in fallback.PLAIN_TYPES:
         return _composed(layer, x, skip, skip_first)
-    if skip.dim() == 5 and goes_the_short_way(x, weight, bias):
-        try:
-            y = conv_transpose3d(x, weight, bias, *arguments)
-            return torch.cat((skip, y) if skip_first else (y, skip), 1)
-        except (RuntimeError, TypeError):  # the checks below say more of what is wrong
-            pass
     if not fallback.undisturbed(x, weight, bias) or fallback.old_vmap(skip):
         return _composed(layer, x, skip, skip_first)
     forced_again = restore_forced(weight)
@@ -158,13 +171,26 @@ def _eager(x, weight, bias, skip, skip_first, arguments):
         plan = plan_for(image, weight, bias, arguments)
     except EmptyOutputError:
         plan = None
-    if plan is None or not _in_slice(plan, x, skip):
+    if plan is None:
         return _concatenated(eager(x, weight, bias, arguments), skip, skip_first)
     shape = plan.problem.y_shape
     _check(shape if batched else shape[1:], x.device, skip)
+    recorded = autograd.needs_gradient(x, weight, bias)
+    direct = plan.torch_alone if recorded else plan.torch_forward
+    if direct is None and not _in_slice(plan, x, skip):
+        return _concatenated(eager(x, weight, bias, arguments), skip, skip_first)
     if not batched:
-        return _joined(image, weight, bias, skip.unsqueeze(0), skip_first, plan).squeeze(0)
-    return _joined(image, weight, bias, skip, skip_first, plan)
+        skip = skip.unsqueeze(0)
+    place = None if direct is not None else _place(plan, skip)
+    lasting = plan.lasting(recorded) if batched and x.is_cpu and skip.layout is torch.strided else None
+    if lasting is not None:
+        keep_stage(direct, place and place._replace(plan=lasting), x, weight, bias, skip, arguments, recorded)
+    if direct is not None:
+        joined = _concatenated(torch.conv_transpose3d(image, weight, bias, *direct), skip, skip_first)
+    else:
+        assert place is not None
+        joined = _joined(image, weight, bias, skip, skip_first, place)
+    return joined if batched else joined.squeeze(0)
 
 
 def _in_slice(plan: Plan, x, skip) -> bool:
@@ -183,22 +209,36 @@ def _keeps(dtype: torch.dtype, skips: torch.dtype) -> bool:
     return dtype == skips or torch.promote_types(dtype, skips) == dtype
 
 
-def _joined(x, weight, bias, skip, skip_first, plan):
-    if autograd.needs_gradient(x, weight, bias) or (torch.is_grad_enabled() and skip.requires_grad):
-        return _differentiable(x, weight, bias, skip, skip_first, plan)
-    return _concatenation(x, weight, bias, skip, skip_first, plan)[0]
+class Place(NamedTuple):
+    """Of y in its concatenation with skips of one kind."""
+
+    plan: Plan
+    shape: tuple[int, ...]  # of the result
+    memory_format: torch.memory_format
+    channels: tuple[int, int]  # of y and of the skip
 
 
-def _concatenation(x, weight, bias, skip, skip_first, plan: Plan, pack: bool = False):
-    """(the result, the packed weight that a backward takes, or None)."""
-    whole = plan.problem.y_shape
-    n, c_out, *size = whole
-    layout = _layout(plan.problem.layout, whole)
+def _place(plan: Plan, skip) -> Place:
+    n, c_out, *size = plan.problem.y_shape
+    layout = _layout(plan.problem.layout, plan.problem.y_shape)
     if layout == "ndhwc":
         layout = layout_of(skip, skip)
-    shape = n, c_out + skip.shape[1], *size
-    buffer = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=LAYOUTS[layout])
-    more = shape[1] - c_out
+    more = skip.shape[1]
+    return Place(plan, (n, c_out + more, *size), LAYOUTS[layout], (c_out, more))
+
+
+def _joined(x, weight, bias, skip, skip_first, place: Place):
+    if autograd.needs_gradient(x, weight, bias) or (torch.is_grad_enabled() and skip.requires_grad):
+        return _differentiable(x, weight, bias, skip, skip_first, place)
+    return _concatenation(x, weight, bias, skip, skip_first, place)[0]
+
+
+def _concatenation(x, weight, bias, skip, skip_first, place: Place, pack: bool = False):
+    """(the result, the packed weight that a backward takes, or None)."""
+    plan, shape, memory_format, (c_out, more) = place
+    if type(plan) is not Plan:  # each contestant runs and is timed as it would serve
+        return plan.stage(lambda each: _contestants(x, weight, bias, skip, skip_first, place._replace(plan=each)))
+    buffer = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
     if skip_first:
         beside, y = buffer.split_with_sizes((more, c_out), 1)
     else:
@@ -213,6 +253,14 @@ def _concatenation(x, weight, bias, skip, skip_first, plan: Plan, pack: bool = F
             plan.forward(x, weight, bias, y)
     beside.copy_(skip)
     return buffer, packed
+
+
+def _contestants(x, weight, bias, skip, skip_first, place: Place):
+    """As :func:`_concatenation`, or torch's two operations where the plan is torch's own."""
+    direct = place.plan.torch_forward
+    if direct is None:
+        return _concatenation(x, weight, bias, skip, skip_first, place)
+    return _concatenated(torch.conv_transpose3d(x, weight, bias, *direct), skip, skip_first), None
 
 
 @lru_cache(MAX_PLANS)
@@ -233,12 +281,13 @@ def _parts(whole, c_out: int, skip_first: bool):
 
 class _UpConcat(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, skip, skip_first, plan):
+    def forward(ctx, x, weight, bias, skip, skip_first, place):
         need_x, need_weight = ctx.needs_input_grad[:2]
+        plan = place.plan
         ctx.plan, ctx.skip_first, ctx.skip_dtype = plan, skip_first, skip.dtype
         ctx.save_for_backward(x if need_weight else None, weight if need_x else None)
         pack = need_x and plan.kept_order is not None
-        buffer, ctx.packed = _concatenation(x, weight, bias, skip, skip_first, plan, pack)
+        buffer, ctx.packed = _concatenation(x, weight, bias, skip, skip_first, place, pack)
         return buffer
 
     @staticmethod
@@ -248,7 +297,7 @@ class _UpConcat(torch.autograd.Function):
         grad_y, grad_skip = _parts(grad, ctx.plan.problem.c_out, ctx.skip_first)
         gradients = (None, None, None)
         if any(wanted):
-            gradients = autograd.backward(grad_y, x, weight, wanted, ctx.plan, ctx.packed)
+            gradients = autograd.backward_of_call(grad_y, x, weight, wanted, ctx.plan, ctx.packed)
         return *gradients, grad_skip.to(ctx.skip_dtype) if ctx.needs_input_grad[3] else None, None, None
 
 

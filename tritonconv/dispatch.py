@@ -44,8 +44,10 @@ generation = 0
 
 _by_call: dict[tuple, Plan] = {}
 _by_problem: dict[tuple, Plan] = {}
-# Repeated calls on a CPU that are torch's own operation, by the id of their weight (:func:`keep_torchs`).
+# Repeated calls on a CPU, by the id of their weight: those that are torch's own operation (:func:`keep_torchs`), and
+# those of ``up_concat`` (:func:`keep_stage`).
 torchs_own: dict[int, tuple[tuple, ...]] = {}
+stages: dict[int, tuple[tuple, ...]] = {}
 _of_other_kinds = itertools.count(1)
 
 
@@ -112,31 +114,43 @@ def keep_torchs(direct: tuple, x, weight, bias, arguments: tuple, recorded: bool
     tracers differ. It is one call into C: each look at a tensor in Python takes a tenth of a microsecond, and several
     times that where the data of the call before have pushed Python's objects out of the CPU's caches.
     """
+    _keep(torchs_own, (x, weight, bias), arguments, recorded, direct)
+
+
+def keep_stage(direct: tuple | None, place, x, weight, bias, skip, arguments: tuple, recorded: bool) -> None:
+    """Notes how ``up_concat`` of these operands runs on a CPU: as torch's own operation and its concatenation where
+    there is ``direct``, else with y written at its ``place``. An entry of ``stages`` is as one of ``torchs_own``, but
+    its check is of (x, skip, weight, bias), and it says whether one of them requires a gradient."""
+    leaves = any(operand is not None and operand.requires_grad for operand in (x, skip, weight, bias))
+    _keep(stages, (x, skip, weight, bias), arguments, recorded, leaves, direct, place)
+
+
+def _keep(known_calls: dict[int, tuple[tuple, ...]], operands: tuple, arguments: tuple, recorded: bool, *what) -> None:
     if any_autocast() or forced.get() or graphs.get() or operands_check is None:
         return
+    *others, weight, bias = operands
     # A checkpoint may recompute a call that had forced variants; a list may change.
     if id(weight) in trained or plain(arguments) is not arguments:
         return
-    known = torchs_own.get(id(weight))
+    known = known_calls.get(id(weight))
     if known is None:  # a weight that is made for each call never earns the check
-        remember(torchs_own, id(weight), (), MOST_TORCHS)
+        remember(known_calls, id(weight), (), MOST_TORCHS)
         return
     if len(known) >= MOST_KINDS:  # ever new sizes do not earn theirs; those of a program's next part do
         if next(_of_other_kinds) % PATIENCE == 0:
-            torchs_own.pop(id(weight), None)
+            known_calls.pop(id(weight), None)
         return
-    operands = (x, weight) if bias is None else (x, weight, bias)
-    check = operands_check(*operands, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
-    # The gradients' variants are chosen only where they are needed.
-    only_without = not recorded and any(operand.requires_grad for operand in operands)
-    entry = check, *arguments, bias is None, only_without, direct
-    remember(torchs_own, id(weight), (entry, *known), MOST_TORCHS)
+    checked = (*others, weight) if bias is None else (*others, weight, bias)
+    check = operands_check(*checked, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+    # The gradients' variants are chosen only where they are needed; the skip's is none of theirs.
+    only_without = not recorded and any(each is not None and each.requires_grad for each in (others[0], weight, bias))
+    entry = check, *arguments, bias is None, only_without, *what
+    remember(known_calls, id(weight), (entry, *known), MOST_TORCHS)
 
 
-def goes_the_short_way(x, weight, bias) -> bool:
-    """A call with such operands has left an entry of ``torchs_own``; its arguments apart."""
-    operands = (x, weight) if bias is None else (x, weight, bias)
-    return any(entry[0](*operands) for entry in torchs_own.get(id(weight), ()) if entry[6] is (bias is None))
+def _forget_repeated() -> None:
+    torchs_own.clear()
+    stages.clear()
 
 
 def _plan_anew(x, weight, bias, arguments) -> Plan | None:
@@ -189,7 +203,7 @@ def drop(which: Callable[[Plan], bool]) -> None:
         for key, entry in list(memory.items()):
             if which(entry):
                 memory.pop(key, None)
-    torchs_own.clear()
+    _forget_repeated()
     generation += 1
 
 
@@ -241,7 +255,7 @@ def forget() -> None:
     global generation
     _by_call.clear()
     _by_problem.clear()
-    torchs_own.clear()
+    _forget_repeated()
     forget_tables()
     generation += 1
 
@@ -293,11 +307,11 @@ def watch() -> Iterator[list[tuple[Problem, torch.device]]]:
     problems: list[tuple[Problem, torch.device]] = []
     outer = _by_call, _by_problem
     _by_call, _by_problem = {}, {}
-    torchs_own.clear()
+    _forget_repeated()
     generation += 1  # makes a compiled graph look its plans up, so that they are listed too
     try:
         yield problems
     finally:
         problems += dict.fromkeys((problem, device) for problem, device, *_ in _by_problem)
         _by_call, _by_problem = outer
-        torchs_own.clear()
+        _forget_repeated()

@@ -114,7 +114,7 @@ class _Finished(torch.autograd.Function):
         wanted = ctx.needs_input_grad[:3]
         gradients = (None, None, None)
         if any(wanted):
-            gradients = autograd.backward(grad_z, x, weight, wanted, ctx.plan, ctx.packed)
+            gradients = autograd.backward_of_call(grad_z, x, weight, wanted, ctx.plan, ctx.packed)
         return *gradients, grad_z if ctx.needs_input_grad[3] else None, None, None
 
 

@@ -112,6 +112,15 @@ class Plan:
         same = order != AS_GIVEN and order == data.config.get("WEIGHT", AS_GIVEN)
         return order if same and nbytes <= MOST_KEPT_BYTES else None
 
+    def lasting(self, recorded: bool) -> Plan | None:
+        """The plan that later calls have too; None where the first calls still choose it. ``recorded``: the call needs
+        gradients of x, weight or bias."""
+        return self
+
+    def stage(self, run: Callable[[Plan], Any]) -> Any:
+        """``run``, which is a decoder's stage, of this plan; of one that the first calls choose, of a contestant's."""
+        return run(self)
+
     # The passes as functions of the operands. A Triton kernel's takes operands of any strides, and works out its
     # launches once for each kind of them; a torch formulation's takes them dense in the problem's layout.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from time import perf_counter
+from typing import Any
 
 from tritonconv.autotune.choose import Selection
 from tritonconv.autotune.online import FORWARD, GRADIENTS, PARTS, ROUNDS, FirstCalls, Names
@@ -53,21 +54,40 @@ class TrialPlan(Plan):
     def torch_forward(self) -> tuple | None:  # type: ignore[override]
         return None if self._open(FORWARD) else self._settled.torch_forward
 
+    @property
+    def writes_out(self) -> bool:  # type: ignore[override]
+        """True while contestants run, each as it would serve."""
+        return self._open(FORWARD) is not None or self._settled.writes_out
+
+    def lasting(self, recorded: bool) -> Plan | None:
+        """None while a trial that such a call belongs to is open."""
+        return None if self._open(FORWARD) or (recorded and self._open(GRADIENTS)) else self._settled
+
     def forward(self, x, weight, bias, out=None, room=None):  # type: ignore[override]
+        return self._timed(lambda plan: _forward(plan, x, weight, bias, out, room))
+
+    def stage(self, run: Callable[[Plan], Any]) -> Any:
+        trial = self._open(FORWARD)
+        if trial is not None:
+            trial.of_stages = True
+        return self._timed(run)
+
+    def _timed(self, run: Callable[[Plan], Any]) -> Any:
+        """``run`` of the contestant's plan whose turn it is, and its time counts."""
         trial = self._open(FORWARD)
         if trial is None:
-            return _forward(self._without(FORWARD), x, weight, bias, out, room)
+            return run(self._without(FORWARD))
         index, plan = self._contestant(trial)
         begin = perf_counter()
         try:
-            y = _forward(plan, x, weight, bias, out, room)
+            answer = run(plan)
         except RuntimeError:  # it found no memory, for example
             if index == 0:
                 raise
             self._leave(trial, index)
-            return self.forward(x, weight, bias, out, room)
+            return self._timed(run)
         self._record(trial, index, perf_counter() - begin)
-        return y
+        return answer
 
     def backward(self, x, weight, grad_y, need_bias, packed=None):  # type: ignore[override]
         trial = self._open(GRADIENTS)
