@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -125,9 +127,18 @@ def test_what_cannot_be_measured_is_said_in_a_line(module, monkeypatch, capsys):
         assert cli.main(["bench", "--quiet", "--output", "out", "--model", *arguments]) == 2, arguments
         error = capsys.readouterr().err
         assert words in error and error.count("\n") == 1 and not results.Path("out").exists(), error
-    monkeypatch.setattr(factories.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ArgumentError, match="nnunet needs dynamic_network_architectures: pip install"):
-        factories.network("nnunet", (), "cpu")
+
+
+def test_a_missing_package_is_named_with_the_extra_that_has_it(monkeypatch):
+    project = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    (extra,) = re.findall(r"^models = \[(.*)\]$", project, re.MULTILINE)
+    for name, built_in in factories.BUILT_IN.items():
+        for package in built_in.packages:
+            assert f'"{package.replace("_", "-")}>=' in extra
+            monkeypatch.setattr(factories.importlib.util, "find_spec", lambda each, gone=package: each != gone or None)
+            with pytest.raises(ArgumentError) as caught:
+                factories.network(name, (), "cpu")
+            assert str(caught.value) == f"argument --model: {name} needs {package}: pip install 'tritonconv[models]'"
 
 
 def test_a_wrong_model_is_an_error_and_is_not_timed(module, monkeypatch, capsys):
