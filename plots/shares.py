@@ -66,7 +66,8 @@ def _bars(axes: Axes, rows: Sequence[Mapping]) -> None:
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set_xlim(0, max(begin, 1e-9))
     axes.set_ylim(0, 1.08 * max([1.0, *heights]))
-    axes.set_xlabel("% of the step with torch's layers")
+    of_them = sum(row["share"] for row in rows if row.get("layers"))
+    axes.set_xlabel(f"% of the step with torch's layers; {TRANSPOSED}s: {100 * of_them:.2g} %")
     axes.set_ylabel("time, torch's is 1")
 
 
