@@ -24,7 +24,7 @@ from tritonconv.plots import charts, roofline
 
 EXAMPLES = Path(__file__).parents[1] / "plots" / "examples"
 FOLDERS = sorted({path.parent.name for path in EXAMPLES.glob("*/*.jsonl")})
-NARROW, SMALLEST = 500, 5.9  # pixels: the picture's width, the size of its smallest text there
+NARROW, SMALLEST = 500, 6.0  # pixels: the picture's width, the size of its smallest text there
 
 
 def corners(text: Text) -> np.ndarray:

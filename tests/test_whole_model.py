@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -188,6 +189,24 @@ def test_a_compilation_that_fails_or_takes_too_long_is_a_row(module, monkeypatch
         rows = getattr(results.read(writer.path), kind)
         assert [row["variant"] for row in rows] == ["torch_compile", "tritonconv_compile"]
         assert all(words in row["message"] for row in rows)
+
+
+def test_ours_is_compiled_where_torchs_was_however_long_that_took(module, monkeypatch):
+    def slow(model):
+        time.sleep(0.2)
+        return model
+
+    monkeypatch.setattr(torch, "compile", slow)
+    network = factories.network(f"{module}:make", [(1, 1, 2, 2, 2)], "cpu")
+    wanted = twins.Wanted(torch.device("cpu"), torch.float32, "ncdhw", 0.1, compiled=True)
+    with results.Writer(results.Path("out")) as writer:
+        writer.write("environment", {**ENVIRONMENT, "run": writer.run})
+        one = whole_model.Measurement(network, wanted, writer)
+        one._compared()
+        one._compiled_steps(whole_model.perf_counter() + 0.1)
+    run = results.read(writer.path)
+    assert [row["variant"] for row in run.steps] == ["torch_compile", "tritonconv_compile"] and not run.skips
+    assert all(row["compile_s"] >= 0.2 for row in run.steps)
 
 
 def test_under_autocast_the_problems_have_its_dtype_and_the_loss_takes_any_output():
