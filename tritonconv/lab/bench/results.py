@@ -184,8 +184,8 @@ def load(path: Path) -> Run:
 
 
 def _beside(run: Run) -> Run:
-    """What a run adds to the layers of another: of KernelBench's the whole problems alone, for its layers are timed as
-    it defines them."""
+    """The rows that a run adds to the layers of another: of KernelBench the whole problems alone, for its layers are
+    timed as it defines them."""
     if not run.path.name.startswith(KERNELBENCH):
         return run
     skips, errors = ([row for row in rows if "model" in row] for rows in (run.skips, run.errors))
