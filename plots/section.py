@@ -50,7 +50,10 @@ def section(run: Run, ranked: Sequence[Standing], every_layer: bool) -> str:
         means += [[f"{name} ({column})", *rest] for name, *rest in means_of(others)]
     text = [_caption(run), _table(MEANS, means, 5)] if ranked else [f"{style.machine(run)}."]
     if run.steps:
-        text += [STEPS_CAPTION, _table(STEPS, [_step_cells(row) for row in run.steps], 6)]
+        text += [
+            f"{STEPS_CAPTION} {style.made_by(run.steps)}".strip(),
+            _table(STEPS, [_step_cells(row) for row in run.steps], 6),
+        ]
     if run.problems:
         text += _problems(run)
     for (pass_name, dtype), of_pass in by_pass(ranked).items() if every_layer else ():
@@ -78,7 +81,8 @@ def _problems(run: Run) -> list[str]:
             measured.append((ours["speedup"], cells))
     of_problems = [row for row in (*run.skips, *run.errors) if str(row.get("model")).startswith(KERNELBENCH)]
     failed = [f"{row['layer']}, {row['variant']}: {row['message']}" for row in of_problems]
-    parts = [PROBLEMS_CAPTION, _table(PROBLEMS, [cells for _, cells in sorted(measured, key=lambda pair: pair[0])], 7)]
+    caption = f"{PROBLEMS_CAPTION} {style.made_by(run.problems)}".strip()
+    parts = [caption, _table(PROBLEMS, [cells for _, cells in sorted(measured, key=lambda pair: pair[0])], 7)]
     if measured:
         ratios = [ratio for ratio, _ in measured]
         mean, least = geometric_mean(ratios), min(ratios)

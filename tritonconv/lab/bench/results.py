@@ -28,6 +28,7 @@ NAME = re.compile(r"[a-z]+-\d{8}T\d{6}Z-[0-9a-f]+\.jsonl$")
 # Rows that agree in these are about the same thing.
 SAME = ("layer", "pass", "dtype", "layout", "variant", "config", "stage", "launch")
 OF_MODEL = ("model", "inputs", "dtype", "layout")  # the same of rows about a whole model, with "variant"
+OF_RUN = "of_run"  # of rows about whole models among those of other runs: their run and its commit
 BESIDE = (PROFILE, MODEL, KERNELBENCH)  # runs that are shown beside the layers of another
 # The lists of a run whose rows are about a layer, a pass, a dtype and a layout.
 OF_LAYERS = ("results", "nulls", "timings", "tuned", "overheads", "profiles", "checks")
@@ -224,7 +225,8 @@ def merged(runs: Sequence[Run]) -> Run:
         getattr(whole, kind).extend(rows.values())
     for kind in ("operations", "steps", "problems"):  # of a model those of its newest run
         models = {tuple(row[key] for key in OF_MODEL): run for run in runs for row in getattr(run, kind)}
-        getattr(whole, kind).extend(row for run in runs for row in getattr(run, kind)
+        getattr(whole, kind).extend(row | {OF_RUN: f"{run.run} ({(run.environment['commit'] or 'no commit')[:10]})"}
+                                    for run in runs for row in getattr(run, kind)
                                     if models[tuple(row[key] for key in OF_MODEL)] is run)  # fmt: skip
     for kind in ("roofs", "slabs", "skips", "errors", "warnings"):
         getattr(whole, kind).extend(row for run in runs for row in getattr(run, kind))
