@@ -139,7 +139,7 @@ def _models(runs: Sequence[Run]) -> str:
         for name, rows in by_model.items():
             if OURS in rows:
                 compiled = rows.get(OURS_COMPILED, {}).get("over_torch_compile")
-                beside = "" if compiled is None else f" (compiled {compiled:.2f})"
+                beside = "" if compiled is None else f" (both compiled {compiled:.2f})"
                 gains.append(f"{name} {rows[OURS]['speedup']:.2f}{beside}")
         nulls = [rows[AGAIN]["speedup"] for rows in by_model.values() if AGAIN in rows]
         noise = f"; torch against itself {min(nulls):.2f} to {max(nulls):.2f}" if nulls else ""

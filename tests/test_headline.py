@@ -141,5 +141,5 @@ def test_the_readme_says_what_a_whole_model_gains_and_where_none_was_timed():
         on_cpu.steps += [{"model": model, "variant": name, "speedup": value, "over_torch_compile": compiled}
                          for name, value in of_model.items()]  # fmt: skip
     said = readme.text([on_gpu, on_cpu], "picture.png").splitlines()[-1]
-    assert "on a CPU unet 1.25 (compiled 1.50), gan 0.75; torch against itself 0.38 to 0.62." in said
+    assert "on a CPU unet 1.25 (both compiled 1.50), gan 0.75; torch against itself 0.38 to 0.62." in said
     assert said.endswith("On a GPU they were not timed.")
