@@ -62,8 +62,10 @@ $(VENV)/.bench-ready: pyproject.toml constraints.txt
 	$(PIP) -e '.[bench]'
 	touch $@
 
+# nnU-Net's package comes without what it asks for: timm brings a torchvision that a CPU build of torch cannot load.
 $(VENV)/.test-ready: $(VENV)/.bench-ready
-	$(PIP) -e '.[test,models]'
+	$(PIP) -e '.[test]'
+	$(PIP) --no-deps dynamic-network-architectures
 	touch $@
 
 # torch 2.11.0 asks for Triton 3.6.0, whose interpreter fails on loops with run-time bounds with numpy 2.4 and later.
@@ -71,7 +73,9 @@ $(OLDEST)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(OLDEST)
 	grep -v -e ^numpy -e ^torch= -e ^setuptools constraints.txt > $(OLDEST)/constraints.txt
 	$(OLDEST)/bin/pip install --quiet --disable-pip-version-check -c $(OLDEST)/constraints.txt \
-		'torch==$(OLDEST_TORCH)' 'numpy<2.4' -e '.[test,models]'
+		'torch==$(OLDEST_TORCH)' 'numpy<2.4' -e '.[test]'
+	$(OLDEST)/bin/pip install --quiet --disable-pip-version-check -c $(OLDEST)/constraints.txt --no-deps \
+		dynamic-network-architectures
 	touch $@
 
 clean:

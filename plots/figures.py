@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -88,15 +87,6 @@ class Frame:
             title.set_fontsize(max(6, min(8.5, fits)))
         style.draw_footer(self.figure, self.footer)
         return self.figure
-
-
-def frame_of_layers(
-    run: Run, title: str, notes: Sequence[str], panels: Mapping[Any, Mapping[str, object]], width: float, columns: int
-) -> Frame:
-    """A frame with room for a line and a name for every layer of each panel."""
-    size = (width, max(1.2, 0.125 * max(len(layers) for layers in panels.values())))
-    left = room_for([name for layers in panels.values() for name in layers])
-    return Frame(run, title, notes, size, len(panels), columns, left)
 
 
 def log_axes(axes: Axes) -> None:

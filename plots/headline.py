@@ -45,6 +45,8 @@ COLOURS = {BASELINE: "#909090", COMPILED: style.ORANGE, OURS: style.BLUE}
 ROOF: dict[str, Any] = {"color": "black", "linewidth": 0.9, "linestyle": (0, (4, 2))}
 BAR, BETWEEN = 0.1, 0.09  # inches: a bar, and the room between two layers
 PANEL = 1.62  # inches
+NUMBER = 0.075  # inches: a character of a number, with the room around it
+HALO = [withStroke(linewidth=2, foreground="white")]
 
 
 class Bars(NamedTuple):
@@ -84,9 +86,7 @@ def draw(run: Run) -> Figure:
         for column, (pass_name, title) in enumerate(PASSES.items()):
             mine = [each for each in panels[pass_name] if each.by_bytes is by_bytes]
             axes = frame.panel(line * len(PASSES) + column, title if line == 0 else "")
-            _panel(axes, mine, names, most, unit)
-            for limit, _ in limits:
-                axes.axvline(limit / units.unit(most, unit)[0], **ROOF)
+            _panel(axes, mine, names, most, unit, [limit for limit, _ in limits])
             figures.names_down(axes, [_label(run, each.layer) for each in mine], 7.0)
             axes.tick_params(labelleft=column == 0)
     bars_of = [Patch(color=COLOURS[name], label=name.replace("_", ".")) for name in names]
@@ -144,25 +144,33 @@ def _label(run: Run, layer: str) -> str:
     return f"{LAYERS[layer]}\n{what}, {kernel}"
 
 
-def _panel(axes: Axes, mine: Sequence[Bars], names: Sequence[str], most: float, unit: str) -> None:
-    divisor, text = units.unit(most, unit)
+def _panel(
+    axes: Axes, mine: Sequence[Bars], names: Sequence[str], most: float, unit: str, limits: Sequence[float]
+) -> None:
+    divisor, shown = units.unit(most, unit)
     step = 1 / (len(names) + BETWEEN / BAR)
     for index, each in enumerate(mine):
-        for place, name in enumerate(names):
-            y = index + (place - (len(names) - 1) / 2) * step
-            if name in each.rates:
-                axes.barh(y, each.rates[name] / divisor, height=0.94 * step, color=COLOURS[name], linewidth=0)
+        lines = {name: index + (place - (len(names) - 1) / 2) * step for place, name in enumerate(names)}
+        for name, rate in each.rates.items():
+            axes.barh(lines[name], rate / divisor, height=0.94 * step, color=COLOURS[name], linewidth=0)
         wins = each.ratio >= 0.995  # what two decimals show as 1.00 or more
-        axes.annotate(
-            f"{each.ratio:.2f}x" if each.ratio < 9.95 else f"{each.ratio:.0f}x",
-            (max(each.rates.values()) / divisor, index), xytext=(2.5, 0), textcoords="offset points", va="center",
-            fontsize=7, fontweight="normal" if wins else "bold", color="black" if wins else style.VERMILLION,
-            path_effects=[withStroke(linewidth=2, foreground="white")],
-        )  # fmt: skip
+        longest = max(each.rates, key=lambda name: each.rates[name])
+        end, text = each.rates[longest], f"{each.ratio:.2f}x" if each.ratio < 9.95 else f"{each.ratio:.0f}x"
+        wide = most * NUMBER * len(text) / PANEL
+        how: dict[str, Any] = {"fontsize": 7, "fontweight": "normal" if wins else "bold", "va": "center_baseline"}
+        # Behind the bars; inside of ours where a roof would go through the number.
+        if longest == OURS and any(end <= limit <= end + wide for limit in limits):
+            where, how = (end, lines[OURS]), how | {"ha": "right", "color": "white", "xytext": (-2.5, 0)}
+        else:
+            where = end, index
+            how |= {"color": "black" if wins else style.VERMILLION, "xytext": (2.5, 0), "path_effects": HALO}
+        axes.annotate(text, (where[0] / divisor, where[1]), textcoords="offset points", **how)
+    for limit in limits:
+        axes.axvline(limit / divisor, **ROOF)
     axes.set_xlim(0, most / divisor)
     axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
     axes.grid(axis="x", color="#DDDDDD", linewidth=0.5)
-    axes.set_xlabel(f"{text} ({'compulsory bytes' if unit == 'B/s' else 'useful FLOPs'})", fontsize=7.5)
+    axes.set_xlabel(f"{shown} ({'compulsory bytes' if unit == 'B/s' else 'useful FLOPs'})", fontsize=7.5)
 
 
 def _notes(run: Run, dtype: str, names: Sequence[str]) -> list[str]:

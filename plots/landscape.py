@@ -21,8 +21,7 @@ from tritonconv.plots import figures, style
 MADE_BY = "tritonconv tune"
 SHOWN = 2  # layers
 LEAST = 3  # candidates
-LONGEST = 46  # characters of a label
-ROW = 0.16
+ROW, PANEL = 0.25, 2.0  # inches: a candidate, a panel's width
 
 Group = list[Mapping]
 
@@ -43,11 +42,11 @@ def _interest(rows: Group) -> tuple[int, int]:
 
 
 def _figure(run: Run, groups: Sequence[Group]) -> Figure:
-    names = figures.room_for([_label(row) for rows in groups for row in rows])
+    names = figures.room_for([line for rows in groups for label in _labels(rows) for line in label.split("\n")])
     tallest = max(2.0, max(ROW * min(len(rows), 24) for rows in groups))
     notes = ["Times of the tuner's first round. Ranks: 1 is fastest. Map: best over the rest of the config."]
     frame = figures.Frame(
-        run, "Tuning landscape", notes, (2.6, tallest), 2 * len(groups), 2, above=0.42,
+        run, "Tuning landscape", notes, (PANEL, tallest), 2 * len(groups), 2, above=0.5,
         names=max(0.0, names - 0.6),
     )  # fmt: skip
     for line, rows in enumerate(groups):
@@ -55,7 +54,7 @@ def _figure(run: Run, groups: Sequence[Group]) -> Figure:
         where = f"{first['layer']}\n{style.title(first['pass'], first['layout'].upper(), first['dtype'])}"
         (name,), most = max(grouped(rows, "variant").items(), key=lambda pair: len(pair[1]))
         tiles = _tiles(most)
-        axes = frame.panel(2 * line, where if tiles is None else f"{where}, {name}")
+        axes = frame.panel(2 * line, where if tiles is None else f"{where}\n{name}")
         if tiles is not None:
             _map(axes, most, tiles)
         else:
@@ -64,10 +63,19 @@ def _figure(run: Run, groups: Sequence[Group]) -> Figure:
     return frame.done()
 
 
-def _label(row: Mapping) -> str:
-    config = " ".join(f"{key.removeprefix('BLOCK_')}={value}" for key, value in row["config"].items())
-    text = f"{row['variant']} {config}".strip()
-    return text if len(text) <= LONGEST else (text[:LONGEST].rpartition(" ")[0] or text[:LONGEST]) + " …"
+def _labels(rows: Group) -> list[str]:
+    """A candidate's variant, and below it its tile sizes with what else tells it from others of the same ones."""
+    tiles = [{key: value for key, value in row["config"].items() if key.startswith("BLOCK_") and value} for row in rows]
+    labels = []
+    for row, mine in zip(rows, tiles, strict=True):
+        same = [each["config"] for each, theirs in zip(rows, tiles, strict=True)
+                if (each["variant"], theirs) == (row["variant"], mine)]  # fmt: skip
+        shown = mine | {
+            key: value for key, value in row["config"].items() if any(each.get(key) != value for each in same)
+        }
+        said = " ".join(f"{key.removeprefix('BLOCK_')}={value}" for key, value in shown.items())
+        labels.append(f"{row['variant']}\n{said}".strip())
+    return labels
 
 
 def _tiles(rows: Group) -> tuple[str, str] | None:
@@ -97,7 +105,7 @@ def _map(axes: Axes, rows: Group, tiles: tuple[str, str]) -> None:
 
 
 def _bars(axes: Axes, rows: Group) -> None:
-    figures.names_down(axes, [_label(row) for row in rows], fontsize=6.4)
+    figures.names_down(axes, _labels(rows), fontsize=6.2)
     for index, row in enumerate(rows):
         axes.barh(index, row["median_ms"], height=0.62, color=style.BLUE if index == 0 else style.SKY)
         axes.plot([row["p20_ms"], row["p80_ms"]], [index, index], color="black", linewidth=0.8)

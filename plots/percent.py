@@ -1,4 +1,4 @@
-"""Share of the attainable roof per layer, sorted: torch and tritonconv on one line, one panel per pass, dtype, layout.
+"""Share of the attainable roof: a line per layer, torch and tritonconv on it, one panel per pass, dtype and layout.
 
 100 % is the measured roof at the layer's intensity: useful FLOPs over min(matrix rate, intensity x copy rate).
 """
@@ -12,6 +12,7 @@ from tritonconv.lab.bench.results import BASELINE, OURS, Run
 from tritonconv.plots import figures, style
 
 MADE_BY = "tritonconv bench"
+ROW, PANEL, COLUMNS = 0.125, 1.02, 4  # inches: a layer, a panel's width; panels side by side
 Pairs = dict[str, dict[str, float]]
 
 
@@ -29,19 +30,26 @@ def draw(run: Run) -> Figure:
         "100 % is the measured roof at the layer's arithmetic intensity (useful FLOPs, compulsory bytes). More than "
         "100 %: a smaller cache held the data, or other programs slowed the roof down."
     ]
-    frame = figures.frame_of_layers(run, "Share of the attainable roof", notes, panels, width=2.0, columns=2)
+    first = next(iter(panels.values()))
+    lines = sorted({name for layers in panels.values() for name in layers},
+                   key=lambda name: -first.get(name, {}).get(OURS, 0.0))  # fmt: skip
+    frame = figures.Frame(
+        run, "Share of the attainable roof", notes, (PANEL, ROW * len(lines)), len(panels), COLUMNS, left=0.12,
+        above=0.4, names=figures.room_for(lines) - 0.12,
+    )  # fmt: skip
     most = max([100.0, *(value for layers in panels.values() for pair in layers.values() for value in pair.values())])
     for index, ((pass_name, dtype, layout), layers) in enumerate(panels.items()):
-        axes = frame.panel(index, style.title(pass_name, layout.upper(), dtype))
-        ordered = sorted(layers.items(), key=lambda pair: -pair[1].get(OURS, 0.0))
-        figures.names_down(axes, [name for name, _ in ordered])
-        for line, (_, pair) in enumerate(ordered):
+        axes = frame.panel(index, f"{style.title(pass_name)}\n{layout.upper()}, {dtype}")
+        figures.names_down(axes, lines)
+        axes.tick_params(labelleft=index % COLUMNS == 0)
+        for line, name in enumerate(lines):
+            pair = layers.get(name, {})
             axes.plot(list(pair.values()), [line] * len(pair), color="#B5B5B5", linewidth=0.8, zorder=2)
-            for name, value in pair.items():
-                axes.plot(value, line, "o", markersize=3.2, zorder=3, **style.mark(name))
+            for variant, value in pair.items():
+                axes.plot(value, line, "o", markersize=3.2, zorder=3, **style.mark(variant))
         axes.axvline(100, color="black", linewidth=0.9)
-        axes.set_xlim(0, most * 1.05)
+        axes.set_xlim(-0.03 * most, 1.05 * most)  # room for a mark at 0
         axes.grid(axis="x", color="#DDDDDD", linewidth=0.5)
-        axes.set_xlabel("% of the attainable roof")
+        axes.set_xlabel("% of the roof")
     frame.legend([style.handle(name, 4.5) for name in (BASELINE, OURS)])
     return frame.done()

@@ -10,7 +10,8 @@ from statistics import geometric_mean
 from tritonconv.errors import ResultsError
 from tritonconv.lab import markdown, text_table
 from tritonconv.lab.bench.columns import WALL, columns_of
-from tritonconv.lab.bench.results import BASELINE, COMPILED, OURS, Run
+from tritonconv.lab.bench.noise import AGAIN
+from tritonconv.lab.bench.results import BASELINE, COMPILED, OURS, OURS_COMPILED, Run
 from tritonconv.lab.bench.standings import by_pass, standings
 from tritonconv.plots import headline, style
 from tritonconv.plots.headline import PASSES
@@ -47,7 +48,7 @@ def text(runs: Sequence[Run], picture: str) -> str:
     """
     image = f'<img src="{picture}" width="{WIDTH}" alt="{_alternative(runs[0])}">'
     table = "\n".join(text_table.lines([HEAD, *(row for run in runs for row in _rows(run))], 3, markdown=True))
-    return f"{_sentence(runs[0])}\n\n{image}\n\n{table}{_host(runs[0])}"
+    return f"{_sentence(runs[0])}\n\n{image}\n\n{table}{_host(runs[0])}{_models(runs)}"
 
 
 def _means(run: Run, column: str) -> dict[str, list[float]]:
@@ -125,6 +126,28 @@ def _host(run: Run) -> str:
     more = [f"{mine[OURS] - mine[BASELINE]:+.0f} µs in {phrase}" for name, phrase in PHRASES.items()
             if {BASELINE, OURS} <= set(mine := us.get(name, {}))]  # fmt: skip
     return f"\n\nHost time of an eager call over that of torch's layer: {', '.join(more)}." if more else ""
+
+
+def _models(runs: Sequence[Run]) -> str:
+    """Of whole models the training step, eager and compiled, and the noise; "" where no run has any."""
+    parts = []
+    for run in (run for run in runs if run.steps):
+        by_model: dict[str, dict[str, Mapping]] = {}
+        for row in run.steps:
+            by_model.setdefault(row["model"], {})[row["variant"]] = row
+        gains = []
+        for name, rows in by_model.items():
+            if OURS in rows:
+                compiled = rows.get(OURS_COMPILED, {}).get("over_torch_compile")
+                beside = "" if compiled is None else f" (both compiled {compiled:.2f})"
+                gains.append(f"{name} {rows[OURS]['speedup']:.2f}{beside}")
+        nulls = [rows[AGAIN]["speedup"] for rows in by_model.values() if AGAIN in rows]
+        noise = f"; torch against itself {min(nulls):.2f} to {max(nulls):.2f}" if nulls else ""
+        parts.append(f"on {run.environment['device_name']} {', '.join(gains)}{noise}")
+    untimed = [run.environment["device_name"] for run in runs if not run.steps]
+    also = f". On {' and '.join(untimed)} they were not timed" if untimed else ""
+    head = "Training steps of [whole models](plots/README.md#a-models-gain), times as fast as torch's"
+    return f"\n\n{head}: {'; '.join(parts)}{also}." if parts else ""
 
 
 def _versions(env: Mapping) -> str:

@@ -6,6 +6,7 @@ The area is time: the part of a bar below 1 that is missing is the part of the s
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -32,8 +33,11 @@ def draw(run: Run) -> Figure:
     notes = [
         "Width: the operation's share of a training step with torch's layers, its backward included, by torch's "
         "profiler. Height: the time of the same call with our layers, by itself, torch's is 1; whatever is no "
-        "transposed convolution stays as it is. So the area is the time of the step. Null: a copy with torch's layers."
+        "transposed convolution stays as it is. So the area is the time of the step. Null: a copy with torch's layers. "
+        + style.made_by(run.operations)
     ]
+    sizes = {"scale_rule": "whole models, inputs as over each panel"}
+    run = replace(run, environment=run.environment | sizes, end={"reason": "complete"})
     frame = figures.Frame(run, "Shares of a training step", notes, PANEL, len(panels), left=0.65)
     for index, (key, rows) in enumerate(panels.items()):
         gains = {row["variant"]: row["speedup"] for row in run.steps if _key(row) == key}
@@ -66,7 +70,8 @@ def _bars(axes: Axes, rows: Sequence[Mapping]) -> None:
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set_xlim(0, max(begin, 1e-9))
     axes.set_ylim(0, 1.08 * max([1.0, *heights]))
-    axes.set_xlabel("% of the step with torch's layers")
+    of_them = sum(row["share"] for row in rows if row.get("layers"))
+    axes.set_xlabel(f"% of the step with torch's layers; {TRANSPOSED}s: {100 * of_them:.2g} %")
     axes.set_ylabel("time, torch's is 1")
 
 

@@ -15,7 +15,7 @@ from tritonconv.lab.bench.standings import grouped
 from tritonconv.plots import figures, style
 
 MADE_BY = "tritonconv bench"
-ROW, HEAD_LINE = 0.148, 0.15  # inches: a layer, a line above a panel
+ROW, PANEL, HEAD_LINE = 0.142, 2.1, 0.14  # inches: a layer, a panel's width, a line above it
 
 
 def draw(run: Run) -> Figure:
@@ -32,15 +32,15 @@ def draw(run: Run) -> Figure:
         "Dashed: geometric mean. " + figures.band_note(run, columns_of(rows)[0])
     ]
     frame = figures.Frame(
-        run, f"{OURS} against torch, {', '.join(dtypes)}", notes, (2.45, len(lines) * ROW), len(panels), len(panels),
-        left=0.22, above=(layouts + 1.6) * HEAD_LINE, names=0.13 + 0.062 * max(map(len, lines)), right=0.47,
+        run, f"{OURS} against torch, {', '.join(dtypes)}", notes, (PANEL, len(lines) * ROW), len(panels), len(panels),
+        left=0.2, above=(layouts + 1.6) * HEAD_LINE, names=figures.room_for(lines) - 0.2,
     )  # fmt: skip
     limits, suites = _limits(rows), {row["suite"] for row in rows}
     heads = [index for index, name in enumerate(lines) if name in suites]
     for index, ((pass_name, dtype), mine) in enumerate(panels.items()):
         title = style.title(pass_name, *([dtype] if len(dtypes) > 1 else ()))
         axes = frame.panel(index, title, pad=72 * (0.08 + layouts * HEAD_LINE))
-        figures.names_down(axes, lines, 7.0, heads)
+        figures.names_down(axes, lines, heads=heads)
         axes.tick_params(labelleft=index == 0)
         _panel(axes, mine, lines, limits)
         figures.null_band(axes, run, columns_of(rows)[0], style.GREY, **{"pass": pass_name, "dtype": dtype})
@@ -84,10 +84,10 @@ def _panel(axes: Axes, rows: Sequence[Mapping], lines: Sequence[str], limits: tu
             )  # fmt: skip
         average = geometric_mean(row["speedup"] for row in mine)
         axes.axvline(average, color=colour, linewidth=0.9, linestyle=(0, (4, 2)), zorder=1)
-        text = f"{style.LAYOUT_NAMES[layout].split(' ')[0]}: geometric mean {average:.2f} ({len(mine)} layers)"
+        text = f"{style.LAYOUT_NAMES[layout].split(' ')[0]}: mean {average:.2f}, {len(mine)} layers"
         height = 1 + (0.06 + (len(layouts) - 1 - step) * HEAD_LINE) / (len(lines) * ROW)
         axes.plot(0.012, height + 0.045 / (len(lines) * ROW), marker, color=colour, markersize=4, clip_on=False,
                   transform=axes.transAxes)  # fmt: skip
-        axes.text(0.045, height, text, transform=axes.transAxes, color=colour, fontsize=7.5)
+        axes.text(0.045, height, text, transform=axes.transAxes, fontsize=7)
     figures.ratio_axis(axes, *limits)
-    axes.set_xlabel("speed-up over torch (right of 1 is faster)")
+    axes.set_xlabel("speed-up over torch")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from tritonconv.lab.bench.columns import GPU, GRAPH, WALL
-from tritonconv.lab.bench.results import BASELINE, OURS, Run
+from tritonconv.lab.bench.results import BASELINE, OF_RUN, OURS, Run
 
 # Okabe and Ito's palette, safe for the common kinds of colour blindness.
 BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILLION, BLACK = (
@@ -108,6 +108,12 @@ def machine(run: Run) -> str:
         f"{where}; torch {env['torch']}, triton {env['triton'] or 'not installed'}; "
         f"tritonconv {commit}; {env['utc'][:10]}; {env['run']}"
     )
+
+
+def made_by(rows: Iterable[Mapping]) -> str:
+    """The sentence about the runs that rows of whole models come from; "" where these are the file's own."""
+    runs = dict.fromkeys(row[OF_RUN] for row in rows if OF_RUN in row)
+    return f"Made by {', '.join(runs)}." if runs else ""
 
 
 def clock(run: Run) -> str:

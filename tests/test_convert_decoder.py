@@ -11,6 +11,7 @@ from torch import nn
 
 import tritonconv
 from tritonconv import convert, decoders, restore
+from tritonconv.lab.models import factories
 from tritonconv.problem import PASSES
 
 SHUFFLE = tuple(f"{name}_torch_shuffle" for name in PASSES)  # k = s; float64 has no other that writes the slice
@@ -99,6 +100,17 @@ def test_nnunets_decoder(deep, called):
     assert type(model) is Decoder
     same_as(model, original, skips_of())
     assert len(called) == 2
+
+
+def test_nnunets_own_network_trains_as_before(called):
+    pytest.importorskip("dynamic_network_architectures")
+    torch.manual_seed(0)
+    original = factories.network("nnunet", ((1, 1, 8, 8, 16),), "cpu").build().double()
+    model = copy.deepcopy(original)
+    report = convert(model, decoder=True)
+    assert sum(text.endswith("by up_concat") for _, text in report.replaced) == 1 and len(report.replaced) == 3
+    same_as(model, original, torch.randn(1, 1, 8, 8, 16, dtype=torch.float64))
+    assert called == [False, False]
 
 
 def test_another_versions_forward_is_declined():

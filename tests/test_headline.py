@@ -130,3 +130,16 @@ def test_the_readme_is_written_between_its_markers_with_its_picture(tmp_path, ca
     path.write_text("no markers")
     assert cli.main(["report", str(writer.path), "--readme", str(path)]) == 2
     assert "argument --readme" in capsys.readouterr().err
+
+
+def test_the_readme_says_what_a_whole_model_gains_and_where_none_was_timed():
+    on_gpu, on_cpu = gpu_run(layers=0), gpu_run(layers=0)
+    assert "whole models" not in readme.text([on_gpu, on_cpu], "picture.png")
+    on_cpu.environment["device_name"] = "a CPU"
+    for model, ours, compiled in (("unet", 1.25, 1.5), ("gan", 0.75, None)):
+        of_model = {"tritonconv": ours, "torch_again": ours / 2, "tritonconv_compile": 9.0}
+        on_cpu.steps += [{"model": model, "variant": name, "speedup": value, "over_torch_compile": compiled}
+                         for name, value in of_model.items()]  # fmt: skip
+    said = readme.text([on_gpu, on_cpu], "picture.png").splitlines()[-1]
+    assert "on a CPU unet 1.25 (both compiled 1.50), gan 0.75; torch against itself 0.38 to 0.62." in said
+    assert said.endswith("On a GPU they were not timed.")

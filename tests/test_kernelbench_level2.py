@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.test_results import ENVIRONMENT
+from tests.test_results import ENVIRONMENT, result
 from tritonconv.lab import cli
 from tritonconv.lab.bench import kernelbench, results
 from tritonconv.lab.bench.results import OURS, Writer
@@ -121,6 +121,7 @@ def test_the_command_measures_the_whole_problem_as_kernelbench_defines_it(tmp_pa
     assert {(row["model"], row["inputs"]) for row in run.problems} == {(SMALL, "2x3x16x32x32")}
     mine = run.problems[2]
     assert mine["max_difference"] <= mine["tolerance"] == 1e-4 and mine["fused"] == []
+    assert mine["defined_batch"] == 128
     assert switches == ["ieee"] and "batch at most 2" in run.environment["scale_rule"]
     said = capsys.readouterr().out
     assert "a CPU multiplies float32 as it is" in said and "smaller than KernelBench's" in said
@@ -156,6 +157,44 @@ def test_a_problem_that_a_cpu_cannot_measure_in_its_seconds_or_memory_is_listed(
     monkeypatch.setattr(level2_times, "COPIES", 10**6)
     run = rows(tmp_path, Asked(CPU))
     assert not run.problems and "GB are free" in run.skips[0]["message"]
+
+
+def test_a_folder_shows_the_newest_of_each_problem_beside_its_layers(tmp_path):
+    pytest.importorskip("matplotlib")
+    from tritonconv.plots import section
+
+    times = {"median_ms": 2.0, "p20_ms": 1.0, "p80_ms": 3.0, "n_runs": 5, "timing": "wall", "baseline": "torch"}
+    where = {"inputs": "2x3x16x32x32", "layout": "ncdhw", "dtype": "float32", "defined_batch": 128}
+
+    def write(prefix, *kinds_and_rows):
+        with Writer(tmp_path, prefix) as writer:
+            writer.write("environment", ENVIRONMENT)
+            for kind, row in kinds_and_rows:
+                writer.write(kind, row)
+
+    def problem(name, **speed):
+        for variant, ratio in speed.items():
+            yield "problem", {**times, **where, "model": name, "variant": variant, "speedup": ratio,
+                              "speedup_p20": ratio - 0.125, "speedup_p80": ratio + 0.125}  # fmt: skip
+
+    write(results.PREFIX, ("result", result("a_layer")), ("result", result("a_layer", "tritonconv", 1.5)))
+    layer_1 = result("kernelbench_l1_58", "tritonconv", 9.0)
+    left_out = {"layer": "kernelbench_l2_100", "pass": "forward", "model": "kernelbench_l2_100", "variant": "all",
+                "message": "too long"}  # fmt: skip
+    write(results.KERNELBENCH, ("result", layer_1), ("skip", left_out),
+          *problem(SMALL, torch=1.0, torch_again=1.0, tritonconv=8.0),
+          *problem("kernelbench_l2_3", torch=1.0, torch_again=1.0, tritonconv=0.5))  # fmt: skip
+    write(results.KERNELBENCH, *problem(SMALL, torch=1.0, torch_again=1.25, tritonconv=2.0))
+    run = results.load(tmp_path)
+    assert {row["layer"] for row in run.results} == {"a_layer"}  # and not that of level 1
+    path = tmp_path / "README.md"
+    path.write_text("<!-- tritonconv report: begin -->\n<!-- tritonconv report: end -->\n")
+    section.update(run, path, every_layer=False)
+    shown = path.read_text()
+    assert f"| {SMALL} | 2x3x16x32x32 |  | 128 | 2 | 2 | 2.00 | 1.88 | 2.12 | 1.25 |" in shown
+    assert shown.index("| kernelbench_l2_3 ") < shown.index(f"| {SMALL} ")
+    assert "Of 2 problems: geometric mean 1.00, the slowest 0.50, 1 below 1." in shown
+    assert "Not measured: kernelbench_l2_100, all: too long." in shown
 
 
 @pytest.mark.parametrize(("shift", "right"), [(5e-5, True), (1e-2, False), (float("nan"), False)])

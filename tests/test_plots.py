@@ -88,7 +88,7 @@ def test_speedup_names_every_layer_and_labels_the_geometric_means(tmp_path, monk
     shown = texts(monkeypatch, speedup, write(tmp_path, 3), tmp_path)
     assert all(f"layer_{index}" in shown for index in range(3))
     mean = (1.5 * 2.5 * 3.5) ** (1 / 3)
-    assert f"NCDHW: geometric mean {mean:.2f} (3 layers)" in shown
+    assert f"NCDHW: mean {mean:.2f}, 3 layers" in shown
     assert footer(shown)
     assert "ended early" not in shown
 
@@ -103,30 +103,26 @@ def test_roofline_labels_measured_roofs_and_names_few_layers(tmp_path, monkeypat
     assert "Ringed" not in shown
 
 
-def test_many_layers_are_numbered_beside_the_chart(tmp_path, monkeypatch):
+def test_of_many_layers_the_extremes_are_named(tmp_path, monkeypatch):
     shown = texts(monkeypatch, roofline, write(tmp_path, 30), tmp_path)
-    assert re.search(r"\b1  layer_0\b", shown)
-    assert re.search(r"30  layer_9\b", shown)
-    assert len(re.findall(r"layer_\d+", shown)) == 30
+    named = set(re.findall(r"layer_\d+", shown))
+    assert {"layer_0", "layer_29"} <= named and len(named) <= roofline.NAMED
+    assert "Named (black edge), where there is room" in shown
 
 
-def test_more_layers_than_can_be_named_have_numbers_and_every_contestant_shows(tmp_path, monkeypatch):
+def test_of_a_few_layers_every_contestant_shows(tmp_path, monkeypatch):
     run = write(tmp_path, 8)
     compiled = [{**row, "variant": "torch_compile"} for row in run.results if row["variant"] == "torch"]
     shown = texts(monkeypatch, roofline, replace(run, results=[*run.results, *compiled]), tmp_path)
-    assert re.search(r"\b8  layer_7\b", shown) and len(re.findall(r"layer_\d+", shown)) == 8
+    assert len(set(re.findall(r"layer_\d+", shown))) == 8 and "where there is room" not in shown
     assert "torch_compile" in shown
 
 
-def test_the_label_of_a_roof_goes_below_its_line_where_the_line_above_is_near(tmp_path, monkeypatch):
-    placed = {}
-    real = labels.Placer.along
-    monkeypatch.setattr(labels.Placer, "along", lambda self, text, *rest, **how: (
-        placed.update({text.partition(":")[0]: how.get("below", False)}), real(self, text, *rest, **how)))  # fmt: skip
-    for factor, below in ((1.15, True), (10.0, False)):
+def test_the_label_of_a_roof_stands_over_the_line_above_where_that_is_near(tmp_path, monkeypatch):
+    for factor, one in ((1.15, True), (10.0, False)):
         near = {**COPY, "name": "copy_cache", "what": "near", "value": factor * COPY["value"]}
-        texts(monkeypatch, roofline, write(tmp_path, 3, roofs=(COPY, near, PEAK)), tmp_path)
-        assert placed["near"] is False and placed["copy in memory"] is below
+        shown = texts(monkeypatch, roofline, write(tmp_path, 3, roofs=(COPY, near, PEAK)), tmp_path)
+        assert ("copy in memory (dashed): 20 GB/s\nnear" in shown) is one
 
 
 def test_missing_roofs_are_said(tmp_path, monkeypatch):
@@ -216,10 +212,9 @@ def test_labels_cover_neither_points_nor_each_other(axes_and_canvas):
     points = [(3 + 0.25 * (index % 7), 4 + 0.25 * (index // 7)) for index in range(42)]
     for x, y in points:
         placer.block_point(x, y, 2.0)
-    for index, (x, y) in enumerate(points):
-        placer.place(str(index), x, y, 6)
+    placed = sum(placer.place(str(index), x, y, 6) for index, (x, y) in enumerate(points))
     boxes = [text.get_window_extent(canvas.get_renderer()) for text in axes.texts]
-    assert len(boxes) == len(points)
+    assert len(boxes) == placed > 0.8 * len(points)
     for index, box in enumerate(boxes):
         assert not any(box.overlaps(other) for other in boxes[index + 1 :])
         assert not any(box.contains(*axes.transData.transform(point)) for point in points)
@@ -228,5 +223,8 @@ def test_labels_cover_neither_points_nor_each_other(axes_and_canvas):
 
 def test_a_label_without_room_inside_the_frame_is_left_out(axes_and_canvas):
     axes, canvas = axes_and_canvas
-    labels.Placer(axes, canvas).place("far away", 100, 100, 6)
+    placer = labels.Placer(axes, canvas)
+    assert not placer.place("far away", 100, 100, 6)
+    placer.block_point(5, 5, 100)
+    assert not placer.place("everything is taken", 5, 5, 6)
     assert not axes.texts

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -125,9 +128,18 @@ def test_what_cannot_be_measured_is_said_in_a_line(module, monkeypatch, capsys):
         assert cli.main(["bench", "--quiet", "--output", "out", "--model", *arguments]) == 2, arguments
         error = capsys.readouterr().err
         assert words in error and error.count("\n") == 1 and not results.Path("out").exists(), error
-    monkeypatch.setattr(factories.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ArgumentError, match="nnunet needs dynamic_network_architectures: pip install"):
-        factories.network("nnunet", (), "cpu")
+
+
+def test_a_missing_package_is_named_with_the_extra_that_has_it(monkeypatch):
+    project = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    (extra,) = re.findall(r"^models = \[(.*)\]$", project, re.MULTILINE)
+    for name, built_in in factories.BUILT_IN.items():
+        for package in built_in.packages:
+            assert f'"{package.replace("_", "-")}>=' in extra
+            monkeypatch.setattr(factories.importlib.util, "find_spec", lambda each, gone=package: each != gone or None)
+            with pytest.raises(ArgumentError) as caught:
+                factories.network(name, (), "cpu")
+            assert str(caught.value) == f"argument --model: {name} needs {package}: pip install 'tritonconv[models]'"
 
 
 def test_a_wrong_model_is_an_error_and_is_not_timed(module, monkeypatch, capsys):
@@ -179,6 +191,24 @@ def test_a_compilation_that_fails_or_takes_too_long_is_a_row(module, monkeypatch
         assert all(words in row["message"] for row in rows)
 
 
+def test_ours_is_compiled_where_torchs_was_however_long_that_took(module, monkeypatch):
+    def slow(model):
+        time.sleep(0.2)
+        return model
+
+    monkeypatch.setattr(torch, "compile", slow)
+    network = factories.network(f"{module}:make", [(1, 1, 2, 2, 2)], "cpu")
+    wanted = twins.Wanted(torch.device("cpu"), torch.float32, "ncdhw", 0.1, compiled=True)
+    with results.Writer(results.Path("out")) as writer:
+        writer.write("environment", {**ENVIRONMENT, "run": writer.run})
+        one = whole_model.Measurement(network, wanted, writer)
+        one._compared()
+        one._compiled_steps(whole_model.perf_counter() + 0.1)
+    run = results.read(writer.path)
+    assert [row["variant"] for row in run.steps] == ["torch_compile", "tritonconv_compile"] and not run.skips
+    assert all(row["compile_s"] >= 0.2 for row in run.steps)
+
+
 def test_under_autocast_the_problems_have_its_dtype_and_the_loss_takes_any_output():
     class Model(nn.Module):
         def __init__(self):
@@ -224,7 +254,8 @@ def test_a_folder_has_all_models_of_its_device_beside_the_newest_layers(tmp_path
     (tmp_path / "model-20260101T000005Z-0.jsonl").unlink()
     whole = results.load(tmp_path)
     assert whole.run == "2" and [row["layer"] for row in whole.results] == ["new"]
-    assert [(row["model"], row["median_ms"]) for row in whole.steps] == [("b", 1.0), ("a", 2.0)]
+    assert [(row["model"], row["median_ms"], row["of_run"]) for row in whole.steps] == [
+        ("b", 1.0, "3 (no commit)"), ("a", 2.0, "4 (no commit)")]  # fmt: skip
     for path in tmp_path.glob("bench-*"):
         path.unlink()
     assert results.load(tmp_path).run == "4" and len(results.load(tmp_path).steps) == 2

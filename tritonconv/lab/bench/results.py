@@ -23,11 +23,13 @@ from tritonconv.kernels.registry import renamed
 from tritonconv.lab.bench.schema import SCHEMA, check
 
 LATEST = "latest.jsonl"
-PREFIX, CAMPAIGN, PROFILE, MODEL = "bench-", "campaign-", "profile-", "model-"
+PREFIX, CAMPAIGN, PROFILE, MODEL, KERNELBENCH = "bench-", "campaign-", "profile-", "model-", "kernelbench-"
 NAME = re.compile(r"[a-z]+-\d{8}T\d{6}Z-[0-9a-f]+\.jsonl$")
 # Rows that agree in these are about the same thing.
 SAME = ("layer", "pass", "dtype", "layout", "variant", "config", "stage", "launch")
 OF_MODEL = ("model", "inputs", "dtype", "layout")  # the same of rows about a whole model, with "variant"
+OF_RUN = "of_run"  # of rows about whole models among those of other runs: their run and its commit
+BESIDE = (PROFILE, MODEL, KERNELBENCH)  # runs that are shown beside the layers of another
 # The lists of a run whose rows are about a layer, a pass, a dtype and a layout.
 OF_LAYERS = ("results", "nulls", "timings", "tuned", "overheads", "profiles", "checks")
 BASELINE, OURS, COMPILED, OURS_COMPILED = "torch", "tritonconv", "torch_compile", "tritonconv_compile"
@@ -161,10 +163,10 @@ def latest(folder: Path) -> Path:
 
 
 def load(path: Path) -> Run:
-    """A results file; of a folder the newest, or all parts of a campaign as one (:func:`merged`), with its profiles and
-    the whole models of its device.
+    """A results file; of a folder the newest, or all parts of a campaign as one (:func:`merged`), with its profiles,
+    the whole models of its device and the whole problems of KernelBench.
 
-    The environment is that of the newest file that is none of these two, where there is one.
+    The environment is that of the newest file that is none of these, where there is one.
     """
     if path.is_file() or path.suffix == ".jsonl":
         return read(path)
@@ -172,13 +174,23 @@ def load(path: Path) -> Run:
     paths = written(path, CAMPAIGN) if newest.path.name.startswith(CAMPAIGN) else []
     runs = list(map(read, paths)) or [newest]
     device = runs[-1].environment["device_name"]
-    beside = [run for kind in (PROFILE, MODEL) for run in map(read, written(path, kind))
+    beside = [_beside(run) for kind in BESIDE for run in map(read, written(path, kind))
               if run.environment["device_name"] == device and run.path != newest.path]  # fmt: skip
-    if newest.path.name.startswith(MODEL):  # it too goes with the newest of the layers
-        layers = [each for each in written(path) if not each.name.startswith((PROFILE, MODEL))]
+    # It too goes with the newest of the layers, unless it has layers of its own.
+    if newest.path.name.startswith((MODEL, KERNELBENCH)) and not newest.results:
+        layers = [each for each in written(path) if not each.name.startswith(BESIDE)]
         of_layers = [run for run in map(read, layers[-1:]) if run.environment["device_name"] == device]
-        beside, runs = ([*beside, newest], of_layers) if of_layers else (beside, runs)
+        beside, runs = ([*beside, _beside(newest)], of_layers) if of_layers else (beside, runs)
     return merged([*beside, *runs]) if beside or len(runs) > 1 else runs[0]
+
+
+def _beside(run: Run) -> Run:
+    """The rows that a run adds to the layers of another: of KernelBench the whole problems alone, for its layers are
+    timed as it defines them."""
+    if not run.path.name.startswith(KERNELBENCH):
+        return run
+    skips, errors = ([row for row in rows if "model" in row] for rows in (run.skips, run.errors))
+    return Run(run.path, run.environment, problems=run.problems, skips=skips, errors=errors)
 
 
 def files(folder: Path) -> list[Path]:
@@ -211,11 +223,12 @@ def merged(runs: Sequence[Run]) -> Run:
     for kind in OF_LAYERS:
         rows = {json.dumps([row.get(key) for key in SAME]): row for run in runs for row in getattr(run, kind)}
         getattr(whole, kind).extend(rows.values())
-    for kind in ("operations", "steps"):  # of a model those of its newest run
+    for kind in ("operations", "steps", "problems"):  # of a model those of its newest run
         models = {tuple(row[key] for key in OF_MODEL): run for run in runs for row in getattr(run, kind)}
-        getattr(whole, kind).extend(row for run in runs for row in getattr(run, kind)
+        getattr(whole, kind).extend(row | {OF_RUN: f"{run.run} ({(run.environment['commit'] or 'no commit')[:10]})"}
+                                    for run in runs for row in getattr(run, kind)
                                     if models[tuple(row[key] for key in OF_MODEL)] is run)  # fmt: skip
-    for kind in ("roofs", "slabs", "problems", "skips", "errors", "warnings"):
+    for kind in ("roofs", "slabs", "skips", "errors", "warnings"):
         getattr(whole, kind).extend(row for run in runs for row in getattr(run, kind))
     _one_way_of_timing(whole, next((run.results for run in reversed(runs) if run.results), []))
     return whole

@@ -31,11 +31,10 @@ class Network:
 
 @dataclass(frozen=True)
 class BuiltIn:
-    """A network by its short name. ``shapes`` holds the input by scale; ``build(shape, scale)`` needs ``package``."""
+    """A network by its short name. ``shapes`` holds the input by scale; ``build(shape, scale)`` needs ``packages``."""
 
     said: str
-    package: str
-    install: str
+    packages: tuple[str, ...]
     shapes: dict[str, Shape]
     build: Callable[[Shape, str], nn.Module]
 
@@ -74,16 +73,15 @@ def _vqvae(shape: Shape, scale: str) -> nn.Module:
 
 BUILT_IN = {
     "nnunet": BuiltIn(
-        "nnU-Net's PlainConvUNet with deep supervision", "dynamic_network_architectures",
-        "dynamic-network-architectures",
+        "nnU-Net's PlainConvUNet with deep supervision", ("dynamic_network_architectures",),
         {"full": (2, 1, 128, 128, 128), "cpu": (1, 1, 32, 32, 32)}, _nnunet,
     ),
     "swinunetr": BuiltIn(
-        "MONAI's SwinUNETR, feature size 48 (24 at scale cpu)", "monai", "monai einops",
+        "MONAI's SwinUNETR, feature size 48 (24 at scale cpu)", ("monai", "einops"),
         {"full": (1, 1, 96, 96, 96), "cpu": (1, 1, 64, 32, 32)}, _swinunetr,
     ),
     "vqvae": BuiltIn(
-        "MONAI's VQVAE as its tutorial has it", "monai", "monai einops",
+        "MONAI's VQVAE as its tutorial has it", ("monai",),
         {"full": (2, 1, 64, 64, 64), "cpu": (1, 1, 16, 16, 16)}, _vqvae,
     ),
 }  # fmt: skip
@@ -119,8 +117,9 @@ def _built_in(name: str, inputs: Sequence[Shape], scale: str) -> Network:
     found = BUILT_IN.get(name)
     if found is None:
         raise ArgumentError(f"argument --model: expects module:factory or one of {', '.join(BUILT_IN)}, got {name!r}")
-    if importlib.util.find_spec(found.package) is None:
-        raise ArgumentError(f"argument --model: {name} needs {found.package}: pip install {found.install}")
+    missing = [each for each in found.packages if importlib.util.find_spec(each) is None]
+    if missing:
+        raise ArgumentError(f"argument --model: {name} needs {' and '.join(missing)}: pip install 'tritonconv[models]'")
     shapes = tuple(inputs) or (found.shapes[scale],)
     if len(shapes) != 1 or len(shapes[0]) != 5:
         raise ArgumentError(f"argument --input: {name} takes one tensor NxCxDxHxW, got {shown(shapes)}")

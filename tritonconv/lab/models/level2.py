@@ -60,6 +60,11 @@ def problem(name: str, scale: str = "full") -> Network:
     return Network(name, lambda: kind(layer, definition), tuple((batch, *shape[1:]) for shape in shapes.values()))
 
 
+def defined_batch(name: str) -> int:
+    """The batch that KernelBench defines. Raises KeyError for a name that is none."""
+    return workload(name).n
+
+
 class Chained(nn.Module):
     """The model of a problem; its layer is :data:`LAYER`."""
 

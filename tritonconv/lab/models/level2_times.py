@@ -31,7 +31,7 @@ from tritonconv.lab.bench.noise import AGAIN
 from tritonconv.lab.bench.results import BASELINE, COMPILED, OURS, OURS_COMPILED, Writer
 from tritonconv.lab.bench.timing import MIN_ROUNDS
 from tritonconv.lab.models.factories import Network, Shape, shown
-from tritonconv.lab.models.level2 import LAYER
+from tritonconv.lab.models.level2 import LAYER, defined_batch
 
 TRIALS, TOLERANCE = 5, 1e-4
 SECONDS = 30.0  # of a problem, its check and torch.compile included
@@ -94,6 +94,7 @@ class _Measurement:
             difference = {"max_difference": right[name], "tolerance": TOLERANCE} if name != BASELINE else {}
             _row(
                 self.writer, "problem", self.network, variant=name, baseline=BASELINE, timing=times.first,
+                defined_batch=defined_batch(self.network.name),
                 median_ms=spread.median, p20_ms=spread.p20, p80_ms=spread.p80, n_runs=spread.runs,
                 speedup=ratio.median, speedup_p20=ratio.p20, speedup_p80=ratio.p80,
                 **difference, **fields[name], **times.fields(name, BASELINE),

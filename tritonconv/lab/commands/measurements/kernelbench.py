@@ -13,7 +13,7 @@ from tritonconv.lab.bench import kernelbench, results
 from tritonconv.lab.bench.layer_sizes import Workload
 from tritonconv.lab.bench.progress import Progress, progress
 from tritonconv.lab.bench.recording import recording
-from tritonconv.lab.bench.results import PREFIX, Writer
+from tritonconv.lab.bench.results import KERNELBENCH, Writer
 from tritonconv.lab.bench.runner import header, measure
 from tritonconv.lab.bench.workloads import workloads
 from tritonconv.lab.commands.common import INTERRUPTED, OK, RESULTS, WRONG, load_variant_files, run_of, use_compiled
@@ -65,7 +65,7 @@ def _measured(options: argparse.Namespace, device: torch.device, found: tuple[Wo
         facts["scale_rule"] = f"{facts['scale_rule']}; {level2.SCALE_RULE}"
     with (
         progress(options.quiet) as shown,
-        recording(options.output or RESULTS, PREFIX, device, options.command, layers.seed, **facts) as writer,
+        recording(options.output or RESULTS, KERNELBENCH, device, options.command, layers.seed, **facts) as writer,
     ):
         if of_1:
             writer.end["reason"] = measure(layers, writer, shown).reason
