@@ -65,9 +65,9 @@ def backward_data_depthwise_kernel(
                 moved = (reach + tap_d * DILATION[0]) * y_strides[2] + distance(output, y_strides[1])
                 weight = tap_d * (KERNEL[1] * KERNEL[2]) * w_strides[2] + output * w_strides[1]
                 acc = add_window(
-                    acc, y_base + moved + y_tile, row=row, column=column, mask_c=mask_c, size=out_size,
-                    a_strides=y_strides, w_ptr=w_tile + weight, tap_stride=w_strides[2], KERNEL=KERNEL,
-                    PLACES=PLACES, TAPS_H=TAPS_H, TAPS_W=TAPS_W, SCATTERED=UNROLL_W * STRIDE[2] > 1,
+                    acc=acc, a_ptr=y_base + moved + y_tile, row=row, column=column, mask_c=mask_c,
+                    size=out_size, a_strides=y_strides, w_ptr=w_tile + weight, tap_stride=w_strides[2],
+                    KERNEL=KERNEL, PLACES=PLACES, TAPS_H=TAPS_H, TAPS_W=TAPS_W, SCATTERED=UNROLL_W * STRIDE[2] > 1,
                 )  # fmt: skip
         x_plane = grad_x_ptr + image * x_strides[0] + plane * x_strides[2]
         store_places(

@@ -74,7 +74,7 @@ def store_data_tile(
     if WIDE:
         group = group.to(tl.int64)
     acc = implicit_gemm(
-        grad_y_ptr + group * C_OUT * grad_y_strides[1], grad_y_strides,
+        a_ptr=grad_y_ptr + group * C_OUT * grad_y_strides[1], a_strides=grad_y_strides,
         image=image, d=d * STRIDE[0] - crop[0], h=h * STRIDE[1] - crop[1], w=w * STRIDE[2] - crop[2],
         mask_m=mask_m, size=out_size,
         w_ptr=w_ptr + group * C_IN * w_strides[1], w_strides=w_strides,

@@ -77,10 +77,10 @@ def backward_data_shuffle_given_kernel(
     for step in range(C_OUT // CHANNELS):
         channel = widened(step * CHANNELS, WIDE)
         grad_y_tile = load_phases(
-            grad_y_ptr + (group * C_OUT + channel) * grad_y_strides[1], grad_y_strides, tile_m, n=n, cells=size,
-            origin=(0 - crop[0], 0 - crop[1], 0 - crop[2]), out_size=out_size, tile_n=0, CHANNELS=CHANNELS,
-            PHASES=KERNEL, STRIDE=STRIDE, ROWS=ROWS, FACTS=FACTS, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_K,
-            BLOCK_W=CONFIG.BLOCK_W, WIDE=WIDE, by=by,
+            y_ptr=grad_y_ptr + (group * C_OUT + channel) * grad_y_strides[1], strides=grad_y_strides, tile=tile_m,
+            n=n, cells=size, origin=(0 - crop[0], 0 - crop[1], 0 - crop[2]), out_size=out_size, tile_n=0,
+            CHANNELS=CHANNELS, PHASES=KERNEL, STRIDE=STRIDE, ROWS=ROWS, FACTS=FACTS, BLOCK_M=BLOCK_M,
+            BLOCK_N=BLOCK_K, BLOCK_W=CONFIG.BLOCK_W, WIDE=WIDE, by=by,
         )  # fmt: skip
         w_ptrs = w_rows[:, None] + (channel * TAPS + offs_k)[None, :]
         w_tile = tl.load(w_ptrs, mask=mask_n[:, None], other=0.0)  # (BLOCK_N, BLOCK_K)

@@ -74,9 +74,10 @@ def forward_depthwise_kernel(
         for m in range(low, high):
             tap_d = tap + m * tap_period(STRIDE[0], DILATION[0])
             acc = add_window(
-                acc, x_base + (newest - m * SHIFT) * x_strides[2] + x_tile, row=row, column=column, mask_c=mask_c,
-                size=size, a_strides=x_strides, w_ptr=w_tile + tap_d * (KERNEL[1] * KERNEL[2]) * w_strides[2],
-                tap_stride=w_strides[2], KERNEL=KERNEL, PLACES=PLACES, TAPS_H=TAPS_H, TAPS_W=TAPS_W,
+                acc=acc, a_ptr=x_base + (newest - m * SHIFT) * x_strides[2] + x_tile, row=row, column=column,
+                mask_c=mask_c, size=size, a_strides=x_strides,
+                w_ptr=w_tile + tap_d * (KERNEL[1] * KERNEL[2]) * w_strides[2], tap_stride=w_strides[2],
+                KERNEL=KERNEL, PLACES=PLACES, TAPS_H=TAPS_H, TAPS_W=TAPS_W,
             )  # fmt: skip
         y_plane = y_ptr + image * y_strides[0] + out_plane * y_strides[2]
         residual_plane = residual_ptr

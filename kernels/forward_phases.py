@@ -129,7 +129,7 @@ def forward_phases_kernel(
     group = widened(tile_n // COLUMNS * PACK, WIDE)
     offs_n = tile_n % COLUMNS * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = implicit_gemm(
-        x_ptr + group * C_IN * x_strides[1], x_strides,
+        a_ptr=x_ptr + group * C_IN * x_strides[1], a_strides=x_strides,
         image=image,
         d=d + offset_d - (taps_d - 1) * SHIFT[0],
         h=h + offset_h - (taps_h - 1) * SHIFT[1],

@@ -195,8 +195,11 @@ def test_a_device_call_names_its_arguments_from_the_seventh_on():
     functions = device_functions()
     names = {each.name for each in functions}
     calls = [(each.name, call) for each in functions for call in ast.walk(each) if isinstance(call, ast.Call)]
-    found = [(name, ast.unparse(call)) for name, call in calls
-             if isinstance(call.func, ast.Name) and call.func.id in names and len(call.args) > MOST_UNNAMED]  # fmt: skip
+    found = [
+        (name, ast.unparse(call))
+        for name, call in calls
+        if isinstance(call.func, ast.Name) and call.func.id in names and len(call.args) > MOST_UNNAMED
+    ]
     assert found == []
 
 
