@@ -35,12 +35,13 @@ MOST_PHASES = 8  # descriptors of one launch: stride 2 on each axis
 
 @triton.jit
 def phase_gemm(
-    acc, volume, weight, PHASE: tl.constexpr, image, d, h, w, out_size, crop, column, KERNEL: tl.constexpr,
-    STRIDE: tl.constexpr, DILATION: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, VOXELS_LAST: tl.constexpr, PRECISION: tl.constexpr,
-    WAIT: tl.constexpr,
+    acc, volume, weight, PHASE: tl.constexpr, image, d, h, w, out_size, crop, column, LAYER: tl.constexpr,
+    CONFIG: tl.constexpr, VOXELS_LAST: tl.constexpr, PRECISION: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
     """acc plus what the taps of one phase add to the box of inputs at d, h, w; a phase without outputs: nothing."""
+    KERNEL: tl.constexpr = LAYER.KERNEL
+    STRIDE: tl.constexpr = LAYER.STRIDE
+    DILATION: tl.constexpr = LAYER.DILATION
     _, outs_d, tap_d, taps_d, offset_d = axis_phase(
         PHASE // (STRIDE[2] * STRIDE[1]), crop[0], out_size[0], KERNEL[0], STRIDE[0], DILATION[0]
     )
@@ -52,11 +53,20 @@ def phase_gemm(
     )
     taps_d = tl.where(outs_d * outs_h * outs_w == 0, 0, taps_d)
     return box_gemm(
-        acc, volume, weight, image, d - offset_d, h - offset_h, w - offset_w,
-        (tap_d, tap_h, tap_w), (taps_d, taps_h, taps_w), column,
-        (tap_period(STRIDE[0], DILATION[0]), tap_period(STRIDE[1], DILATION[1]), tap_period(STRIDE[2], DILATION[2])),
-        (tap_shift(STRIDE[0], DILATION[0]), tap_shift(STRIDE[1], DILATION[1]), tap_shift(STRIDE[2], DILATION[2])),
-        KERNEL, K, True, BLOCK_M, BLOCK_N, BLOCK_K, VOXELS_LAST, PRECISION, WAIT,
+        acc, volume, weight, image=image, d=d - offset_d, h=h - offset_h, w=w - offset_w,
+        tap=(tap_d, tap_h, tap_w), taps=(taps_d, taps_h, taps_w), column=column,
+        TAP_STEP=(
+            tap_period(STRIDE[0], DILATION[0]),
+            tap_period(STRIDE[1], DILATION[1]),
+            tap_period(STRIDE[2], DILATION[2]),
+        ),
+        VOXEL_STEP=(
+            tap_shift(STRIDE[0], DILATION[0]),
+            tap_shift(STRIDE[1], DILATION[1]),
+            tap_shift(STRIDE[2], DILATION[2]),
+        ),
+        KERNEL=KERNEL, K=LAYER.C_OUT, K_INNERMOST=True, CONFIG=CONFIG,
+        VOXELS_LAST=VOXELS_LAST, PRECISION=PRECISION, WAIT=WAIT,
     )  # fmt: skip
 
 
@@ -74,26 +84,16 @@ def backward_data_boxes_kernel(
     columns: BLOCK_N input channels; depth: (tap, output channel), by the phases of grad_y.
     """
     C_IN: tl.constexpr = LAYER.C_IN
-    C_OUT: tl.constexpr = LAYER.C_OUT
-    KERNEL: tl.constexpr = LAYER.KERNEL
-    STRIDE: tl.constexpr = LAYER.STRIDE
-    DILATION: tl.constexpr = LAYER.DILATION
-    BLOCK_D: tl.constexpr = CONFIG.BLOCK_D
-    BLOCK_H: tl.constexpr = CONFIG.BLOCK_H
-    BLOCK_W: tl.constexpr = CONFIG.BLOCK_W
     BLOCK_N: tl.constexpr = CONFIG.BLOCK_N
-    BLOCK_K: tl.constexpr = CONFIG.BLOCK_K
-    GROUP_M: tl.constexpr = CONFIG.GROUP_M
     (x_strides,) = aligned(strides, UNITS)
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
-    BLOCK_M: tl.constexpr = BLOCK_D * BLOCK_H * BLOCK_W
     COLUMNS: tl.constexpr = ceil_div(C_IN, BLOCK_N)
-    tiles_m = n * boxes(size, BLOCK_D, BLOCK_H, BLOCK_W)
+    tiles_m = n * boxes(size, CONFIG)
     for tile in range(tl.program_id(0), tiles_m * COLUMNS, tl.num_programs(0)):
-        tile_m, tile_n = grouped_order(tile, tiles_m, COLUMNS, GROUP_M)
-        image, d, h, w = box_corner(tile_m, size, BLOCK_D, BLOCK_H, BLOCK_W)
-        acc = box_zeros(BLOCK_M, BLOCK_N, VOXELS_LAST)
-        for PHASE in tl.static_range(product(STRIDE)):
+        tile_m, tile_n = grouped_order(tile, tiles_m, COLUMNS, CONFIG.GROUP_M)
+        image, d, h, w = box_corner(tile_m, size, CONFIG)
+        acc = box_zeros(CONFIG, VOXELS_LAST)
+        for PHASE in tl.static_range(product(LAYER.STRIDE)):
             grad_y = phase0
             if PHASE == 1:
                 grad_y = phase1
@@ -110,13 +110,17 @@ def backward_data_boxes_kernel(
             if PHASE == 7:
                 grad_y = phase7
             acc = phase_gemm(
-                acc, grad_y, w_desc, PHASE, image, d, h, w, out_size, crop, tile_n * BLOCK_N,
-                KERNEL, STRIDE, DILATION, C_OUT, BLOCK_M, BLOCK_N, BLOCK_K, VOXELS_LAST, PRECISION, WAIT,
+                acc, grad_y, w_desc, PHASE=PHASE, image=image, d=d, h=h, w=w, out_size=out_size, crop=crop,
+                column=tile_n * BLOCK_N, LAYER=LAYER, CONFIG=CONFIG,
+                VOXELS_LAST=VOXELS_LAST, PRECISION=PRECISION, WAIT=WAIT,
             )  # fmt: skip
         if VOXELS_LAST:
             acc = tl.trans(acc)
-        d, h, w, mask_m = box_voxels(d, h, w, size, BLOCK_M, BLOCK_H, BLOCK_W, WIDE)
-        store_box(grad_x_ptr, x_strides, acc, image, d, h, w, mask_m, tile_n * BLOCK_N, C_IN, BLOCK_N, WIDE)
+        d, h, w, mask_m = box_voxels(d, h, w, size, CONFIG, WIDE)
+        store_box(
+            grad_x_ptr, x_strides, acc, image=image, d=d, h=h, w=w, mask_m=mask_m, column=tile_n * BLOCK_N,
+            CHANNELS=C_IN, CONFIG=CONFIG, WIDE=WIDE,
+        )  # fmt: skip
 
 
 def supports(problem, device):

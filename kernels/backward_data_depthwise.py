@@ -43,8 +43,9 @@ def backward_data_depthwise_kernel(
     PLACES: tl.constexpr = (UNROLL_H, UNROLL_W)
     count = (tl.cdiv(size[1], UNROLL_H), tl.cdiv(size[2], UNROLL_W))
     image, first, h, w, channel = tile_of(
-        tl.program_id(0), n, count, size[0], PLANES, GROUPS, BLOCK_H, BLOCK_W, BLOCK_C, WIDE
-    )
+        tl.program_id(0), n, count, size[0], PLANES=PLANES, CHANNELS=GROUPS, BLOCK_H=BLOCK_H, BLOCK_W=BLOCK_W,
+        BLOCK_C=BLOCK_C, WIDE=WIDE,
+    )  # fmt: skip
     mask_c = channel < GROUPS
     lane_h, lane_w = lanes(h, w, BLOCK_H, BLOCK_W)
     row = lane_h * (UNROLL_H * STRIDE[1]) - crop[1]  # (BLOCK_M, 1): the first slot of the window
@@ -64,11 +65,15 @@ def backward_data_depthwise_kernel(
                 moved = (reach + tap_d * DILATION[0]) * y_strides[2] + distance(output, y_strides[1])
                 weight = tap_d * (KERNEL[1] * KERNEL[2]) * w_strides[2] + output * w_strides[1]
                 acc = add_window(
-                    acc, y_base + moved + y_tile, row, column, mask_c, out_size, y_strides,
-                    w_tile + weight, w_strides[2], KERNEL, PLACES, TAPS_H, TAPS_W, UNROLL_W * STRIDE[2] > 1,
+                    acc=acc, a_ptr=y_base + moved + y_tile, row=row, column=column, mask_c=mask_c,
+                    size=out_size, a_strides=y_strides, w_ptr=w_tile + weight, tap_stride=w_strides[2],
+                    KERNEL=KERNEL, PLACES=PLACES, TAPS_H=TAPS_H, TAPS_W=TAPS_W, SCATTERED=UNROLL_W * STRIDE[2] > 1,
                 )  # fmt: skip
         x_plane = grad_x_ptr + image * x_strides[0] + plane * x_strides[2]
-        store_places(acc, x_plane, h, w, channel, size, x_strides, mask_c, PLACES, INTERLEAVE, BLOCK_H, BLOCK_W)
+        store_places(
+            acc, x_plane, h=h, w=w, channel=channel, size=size, out_strides=x_strides, mask_c=mask_c, PLACES=PLACES,
+            INTERLEAVE=INTERLEAVE, BLOCK_H=BLOCK_H, BLOCK_W=BLOCK_W,
+        )  # fmt: skip
 
 
 def launches(problem, config, grad_y, weight):

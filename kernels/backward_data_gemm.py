@@ -60,10 +60,7 @@ def store_data_tile(
     DILATION: tl.constexpr = LAYER.DILATION
     PACK: tl.constexpr = CONFIG.PACK
     SPLIT: tl.constexpr = CONFIG.SPLIT
-    BLOCK_M: tl.constexpr = CONFIG.BLOCK_M
     BLOCK_N: tl.constexpr = CONFIG.BLOCK_N
-    BLOCK_K: tl.constexpr = CONFIG.BLOCK_K
-    BLOCK_W: tl.constexpr = CONFIG.BLOCK_W
     grad_y_strides, w_strides, grad_x_strides = strides
     COLUMNS: tl.constexpr = ceil_div(PACK * C_IN, BLOCK_N)
     split = 0
@@ -71,24 +68,25 @@ def store_data_tile(
         split, pid = pid % splits, pid // splits
         grad_x_ptr += widened(split, WIDE) * split_stride
     tile_m, tile_n = grouped_order(pid, tiles_m, COLUMNS * (GROUPS // PACK), CONFIG.GROUP_M)
-    image, d, h, w, mask_m = voxels(tile_m, n, size, BLOCK_M, BLOCK_W, WIDE)
+    image, d, h, w, mask_m = voxels(tile_m, n, size, CONFIG.BLOCK_M, CONFIG.BLOCK_W, WIDE)
     group = tile_n // COLUMNS * PACK
     offs_n = tile_n % COLUMNS * BLOCK_N + tl.arange(0, BLOCK_N)
     if WIDE:
         group = group.to(tl.int64)
     acc = implicit_gemm(
-        grad_y_ptr + group * C_OUT * grad_y_strides[1], grad_y_strides,
-        image, d * STRIDE[0] - crop[0], h * STRIDE[1] - crop[1], w * STRIDE[2] - crop[2], mask_m, out_size,
-        w_ptr + group * C_IN * w_strides[1], w_strides,
-        (0, 0, 0), KERNEL, offs_n, (1, 1, 1), DILATION, KERNEL,
-        KERNEL, C_OUT, C_IN, PACK, False, BLOCK_M, BLOCK_N, BLOCK_K, WIDE, PRECISION, CONFIG.Y_VOXELS_INNER,
-        split, splits, SPLIT, CONFIG.SKIP,
+        a_ptr=grad_y_ptr + group * C_OUT * grad_y_strides[1], a_strides=grad_y_strides,
+        image=image, d=d * STRIDE[0] - crop[0], h=h * STRIDE[1] - crop[1], w=w * STRIDE[2] - crop[2],
+        mask_m=mask_m, size=out_size,
+        w_ptr=w_ptr + group * C_IN * w_strides[1], w_strides=w_strides,
+        tap=(0, 0, 0), taps=KERNEL, offs_n=offs_n, TAP_STEP=(1, 1, 1), VOXEL_STEP=DILATION, PLACES=KERNEL,
+        KERNEL=KERNEL, K_GROUP=C_OUT, N_GROUP=C_IN, WRAP_N=False, CONFIG=CONFIG, WIDE=WIDE, PRECISION=PRECISION,
+        VOXELS_INNER=CONFIG.Y_VOXELS_INNER, split=split, splits=splits, SPLIT=SPLIT, SKIP=CONFIG.SKIP,
     )  # fmt: skip
 
     mask_n = offs_n < PACK * C_IN
     rows = offset(grad_x_strides, image, 0, d, h, w)  # (BLOCK_M,)
     columns = (group * C_IN + offs_n) * grad_x_strides[1]
-    store_tile(grad_x_ptr, rows, columns, acc, mask_m, mask_n, CONFIG.X_VOXELS_INNER)
+    store_tile(grad_x_ptr, rows, columns, acc, mask_m, mask_n, VOXELS_INNER=CONFIG.X_VOXELS_INNER)
 
 
 @triton.jit(launch_metadata=accounting, do_not_specialize=(*RUN_TIME, "splits"))
@@ -100,6 +98,9 @@ def backward_data_gemm_kernel(
     splits, split_stride, strides,  # of grad_y, of the weight, of grad_x
     LAYER: tl.constexpr, CONFIG: tl.constexpr, UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """A program owns BLOCK_M rows, voxels of x, x BLOCK_N columns, input channels of PACK groups, and one of ``splits``
+    chunks of the depth: (tap, output channel).
+    """
     strides = aligned(strides, UNITS)
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     tiles_m = voxel_tiles(n, size, CONFIG.BLOCK_M, CONFIG.BLOCK_W, WIDE)

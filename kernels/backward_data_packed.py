@@ -49,6 +49,10 @@ def backward_data_packed_kernel(
     X_VOXELS_INNER: tl.constexpr, Y_VOXELS_INNER: tl.constexpr,
     UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """A program owns BLOCK_M rows, voxels of x, x BLOCK_N columns, input channels of one group.
+
+    Depth: (tap, output channel) counted together, BLOCK_K of them in a step.
+    """
     grad_y_strides, w_strides, grad_x_strides = aligned(strides, UNITS)
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     COLUMNS: tl.constexpr = ceil_div(C_IN, BLOCK_N)
@@ -65,7 +69,7 @@ def backward_data_packed_kernel(
         offs_k = offs_k.to(tl.int64)
 
     od, oh, ow = d * STRIDE[0] - crop[0], h * STRIDE[1] - crop[1], w * STRIDE[2] - crop[2]
-    words = voxel_words(od, oh, ow, mask_m, out_size, KERNEL, DILATION)
+    words = voxel_words(od, oh, ow, mask_m, size=out_size, KERNEL=KERNEL, DILATION=DILATION)
     grad_y_rows = grad_y_ptr + offset(grad_y_strides, image, group * C_OUT, od, oh, ow)[None, :]  # (1, BLOCK_M)
     channel = group * C_IN + offs_n
     w_columns = w_ptr + (channel * w_strides[1])[None, :]  # (1, BLOCK_N)
@@ -86,7 +90,7 @@ def backward_data_packed_kernel(
         acc = tl.dot(tl.trans(grad_y_tile), w_tile, acc, input_precision=PRECISION)
 
     rows = offset(grad_x_strides, image, 0, d, h, w)  # (BLOCK_M,)
-    store_tile(grad_x_ptr, rows, channel * grad_x_strides[1], acc, mask_m, mask_n, X_VOXELS_INNER)
+    store_tile(grad_x_ptr, rows, channel * grad_x_strides[1], acc, mask_m, mask_n, VOXELS_INNER=X_VOXELS_INNER)
 
 
 def programs(problem: Problem, config) -> int:

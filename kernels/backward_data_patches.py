@@ -88,26 +88,26 @@ def backward_data_patches_kernel(
     # The next tile's patches are on their way while this one's sums are stored. Carried by the loop they are an operand
     # in shared memory; made in their own turn they would be one in registers.
     following = patches(
-        grad_y_ptr, grad_y_strides, first, n, size, out_size, crop, by,
-        LAYER=LAYER, BLOCK=BLOCK_M, PLACES=BLOCK_K, WIDE=WIDE,
+        grad_y_ptr, grad_y_strides, first, n=n, size=size, out_size=out_size, crop=crop, by=by, LAYER=LAYER,
+        BLOCK=BLOCK_M, PLACES=BLOCK_K, WIDE=WIDE,
     )  # fmt: skip
     for tile in range(first, voxel_tiles(n, size, BLOCK_M, 0, WIDE), walkers):
         acc = multiplied(following, w_tiles[0], None, FLIPPED, PRECISION)  # type: ignore[misc]
         for part in tl.static_range(1, PARTS):
             following = patches(
-                grad_y_ptr, grad_y_strides, tile, n, size, out_size, crop, by,
-                LAYER=LAYER, BLOCK=BLOCK_M, PLACES=BLOCK_K, WIDE=WIDE, PART=part,
+                grad_y_ptr, grad_y_strides, tile, n=n, size=size, out_size=out_size, crop=crop, by=by, LAYER=LAYER,
+                BLOCK=BLOCK_M, PLACES=BLOCK_K, WIDE=WIDE, PART=part,
             )  # fmt: skip
             acc = multiplied(following, w_tiles[part], acc, FLIPPED, PRECISION)
         if FLIPPED:
             acc = tl.trans(acc)
         following = patches(
-            grad_y_ptr, grad_y_strides, tile + walkers, n, size, out_size, crop, by,
+            grad_y_ptr, grad_y_strides, tile + walkers, n=n, size=size, out_size=out_size, crop=crop, by=by,
             LAYER=LAYER, BLOCK=BLOCK_M, PLACES=BLOCK_K, WIDE=WIDE,
         )  # fmt: skip
         voxel = widened(tile, WIDE) * BLOCK_M + tl.arange(0, BLOCK_M)
         rows, columns = dense_places(voxel, offs_n, count, C_IN, X_STEP)
-        store_tile(grad_x_ptr, rows, columns, acc, voxel < n * count, mask_n, X_STEP > 0)
+        store_tile(grad_x_ptr, rows, columns, acc, voxel < n * count, mask_n, VOXELS_INNER=X_STEP > 0)
 
 
 def launches(problem, config, grad_y, weight):

@@ -56,13 +56,14 @@ def backward_data_shuffle_kernel(
     channel_x = group * C_IN + offs_n
     grad_y_group = grad_y_ptr + group * C_OUT * grad_y_strides[1]
     w_columns = w_ptr + channel_x * w_strides[1]
-    by = row_dividers(by_d, by_h, by_w, shift_d, shift_h, shift_w, CONFIG, WIDE)
+    by = row_dividers(by_d, by_h, by_w, shift_d, shift_h, shift_w, CONFIG=CONFIG, WIDE=WIDE)
 
     acc = zero_sums(CONFIG)
     for step in range(tl.cdiv(column_count(KERNEL, C_OUT, CONFIG.ROWS), BLOCK_K)):
         grad_y_tile = load_phases(
-            grad_y_group, grad_y_strides, tile_m, n, size, (0 - crop[0], 0 - crop[1], 0 - crop[2]), out_size, step,
-            C_OUT, KERNEL, STRIDE, CONFIG.ROWS, FACTS, CONFIG.BLOCK_M, BLOCK_K, CONFIG.BLOCK_W, WIDE, by,
+            grad_y_group, grad_y_strides, tile_m, n=n, cells=size, origin=(0 - crop[0], 0 - crop[1], 0 - crop[2]),
+            out_size=out_size, tile_n=step, CHANNELS=C_OUT, PHASES=KERNEL, STRIDE=STRIDE, ROWS=CONFIG.ROWS,
+            FACTS=FACTS, BLOCK_M=CONFIG.BLOCK_M, BLOCK_N=BLOCK_K, BLOCK_W=CONFIG.BLOCK_W, WIDE=WIDE, by=by,
         )  # fmt: skip
         tap, channel, mask_k = taps(step * BLOCK_K + offs_k, LAYER, CONFIG)
         w_rows = channel * w_strides[0] + tap * w_strides[2]
@@ -70,7 +71,10 @@ def backward_data_shuffle_kernel(
         w_tile = tl.load(w_columns[None, :] + w_rows[:, None], mask=w_mask, other=0.0)  # (BLOCK_K, BLOCK_N)
         acc = settled(tl.dot(grad_y_tile, w_tile, acc, input_precision=PRECISION), WAIT)
 
-    store_voxels(grad_x_ptr, grad_x_strides, tile_m, n, size, channel_x, acc, mask_n, CONFIG, WIDE, by)
+    store_voxels(
+        grad_x_ptr, grad_x_strides, tile_m, n=n, size=size, channel=channel_x, acc=acc, mask_n=mask_n,
+        CONFIG=CONFIG, WIDE=WIDE, by=by,
+    )  # fmt: skip
 
 
 def launches(problem, config, grad_y, weight):

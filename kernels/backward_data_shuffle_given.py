@@ -71,15 +71,16 @@ def backward_data_shuffle_given_kernel(
     mask_n = offs_n < C_IN
     channel_x = group * C_IN + offs_n
     w_rows = w_ptr + channel_x * (C_OUT * TAPS)
-    by = row_dividers(by_d, by_h, by_w, shift_d, shift_h, shift_w, CONFIG, WIDE)
+    by = row_dividers(by_d, by_h, by_w, shift_d, shift_h, shift_w, CONFIG=CONFIG, WIDE=WIDE)
 
     acc = tl.zeros((BLOCK_M if ROWS else BLOCK_N, BLOCK_N if ROWS else BLOCK_M), tl.float32)
     for step in range(C_OUT // CHANNELS):
         channel = widened(step * CHANNELS, WIDE)
         grad_y_tile = load_phases(
-            grad_y_ptr + (group * C_OUT + channel) * grad_y_strides[1], grad_y_strides,
-            tile_m, n, size, (0 - crop[0], 0 - crop[1], 0 - crop[2]), out_size, 0,
-            CHANNELS, KERNEL, STRIDE, ROWS, FACTS, BLOCK_M, BLOCK_K, CONFIG.BLOCK_W, WIDE, by,
+            y_ptr=grad_y_ptr + (group * C_OUT + channel) * grad_y_strides[1], strides=grad_y_strides, tile=tile_m,
+            n=n, cells=size, origin=(0 - crop[0], 0 - crop[1], 0 - crop[2]), out_size=out_size, tile_n=0,
+            CHANNELS=CHANNELS, PHASES=KERNEL, STRIDE=STRIDE, ROWS=ROWS, FACTS=FACTS, BLOCK_M=BLOCK_M,
+            BLOCK_N=BLOCK_K, BLOCK_W=CONFIG.BLOCK_W, WIDE=WIDE, by=by,
         )  # fmt: skip
         w_ptrs = w_rows[:, None] + (channel * TAPS + offs_k)[None, :]
         w_tile = tl.load(w_ptrs, mask=mask_n[:, None], other=0.0)  # (BLOCK_N, BLOCK_K)
@@ -91,7 +92,10 @@ def backward_data_shuffle_given_kernel(
     if not ROWS:
         acc = tl.trans(acc)
 
-    store_voxels(grad_x_ptr, grad_x_strides, tile_m, n, size, channel_x, acc, mask_n, CONFIG, WIDE, by)
+    store_voxels(
+        grad_x_ptr, grad_x_strides, tile_m, n=n, size=size, channel=channel_x, acc=acc, mask_n=mask_n,
+        CONFIG=CONFIG, WIDE=WIDE, by=by,
+    )  # fmt: skip
 
 
 def launches(problem, config, grad_y, weight):

@@ -59,14 +59,18 @@ def backward_data_shuffle_resident_kernel(
     w_ptrs = w_ptr + (channel * w_strides[0] + tap * w_strides[2])[:, None] + (offs_n * w_strides[1])[None, :]
     w_tile = tl.load(w_ptrs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)  # (BLOCK_K, BLOCK_N)
 
-    by = row_dividers(by_d, by_h, by_w, shift_d, shift_h, shift_w, CONFIG, WIDE)
+    by = row_dividers(by_d, by_h, by_w, shift_d, shift_h, shift_w, CONFIG=CONFIG, WIDE=WIDE)
     for tile in range(tl.program_id(0), voxel_tiles(n, size, BLOCK_M, BLOCK_W, WIDE), tl.num_programs(0)):
         grad_y_tile = load_phases(
-            grad_y_ptr, grad_y_strides, tile, n, size, (0 - crop[0], 0 - crop[1], 0 - crop[2]), out_size, 0,
-            LAYER.C_OUT, KERNEL, STRIDE, CONFIG.ROWS, FACTS, BLOCK_M, BLOCK_K, BLOCK_W, WIDE, by,
+            grad_y_ptr, grad_y_strides, tile, n=n, cells=size, origin=(0 - crop[0], 0 - crop[1], 0 - crop[2]),
+            out_size=out_size, tile_n=0, CHANNELS=LAYER.C_OUT, PHASES=KERNEL, STRIDE=STRIDE, ROWS=CONFIG.ROWS,
+            FACTS=FACTS, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_K, BLOCK_W=BLOCK_W, WIDE=WIDE, by=by,
         )  # fmt: skip
         acc = tl.dot(grad_y_tile, w_tile, input_precision=PRECISION)
-        store_voxels(grad_x_ptr, grad_x_strides, tile, n, size, offs_n, acc, mask_n, CONFIG, WIDE, by)
+        store_voxels(
+            grad_x_ptr, grad_x_strides, tile, n=n, size=size, channel=offs_n, acc=acc, mask_n=mask_n, CONFIG=CONFIG,
+            WIDE=WIDE, by=by,
+        )  # fmt: skip
 
 
 def launches(problem, config, grad_y, weight):

@@ -47,7 +47,7 @@ def _voxel_tile(
     BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr, WIDE: tl.constexpr, by,
 ):  # fmt: skip
     """Element offsets and mask (BLOCK_M, BLOCK_C) of a tile of x."""
-    image, d, h, w, _ = voxels(tile, n, size, BLOCK_M, BLOCK_W, WIDE, by)
+    image, d, h, w, _ = voxels(tile, n, size, BLOCK_M, BLOCK_W, WIDE, by=by)
     mask = ((image < n) & inside(w, multiple(size[2], X_STEP)))[:, None] & (offs_c < C)[None, :]
     rows = image * strides[0] + d * strides[2] + h * strides[3] + w * strides[4]
     return rows[:, None] + (offs_c * strides[1])[None, :], mask

@@ -74,10 +74,11 @@ def backward_together_kernel(
         return
 
     store_weight_tile(
-        pid - data_programs, x_ptr, grad_y_ptr, partial_ptr, bias_partial_ptr, arrivals_ptr, total_ptr, total_bias_ptr,
-        n=n, size=size, out_size=out_size, crop=crop, splits=splits,
-        strides=(x_strides, grad_y_strides, partial_strides),
-        LAYER=LAYER, CONFIG=WEIGHT_CONFIG, WIDE=WIDE, PRECISION=PRECISION,
+        pid - data_programs, x_ptr=x_ptr, grad_y_ptr=grad_y_ptr, partial_ptr=partial_ptr,
+        bias_partial_ptr=bias_partial_ptr, arrivals_ptr=arrivals_ptr, total_ptr=total_ptr,
+        total_bias_ptr=total_bias_ptr, n=n, size=size, out_size=out_size, crop=crop, splits=splits,
+        strides=(x_strides, grad_y_strides, partial_strides), LAYER=LAYER, CONFIG=WEIGHT_CONFIG, WIDE=WIDE,
+        PRECISION=PRECISION,
     )  # fmt: skip
 
 

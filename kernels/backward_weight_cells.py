@@ -141,7 +141,7 @@ def backward_weight_cells_kernel(
     first, last = chunk(split, splits, voxel_tiles(n, cells, BLOCK_K, BLOCK_W, WIDE))
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for tile_k in range(first, last):
-        image, d, h, w, mask_k = voxels(tile_k, n, cells, BLOCK_K, BLOCK_W, WIDE, by)
+        image, d, h, w, mask_k = voxels(tile_k, n, cells, BLOCK_K, BLOCK_W, WIDE, by=by)
         y_hit = lanes_inside(
             d, h, w, mask_k, y_lanes, phase_word, cut=y_cut, size=out_size,
             CHANNELS=C_OUT, STRIDE=STRIDE, KERNEL=STRIDE, DILATION=(1, 1, 1), WIDE=WIDE,

@@ -89,8 +89,8 @@ def backward_weight_patches_kernel(
     first, last = chunk(split, splits, voxel_tiles(n, size, BLOCK_K, 0, WIDE))
     # The next tile's patches are on their way during this one's product.
     following = patches(
-        grad_y_ptr, grad_y_strides, first, n, size, out_size, crop, by,
-        LAYER=LAYER, BLOCK=BLOCK_K, PLACES=BLOCK_M, WIDE=WIDE,
+        grad_y_ptr, grad_y_strides, first, n=n, size=size, out_size=out_size, crop=crop, by=by, LAYER=LAYER,
+        BLOCK=BLOCK_K, PLACES=BLOCK_M, WIDE=WIDE,
     )  # fmt: skip
     accs = ()
     for _ in tl.static_range(PARTS):
@@ -109,15 +109,15 @@ def backward_weight_patches_kernel(
         sums = (multiplied(tl.trans(following), x_tile, accs[0], FLIPPED, PRECISION),)  # type: ignore[misc]
         for part in tl.static_range(1, PARTS):
             following = patches(
-                grad_y_ptr, grad_y_strides, tile, n, size, out_size, crop, by,
-                LAYER=LAYER, BLOCK=BLOCK_K, PLACES=BLOCK_M, WIDE=WIDE, PART=part,
+                grad_y_ptr, grad_y_strides, tile, n=n, size=size, out_size=out_size, crop=crop, by=by, LAYER=LAYER,
+                BLOCK=BLOCK_K, PLACES=BLOCK_M, WIDE=WIDE, PART=part,
             )  # fmt: skip
             acc = multiplied(tl.trans(following), x_tile, accs[part], FLIPPED, PRECISION)
             sums = sums + (acc,)  # type: ignore[assignment]  # noqa: RUF005
         accs = sums  # type: ignore[assignment]
         following = patches(
-            grad_y_ptr, grad_y_strides, tile + 1, n, size, out_size, crop, by,
-            LAYER=LAYER, BLOCK=BLOCK_K, PLACES=BLOCK_M, WIDE=WIDE,
+            grad_y_ptr, grad_y_strides, tile + 1, n=n, size=size, out_size=out_size, crop=crop, by=by, LAYER=LAYER,
+            BLOCK=BLOCK_K, PLACES=BLOCK_M, WIDE=WIDE,
         )  # fmt: skip
 
     for part in tl.static_range(PARTS):

@@ -137,13 +137,13 @@ def backward_weight_shuffle_kernel(
         ones = tl.full((BLOCK_K, ONES if ONES else 1), 1.0, x_ptr.dtype.element_ty)
     first, last = chunk(split, splits, voxel_tiles(n, size, BLOCK_K, BLOCK_W, FAR_IDS))
     for tile_k in range(first, last):
-        image, d, h, w, mask_k = voxels(tile_k, n, size, BLOCK_K, BLOCK_W, FAR_IDS, by)
+        image, d, h, w, mask_k = voxels(tile_k, n, size, BLOCK_K, BLOCK_W, FAR_IDS, by=by)
         x_rows = offset(x_strides, widened(image, WIDE), 0, widened(d, WIDE), widened(h, WIDE), widened(w, WIDE))
         if ROWS:
             mask_k = (image < n) & (w < multiple(w_in, W_STEP))
             x_mask = mask_n[:, None] & mask_k[None, :]
             x_tile = tl.load(x_ptr + (x_lanes[:, None] + x_rows[None, :]), mask=x_mask, other=0.0)
-            image, d, h, w, _ = voxels(tile_k, n, fine, BLOCK_K * SIDE, BLOCK_W * SIDE, FAR_IDS, by_fine)
+            image, d, h, w, _ = voxels(tile_k, n, fine, BLOCK_K * SIDE, BLOCK_W * SIDE, FAR_IDS, by=by_fine)
             image, d, h, w = widened(image, WIDE), widened(d, WIDE), widened(h, WIDE), widened(w, WIDE)
             y_columns = offset(grad_y_strides, image, 0, d * KERNEL[0], h * KERNEL[1], w)
             y_mask = mask_m[:, None] & ((image < n) & (w < multiple(w_in, W_STEP) * SIDE))[None, :]

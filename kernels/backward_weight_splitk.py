@@ -103,7 +103,7 @@ def store_weight_tile(
     grad_y_rows -= cut[0] * grad_y_strides[2] + cut[1] * grad_y_strides[3] + cut[2] * grad_y_strides[4]
     y_strides = strided(grad_y_strides, STRIDE, WIDE)
     for tile_k in range(first, last):
-        image, d, h, w, mask_k = voxels(tile_k, n, size, BLOCK_K, BLOCK_W, WIDE, by)
+        image, d, h, w, mask_k = voxels(tile_k, n, size, BLOCK_K, BLOCK_W, WIDE, by=by)
         hit = lanes_inside(
             d, h, w, mask_k, lanes, words, cut=crop, size=out_size,
             CHANNELS=C_OUT, STRIDE=STRIDE, KERNEL=KERNEL, DILATION=DILATION, WIDE=WIDE,
@@ -142,9 +142,10 @@ def backward_weight_splitk_kernel(
     """
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     store_weight_tile(
-        tl.program_id(0), x_ptr, grad_y_ptr, partial_ptr, bias_partial_ptr, arrivals_ptr, total_ptr, total_bias_ptr,
-        n=n, size=size, out_size=out_size, crop=crop, splits=splits, strides=aligned(strides, UNITS),
-        LAYER=LAYER, CONFIG=CONFIG, WIDE=WIDE, PRECISION=PRECISION,
+        tl.program_id(0), x_ptr=x_ptr, grad_y_ptr=grad_y_ptr, partial_ptr=partial_ptr,
+        bias_partial_ptr=bias_partial_ptr, arrivals_ptr=arrivals_ptr, total_ptr=total_ptr,
+        total_bias_ptr=total_bias_ptr, n=n, size=size, out_size=out_size, crop=crop, splits=splits,
+        strides=aligned(strides, UNITS), LAYER=LAYER, CONFIG=CONFIG, WIDE=WIDE, PRECISION=PRECISION,
     )  # fmt: skip
 
 

@@ -48,21 +48,13 @@ def forward_boxes_kernel(
     """A program owns every ``num_programs``-th tile. Rows: a box of BLOCK_D x BLOCK_H x BLOCK_W outputs of one phase;
     columns: BLOCK_N output channels; depth: (tap of the phase, input channel).
     """
-    C_IN: tl.constexpr = LAYER.C_IN
     C_OUT: tl.constexpr = LAYER.C_OUT
     KERNEL: tl.constexpr = LAYER.KERNEL
     STRIDE: tl.constexpr = LAYER.STRIDE
     DILATION: tl.constexpr = LAYER.DILATION
-    BLOCK_D: tl.constexpr = CONFIG.BLOCK_D
-    BLOCK_H: tl.constexpr = CONFIG.BLOCK_H
-    BLOCK_W: tl.constexpr = CONFIG.BLOCK_W
     BLOCK_N: tl.constexpr = CONFIG.BLOCK_N
-    BLOCK_K: tl.constexpr = CONFIG.BLOCK_K
-    GROUP_M: tl.constexpr = CONFIG.GROUP_M
-    EPILOGUE: tl.constexpr = CONFIG.EPILOGUE
     (y_strides,) = aligned(strides, UNITS)
     out_size, crop = (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
-    BLOCK_M: tl.constexpr = BLOCK_D * BLOCK_H * BLOCK_W
     COLUMNS: tl.constexpr = ceil_div(C_OUT, BLOCK_N)
     PHASES: tl.constexpr = product(STRIDE)
     largest = (
@@ -70,10 +62,10 @@ def forward_boxes_kernel(
         tl.cdiv(out_size[1], STRIDE[1]),
         tl.cdiv(out_size[2], STRIDE[2]),
     )
-    tiles_m = n * boxes(largest, BLOCK_D, BLOCK_H, BLOCK_W)
+    tiles_m = n * boxes(largest, CONFIG)
     for tile in range(tl.program_id(0), tiles_m * COLUMNS * PHASES, tl.num_programs(0)):
         phase = ranked_phase(tile // (tiles_m * COLUMNS), ORDER)
-        tile_m, tile_n = grouped_order(tile % (tiles_m * COLUMNS), tiles_m, COLUMNS, GROUP_M)
+        tile_m, tile_n = grouped_order(tile % (tiles_m * COLUMNS), tiles_m, COLUMNS, CONFIG.GROUP_M)
         first_d, outs_d, tap_d, taps_d, offset_d = axis_phase(
             phase // (STRIDE[2] * STRIDE[1]), crop[0], out_size[0], KERNEL[0], STRIDE[0], DILATION[0]
         )
@@ -83,34 +75,36 @@ def forward_boxes_kernel(
         first_w, outs_w, tap_w, taps_w, offset_w = axis_phase(
             phase % STRIDE[2], crop[2], out_size[2], KERNEL[2], STRIDE[2], DILATION[2]
         )
-        image, d, h, w = box_corner(tile_m, largest, BLOCK_D, BLOCK_H, BLOCK_W)
+        image, d, h, w = box_corner(tile_m, largest, CONFIG)
         acc = box_gemm(
-            box_zeros(BLOCK_M, BLOCK_N, VOXELS_LAST), x_desc, w_desc,
-            image, d + offset_d, h + offset_h, w + offset_w,
-            (tap_d, tap_h, tap_w), (taps_d, taps_h, taps_w), tile_n * BLOCK_N,
-            (
+            box_zeros(CONFIG, VOXELS_LAST), x_desc, w_desc,
+            image=image, d=d + offset_d, h=h + offset_h, w=w + offset_w,
+            tap=(tap_d, tap_h, tap_w), taps=(taps_d, taps_h, taps_w), column=tile_n * BLOCK_N,
+            TAP_STEP=(
                 tap_period(STRIDE[0], DILATION[0]),
                 tap_period(STRIDE[1], DILATION[1]),
                 tap_period(STRIDE[2], DILATION[2]),
             ),
-            (
+            VOXEL_STEP=(
                 -tap_shift(STRIDE[0], DILATION[0]),
                 -tap_shift(STRIDE[1], DILATION[1]),
                 -tap_shift(STRIDE[2], DILATION[2]),
             ),
-            KERNEL, C_IN, K_INNERMOST, BLOCK_M, BLOCK_N, BLOCK_K, VOXELS_LAST, PRECISION, WAIT,
+            KERNEL=KERNEL, K=LAYER.C_IN, K_INNERMOST=K_INNERMOST, CONFIG=CONFIG,
+            VOXELS_LAST=VOXELS_LAST, PRECISION=PRECISION, WAIT=WAIT,
         )  # fmt: skip
         if VOXELS_LAST:
             acc = tl.trans(acc)
         if bias_ptr is not None:
             channel = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
             bias = tl.load(bias_ptr + channel, mask=channel < C_OUT, other=0.0)
-            acc = with_bias(acc, bias, y_ptr, EPILOGUE)
-        d, h, w, mask_m = box_voxels(d, h, w, (outs_d, outs_h, outs_w), BLOCK_M, BLOCK_H, BLOCK_W, WIDE)
+            acc = with_bias(acc, bias, y_ptr, CONFIG.EPILOGUE)
+        d, h, w, mask_m = box_voxels(d, h, w, (outs_d, outs_h, outs_w), CONFIG, WIDE)
         d, h, w = first_d + d * STRIDE[0], first_h + h * STRIDE[1], first_w + w * STRIDE[2]
         store_box(
-            y_ptr, y_strides, acc, image, d, h, w, mask_m, tile_n * BLOCK_N, C_OUT, BLOCK_N, WIDE,
-            residual_ptr, slopes, EPILOGUE,
+            y_ptr, y_strides, acc, image=image, d=d, h=h, w=w, mask_m=mask_m, column=tile_n * BLOCK_N,
+            CHANNELS=C_OUT, CONFIG=CONFIG, WIDE=WIDE,
+            residual_ptr=residual_ptr, slopes=slopes, EPILOGUE=CONFIG.EPILOGUE,
         )  # fmt: skip
 
 

@@ -50,8 +50,9 @@ def forward_depthwise_kernel(
     CHANNELS: tl.constexpr = LAYER.GROUPS * C_OUT
     count = (tl.cdiv(out_size[1], STRIDE[1]), tl.cdiv(out_size[2], STRIDE[2]))
     image, first, h, w, channel = tile_of(
-        tl.program_id(0), n, count, out_size[0], PLANES, CHANNELS, BLOCK_H, BLOCK_W, BLOCK_C, WIDE
-    )
+        tl.program_id(0), n, count, out_size[0], PLANES=PLANES, CHANNELS=CHANNELS, BLOCK_H=BLOCK_H, BLOCK_W=BLOCK_W,
+        BLOCK_C=BLOCK_C, WIDE=WIDE,
+    )  # fmt: skip
     mask_c = channel < CHANNELS
     row, column = lanes(
         h + crop[1] // STRIDE[1] + FIRST[0], w + crop[2] // STRIDE[2] + FIRST[1], BLOCK_H, BLOCK_W
@@ -73,16 +74,19 @@ def forward_depthwise_kernel(
         for m in range(low, high):
             tap_d = tap + m * tap_period(STRIDE[0], DILATION[0])
             acc = add_window(
-                acc, x_base + (newest - m * SHIFT) * x_strides[2] + x_tile, row, column, mask_c, size, x_strides,
-                w_tile + tap_d * (KERNEL[1] * KERNEL[2]) * w_strides[2], w_strides[2], KERNEL, PLACES, TAPS_H, TAPS_W,
+                acc=acc, a_ptr=x_base + (newest - m * SHIFT) * x_strides[2] + x_tile, row=row, column=column,
+                mask_c=mask_c, size=size, a_strides=x_strides,
+                w_ptr=w_tile + tap_d * (KERNEL[1] * KERNEL[2]) * w_strides[2], tap_stride=w_strides[2],
+                KERNEL=KERNEL, PLACES=PLACES, TAPS_H=TAPS_H, TAPS_W=TAPS_W,
             )  # fmt: skip
         y_plane = y_ptr + image * y_strides[0] + out_plane * y_strides[2]
         residual_plane = residual_ptr
         if residual_ptr is not None:
             residual_plane = residual_ptr + image * y_strides[0] + out_plane * y_strides[2]
         store_places(
-            acc, y_plane, h, w, channel, out_size, y_strides, mask_c, PLACES, INTERLEAVE, BLOCK_H, BLOCK_W,
-            bias, residual_plane, slopes, CONFIG.EPILOGUE,
+            acc, y_plane, h=h, w=w, channel=channel, size=out_size, out_strides=y_strides, mask_c=mask_c,
+            PLACES=PLACES, INTERLEAVE=INTERLEAVE, BLOCK_H=BLOCK_H, BLOCK_W=BLOCK_W, bias=bias,
+            residual_ptr=residual_plane, slopes=slopes, EPILOGUE=CONFIG.EPILOGUE,
         )  # fmt: skip
 
 

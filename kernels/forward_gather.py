@@ -51,6 +51,10 @@ def forward_gather_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr, GROUP_M: tl.constexpr,
     UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """A program owns BLOCK_M rows, voxels of y, x BLOCK_N columns, output channels of one group.
+
+    Depth: (tap, input channel), BLOCK_K channels of one tap in a step.
+    """
     C_IN: tl.constexpr = LAYER.C_IN
     C_OUT: tl.constexpr = LAYER.C_OUT
     KERNEL: tl.constexpr = LAYER.KERNEL
@@ -90,15 +94,15 @@ def forward_gather_kernel(
             other=0.0,
         )  # (BLOCK_K, BLOCK_N)
         acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)
-        k, td, th, tw = next_step(k, td, th, tw, KERNEL, C_IN, BLOCK_K)
+        k, td, th, tw = next_step(k, td, th, tw, KERNEL, K=C_IN, BLOCK_K=BLOCK_K)
 
     channel = group * C_OUT + offs_n
     if bias_ptr is not None:
         acc = with_bias(acc, tl.load(bias_ptr + channel, mask=mask_n, other=0.0), y_ptr, CONFIG.EPILOGUE)
     rows = offset(y_strides, image, 0, d, h, w)  # (BLOCK_M,)
     store_outputs(
-        y_ptr, y_strides, rows, channel, acc, mask_m, mask_n, CONFIG.VOXELS_INNER, residual_ptr, slopes,
-        CONFIG.EPILOGUE,
+        y_ptr, y_strides, rows, channel, acc, mask_m=mask_m, mask_n=mask_n, VOXELS_INNER=CONFIG.VOXELS_INNER,
+        residual_ptr=residual_ptr, slopes=slopes, EPILOGUE=CONFIG.EPILOGUE,
     )  # fmt: skip
 
 

@@ -194,7 +194,7 @@ def forward_overlap_kernel(
         tl.store(y_ptr + offsets, acc.to(y_ptr.dtype.element_ty), mask=mask)
     else:
         channel = tl.where(channel < C_OUT, channel, 0)[None, :]
-        acc = finished(acc, residual_ptr, offsets, mask, slopes, channel, y_ptr, EPILOGUE)
+        acc = finished(acc, residual_ptr, offsets, mask, slopes=slopes, channel=channel, y_ptr=y_ptr, EPILOGUE=EPILOGUE)
         tl.store(y_ptr + offsets, acc, mask=mask)
 
 

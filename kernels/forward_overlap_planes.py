@@ -151,7 +151,9 @@ def forward_overlap_planes_kernel(
         else:
             at = offsets + (widened(out_d, WIDE) * y_d)[None, :]
             own_channel = tl.where(channel < C_OUT, channel, 0)[None, :]
-            y_tile = finished(sums, residual_ptr, at, stored, slopes, own_channel, y_ptr, EPILOGUE)
+            y_tile = finished(
+                sums, residual_ptr, at, stored, slopes=slopes, channel=own_channel, y_ptr=y_ptr, EPILOGUE=EPILOGUE
+            )
             tl.store(y_ptr + at, y_tile, mask=stored)
 
 

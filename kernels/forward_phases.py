@@ -63,6 +63,9 @@ def forward_phases_kernel(
     LAYER: tl.constexpr, CONFIG: tl.constexpr, ORDER: tl.constexpr,
     UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """A program owns BLOCK_M rows, outputs of one phase, x BLOCK_N columns, output channels of PACK groups, and one of
+    SPLITS chunks of the depth: (tap of the phase, input channel).
+    """
     C_IN: tl.constexpr = LAYER.C_IN
     C_OUT: tl.constexpr = LAYER.C_OUT
     GROUPS: tl.constexpr = LAYER.GROUPS
@@ -73,7 +76,6 @@ def forward_phases_kernel(
     SPLITS: tl.constexpr = CONFIG.SPLITS
     BLOCK_M: tl.constexpr = CONFIG.BLOCK_M
     BLOCK_N: tl.constexpr = CONFIG.BLOCK_N
-    BLOCK_K: tl.constexpr = CONFIG.BLOCK_K
     BLOCK_W: tl.constexpr = CONFIG.BLOCK_W
     EPILOGUE: tl.constexpr = CONFIG.EPILOGUE
     x_strides, w_strides, y_strides = aligned(strides, UNITS)
@@ -127,18 +129,19 @@ def forward_phases_kernel(
     group = widened(tile_n // COLUMNS * PACK, WIDE)
     offs_n = tile_n % COLUMNS * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = implicit_gemm(
-        x_ptr + group * C_IN * x_strides[1], x_strides,
-        image,
-        d + offset_d - (taps_d - 1) * SHIFT[0], h + offset_h - (taps_h - 1) * SHIFT[1],
-        w + offset_w - (taps_w - 1) * SHIFT[2],
-        mask_m, size,
-        w_ptr + group * C_IN * w_strides[0], w_strides,
-        (tap_d + (taps_d - 1) * PERIOD[0], tap_h + (taps_h - 1) * PERIOD[1], tap_w + (taps_w - 1) * PERIOD[2]),
-        (taps_d, taps_h, taps_w), offs_n,
-        (-PERIOD[0], -PERIOD[1], -PERIOD[2]), SHIFT,
-        (ceil_div(KERNEL[0], PERIOD[0]), ceil_div(KERNEL[1], PERIOD[1]), ceil_div(KERNEL[2], PERIOD[2])),
-        KERNEL, C_IN, C_OUT, PACK, True, BLOCK_M, BLOCK_N, BLOCK_K, WIDE, PRECISION,
-        CONFIG.X_VOXELS_INNER, split, SPLITS, SPLITS > 1,
+        a_ptr=x_ptr + group * C_IN * x_strides[1], a_strides=x_strides,
+        image=image,
+        d=d + offset_d - (taps_d - 1) * SHIFT[0],
+        h=h + offset_h - (taps_h - 1) * SHIFT[1],
+        w=w + offset_w - (taps_w - 1) * SHIFT[2],
+        mask_m=mask_m, size=size,
+        w_ptr=w_ptr + group * C_IN * w_strides[0], w_strides=w_strides,
+        tap=(tap_d + (taps_d - 1) * PERIOD[0], tap_h + (taps_h - 1) * PERIOD[1], tap_w + (taps_w - 1) * PERIOD[2]),
+        taps=(taps_d, taps_h, taps_w), offs_n=offs_n,
+        TAP_STEP=(-PERIOD[0], -PERIOD[1], -PERIOD[2]), VOXEL_STEP=SHIFT,
+        PLACES=(ceil_div(KERNEL[0], PERIOD[0]), ceil_div(KERNEL[1], PERIOD[1]), ceil_div(KERNEL[2], PERIOD[2])),
+        KERNEL=KERNEL, K_GROUP=C_IN, N_GROUP=C_OUT, WRAP_N=True, CONFIG=CONFIG, WIDE=WIDE, PRECISION=PRECISION,
+        VOXELS_INNER=CONFIG.X_VOXELS_INNER, split=split, splits=SPLITS, SPLIT=SPLITS > 1,
     )  # fmt: skip
 
     mask_n = offs_n < PACK * C_OUT
@@ -152,8 +155,9 @@ def forward_phases_kernel(
         y_strides, image, 0, first_d + d * STRIDE[0], first_h + h * STRIDE[1], first_w + w * STRIDE[2]
     )  # (BLOCK_M,)
     store_outputs(
-        y_ptr, y_strides, rows, channel, acc, mask_m, mask_n, CONFIG.Y_VOXELS_INNER, residual_ptr, slopes, EPILOGUE
-    )
+        y_ptr, y_strides, rows, channel, acc, mask_m=mask_m, mask_n=mask_n, VOXELS_INNER=CONFIG.Y_VOXELS_INNER,
+        residual_ptr=residual_ptr, slopes=slopes, EPILOGUE=EPILOGUE,
+    )  # fmt: skip
 
 
 def phase_order(problem: Problem) -> tuple[int, ...]:

@@ -91,6 +91,11 @@ def forward_phases_packed_kernel(
     LAYER: tl.constexpr, CONFIG: tl.constexpr, FACTS: tl.constexpr, SHIFT: tl.constexpr,
     UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """A program owns BLOCK_M rows, cells of y, x BLOCK_N columns (phase, output channel) of the phases that are packed;
+    along the APART first axes it has one phase.
+
+    Depth: (voxel of the window, input channel).
+    """
     C_IN: tl.constexpr = LAYER.C_IN
     C_OUT: tl.constexpr = LAYER.C_OUT
     KERNEL: tl.constexpr = LAYER.KERNEL
@@ -121,11 +126,13 @@ def forward_phases_packed_kernel(
     count_h = deltas(phi_h, KERNEL[1], STRIDE[1], WINDOW[1], APART > 1)
     count_w = deltas(phi_w, KERNEL[2], STRIDE[2], WINDOW[2], APART > 2)
     depth = count_d * count_h * count_w * C_IN
-    tile_m, tile_n = own_tile(n, cells, TILES_N, LAYER, CONFIG, WIDE, pid, product(ALONE))
+    tile_m, tile_n = own_tile(
+        n, cells, TILES_N=TILES_N, LAYER=LAYER, CONFIG=CONFIG, WIDE=WIDE, pid=pid, SHARED=product(ALONE)
+    )
     group, tile_n, offs_n = group_columns(tile_n, TILES_N, CONFIG, WIDE)
     offs_k = widened(tl.arange(0, BLOCK_K), WIDE)
-    by = row_dividers(by_d, by_h, by_w, shift_d, shift_h, shift_w, CONFIG, WIDE)
-    image, d, h, w = cell_voxels(tile_m, n, cells, first, CONFIG, WIDE, by)
+    by = row_dividers(by_d, by_h, by_w, shift_d, shift_h, shift_w, CONFIG=CONFIG, WIDE=WIDE)
+    image, d, h, w = cell_voxels(tile_m, n, cells, first, CONFIG=CONFIG, WIDE=WIDE, by=by)
     mask_m = image < n
     rows = offset(x_strides, image, 0, d, h, w)
     width = multiple(size[2], X_STEP)
@@ -136,8 +143,9 @@ def forward_phases_packed_kernel(
     words = mask_m
     if WORDS:
         words = voxel_words(
-            d - (WINDOW[0] - 1), h - (WINDOW[1] - 1), w - (WINDOW[2] - 1 - LATE), mask_m, size, WINDOW, (1, 1, 1)
-        )
+            d - (WINDOW[0] - 1), h - (WINDOW[1] - 1), w - (WINDOW[2] - 1 - LATE), mask_m, size=size, KERNEL=WINDOW,
+            DILATION=(1, 1, 1),
+        )  # fmt: skip
 
     phase_d, phase_h, phase_w, channel, mask_n = decoded(offs_n, C_OUT, CELL, CONFIG.ROWS)
     phase_d, phase_h, phase_w = phase_d + phi_d, phase_h + phi_h, phase_w + (phi_w + SHIFT)
@@ -221,8 +229,9 @@ def forward_phases_packed_kernel(
         first[2] * STRIDE[2] + phi_w - crop[2],
     )
     store_phases(
-        acc, y_ptr, group * C_OUT, y_strides, tile_m, n, cells, origin, out_size, tile_n,
-        C_OUT, CELL, STRIDE, FACTS, CONFIG, WIDE, by, residual_ptr, slopes,
+        acc, y_ptr, first_channel=group * C_OUT, strides=y_strides, tile=tile_m, n=n, cells=cells, origin=origin,
+        out_size=out_size, tile_n=tile_n, CHANNELS=C_OUT, PHASES=CELL, STRIDE=STRIDE, FACTS=FACTS, CONFIG=CONFIG,
+        WIDE=WIDE, by=by, residual_ptr=residual_ptr, slopes=slopes,
     )  # fmt: skip
 
 

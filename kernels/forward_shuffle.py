@@ -49,8 +49,8 @@ def forward_shuffle_kernel(
     tile_m, tile_n = own_tile(n, cells, TILES_N, LAYER, CONFIG, WIDE)
     group, tile_n, offs_n = group_columns(tile_n, TILES_N, CONFIG, WIDE)
     offs_k = widened(tl.arange(0, BLOCK_K), WIDE)
-    by = row_dividers(by_d, by_h, by_w, shift_d, shift_h, shift_w, CONFIG, WIDE)
-    rows, mask_m = cell_rows(tile_m, n, cells, first, size, x_strides, CONFIG, WIDE, by)
+    by = row_dividers(by_d, by_h, by_w, shift_d, shift_h, shift_w, CONFIG=CONFIG, WIDE=WIDE)
+    rows, mask_m = cell_rows(tile_m, n, cells, first, size=size, strides=x_strides, CONFIG=CONFIG, WIDE=WIDE, by=by)
     x_rows = x_ptr + group * C_IN * x_strides[1] + rows
     tap, channel, mask_n, tapped = phase_taps(offs_n, LAYER, CONFIG)
     columns = channel * w_strides[1] + tap * w_strides[2]
@@ -77,8 +77,9 @@ def forward_shuffle_kernel(
         acc = with_bias(acc, bias, y_ptr, CONFIG.EPILOGUE)
     origin = (first[0] * STRIDE[0] - crop[0], first[1] * STRIDE[1] - crop[1], first[2] * STRIDE[2] - crop[2])
     store_phases(
-        acc, y_ptr, group * C_OUT, y_strides, tile_m, n, cells, origin, out_size, tile_n,
-        C_OUT, STRIDE, STRIDE, FACTS, CONFIG, WIDE, by, residual_ptr, slopes,
+        acc, y_ptr, first_channel=group * C_OUT, strides=y_strides, tile=tile_m, n=n, cells=cells, origin=origin,
+        out_size=out_size, tile_n=tile_n, CHANNELS=C_OUT, PHASES=STRIDE, STRIDE=STRIDE, FACTS=FACTS, CONFIG=CONFIG,
+        WIDE=WIDE, by=by, residual_ptr=residual_ptr, slopes=slopes,
     )  # fmt: skip
 
 

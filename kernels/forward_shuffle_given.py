@@ -68,8 +68,8 @@ def forward_shuffle_given_kernel(
     channel = widened(tile_n * CHANNELS, WIDE)  # the first one of the tile, in all of y
     offs_n = tl.arange(0, BLOCK_N)
     offs_k = widened(tl.arange(0, BLOCK_K), WIDE)
-    by = row_dividers(by_d, by_h, by_w, shift_d, shift_h, shift_w, CONFIG, WIDE)
-    rows, mask_m = cell_rows(tile_m, n, cells, first, size, x_strides, CONFIG, WIDE, by)
+    by = row_dividers(by_d, by_h, by_w, shift_d, shift_h, shift_w, CONFIG=CONFIG, WIDE=WIDE)
+    rows, mask_m = cell_rows(tile_m, n, cells, first, size=size, strides=x_strides, CONFIG=CONFIG, WIDE=WIDE, by=by)
     x_rows = x_ptr + group * C_IN * x_strides[1] + rows
     w_columns = w_ptr + (group * C_IN * C_OUT + channel % C_OUT) * TAPS + offs_n
 
@@ -89,8 +89,9 @@ def forward_shuffle_given_kernel(
     if CONFIG.EPILOGUE is None:  # half the bytes to exchange
         acc = acc.to(y_ptr.dtype.element_ty)
     store_phases(
-        phases_first(acc, KERNEL, CONFIG.ROWS), y_ptr, channel, y_strides, tile_m, n, cells, origin, out_size, 0,
-        CHANNELS, STRIDE, STRIDE, FACTS, CONFIG, WIDE, by, residual_ptr, slopes,
+        phases_first(acc, KERNEL, CONFIG.ROWS), y_ptr, first_channel=channel, strides=y_strides, tile=tile_m, n=n,
+        cells=cells, origin=origin, out_size=out_size, tile_n=0, CHANNELS=CHANNELS, PHASES=STRIDE, STRIDE=STRIDE,
+        FACTS=FACTS, CONFIG=CONFIG, WIDE=WIDE, by=by, residual_ptr=residual_ptr, slopes=slopes,
     )  # fmt: skip
 
 

@@ -69,9 +69,9 @@ def forward_shuffle_resident_kernel(
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + channel, mask=mask_n, other=0.0).to(tl.float32)
 
-    by = row_dividers(by_d, by_h, by_w, shift_d, shift_h, shift_w, CONFIG, WIDE)
+    by = row_dividers(by_d, by_h, by_w, shift_d, shift_h, shift_w, CONFIG=CONFIG, WIDE=WIDE)
     for tile_m in range(tl.program_id(0) // TILES_N, tiles_m, tl.num_programs(0) // TILES_N):
-        rows, mask_m = cell_rows(tile_m, n, cells, first, size, x_strides, CONFIG, WIDE, by)
+        rows, mask_m = cell_rows(tile_m, n, cells, first, size=size, strides=x_strides, CONFIG=CONFIG, WIDE=WIDE, by=by)
         x_mask = mask_m[:, None]
         if C_IN != BLOCK_K:
             x_mask = x_mask & mask_k[None, :]
@@ -81,8 +81,9 @@ def forward_shuffle_resident_kernel(
         if bias_ptr is not None:
             acc = with_bias(acc, bias, y_ptr, CONFIG.EPILOGUE)
         store_phases(
-            acc, y_ptr, 0, y_strides, tile_m, n, cells, origin, out_size, tile_n,
-            C_OUT, STRIDE, STRIDE, FACTS, CONFIG, WIDE, by, residual_ptr, slopes,
+            acc, y_ptr, first_channel=0, strides=y_strides, tile=tile_m, n=n, cells=cells, origin=origin,
+            out_size=out_size, tile_n=tile_n, CHANNELS=C_OUT, PHASES=STRIDE, STRIDE=STRIDE, FACTS=FACTS,
+            CONFIG=CONFIG, WIDE=WIDE, by=by, residual_ptr=residual_ptr, slopes=slopes,
         )  # fmt: skip
 
 

@@ -29,36 +29,44 @@ from tritonconv.problem import Problem, Triple
 TMA_FROM = 90  # compute capability (CUDA C++ programming guide, "Tensor Memory Access")
 
 
+@triton.constexpr_function
+def box_voxel_count(CONFIG):
+    """BLOCK_M: the voxels of a box."""
+    return int(CONFIG.BLOCK_D) * int(CONFIG.BLOCK_H) * int(CONFIG.BLOCK_W)
+
+
 @triton.jit
-def boxes(size, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr):
+def boxes(size, CONFIG: tl.constexpr):
     """How many boxes cover one volume."""
-    return tl.cdiv(size[0], BLOCK_D) * tl.cdiv(size[1], BLOCK_H) * tl.cdiv(size[2], BLOCK_W)
+    return tl.cdiv(size[0], CONFIG.BLOCK_D) * tl.cdiv(size[1], CONFIG.BLOCK_H) * tl.cdiv(size[2], CONFIG.BLOCK_W)
 
 
 @triton.jit
-def box_corner(tile, size, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr):
+def box_corner(tile, size, CONFIG: tl.constexpr):
     """image, d, h, w of the first voxel of a box."""
-    across = tl.cdiv(size[2], BLOCK_W)
+    across = tl.cdiv(size[2], CONFIG.BLOCK_W)
     row = tile // across
-    down = tl.cdiv(size[1], BLOCK_H)
+    down = tl.cdiv(size[1], CONFIG.BLOCK_H)
     plane = row // down
-    deep = tl.cdiv(size[0], BLOCK_D)
-    return plane // deep, plane % deep * BLOCK_D, row % down * BLOCK_H, tile % across * BLOCK_W
+    deep = tl.cdiv(size[0], CONFIG.BLOCK_D)
+    return plane // deep, plane % deep * CONFIG.BLOCK_D, row % down * CONFIG.BLOCK_H, tile % across * CONFIG.BLOCK_W
 
 
 @triton.jit
-def box_voxels(d, h, w, size, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, WIDE: tl.constexpr):
+def box_voxels(d, h, w, size, CONFIG: tl.constexpr, WIDE: tl.constexpr):
     """d, h, w and mask, each (BLOCK_M,), of the voxels of a box with this corner."""
-    lane = widened(tl.arange(0, BLOCK_M), WIDE)
-    d = d + lane // (BLOCK_H * BLOCK_W)
-    h = h + lane // BLOCK_W % BLOCK_H
-    w = w + lane % BLOCK_W
+    lane = widened(tl.arange(0, box_voxel_count(CONFIG)), WIDE)
+    d = d + lane // (CONFIG.BLOCK_H * CONFIG.BLOCK_W)
+    h = h + lane // CONFIG.BLOCK_W % CONFIG.BLOCK_H
+    w = w + lane % CONFIG.BLOCK_W
     return d, h, w, (d < size[0]) & (h < size[1]) & (w < size[2])
 
 
 @triton.jit
-def box_zeros(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, VOXELS_LAST: tl.constexpr):
+def box_zeros(CONFIG: tl.constexpr, VOXELS_LAST: tl.constexpr):
     """The sums that :func:`box_gemm` begins with."""
+    BLOCK_M: tl.constexpr = box_voxel_count(CONFIG)
+    BLOCK_N: tl.constexpr = CONFIG.BLOCK_N
     ROWS: tl.constexpr = BLOCK_N if VOXELS_LAST else BLOCK_M
     return tl.zeros((ROWS, BLOCK_M * BLOCK_N // ROWS), tl.float32)
 
@@ -76,14 +84,15 @@ def box_gemm(
     KERNEL: tl.constexpr,
     K: tl.constexpr,
     K_INNERMOST: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    CONFIG: tl.constexpr,
     VOXELS_LAST: tl.constexpr,  # of voxels_last
     PRECISION: tl.constexpr,
     WAIT: tl.constexpr,
 ):  # fmt: skip
     """acc plus the sum over taps and channels k of volume[voxel(tap), k] * weight[tap, k, n]."""
+    BLOCK_M: tl.constexpr = box_voxel_count(CONFIG)
+    BLOCK_N: tl.constexpr = CONFIG.BLOCK_N
+    BLOCK_K: tl.constexpr = CONFIG.BLOCK_K
     k, md, mh, mw = 0, 0, 0, 0
     for _ in range(taps[0] * taps[1] * taps[2] * tl.cdiv(K, BLOCK_K)):
         corner_d = d + md * VOXEL_STEP[0]
@@ -100,17 +109,18 @@ def box_gemm(
             acc = tl.dot(tl.trans(w_tile), tl.trans(a_tile), acc, input_precision=PRECISION)
         else:
             acc = settled(tl.dot(a_tile, w_tile, acc, input_precision=PRECISION), WAIT)
-        k, md, mh, mw = next_step(k, md, mh, mw, taps, K, BLOCK_K)
+        k, md, mh, mw = next_step(k, md, mh, mw, taps, K=K, BLOCK_K=BLOCK_K)
     return acc
 
 
 @triton.jit
 def store_box(
-    out_ptr, strides, acc, image, d, h, w, mask_m, column, CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr,
+    out_ptr, strides, acc, image, d, h, w, mask_m, column, CHANNELS: tl.constexpr, CONFIG: tl.constexpr,
     WIDE: tl.constexpr, residual_ptr=None, slopes=None, EPILOGUE: tl.constexpr = None,
 ):  # fmt: skip
     """Stores the sums (BLOCK_M, BLOCK_N) at the voxels (BLOCK_M,) d, h, w and the channels from ``column`` on; the last
     three as of ``store_outputs``."""
+    BLOCK_N: tl.constexpr = CONFIG.BLOCK_N
     channel = widened(column + tl.arange(0, BLOCK_N), WIDE)
     rows = offset(strides, widened(image, WIDE), 0, d, h, w)
     if EPILOGUE is None:
@@ -118,7 +128,10 @@ def store_box(
         tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask_m[:, None] & (channel < CHANNELS)[None, :])
     else:
         mask_n = channel < CHANNELS
-        store_outputs(out_ptr, strides, rows, channel, acc, mask_m, mask_n, False, residual_ptr, slopes, EPILOGUE)
+        store_outputs(
+            out_ptr, strides, rows, channel, acc, mask_m=mask_m, mask_n=mask_n, VOXELS_INNER=False,
+            residual_ptr=residual_ptr, slopes=slopes, EPILOGUE=EPILOGUE,
+        )  # fmt: skip
 
 
 def box_refusal(problem: Problem, device: torch.device) -> str | None:

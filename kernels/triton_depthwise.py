@@ -225,7 +225,10 @@ def store_places(acc, out_ptr, h, w, channel, size, out_strides, mask_c,
                 if EPILOGUE.ROUNDED:
                     tile = rounded(tile, out_ptr)
                 own_channel = tl.where(mask_c, channel, 0)
-                tile = finished(tile + bias, residual_ptr, offsets, mask, slopes, own_channel, out_ptr, EPILOGUE)
+                tile = finished(
+                    tile + bias, residual_ptr, offsets, mask, slopes=slopes, channel=own_channel, y_ptr=out_ptr,
+                    EPILOGUE=EPILOGUE,
+                )  # fmt: skip
                 tl.store(out_ptr + offsets, tile, mask=mask)
 
 

@@ -44,11 +44,8 @@ def implicit_gemm(
     KERNEL: tl.constexpr,
     K_GROUP: tl.constexpr,  # channels per group on the k side
     N_GROUP: tl.constexpr,  # and on the n side
-    PACK: tl.constexpr,  # groups that share the tile, block-diagonally
     WRAP_N: tl.constexpr,  # the weight counts n within a group and k over all of them; False: the other way round
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    CONFIG: tl.constexpr,  # PACK groups share the tile, block-diagonally
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     VOXELS_INNER: tl.constexpr = False,  # lanes run along the voxels: near each other, whatever the stride
@@ -61,6 +58,10 @@ def implicit_gemm(
     A step takes two instructions for each address and mask: the loop moves offsets, which are made before it, by one
     number, and a bit of the voxel's word says whether a tap is inside.
     """
+    PACK: tl.constexpr = CONFIG.PACK
+    BLOCK_M: tl.constexpr = CONFIG.BLOCK_M
+    BLOCK_N: tl.constexpr = CONFIG.BLOCK_N
+    BLOCK_K: tl.constexpr = CONFIG.BLOCK_K
     K: tl.constexpr = PACK * K_GROUP
     N: tl.constexpr = PACK * N_GROUP
     INNER: tl.constexpr = VOXELS_INNER and ties_last()
@@ -74,7 +75,7 @@ def implicit_gemm(
     rows = image * a_strides[0] + d * a_strides[2] + h * a_strides[3] + w * a_strides[4]
     words = mask_m
     if fits_a_word(PLACES):
-        words = voxel_words(d, h, w, mask_m, size, PLACES, VOXEL_STEP)
+        words = voxel_words(d, h, w, mask_m, size=size, KERNEL=PLACES, DILATION=VOXEL_STEP)
     offs_k = widened(tl.arange(0, BLOCK_K), WIDE)
     channels = offs_k
     a_offsets = rows[:, None] + (offs_k * a_strides[1])[None, :]
@@ -120,5 +121,5 @@ def implicit_gemm(
         if INNER:
             a_tile = tl.trans(a_tile)
         acc = tl.dot(a_tile, w_tile, acc, input_precision=PRECISION)  # (BLOCK_M, BLOCK_K) x (BLOCK_K, BLOCK_N)
-        k, md, mh, mw = next_step(k, md, mh, mw, taps, K, BLOCK_K)
+        k, md, mh, mw = next_step(k, md, mh, mw, taps, K=K, BLOCK_K=BLOCK_K)
     return acc

@@ -131,9 +131,9 @@ def patches(
     FIRST: tl.constexpr = PART * (PLACES // SIDES)
     FILLED: tl.constexpr = part_filled(WHOLE, PLACES, PART)
     if SIDES > 1:
-        image, d, h, w, mask, side = sided_voxels(tile, n, size, BLOCK, SIDES, WIDE, by)
+        image, d, h, w, mask, side = sided_voxels(tile, n, size, BLOCK=BLOCK, SIDES=SIDES, WIDE=WIDE, by=by)
     else:
-        image, d, h, w, mask = voxels(tile, n, size, BLOCK, 0, WIDE, by)
+        image, d, h, w, mask = voxels(tile, n, size, BLOCK, 0, WIDE, by=by)
     od, oh, ow = d * STRIDE[0] - crop[0], h * STRIDE[1] - crop[1], w * STRIDE[2] - crop[2]
     if SIDES > 1:
         od += side * (TAPS_D * DILATION[0])
@@ -149,7 +149,7 @@ def patches(
         hits_w = hits_w + (below(ow + tap * DILATION[2], limit_w),)  # type: ignore[assignment]  # noqa: RUF005
     parts = ()
     for place in tl.static_range(FILLED):
-        part = patch_place(pointers, oh, limits_h, hits_w, strides, FIRST + place, LAYER)
+        part = patch_place(pointers, oh, limits_h, hits_w, strides, PLACE=FIRST + place, LAYER=LAYER)
         parts = parts + (part,)  # type: ignore[assignment]  # noqa: RUF005
     for _ in tl.static_range(PLACES // SIDES - FILLED):
         zeros = tl.zeros((SIDES * BLOCK,), grad_y_ptr.dtype.element_ty)

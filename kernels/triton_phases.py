@@ -131,7 +131,7 @@ def places(
     if ACROSS:
         strides = (strides[0], strides[1], strides[2], strides[3], ACROSS)
     fine = (cells[0], cells[1], cells[2] * SPAN)
-    image, d, h, w, _ = voxels(tile, n, fine, BLOCK_M * SPAN, BLOCK_W * SPAN, WIDE, by)
+    image, d, h, w, _ = voxels(tile, n, fine, BLOCK_M * SPAN, BLOCK_W * SPAN, WIDE, by=by)
     mask_m = image < n
     if ROWS and PHASES[2] != SPAN:
         mask_m = mask_m & (w % SPAN < PHASES[2])
@@ -179,8 +179,9 @@ def load_phases(
     """The tile (BLOCK_M, BLOCK_N) of y that ``triton_store.store_phases`` would write; 0 where there is no output."""
     SPAN: tl.constexpr = span(PHASES, ROWS)
     offsets, mask, _ = places(
-        strides, tile, n, cells, origin, out_size, tile_n, CHANNELS, PHASES, STRIDE, ROWS, FACTS,
-        BLOCK_M, BLOCK_N, BLOCK_W, WIDE, by,
+        strides, tile, n, cells=cells, origin=origin, out_size=out_size, tile_n=tile_n, CHANNELS=CHANNELS,
+        PHASES=PHASES, STRIDE=STRIDE, ROWS=ROWS, FACTS=FACTS, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_W=BLOCK_W,
+        WIDE=WIDE, by=by,
     )  # fmt: skip
     if ROWS and SPAN == 1:  # one phase of a stride: no neighbours in sight
         y_tile = load_along(y_ptr + offsets, mask, 0)

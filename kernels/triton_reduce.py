@@ -69,7 +69,10 @@ def sum_partials_kernel(
         mask = (offs_f < flat)[:, None] & (offs_i < INNER)[None, :]
         elements = widened(batch, WIDE) * flat * INNER
         offsets = (row * INNER)[:, None] + offs_i[None, :]
-        acc = summed(partial_ptr, splits, elements, offsets, mask, BLOCK_S, BLOCK_F, BLOCK_I, WIDE)
+        acc = summed(
+            partial_ptr, splits, elements, offsets, mask, BLOCK_S=BLOCK_S, BLOCK_F=BLOCK_F, BLOCK_I=BLOCK_I,
+            WIDE=WIDE,
+        )  # fmt: skip
         acc = acc.to(out_ptr.dtype.element_ty)
         if TRANSPOSED:
             out_ptrs = out_ptr + ((image * INNER + offs_i) * flat)[:, None] + offs_f[None, :]
@@ -80,7 +83,10 @@ def sum_partials_kernel(
         if bias_ptr is not None:
             channel = (tile - tiles) * (BLOCK_F * BLOCK_I) + tl.arange(0, BLOCK_F * BLOCK_I)[None, :]
             wanted = channel < BIAS
-            sums = summed(bias_partial_ptr, splits, BIAS, channel, wanted, BLOCK_S, 1, BLOCK_F * BLOCK_I, WIDE)
+            sums = summed(
+                bias_partial_ptr, splits, BIAS, channel, wanted, BLOCK_S=BLOCK_S, BLOCK_F=1,
+                BLOCK_I=BLOCK_F * BLOCK_I, WIDE=WIDE,
+            )  # fmt: skip
             tl.store(bias_ptr + channel, sums.to(bias_ptr.dtype.element_ty), mask=wanted)
 
 

@@ -65,14 +65,14 @@ def zero_sums(CONFIG: tl.constexpr):
 @triton.jit
 def cell_voxels(tile, n, cells, first, CONFIG: tl.constexpr, WIDE: tl.constexpr, by):
     """image, d, h and w, each (BLOCK_M,), of the voxel of x at delta 0 of each cell of a tile."""
-    image, d, h, w, _ = voxels(tile, n, cells, CONFIG.BLOCK_M, CONFIG.BLOCK_W, WIDE, by)
+    image, d, h, w, _ = voxels(tile, n, cells, CONFIG.BLOCK_M, CONFIG.BLOCK_W, WIDE, by=by)
     return image, d + first[0], h + first[1], w + first[2]
 
 
 @triton.jit
 def cell_rows(tile, n, cells, first, size, strides, CONFIG: tl.constexpr, WIDE: tl.constexpr, by):
     """Element offsets and mask, (BLOCK_M,), of the :func:`cell_voxels`: all that is read where kernel <= stride."""
-    image, d, h, w = cell_voxels(tile, n, cells, first, CONFIG, WIDE, by)
+    image, d, h, w = cell_voxels(tile, n, cells, first, CONFIG=CONFIG, WIDE=WIDE, by=by)
     mask = (image < n) & inside(d, size[0]) & inside(h, size[1]) & inside(w, multiple(size[2], CONFIG.X_STEP))
     return offset(strides, image, 0, d, h, w), mask
 
@@ -82,10 +82,10 @@ def store_voxels(
     out_ptr, strides, tile, n, size, channel, acc, mask_n, CONFIG: tl.constexpr, WIDE: tl.constexpr, by
 ):  # fmt: skip
     """Stores the sums (BLOCK_M voxels, BLOCK_N channels) of a tile of grad_x."""
-    image, d, h, w, _ = voxels(tile, n, size, CONFIG.BLOCK_M, CONFIG.BLOCK_W, WIDE, by)
+    image, d, h, w, _ = voxels(tile, n, size, CONFIG.BLOCK_M, CONFIG.BLOCK_W, WIDE, by=by)
     mask_m = (image < n) & inside(w, multiple(size[2], CONFIG.X_STEP))
     rows = offset(strides, image, 0, d, h, w)
-    store_tile(out_ptr, rows, channel * strides[1], acc, mask_m, mask_n, CONFIG.VOXELS_INNER)
+    store_tile(out_ptr, rows, channel * strides[1], acc, mask_m, mask_n, VOXELS_INNER=CONFIG.VOXELS_INNER)
 
 
 @triton.jit

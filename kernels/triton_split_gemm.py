@@ -47,7 +47,7 @@ def store_channel_sums(
     if not (WIDE or VOXELS_INNER):
         by = dividers(out_size, BLOCK_W)
     for tile_v in range(first, last):
-        image, d, h, w, mask_v = voxels(tile_v, n, out_size, BLOCK_V, BLOCK_W, WIDE, by)
+        image, d, h, w, mask_v = voxels(tile_v, n, out_size, BLOCK_V, BLOCK_W, WIDE, by=by)
         rows = grad_y_ptr + offset(grad_y_strides, image, 0, d, h, w)[:, None]
         wanted = mask_v[:, None] & mask[None, :]
         acc += tl.load(rows + (channel * grad_y_strides[1])[None, :], mask=wanted, other=0.0).to(tl.float32)

@@ -21,7 +21,7 @@ def store_outputs(
     """Writes sums (BLOCK_M voxels, BLOCK_N channels) as ``store_tile`` does, at ``rows`` and the channels of all y."""
     columns = channel * strides[1]
     if EPILOGUE is None:
-        store_tile(y_ptr, rows, columns, acc, mask_m, mask_n, VOXELS_INNER)
+        store_tile(y_ptr, rows, columns, acc, mask_m, mask_n, VOXELS_INNER=VOXELS_INNER)
     else:
         channel = tl.where(mask_n, channel, 0)
         if VOXELS_INNER and ties_last():
@@ -30,7 +30,9 @@ def store_outputs(
         else:
             offsets, mask = rows[:, None] + columns[None, :], mask_m[:, None] & mask_n[None, :]
             tile, channel = acc, channel[None, :]
-        tile = finished(tile, residual_ptr, offsets, mask, slopes, channel, y_ptr, EPILOGUE)
+        tile = finished(
+            tile, residual_ptr, offsets, mask, slopes=slopes, channel=channel, y_ptr=y_ptr, EPILOGUE=EPILOGUE
+        )
         tl.store(y_ptr + offsets, tile, mask=mask)
 
 
@@ -50,8 +52,9 @@ def store_phases(
     SPAN: tl.constexpr = span(PHASES, CONFIG.ROWS)
     y_ptr += first_channel * strides[1]
     offsets, mask, channel = places(
-        strides, tile, n, cells, origin, out_size, tile_n, CHANNELS, PHASES, STRIDE, CONFIG.ROWS, FACTS,
-        BLOCK_M, BLOCK_N, CONFIG.BLOCK_W, WIDE, by,
+        strides, tile, n, cells=cells, origin=origin, out_size=out_size, tile_n=tile_n, CHANNELS=CHANNELS,
+        PHASES=PHASES, STRIDE=STRIDE, ROWS=CONFIG.ROWS, FACTS=FACTS, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
+        BLOCK_W=CONFIG.BLOCK_W, WIDE=WIDE, by=by,
     )  # fmt: skip
     y_tile = acc
     if EPILOGUE is None:
@@ -63,5 +66,7 @@ def store_phases(
         if residual_ptr is not None:
             residual_ptr += first_channel * strides[1]
         channel = (first_channel + channel)[None, :]
-        y_tile = finished(y_tile, residual_ptr, offsets, mask, slopes, channel, y_ptr, EPILOGUE)
+        y_tile = finished(
+            y_tile, residual_ptr, offsets, mask, slopes=slopes, channel=channel, y_ptr=y_ptr, EPILOGUE=EPILOGUE
+        )
     tl.store(y_ptr + offsets, y_tile, mask=mask)

@@ -103,6 +103,6 @@ def lanes_inside(
         hit = in_spans(tl.where(mask, d, -1), h, w, lanes, WIDE)  # -1 is below every span
     else:
         od, oh, ow = d * STRIDE[0] - cut[0], h * STRIDE[1] - cut[1], w * STRIDE[2] - cut[2]
-        of_voxel = voxel_words(od, oh, ow, mask, size, KERNEL, DILATION)
+        of_voxel = voxel_words(od, oh, ow, mask, size=size, KERNEL=KERNEL, DILATION=DILATION)
         hit = (of_voxel[None, :] & words[:, None]) == words[:, None]
     return hit

@@ -68,7 +68,7 @@ LAYERS = (
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 WALL = RANK["lab.flags"]
-MOST_ARGUMENTS = 30  # of an entry kernel
+MOST_ARGUMENTS, MOST_UNNAMED = 30, 6  # of a device function; of a call of one
 MODULES = 50  # of the product that the import loads
 # The plots read results files: of the project they see the reader and the errors.
 PLOTS_SEE = {"plots", "errors", *(f"lab.{name}" for name in (
@@ -172,18 +172,35 @@ def test_a_file_is_a_room():
     assert long == {}
 
 
-def test_an_entry_kernel_takes_at_most_thirty_arguments():
-    """An entry kernel is a jit function that names its launches to a profiler, or that a launch names: *_kernel."""
-    counts = {
-        node.name: len(node.args.posonlyargs + node.args.args + node.args.kwonlyargs)
-        for path in (ROOT / "kernels").glob("*.py")
+def device_functions() -> list[ast.FunctionDef]:
+    return [
+        node
+        for path in sorted((ROOT / "kernels").glob("*.py"))
         for node in ast.parse(path.read_text()).body
-        if isinstance(node, ast.FunctionDef)
-        and any("jit" in (text := ast.unparse(each)) and ("launch_metadata" in text or node.name.endswith("_kernel"))
-                for each in node.decorator_list)
-    }  # fmt: skip
-    assert len(counts) >= len(list((ROOT / "kernels").glob("*ward_*.py")))
+        if isinstance(node, ast.FunctionDef) and any("triton.jit" in ast.unparse(each) for each in node.decorator_list)
+    ]
+
+
+def test_a_device_function_takes_at_most_thirty_arguments_and_an_entry_kernel_says_what_a_program_owns():
+    """An entry kernel is a jit function that a launch names: *_kernel."""
+    functions = device_functions()
+    counts = {each.name: len(each.args.posonlyargs + each.args.args + each.args.kwonlyargs) for each in functions}
     assert {name: count for name, count in counts.items() if count > MOST_ARGUMENTS} == {}
+    entries = [each for each in functions if each.name.endswith("_kernel")]
+    assert len(entries) >= len(list((ROOT / "kernels").glob("*ward_*.py")))
+    assert [each.name for each in entries if "program" not in (ast.get_docstring(each) or "")] == []
+
+
+def test_a_device_call_names_its_arguments_from_the_seventh_on():
+    functions = device_functions()
+    names = {each.name for each in functions}
+    calls = [(each.name, call) for each in functions for call in ast.walk(each) if isinstance(call, ast.Call)]
+    found = [
+        (name, ast.unparse(call))
+        for name, call in calls
+        if isinstance(call.func, ast.Name) and call.func.id in names and len(call.args) > MOST_UNNAMED
+    ]
+    assert found == []
 
 
 def test_one_name_for_one_thing():
