@@ -18,8 +18,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from tritonconv.kernels.torch_phase_copies import fill
 from tritonconv.kernels.torch_phases import correlate
-from tritonconv.kernels.torch_shuffle import interleave
 from tritonconv.kernels.variant import SPREADS_PADDING, SPREADS_VOXELS, Variant
 from tritonconv.kernels.work import by_torch
 from tritonconv.problem import Axis, Problem
@@ -32,14 +32,14 @@ _ONES = 1, 1, 1
 
 
 class Packing(NamedTuple):
-    """One axis. Output j of phase p is value ``bases[p] + j - low`` of the convolution, which has ``count`` of them. It
+    """One axis. Output j of phase p is value ``bases[p] + j - low`` of the convolution, which has ``values`` of them. It
     reads ``x[bases[p] + j - m]`` with the tap ``taps[p] + stride*m`` for each slot m of the window (``slots`` of them).
     """
 
     taps: tuple[int, ...]
     bases: tuple[int, ...]
     low: int
-    count: int
+    values: int
     slots: int
 
     @classmethod
@@ -150,7 +150,7 @@ def forward(problem, config, x, weight, bias, out=None):
     packed = packed_weight(problem, weight)
     cell = packed.shape[0] // problem.c_out
     starts = [packing.low - packing.slots + 1 for packing in packings]
-    counts = [packing.count for packing in packings]
+    counts = [packing.values for packing in packings]
     for images, channels in _parts(problem, cell * math.prod(counts)):
         offsets = None
         if bias is not None:
@@ -159,7 +159,7 @@ def forward(problem, config, x, weight, bias, out=None):
         rows = packed[channels.start * cell : channels.stop * cell]
         values = correlate(x[images], rows, offsets, starts, counts, _ONES, problem.groups)
         for target, source in views(problem, values, y[images, channels]):
-            interleave(target, source)
+            fill(target, source)
     return y
 
 
@@ -175,7 +175,7 @@ def _parts(problem: Problem, per_channel: int) -> Iterator[tuple[slice, slice]]:
 
 
 def _values(problem: Problem) -> int:
-    return problem.n * problem.c_out * math.prod(p.count * len(p.taps) for p in _packings(problem))
+    return problem.n * problem.c_out * math.prod(p.values * len(p.taps) for p in _packings(problem))
 
 
 def _workspace_bytes(problem: Problem) -> int:
@@ -185,7 +185,7 @@ def _workspace_bytes(problem: Problem) -> int:
 
 def _work(problem, config):
     packings = _packings(problem)
-    places = math.prod(packing.slots * len(packing.taps) * packing.count for packing in packings)
+    places = math.prod(packing.slots * len(packing.taps) * packing.values for packing in packings)
     flops = 2 * problem.n * problem.c_in * problem.c_out // problem.groups * places
     return by_torch(problem, "forward", 2 * _values(problem) * problem.dtype.itemsize, 3, flops)
 

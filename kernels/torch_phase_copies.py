@@ -25,13 +25,7 @@ GRAIN = 1 << 15
 
 
 def interleave(y: torch.Tensor, values: torch.Tensor) -> None:
-    """Fills ``y`` (n, c_out, od, oh, ow), of any strides, with ``values`` (n, c_out, kd, kh, kw, d, h, w).
-
-    Neighbours along w in y come from two places, and torch copies with an inner loop over those two. As the halves of
-    complex numbers they are written together: 1.34 -> 0.64 ms for y (1, 16, 48, 48, 48), 6.2 -> 4.3 ms for (1, 32, 64,
-    64, 64) (float32, 2 cores of an Intel Xeon, torch 2.13). Four taps take two calls and 0.88 -> 0.52 ms for y (1, 8,
-    32, 32, 96), six or eight gain nothing: 0.35 -> 0.40 ms for (1, 8, 16, 16, 192) (one core).
-    """
+    """Fills ``y`` (n, c_out, od, oh, ow), of any strides, with ``values`` (n, c_out, kd, kh, kw, d, h, w)."""
     n, c_out, kd, kh, kw, d, h, w = values.shape
     orders = _by_index("into y", y, (d, h, w), (kd, kh, kw))
     if orders is not None and values.stride()[2:] == orders.by_phase:
@@ -42,7 +36,18 @@ def interleave(y: torch.Tensor, values: torch.Tensor) -> None:
         (n, c_out, d, kd, h, kh, w, kw),
         (step_n, step_c, kd * step_d, step_d, kh * step_h, step_h, kw * step_w, step_w),
     )
-    values = values.permute(0, 1, 5, 2, 6, 3, 7, 4)
+    fill(phases, values.permute(0, 1, 5, 2, 6, 3, 7, 4))
+
+
+def fill(phases: torch.Tensor, values: torch.Tensor) -> None:
+    """Fills ``phases``, a view (n, c_out, d, kd, h, kh, w, kw) of y, with ``values`` of that shape.
+
+    Neighbours along w in y come from two places, and torch copies with an inner loop over those two. As the halves of
+    complex numbers they are written together: 1.34 -> 0.64 ms for y (1, 16, 48, 48, 48), 6.2 -> 4.3 ms for (1, 32, 64,
+    64, 64) (float32, 2 cores of an Intel Xeon, torch 2.13). Four taps take two calls and 0.88 -> 0.52 ms for y (1, 8,
+    32, 32, 96), six or eight gain nothing: 0.35 -> 0.40 ms for (1, 8, 16, 16, 192) (one core).
+    """
+    kw = phases.shape[7]
     if not _has_pairs(phases, kw):
         phases.copy_(values)
     elif kw == 2:

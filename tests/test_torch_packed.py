@@ -53,7 +53,7 @@ def test_views_cover_y_once(call, layout):
     problem, _, want = problem_and_operands(call, layout)
     packings = [torch_packed.Packing.of(axis) for axis in problem.axes]
     rows = want.shape[1] * torch.Size(len(packing.taps) for packing in packings).numel()
-    values = torch.zeros(len(want), rows, *(packing.count for packing in packings))
+    values = torch.zeros(len(want), rows, *(packing.values for packing in packings))
     times = torch.zeros_like(want)
     for target, source in torch_packed.views(problem, values, times):
         assert target.shape == source.shape
@@ -62,11 +62,11 @@ def test_views_cover_y_once(call, layout):
 
 
 def test_even_outputs_of_stride_2_are_one_view():
-    """Then neighbours along w are written together (``torch_shuffle.interleave``), also where the crop is odd."""
+    """Then neighbours along w are written together (``torch_phase_copies.fill``), also where the crop is odd."""
     for call, views in ((CALLS[0], 1), (CALLS[1], 2)):
         problem, (x, weight, _), want = problem_and_operands(call, "ncdhw")
         packed = torch_packed.packed_weight(problem, weight)
-        counts = [torch_packed.Packing.of(axis).count for axis in problem.axes]
+        counts = [torch_packed.Packing.of(axis).values for axis in problem.axes]
         values = torch.zeros(len(x), packed.shape[0], *counts)
         assert len(list(torch_packed.views(problem, values, want))) == views
 
