@@ -330,6 +330,16 @@ def test_a_slow_contestant_leaves():
     assert trial.fastest() == (("faster",), pytest.approx(0.10 / 0.09), pytest.approx(0.01))
 
 
+def test_a_hiccup_in_one_run_does_not_end_a_contestant():
+    trial = FirstCalls(FORWARD, ((OWN[0],), ("faster",)))
+    for index, seconds in ((0, 0.10), (1, 0.05), (0, 0.10), (1, 0.20)):
+        trial.record(index, seconds)
+    assert trial.running == [0, 1]
+    while not trial.closed:
+        trial.record(index := trial.turn(), (0.10, 0.05)[index])
+    assert trial.fastest().names == ("faster",)
+
+
 def test_the_host_time_of_a_formulation_counts():
     for kind, names in ((FORWARD, OWN[:1]), (GRADIENTS, OWN[1:])):
         trial = FirstCalls(kind, (names, tuple("other" for _ in names)))
