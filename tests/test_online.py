@@ -332,11 +332,11 @@ def test_a_slow_contestant_leaves():
 
 def test_a_hiccup_in_one_run_does_not_end_a_contestant():
     trial = FirstCalls(FORWARD, ((OWN[0],), ("faster",)))
-    for index, seconds in ((0, 0.10), (1, 0.05), (0, 0.10), (1, 0.20)):
+    for index, seconds in ((0, 0.10), (1, 0.08), (0, 0.10), (1, 0.20)):
         trial.record(index, seconds)
     assert trial.running == [0, 1]
     while not trial.closed:
-        trial.record(index := trial.turn(), (0.10, 0.05)[index])
+        trial.record(index := trial.turn(), (0.10, 0.08)[index])
     assert trial.fastest().names == ("faster",)
 
 
