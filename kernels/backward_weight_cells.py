@@ -27,6 +27,7 @@ from tritonconv.kernels.triton_device import (
     ceil_div,
     chunk,
     dividers,
+    entered,
     load_lanes,
     offset,
     product,
@@ -140,7 +141,7 @@ def backward_weight_cells_kernel(
         by = dividers(cells, BLOCK_W)
     first, last = chunk(split, splits, voxel_tiles(n, cells, BLOCK_K, BLOCK_W, WIDE))
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for tile_k in range(first, last):
+    for tile_k in range(first, entered(first, last, CONFIG.ENTER)):
         image, d, h, w, mask_k = voxels(tile_k, n, cells, BLOCK_K, BLOCK_W, WIDE, by=by)
         y_hit = lanes_inside(
             d, h, w, mask_k, y_lanes, phase_word, cut=y_cut, size=out_size,

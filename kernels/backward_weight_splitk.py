@@ -21,6 +21,7 @@ from tritonconv.kernels.triton_device import (
     ceil_div,
     chunk,
     dividers,
+    entered,
     load_lanes,
     offset,
     product,
@@ -102,7 +103,7 @@ def store_weight_tile(
     cut = (widened(crop[0], WIDE), widened(crop[1], WIDE), widened(crop[2], WIDE))
     grad_y_rows -= cut[0] * grad_y_strides[2] + cut[1] * grad_y_strides[3] + cut[2] * grad_y_strides[4]
     y_strides = strided(grad_y_strides, STRIDE, WIDE)
-    for tile_k in range(first, last):
+    for tile_k in range(first, entered(first, last, CONFIG.ENTER)):
         image, d, h, w, mask_k = voxels(tile_k, n, size, BLOCK_K, BLOCK_W, WIDE, by=by)
         hit = lanes_inside(
             d, h, w, mask_k, lanes, words, cut=crop, size=out_size,

@@ -252,6 +252,18 @@ def chunk(split, splits, count):
 
 
 @triton.jit
+def entered(first, last, ENTER: tl.constexpr):
+    """``last``; with ENTER (``triton_target.zeros_behind_loops``), where no step is left, the one behind ``first``.
+
+    For a loop whose steps mask what is not there: one that is always entered needs no zeros on a way around it.
+    """
+    if ENTER:
+        last = tl.maximum(last, first + 1)
+        tl.assume(last > first)
+    return last
+
+
+@triton.jit
 def grouped_order(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr):
     """(tile_m, tile_n): GROUP_M tiles of rows share each column before the next, so both operands stay in L2."""
     width = GROUP_M * tiles_n

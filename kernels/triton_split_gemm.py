@@ -19,7 +19,7 @@ from tritonconv.kernels.triton_arrival import ahead, arrives, last_to_arrive, su
 from tritonconv.kernels.triton_device import chunk, dividers, offset, voxel_tiles, voxels, widened
 from tritonconv.kernels.triton_launch import precision, wide
 from tritonconv.kernels.triton_partials import WeightGradients
-from tritonconv.kernels.triton_target import compute_capability
+from tritonconv.kernels.triton_target import compute_capability, zeros_behind_loops
 from tritonconv.kernels.variant import Config
 from tritonconv.kernels.work import Work, parts, tap_gemm
 from tritonconv.problem import Problem, Triple
@@ -183,6 +183,7 @@ class SplitGemm(NamedTuple):
             partial_strides=(step[0], step[4], step[3], step[2]),
             Y_VOXELS_INNER=grad_y.stride(1) != 1,
             X_VOXELS_INNER=x.stride(1) != 1 and config["BLOCK_W"] == 0,
+            ENTER=zeros_behind_loops(),
             WIDE=wide(x, grad_y, sums.partial, of=problem),
             PRECISION=precision(problem.dtype),
         )

@@ -87,6 +87,15 @@ def registers_in_flight() -> bool:
     return compute_capability() == 90 and triton_version() < (3, 9)
 
 
+def zeros_behind_loops() -> bool:
+    """Whether the zeros that a loop's sums have where it is not entered may lie behind it in the code, between its
+    products and their last wait: ptxas then has the loop wait for each product (its remark C7515).
+
+    Seen on sm_90 with Triton 3.6.0, not with 3.9.0. The interpreter does as if.
+    """
+    return INTERPRETED or (compute_capability() == 90 and triton_version() < (3, 9))
+
+
 def triton_version() -> tuple[int, int]:
     major, minor = triton.__version__.split(".")[:2]
     return int(major), int(minor)

@@ -52,7 +52,7 @@ REFUSED = {
     **dict.fromkeys(("forward_boxes", "backward_data_boxes"), (1, 2, 3, 4, 5, 28)),  # strides of 16 bytes
     **dict.fromkeys(("forward_shuffle_given", "backward_data_shuffle_given"), (1, 3, 5)),  # tiles too narrow
 }
-# What the default leaves out, by the count.
+# Keys that the default leaves out, by the count.
 MORE = {
     "forward_phases": lambda count: {"SPLITS": count % 3},
     "forward_phases_packed": lambda count: {"APART": count % 3},
