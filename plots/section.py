@@ -79,7 +79,9 @@ def _problems(run: Run) -> list[str]:
             cells = [name, inputs, ", ".join(ours.get("fused") or ()), ours.get("defined_batch"), torch["median_ms"],
                      ours["median_ms"], *(ours[key] for key in SPREAD), null]  # fmt: skip
             measured.append((ours["speedup"], cells))
-    of_problems = [row for row in (*run.skips, *run.errors) if str(row.get("model")).startswith(KERNELBENCH)]
+    done = {str(cells[0]) for _, cells in measured}  # by another run, as it may be
+    of_problems = [row for row in (*run.skips, *run.errors)
+                   if str(row.get("model")).startswith(KERNELBENCH) and row["layer"] not in done]  # fmt: skip
     failed = [f"{row['layer']}, {row['variant']}: {row['message']}" for row in of_problems]
     caption = f"{PROBLEMS_CAPTION} {style.made_by(run.problems)}".strip()
     parts = [caption, _table(PROBLEMS, [cells for _, cells in sorted(measured, key=lambda pair: pair[0])], 7)]

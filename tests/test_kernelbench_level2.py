@@ -181,7 +181,8 @@ def test_a_folder_shows_the_newest_of_each_problem_beside_its_layers(tmp_path):
     layer_1 = result("kernelbench_l1_58", "tritonconv", 9.0)
     left_out = {"layer": "kernelbench_l2_100", "pass": "forward", "model": "kernelbench_l2_100", "variant": "all",
                 "message": "too long"}  # fmt: skip
-    write(results.KERNELBENCH, ("result", layer_1), ("skip", left_out),
+    of_another = {**left_out, "layer": SMALL, "model": SMALL}  # which a later run has measured
+    write(results.KERNELBENCH, ("result", layer_1), ("skip", left_out), ("skip", of_another),
           *problem(SMALL, torch=1.0, torch_again=1.0, tritonconv=8.0),
           *problem("kernelbench_l2_3", torch=1.0, torch_again=1.0, tritonconv=0.5))  # fmt: skip
     write(results.KERNELBENCH, *problem(SMALL, torch=1.0, torch_again=1.25, tritonconv=2.0))
@@ -194,7 +195,7 @@ def test_a_folder_shows_the_newest_of_each_problem_beside_its_layers(tmp_path):
     assert f"| {SMALL} | 2x3x16x32x32 |  | 128 | 2 | 2 | 2.00 | 1.88 | 2.12 | 1.25 |" in shown
     assert shown.index("| kernelbench_l2_3 ") < shown.index(f"| {SMALL} ")
     assert "Of 2 problems: geometric mean 1.00, the slowest 0.50, 1 below 1." in shown
-    assert "Not measured: kernelbench_l2_100, all: too long." in shown
+    assert "\nNot measured: kernelbench_l2_100, all: too long.\n" in shown
 
 
 @pytest.mark.parametrize(("shift", "right"), [(5e-5, True), (1e-2, False), (float("nan"), False)])
