@@ -209,7 +209,7 @@ def _keeps(dtype: torch.dtype, skips: torch.dtype) -> bool:
     return dtype == skips or torch.promote_types(dtype, skips) == dtype
 
 
-class Place(NamedTuple):
+class InSlice(NamedTuple):
     """Of y in its concatenation with skips of one kind."""
 
     plan: Plan
@@ -218,22 +218,22 @@ class Place(NamedTuple):
     channels: tuple[int, int]  # of y and of the skip
 
 
-def _place(plan: Plan, skip) -> Place:
+def _place(plan: Plan, skip) -> InSlice:
     n, c_out, *size = plan.problem.y_shape
     layout = _layout(plan.problem.layout, plan.problem.y_shape)
     if layout == "ndhwc":
         layout = layout_of(skip, skip)
     more = skip.shape[1]
-    return Place(plan, (n, c_out + more, *size), LAYOUTS[layout], (c_out, more))
+    return InSlice(plan, (n, c_out + more, *size), LAYOUTS[layout], (c_out, more))
 
 
-def _joined(x, weight, bias, skip, skip_first, place: Place):
+def _joined(x, weight, bias, skip, skip_first, place: InSlice):
     if autograd.needs_gradient(x, weight, bias) or (torch.is_grad_enabled() and skip.requires_grad):
         return _differentiable(x, weight, bias, skip, skip_first, place)
     return _concatenation(x, weight, bias, skip, skip_first, place)[0]
 
 
-def _concatenation(x, weight, bias, skip, skip_first, place: Place, pack: bool = False):
+def _concatenation(x, weight, bias, skip, skip_first, place: InSlice, pack: bool = False):
     """(the result, the packed weight that a backward takes, or None)."""
     plan, shape, memory_format, (c_out, more) = place
     if type(plan) is not Plan:  # each contestant runs and is timed as it would serve
@@ -255,7 +255,7 @@ def _concatenation(x, weight, bias, skip, skip_first, place: Place, pack: bool =
     return buffer, packed
 
 
-def _contestants(x, weight, bias, skip, skip_first, place: Place):
+def _contestants(x, weight, bias, skip, skip_first, place: InSlice):
     """As :func:`_concatenation`, or torch's two operations where the plan is torch's own."""
     direct = place.plan.torch_forward
     if direct is None:

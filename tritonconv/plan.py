@@ -113,8 +113,7 @@ class Plan:
         return order if same and nbytes <= MOST_KEPT_BYTES else None
 
     def lasting(self, recorded: bool) -> Plan | None:
-        """The plan that later calls have too; None where the first calls still choose it. ``recorded``: the call needs
-        gradients of x, weight or bias."""
+        """The plan of later calls too; None where the first ones choose it. ``recorded``: the call needs gradients."""
         return self
 
     def stage(self, run: Callable[[Plan], Any]) -> Any:
