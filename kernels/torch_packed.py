@@ -32,8 +32,8 @@ _ONES = 1, 1, 1
 
 
 class Packing(NamedTuple):
-    """One axis. Output j of phase p is value ``bases[p] + j - low`` of the convolution, which has ``values`` of them. It
-    reads ``x[bases[p] + j - m]`` with the tap ``taps[p] + stride*m`` for each slot m of the window (``slots`` of them).
+    """One axis. Output j of phase p is value ``bases[p] + j - low`` of the convolution, which has ``values`` of them.
+    It reads ``x[bases[p] + j - m]`` with the tap ``taps[p] + stride*m`` for each slot m < ``slots`` of the window.
     """
 
     taps: tuple[int, ...]
