@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 
 from tritonconv.autotune import nearby
+from tritonconv.autotune.rules import torchs_own
 from tritonconv.bounded import remember
 from tritonconv.device import cpu_vendor
 from tritonconv.private import deterministic as deterministic_algorithms
@@ -56,8 +57,9 @@ class Fastest(NamedTuple):
 class FirstCalls:
     """The times of a problem's contestants, for its forward or for both gradients.
 
-    ``contestants[0]`` is torch's own operation, timed as a whole: its two gradients share copies. The others are timed
-    part by part, so that the winner may take backward-data of one and backward-weight of another.
+    ``contestants[0]`` is torch's own operation, or what stands for it where that is not safe
+    (:func:`~tritonconv.autotune.rules.torchs_own`), timed as a whole: its two gradients share copies. The others are
+    timed part by part, so that the winner may take backward-data of one and backward-weight of another.
     """
 
     def __init__(self, kind: str, contestants: tuple[Names, ...]) -> None:
@@ -153,7 +155,8 @@ def _opened(problem: Problem) -> dict[str, FirstCalls]:
         FORWARD: nearby.likely_forwards(problem, cpu_vendor(), LEAST_US[FORWARD], MOST_TRIED),
         GRADIENTS: nearby.likely_gradients(problem, cpu_vendor(), LEAST_US[GRADIENTS], MOST_TRIED),
     }
-    own = {kind: tuple(f"{name}_{nearby.NATIVE}" for name in PARTS[kind]) for kind in PARTS}
+    here = torch.device("cpu")
+    own = {kind: tuple(torchs_own(problem, here, name)[0].name for name in PARTS[kind]) for kind in PARTS}
     return {kind: FirstCalls(kind, (own[kind], *names)) for kind, names in likely.items() if names}
 
 

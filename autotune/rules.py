@@ -27,12 +27,18 @@ ONE_VOXEL = {
 }
 
 
-def choose(problem: Problem, device: torch.device, pass_name: str) -> tuple[Variant, str]:
-    """The variant for one pass of ``problem`` on ``device``, and the reason."""
+def torchs_own(problem: Problem, device: torch.device, pass_name: str) -> tuple[Variant, str | None]:
+    """torch's own variant of a pass; where that is not safe, the convolution that stands for it, and the reason."""
     native = variant(FALLBACK[pass_name])
     unsafe = native.supports(problem, device)
+    return (native, None) if unsafe is None else (variant(f"{pass_name}_torch_conv"), unsafe)
+
+
+def choose(problem: Problem, device: torch.device, pass_name: str) -> tuple[Variant, str]:
+    """The variant for one pass of ``problem`` on ``device``, and the reason."""
+    native, unsafe = torchs_own(problem, device, pass_name)
     if unsafe is not None:
-        return variant(f"{pass_name}_torch_conv"), unsafe
+        return native, unsafe
     if device.type != "cpu":
         return native, f"no rule for {device.type}: torch's own"
     if problem.n == 0 or problem.c_out == 0:

@@ -1,9 +1,11 @@
-"""torch's bfloat16 weight gradient on a CPU is wrong for padded layers of few voxels: ours never asks for those. CPU.
+"""torch's weight gradient on a CPU is wrong for some padded layers: ours never asks for those. CPU.
 
 On CPUs whose oneDNN has no such fault these tests hold too.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,8 +13,10 @@ import torch.nn.functional as F
 
 import tritonconv
 from tritonconv.arguments import geometry, problem_of
+from tritonconv.autotune import nearby, online
 from tritonconv.kernels.registry import variant
 from tritonconv.kernels.torch_native import safe_padding
+from tritonconv.problem import Problem
 
 CPU = torch.device("cpu")
 # (c_in, c_out, size, kernel, stride, padding, output_padding): each axis and stride by which torch was wrong or ended
@@ -74,3 +78,23 @@ def test_gradients_of_a_layer_with_which_torch_is_wrong(case, memory_format):
         want = torch.autograd.grad(F.conv_transpose3d(exact[0], exact[1], None, *arguments), exact, grad_y.double())
         for gradient, expected in zip(mine, want, strict=True):
             torch.testing.assert_close(gradient, expected.bfloat16(), rtol=0, atol=0)
+
+
+UNSAFE = [
+    Problem(8, 32, 16, (8, 8, 8), (4, 4, 4), (2, 2, 2), (3, 3, 3), (12, 12, 12)),
+    Problem(64, 32, 16, (16, 1, 16), (3, 4, 3), (2, 2, 2), (1, 1, 1), (31, 2, 31), dtype=torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize("problem", UNSAFE, ids=str)
+def test_no_trial_runs_a_gradient_of_torch_that_is_not_safe(problem, monkeypatch):
+    monkeypatch.delenv(online.VARIABLE, raising=False)
+    unsafe = "backward_weight_torch_native"
+    assert variant(unsafe).supports(problem, CPU) is not None
+    for layout in ("ncdhw", "ndhwc"):
+        for vendor in (*nearby.VENDORS, "Another"):
+            monkeypatch.setattr(online, "cpu_vendor", lambda vendor=vendor: vendor)
+            online.forget()
+            contestants = online.trials(replace(problem, layout=layout))[online.GRADIENTS].contestants
+            assert len(contestants) > 1 and all(unsafe not in names for names in contestants)
+    online.forget()
