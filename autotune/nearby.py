@@ -25,6 +25,7 @@ import torch
 
 from tritonconv.device import cpu_vendor
 from tritonconv.kernels.registry import variant
+from tritonconv.kernels.torch_native import half
 from tritonconv.kernels.variant import Variant
 from tritonconv.problem import PASSES, Problem
 
@@ -67,10 +68,12 @@ class Guess(NamedTuple):
 
 
 def place(problem: Problem) -> np.ndarray:
-    """A problem's coordinates, in units of which LENGTH makes a difference: (17,)."""
+    """A problem's coordinates, in units of which LENGTH makes a difference: (18,)."""
     few = problem.n == 1 and problem.groups == 1 and min(problem.kernel[1:]) <= 3
     small = few and problem.c_in * problem.size[0] * problem.size[1] <= 20480  # where torch does not call oneDNN
     reached = all(k >= s for k, s in zip(problem.kernel, problem.stride, strict=True))
+    # Where torch's weight gradient is slow.
+    far = any(p > most for p, most in zip(problem.torch_crop.padding, half(problem), strict=True))
     grouped_in, grouped_out = problem.c_in // problem.groups, problem.c_out // problem.groups
     return np.array([
         4.0 * (problem.layout == "ndhwc"), 2.0 * small, 3.0 * problem.tiles_exactly, 3.0 * problem.depthwise,
@@ -79,6 +82,7 @@ def place(problem: Problem) -> np.ndarray:
         math.log2(grouped_in) / 2, math.log2(grouped_out) / 2, 1.5 * (grouped_out < 8),
         math.log2(math.prod(problem.kernel)) / 1.5, math.log2(math.prod(problem.stride)) / 2,
         math.log2(math.prod(problem.size)) / 3, math.log2(problem.n) / 2, math.log2(math.prod(problem.y_shape)) / 4,
+        2.0 * far,
     ], dtype=float)  # fmt: skip
 
 
@@ -89,7 +93,7 @@ class Rows:
     microseconds over the counted ones."""
 
     problems: tuple[Problem, ...]
-    places: np.ndarray  # (rows, 17)
+    places: np.ndarray  # (rows, 18)
     logs: dict[str, np.ndarray]
 
     @classmethod
@@ -206,14 +210,10 @@ def measured(vendor: str) -> bool:
     return table(vendor) is not None
 
 
-def choose(problem: Problem, device: torch.device, pass_name: str) -> tuple[Variant, str]:
+def choose(problem: Problem, pass_name: str) -> tuple[Variant, str]:
     """The formulation of one pass of a problem with outputs, torch's own included, and the reason."""
     names, because = picks(problem, cpu_vendor())
-    record = variant(names[PASSES.index(pass_name)])
-    fault = record.supports(problem, device)
-    if fault is None:
-        return record, because[pass_name != PASSES[0]]
-    return variant(f"{pass_name}_{NATIVE}"), fault
+    return variant(names[PASSES.index(pass_name)]), because[pass_name != PASSES[0]]
 
 
 @lru_cache(4096)
@@ -234,13 +234,14 @@ def best(problem: Problem, rows: Rows | None, cpu: str) -> tuple[tuple[str, str,
     own = f"torch's own: no formulation is faster for sure, by layers measured on {cpu}"
     forward, forward_why = native[0], own
     guess, name = min(rows.guesses(PASSES[0], problem), default=(None, ""), key=lambda each: each[0].cautious)
-    if guess is not None and guess.cautious < limits["forward"]:
+    if guess is not None and guess.cautious < limits["forward"] and _serves(name, problem):
         forward, forward_why = name, _reason(guess.mean, guess.nearest, cpu)
     pair, pair_why = native[1:], own
     both = [min(rows.guesses(each, problem), default=None, key=lambda each: each[0].cautious) for each in PASSES[1:]]
     if all(both):
         (data, data_name), (weight, weight_name) = both  # type: ignore[misc]
-        if math.log(math.exp(data.cautious) + math.exp(weight.cautious)) < limits["gradients"]:
+        expected = math.log(math.exp(data.cautious) + math.exp(weight.cautious))
+        if expected < limits["gradients"] and _serves(data_name, problem) and _serves(weight_name, problem):
             mean = math.log(math.exp(data.mean) + math.exp(weight.mean))
             pair, pair_why = (data_name, weight_name), _reason(mean, data.nearest, cpu)
     return (forward, *pair), (forward_why, pair_why)  # type: ignore[return-value]

@@ -104,9 +104,9 @@ class FirstCalls:
         """The fastest run of a contestant that counts; endless before its first."""
         return min(map(sum, _counted(self.seconds[index])), default=float("inf"))
 
-    def fastest(self) -> Fastest:
-        """The fastest; torch's own where nothing is faster by the margin and the host time around it, which the times
-        of stages hold already."""
+    def fastest(self, paid_s: float = 0.0) -> Fastest:
+        """The fastest; torch's own where nothing is faster by the margin and the host time around it, of which another
+        part has paid ``paid_s``. The times of stages hold it already."""
         own = self.best(0)
         fastest = []
         for part in range(len(PARTS[self.kind])):
@@ -117,7 +117,7 @@ class FirstCalls:
             ]
             fastest.append(min(times, default=(float("inf"), "")))
         total = sum(seconds for seconds, _ in fastest)
-        if total < (own if self.of_stages else MARGIN * own - ROAD_S[self.kind]):
+        if total < (own if self.of_stages else MARGIN * own - max(ROAD_S[self.kind] - paid_s, 0.0)):
             return Fastest(tuple(name for _, name in fastest), own / total, own - total)
         return Fastest(self.contestants[0], 1.0, 0.0)
 
@@ -171,12 +171,20 @@ def decided(problem: Problem, pass_name: str) -> tuple[str, str, float] | None:
     trial = _trials.get((problem, torch.get_num_threads()), {}).get(kind)
     if trial is None or not trial.closed or trial.given_up or not wanted():
         return None
-    names, ratio, saved_s = trial.fastest()
+    names, ratio, saved_s = trial.fastest(_paid_s(problem) if kind == GRADIENTS else 0.0)
     name, tried = names[PARTS[kind].index(pass_name)], len(trial.contestants) - 1
     if names == trial.contestants[0]:
         return name, f"torch's own: in the first calls none of {tried} others was faster", saved_s
     because = f"{ratio:.2f} times as fast as torch's own in the first calls here, where {tried} others were tried"
     return name, because, saved_s
+
+
+def _paid_s(problem: Problem) -> float:
+    """Seconds that the chosen forward saves of the road through our autograd, which its gradients take with it."""
+    trial = trials(problem).get(FORWARD)
+    if trial is None or not trial.closed or trial.given_up:
+        return 0.0
+    return trial.fastest().saved_s
 
 
 def forget() -> None:

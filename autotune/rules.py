@@ -50,5 +50,5 @@ def choose(problem: Problem, device: torch.device, pass_name: str) -> tuple[Vari
 
     vendor = cpu_vendor()
     if nearby.measured(vendor):
-        return nearby.choose(problem, device, pass_name)
+        return nearby.choose(problem, pass_name)
     return native, f"nothing was measured on CPUs of vendor {vendor or 'unknown'}: torch's own"

@@ -52,7 +52,7 @@ def backward_weight(problem, config, x, grad_y, need_bias):
     """2-D depthwise weight gradients, one per tap of the first axis."""
     if problem.kernel[1] * problem.kernel[2] > NCDHW_TAPS:
         x, grad_y = to_layout(x, CHANNELS_LAST), to_layout(grad_y, CHANNELS_LAST)
-    most = torch_native.safe_padding(problem, x.dtype)
+    most = torch_native.fast_padding(problem, x.dtype)
     window, (pad_d, *padding) = torch_native.exact_window(problem, grad_y, most)
     (sd, *stride), (rd, *dilation) = problem.stride, problem.dilation
     like_weight = x.new_empty(problem.c_in, 1, *problem.kernel[1:])

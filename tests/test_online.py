@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import tritonconv
 from tritonconv import dispatch, trial_plan
 from tritonconv.autotune import nearby, online
-from tritonconv.autotune.online import FORWARD, GRADIENTS, MOST_ROUNDS, ROUNDS, FirstCalls
+from tritonconv.autotune.online import FORWARD, GRADIENTS, MOST_ROUNDS, ROUNDS
 from tritonconv.lab.bench.case import Case
 from tritonconv.lab.bench.contestants import contestant
 from tritonconv.lab.bench.results import OURS
@@ -313,37 +313,3 @@ def test_likely_formulations_serve_the_problem_and_small_ones_have_none():
     assert not nearby.likely_gradients(small, "AuthenticAMD", 300.0, 3)
     assert not nearby.likely_forwards(replace(layer, dtype=torch.float64), "AuthenticAMD", 200.0, 3)
     assert online.trials(replace(layer, n=0)) == {}
-
-
-def test_a_slow_contestant_leaves():
-    trial = FirstCalls(FORWARD, ((OWN[0],), ("slow",), ("far slower",), ("faster",)))
-    assert trial.turn() == 0
-    for index, seconds in enumerate((0.10, 0.14, 0.30, 0.09)):
-        trial.record(index, seconds)
-    assert trial.running == [0, 1, 3]  # the third took a fifth of a second longer than torch's own
-    for index, seconds in ((0, 0.10), (1, 0.14), (3, 0.09)):
-        assert trial.turn() == index
-        trial.record(index, seconds)
-    assert trial.running == [0, 3]  # 0.14 is more than SLOW times 0.09
-    while not trial.closed:
-        trial.record(index := trial.turn(), (0.10, 0, 0, 0.09)[index])
-    assert trial.fastest() == (("faster",), pytest.approx(0.10 / 0.09), pytest.approx(0.01))
-
-
-def test_a_hiccup_in_one_run_does_not_end_a_contestant():
-    trial = FirstCalls(FORWARD, ((OWN[0],), ("faster",)))
-    for index, seconds in ((0, 0.10), (1, 0.08), (0, 0.10), (1, 0.20)):
-        trial.record(index, seconds)
-    assert trial.running == [0, 1]
-    while not trial.closed:
-        trial.record(index := trial.turn(), (0.10, 0.08)[index])
-    assert trial.fastest().names == ("faster",)
-
-
-def test_the_host_time_of_a_formulation_counts():
-    for kind, names in ((FORWARD, OWN[:1]), (GRADIENTS, OWN[1:])):
-        trial = FirstCalls(kind, (names, tuple("other" for _ in names)))
-        while not trial.closed:
-            index = trial.turn()
-            trial.record(index, *((100e-6,) if index == 0 else [80e-6 / len(names)] * len(names)))
-        assert trial.fastest().names == names  # faster by 20 us, which is less than its own host time

@@ -110,12 +110,17 @@ def geometry_of(layer: Any) -> tuple | None:
     if layer._compiled_call_impl is not None:
         return None
     if own is TransposedConv3dLayer.forward:
-        return None if is_lazy(layer.weight) or is_lazy(layer.bias) else (*layer._geometry, 1, 1)
+        return None if _lazy(layer, "weight") or _lazy(layer, "bias") else (*layer._geometry, 1, 1)
     if own not in FORWARDS or not isinstance(layer, nn.ConvTranspose3d) or layer.padding_mode != "zeros":
         return None
-    if is_lazy(layer.weight):
+    if _lazy(layer, "weight"):
         return None
     return layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation
+
+
+def _lazy(layer: Any, name: str) -> bool:
+    """A parameter that has no shape yet; ``layer.weight`` takes ten times as long to find."""
+    return is_lazy(layer._parameters.get(name))
 
 
 def hooked(layer: nn.Module) -> bool:

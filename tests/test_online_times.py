@@ -1,0 +1,78 @@
+"""The times of a CPU's first calls, and what they decide."""
+
+from __future__ import annotations
+
+import pytest
+
+from tritonconv.autotune import online
+from tritonconv.autotune.online import FORWARD, GRADIENTS, FirstCalls
+from tritonconv.problem import PASSES, Problem
+
+OWN = tuple(f"{name}_torch_native" for name in PASSES)
+FASTER = "forward_torch_phases", "backward_data_torch_phases", "backward_weight_torch_phases"
+PROBLEM = Problem(2, 6, 4, (5, 6, 7), (3, 3, 3), (2, 2, 2), (1, 1, 1), (9, 11, 13), bias=True)
+
+
+def closed(kind: str, own_s: float, other_s: float) -> FirstCalls:
+    """A finished trial of torch's own and another, each of whose runs took so long."""
+    names = (OWN[:1], FASTER[:1]) if kind == FORWARD else (OWN[1:], FASTER[1:])
+    trial = FirstCalls(kind, names)
+    while not trial.closed:
+        index = trial.turn()
+        trial.record(index, *((own_s,) if index == 0 else [other_s / len(names[1])] * len(names[1])))
+    return trial
+
+
+def test_a_slow_contestant_leaves():
+    trial = FirstCalls(FORWARD, ((OWN[0],), ("slow",), ("far slower",), ("faster",)))
+    assert trial.turn() == 0
+    for index, seconds in enumerate((0.10, 0.14, 0.30, 0.09)):
+        trial.record(index, seconds)
+    assert trial.running == [0, 1, 3]  # the third took a fifth of a second longer than torch's own
+    for index, seconds in ((0, 0.10), (1, 0.14), (3, 0.09)):
+        assert trial.turn() == index
+        trial.record(index, seconds)
+    assert trial.running == [0, 3]  # 0.14 is more than SLOW times 0.09
+    while not trial.closed:
+        trial.record(index := trial.turn(), (0.10, 0, 0, 0.09)[index])
+    assert trial.fastest() == (("faster",), pytest.approx(0.10 / 0.09), pytest.approx(0.01))
+
+
+def test_a_hiccup_in_one_run_does_not_end_a_contestant():
+    trial = FirstCalls(FORWARD, ((OWN[0],), ("faster",)))
+    for index, seconds in ((0, 0.10), (1, 0.08), (0, 0.10), (1, 0.20)):
+        trial.record(index, seconds)
+    assert trial.running == [0, 1]
+    while not trial.closed:
+        trial.record(index := trial.turn(), (0.10, 0.08)[index])
+    assert trial.fastest().names == ("faster",)
+
+
+def test_the_host_time_of_a_formulation_counts():
+    for kind, names in ((FORWARD, OWN[:1]), (GRADIENTS, OWN[1:])):
+        assert closed(kind, 100e-6, 80e-6).fastest().names == names  # 20 us are less than its own host time
+
+
+@pytest.mark.parametrize(
+    ("forward", "gradients", "ours"),
+    [
+        ((1.0e-3, 0.8e-3), (1.2e-3, 1.1e-3), True),  # the forward has paid the road through our autograd
+        ((1.0e-3, 1.0e-3), (1.2e-3, 1.1e-3), False),
+        ((1.0e-3, 0.9e-3), (1.2e-3, 1.1e-3), True),  # they save 100 us each, and pay it together
+        ((1.0e-3, 0.95e-3), (1.2e-3, 1.1e-3), False),
+        ((1.0e-3, 0.8e-3), (1.2e-3, 1.16e-3), False),  # less than the margin
+        (None, (1.2e-3, 1.1e-3), False),
+        (None, (1.2e-3, 1.0e-3), True),
+    ],
+)
+def test_gradients_pay_what_the_forward_has_not_paid(monkeypatch, forward, gradients, ours):
+    monkeypatch.delenv(online.VARIABLE, raising=False)
+    found = {GRADIENTS: closed(GRADIENTS, *gradients)}
+    if forward is not None:
+        found[FORWARD] = closed(FORWARD, *forward)
+    monkeypatch.setattr(online, "_opened", lambda problem: found)
+    online.forget()
+    online.trials(PROBLEM)
+    names = [online.decided(PROBLEM, name)[0] for name in PASSES[1:]]
+    assert names == list((FASTER if ours else OWN)[1:])
+    online.forget()
