@@ -77,8 +77,8 @@ def safe_padding(problem: Call, dtype: torch.dtype) -> Triple:
     oneDNN computes it. In float32 its AVX-512 kernel takes padding of the first axis below the kernel's extent, but is
     wrong or writes outside its buffers for some beyond half of that (for example kernel (5, 4, 2), stride (2, 2, 1),
     padding (3, 1, 0), x (3, 3, 3, 4, 3)). It declines padding of the second axis beyond half of the kernel's extent,
-    and another kernel serves, which is right (``jit_avx512_common_conv_kernel.cpp``, ``boundaries_ok``). With torch 2.13
-    none of 3,696 random layers that this function calls safe was wrong, and 8 of 954 others (AVX2, AVX-512 and AMX).
+    and another kernel serves, which is right (``jit_avx512_common_conv_kernel.cpp``, ``boundaries_ok``). With torch
+    2.13 none of 3,696 random layers that this function calls safe was wrong, and 8 of 954 others (AVX2, AVX-512, AMX).
 
     In bfloat16, on a CPU with AMX, the gradient is not safe along an axis where each voxel of x has taps outside
     grad_y: of 6,000 random layers 1,778 were padded along such an axis, and of them 261 had wrong gradients and 33
