@@ -13,11 +13,10 @@ from statistics import median
 from typing import Any
 
 import matplotlib
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.lines import Line2D
-from matplotlib.textpath import TextPath
 
 from tritonconv.lab.bench.columns import GPU, GRAPH, WALL
 from tritonconv.lab.bench.results import BASELINE, COMPILED, OF_RUN, OURS, Run
@@ -160,12 +159,13 @@ def wrapped(text: str, width: float) -> list[str]:
 
 
 def _inches(line: str) -> float:
+    """At a coarse resolution, at which letters are rounded up to whole pixels."""
     font = FontProperties(family=RC["font.family"], size=FOOTER_SIZE)
-    return TextPath((0, 0), line, prop=font).get_extents().width / 72
+    return RendererAgg(1, 1, COARSE).get_text_width_height_descent(line, font, ismath=False)[0] / COARSE
 
 
 FOOTER_LINE, FOOTER_LEFT, FOOTER_SIZE = 0.125, 0.12, 6.2  # inches, inches, points
-LETTERS = 20  # of an inch of a footer
+LETTERS, COARSE = 20, 100  # of an inch of a footer, at most: letters, pixels
 
 
 def draw_footer(figure: Figure, lines: Sequence[str]) -> None:
