@@ -46,6 +46,7 @@ ROOF: dict[str, Any] = {"color": "black", "linewidth": 0.9, "linestyle": (0, (4,
 BAR, BETWEEN = 0.1, 0.09  # inches: a bar, and the room between two layers
 PANEL = 1.62  # inches
 NUMBER = 0.075  # inches: a character of a number, with the room around it
+LABEL = {"boxstyle": "square,pad=0.05", "facecolor": "white", "linewidth": 0}  # of a loss inside of a bar
 HALO = [withStroke(linewidth=2, foreground="white")]
 
 
@@ -166,7 +167,7 @@ def _panel(
         if start == ours - wide:
             start = ours
             how |= {"ha": "right", "xytext": (-2.5, 0)}
-            how |= {"color": "white", "path_effects": []} if each.ratio >= 1 else {}
+            how |= {"path_effects": []} | ({"color": "white"} if each.ratio >= 1 else {"bbox": LABEL})
         axes.annotate(text, (start / divisor, line), textcoords="offset points", **how)
     for limit in limits:
         axes.axvline(limit / divisor, **ROOF)

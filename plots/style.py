@@ -151,10 +151,10 @@ def footer_lines(run: Run, notes: Sequence[str], width: float) -> list[str]:
 def wrapped(text: str, width: float) -> list[str]:
     """The lines of a footer's text that are at most ``width`` inches long: of digits fewer go in than of letters."""
     characters = int(width * LETTERS)
-    lines = textwrap.wrap(text, characters)
+    lines = textwrap.wrap(text, characters, break_on_hyphens=False)
     while characters > 1 and any(_inches(line) > width for line in lines):
         characters -= 1
-        lines = textwrap.wrap(text, characters)
+        lines = textwrap.wrap(text, characters, break_on_hyphens=False)
     return lines
 
 
