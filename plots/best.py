@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 
 from tritonconv.errors import ResultsError
 from tritonconv.lab.bench.columns import WALL, columns_of
-from tritonconv.lab.bench.results import BASELINE, COMPILED, OURS, Run
+from tritonconv.lab.bench.results import OURS, Run
 from tritonconv.lab.bench.standings import by_pass, standings
 from tritonconv.plots import figures, style
 
@@ -33,8 +33,8 @@ def draw(run: Run) -> Figure:
     if not panels:
         raise ResultsError(f"{run.path}: no layer was timed beside torch")
     notes = [
-        f"Ratio of medians: the fastest of {BASELINE} and {COMPILED} in any memory format, by {OURS}'s best memory "
-        "format. Hollow: below 1. Dashed: geometric mean. " + figures.band_note(run, next(iter(drawn)))
+        f"Ratio of medians: {style.best_torch(rows)}, by {OURS} in its fastest memory format. "
+        "Hollow: below 1. Dashed: geometric mean. " + figures.band_note(run, next(iter(drawn)))
     ]
     first = next(iter(panels.values()))
     lines = sorted({name for layers in panels.values() for name in layers}, key=lambda name: -first.get(name, 0.0))

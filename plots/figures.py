@@ -102,6 +102,7 @@ def log_axes(axes: Axes) -> None:
 def ratio_axis(axes: Axes, low: float, high: float) -> None:
     """A logarithmic x axis of ratios, with a tick at each power of 2."""
     axes.set_xscale("log", base=2)
+    low = min(low, 0.48) if low < 0.7 else low  # a loss has a tick to be read by
     axes.set_xlim(low, high)
     ticks = [2.0**power for power in range(-6, 9)]
     axes.xaxis.set_major_locator(FixedLocator([tick for tick in ticks if low <= tick <= high]))
@@ -134,9 +135,11 @@ def null_band(axes: Axes, run: Run, column: str, colour: str, **kind: str) -> Ba
 
 
 def band_note(run: Run, column: str) -> str:
-    """The sentence about the shaded band; "" where the run has no null rows."""
+    """The sentence about the shaded band, or that the run has no null rows to draw one."""
     band = noise.band(run.nulls, column)
-    return "" if band is None else f"Shaded: {BASELINE} against {BASELINE}, {band.rows} null rows, {band}."
+    if band is None:
+        return "No null rows: torch was not timed against torch in this run."
+    return f"Shaded: {BASELINE} against {BASELINE}, {band.rows} null rows, {band}."
 
 
 def room_for(labels: Sequence[str]) -> float:

@@ -46,6 +46,7 @@ ROOF: dict[str, Any] = {"color": "black", "linewidth": 0.9, "linestyle": (0, (4,
 BAR, BETWEEN = 0.1, 0.09  # inches: a bar, and the room between two layers
 PANEL = 1.62  # inches
 NUMBER = 0.075  # inches: a character of a number, with the room around it
+LABEL = {"boxstyle": "square,pad=0.05", "facecolor": "white", "linewidth": 0}  # of a loss inside of a bar
 HALO = [withStroke(linewidth=2, foreground="white")]
 
 
@@ -82,7 +83,7 @@ def draw(run: Run) -> Figure:
         )
         of_group = [each for mine in panels.values() for each in mine if each.by_bytes is by_bytes]
         # Room for the numbers behind the longest bar.
-        most = max(1.06 * max(limits)[0], 1.32 * max(rate for each in of_group for rate in each.rates.values()))
+        most = max(1.06 * max(limits)[0], 1.4 * max(rate for each in of_group for rate in each.rates.values()))
         for column, (pass_name, title) in enumerate(PASSES.items()):
             mine = [each for each in panels[pass_name] if each.by_bytes is by_bytes]
             axes = frame.panel(line * len(PASSES) + column, title if line == 0 else "")
@@ -153,24 +154,32 @@ def _panel(
         lines = {name: index + (place - (len(names) - 1) / 2) * step for place, name in enumerate(names)}
         for name, rate in each.rates.items():
             axes.barh(lines[name], rate / divisor, height=0.94 * step, color=COLOURS[name], linewidth=0)
-        wins = each.ratio >= 0.995  # what two decimals show as 1.00 or more
+        colour = "black" if each.ratio >= 1 else style.VERMILLION
         longest = max(each.rates, key=lambda name: each.rates[name])
-        end, text = each.rates[longest], f"{each.ratio:.2f}x" if each.ratio < 9.95 else f"{each.ratio:.0f}x"
+        end, text = each.rates[longest], f"{units.ratio(each.ratio)}x" if each.ratio < 9.95 else f"{each.ratio:.0f}x"
         wide = most * NUMBER * len(text) / PANEL
-        how: dict[str, Any] = {"fontsize": 7, "fontweight": "normal" if wins else "bold", "va": "center_baseline"}
-        # Behind the bars; inside of ours where a roof would go through the number.
-        if longest == OURS and any(end <= limit <= end + wide for limit in limits):
-            where, how = (end, lines[OURS]), how | {"ha": "right", "color": "white", "xytext": (-2.5, 0)}
-        else:
-            where = end, index
-            how |= {"color": "black" if wins else style.VERMILLION, "xytext": (2.5, 0), "path_effects": HALO}
-        axes.annotate(text, (where[0] / divisor, where[1]), textcoords="offset points", **how)
+        how: dict[str, Any] = {"fontsize": 7, "va": "center_baseline", "color": colour, "xytext": (2.5, 0)}
+        how |= {"path_effects": HALO, "fontweight": "normal" if each.ratio >= 1 else "bold"}
+        # Behind the bars; where a roof would go through the number, inside of ours or behind it.
+        ours = each.rates[OURS]
+        places = ((end, index), (ours - wide, lines[OURS]), (ours, lines[OURS]))
+        start, line = next((place for place in places if _free(place[0], wide, limits)), places[0])
+        if start == ours - wide:
+            start = ours
+            how |= {"ha": "right", "xytext": (-2.5, 0)}
+            how |= {"path_effects": []} | ({"color": "white"} if each.ratio >= 1 else {"bbox": LABEL})
+        axes.annotate(text, (start / divisor, line), textcoords="offset points", **how)
     for limit in limits:
         axes.axvline(limit / divisor, **ROOF)
     axes.set_xlim(0, most / divisor)
     axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
     axes.grid(axis="x", color="#DDDDDD", linewidth=0.5)
     axes.set_xlabel(f"{shown} ({'compulsory bytes' if unit == 'B/s' else 'useful FLOPs'})", fontsize=7.5)
+
+
+def _free(start: float, wide: float, limits: Sequence[float]) -> bool:
+    """Whether a number is inside of the panel and no roof goes through it."""
+    return start >= 0 and not any(start < limit <= start + wide for limit in limits)
 
 
 def _notes(run: Run, dtype: str, names: Sequence[str]) -> list[str]:

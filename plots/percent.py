@@ -47,6 +47,8 @@ def draw(run: Run) -> Figure:
             axes.plot(list(pair.values()), [line] * len(pair), color="#B5B5B5", linewidth=0.8, zorder=2)
             for variant, value in pair.items():
                 axes.plot(value, line, "o", markersize=3.2, zorder=3, **style.mark(variant))
+            if BASELINE in pair:  # its ring over ours too
+                axes.plot(pair[BASELINE], line, "o", markersize=3.2, zorder=4, **style.ring(BASELINE))
         axes.axvline(100, color="black", linewidth=0.9)
         axes.set_xlim(-0.03 * most, 1.05 * most)  # room for a mark at 0
         axes.grid(axis="x", color="#DDDDDD", linewidth=0.5)

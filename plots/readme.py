@@ -13,7 +13,7 @@ from tritonconv.lab.bench.columns import WALL, columns_of
 from tritonconv.lab.bench.noise import AGAIN
 from tritonconv.lab.bench.results import BASELINE, COMPILED, OURS, OURS_COMPILED, Run
 from tritonconv.lab.bench.standings import by_pass, standings
-from tritonconv.plots import headline, style
+from tritonconv.plots import headline, style, units
 from tritonconv.plots.headline import PASSES
 
 COMMAND = "report --readme"
@@ -68,12 +68,7 @@ def _columns(run: Run) -> list[str]:
 
 def _said(ratios: Sequence[float]) -> str:
     below = sum(ratio < 1 for ratio in ratios)
-    return f"{geometric_mean(ratios):.2f} ({_two(min(ratios))}; {below} of {len(ratios)})"
-
-
-def _two(ratio: float) -> str:
-    """Two decimals, three for a loss that two would round to 1.00."""
-    return f"{ratio:.3f}" if 0.995 <= ratio < 1 else f"{ratio:.2f}"
+    return f"{geometric_mean(ratios):.2f} ({units.ratio(min(ratios))}; {below} of {len(ratios)})"
 
 
 def _rows(run: Run) -> list[list[str]]:
@@ -105,7 +100,7 @@ def _sentence(run: Run) -> str:
         below = sum(ratio < 1 for ratio in ratios)
         parts.append(
             f"**{geometric_mean(ratios):.2f} times** as fast in {phrase} ({len(ratios)} layers, the slowest "
-            f"{_two(min(ratios))}, {below} below 1)"
+            f"{units.ratio(min(ratios))}, {below} below 1)"
         )
     compiled = "" if any(row["variant"] == COMPILED for row in run.results) else "; torch.compile was not timed"
     total, timed = env.get("distinct_layers"), len({row["layer"] for row in run.results})

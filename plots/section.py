@@ -12,11 +12,11 @@ from tritonconv.lab.bench.columns import SAID
 from tritonconv.lab.bench.noise import AGAIN
 from tritonconv.lab.bench.results import BASELINE, OF_MODEL, OURS, Run
 from tritonconv.lab.bench.standings import Standing, by_column, by_pass, grouped, standings
-from tritonconv.plots import style
+from tritonconv.plots import style, units
 from tritonconv.plots.html import MEANS, STANDING, Cell, means_of, shown, standing_cells
 
 COMMAND = "report"
-RATIOS = ("geometric mean", "slowest", "speed-up", "times as fast", "20 %", "80 %", "null")  # with two decimals
+RATIOS = ("geometric mean", "slowest", "speed-up", "times as fast", "20 %", "80 %", "null")  # as units.ratio has them
 STEPS = ("model", "inputs", "dtype", "step", "compile s", "rounds", "ms", "times as fast", "20 %", "80 %")
 STEPS_CAPTION = (
     f"Whole models, one training step (forward, loss, backward), beside the eager step with torch's layers: medians of "
@@ -89,13 +89,15 @@ def _problems(run: Run) -> list[str]:
         ratios = [ratio for ratio, _ in measured]
         mean, least = geometric_mean(ratios), min(ratios)
         below = sum(ratio < 1 for ratio in ratios)
-        parts.append(f"Of {len(ratios)} problems: geometric mean {mean:.2f}, the slowest {least:.2f}, {below} below 1.")
+        parts.append(
+            f"Of {len(ratios)} problems: geometric mean {mean:.2f}, the slowest {units.ratio(least)}, {below} below 1."
+        )
     return [*parts, *(f"Not measured: {'; '.join(failed)}." for _ in failed[:1])]
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[Cell]], numbers: int) -> str:
     def cell(name: str, value: Cell) -> str:
-        return f"{value:.2f}" if name in RATIOS and isinstance(value, float) else shown(value)
+        return units.ratio(value) if name in RATIOS and isinstance(value, float) else shown(value)
 
     cells = ([cell(*pair) for pair in zip(head, row, strict=True)] for row in rows)
     return "\n".join(text_table.lines([head, *cells], numbers, markdown=True))
@@ -106,7 +108,6 @@ def _caption(run: Run) -> str:
     by = "; by " + SAID[first] + "".join(f", ({name}) by {SAID[name]}" for name in others) if others else ""
     lines = [
         f"{style.machine(run)}. Layers: {run.environment['scale_rule']}.",
-        f"Speed-up of our fastest memory format over the fastest of torch and torch.compile in any: a ratio of "
-        f"medians{by}.",
+        f"Speed-up of our fastest memory format over {style.best_torch(run.of_models())}: a ratio of medians{by}.",
     ]
     return "\n".join(lines + ([run.disturbance] if run.disturbance else []))

@@ -43,7 +43,7 @@ def draw(run: Run) -> Figure:
         gains = {row["variant"]: row["speedup"] for row in run.steps if _key(row) == key}
         gain = f": the whole step {gains[OURS]:.3f} times as fast" if OURS in gains else ""
         null = f" (null {gains[AGAIN]:.3f})" if gain and AGAIN in gains else ""
-        axes = frame.panel(index, f"{', '.join(key)}{gain}{null}")
+        axes = frame.panel(index, f"{', '.join((*key[:-1], key[-1].upper()))}{gain}{null}")
         _bars(axes, rows)
     frame.legend([Patch(color=style.BLUE, label=TRANSPOSED), Patch(color="#D9D9D9", label="anything else")])
     return frame.done()

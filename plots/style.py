@@ -13,12 +13,13 @@ from statistics import median
 from typing import Any
 
 import matplotlib
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from matplotlib.lines import Line2D
 
 from tritonconv.lab.bench.columns import GPU, GRAPH, WALL
-from tritonconv.lab.bench.results import BASELINE, OF_RUN, OURS, Run
+from tritonconv.lab.bench.results import BASELINE, COMPILED, OF_RUN, OURS, Run
 
 # Okabe and Ito's palette, safe for the common kinds of colour blindness.
 BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILLION, BLACK = (
@@ -88,6 +89,11 @@ def mark(name: str, others: Sequence[str] = ()) -> dict[str, Any]:
     return {"color": colour, "markerfacecolor": "white" if name == BASELINE else colour}
 
 
+def ring(name: str) -> dict[str, Any]:
+    """The same without what is inside of it, to be seen over another mark."""
+    return {"color": variant_colour(name), "markerfacecolor": "none", "markeredgewidth": 0.7}
+
+
 def handle(name: str, size: float, others: Sequence[str] = ()) -> Line2D:
     """A variant's mark in a legend, of ``size`` points."""
     return Line2D([], [], linestyle="none", marker="o", markersize=size, label=name, **mark(name, others))
@@ -108,6 +114,13 @@ def machine(run: Run) -> str:
         f"{where}; torch {env['torch']}, triton {env['triton'] or 'not installed'}; "
         f"tritonconv {commit}; {env['utc'][:10]}; {env['run']}"
     )
+
+
+def best_torch(rows: Iterable[Mapping]) -> str:
+    """The other side of a ratio to the best torch."""
+    if any(row["variant"] == COMPILED for row in rows):
+        return "the fastest of torch and torch.compile in any memory format"
+    return "torch's fastest (torch.compile was not timed)"
 
 
 def made_by(rows: Iterable[Mapping]) -> str:
@@ -132,18 +145,37 @@ def footer_lines(run: Run, notes: Sequence[str], width: float) -> list[str]:
         notes = [*notes, "The run ended early: not every layer is shown."]
     if run.disturbance:
         notes = [*notes, run.disturbance]
-    characters = int(width * 19.3)
-    return [line for text in (*notes, scale, machine(run)) for line in textwrap.wrap(text, characters)]
+    return [line for text in (*notes, scale, machine(run)) for line in wrapped(text, width - 2 * FOOTER_LEFT)]
 
 
-FOOTER_LINE = 0.125  # inches
+def wrapped(text: str, width: float) -> list[str]:
+    """The lines of a footer's text that are at most ``width`` inches long: of digits fewer go in than of letters."""
+    characters = int(width * LETTERS)
+    lines = textwrap.wrap(text, characters, break_on_hyphens=False)
+    while characters > 1 and any(_inches(line) > width for line in lines):
+        characters -= 1
+        lines = textwrap.wrap(text, characters, break_on_hyphens=False)
+    return lines
+
+
+def _inches(line: str) -> float:
+    """At a coarse resolution, at which letters are rounded up to whole pixels."""
+    font = FontProperties(family=RC["font.family"], size=FOOTER_SIZE)
+    return RendererAgg(1, 1, COARSE).get_text_width_height_descent(line, font, ismath=False)[0] / COARSE
+
+
+FOOTER_LINE, FOOTER_LEFT, FOOTER_SIZE = 0.125, 0.12, 6.2  # inches, inches, points
+LETTERS, COARSE = 20, 100  # of an inch of a footer, at most: letters, pixels
 
 
 def draw_footer(figure: Figure, lines: Sequence[str]) -> None:
     """Sets the lines at the foot of the figure, in the space of ``len(lines) * FOOTER_LINE`` inches."""
     width, height = figure.get_size_inches()
     for index, line in enumerate(reversed(lines)):
-        figure.text(0.12 / width, (0.08 + index * FOOTER_LINE) / height, line, fontsize=6.2, color=GREY, va="bottom")
+        figure.text(
+            FOOTER_LEFT / width, (0.08 + index * FOOTER_LINE) / height, line, fontsize=FOOTER_SIZE, color=GREY,
+            va="bottom",
+        )  # fmt: skip
 
 
 def save(figure: Figure, run: Run, folder: Path, chart: str) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Rates in the unit that a reader says: TFLOP/s and TB/s from 1,000 GFLOP/s and GB/s on."""
+"""Numbers as a reader says them: TFLOP/s and TB/s from 1,000 GFLOP/s and GB/s on; ratios whose losses show."""
 
 from __future__ import annotations
 
@@ -15,3 +15,8 @@ def rate(value: float, name: str) -> str:
     """A rate with three figures and its unit."""
     divisor, text = unit(value, name)
     return f"{value / divisor:.3g} {text}"
+
+
+def ratio(value: float) -> str:
+    """Two decimals; three where a loss would read 1.00."""
+    return f"{min(value, 0.999):.3f}" if 0.995 <= value < 1 else f"{value:.2f}"

@@ -15,7 +15,7 @@ from tests.test_results import ENVIRONMENT, result
 from tritonconv.errors import ResultsError
 from tritonconv.lab import cli, markdown
 from tritonconv.lab.bench.results import Run, Writer
-from tritonconv.plots import best, headline, readme, roofline, speedup, style, units
+from tritonconv.plots import best, figures, headline, percent, readme, roofline, section, speedup, style, units
 
 ROOFS = (
     {**COPY, "value": 4e12},
@@ -66,6 +66,73 @@ def test_a_rate_has_three_figures_and_the_unit_of_its_size():
     said = [units.rate(value, "FLOP/s") for value in (8.444e14, 1e12, 9.996e11, 9.99e11, 2.15e11, 3e8)]
     assert said == ["844 TFLOP/s", "1 TFLOP/s", "1 TFLOP/s", "999 GFLOP/s", "215 GFLOP/s", "0.3 GFLOP/s"]
     assert units.unit(4e12, "B/s") == (1e12, "TB/s")
+
+
+def test_a_loss_never_reads_as_none():
+    assert [units.ratio(value) for value in (0.994, 0.9951, 0.99998, 1.0, 1.004)] == [
+        "0.99", "0.995", "0.999", "1.00", "1.00"]  # fmt: skip
+    run = gpu_run(gain=0.998, layers=0)
+    figure, _ = drawn(headline, run)
+    marked = [text for text in figure.findobj(Text) if text.get_text() == "0.998x"]
+    assert len(marked) == 4 and all(text.get_color() == style.VERMILLION for text in marked)
+    table = section._table(["slowest"], [[0.998], [1.5]], 1)
+    assert "| 0.998 |" in table and "| 1.50 |" in table
+
+
+@pytest.mark.parametrize("gain", [0.02, 0.5, 0.998, 1.0, 1.9])
+@pytest.mark.parametrize("roof", [0.7, 1.02, 1.2, 1.9])
+def test_no_roof_goes_through_a_number(gain, roof):
+    """Whichever bar is the longest; the roof is that many times the rates of torch.compile."""
+    run = gpu_run(gain=gain, layers=0)
+    run.roofs = [{**COPY, "value": 5e11 * roof}, {**PEAK, "value": 5e14 * roof}]
+    for row in run.results:  # three passes of a training step move three times as much: here in as much time
+        if row["pass"] == "forward_backward":
+            row |= {"median_ms": 3 * row["median_ms"], "gpu_ms": 3 * row["gpu_ms"]}
+    figure, _ = drawn(headline, run)
+    for axes in (axes for axes in figure.axes if axes.texts):
+        for line in axes.lines:
+            (x, _), _ = axes.transData.transform(line.get_xydata() * (1, 0))
+            boxes = [text.get_window_extent() for text in axes.texts]
+            assert not any(box.x0 < x < box.x1 for box in boxes), (gain, roof, [text.get_text() for text in axes.texts])
+
+
+def test_a_chart_says_what_was_not_timed():
+    run = gpu_run(layers=2)
+    assert "the fastest of torch and torch.compile" in drawn(best, run)[1]
+    run.results = [row for row in run.results if row["variant"] != "torch_compile"]
+    run.nulls = []
+    for chart in (best, speedup):
+        _, said = drawn(chart, run)
+        assert "No null rows" in said and "Shaded" not in said
+        assert chart is speedup or "(torch.compile was not timed)" in said
+    assert "(torch.compile was not timed)" in section._caption(run)
+
+
+@pytest.mark.parametrize("letter", ["i", "2", "W", "—", "."])
+def test_a_footer_of_any_letters_stays_inside(letter):
+    run = gpu_run(layers=1)
+    run.environment["scale_rule"] = " ".join([letter * 9] * 40)
+    run.environment["run"] = "model-20261129T174439Z-6b2958e " * 9
+    drawn(best, run)  # which holds that each text lies inside
+
+
+@pytest.mark.parametrize("low", [0.2, 0.49, 0.55, 0.69])
+def test_a_loss_has_a_tick_to_be_read_by(low):
+    with style.style():
+        axes = style.new_figure(3, 3)[0].add_subplot()
+        figures.ratio_axis(axes, low, 3.0)
+    left = axes.get_xlim()[0]
+    assert left <= low and any(left <= tick <= 0.5 for tick in axes.get_xticks())
+
+
+def test_torchs_share_of_a_roof_shows_where_ours_is_the_same():
+    run = gpu_run(layers=1)
+    run.results = [row | {"percent_of_roof": 50.0} for row in run.results]
+    figure, _ = drawn(percent, run)
+    for axes in (axes for axes in figure.axes if axes.get_xlabel()):
+        marks = sorted((line for line in axes.lines if line.get_marker() == "o"), key=lambda line: line.get_zorder())
+        top = marks[-1]
+        assert top.get_markerfacecolor() == "none" and top.get_color() == style.GREY
 
 
 def test_the_headline_has_rates_of_each_contestant_under_measured_roofs_and_its_losses():

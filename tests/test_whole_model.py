@@ -255,7 +255,7 @@ def test_a_folder_has_all_models_of_its_device_beside_the_newest_layers(tmp_path
     whole = results.load(tmp_path)
     assert whole.run == "2" and [row["layer"] for row in whole.results] == ["new"]
     assert [(row["model"], row["median_ms"], row["of_run"]) for row in whole.steps] == [
-        ("b", 1.0, "3 (no commit)"), ("a", 2.0, "4 (no commit)")]  # fmt: skip
+        ("b", 1.0, "3 (no commit, 2 threads)"), ("a", 2.0, "4 (no commit, 2 threads)")]  # fmt: skip
     for path in tmp_path.glob("bench-*"):
         path.unlink()
     assert results.load(tmp_path).run == "4" and len(results.load(tmp_path).steps) == 2

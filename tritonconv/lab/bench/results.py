@@ -28,7 +28,9 @@ NAME = re.compile(r"[a-z]+-\d{8}T\d{6}Z-[0-9a-f]+\.jsonl$")
 # Rows that agree in these are about the same thing.
 SAME = ("layer", "pass", "dtype", "layout", "variant", "config", "stage", "launch")
 OF_MODEL = ("model", "inputs", "dtype", "layout")  # the same of rows about a whole model, with "variant"
-OF_RUN = "of_run"  # of rows about whole models among those of other runs: their run and its commit
+OF_RUN = (
+    "of_run"  # of rows about whole models among those of other runs: the run that made them, its commit and threads
+)
 BESIDE = (PROFILE, MODEL, KERNELBENCH)  # runs that are shown beside the layers of another
 # The lists of a run whose rows are about a layer, a pass, a dtype and a layout.
 OF_LAYERS = ("results", "nulls", "timings", "tuned", "overheads", "profiles", "checks")
@@ -225,13 +227,19 @@ def merged(runs: Sequence[Run]) -> Run:
         getattr(whole, kind).extend(rows.values())
     for kind in ("operations", "steps", "problems"):  # of a model those of its newest run
         models = {tuple(row[key] for key in OF_MODEL): run for run in runs for row in getattr(run, kind)}
-        getattr(whole, kind).extend(row | {OF_RUN: f"{run.run} ({(run.environment['commit'] or 'no commit')[:10]})"}
-                                    for run in runs for row in getattr(run, kind)
+        getattr(whole, kind).extend(row | {OF_RUN: _made(run)} for run in runs for row in getattr(run, kind)
                                     if models[tuple(row[key] for key in OF_MODEL)] is run)  # fmt: skip
     for kind in ("roofs", "slabs", "skips", "errors", "warnings"):
         getattr(whole, kind).extend(row for run in runs for row in getattr(run, kind))
     _one_way_of_timing(whole, next((run.results for run in reversed(runs) if run.results), []))
     return whole
+
+
+def _made(run: Run) -> str:
+    """A run, its commit and, of a CPU, its threads."""
+    env = run.environment
+    threads = f", {env['threads']} threads" if env["device"] == "cpu" else ""
+    return f"{run.run} ({(env['commit'] or 'no commit')[:10]}{threads})"
 
 
 def _one_way_of_timing(whole: Run, newest: Sequence[dict]) -> None:

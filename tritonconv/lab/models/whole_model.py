@@ -31,6 +31,7 @@ from tritonconv.lab.bench.results import BASELINE, COMPILED, OURS, OURS_COMPILED
 from tritonconv.lab.bench.rows import sizes_of
 from tritonconv.lab.models import steps
 from tritonconv.lab.models.factories import Network, shown
+from tritonconv.lab.models.first_state import FirstState, seed_all
 from tritonconv.lab.models.profiled_step import Operation, profiled
 from tritonconv.lab.models.recorded import recorded
 from tritonconv.lab.models.twins import DECODER, Twins, Wanted, twins
@@ -65,12 +66,21 @@ def measured(network: Network, wanted: Wanted, writer: Writer, made: Twins | Non
 
 
 class Measurement:
-    """One network in one dtype and layout."""
+    """One network in one dtype and layout. Raises ArgumentError where its state cannot be copied."""
 
     def __init__(self, network: Network, wanted: Wanted, writer: Writer, made: Twins | None = None) -> None:
         self.network, self.wanted, self.writer = network, wanted, writer
         self.head = head_of(network, wanted)
         self.twins = made or twins(network, wanted)
+        self.firsts: dict[str, FirstState] = {}
+        try:
+            for name, model in (self.twins.models | self.twins.compiled).items():
+                self.firsts[name] = FirstState(model, self.firsts.get(BASELINE))
+        except Exception as error:
+            if context_is_lost(error):
+                raise
+            said = f"argument --model: the state of {network.name} cannot be copied: {one_line(error)}"
+            raise ArgumentError(said) from None
 
     def __call__(self) -> None:
         begin, seconds = perf_counter(), self.wanted.seconds
@@ -119,24 +129,24 @@ class Measurement:
         return {name: fields for name, fields in judged.items() if fields is not None}
 
     def _answered(self, name: str, step: steps.Step) -> steps.Answers | None:
-        """The answers of the first step, gradients copied; None, and an error row, where it raises."""
+        """The answers of a warm step, copied; None, and an error row, where it raises."""
         try:
-            torch.manual_seed(self.wanted.seed)
-            with steps.without_dropout(self._model(name)):
-                found = self._warm(step)
-            return steps.Answers(found.outputs, [each.clone() for each in found.gradients])
+            found = self._warm(self._model(name), step, self.firsts[name])
+            return steps.Answers(*([each.clone() for each in kind] for kind in (found.outputs, found.gradients)))
         except Exception as error:
             self._failed(name, error)
             return None
 
-    def _warm(self, step: steps.Step) -> steps.Answers:
-        """The answers of a step; on a GPU of the second, for in the first torch's own may have stood in; on a CPU of
-        the first after the choice."""
-        found = let_choose(step)
-        if self.wanted.device.type == "cuda":
-            wait_until_compiled()
-            found = step()
-        return found
+    def _warm(self, model: nn.Module, step: steps.Step, first: FirstState) -> steps.Answers:
+        """The answers of a step from the first state, after those in which torch's own may have stood in, on a GPU, or
+        which chose, on a CPU: the same state and the same random numbers for every contestant."""
+        with steps.without_dropout(model):
+            let_choose(step)
+            if self.wanted.device.type == "cuda":
+                wait_until_compiled()
+            first.put_back()
+            seed_all(self.wanted.seed)
+            return step()
 
     def _truth(self) -> steps.Answers | None:
         """The answers in float64; None, and a skip row that says why, where they cannot be had."""
@@ -146,10 +156,9 @@ class Measurement:
                 raise RuntimeError("the model could not be copied in float64")
             inputs = [each.double() for each in self.twins.inputs]
             step = steps.training_step(model, model, inputs, torch.float64)
-            torch.manual_seed(self.wanted.seed)
             # Trying all of cuDNN's algorithms in float64 would take longer than anything else here.
-            with steps.without_dropout(model), gpu.cudnn_benchmark(self.wanted.device, wanted=False):
-                return self._warm(step)
+            with gpu.cudnn_benchmark(self.wanted.device, wanted=False):
+                return self._warm(model, step, FirstState(model))
         except Exception as error:
             if context_is_lost(error):
                 raise
@@ -222,7 +231,8 @@ class Measurement:
     def _timed(
         self, calls: Mapping[str, steps.Step], fields: Mapping[str, Mapping[str, object]], seconds: float
     ) -> None:
-        """Times the steps in turns, torch's among them, and writes a row for each that has ``fields``.
+        """Times the steps in turns from the first state, torch's among them, and writes a row for each that has
+        ``fields``.
 
         The times are those of the wall: a step of a model keeps the GPU busy, or the host does not, and both count. On
         a GPU those of the steps' CUDA graphs come with them.
@@ -238,6 +248,10 @@ class Measurement:
                 del captured
             if BASELINE in timed:
                 watch = WallClock.for_call(device, timed[BASELINE])
+                for name in timed:
+                    first = self.firsts[name]
+                    (first.put_tensors_back if column == GRAPH else first.put_back)()
+                seed_all(self.wanted.seed)
                 times[column], _ = rounds(timed, watch, None, share * seconds, max_rounds=MOST_ROUNDS)
             del timed  # and the memory of its graphs
         columns = Measured(times, {})
@@ -269,14 +283,14 @@ class Measurement:
                 continue
             try:
                 step = self._step(name, torch.compile(model))  # type: ignore[arg-type]
+                step()  # in the mode of training, where dropout draws
             except Exception as error:
                 self._failed(name, error)
                 continue
-            answers = self._answered(name, step)
             took_s = round(perf_counter() - since, 2)
+            answers = self._answered(name, step)
             judged = None if answers is None else self._judged(name, answers)
             if judged is not None:
-                step()  # in the mode of training, where dropout draws
                 calls[name], fields[name] = step, {"compile_s": took_s, **judged}
         if fields:
             self._timed(calls, fields, max(end - perf_counter(), 0.0))
