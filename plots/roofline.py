@@ -112,6 +112,9 @@ def _panel(axes: Axes, canvas, run: Run, rows: Sequence[Mapping], limits, dtype:
             axes.plot(x, y, "o", markersize=6.5, markeredgewidth=0.7, color=style.VERMILLION, markerfacecolor="none",
                       zorder=5)  # fmt: skip
         placer.block_point(x, y, 3.0)
+    for row in rows:
+        if row["variant"] == BASELINE:  # its ring over ours too
+            axes.plot(_intensity(row), _rate(row), "o", markersize=3.6, zorder=4.5, **style.ring(BASELINE))
     _roofs(axes, canvas, run, dtype, limits, placer)
     for name in _named(run, rows):
         top = max(by_layer[name,], key=lambda row: (row["variant"] == OURS, _rate(row)))

@@ -99,9 +99,13 @@ def test_a_model_is_a_table_a_step_and_a_section_of_the_report(module, monkeypat
     printed = capsys.readouterr().out
     assert "transposed convolutions: " in printed and "torch.compile, convert(model)" in printed
     pytest.importorskip("matplotlib")
+    from tritonconv.plots import charts
+
     assert cli.main(["report", "out", "--charts", "shares"]) == 0
     png, svg, page = capsys.readouterr().out.split()
     assert png.endswith("-shares.png") and "</svg>" in results.Path(svg).read_text()
+    figure = charts.chart("shares").draw(run)
+    assert "1x1x3x4x5, float32, NCDHW" in figure.axes[0].get_title(loc="left")
     text = results.Path(page).read_text()
     assert "Whole models" in text and "Operations of a training step" in text
 
