@@ -16,6 +16,7 @@ from tritonconv.kernels.targets import LEAST_SHARED_BYTES, NVIDIA
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 STEP = 16  # widths that it divides, as Triton's own specialisation of strides has it, permit wide masks
 LEAST_STEP = 8  # that is worth a compilation of its own: 16 bytes of two-byte elements
+BARRIERS = 128  # bytes of shared memory, at most, beside the tiles: of what copies and products on sm_100 wait at
 
 
 _assumed: ContextVar[int | None] = ContextVar("tritonconv_assumed_capability", default=None)
