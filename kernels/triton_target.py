@@ -109,8 +109,9 @@ def shared_bytes() -> int:
 
 
 def pipeline_buffers(num_stages: int) -> int:
-    """Copies of a loop's operands in shared memory: on Hopper the products read one while ``num_stages - 1`` fill.
+    """Copies of a loop's operands in shared memory: on Hopper the products read one while ``num_stages - 1`` fill, on
+    sm_100 likewise.
 
-    Compiled for sm_80 and sm_90, the kernels of one pipeline take 2 and 3 copies in 3 stages.
+    Compiled for sm_80, sm_86 and sm_120 the kernels of one pipeline take 2 copies in 3 stages, for sm_90 3.
     """
-    return max(1, num_stages if compute_capability() >= 90 else num_stages - 1)
+    return max(1, num_stages if 90 <= compute_capability() < 120 else num_stages - 1)
