@@ -238,8 +238,8 @@ def space(problem: Problem, device: torch.device):
 def _shared_bytes(problem: Problem, config: Config) -> int:
     """Of the weight's tile, of those of x on their way, and of the sums of a plane, which threads exchange through it.
 
-    Compiled for sm_80 and sm_90 in two stages and more, bfloat16 in NDHWC takes just that; the others take less. Without
-    a pipeline the one tile of x has been read when the sums need the room.
+    Compiled for sm_80 and sm_90 in two stages and more, bfloat16 in NDHWC takes just that; the others take less.
+    Without a pipeline the one tile of x has been read when the sums need the room.
     """
     voxels = config["BLOCK_H"] * config["BLOCK_W"]
     row = _block_k(problem) * problem.dtype.itemsize
