@@ -154,7 +154,7 @@ def launches(problem, config, grad_y, weight):
     run(
         backward_data_boxes_kernel,
         triton_boxes.programs(grad_y.device, triton_boxes.box_tiles(problem, problem.size, problem.c_in, config)),
-        config,
+        {**config, **triton_boxes.register_limit()},
         (grad_x,),
         **{f"phase{index}": view for index, view in enumerate(views)},
         w_desc=triton_boxes.taps_first(weight, OUT_INNERMOST, block),

@@ -22,7 +22,7 @@ from tritonconv.kernels.triton_device import aligned, voxel_tiles, widened
 from tritonconv.kernels.triton_launch import accounting, multiprocessors, refusal
 from tritonconv.kernels.triton_phases import load_phases
 from tritonconv.kernels.triton_shuffle import row_dividers, store_voxels, taps
-from tritonconv.kernels.triton_target import pipeline_buffers, shared_bytes
+from tritonconv.kernels.triton_target import BARRIERS, pipeline_buffers, shared_bytes
 from tritonconv.kernels.variant import Config, Variant
 from tritonconv.kernels.weight_orders import IN_INNERMOST, OUT_INNERMOST
 from tritonconv.kernels.work import Work, size_of, tap_gemm
@@ -114,10 +114,11 @@ def _whole(problem: Problem, config: Config) -> dict[str, int]:
 
 
 def _shared_bytes(problem: Problem, config: Config) -> int:
-    """The weight and the pipeline of grad_y."""
+    """The weight, the pipeline of grad_y, and a tile of grad_x, which threads exchange before they store it."""
     whole = _whole(problem, config)
     rows = whole["BLOCK_N"] + config["BLOCK_M"] * pipeline_buffers(config["num_stages"])
-    return rows * whole["BLOCK_K"] * problem.dtype.itemsize
+    elements = rows * whole["BLOCK_K"] + config["BLOCK_M"] * whole["BLOCK_N"]
+    return elements * problem.dtype.itemsize + BARRIERS
 
 
 def _fitting(problem: Problem) -> Iterator[dict[str, int]]:

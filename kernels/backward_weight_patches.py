@@ -172,6 +172,10 @@ def _sums(problem: Problem, config: Config) -> int:
     return rows * config["BLOCK_N"] // (config["num_warps"] * WARP)
 
 
+def _shared_bytes(problem: Problem, config: Config) -> int:
+    return patch.shared_of(problem, config, LEAST_ROWS, "backward_weight")
+
+
 def _spills(problem: Problem, config: Config) -> bool:
     """Whether it may on sm_80: float32, and few sums beside a patch of several output channels."""
     return problem.dtype.itemsize == 4 or (problem.c_out > 1 and _sums(problem, config) <= FEW_SUMS)
@@ -183,7 +187,7 @@ def default(problem: Problem, device: torch.device):
     if 0 < compute_capability() < 90 and _spills(problem, config):
         columns = max(16, columns // 2)
         config = _config(problem, 4 * patch.sides(problem), columns)
-    while patch.shared_of(problem, config, LEAST_ROWS) > shared_bytes() and columns > 16:  # of an sm_86
+    while _shared_bytes(problem, config) > shared_bytes() and columns > 16:  # of an sm_86
         columns //= 2
         config = _config(problem, 4 * patch.sides(problem), columns)
     return config
@@ -196,7 +200,7 @@ def space(problem: Problem, device: torch.device):
     configs = [base, *(_config(problem, warps, n) for warps in (4, 8) for n in widths)]
     configs += [_config(problem, own, base["BLOCK_N"], waves) for waves in (1, 2, 4, 8)]
     configs += [{**base, "num_stages": stages} for stages in (2, 4)]
-    fitting = [config for config in configs if patch.shared_of(problem, config, LEAST_ROWS) <= shared_bytes()]
+    fitting = [config for config in configs if _shared_bytes(problem, config) <= shared_bytes()]
     if patch.sides(problem) > 1:
         fitting = [config for config in fitting if _sums(problem, config) <= MOST_SUMS]
     return tuple(config for index, config in enumerate(fitting) if config not in fitting[:index])

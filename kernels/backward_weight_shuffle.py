@@ -30,6 +30,7 @@ from tritonconv.kernels.triton_device import (
     ceil_div,
     chunk,
     dividers,
+    entered,
     load_voxels,
     multiple,
     offset,
@@ -44,7 +45,7 @@ from tritonconv.kernels.triton_launch import RUN_TIME, WIDE_FROM, accounting, pr
 from tritonconv.kernels.triton_partials import WeightGradients
 from tritonconv.kernels.triton_reduce import sum_parts, sum_volumes
 from tritonconv.kernels.triton_shuffle_tiles import tile_taps
-from tritonconv.kernels.triton_target import STEP, compute_capability
+from tritonconv.kernels.triton_target import STEP, compute_capability, zeros_behind_loops
 from tritonconv.kernels.variant import FOLD, Config, Variant
 from tritonconv.kernels.work import Work
 from tritonconv.problem import Problem
@@ -84,7 +85,7 @@ def backward_weight_shuffle_kernel(
     VOXELS_INNER: tl.constexpr,  # of x and of grad_y: see load_voxels
     W_STEP: tl.constexpr,  # with ROWS: divides w_in and the strides across w, those of grad_y KERNEL[2] times
     ONES: tl.constexpr,  # columns of a product with ones that sums grad_y; or 0
-    UNITS: tl.constexpr, WIDE: tl.constexpr, FAR_IDS: tl.constexpr, PRECISION: tl.constexpr,
+    ENTER: tl.constexpr, UNITS: tl.constexpr, WIDE: tl.constexpr, FAR_IDS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A program owns BLOCK_M rows (tap, output channel) x BLOCK_N input channels of grad_weight, and one of ``splits``
     chunks of the n*d*h*w voxels of x, the depth; that of the first input channels owns its channels' bias too.
@@ -136,7 +137,7 @@ def backward_weight_shuffle_kernel(
         sums = tl.zeros((BLOCK_M, ONES if ONES else 1), tl.float32)
         ones = tl.full((BLOCK_K, ONES if ONES else 1), 1.0, x_ptr.dtype.element_ty)
     first, last = chunk(split, splits, voxel_tiles(n, size, BLOCK_K, BLOCK_W, FAR_IDS))
-    for tile_k in range(first, last):
+    for tile_k in range(first, entered(first, last, ENTER)):
         image, d, h, w, mask_k = voxels(tile_k, n, size, BLOCK_K, BLOCK_W, FAR_IDS, by=by)
         x_rows = offset(x_strides, widened(image, WIDE), 0, widened(d, WIDE), widened(h, WIDE), widened(w, WIDE))
         if ROWS:
@@ -218,6 +219,7 @@ def launches(problem, config, x, grad_y, need_bias):
         VOXELS_INNER=(x.stride(1) != 1 and config["BLOCK_W"] == 0, grad_y.stride(1) != 1),
         W_STEP=_width_step(problem, x, grad_y) if config["ROWS"] and config["BLOCK_W"] else 1,
         ONES=_ones(problem) if need_bias else 0,
+        ENTER=zeros_behind_loops(),
         WIDE=wide(x, grad_y, sums.partial),
         FAR_IDS=math.prod(grad_y.shape) // problem.c_out >= WIDE_FROM or max(grad_y.shape[2:]) >= FAR // 2,
         PRECISION=precision(problem.dtype),

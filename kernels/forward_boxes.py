@@ -119,7 +119,7 @@ def launches(problem, config, x, weight, bias, out=None, **epilogue):
     run(
         forward_boxes_kernel,
         triton_boxes.programs(x.device, count),
-        config,
+        {**config, **triton_boxes.register_limit()},
         (y,),
         x_desc=triton_boxes.volume(x, triton_boxes.box_shape(config), config["BLOCK_K"]),
         w_desc=triton_boxes.taps_first(weight, IN_INNERMOST if k_innermost else OUT_INNERMOST, block),

@@ -31,6 +31,7 @@ from tritonconv.kernels.triton_device import aligned, inside, offset, product, w
 from tritonconv.kernels.triton_epilogue import computes, finished, with_bias
 from tritonconv.kernels.triton_launch import RUN_TIME, Y_STRIDES, accounting, refusal
 from tritonconv.kernels.triton_phases import cells_of, window_of
+from tritonconv.kernels.triton_target import BARRIERS, pipeline_buffers, shared_bytes
 from tritonconv.kernels.triton_weights import preferred
 from tritonconv.kernels.variant import SPREADS_WEIGHT, Config, Variant
 from tritonconv.kernels.work import WARP, Work, tap_gemm
@@ -184,6 +185,9 @@ def supports(problem: Problem, device: torch.device) -> str | None:
     most = DEEPEST[problem.dtype.itemsize] if problem.layout == "ndhwc" else NARROW
     if problem.c_in > most:
         return f"c_in={problem.c_in}: at most {most} channels fit one step of the depth in {problem.layout}"
+    least = _shared_bytes(problem, {**default(problem, device), "num_stages": 1})
+    if least > shared_bytes():
+        return f"weight and tiles would take {least} bytes of shared memory, and a block has {shared_bytes()}"
     return None
 
 
@@ -214,7 +218,10 @@ def _config(problem: Problem, block_m: int, planes: int | None = None) -> dict[s
 
 def default(problem: Problem, device: torch.device):
     item = problem.dtype.itemsize
-    return _config(problem, 128 if max(columns(problem), problem.c_in) * item <= 256 else 64)
+    config = _config(problem, 128 if max(columns(problem), problem.c_in) * item <= 256 else 64)
+    while config["num_stages"] > 1 and _shared_bytes(problem, config) > shared_bytes():
+        config["num_stages"] -= 1
+    return config
 
 
 def space(problem: Problem, device: torch.device):
@@ -224,15 +231,22 @@ def space(problem: Problem, device: torch.device):
     configs += [_config(problem, base["BLOCK_H"] * base["BLOCK_W"], planes) for planes in near]
     configs += [{**base, key: value} for key, values in (("num_stages", (1, 2, 3, 4)), ("num_warps", (4, 8)),
                                                          ("WEIGHT", (0, 1, 2))) for value in values]  # fmt: skip
-    fitting = [c for c in configs if _shared_bytes(problem, c) <= tiles.SHARED_BYTES]
-    return tuple(config for index, config in enumerate(fitting) if config not in fitting[:index]) or (base,)
+    fitting = [c for c in configs if _shared_bytes(problem, c) <= shared_bytes()]
+    return tuple(config for index, config in enumerate(fitting) if config not in fitting[:index])
 
 
 def _shared_bytes(problem: Problem, config: Config) -> int:
-    """Of the tiles of x on their way, and of the weight's."""
+    """Of the weight's tile, of those of x on their way, and of the sums of a plane, which threads exchange through it.
+
+    Compiled for sm_80 and sm_90 in two stages and more, bfloat16 in NDHWC takes just that; the others take less.
+    Without a pipeline the one tile of x has been read when the sums need the room.
+    """
     voxels = config["BLOCK_H"] * config["BLOCK_W"]
-    stages = max(1, config["num_stages"] - 1)
-    return (stages * voxels + columns(problem)) * _block_k(problem) * problem.dtype.itemsize
+    row = _block_k(problem) * problem.dtype.itemsize
+    tile, sums = voxels * row, 4 * voxels * columns(problem) // window(problem)[0]
+    stages = config["num_stages"]
+    beside = max(tile, sums) if stages == 1 else pipeline_buffers(stages) * tile + sums
+    return columns(problem) * row + beside + BARRIERS
 
 
 def work(problem: Problem, config: Config) -> Work:

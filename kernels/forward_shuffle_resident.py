@@ -23,6 +23,7 @@ from tritonconv.kernels.triton_launch import accounting, multiprocessors
 from tritonconv.kernels.triton_phases import cells_of, column_count
 from tritonconv.kernels.triton_shuffle import cell_rows, phase_taps, row_dividers
 from tritonconv.kernels.triton_store import store_phases
+from tritonconv.kernels.triton_target import BARRIERS, pipeline_buffers, shared_bytes
 from tritonconv.kernels.variant import Config, Variant
 from tritonconv.kernels.work import Work, size_of
 from tritonconv.problem import Problem
@@ -128,13 +129,17 @@ def _deep(problem: Problem, config: Config) -> dict[str, int]:
 
 
 def _shared_bytes(problem: Problem, config: Config) -> int:
-    """The weight and the pipeline of x."""
-    rows = config["BLOCK_N"] + config["BLOCK_M"] * config["num_stages"]
-    return rows * _deep(problem, config)["BLOCK_K"] * problem.dtype.itemsize
+    """The weight, the pipeline of x, and a tile of y, which threads exchange before they store it."""
+    rows = config["BLOCK_N"] + config["BLOCK_M"] * pipeline_buffers(config["num_stages"])
+    elements = rows * _deep(problem, config)["BLOCK_K"] + config["BLOCK_M"] * config["BLOCK_N"]
+    return elements * problem.dtype.itemsize + BARRIERS
 
 
 def _fits(problem: Problem, config: Config) -> bool:
-    return _shared_bytes(problem, config) <= tiles.SHARED_BYTES
+    """The target; the tiles alone fit every one, so that a multiprocessor of an H100 has room for two programs."""
+    rows = config["BLOCK_N"] + config["BLOCK_M"] * config["num_stages"]
+    loaded = rows * _deep(problem, config)["BLOCK_K"] * problem.dtype.itemsize
+    return loaded <= tiles.SHARED_BYTES and _shared_bytes(problem, config) <= shared_bytes()
 
 
 def space(problem: Problem, device: torch.device):

@@ -27,6 +27,7 @@ from tritonconv.problem import Problem, Triple
 
 # Of the base and of every stride but the last, in bytes: ALIGNMENT (CUDA driver API, cuTensorMapEncodeTiled).
 TMA_FROM = 90  # compute capability (CUDA C++ programming guide, "Tensor Memory Access")
+MOST_REGISTERS = 255  # of a thread
 
 
 @triton.constexpr_function
@@ -222,6 +223,15 @@ def voxels_last(config) -> bool:
 def programs(device: torch.device, tiles: int) -> int:
     """The persistent grid: one program per multiprocessor, or fewer where there are fewer tiles."""
     return min(tiles, multiprocessors(device))
+
+
+def register_limit() -> dict[str, int]:
+    """Of a launch, as an option of Triton's: on sm_100 all registers that a program of 8 warps may have.
+
+    Without a limit ptxas keeps a program of the persistent grid to 64, 80 or 128 registers, so that there were room for
+    others, and spills 4 to 20 bytes for it.
+    """
+    return {"maxnreg": MOST_REGISTERS} if compute_capability() >= 100 else {}
 
 
 def box_shape(config) -> Triple:

@@ -34,7 +34,7 @@ RUN_TIME = ("n", "d_in", "h_in", "w_in", "d_out", "h_out", "w_out", *CROPS)
 
 # Of very few channels a stride has other divisors at every image size, and no wide load or store needs them.
 Y_STRIDES = ("y_n", "y_c", "y_d", "y_h")
-OPTIONS = ("num_warps", "num_stages")  # keys of a config that Triton takes itself
+OPTIONS = ("num_warps", "num_stages", "maxnreg")  # keys of a config, and an option, that Triton takes itself
 BY = ("by_d", "by_h", "by_w", "shift_d", "shift_h", "shift_w")  # of :func:`division`
 
 triton_compiled.from_environment()  # here, where every Triton variant comes along: before the first of them compiles

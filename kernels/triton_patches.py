@@ -17,7 +17,7 @@ import triton.language as tl
 from tritonconv.kernels import triton_tiles as tiles
 from tritonconv.kernels.triton_device import constant, divided, inside, multiple, offset, product, voxels, widened
 from tritonconv.kernels.triton_launch import refusal
-from tritonconv.kernels.triton_target import compute_capability, step_of
+from tritonconv.kernels.triton_target import BARRIERS, compute_capability, pipeline_buffers, step_of
 from tritonconv.kernels.variant import Config
 from tritonconv.kernels.work import BASE_REGISTERS, HALO, LINE, WARP, Work, parts, size_of
 from tritonconv.problem import Problem
@@ -282,10 +282,17 @@ def resident(problem: Problem, least: int, sums: int, warps: int) -> int:
     return max(1, min(MOST_RESIDENT, REGISTERS // (registers_of(problem, least, sums) * warps * WARP)))
 
 
-def shared_of(problem: Problem, config: Config, least: int) -> int:
-    """Bytes of shared memory: a part of the patches, and the tiles of x on their way or the weight."""
-    tile = padded(problem, least) + config["BLOCK_N"] * max(1, config["num_stages"])
-    return voxels_of(problem, config["num_warps"]) * tile * problem.dtype.itemsize
+def shared_of(problem: Problem, config: Config, least: int, pass_name: str) -> int:
+    """Bytes of shared memory: a part of the patches and, in backward-data, the whole weight, which stays; in
+    backward-weight the tiles of x on their way. On sm_100 the parts of backward-weight do not take turns."""
+    part, turns = padded(problem, least), patch_parts(problem)
+    voxels, wide = voxels_of(problem, config["num_warps"]), config["BLOCK_N"]
+    if pass_name == "backward_data":
+        elements = part * voxels + turns * part * wide
+    else:
+        places = part * (turns if compute_capability() >= 100 else 1)
+        elements = voxels * (places + wide * pipeline_buffers(config["num_stages"]))
+    return elements * problem.dtype.itemsize + BARRIERS
 
 
 def patch_work(
@@ -311,7 +318,7 @@ def patch_work(
         memory_bytes=memory,
         cache_bytes=max(memory, cached),
         programs=programs,
-        shared_bytes=shared_of(problem, config, least),
+        shared_bytes=shared_of(problem, config, least, pass_name),
         registers=registers_of(problem, least, sums),
         warps=config["num_warps"],
         launches=launches,

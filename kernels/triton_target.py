@@ -16,6 +16,7 @@ from tritonconv.kernels.targets import LEAST_SHARED_BYTES, NVIDIA
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 STEP = 16  # widths that it divides, as Triton's own specialisation of strides has it, permit wide masks
 LEAST_STEP = 8  # that is worth a compilation of its own: 16 bytes of two-byte elements
+BARRIERS = 128  # bytes of shared memory, at most, beside the tiles: of what copies and products on sm_100 wait at
 
 
 _assumed: ContextVar[int | None] = ContextVar("tritonconv_assumed_capability", default=None)
@@ -108,8 +109,9 @@ def shared_bytes() -> int:
 
 
 def pipeline_buffers(num_stages: int) -> int:
-    """Copies of a loop's operands in shared memory: on Hopper the products read one while ``num_stages - 1`` fill.
+    """Copies of a loop's operands in shared memory: on Hopper the products read one while ``num_stages - 1`` fill, on
+    sm_100 likewise.
 
-    Compiled for sm_80 and sm_90, the kernels of one pipeline take 2 and 3 copies in 3 stages.
+    Compiled for sm_80, sm_86 and sm_120 the kernels of one pipeline take 2 copies in 3 stages, for sm_90 3.
     """
-    return max(1, num_stages if compute_capability() >= 90 else num_stages - 1)
+    return max(1, num_stages if 90 <= compute_capability() < 120 else num_stages - 1)

@@ -36,6 +36,7 @@ TESTS = (
     "tests/test_skipped_taps.py",
     "tests/test_triton_reduce.py",
     "tests/test_channel_counts.py",
+    "tests/test_triton_epilogue.py",
 )
 # The operator that each becomes, as it is written.
 OPERATORS: dict[type[ast.AST], tuple[str, str]] = {

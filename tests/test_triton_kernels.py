@@ -70,6 +70,23 @@ def test_exact(name, layout):
     assert served >= 3 or all(form(name).supports(problem, DEVICE) is not None for problem in problems)
 
 
+SPLIT = ["backward_weight_splitk", "backward_weight_cells", "backward_weight_shuffle", "backward_weight_patches"]
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", SPLIT)
+def test_empty_chunks_add_nothing(name, layout):
+    """Of more chunks than there are steps most are empty; the loop may be entered there too, see ``entered``."""
+
+    def configs(problem):
+        return [{**small(form(name).default(problem, DEVICE), 32), "SPLITS": 9}]
+
+    cases = [TINY[label] for label in ("k2 s2 24", "k3 s2 p1", "more than half the kernel")]
+    found = [complaints(form(name), case, torch.float16, layout, True, DEVICE, configs) for case in cases]
+    assert not any(found) and found.count(None) < len(found)
+
+
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", ["forward_phases", "backward_data_gemm"])
