@@ -28,9 +28,8 @@ NAME = re.compile(r"[a-z]+-\d{8}T\d{6}Z-[0-9a-f]+\.jsonl$")
 # Rows that agree in these are about the same thing.
 SAME = ("layer", "pass", "dtype", "layout", "variant", "config", "stage", "launch")
 OF_MODEL = ("model", "inputs", "dtype", "layout")  # the same of rows about a whole model, with "variant"
-OF_RUN = (
-    "of_run"  # of rows about whole models among those of other runs: the run that made them, its commit and threads
-)
+# Of rows about whole models among those of other runs: the run that made them, its commit and threads.
+OF_RUN = "of_run"
 BESIDE = (PROFILE, MODEL, KERNELBENCH)  # runs that are shown beside the layers of another
 # The lists of a run whose rows are about a layer, a pass, a dtype and a layout.
 OF_LAYERS = ("results", "nulls", "timings", "tuned", "overheads", "profiles", "checks")
