@@ -108,7 +108,7 @@ class FirstCalls:
     def fastest(self, paid_s: float = 0.0) -> Fastest:
         """The fastest; torch's own where nothing is faster by the margin and the host time around it, of which another
         part has paid ``paid_s``. The times of stages hold it already, and a formulation that makes its products where
-        the skip will lie needs no margin there: it takes less memory."""
+        the skip will lie, where that has room, needs no margin there: it takes less memory."""
         own = self.best(0)
         fastest = []
         for part in range(len(PARTS[self.kind])):
@@ -117,13 +117,17 @@ class FirstCalls:
                 for names, runs in zip(self.contestants[1:], self.seconds[1:], strict=True)
                 if runs
             ]
+            if self.of_stages:
+                times = [(seconds, name) for seconds, name in times if seconds < _stage_margin(name) * own]
             fastest.append(min(times, default=(float("inf"), "")))
         total, names = sum(seconds for seconds, _ in fastest), tuple(name for _, name in fastest)
-        road_s = 0.0 if self.of_stages else max(ROAD_S[self.kind] - paid_s, 0.0)
-        margin = 1.0 if self.of_stages and total < own and variant(names[0]).takes_room else MARGIN
-        if total < margin * own - road_s:
+        if total < (own if self.of_stages else MARGIN * own - max(ROAD_S[self.kind] - paid_s, 0.0)):
             return Fastest(names, own / total, own - total)
         return Fastest(self.contestants[0], 1.0, 0.0)
+
+
+def _stage_margin(name: str) -> float:
+    return 1.0 if variant(name).takes_room else MARGIN
 
 
 def _enough(runs: list[tuple[float, ...]]) -> bool:

@@ -91,3 +91,12 @@ def test_of_a_stage_less_memory_needs_no_margin(name, seconds, ours):
     trial = closed(FORWARD, 1.0e-3, seconds, (name,))
     trial.of_stages = True
     assert trial.fastest().names == ((name,) if ours else OWN[:1])
+
+
+def test_of_a_stage_one_that_lacks_the_margin_hides_none_with_less_memory():
+    shuffle, onednn = "forward_torch_shuffle", "forward_torch_onednn"
+    trial = FirstCalls(FORWARD, (OWN[:1], (shuffle,), (onednn,)))
+    trial.of_stages = True
+    while not trial.closed:
+        trial.record(index := trial.turn(), (1.0e-3, 0.985e-3, 0.98e-3)[index])
+    assert trial.fastest().names == (shuffle,)
