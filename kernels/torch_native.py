@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
+from tritonconv.kernels import torch_one_channel
 from tritonconv.kernels.torch_layout import bias_gradient, pad
 from tritonconv.kernels.variant import Variant
 from tritonconv.kernels.work import Work, by_torch, parts, size_of
@@ -136,7 +137,7 @@ def exact_window(problem: Call, grad_y, most: Triple | None = None):
 def backward_data(problem: Call, grad_y, weight):
     """dx[i] = sum_t grad_y[i*s - p + r*t] weight[t]^T: an ordinary strided convolution of grad_y with the weight."""
     grad_y, padding = exact_window(problem, grad_y)
-    return F.conv3d(grad_y, weight, None, problem.stride, padding, problem.dilation, problem.groups)
+    return torch_one_channel.conv3d(grad_y, weight, None, problem.stride, padding, problem.dilation, problem.groups)
 
 
 def backward_weight(problem: Call, x, grad_y):
@@ -200,7 +201,8 @@ VARIANTS = [
     ),
     _variant(
         "backward_data_torch_native", "backward_data", "torch's own convolution_backward, the input gradient alone",
-        launch=launch_backward_data, work=lambda problem, config: work(problem, "backward_data"),
+        launch=launch_backward_data, supports=torch_one_channel.refusal,
+        work=lambda problem, config: work(problem, "backward_data"),
     ),
     _variant(
         "backward_weight_torch_native", "backward_weight",

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from tritonconv.kernels.torch_layout import bias_gradient, sum_dtype, window
+from tritonconv.kernels.torch_one_channel import conv3d
 from tritonconv.kernels.variant import SPREADS_PADDING, Variant
 from tritonconv.kernels.work import by_torch, size_of
 from tritonconv.problem import Phase, Problem
@@ -102,13 +103,16 @@ def _conv3d(tensor, weight, bias, padding, rates, groups):
     torch sends one small image past it, to a product that multiplies the weight by the zeros of the padding.
     """
     onednn = tensor.device.type == "cpu" and tensor.dtype is torch.float32 and len(tensor) == 1 and any(padding)
-    if not onednn or not torch.backends.mkldnn.is_available():
-        return F.conv3d(tensor, weight, bias, 1, padding, rates, groups)
+    by = _by_onednn if onednn and torch.backends.mkldnn.is_available() else F.conv3d
+    return conv3d(tensor, weight, bias, (1, 1, 1), padding, rates, groups, by)
+
+
+def _by_onednn(tensor, weight, bias, stride, padding, rates, groups):
     # The operation behind torch.compile's CPU backend, which reads a bias as if it were dense; the last three arguments
     # name no fused activation.
     dense = bias if bias is None else bias.contiguous()
     return torch.ops.mkldnn._convolution_pointwise(
-        tensor, weight, dense, padding, [1, 1, 1], rates, groups, "none", [], ""
+        tensor, weight, dense, padding, stride, rates, groups, "none", [], ""
     )
 
 
