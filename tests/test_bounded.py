@@ -44,7 +44,7 @@ FILLED = {
     "kernels.triton_compiled": {"_active": "folder"},
     "autocast": {"_probes": "device", "_casts": "device"},
     "convert": {"_SUBCLASSES": "class"},
-    "dispatch": {"_by_call": "remember", "_by_problem": "remember", "stages": "_keep", "torchs_own": "_keep"},
+    "dispatch": {"_by_call": "remember", "_by_problem": "remember", "repeated": "_keep", "stages": "_keep"},
     "forced": {"trained": "weight that is alive"},
     "guards": {"_names": "remember", "_calls": "remember"},
 }

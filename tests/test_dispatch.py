@@ -70,7 +70,7 @@ def fresh(monkeypatch):
     monkeypatch.setattr(dispatch, "problem_of", problem_of)
     monkeypatch.setattr(dispatch, "_by_call", {})
     monkeypatch.setattr(dispatch, "_by_problem", {})
-    dispatch.torchs_own.clear()
+    dispatch.repeated.clear()
     return made
 
 

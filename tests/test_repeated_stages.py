@@ -8,7 +8,7 @@ import pytest
 import torch
 from allocations import peak
 from test_online import Clock
-from test_torchs_calls import SURROUNDINGS
+from test_repeated_calls import SURROUNDINGS
 from torch import nn
 
 import tritonconv

@@ -44,9 +44,9 @@ generation = 0
 
 _by_call: dict[tuple, Plan] = {}
 _by_problem: dict[tuple, Plan] = {}
-# Repeated calls on a CPU, by the id of their weight: those that are torch's own operation (:func:`keep_torchs`), and
-# those of ``up_concat`` (:func:`keep_stage`).
-torchs_own: dict[int, tuple[tuple, ...]] = {}
+# Repeated calls, by the id of their weight (:func:`keep_call`), and those of ``up_concat`` on a CPU
+# (:func:`keep_stage`).
+repeated: dict[int, tuple[tuple, ...]] = {}
 stages: dict[int, tuple[tuple, ...]] = {}
 _of_other_kinds = itertools.count(1)
 
@@ -104,29 +104,31 @@ def plan_for(x, weight, bias, arguments: tuple) -> Plan | None:
     return entry
 
 
-def keep_torchs(direct: tuple, x, weight, bias, arguments: tuple, recorded: bool) -> None:
-    """Notes that a planned call on a CPU is torch's own operation with the arguments ``direct``.
+def keep_call(direct: tuple | None, plan: Plan, x, weight, bias, arguments: tuple, recorded: bool) -> None:
+    """Notes how a planned call runs: as torch's own operation with the arguments ``direct``, or else by ``plan``.
 
-    The second call with a weight leaves an entry of ``torchs_own``: torch's check of the operands, our arguments, which
-    live on here to be known by their identity, whether there is no bias, whether autograd must be off, ``direct``.
-    The check is the one by which a compiled graph knows its operands again: their classes, sizes, strides, dtypes,
-    devices and ``requires_grad``, and the dispatch keys that are in force, by which autocast, transforms, modes and
-    tracers differ. It is one call into C: each look at a tensor in Python takes a tenth of a microsecond, and several
-    times that where the data of the call before have pushed Python's objects out of the CPU's caches.
+    The second call with a weight leaves an entry of ``repeated``: torch's check of the operands, our arguments, which
+    live on here to be known by their identity, whether there is no bias, whether autograd must be off, whether an
+    operand requires a gradient, ``direct``, ``plan``. The check is the one by which a compiled graph knows its operands
+    again: their classes, sizes, strides, dtypes, devices and ``requires_grad``, and the dispatch keys that are in
+    force, by which autocast, transforms, modes and tracers differ. It is one call into C: each look at a tensor in
+    Python takes a tenth of a microsecond, and several times that where the data of the call before have pushed Python's
+    objects out of the CPU's caches.
     """
-    _keep(torchs_own, (x, weight, bias), arguments, recorded, direct)
+    _keep(repeated, (x, weight, bias), arguments, recorded, direct, plan)
 
 
 def keep_stage(direct: tuple | None, place, x, weight, bias, skip, arguments: tuple, recorded: bool) -> None:
     """Notes how ``up_concat`` of these operands runs on a CPU: as torch's own operation and its concatenation where
-    there is ``direct``, else with y written at its ``place``. An entry of ``stages`` is as one of ``torchs_own``, but
-    its check is of (x, skip, weight, bias), and it says whether one of them requires a gradient."""
-    leaves = any(operand is not None and operand.requires_grad for operand in (x, skip, weight, bias))
-    _keep(stages, (x, skip, weight, bias), arguments, recorded, leaves, direct, place)
+    there is ``direct``, else with y written at its ``place``. An entry of ``stages`` is as one of ``repeated``, but
+    its check is of (x, skip, weight, bias)."""
+    _keep(stages, (x, skip, weight, bias), arguments, recorded, direct, place)
 
 
-def _keep(known_calls: dict[int, tuple[tuple, ...]], operands: tuple, arguments: tuple, recorded: bool, *what) -> None:
+def _keep(known_calls: dict[int, tuple[tuple, ...]], operands: tuple, arguments: tuple, recorded: bool, direct, how):
     if any_autocast() or forced.get() or graphs.get() or operands_check is None:
+        return
+    if direct is None and deterministic_algorithms():  # which restrict the choice
         return
     *others, weight, bias = operands
     # A checkpoint may recompute a call that had forced variants; a list may change.
@@ -144,12 +146,13 @@ def _keep(known_calls: dict[int, tuple[tuple, ...]], operands: tuple, arguments:
     check = operands_check(*checked, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
     # The gradients' variants are chosen only where they are needed; the skip's is none of theirs.
     only_without = not recorded and any(each is not None and each.requires_grad for each in (others[0], weight, bias))
-    entry = check, *arguments, bias is None, only_without, *what
+    leaves = any(each is not None and each.requires_grad for each in operands)
+    entry = check, *arguments, bias is None, only_without, leaves, direct, how
     remember(known_calls, id(weight), (entry, *known), MOST_TORCHS)
 
 
 def _forget_repeated() -> None:
-    torchs_own.clear()
+    repeated.clear()
     stages.clear()
 
 

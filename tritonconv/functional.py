@@ -1,6 +1,6 @@
 """``conv_transpose3d`` decides which road a call takes.
 
-* repeated call on a CPU that is torch's own operation: known by its weight (:func:`tritonconv.dispatch.keep_torchs`)
+* repeated plain eager call: known by its weight (:func:`tritonconv.dispatch.keep_call`)
 * other plain eager call: a plan looked up by one tuple, run directly or under ordinary autograd
 * ``torch.compile``: torch's operation where it would run and no size is symbolic, else the registered operators
 * everything else (export, tracing, functorch, forward-mode, fake and meta tensors, subclasses, complex, integer):
@@ -13,10 +13,10 @@ import torch
 
 from tritonconv import autocast, autograd, fallback, guards, operators
 from tritonconv.arguments import check_types, geometry
-from tritonconv.dispatch import keep_torchs, plan_for, torchs_own
+from tritonconv.dispatch import keep_call, plan_for, repeated
 from tritonconv.errors import ArgumentTypeError, EmptyOutputError, VariantNotApplicable
 from tritonconv.forced import forced, forced_variants, restore_forced, trained
-from tritonconv.private import any_autocast
+from tritonconv.private import any_autocast, deterministic, dispatch_modes, forward_mode
 from tritonconv.switches import graphs
 
 _in_dynamo = torch.compiler.is_dynamo_compiling  # torch.compile takes it for True, wherever it is kept
@@ -72,7 +72,7 @@ def conv_transpose3d(
         operands = input, weight, bias
         return epilogue_road.call(conv_transpose3d, _torch_serves, operands, arguments, activation, residual, rounding)
     if not _in_dynamo():  # which would trace what follows
-        for check, s, p, q, g, r, unbiased, only_without, direct in torchs_own.get(id(weight), ()):
+        for check, s, p, q, g, r, unbiased, only_without, leaves, direct, plan in repeated.get(id(weight), ()):
             if (
                 stride is s and padding is p and output_padding is q and groups is g and dilation is r
                 and unbiased is (bias is None)
@@ -80,7 +80,12 @@ def conv_transpose3d(
                 and not (only_without and torch.is_grad_enabled())
                 and not (forced.get() or graphs.get() or (trained and id(weight) in trained))
             ):  # fmt: skip
-                return torch.conv_transpose3d(input, weight, bias, *direct)
+                if direct is not None:
+                    return torch.conv_transpose3d(input, weight, bias, *direct)
+                if forward_mode._current_level < 0 and dispatch_modes() == 0 and not deterministic():
+                    if leaves and torch.is_grad_enabled():
+                        return autograd.differentiable_forward(input, weight, bias, plan)
+                    return plan.forward(input, weight, bias)
     if torch.compiler.is_compiling():
         return _traced(input, weight, bias, arguments)
     if not fallback.ordinary(input, weight, bias):
@@ -111,9 +116,10 @@ def eager(input, weight, bias, arguments):
     recorded = autograd.needs_gradient(input, weight, bias)
     # The gradients' variants are not chosen for a call that needs none.
     direct = plan.torch_alone if recorded else plan.torch_forward
+    lasting = plan.lasting(recorded)
+    if lasting is not None and (direct is None or plan.torch_forward is not None):  # it serves without gradients too
+        keep_call(direct, lasting, input, weight, bias, arguments, recorded)
     if direct is not None:
-        if input.is_cpu and plan.torch_forward is not None:  # the entry serves calls without gradients too
-            keep_torchs(direct, input, weight, bias, arguments, recorded)
         return torch.conv_transpose3d(input, weight, bias, *direct)
     if recorded:
         return autograd.differentiable_forward(input, weight, bias, plan)
