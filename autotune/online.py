@@ -65,10 +65,31 @@ class FirstCalls:
 
     def __init__(self, kind: str, contestants: tuple[Names, ...]) -> None:
         self.kind, self.contestants = kind, contestants
-        self.seconds: list[list[tuple[float, ...]]] = [[] for _ in contestants]  # by contestant and run
-        self.running = list(range(len(contestants)))
         self.closed = self.given_up = False
-        self.of_stages = False  # times of a decoder's whole stages: a formulation saves a copy and memory there
+        self._begin(None, frozenset())
+
+    def _begin(self, beside: int | None, spare: frozenset[str]) -> None:
+        self.seconds: list[list[tuple[float, ...]]] = [[] for _ in self.contestants]  # by contestant and run
+        self.running = list(range(len(self.contestants)))
+        self.of_stages = beside is not None  # of a decoder's whole stages: a formulation saves a copy and memory there
+        self.spare = spare  # of a stage: the variants that take no memory beside its result
+        self.others = 0  # calls of the other kind since the last one of this kind
+
+    def is_of(self, problem: Problem, beside: int | None) -> bool:
+        """Whether a call counts here: times are of plain calls alone (``beside`` None), or of stages alone, whose skip
+        has so many channels. The first call says of which, and others where calls of that kind have ended."""
+        if self.of_stages == (beside is not None):
+            self.others = 0
+            return True
+        self.others += 1
+        if any(self.seconds) and self.others <= MOST_ROUNDS:
+            return False
+        spare: frozenset[str] = frozenset()
+        if beside is not None:
+            rooms = {name: variant(name).takes_room for (name,) in self.contestants}
+            spare = frozenset(name for name, takes in rooms.items() if takes and takes(problem, beside))
+        self._begin(beside, spare)
+        return True
 
     def turn(self) -> int:
         """The contestant that runs now. A finished trial has torch's own."""
@@ -108,7 +129,7 @@ class FirstCalls:
     def fastest(self, paid_s: float = 0.0) -> Fastest:
         """The fastest; torch's own where nothing is faster by the margin and the host time around it, of which another
         part has paid ``paid_s``. The times of stages hold it already, and a formulation that makes its products where
-        the skip will lie, where that has room, needs no margin there: it takes less memory."""
+        the skip will lie needs no margin there: it takes less memory."""
         own = self.best(0)
         fastest = []
         for part in range(len(PARTS[self.kind])):
@@ -118,16 +139,13 @@ class FirstCalls:
                 if runs
             ]
             if self.of_stages:
-                times = [(seconds, name) for seconds, name in times if seconds < _stage_margin(name) * own]
+                margins = {name: 1.0 if name in self.spare else MARGIN for _, name in times}
+                times = [(seconds, name) for seconds, name in times if seconds < margins[name] * own]
             fastest.append(min(times, default=(float("inf"), "")))
         total, names = sum(seconds for seconds, _ in fastest), tuple(name for _, name in fastest)
         if total < (own if self.of_stages else MARGIN * own - max(ROAD_S[self.kind] - paid_s, 0.0)):
             return Fastest(names, own / total, own - total)
         return Fastest(self.contestants[0], 1.0, 0.0)
-
-
-def _stage_margin(name: str) -> float:
-    return 1.0 if variant(name).takes_room else MARGIN
 
 
 def _enough(runs: list[tuple[float, ...]]) -> bool:

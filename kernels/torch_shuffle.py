@@ -63,7 +63,7 @@ def forward(problem, config, x, weight, bias, out=None, room=None):
     if out is None or x.device.type != "cpu":
         interleave(y, _products(problem, x, weight, bias))
         return y
-    if room is not None and _enough(problem, x, room):
+    if room is not None and writes(x) and _dense(problem, room):
         interleave(y, _products(problem, x, weight, bias, room))
         return y
     if problem.layout == "ndhwc":  # each part reads the whole weight in the order of its columns: one copy for all
@@ -105,14 +105,17 @@ def _products(
     return z
 
 
-def _enough(problem: Problem, x: torch.Tensor, room: torch.Tensor) -> bool:
-    """The room takes all products, each image's as dense rows, and no call is so small that this costs more."""
-    if problem.layout != "ncdhw" or room.shape[1] < problem.c_out or not writes(x):
-        return False
-    if problem.n > 1 and _outputs(problem) < IMAGE_ELEMENTS:
-        return False
+def takes_room(problem: Problem, channels: int) -> bool:
+    """The products of an NCDHW call lie in ``channels`` channels of a room, if its images are dense: they fit, and no
+    image is so small that this costs more."""
+    enough = problem.n == 1 or _outputs(problem) >= IMAGE_ELEMENTS
+    return problem.layout == "ncdhw" and channels >= problem.c_out and enough
+
+
+def _dense(problem: Problem, room: torch.Tensor) -> bool:
+    """The room takes all products, each image's as dense rows."""
     od, oh, ow = problem.out_size
-    return room.stride()[1:] == (od * oh * ow, oh * ow, ow, 1)
+    return takes_room(problem, room.shape[1]) and room.stride()[1:] == (od * oh * ow, oh * ow, ow, 1)
 
 
 def _outputs(problem: Problem) -> int:
@@ -166,7 +169,7 @@ _gradient = partial(_variant, idea="kernel = stride: unshuffle of phases, then o
 VARIANTS = [
     _variant(
         "forward_torch_shuffle", "forward", "kernel = stride: one GEMM, then a shuffle of phases", launch=forward,
-        takes_room=True,
+        takes_room=takes_room,
         workspace_bytes=lambda problem: problem.bytes(),
         work=lambda problem, config: by_torch(problem, "forward", 2 * size_of(problem, "y"), 2),
     ),

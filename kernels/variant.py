@@ -122,7 +122,7 @@ class Variant:
     launches: Callable[..., Any] | None = None
     epilogue: Callable[[Problem, Config, Epilogue], bool] | None = None
     strided: bool = False
-    takes_room: bool = False
+    takes_room: Callable[[Problem, int], bool] | None = None
 
     def compute(self, problem: Problem, config: Config, *operands: Any, **more: Any) -> Any:
         """The pass on tensors; ``more``: ``out``, a tensor for y, where the variant takes one."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from tritonconv.autotune import online
@@ -11,6 +13,18 @@ from tritonconv.problem import PASSES, Problem
 OWN = tuple(f"{name}_torch_native" for name in PASSES)
 FASTER = "forward_torch_phases", "backward_data_torch_phases", "backward_weight_torch_phases"
 PROBLEM = Problem(2, 6, 4, (5, 6, 7), (3, 3, 3), (2, 2, 2), (1, 1, 1), (9, 11, 13), bias=True)
+
+
+STAGE = Problem(1, 8, 4, (4, 4, 4), (2, 2, 2), (2, 2, 2), (0, 0, 0), (8, 8, 8))
+
+
+def of_a_stage(problem: Problem, channels: int, seconds: tuple[float, ...], *others: str) -> FirstCalls:
+    """A finished trial of stages with a skip of so many channels; each run of a contestant took its ``seconds``."""
+    trial = FirstCalls(FORWARD, (OWN[:1], *((name,) for name in others)))
+    assert trial.is_of(problem, channels)
+    while not trial.closed:
+        trial.record(index := trial.turn(), seconds[index])
+    return trial
 
 
 def closed(kind: str, own_s: float, other_s: float, other: tuple[str, ...] = FASTER) -> FirstCalls:
@@ -88,15 +102,30 @@ def test_gradients_pay_what_the_forward_has_not_paid(monkeypatch, forward, gradi
     ],
 )
 def test_of_a_stage_less_memory_needs_no_margin(name, seconds, ours):
-    trial = closed(FORWARD, 1.0e-3, seconds, (name,))
-    trial.of_stages = True
+    trial = of_a_stage(STAGE, 8, (1.0e-3, seconds), name)
     assert trial.fastest().names == ((name,) if ours else OWN[:1])
+
+
+@pytest.mark.parametrize(
+    ("layout", "n", "channels", "spared"),
+    [("ncdhw", 1, 8, True), ("ncdhw", 1, 3, False), ("ncdhw", 2, 8, False), ("ndhwc", 1, 8, False)],
+)
+def test_of_a_stage_whose_skip_has_no_room_the_margin_holds(layout, n, channels, spared):
+    trial = of_a_stage(replace(STAGE, n=n, layout=layout), channels, (1.0e-3, 0.99e-3), "forward_torch_shuffle")
+    assert trial.spare == ({"forward_torch_shuffle"} if spared else set())
+    assert trial.fastest().names == (("forward_torch_shuffle",) if spared else OWN[:1])
+
+
+def test_a_trial_has_the_times_of_plain_calls_alone_or_of_stages_alone():
+    trial = FirstCalls(FORWARD, (OWN[:1], ("forward_torch_shuffle",)))
+    for first, other in ((None, 8), (8, None)):
+        assert trial.is_of(STAGE, first) and trial.of_stages == (first is not None)
+        trial.record(0, 1.0)
+        assert not any(trial.is_of(STAGE, other) for _ in range(online.MOST_ROUNDS)) and trial.is_of(STAGE, first)
+        assert not any(trial.is_of(STAGE, other) for _ in range(online.MOST_ROUNDS)) and trial.seconds[0]
+        assert trial.is_of(STAGE, other) and not trial.seconds[0], "those of its kind have ended"
 
 
 def test_of_a_stage_one_that_lacks_the_margin_hides_none_with_less_memory():
     shuffle, onednn = "forward_torch_shuffle", "forward_torch_onednn"
-    trial = FirstCalls(FORWARD, (OWN[:1], (shuffle,), (onednn,)))
-    trial.of_stages = True
-    while not trial.closed:
-        trial.record(index := trial.turn(), (1.0e-3, 0.985e-3, 0.98e-3)[index])
-    assert trial.fastest().names == (shuffle,)
+    assert of_a_stage(STAGE, 8, (1.0e-3, 0.985e-3, 0.98e-3), shuffle, onednn).fastest().names == (shuffle,)

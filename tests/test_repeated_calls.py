@@ -215,7 +215,8 @@ def test_other_surroundings_of_a_call_are_seen(name, short, road):
     assert answers and (name == "make_fx" or not any(answers))
     want = run(lambda x: F.conv_transpose3d(x, weight, bias, STRIDE), x)
     if isinstance(mine, torch.Tensor):
-        rounding = torch.finfo(mine.dtype).eps * want.abs().max().item()  # another order of sums, rounded before the bias
+        # Another order of sums, which are rounded before the bias.
+        rounding = torch.finfo(mine.dtype).eps * want.abs().max().item()
         torch.testing.assert_close(mine, want, rtol=0, atol=0 if road == "torch's own" else rounding)
     else:
         assert mine == want

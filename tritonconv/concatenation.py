@@ -7,7 +7,7 @@ buffer, and the gradient of y is read there, as a view.
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -242,7 +242,8 @@ def _concatenation(x, weight, bias, skip, skip_first, place: InSlice, pack: bool
     """(the result, the packed weight that a backward takes, or None)."""
     plan, shape, memory_format, (c_out, more) = place
     if type(plan) is not Plan:  # each contestant runs and is timed as it would serve
-        return plan.stage(lambda each: _contestants(x, weight, bias, skip, skip_first, place._replace(plan=each)))
+        run = partial(_contestants, x, weight, bias, skip, skip_first, place)
+        return plan.stage(run, more)
     buffer = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
     if skip_first:
         beside, y = buffer.split_with_sizes((more, c_out), 1)
@@ -260,11 +261,11 @@ def _concatenation(x, weight, bias, skip, skip_first, place: InSlice, pack: bool
     return buffer, packed
 
 
-def _contestants(x, weight, bias, skip, skip_first, place: InSlice):
-    """As :func:`_concatenation`, or torch's two operations where the plan is torch's own."""
-    direct = place.plan.torch_forward
+def _contestants(x, weight, bias, skip, skip_first, place: InSlice, plan: Plan):
+    """As :func:`_concatenation` by ``plan``, or torch's two operations where that is torch's own."""
+    direct = plan.torch_forward
     if direct is None:
-        return _concatenation(x, weight, bias, skip, skip_first, place)
+        return _concatenation(x, weight, bias, skip, skip_first, place._replace(plan=plan))
     return _concatenated(torch.conv_transpose3d(x, weight, bias, *direct), skip, skip_first), None
 
 

@@ -96,7 +96,7 @@ class Plan:
     @cached_property
     def takes_room(self) -> bool:
         """The forward that writes a given tensor takes ``room=`` beside it: memory for its products."""
-        return self.choice("forward").variant.takes_room
+        return self.choice("forward").variant.takes_room is not None
 
     @cached_property
     def kept_order(self) -> int | None:
@@ -116,8 +116,8 @@ class Plan:
         """The plan of later calls too; None where the first ones choose it. ``recorded``: the call needs gradients."""
         return self
 
-    def stage(self, run: Callable[[Plan], Any]) -> Any:
-        """``run``, which is a decoder's stage, of this plan; of one that the first calls choose, of a contestant's."""
+    def stage(self, run: Callable[[Plan], Any], beside: int) -> Any:
+        """``run``, a decoder's stage with ``beside`` channels of the skip; of an open trial's plan, a contestant's."""
         return run(self)
 
     # The passes as functions of the operands. A Triton kernel's takes operands of any strides, and works out its

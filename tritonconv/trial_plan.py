@@ -64,19 +64,19 @@ class TrialPlan(Plan):
         return None if self._open(FORWARD) or (recorded and self._open(GRADIENTS)) else self._settled
 
     def forward(self, x, weight, bias, out=None, room=None):  # type: ignore[override]
-        return self._timed(lambda plan: _forward(plan, x, weight, bias, out, room))
+        return self._timed(lambda plan: _forward(plan, x, weight, bias, out, room), None)
 
-    def stage(self, run: Callable[[Plan], Any]) -> Any:
-        trial = self._open(FORWARD)
-        if trial is not None:
-            trial.of_stages = True
-        return self._timed(run)
+    def stage(self, run: Callable[[Plan], Any], beside: int) -> Any:
+        return self._timed(run, beside)
 
-    def _timed(self, run: Callable[[Plan], Any]) -> Any:
-        """``run`` of the contestant's plan whose turn it is, and its time counts."""
+    def _timed(self, run: Callable[[Plan], Any], beside: int | None) -> Any:
+        """``run`` of the contestant's plan whose turn it is, and its time counts; ``beside`` are the channels of the
+        skip of a stage, None of a plain call. A trial has the times of one of the two alone, whichever began it."""
         trial = self._open(FORWARD)
         if trial is None:
             return run(self._without(FORWARD))
+        if not trial.is_of(self.problem, beside):
+            return run(self._settled)
         index, plan = self._contestant(trial)
         begin = perf_counter()
         try:
@@ -85,7 +85,7 @@ class TrialPlan(Plan):
             if index == 0:
                 raise
             self._leave(trial, index)
-            return self._timed(run)
+            return self._timed(run, beside)
         self._record(trial, index, perf_counter() - begin)
         return answer
 
