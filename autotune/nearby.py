@@ -26,6 +26,7 @@ import torch
 from tritonconv.device import cpu_vendor
 from tritonconv.kernels.registry import variant
 from tritonconv.kernels.torch_native import half
+from tritonconv.kernels.torch_onednn import goes_past
 from tritonconv.kernels.variant import Variant
 from tritonconv.problem import PASSES, Problem
 
@@ -69,15 +70,13 @@ class Guess(NamedTuple):
 
 def place(problem: Problem) -> np.ndarray:
     """A problem's coordinates, in units of which LENGTH makes a difference: (18,)."""
-    few = problem.n == 1 and problem.groups == 1 and min(problem.kernel[1:]) <= 3
-    small = few and problem.c_in * problem.size[0] * problem.size[1] <= 20480  # where torch does not call oneDNN
     reached = all(k >= s for k, s in zip(problem.kernel, problem.stride, strict=True))
     # Where torch's weight gradient is slow.
     far = any(p > most for p, most in zip(problem.torch_crop.padding, half(problem), strict=True))
     grouped_in, grouped_out = problem.c_in // problem.groups, problem.c_out // problem.groups
     return np.array([
-        4.0 * (problem.layout == "ndhwc"), 2.0 * small, 3.0 * problem.tiles_exactly, 3.0 * problem.depthwise,
-        2.0 * (not reached), 1.0 * problem.bias, 1.5 * (problem.stride == (1, 1, 1)),
+        4.0 * (problem.layout == "ndhwc"), 2.0 * goes_past(problem), 3.0 * problem.tiles_exactly,
+        3.0 * problem.depthwise, 2.0 * (not reached), 1.0 * problem.bias, 1.5 * (problem.stride == (1, 1, 1)),
         1.5 * (problem.dilation != (1, 1, 1)), 2.0 * (problem.groups > 1),
         math.log2(grouped_in) / 2, math.log2(grouped_out) / 2, 1.5 * (grouped_out < 8),
         math.log2(math.prod(problem.kernel)) / 1.5, math.log2(math.prod(problem.stride)) / 2,
@@ -229,22 +228,24 @@ def best(problem: Problem, rows: Rows | None, cpu: str) -> tuple[tuple[str, str,
     if rows is None:
         nothing = f"no formulation was measured in {problem.dtype} on this vendor's CPUs: torch's own"
         return native, (nothing, nothing)  # type: ignore[return-value]
-    limits = {kind: -math.log(margin) if rows.torchs_us(kind, problem) >= LEAST_US[kind] else -math.inf
-              for kind, margin in MARGIN.items()}  # fmt: skip
-    own = f"torch's own: no formulation is faster for sure, by layers measured on {cpu}"
-    forward, forward_why = native[0], own
-    guess, name = min(rows.guesses(PASSES[0], problem), default=(None, ""), key=lambda each: each[0].cautious)
-    if guess is not None and guess.cautious < limits["forward"] and _serves(name, problem):
-        forward, forward_why = name, _reason(guess.mean, guess.nearest, cpu)
-    pair, pair_why = native[1:], own
-    both = [min(rows.guesses(each, problem), default=None, key=lambda each: each[0].cautious) for each in PASSES[1:]]
-    if all(both):
-        (data, data_name), (weight, weight_name) = both  # type: ignore[misc]
-        expected = math.log(math.exp(data.cautious) + math.exp(weight.cautious))
-        if expected < limits["gradients"] and _serves(data_name, problem) and _serves(weight_name, problem):
-            mean = math.log(math.exp(data.mean) + math.exp(weight.mean))
-            pair, pair_why = (data_name, weight_name), _reason(mean, data.nearest, cpu)
-    return (forward, *pair), (forward_why, pair_why)  # type: ignore[return-value]
+    forward, forward_why = _faster(rows, "forward", PASSES[:1], problem, cpu)
+    pair, pair_why = _faster(rows, "gradients", PASSES[1:], problem, cpu)
+    return (*forward, *pair), (forward_why, pair_why)  # type: ignore[return-value]
+
+
+def _faster(rows: Rows, kind: str, passes: tuple[str, ...], problem: Problem, cpu: str) -> tuple[tuple[str, ...], str]:
+    """The formulations of the ``passes`` of a kind that together are faster for sure, or torch's own; the reason."""
+    own, measured_on = tuple(f"{name}_{NATIVE}" for name in passes), f"by layers measured on {cpu}"
+    if rows.torchs_us(kind, problem) < LEAST_US[kind]:
+        return own, f"torch's own: it is expected to take less than {LEAST_US[kind] / 1000:g} ms, {measured_on}"
+    served = [min(_guesses([rows], name, problem), default=None, key=lambda each: each[0].cautious) for name in passes]
+    if all(served):
+        guesses, names = zip(*served, strict=True)  # type: ignore[arg-type]
+        if math.log(sum(math.exp(each.cautious) for each in guesses)) < -math.log(MARGIN[kind]):
+            ratio = 1 / sum(math.exp(each.mean) for each in guesses)
+            nearest = " and ".join(dict.fromkeys(each.nearest for each in guesses))
+            return names, f"expected to be {ratio:.2f} times as fast as torch's own, {measured_on} (nearest: {nearest})"
+    return own, f"torch's own: no formulation that serves it is faster for sure, {measured_on}"
 
 
 def likely_forwards(problem: Problem, vendor: str, least_us: float, most: int) -> list[tuple[str]]:
@@ -301,7 +302,3 @@ def _rows_for(vendor: str, dtype: torch.dtype) -> list[Rows]:
     """A vendor's rows, then those of others: they say where to look."""
     known = (rows_of(each, dtype) for each in dict.fromkeys((vendor, *VENDORS)))
     return [rows for rows in known if rows is not None]
-
-
-def _reason(mean: float, nearest: str, cpu: str) -> str:
-    return f"{math.exp(-mean):.2f} times torch's own expected, by layers measured on {cpu}; the nearest is {nearest}"

@@ -27,7 +27,7 @@ from tritonconv.kernels.triton_launch import launch as run
 from tritonconv.kernels.triton_partials import POINTERS, WeightGradients
 from tritonconv.kernels.triton_phases import fine_dividers, load_phases, phases_first
 from tritonconv.kernels.triton_shuffle import taps
-from tritonconv.kernels.triton_target import compute_capability
+from tritonconv.kernels.triton_target import compute_capability, pipeline_buffers, shared_bytes
 from tritonconv.kernels.triton_weights import oriented, packed
 from tritonconv.kernels.variant import Config, Variant
 from tritonconv.kernels.weight_orders import AS_GIVEN
@@ -235,7 +235,7 @@ def supports(problem: Problem, device: torch.device) -> str | None:
     elements, most = _block_n(problem, rows) * _block_c(problem), LARGEST[problem.dtype.itemsize]
     if elements > most:
         return f"grad_weight stays in registers: at most {most} elements per group, padded, not {elements}"
-    shared = _shared_bytes(problem, rows, least)
+    shared = _held_bytes(problem, rows, least)
     if shared > tiles.SHARED_BYTES:
         # Not the limit of the target: 512 columns fit an H100, and in NCDHW spill hundreds of bytes (sm_80 to sm_100).
         return (
@@ -244,19 +244,28 @@ def supports(problem: Problem, device: torch.device) -> str | None:
     return None
 
 
-def _shared_bytes(problem: Problem, rows: int, block_m: int) -> int:
-    """Shared memory of a program, in bytes: the weight, and the tiles of grad_y and x with their prefetched copies.
-
-    The factors bound what the compiler (triton 3.6.0, sm_90) took over three dozen shapes.
-    """
+def _held_bytes(problem: Problem, rows: int, block_m: int) -> int:
+    """The weight, and a tile of grad_y and of x with what is exchanged of them, in bytes: it says what is served."""
     itemsize, block_n, block_c = problem.dtype.itemsize, _block_n(problem, rows), _block_c(problem)
     copies_y, copies_x = (1.5, 2.2) if itemsize == 2 else (2, 2)
     return int((block_n * block_c + block_m * (copies_y * block_n + copies_x * block_c)) * itemsize)
 
 
+def _shared_bytes(problem: Problem, config: Config) -> int:
+    """Shared memory of a program that makes all three gradients, in bytes, at most: the weight, the pipeline's copies
+    of a tile of grad_y and of x, and grad_x, which the half types exchange for its stores. For sm_90 Triton 3.6.0 and
+    3.9.0 take exactly that in channels_last_3d with 64 voxels a tile; in NCDHW half types are not pipelined."""
+    block_m, itemsize = config["BLOCK_M"], problem.dtype.itemsize
+    block_n, block_c = _block_n(problem, config["ROWS"]), _block_c(problem)
+    copies = pipeline_buffers(config["num_stages"]) if itemsize == 4 or problem.layout == "ndhwc" else 1
+    loaded = block_n * block_c + copies * block_m * (block_n + block_c)
+    counted = (loaded + block_m * block_c * (itemsize == 2)) * itemsize
+    return max(_held_bytes(problem, config["ROWS"], block_m), counted)
+
+
 def default(problem: Problem, device: torch.device) -> Config:
     rows, half = _rows(problem), problem.dtype.itemsize == 2
-    block_m = 64 if half or _shared_bytes(problem, rows, 64) <= tiles.SHARED_BYTES else 32
+    block_m = 64 if half or _held_bytes(problem, rows, 64) <= tiles.SHARED_BYTES else 32
     block_n = _block_n(problem, rows)
     largest = max(block_n * _block_c(problem), block_m * block_n // (2 if half else 1))
     width = tiles.block_w(problem, problem.size, block_m)
@@ -287,7 +296,7 @@ def space(problem: Problem, device: torch.device) -> tuple[Config, ...]:
             changed = {**base, key: value}
             if changed not in configs and changed["SPLITS"] and changed["BLOCK_M"] >= max(16, changed["BLOCK_W"]):
                 configs.append(changed)
-    return tuple(configs)
+    return tuple(config for config in configs if _shared_bytes(problem, config) <= shared_bytes())
 
 
 def space_weight(problem: Problem, device: torch.device) -> tuple[Config, ...]:
@@ -305,14 +314,14 @@ def workspace_bytes(problem: Problem) -> int:
 
 def work(problem: Problem, config: Config, pass_name: str) -> Work:
     """Of one of the two gradients alone."""
-    splits, rows = config["SPLITS"], config["BLOCK_M"]
+    splits = config["SPLITS"]
     tile = {**config, "BLOCK_N": _block_c(problem), "BLOCK_K": _block_n(problem, config["ROWS"])}
     del tile["WEIGHT"]  # the loop loads none
     steps = tiles.tiles_of(problem.n, problem.size, config) * problem.groups
     partial = 8.0 * splits * math.prod(problem.weight_shape) if pass_name == "backward_weight" else 0.0
     launches = 2 if pass_name == "backward_weight" and not arrives(config) else 1
     counts = tap_gemm(problem, pass_name, tile, splits * problem.groups, steps, partial, launches)
-    return replace(counts, shared_bytes=_shared_bytes(problem, config["ROWS"], rows))
+    return replace(counts, shared_bytes=_shared_bytes(problem, config))
 
 
 def launch_data(problem, config, grad_y, weight):

@@ -73,22 +73,26 @@ def native_gradients(problem: Call, grad_y, x, weight, mask: tuple[bool, bool, b
 
 
 def safe_padding(problem: Call, dtype: torch.dtype) -> Triple:
-    """The most padding per axis of which torch's 3-D weight gradient on a CPU is right.
+    """The padding per axis up to which torch's 3-D weight gradient on a CPU is right: the problem's own padding, or
+    more, where any is.
 
     oneDNN computes it. In float32 its AVX-512 kernel takes padding of the first axis below the kernel's extent, but is
     wrong or writes outside its buffers for some beyond half of that (for example kernel (5, 4, 2), stride (2, 2, 1),
-    padding (3, 1, 0), x (3, 3, 3, 4, 3)). It declines padding of the second axis beyond half of the kernel's extent,
-    and another kernel serves, which is right (``jit_avx512_common_conv_kernel.cpp``, ``boundaries_ok``). With torch
+    padding (3, 1, 0), x (3, 3, 3, 4, 3)). Where the second axis has more than half of the extent it declines, and
+    another kernel serves, which is right (``jit_avx512_common_conv_kernel.cpp``, ``boundaries_ok``). So the first axis
+    alone has a limit, and none where the second has more; the padding of the other two is right as it is. With torch
     2.13 none of 3,696 random layers that this function calls safe was wrong, and 8 of 954 others (AVX2, AVX-512, AMX).
+    In float64, which oneDNN does not have, any is right.
 
     In bfloat16, on a CPU with AMX, the gradient is not safe along an axis where each voxel of x has taps outside
     grad_y: of 6,000 random layers 1,778 were padded along such an axis, and of them 261 had wrong gradients and 33
     ended the process, of the others none (for example 16->8, x (2, 16, 4, 1, 3), kernel (1, 4, 3), stride 2, padding
-    (0, 1, 1); 32->6, x (2, 32, 2, 1, 7), kernel (3, 4, 4), stride (3, 2, 1), padding 1). Padding beyond half of the
-    kernel was not tried there.
+    (0, 1, 1); 32->6, x (2, 32, 2, 1, 7), kernel (3, 4, 4), stride (3, 2, 1), padding 1). Padding beyond :func:`half`
+    was not tried in bfloat16 and float16: that is the limit of the other axes, in float16 of all three.
     """
     most, crop, kernel = list(half(problem)), problem.torch_crop, problem.weight_shape[2:]
     if dtype in (torch.float32, torch.float64):
+        # oneDNN's own bound, half of the extent: for an even one it is a plane more than :func:`half`.
         declined = crop.padding[1] > (problem.dilation[1] * (kernel[1] - 1) + 1) // 2
         exact = declined or dtype is torch.float64  # oneDNN has no float64
         return (crop.padding[0] if exact else most[0], *crop.padding[1:])
@@ -101,7 +105,8 @@ def safe_padding(problem: Call, dtype: torch.dtype) -> Triple:
 
 
 def half(problem: Call) -> Triple:
-    """Half of the dilated kernel: the most padding per axis with which torch's CPU weight gradient is fast.
+    """Half of the distance between the outer taps, rounded down (1 of a kernel of 4): the padding per axis up to which
+    torch's CPU weight gradient is fast.
 
     With more it is slow where it works (2 x 240->240, 6x5x5, k4 s2 p3: 33 ms against 6 ms for the input gradient; 2
     cores).

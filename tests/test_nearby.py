@@ -102,7 +102,34 @@ def test_the_reason_names_the_nearest_layer(on_amd):
                                out_size=(52, 104, 204), bias=True)  # fmt: skip
     record, because = rules.choose(wide, CPU, "forward")
     assert record.name == "forward_torch_shuffle"
-    assert "times torch's own expected" in because and "AMD EPYC; the nearest is n" in because
+    assert "times as fast as torch's own, by layers measured on AMD EPYC" in because and "(nearest: n" in because
+
+
+def rows_near_tile(**ratios: float) -> nearby.Rows:
+    """Rows of layers like TILE, where torch's own forward takes 5 ms and its gradients 10, and a formulation of a pass
+    so many times as long."""
+    logs = {name: math.log(ratio) for name, ratio in ratios.items()}
+    own = {nearby.KINDS["forward"]: math.log(5e3), nearby.KINDS["gradients"]: math.log(1e4)}
+    layers = [dataclasses.replace(TILE, c_in=c_in) for c_in in range(48, 80)]
+    return nearby.Rows.of([(layer, own | logs) for layer in layers])
+
+
+def test_a_formulation_that_does_not_serve_hides_none_that_does():
+    depthwise = {f"{name}_torch_depthwise": 0.1 for name in PASSES}  # the fastest of the rows, which TILE is not
+    shuffle = {f"{name}_torch_shuffle": 0.3 for name in PASSES}
+    names, because = nearby.best(TILE, rows_near_tile(**depthwise, **shuffle), "a CPU")
+    assert names == tuple(shuffle)
+    assert because[0].startswith("expected to be 3.3") and because[1].startswith("expected to be 1.6")
+    names, because = nearby.best(TILE, rows_near_tile(**depthwise), "a CPU")
+    assert names == NATIVE and all("no formulation that serves it is faster" in each for each in because)
+
+
+def test_the_reason_of_torchs_own_says_that_the_layer_is_short():
+    shuffle = {f"{name}_torch_shuffle": 0.3 for name in PASSES}
+    short = dataclasses.replace(TILE, n=1, size=(1, 1, 8), out_size=(2, 2, 16))
+    names, because = nearby.best(short, rows_near_tile(**shuffle), "a CPU")
+    assert names == NATIVE
+    assert "expected to take less than 1 ms" in because[0] and "less than 1.5 ms" in because[1]
 
 
 def test_a_file_says_what_it_was_packed_from():

@@ -161,6 +161,7 @@ def test_by_default_a_cpu_has_no_more_than_torch(pass_name, vendor, monkeypatch)
 
 
 THIRDS = Case(1, (16, 16), 12, 3, 3, 1, 1, dilation=2)
+APPENDED = Case(1, (3, 5), (3, 4, 5), 2, 3, 0, 0, 2)  # oneDNN multiplies zeros along w, torch's own has no oneDNN
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -174,6 +175,13 @@ def test_an_infinite_weight_over_zeros_is_nan_where_its_tap_meets_a_voxel_alone(
     found = tritonconv.conv_transpose3d(x, weight, None, *arguments)
     want = torch.nn.functional.conv_transpose3d(x, weight, None, *arguments)
     assert torch.equal(found.isnan(), want.isnan()) and found.isnan().sum() == n * 2662
+
+
+def test_planes_appended_to_one_small_image_are_not_made_by_onednn():
+    record, problem = variant("forward_torch_onednn"), APPENDED.problem(torch.float32)
+    assert "planes appended along w" in record.supports(problem, torch.device("cpu"))
+    for other in (Case(2, *APPENDED[1:]), Case(1, (3, 5), (3, 4, 5), 2, 3, 0, 0, (2, 2, 0))):
+        assert record.supports(other.problem(torch.float32), torch.device("cpu")) is None
 
 
 def test_explain_says_what_a_chosen_variant_declares(capsys):

@@ -37,6 +37,16 @@ def closed(kind: str, own_s: float, other_s: float, other: tuple[str, ...] = FAS
     return trial
 
 
+@pytest.fixture
+def own_trials(monkeypatch):
+    """A dict of problems' trials by kind, which is all that the process knows; nothing of it is left behind."""
+    found: dict[Problem, dict[str, FirstCalls]] = {}
+    monkeypatch.delenv(online.VARIABLE, raising=False)
+    monkeypatch.setattr(online, "_trials", {})
+    monkeypatch.setattr(online, "_opened", lambda problem: found[problem])
+    return found
+
+
 def test_a_slow_contestant_leaves():
     trial = FirstCalls(FORWARD, ((OWN[0],), ("slow",), ("far slower",), ("faster",)))
     assert trial.turn() == 0
@@ -79,17 +89,13 @@ def test_the_host_time_of_a_formulation_counts():
         (None, (1.2e-3, 1.0e-3), True),
     ],
 )
-def test_gradients_pay_what_the_forward_has_not_paid(monkeypatch, forward, gradients, ours):
-    monkeypatch.delenv(online.VARIABLE, raising=False)
-    found = {GRADIENTS: closed(GRADIENTS, *gradients)}
+def test_gradients_pay_what_the_forward_has_not_paid(own_trials, forward, gradients, ours):
+    own_trials[PROBLEM] = {GRADIENTS: closed(GRADIENTS, *gradients)}
     if forward is not None:
-        found[FORWARD] = closed(FORWARD, *forward)
-    monkeypatch.setattr(online, "_opened", lambda problem: found)
-    online.forget()
+        own_trials[PROBLEM][FORWARD] = closed(FORWARD, *forward)
     online.trials(PROBLEM)
     names = [online.decided(PROBLEM, name)[0] for name in PASSES[1:]]
     assert names == list((FASTER if ours else OWN)[1:])
-    online.forget()
 
 
 @pytest.mark.parametrize(
