@@ -12,7 +12,6 @@ import torch.nn.functional as F
 import tritonconv
 from tritonconv.arguments import geometry, problem_of
 from tritonconv.kernels.registry import variant, variants
-from tritonconv.kernels.torch_one_channel import misread
 
 CPU = torch.device("cpu")
 CHANNELS_LAST = torch.channels_last_3d
@@ -27,7 +26,7 @@ NARROW = [
 FLAT = [
     (1, 2, 1, 1, (1, 7, 2), (5, 1, 4), (1, 3, 1), (2, 0, 0), 0),
     (1, 6, 2, 2, (1, 7, 7), (5, 3, 6), (1, 3, 3), (2, 1, 2), (0, 0, 2)),
-    (1, 8, 4, 4, (1, 3, 1), (5, 1, 5), (2, 1, 3), (2, 0, 2), (0, 0, 1)),
+    (1, 8, 4, 4, (1, 3, 2), (5, 1, 5), (2, 1, 3), (2, 0, 2), (0, 0, 1)),
     (2, 16, 16, 16, (1, 4, 3), (3, 3, 3), (1, 2, 2), (1, 1, 1), (0, 1, 1)),
 ]
 # Neighbours: torch's own serves them.
@@ -72,16 +71,10 @@ def test_torchs_own_input_gradient_is_refused(case, dtype):
     x, weight, _, arguments = call_of(case, dtype)
     problem = problem_of(x, weight, None, geometry(*arguments, 1))
     refusal = variant("backward_data_torch_native").supports(problem, CPU)
-    if case in RIGHT or dtype is torch.float64:
+    if case in RIGHT or dtype is torch.float64 or (case in FLAT and dtype is torch.float32):
         assert refusal is None
     else:
         assert f"x {problem.size}, y depth {problem.out_size[0]}, kernel {problem.kernel}" in refusal
-
-
-@pytest.mark.parametrize("channels", [0, 1, 2])
-def test_one_channel_alone_is_misread(channels):
-    assert misread(channels, 1, 2, 4, 1) == misread(channels, 4, 1, 1, 2) == (channels == 1)
-    assert not misread(channels, 1, 1, 1, 1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
