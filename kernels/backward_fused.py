@@ -27,7 +27,7 @@ from tritonconv.kernels.triton_launch import launch as run
 from tritonconv.kernels.triton_partials import POINTERS, WeightGradients
 from tritonconv.kernels.triton_phases import fine_dividers, load_phases, phases_first
 from tritonconv.kernels.triton_shuffle import taps
-from tritonconv.kernels.triton_target import compute_capability, pipeline_buffers, shared_bytes
+from tritonconv.kernels.triton_target import BARRIERS, compute_capability, pipeline_buffers, shared_bytes
 from tritonconv.kernels.triton_weights import oriented, packed
 from tritonconv.kernels.variant import Config, Variant
 from tritonconv.kernels.weight_orders import AS_GIVEN
@@ -253,14 +253,14 @@ def _held_bytes(problem: Problem, rows: int, block_m: int) -> int:
 
 def _shared_bytes(problem: Problem, config: Config) -> int:
     """Shared memory of a program that makes all three gradients, in bytes, at most: the weight, the pipeline's copies
-    of a tile of grad_y and of x, and grad_x, which the half types exchange for its stores. For sm_90 Triton 3.6.0 and
-    3.9.0 take exactly that in channels_last_3d with 64 voxels a tile; in NCDHW half types are not pipelined."""
-    block_m, itemsize = config["BLOCK_M"], problem.dtype.itemsize
+    of a tile of grad_y and of x, in the half types what is exchanged to store grad_x, in NCDHW twice, and barriers. For
+    sm_90 Triton 3.6.0 and 3.9.0 take just that in channels_last_3d with 64 voxels a tile, but for the barriers."""
+    block_m, stages, half = config["BLOCK_M"], config["num_stages"], problem.dtype.itemsize == 2
     block_n, block_c = _block_n(problem, config["ROWS"]), _block_c(problem)
-    copies = pipeline_buffers(config["num_stages"]) if itemsize == 4 or problem.layout == "ndhwc" else 1
-    loaded = block_n * block_c + copies * block_m * (block_n + block_c)
-    counted = (loaded + block_m * block_c * (itemsize == 2)) * itemsize
-    return max(_held_bytes(problem, config["ROWS"], block_m), counted)
+    in_rows = half and problem.layout == "ncdhw"
+    copies = max(1, stages - 1) if in_rows else pipeline_buffers(stages)
+    elements = block_n * block_c + copies * block_m * (block_n + block_c) + (half + in_rows) * block_m * block_c
+    return max(_held_bytes(problem, config["ROWS"], block_m), elements * problem.dtype.itemsize + BARRIERS)
 
 
 def default(problem: Problem, device: torch.device) -> Config:

@@ -55,13 +55,13 @@ from tritonconv.lab.bench.workloads import workload
 from tritonconv.lab.inspection.compiling import GPU, Job, compile_job, compiling_for, products_in
 
 found = []
-for name, layer, target, stages, precision in json.loads(sys.argv[1]):
-    job = Job(name, workload(layer), precision, "ndhwc", target)
+for name, layer, target, stages, precision, layout in json.loads(sys.argv[1]):
+    job = Job(name, workload(layer), precision, layout, target)
     record = variant(name)
     with compiling_for(TARGETS[target]), products_in(precision):
         config = {**record.default(job.problem, GPU), **({"num_stages": stages} if stages else {})}
         count = record.work(job.problem, config).shared_bytes
-    kernels = compile_job(Job(name, job.layer, precision, "ndhwc", target, config))
+    kernels = compile_job(Job(name, job.layer, precision, layout, target, config))
     found.append((count, max(each.shared_bytes for each in kernels), [each.error for each in kernels if each.error]))
 print(json.dumps(found))
 """
@@ -87,7 +87,7 @@ def test_defaults_fit_every_gpu_and_so_do_the_spaces_of_what_counts_more():
 
 
 def test_the_counts_are_what_the_compiler_takes_or_little_more():
-    """Exactly that and the barriers, but for targets where it exchanges less."""
+    """Exactly that and the barriers, but for sm_100, where it exchanges less."""
     jobs = [
         ("forward_overlap_planes", "monai_autoencoder_16_1", "sm_90", 3),
         ("forward_overlap_planes", "monai_autoencoder_16_1", "sm_80", 1),
@@ -100,13 +100,13 @@ def test_the_counts_are_what_the_compiler_takes_or_little_more():
         ("backward_weight_patches", "monai_unet_spleen_32_2", "sm_80", 0),
         ("backward_weight_patches", "pangu_patch_recovery3d", "sm_100", 0),
         ("backward_data_fused", "unetr_32_16", "sm_90", 3),
-        ("backward_data_fused", "segresnet_deconv_up2", "sm_80", 0),
         ("backward_weight_fused", "nnunet_dynunet_128_up4", "sm_90", 0),
         ("backward_weight_fused", "unetr_32_16", "sm_90", 0, "tf32"),
+        ("backward_weight_fused", "nnunet_dynunet_128_up4", "sm_90", 3, "bfloat16", "ncdhw"),
+        ("backward_weight_fused", "unetr_32_16", "sm_100", 3),
     ]
-    jobs = [(*job, "bfloat16")[:5] for job in jobs]
+    jobs = [(*job, *("bfloat16", "ndhwc")[len(job) - 4 :]) for job in jobs]
     assert {job[0] for job in jobs} == set(COUNTED)
     for job, (count, compiled, errors) in zip(jobs, said(COMPILED, json.dumps(jobs)), strict=True):
         assert errors == [] and compiled <= count, f"{job}: {compiled} compiled, {count} counted"
-        exact = job[2] not in ("sm_100", "sm_120") and (job[2] != "sm_80" or "fused" not in job[0])
-        assert count <= compiled + 128 or not exact, f"{job}: {compiled} compiled, {count} counted"
+        assert count <= compiled + 128 or job[2] in ("sm_100", "sm_120"), f"{job}: {compiled} compiled, {count} counted"
