@@ -93,10 +93,23 @@ def default(problem: Problem, device: torch.device):
         base["num_warps"] = 8
     if problem.dtype.itemsize == 4 and compute_capability() >= 100:  # spills in 4
         base["num_warps"] = 8
+    if rows and base["BLOCK_W"] == 0:
+        base["BLOCK_W"] = _short_rows(problem)
     order = preferred(problem)
     if order != AS_GIVEN:  # the columns are c_in, the depth c_out
         order = IN_INNERMOST if problem.dtype.itemsize == 2 or rows else OUT_INNERMOST
     return {**base, "GROUP_M": 1, "ROWS": rows, "WEIGHT": order}
+
+
+def _short_rows(problem: Problem) -> int:
+    """BLOCK_W of rows of x with fewer than 8 voxels: a divisor of them whose outputs fill a load of 16 bytes, else 0.
+
+    Triton 3.6 and 3.9 do not compile such a layer for sm_100 with BLOCK_W = 0 ("Illegal shared layout").
+    """
+    width = problem.size[2]
+    run = width & -width
+    whole = problem.out_size[2] == width * problem.stride[2]
+    return run if whole and run * problem.stride[2] * problem.dtype.itemsize % 16 == 0 else 0
 
 
 def space(problem: Problem, device: torch.device):
