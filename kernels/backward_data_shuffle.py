@@ -102,14 +102,15 @@ def default(problem: Problem, device: torch.device):
 
 
 def _short_rows(problem: Problem) -> int:
-    """BLOCK_W of rows of x with fewer than 8 voxels: a divisor of them whose outputs fill a load of 16 bytes, else 0.
+    """BLOCK_W where a row of x has fewer than 8 voxels: a divisor of them whose outputs are a multiple of 8, else 0.
 
-    Triton 3.6 and 3.9 do not compile such a layer for sm_100 with BLOCK_W = 0 ("Illegal shared layout").
+    These are loads of 16 bytes then. With 0 Triton 3.6 and 3.9 do not compile such a layer in half precision for sm_100
+    ("Illegal shared layout").
     """
-    width = problem.size[2]
-    run = width & -width
-    whole = problem.out_size[2] == width * problem.stride[2]
-    return run if whole and run * problem.stride[2] * problem.dtype.itemsize % 16 == 0 else 0
+    width, stride = problem.size[2], problem.stride[2]
+    run = width & -width  # the largest power of two that divides it
+    neighbours = problem.kernel[2] == stride and problem.out_size[2] == width * stride
+    return run if neighbours and run > 1 and run * stride % 8 == 0 else 0
 
 
 def space(problem: Problem, device: torch.device):
