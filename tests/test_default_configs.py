@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from variant_cases import DEVICE, Case, complaints
 
 from tritonconv.kernels.registry import variant
-from tritonconv.problem import Problem
 
+pytestmark = pytest.mark.usefixtures("poisoned")
 pytest.importorskip("triton")
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,14 +58,18 @@ def test_what_was_refused_or_spilled_has_no_fault():
     assert [sorted(loads) for (loads,) in json.loads(done.stdout)] == [wide, wide, unaligned, wide, wide]
 
 
-@pytest.mark.parametrize(
-    ("width", "stride", "kernel", "runs"),
-    [(4, 2, 2, 4), (2, 4, 4, 2), (6, 4, 4, 2), (6, 2, 2, 0), (3, 8, 8, 0), (1, 8, 8, 0), (4, 2, 1, 0), (8, 2, 2, 8)],
-)
-def test_rows_of_few_voxels_are_in_runs_where_their_outputs_fill_loads(width, stride, kernel, runs):
-    size = (4, 4, width)
-    problem = Problem(
-        n=2, c_in=64, c_out=64, groups=1, size=size, kernel=(kernel,) * 3, stride=(stride,) * 3, crop=(0, 0, 0),
-        out_size=tuple(stride * s for s in size), dilation=(1, 1, 1), dtype=torch.bfloat16, layout="ncdhw", bias=False,
-    )  # fmt: skip
-    assert variant("backward_data_shuffle").default(problem, torch.device("cpu"))["BLOCK_W"] == runs
+# (voxels of a row of x, stride, taps along w) and BLOCK_W.
+ROWS = {(4, 2, 2): 4, (2, 4, 4): 2, (6, 4, 4): 2, (6, 2, 2): 0, (3, 8, 8): 0, (1, 8, 8): 0, (4, 2, 1): 0, (8, 2, 2): 8}
+
+
+@pytest.mark.parametrize(("width", "stride", "taps"), ROWS)
+def test_rows_of_few_voxels_are_in_runs_where_their_outputs_fill_loads(width, stride, taps):
+    extra = (0, 0, max(0, stride - taps))
+    case = Case(channels=(5, 16), size=(3, 2, width), kernel=(2, 2, taps), stride=(2, 2, stride), extra=extra)
+    for name in ("backward_data_shuffle", "backward_data_shuffle_given"):
+        record = variant(name)
+        problem = case.problem(torch.float16, "ncdhw")
+        if record.supports(problem, DEVICE) is None:
+            config = record.default(problem, DEVICE)
+            assert config["BLOCK_W"] == ROWS[width, stride, taps]
+            assert complaints(record, case, torch.float16, "ncdhw", True, DEVICE, lambda _, only=(config,): only) == []
