@@ -93,10 +93,24 @@ def default(problem: Problem, device: torch.device):
         base["num_warps"] = 8
     if problem.dtype.itemsize == 4 and compute_capability() >= 100:  # spills in 4
         base["num_warps"] = 8
+    if rows and base["BLOCK_W"] == 0:
+        base["BLOCK_W"] = _short_rows(problem)
     order = preferred(problem)
     if order != AS_GIVEN:  # the columns are c_in, the depth c_out
         order = IN_INNERMOST if problem.dtype.itemsize == 2 or rows else OUT_INNERMOST
     return {**base, "GROUP_M": 1, "ROWS": rows, "WEIGHT": order}
+
+
+def _short_rows(problem: Problem) -> int:
+    """BLOCK_W where a row of x has fewer than 8 voxels: a divisor of them whose outputs are a multiple of 8, else 0.
+
+    These are loads of 16 bytes then. With 0 Triton 3.6 and 3.9 do not compile such a layer in half precision for sm_100
+    ("Illegal shared layout").
+    """
+    width, stride = problem.size[2], problem.stride[2]
+    run = width & -width  # the largest power of two that divides it
+    neighbours = problem.kernel[2] == stride and problem.out_size[2] == width * stride
+    return run if neighbours and run > 1 and run * stride % 8 == 0 else 0
 
 
 def space(problem: Problem, device: torch.device):

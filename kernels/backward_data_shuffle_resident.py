@@ -8,6 +8,7 @@ once, all taps and output channels in one step of the depth, and the next tile o
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -19,7 +20,7 @@ from tritonconv.kernels import triton_phases as phases
 from tritonconv.kernels import triton_tiles as tiles
 from tritonconv.kernels.targets import MULTIPROCESSORS
 from tritonconv.kernels.triton_device import aligned, voxel_tiles, widened
-from tritonconv.kernels.triton_launch import accounting, multiprocessors, refusal
+from tritonconv.kernels.triton_launch import WIDE_FROM, accounting, multiprocessors, refusal
 from tritonconv.kernels.triton_phases import load_phases
 from tritonconv.kernels.triton_shuffle import row_dividers, store_voxels, taps
 from tritonconv.kernels.triton_target import BARRIERS, pipeline_buffers, shared_bytes
@@ -124,10 +125,13 @@ def _shared_bytes(problem: Problem, config: Config) -> int:
 def _fitting(problem: Problem) -> Iterator[dict[str, int]]:
     """The configs that fit the target, best guess first: the most programs that share a multiprocessor, then rows."""
     order = IN_INNERMOST if problem.dtype.itemsize == 2 else OUT_INNERMOST  # as of backward_data_shuffle
-    wide = _whole(problem, {})["BLOCK_N"]
+    whole, far = _whole(problem, {}), math.prod(problem.y_shape) >= WIDE_FROM  # offsets of 64 bits
+    wide, row_bytes = whole["BLOCK_N"], whole["BLOCK_K"] * problem.dtype.itemsize
     rows = (64, 128) if problem.dtype.itemsize == 2 else (64,)  # 128 of float32 spill on sm_100
     for block_m, stages in itertools.product(rows, (2, 3)):
-        warps = 8 if block_m * wide >= 128 * 64 or problem.dtype.itemsize == 4 else 4
+        # A step loads whole rows of grad_y: each address takes a register, two where it is of 64 bits.
+        much = block_m * row_bytes * (2 if far else 1) > 4 * tiles.MOST_LOADED
+        warps = 8 if much or block_m * wide >= 128 * 64 or problem.dtype.itemsize == 4 else 4
         config = {"BLOCK_M": block_m, "num_warps": warps, "num_stages": stages, "WEIGHT": order, "RESIDENT": 1}
         resident = shared_bytes() // _shared_bytes(problem, config)
         if resident:
