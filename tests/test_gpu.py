@@ -37,7 +37,7 @@ pytestmark = pytest.mark.gpu
 MOST_VOXELS = 24  # of an axis of a real layer as it is judged
 SIZE = (5, 6, 7)
 # Of the real layers that a variant serves so many, and each in so many layouts.
-FEW_CHANNELS = "unetr_32_16"  # of float32 the fused backward serves no wider one
+FEW_CHANNELS = "unetr_32_16", "grnet_32_1"  # of float32 the fused backward and forward_overlap_planes serve no wider
 NOT_SERVED = {("backward_data_fused", "ieee"), ("backward_weight_fused", "ieee")}
 JUDGED = {"bfloat16": (2, 2), "float16": (1, 1), "tf32": (1, 1), "ieee": (1, 1)}
 EVERY_LAYER = "EVERY_LAYER" in os.environ  # make test-gpu-all: each class in each layout in each precision
@@ -48,10 +48,12 @@ PRODUCTS = [f"{name}_torch_{idea}" for name in PASSES for idea in ("shuffle", "l
 
 def layers_judged(name: str, precision: str) -> list[Problem]:
     """Cut to what takes no time; precisions that are judged in one layout take turns."""
-    most_layers, most_layouts = (len(SAMPLE_LAYERS) + 1, len(LAYOUTS)) if EVERY_LAYER else JUDGED[precision]
+    most_layers, most_layouts = (
+        (len(SAMPLE_LAYERS) + len(FEW_CHANNELS), len(LAYOUTS)) if EVERY_LAYER else JUDGED[precision]
+    )
     layouts = sorted(LAYOUTS, reverse=list(JUDGED).index(precision) % 2 == 1)
     found: list[Problem] = []
-    for layer in dict.fromkeys((*SAMPLE_LAYERS.values(), FEW_CHANNELS)):
+    for layer in dict.fromkeys((*SAMPLE_LAYERS.values(), *FEW_CHANNELS)):
         whole = [workload(layer).problem(PRECISIONS[precision], layout) for layout in layouts]
         cut = [resized(each, tuple(min(size, MOST_VOXELS) for size in each.size), 1) for each in whole]
         served_ones = [each for each in cut if form(name).supports(each, DEVICE) is None][:most_layouts]
