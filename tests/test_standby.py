@@ -15,11 +15,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from named_gpu import CUDA, name_gpu
 
 import tritonconv
 from tritonconv import KernelWarning, Problem, dispatch
 from tritonconv.autotune.choose import Selection
+from tritonconv.epilogue import Epilogue, finish
 from tritonconv.kernels.registry import variant
 from tritonconv.problem import PASSES
 
@@ -51,8 +53,10 @@ def interpreted(compiler, monkeypatch):
     return compiler
 
 
-def plan_of(names=KERNELS) -> dispatch.Plan:
-    chosen = {name: Selection(record, record.default(UP, CPU), "chosen") for name, record in _records(names)}
+def plan_of(names=KERNELS, forced=False) -> dispatch.Plan:
+    chosen = {
+        name: Selection(record, record.default(UP, CPU), "chosen", forced=forced) for name, record in _records(names)
+    }
     return dispatch.Plan(UP, CPU, choose=None, chosen=chosen, standby=True)
 
 
@@ -297,3 +301,15 @@ gate.set()
 assert ended and status == 0, (ended, status)
 """
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, timeout=60)
+
+
+@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize("forced", [False, True])
+@pytest.mark.parametrize("epilogue", [Epilogue("relu"), Epilogue("sigmoid", residual=True)], ids=str)
+def test_a_forced_kernel_with_an_epilogue_waits_for_the_compiler(interpreted, epilogue, forced, pack):
+    x, weight, bias = torch.randn(1, 8, 2, 3, 2), torch.randn(8, 4, 2, 2, 2), torch.randn(4)
+    residual = torch.randn(UP.y_shape) if epilogue.residual else None
+    found = plan_of(forced=forced).forward_with(epilogue, pack)(x, weight, bias, residual, None)
+    y = F.conv_transpose3d(x, weight, bias, 2)
+    want = finish(y, epilogue, None, residual, None)
+    torch.testing.assert_close(found[0] if pack else found, want)

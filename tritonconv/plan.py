@@ -319,11 +319,11 @@ class Plan:
         return choice.variant.program(self.problem, choice.config)
 
     def stand_in(self, name: str) -> Callable[..., Any] | None:
-        """torch's own operation in the place of the Triton launches of a pass or of the whole backward; None where the
-        calls wait for the compiler."""
-        if not self.standby or any(self.choice(each).forced for each in REPLAYED[name]):
+        """torch's own in the place of a function's Triton launches; None where calls wait for the compiler."""
+        passes = REPLAYED.get(name, ())  # none of a forward with an epilogue, whose stand-in is made apart
+        if not self.standby or not passes or any(self.choice(each).forced for each in passes):
             return None
-        own = [self._torchs_own(each) for each in REPLAYED[name]]
+        own = [self._torchs_own(each) for each in passes]
         if name == "forward_and_pack":
             return lambda *operands: (own[0](*operands), None)
         if len(own) == 1:
