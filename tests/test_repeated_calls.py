@@ -25,10 +25,9 @@ TWICE_AND_SHORT = [False, False, True]
 ROADS = {"torch's own": "native", "another": "shuffle"}
 
 
-@pytest.fixture(params=ROADS)
-def road(request, monkeypatch):
-    """Every call that it serves has this formulation, forward and backward."""
-    names = tuple(f"{name}_torch_{ROADS[request.param]}" for name in PASSES)
+def choose(idea, monkeypatch):
+    """Every call on a CPU that the formulation serves has it, forward and backward."""
+    names = tuple(f"{name}_torch_{idea}" for name in PASSES)
 
     def picks(problem, vendor):
         serves = all(variant(name).supports(problem, torch.device("cpu")) is None for name in names)
@@ -36,6 +35,11 @@ def road(request, monkeypatch):
 
     monkeypatch.setenv(online.VARIABLE, online.NEVER)
     monkeypatch.setattr(nearby, "picks", picks)
+
+
+@pytest.fixture(params=ROADS)
+def road(request, monkeypatch):
+    choose(ROADS[request.param], monkeypatch)
     return request.param
 
 

@@ -8,24 +8,20 @@ import pytest
 import torch
 from allocations import peak
 from test_online import Clock
-from test_repeated_calls import SURROUNDINGS
+from test_repeated_calls import SURROUNDINGS, TWICE_AND_SHORT, choose
 from torch import nn
 
 import tritonconv
 from tritonconv import ArgumentError, concatenation, dispatch, trial_plan, up_concat
-from tritonconv.autotune import nearby, online, rules
+from tritonconv.autotune import nearby, online
 from tritonconv.autotune.online import ROUNDS
-from tritonconv.kernels.registry import variant
-from tritonconv.problem import PASSES
 
-TWICE_AND_SHORT = [False, False, True]
 ROADS = {"two operations": "native", "in the slice": "shuffle"}
 
 
 @pytest.fixture(params=ROADS)
 def short(request, monkeypatch):
     """A function that makes a call, and says whether it ran without a look for its plan."""
-    names = tuple(f"{name}_torch_{ROADS[request.param]}" for name in PASSES)
     looked, original = [], concatenation.plan_for
 
     def plan_for(*call):
@@ -37,13 +33,7 @@ def short(request, monkeypatch):
         up_concat(*call)
         return not looked
 
-    monkeypatch.setenv(online.VARIABLE, online.NEVER)
-
-    def picks(problem, vendor):
-        serves = all(variant(name).supports(problem, torch.device("cpu")) is None for name in names)
-        return (names if serves else tuple(rules.FALLBACK[name] for name in PASSES)), ("", "")
-
-    monkeypatch.setattr(nearby, "picks", picks)
+    choose(ROADS[request.param], monkeypatch)
     monkeypatch.setattr(concatenation, "plan_for", plan_for)
     dispatch.forget()
     yield short
