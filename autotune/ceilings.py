@@ -26,7 +26,8 @@ COPY_CACHE, COPY_MEMORY, COPY_L2, MATMUL, LAUNCH = "copy_cache", "copy_memory", 
 class Ceilings:
     """Rates in FLOP/s (``matrix`` by dtype, ``vector`` for FMAs) and bytes/s (``memory``, ``cache``); sizes in bytes,
     of shared memory and registers per multiprocessor; ``launch_us`` is the time of one launch. ``factors``: measured
-    over predicted time by kind of kernel (``calibrate.py``).
+    over predicted time by kind of kernel; ``host_ms``: the host's time for a call by variant, and by pass and backend
+    for a variant that has none (``calibrate.py``).
     """
 
     device: str
@@ -40,6 +41,7 @@ class Ceilings:
     launch_us: float
     measured: bool = False
     factors: Mapping[str, float] = field(default_factory=dict)
+    host_ms: Mapping[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -143,7 +145,7 @@ def from_json(data: Mapping[str, Any]) -> Ceilings | None:
         ceilings = Ceilings(**data)
         ceilings = replace(ceilings, factors={_renamed(kind): factor for kind, factor in ceilings.factors.items()})
         rates = (ceilings.vector, ceilings.memory, ceilings.cache, ceilings.multiprocessors, *ceilings.matrix.values())
-        rates += tuple(ceilings.factors.values())
+        rates += (*ceilings.factors.values(), *ceilings.host_ms.values())
         return ceilings if ceilings.matrix and all(rate > 0 for rate in rates) else None
     except (TypeError, AttributeError):
         return None

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache, lru_cache
 from typing import NamedTuple
 
@@ -87,7 +88,7 @@ def choose(problem: Problem, device: torch.device, pass_name: str, graphs: bool 
     if problem.n and problem.c_out:
         for entry, words, near in _entries(Key.of(problem, pass_name), device):
             for each in entry.choices(graphs):
-                record = _usable(each, problem, device)
+                record = usable(each, problem, device)
                 if record is not None and (not near or _plausible(record, each, problem, device)):
                     return Selection(record, each.config, _reason(each, entry, words), each)
     if problem.epilogue is not None:
@@ -99,7 +100,7 @@ def choose(problem: Problem, device: torch.device, pass_name: str, graphs: bool 
         if decided is not None:
             record = variant(decided[0])
             return Selection(record, record.default(problem, device), decided[1], saved_s=decided[2])
-    return untuned(problem, device, pass_name)
+    return untuned(problem, device, pass_name, graphs)
 
 
 def _wants_kernels(device: torch.device) -> bool:
@@ -139,11 +140,12 @@ def _entries(key: Key, device: torch.device) -> Iterator[tuple[Entry, str, bool]
                 yield entry, words + source.words, near
 
 
-def untuned(problem: Problem, device: torch.device, pass_name: str) -> Selection:
+def untuned(problem: Problem, device: torch.device, pass_name: str, graphs: bool = True) -> Selection:
     """The choice without any stored entry: the cost model's on a GPU that it was validated on, else the rules' (torch's
-    own on a GPU). With an epilogue it is the plain call's, stored or not."""
+    own on a GPU). With an epilogue it is the plain call's, stored or not. Without ``graphs`` it heeds the host's time.
+    """
     if problem.epilogue is not None:
-        return choose(problem.plain, device, pass_name)
+        return choose(problem.plain, device, pass_name, graphs)
     record, because = rules.choose(problem, device, pass_name)
     torchs = Selection(record, record.default(problem, device), because)
     gpu = serving.part(device)
@@ -154,7 +156,7 @@ def untuned(problem: Problem, device: torch.device, pass_name: str) -> Selection
         return torchs._replace(
             reason=f"{because}; nothing was measured near this size for {new}: `tritonconv tune` measures it here"
         )
-    modelled = _first(problem, device, pass_name)
+    modelled = _first(problem, device, pass_name, graphs)
     return torchs if _fault(modelled.variant, modelled.config, problem, device) else modelled
 
 
@@ -162,25 +164,31 @@ MOST_FIRSTS = 4096
 _firsts: dict[tuple, tuple[Selection, Problem]] = {}
 
 
-def _first(problem: Problem, device: torch.device, pass_name: str) -> Selection:
+def _first(problem: Problem, device: torch.device, pass_name: str, graphs: bool) -> Selection:
     """The model's first choice, cached by key: ranking the configs takes longer than a layer does."""
-    key = Key.of(problem, pass_name), device
+    key = Key.of(problem, pass_name), device, graphs
     known = _firsts.get(key)
     if known is None:
-        made = Selection(*first(problem, device, pass_name, ceilings_of(device)))
+        ceilings = ceilings_of(device)
+        made = Selection(*first(problem, device, pass_name, replace(ceilings, host_ms={}) if graphs else ceilings))
         known = remember(_firsts, key, (made, problem), MOST_FIRSTS)
     selection, estimated = known
     return selection if estimated == problem else selection._replace(reason=f"{selection.reason}, for {estimated}")
 
 
 def ceilings_of(device: torch.device) -> Ceilings:
-    """The device's measured ceilings, else those of a GPU of its kind that was measured, else nominal ones."""
-    gpu, tables = serving.part(device), (source.table for source in sources_of(device))
-    stored = next((from_json(table.ceilings) for table in tables if table.ceilings), None)
+    """The device's measured ceilings, else those of a GPU of its kind that was measured, else nominal ones.
+
+    The host's times are those of the first table that has any.
+    """
+    gpu, tables = serving.part(device), [source.table for source in sources_of(device)]
+    known = [each for each in (from_json(table.ceilings or {}) for table in tables) if each is not None]
     fitted = fit.shipped_fit(gpu.capability) if gpu is not None and serving.has_model(gpu) else None
-    if gpu is None or fitted is None or (stored is not None and stored.device == gpu.name):
-        return stored or nominal(device)
-    return scale_to(fitted.ceilings, gpu)
+    if gpu is None or fitted is None or (known and known[0].device == gpu.name):
+        found = known[0] if known else nominal(device)
+    else:
+        found = scale_to(fitted.ceilings, gpu)
+    return replace(found, host_ms=next((each.host_ms for each in known if each.host_ms), {}))
 
 
 def _plausible(record: Variant, entry: Entry, problem: Problem, device: torch.device) -> bool:
@@ -193,7 +201,7 @@ def _plausible(record: Variant, entry: Entry, problem: Problem, device: torch.de
     return mine.ms <= SLACK * model.estimate(other.variant, problem, other.config, ceilings).ms
 
 
-def _usable(entry: Entry, problem: Problem, device: torch.device) -> Variant | None:
+def usable(entry: Entry, problem: Problem, device: torch.device) -> Variant | None:
     """The entry's variant, if it is there and serves the problem with the entry's config."""
     try:
         record = variant(entry.variant)
@@ -246,7 +254,7 @@ def _reason(chosen: Entry, entry: Entry, where: str) -> str:
     if entry.eager is None or chosen.host_ms is None:
         return timed
     if (chosen.variant, chosen.config) == (entry.eager.variant, entry.eager.config):
-        return f"{timed}; for eager calls: the longer of that and the host's {chosen.host_ms:.3g} ms is the least"
+        return f"{timed}; for eager calls, where the host takes {chosen.host_ms:.3g} ms to enqueue it"
     return f"{timed}; for CUDA graphs, where the host's {chosen.host_ms:.3g} ms do not count"
 
 

@@ -26,7 +26,10 @@ MARGIN = 0.92  # of torch's own time that a kernel must be expected to take at m
 
 
 def first(problem: Problem, device: torch.device, pass_name: str, ceilings: Ceilings) -> tuple[Variant, Config, str]:
-    """The variant, its config and the reason for one pass; ``ceilings`` are the device's."""
+    """The variant, its config and the reason for one pass; ``ceilings`` are the device's.
+
+    With times of the host among them it is the choice for an eager call (:func:`model.eager_ms`), else for a graph.
+    """
     native, fitted = variant(FALLBACK[pass_name]), shipped_fit(HOPPER)
     if fitted is None or pass_name not in fitted.passes:
         return native, NO_CONFIG, "there is no fit for this GPU: torch's own"
@@ -34,13 +37,16 @@ def first(problem: Problem, device: torch.device, pass_name: str, ceilings: Ceil
     where = place(problem)
     correction = cache(lambda kind: fitted.passes[pass_name].kernels.at(kind, where))
 
+    def spent(record: Variant, ms: float) -> float:
+        return model.eager_ms(ms, model.host_ms(record, ceilings))
+
     def expected_ms(record: Variant, config: Config) -> float:
         guess = model.estimate(record, problem, config, ceilings)
         return guess.ms * correction(model.kind(record, config, guess.work))
 
     forms = {kind.removesuffix(model.UNPIPELINED) for kind in fitted.passes[pass_name].kernels.kinds}
     candidates = [
-        (expected_ms(record, config), record, config)
+        (spent(record, expected_ms(record, config)), record, config)
         for record in variants(pass_name)
         if takes_part(record, fitted) and record.supports(problem, device) is None
         for config in record.starts(problem, device)
@@ -49,14 +55,18 @@ def first(problem: Problem, device: torch.device, pass_name: str, ceilings: Ceil
     if candidates:
         _, record, best = min(candidates, key=lambda candidate: candidate[0])
         near = model.around(record, problem, device, best)
-        candidates += [(expected_ms(record, each), record, each) for each in near if _was_timed(record, each, best)]
+        timed = (each for each in near if _was_timed(record, each, best))
+        candidates += [(spent(record, expected_ms(record, each)), record, each) for each in timed]
     torch_ms = fitted.torch_ms(problem, pass_name, ceilings)
     reason = f"nothing was tuned near this size; the cost model expects torch's own to take {torch_ms * 1e3:.3g} us"
     if not candidates:
         return native, NO_CONFIG, reason
-    ms, record, config = min(candidates, key=lambda candidate: candidate[0])
-    reason += f" and {record.name} {ms * 1e3:.3g} us"
-    return (record, config, reason) if ms < MARGIN * torch_ms else (native, NO_CONFIG, reason)
+    least, record, config = min(candidates, key=lambda candidate: candidate[0])
+    reason += f" and {record.name} {expected_ms(record, config) * 1e3:.3g} us"
+    if ceilings.host_ms:
+        hosts = [model.host_ms(each, ceilings) * 1e3 for each in (native, record)]
+        reason += f", and the host {hosts[0]:.3g} and {hosts[1]:.3g} us to enqueue them"
+    return (record, config, reason) if least < MARGIN * spent(native, torch_ms) else (native, NO_CONFIG, reason)
 
 
 def _was_timed(record: Variant, config: Config, default: Config) -> bool:

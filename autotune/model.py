@@ -107,6 +107,26 @@ def launches_ms(launches: int, ceilings: Ceilings) -> float:
     return times * ceilings.launch_us * 1e-3
 
 
+def hosts_of(record: Variant) -> tuple[str, str]:
+    """The names under which :attr:`Ceilings.host_ms` has the host's time for a call: the variant's, the backend's."""
+    return record.name, f"{record.pass_name} {record.backend}"
+
+
+def host_ms(record: Variant, ceilings: Ceilings) -> float:
+    """The host's time to enqueue a call, in ms; 0 where none was measured."""
+    name, backend = hosts_of(record)
+    return ceilings.host_ms.get(name, ceilings.host_ms.get(backend, 0.0))
+
+
+def eager_ms(ms: float, host_ms: float) -> float:
+    """An eager call's mean time in two programs: one keeps the device busy, the other waits for its host.
+
+    In the second the call takes the longer of the device's time and the host's. The least of that alone may take many
+    times as long in the first.
+    """
+    return (ms + max(ms, host_ms)) / 2
+
+
 def form(record: Variant, config: Config) -> str:
     """The variant's name; configs that copy operands first have a form of their own, as another kernel would."""
     return record.name + COPIES if config.get(COPY) else record.name

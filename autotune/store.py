@@ -36,13 +36,18 @@ Known = dict[str, Any] | None  # ceilings as JSON, where any were measured
 
 @dataclass(frozen=True)
 class Eager:
-    """The choice for eager calls, where it is not the entry's own; its fields are as there."""
+    """The choice for eager calls, where it is not the entry's own; its fields are as there.
+
+    ``torch_ms`` and ``timed`` are None where they are the entry's.
+    """
 
     variant: str
     config: Mapping[str, int]
     ms: float
     host_ms: float
     source: str
+    torch_ms: float | None = None
+    timed: str | None = None
 
 
 @dataclass(frozen=True)
@@ -52,8 +57,8 @@ class Entry:
     ``problem`` says in words what was measured, ``timed`` which part of it (a gradient is timed in a training step),
     ``versions`` what with; ``source`` is the variant's revision then (:mod:`tritonconv.autotune.sources`). ``rivals``
     is how many candidates it was chosen from: a tuner that knows more of them chooses anew. ``host_ms`` is the host's
-    time for the call that was timed, None where it is the same (a CPU) or was not taken; ``eager`` is the choice whose
-    larger time of the two is the least, None where that is this one.
+    time for the call that was timed, None where it is the same (a CPU) or was not taken; ``eager`` is the best choice
+    by both times (:func:`tritonconv.autotune.model.eager_ms`), None where that is this one.
     """
 
     variant: str
@@ -83,7 +88,8 @@ class Entry:
             and type(entry.rivals) is int
             and _is_time(entry.torch_ms)
             and (entry.host_ms is None or _is_time(entry.host_ms))
-            and (eager is None or _is_time(eager.host_ms))
+            and (eager is None or (_is_time(eager.host_ms) and (eager.torch_ms is None or _is_time(eager.torch_ms))))
+            and (eager is None or type(eager.timed) in (str, type(None)))
             and all(_is_choice(each) for each in (entry, eager) if each is not None)
         )
         if not sound:
@@ -92,7 +98,7 @@ class Entry:
 
     def to_json(self) -> dict[str, Any]:
         """Without the fields that are None."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
+        return _known(asdict(self))
 
     def choices(self, graphs: bool) -> tuple[Entry, ...]:
         """The choice that holds in a CUDA graph or, without ``graphs``, in an eager call; then the other, if there is
@@ -100,8 +106,14 @@ class Entry:
         own = replace(self, eager=None)
         if self.eager is None:
             return (own,)
-        eager = replace(own, **vars(self.eager))
+        eager = replace(own, **{name: value for name, value in vars(self.eager).items() if value is not None})
         return (own, eager) if graphs else (eager, own)
+
+
+def _known(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that are not None, of a choice in it too."""
+    known = {name: value for name, value in fields.items() if value is not None}
+    return known | {"eager": _known(known["eager"])} if "eager" in known else known
 
 
 def _is_choice(choice: Entry | Eager) -> bool:

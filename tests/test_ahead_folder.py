@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from tritonconv import Problem
-from tritonconv.autotune import ceilings
+from tritonconv.autotune import ceilings, serving, store
 from tritonconv.autotune.choose import Selection
+from tritonconv.autotune.key import Key
 from tritonconv.autotune.tuning import compiled_ahead
 from tritonconv.autotune.tuning.candidates import Candidate, Effort, candidates
 from tritonconv.errors import ArgumentError
@@ -28,6 +29,7 @@ from tritonconv.lab.inspection.compiling import compiling_for
 from tritonconv.lab.inspection.launches import Kernel, Launch, Launches
 from tritonconv.lab.inspection.precompile import Precompiler
 from tritonconv.precision import float32_precision
+from tritonconv.problem import PASSES
 
 ROOT = Path(__file__).resolve().parent.parent
 GPU = torch.device("cuda", 0)
@@ -252,3 +254,15 @@ def test_no_kernel_reads_a_constexpr_of_its_module(path):
     tree = ast.parse(path.read_text())
     values = [node.value for node in tree.body if isinstance(node, ast.Assign | ast.AnnAssign) and node.value]
     assert not [ast.unparse(each) for each in values if "constexpr(" in ast.unparse(each)]
+
+
+def test_the_choices_that_ship_for_a_target_are_compiled_first():
+    known = Problem(2, 320, 320, (4,) * 3, (2,) * 3, (2,) * 3, (0,) * 3, (8,) * 3, dtype=torch.bfloat16, layout="ndhwc")
+    entries = store.shipped_table(serving.MEASURED).entries
+    for target, shipped in (("sm_90", True), ("sm_80", False)):
+        jobs = compiled_ahead.jobs_of([known], target, 1)
+        asked = [(name, config) for name, each, config in jobs if each == known]
+        for pass_name in PASSES:
+            both = entries[str(Key.of(known, pass_name))].choices(graphs=True)
+            wanted = [(each.variant, each.config) for each in both if "_torch_" not in each.variant]
+            assert wanted and all(each in asked[:3] for each in wanted) is shipped

@@ -147,7 +147,7 @@ def test_choices_of_the_model_are_forgotten_too(monkeypatch):
         problem = Problem(1, channels, 16, (8, 8, 8), (2, 2, 2), (2, 2, 2), (0, 0, 0), (16, 16, 16), (1, 1, 1), 1,
                           torch.bfloat16)  # fmt: skip
         assert choose.untuned(problem, CUDA, "forward") == choose.untuned(problem, CUDA, "forward")
-    assert [key.c_in for key, _ in choose._firsts] == [48, 64]
+    assert [key.c_in for key, *_ in choose._firsts] == [48, 64]
 
 
 def test_a_graph_whose_call_is_forgotten_is_traced_anew(monkeypatch):

@@ -138,6 +138,21 @@ def test_samples_are_of_the_variants_as_they_are_now_and_of_these_problems():
     assert calibrate.samples([kept, *left], [each], {}) == [Sample(record, each, {}, 3.0)]
 
 
+def test_the_hosts_times_are_medians_of_single_calls_by_variant_and_by_backend():
+    def timing(name, host_ms, pass_name="forward", versions=(), **more) -> Timing:
+        return Timing("", pass_name, name, {}, "", "screen", dict(versions), host_ms=host_ms, **more)
+
+    own, other = "forward_torch_native", "forward_torch_phases"
+    kept = [*(timing(own, ms) for ms in (0.1, 0.3, 0.2)), *(timing(other, ms) for ms in (2.0, 1.0))]
+    left = [timing(own, 9.0, status="wrong"), timing(own, None), timing(own, 9.0, "forward_backward"),
+            timing(own, 9.0, versions={"triton": "3.0"}), timing("forward_gone", 9.0)]  # fmt: skip
+    found = calibrate.host_times([*kept, *left], {})
+    assert found == {own: 0.2, "forward torch": 0.3}
+    known = dataclasses.replace(GPU, host_ms=found)
+    assert model.host_ms(variant(own), known) == 0.2 and model.host_ms(variant(other), known) == 0.3
+    assert model.host_ms(variant(own), GPU) == model.host_ms(variant("backward_data_torch_native"), known) == 0.0
+
+
 @needs_triton
 def test_a_tuning_run_corrects_its_predictions_by_what_it_timed_and_keeps_older_factors(tmp_path):
     found = measured(NAME, 2.0, LEAST)
@@ -169,6 +184,10 @@ def test_roofs_that_are_measured_again_keep_the_factors(tmp_path):
     calibrate.keep_factors({"torch": 3.0}, CPU, tmp_path)
     both = ceilings.from_json(store.read(device_name(CPU), tmp_path).ceilings)
     assert both.memory == 1e12 and both.factors == {"forward_phases": 2.0, "triton": 1.25, "torch": 3.0}
+    calibrate.keep_factors({}, CPU, tmp_path, {"forward triton": 0.05, "forward_phases": 0.04})
+    calibrate.keep(dataclasses.replace(GPU, host_ms={"forward triton": 0.06}), CPU, tmp_path)
+    kept = ceilings.from_json(store.read(device_name(CPU), tmp_path).ceilings)
+    assert kept.factors == both.factors and kept.host_ms == {"forward triton": 0.06, "forward_phases": 0.04}
     calibrate.keep_factors({"torch": 3.0}, CPU, tmp_path / "nothing measured")
     assert store.read(device_name(CPU), tmp_path / "nothing measured").ceilings is None
 

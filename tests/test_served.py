@@ -124,3 +124,38 @@ def tune_by_hand(problem: Problem, name: str, gpu: Part) -> None:
     entry = Entry(name, dict(record.default(problem, CUDA)), 1.0, 2.0, "", str(problem), "forward", "2026-01-01T00:00")
     store.merge(Table(gpu.name, {str(Key.of(problem, "forward")): entry}))
     choose.forget()
+
+
+SMALL = replace(at(KNOWN, 4), c_in=320, c_out=320)  # nnU-Net's first decoder layer, which is in the table
+UNSEEN = replace(at(KNOWN, 6), n=1, c_in=768, c_out=128)  # UNETR's, which the model chooses for
+
+
+@pytest.mark.parametrize("problem", [SMALL, UNSEEN], ids=["tuned", "by the model"])
+def test_a_small_layers_eager_calls_have_kernels_where_torchs_own_are_fastest_on_the_device_alone(monkeypatch, problem):
+    """They take a few microseconds there, and the host takes twice as long to enqueue them as a kernel."""
+    name_gpu(monkeypatch)
+    backends = {
+        graphs: [choose.choose(problem, CUDA, name, graphs).variant.backend for name in PASSES[1:]]
+        for graphs in (True, False)
+    }
+    assert "torch" in backends[True] and backends[False] == ["triton", "triton"]
+    text = explain_problem(problem, CUDA).text
+    assert "in CUDA graphs: backward_weight_torch_native" in text
+    assert ("to enqueue" in text) and ("(shipped)" in text) == (problem is SMALL)
+
+
+def test_a_large_layers_eager_calls_have_what_is_fastest_on_the_device(monkeypatch):
+    name_gpu(monkeypatch)
+    for problem in (KNOWN, at(KNOWN, 128), at(UNKNOWN, 128)):
+        for name in PASSES:
+            device, eager = (choose.choose(problem, CUDA, name, graphs) for graphs in (True, False))
+            assert device[:2] == eager[:2]
+
+
+def test_another_hopper_has_the_hosts_times_of_the_one_that_was_measured(monkeypatch):
+    name_gpu(monkeypatch)
+    measured = choose.ceilings_of(CUDA).host_ms
+    name_gpu(monkeypatch, H100)
+    assert measured and choose.ceilings_of(CUDA).host_ms == measured
+    name_gpu(monkeypatch, A100)
+    assert not choose.ceilings_of(CUDA).host_ms

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -25,6 +26,8 @@ from tritonconv.errors import ArgumentError
 from tritonconv.kernels.registry import variant
 from tritonconv.kernels.variant import Config, Variant
 from tritonconv.problem import Problem
+
+LEAST_HOSTS = 3  # timings: the host's time for one varies with what else it does
 
 
 class Sample(NamedTuple):
@@ -110,22 +113,48 @@ def ratios(found: Iterable[Count], ceilings: Ceilings, by: str = "kind") -> dict
     return groups
 
 
+def host_times(timings: Iterable[Timing], versions: Mapping) -> dict[str, float]:
+    """The host's median time for a call, in ms, with these versions, for :attr:`Ceilings.host_ms`."""
+    found: dict[str, list[float]] = {}
+    for timing in timings:
+        if timing.status != OK or timing.host_ms is None or dict(timing.versions) != dict(versions):
+            continue
+        try:
+            record = variant(timing.variant)
+        except ArgumentError:
+            continue
+        if timing.pass_name == record.pass_name:  # not of a training step
+            for name in model.hosts_of(record):
+                found.setdefault(name, []).append(timing.host_ms)
+    return {name: median(values) for name, values in found.items() if len(values) >= LEAST_HOSTS}
+
+
 def keep(found: Ceilings, device: torch.device, folder: Path | None = None) -> None:
-    """Puts measured ceilings into the store of the device; factors that are there and are not in ``found`` stay."""
+    """Puts measured ceilings into the store of the device; factors and times of the host that are there and are not in
+    ``found`` stay."""
 
     def kept(there: store.Known) -> store.Known:
-        stored = from_json(there or {})
-        return replace(found, factors={**(stored.factors if stored else {}), **found.factors}).to_json()
+        stored = from_json(there or {}) or found
+        factors, host_ms = {**stored.factors, **found.factors}, {**stored.host_ms, **found.host_ms}
+        return replace(found, factors=factors, host_ms=host_ms).to_json()
 
     store.merge(store.Table(device_name(device)), folder, kept)
 
 
-def keep_factors(found: Mapping[str, float], device: torch.device, folder: Path | None = None) -> None:
-    """Puts factors beside the ceilings that are in the store of the device, if there are any."""
+def keep_factors(
+    found: Mapping[str, float],
+    device: torch.device,
+    folder: Path | None = None,
+    hosts: Mapping[str, float] = MappingProxyType({}),
+) -> None:
+    """Puts factors and times of the host beside the ceilings that are in the store of the device, if there are any."""
 
     def kept(there: store.Known) -> store.Known:
         stored = from_json(there or {})
-        return there if stored is None else replace(stored, factors={**stored.factors, **found}).to_json()
+        if stored is None:
+            return there
+        factors, host_ms = {**stored.factors, **found}, {**stored.host_ms, **hosts}
+        return replace(stored, factors=factors, host_ms=host_ms).to_json()
 
-    if found:
+    if found or hosts:
         store.merge(store.Table(device_name(device)), folder, kept)

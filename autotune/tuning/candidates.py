@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import NamedTuple
 
 import torch
 
 from tritonconv.autotune import model
 from tritonconv.autotune.ceilings import Ceilings
-from tritonconv.autotune.choose import Selection
+from tritonconv.autotune.choose import Selection, usable
+from tritonconv.autotune.key import Key
+from tritonconv.autotune.store import Table
 from tritonconv.kernels.registry import variants
 from tritonconv.kernels.variant import Config, Variant
 from tritonconv.lab.bench.contestants import why_not
@@ -102,6 +105,26 @@ def candidates(
             and each.predicted_ms <= (effort.near if place else effort.far) * min(kernels)
         ]
     return [each for _, each in sorted(found, key=lambda pair: (pair[0], pair[1].predicted_ms))]
+
+
+def stored(problem: Problem, device: torch.device, pass_name: str, table: Table, rates: Ceilings) -> list[Candidate]:
+    """The choices of a table's entry for the problem, that for CUDA graphs first; those that serve it on the device."""
+    entry = table.find(Key.of(problem, pass_name))
+    found = []
+    for each in () if entry is None else entry.choices(graphs=True):
+        record = usable(each, problem, device)
+        if record is not None:
+            ms = model.estimate(record, problem, each.config, rates).ms
+            found.append(Candidate(Selection(record, each.config, "stored"), ms))
+    return found
+
+
+def joined(*fields: Iterable[Candidate]) -> list[Candidate]:
+    """All of them in their order, each once."""
+    found: dict[str, Candidate] = {}
+    for each in chain(*fields):
+        found.setdefault(each.label, each)
+    return list(found.values())
 
 
 def _ranked(

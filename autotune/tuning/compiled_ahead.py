@@ -7,8 +7,8 @@ from itertools import zip_longest
 
 import torch
 
-from tritonconv.autotune import ceilings
-from tritonconv.autotune.tuning.candidates import Candidate, Effort, WasCompiled, candidates
+from tritonconv.autotune import ceilings, model, serving, store
+from tritonconv.autotune.tuning.candidates import Candidate, Effort, WasCompiled, candidates, joined, stored
 from tritonconv.kernels.targets import TARGETS
 from tritonconv.lab.bench import gate
 from tritonconv.lab.inspection.compiling import GPU, compiling_for
@@ -25,16 +25,19 @@ CONFIGS, NEAR, FAR = 3, 2.0, 4.0
 def jobs_of(problems: Iterable[Problem], target: str, configs: int = CONFIGS) -> list[Request]:
     """The launches of a tuning run for the problems on a target: at most so many configs of a variant for each pass.
 
-    The likeliest candidates of all problems come first.
+    The likeliest candidates of all problems come first, and before them the choices of the table that ships for it.
     """
     backend, arch = TARGETS[target].backend, TARGETS[target].arch
     rates = ceilings.of_capability(divmod(int(arch), 10) if backend == "cuda" else ceilings.UNKNOWN)
     effort = Effort(configs, NEAR, FAR, 0.0, formulations=False)
+    hopper = TARGETS[target] is model.HOPPER
+    shipped = store.shipped_table(serving.MEASURED) if hopper else store.Table(target)
     fields: list[list[Request]] = []
     with compiling_for(TARGETS[target]):
         for problem in problems:
             for pass_name in problem.passes:
                 field = candidates(problem, GPU, pass_name, rates, effort)
+                field = joined(stored(problem, GPU, pass_name, shipped, rates), field)
                 kernels = [each.selection for each in field if each.is_kernel]
                 fields.append([(each.variant.name, problem, each.config) for each in kernels])
     return with_reduced(job for jobs in zip_longest(*fields) for job in jobs if job is not None)

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tritonconv.autotune.model import eager_ms
 from tritonconv.autotune.store import locked, path_of, shared_mode
 from tritonconv.errors import StoreError, StoreWarning
 from tritonconv.kernels.registry import renamed
@@ -55,8 +56,8 @@ class Timing:
 
     @property
     def eager_ms(self) -> float:
-        """The time of an eager call that ran: the longer of the device's and the host's, as far as they are known."""
-        return max(self.median_ms or 0.0, self.host_ms or 0.0)
+        """The time of an eager call that ran (:func:`tritonconv.autotune.model.eager_ms`), as far as it is known."""
+        return eager_ms(self.median_ms or 0.0, self.host_ms or 0.0)
 
     @property
     def row(self) -> dict[str, object]:

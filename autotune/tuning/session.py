@@ -16,7 +16,7 @@ from tritonconv.autotune.key import Key, device_name
 from tritonconv.autotune.sources import revision
 from tritonconv.autotune.store import Entry, Table
 from tritonconv.autotune.tuning import calibrate
-from tritonconv.autotune.tuning.candidates import Candidate, Effort, candidates
+from tritonconv.autotune.tuning.candidates import Candidate, Effort, candidates, joined, stored
 from tritonconv.autotune.tuning.compiled_ahead import compiled_first, was_compiled
 from tritonconv.autotune.tuning.contest import Contest, OutOfTime
 from tritonconv.autotune.tuning.journal import OK, SCREEN, WRONG, Journal, Timing
@@ -102,7 +102,8 @@ class Session:
                         break
         finally:
             self._calibrate(waiting)
-            calibrate.keep_factors(self.factors, self.device, self.folder)
+            hosts = calibrate.host_times(self.journal.timings.values(), self.versions)
+            calibrate.keep_factors(self.factors, self.device, self.folder, hosts)
         dispatch.forget()
         return self.report
 
@@ -183,8 +184,12 @@ class Session:
             def raised(record: Variant, error: Exception) -> None:
                 mistakes.setdefault((record.pass_name, record.name), one_line(error))
 
+            table = store.read(self.report.device, self.folder)
             found = {
-                name: candidates(problem, self.device, name, self.ceilings, self.effort, ahead, raised)
+                name: joined(
+                    stored(problem, self.device, name, table, self.ceilings),
+                    candidates(problem, self.device, name, self.ceilings, self.effort, ahead, raised),
+                )
                 for name in problem.passes
             }
             self.ranked[problem] = {name: compiled_first(each, ahead) for name, each in found.items()}

@@ -5,9 +5,9 @@ time of one alone does not show. A challenger must beat the choice that holds wi
 percentile of the ratios within a round is above 1, and their median beyond what null rows show. Where torch's own beats
 the winner so, torch's own is stored.
 
-That winner is the fastest on the device, and runs in CUDA graphs. An eager call takes the longer of the device's time
-and the host's, which grows with its launches: by that measure a challenger must beat the winner in the same way to be
-stored beside it, for eager calls.
+That winner is the fastest on the device, and runs in CUDA graphs. An eager call also takes the host's time, which grows
+with its launches: by both (:func:`tritonconv.autotune.model.eager_ms`) a challenger must beat the winner in the same
+way to be stored beside it, for eager calls.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tritonconv.autotune.model import eager_ms
 from tritonconv.errors import ArgumentError
 
 # At least so many rounds, and where a round is slow so few at least.
@@ -68,9 +69,9 @@ class Times:
         return Spread.of(self.hosts[name]).median if name in self.hosts else None
 
     def eager(self) -> Times:
-        """The times of eager calls, back to back: the longer of the device's and the host's in each round."""
+        """The times of eager calls in each round (:func:`tritonconv.autotune.model.eager_ms`)."""
         hosts = {name: self.hosts.get(name, times) for name, times in self.rounds.items()}
-        return Times({name: list(map(max, times, hosts[name])) for name, times in self.rounds.items()}, self.hosts)
+        return Times({name: list(map(eager_ms, times, hosts[name])) for name, times in self.rounds.items()}, self.hosts)
 
     def speedup(self, name: str, baseline: str) -> Spread:
         """How many times faster than ``baseline``: of the ratios within a round."""
