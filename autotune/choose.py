@@ -36,6 +36,7 @@ from tritonconv.switches import REASON, torch_only
 SLACK = 1.5
 # Keys of configs: values under these prefixes are powers of two; values under these names are not 0.
 TILES = ("BLOCK_", "BIAS_", "num_warps")
+HALVED = ("BLOCK_N", "BLOCK_M")
 NEVER_0 = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
 # The dtypes of the measurements behind the model. In float32 torch's own runs until a choice is tuned.
 MODELLED = (torch.bfloat16, torch.float16)
@@ -92,7 +93,7 @@ def choose(problem: Problem, device: torch.device, pass_name: str, graphs: bool 
                 if record is not None and (not near or _plausible(record, each, problem, device)):
                     return Selection(record, each.config, _reason(each, entry, words), each)
     if problem.epilogue is not None:
-        return choose(problem.plain, device, pass_name, graphs)
+        return _with_epilogue(choose(problem.plain, device, pass_name, graphs), problem, device)
     if device.type == "cpu":
         from tritonconv.autotune import online  # its rows are read where a CPU's call needs them
 
@@ -101,6 +102,25 @@ def choose(problem: Problem, device: torch.device, pass_name: str, graphs: bool 
             record = variant(decided[0])
             return Selection(record, record.default(problem, device), decided[1], saved_s=decided[2])
     return untuned(problem, device, pass_name, graphs)
+
+
+def _with_epilogue(plain: Selection, problem: Problem, device: torch.device) -> Selection:
+    """The plain call's choice for the problem with its epilogue. Where its tile leaves that to torch's operations, it
+    has half of the tile's columns, or of its rows, if that computes the epilogue and the model expects it to be faster.
+    """
+    record, ceilings = plain.variant, ceilings_of(device)
+    if plain.forced or record.launches is None or record.finishes(problem, plain.config, problem.epilogue):
+        return plain
+    because = "; by half of its tile, which computes the epilogue: the whole leaves it to torch's operations"
+    best, least = plain, model.estimate(record, problem, plain.config, ceilings).ms
+    for name in HALVED:
+        config = {**plain.config, name: plain.config.get(name, 0) // 2}
+        if config_fault(record, config, problem, device) or not record.finishes(problem, config, problem.epilogue):
+            continue
+        ms = model.estimate(record, problem, config, ceilings).ms
+        if ms < least:
+            best, least = plain._replace(config=config, reason=plain.reason + because, entry=None), ms
+    return best
 
 
 def _wants_kernels(device: torch.device) -> bool:

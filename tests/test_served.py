@@ -13,6 +13,7 @@ from tritonconv.autotune import choose, serving, store
 from tritonconv.autotune.key import Key, device_name
 from tritonconv.autotune.serving import Part
 from tritonconv.autotune.store import Entry, Table
+from tritonconv.epilogue import Epilogue
 from tritonconv.explain import explain_problem
 from tritonconv.kernels.registry import variant
 from tritonconv.problem import PASSES
@@ -159,3 +160,20 @@ def test_another_hopper_has_the_hosts_times_of_the_one_that_was_measured(monkeyp
     assert measured and choose.ceilings_of(CUDA).host_ms == measured
     name_gpu(monkeypatch, A100)
     assert not choose.ceilings_of(CUDA).host_ms
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_half_of_a_tile_computes_an_epilogue_that_the_plain_calls_tile_leaves_to_torch(monkeypatch, activation):
+    name_gpu(monkeypatch)
+    stereo = Problem(3, 64, 32, (24, 32, 64), (3,) * 3, (2,) * 3, (1,) * 3, (48, 64, 128), dtype=torch.bfloat16)
+    epilogue = Epilogue(activation, residual=True)
+    for layout in ("ncdhw", "ndhwc"):
+        problem = replace(stereo, layout=layout, epilogue=epilogue)
+        plain, found = chosen(problem.plain), chosen(problem)
+        assert found.variant is plain.variant and not plain.variant.finishes(problem, plain.config, epilogue)
+        assert found.variant.finishes(problem, found.config, epilogue)
+        changed = {key: plain.config[key] // value for key, value in found.config.items() if value != plain.config[key]}
+        assert list(changed.values()) == [2] and changed.keys() <= {"BLOCK_M", "BLOCK_N"}
+        assert "by half of its tile" in found.reason and chosen(problem.plain) == plain
+    wide = replace(KNOWN, c_in=1024, c_out=1024, epilogue=epilogue)  # compute-bound: half a tile costs more
+    assert chosen(wide)[:2] == chosen(wide.plain)[:2]

@@ -22,6 +22,7 @@ from tritonconv.dispatch import MAX_PLANS, Plan, keep_stage, plan_for, stages
 from tritonconv.errors import ArgumentError, ArgumentTypeError, EmptyOutputError
 from tritonconv.forced import forced, restore_forced, trained
 from tritonconv.functional import eager
+from tritonconv.kernels.torch_layout import filled
 from tritonconv.layer import ConvTranspose3d
 from tritonconv.matlab.layer import TransposedConv3dLayer
 from tritonconv.private import any_autocast, deterministic, dispatch_modes, forward_mode, function_base
@@ -257,7 +258,7 @@ def _concatenation(x, weight, bias, skip, skip_first, place: InSlice, pack: bool
             plan.forward(x, weight, bias, y, room=beside)
         else:
             plan.forward(x, weight, bias, y)
-    beside.copy_(skip)
+    filled(beside, skip)
     return buffer, packed
 
 
