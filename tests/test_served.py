@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,12 +14,16 @@ from tritonconv.autotune import choose, serving, store
 from tritonconv.autotune.key import Key, device_name
 from tritonconv.autotune.serving import Part
 from tritonconv.autotune.store import Entry, Table
+from tritonconv.autotune.tuning import calibrate
+from tritonconv.autotune.tuning.journal import Timing
 from tritonconv.epilogue import Epilogue
 from tritonconv.explain import explain_problem
 from tritonconv.kernels.registry import variant
+from tritonconv.lab.bench import results
 from tritonconv.problem import PASSES
 
 pytest.importorskip("triton")
+ROWS = Path(__file__).resolve().parent.parent / "plots" / "examples" / "nvidia_h200"
 pytestmark = pytest.mark.usefixtures("own_store")
 
 # nnU-Net's layer of 64->32 channels is in the shipped table; 96->40 channels are in none.
@@ -177,3 +182,13 @@ def test_half_of_a_tile_computes_an_epilogue_that_the_plain_calls_tile_leaves_to
         assert "by half of its tile" in found.reason and chosen(problem.plain) == plain
     wide = replace(KNOWN, c_in=1024, c_out=1024, epilogue=epilogue)  # compute-bound: half a tile costs more
     assert chosen(wide)[:2] == chosen(wide.plain)[:2]
+
+
+def test_the_hosts_times_that_ship_are_the_medians_of_the_committed_rows():
+    run = results.load(ROWS / "2026-11-29-tune")
+    timings = [
+        Timing(row["text"], row["pass"], row["variant"], row["config"], "", row["stage"], {}, host_ms=row["host_ms"])
+        for row in run.timings
+    ]
+    shipped = store.shipped_table(serving.MEASURED).ceilings["host_ms"]
+    assert len(timings) == 149 and shipped == pytest.approx(calibrate.host_times(timings, {}), abs=6e-5)
