@@ -55,10 +55,12 @@ def _large_on_gpu(tensor: torch.Tensor) -> bool:
 
 def _wide_rows(out: torch.Tensor, tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
     """(rows, length) of both as views in elements of 16, 8 or 4 bytes; None where there are no such views: the order of
-    the axes differs, a row is too short or not aligned, or autograd records the copy.
+    the axes differs, a row is too short or not aligned, a tensor is a negated or conjugate view, or autograd records
+    the copy.
     """
     recorded = torch.is_grad_enabled() and (tensor.requires_grad or out.requires_grad)
-    if out.dtype != tensor.dtype or out.shape != tensor.shape or recorded:
+    lazy = any(each.is_neg() or each.is_conj() for each in (out, tensor))
+    if out.dtype != tensor.dtype or out.shape != tensor.shape or recorded or lazy:
         return None
     for order in (CHANNELS_LAST, CONTIGUOUS):
         pair = [rows for rows in (_rows(out, order), _rows(tensor, order)) if rows is not None]

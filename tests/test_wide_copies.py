@@ -94,6 +94,23 @@ def test_what_has_no_such_rows_is_copied_as_ever(wide):
     assert wide == [None] * 3
 
 
+@pytest.mark.parametrize("layout", ORDERS)
+def test_a_negated_or_conjugate_view_is_copied_with_its_signs(wide, layout):
+    order = ORDERS[layout]
+    real = values((2, 24, *SIZE), torch.float32, order).nan_to_num()[:, :16]
+    for view in (torch._neg_view(real), torch.complex(real, real).conj()):
+        dense = view.resolve_neg().resolve_conj()
+        assert torch.equal(to_layout(view[:, 4:12], order), dense[:, 4:12])
+        out = torch.zeros_like(dense)
+        assert torch.equal(filled(out.conj() if out.is_complex() else torch._neg_view(out), dense), dense)
+    layer = tritonconv.ConvTranspose3d(8, 8, 2, stride=2)
+    x, skip = (torch.randn(2, 8, *size).contiguous(memory_format=order) for size in (SIZE, (6, 4, 8)))
+    with torch.no_grad(), tritonconv.use("forward_torch_phases"):
+        found = tritonconv.up_concat(layer, x, torch._neg_view(skip))
+        assert torch.equal(found, torch.cat((layer(x), -skip), 1))
+    assert set(wide) == {None}
+
+
 def test_a_copy_that_autograd_records_stays_torchs(wide):
     source = torch.randn(2, 8, *SIZE, requires_grad=True)
     filled(torch.empty(2, 16, *SIZE)[:, :8], source).sum().backward()
