@@ -10,7 +10,8 @@ import torch
 from named_gpu import CUDA, H200, name_gpu
 
 from tritonconv import Problem
-from tritonconv.autotune import choose, serving, store
+from tritonconv.autotune import choose, model, serving, store
+from tritonconv.autotune.ceilings import from_json
 from tritonconv.autotune.key import Key, device_name
 from tritonconv.autotune.serving import Part
 from tritonconv.autotune.store import Entry, Table
@@ -18,7 +19,7 @@ from tritonconv.autotune.tuning import calibrate
 from tritonconv.autotune.tuning.journal import Timing
 from tritonconv.epilogue import Epilogue
 from tritonconv.explain import explain_problem
-from tritonconv.kernels.registry import variant
+from tritonconv.kernels.registry import renamed, variant
 from tritonconv.lab.bench import results
 from tritonconv.problem import PASSES
 
@@ -192,3 +193,19 @@ def test_the_hosts_times_that_ship_are_the_medians_of_the_committed_rows():
     ]
     shipped = store.shipped_table(serving.MEASURED).ceilings["host_ms"]
     assert len(timings) == 149 and shipped == pytest.approx(calibrate.host_times(timings, {}), abs=6e-5)
+
+
+def test_no_eager_choice_that_ships_is_beaten_by_another_kernel_of_its_rows():
+    """By both times; a kernel whose host's time is not known by itself has that of its pass and backend."""
+    table, (rows,) = store.shipped_table(serving.MEASURED), ROWS.glob("campaign-*-a737a92.jsonl")
+    rates, timed = from_json(table.ceilings), {}
+    for row in results.load(rows).timings:
+        name, _ = renamed(row["variant"], row["config"])
+        timed.setdefault((row["text"], row["pass"]), []).append((name, row["median_ms"]))
+    entries = [entry for entry in table.entries.values() if entry.eager]
+    for entry in entries:
+        record = variant(entry.eager.variant)
+        both = [(ms, model.host_ms(variant(name), rates)) for name, ms in timed[entry.problem, record.pass_name]]
+        assert entry.eager.host_ms == pytest.approx(model.host_ms(record, rates))
+        assert model.eager_ms(entry.eager.ms, entry.eager.host_ms) <= 1.05 * min(model.eager_ms(*each) for each in both)
+    assert len(entries) == 31
