@@ -28,8 +28,8 @@ from tritonconv.bounded import remember
 from tritonconv.errors import ArgumentError, StoreWarning, VariantNotApplicable
 from tritonconv.kernels.registry import variant, warn_without_triton
 from tritonconv.kernels.safety import unsafe
-from tritonconv.kernels.variant import NO_CONFIG, Config, Variant
-from tritonconv.problem import Problem
+from tritonconv.kernels.variant import BACKENDS, NO_CONFIG, Config, Variant
+from tritonconv.problem import PASSES, Problem
 from tritonconv.switches import REASON, torch_only
 
 # A neighbour's choice is refused if its predicted time is more than SLACK times that of the untuned choice.
@@ -199,7 +199,8 @@ def _first(problem: Problem, device: torch.device, pass_name: str, graphs: bool)
 def ceilings_of(device: torch.device) -> Ceilings:
     """The device's measured ceilings, else those of a GPU of its kind that was measured, else nominal ones.
 
-    The host's times are those of the first table that has any.
+    The host's times of a pass are those of the first table that has them of torch's operations and of kernels: one
+    host took both.
     """
     gpu, tables = serving.part(device), [source.table for source in sources_of(device)]
     known = [each for each in (from_json(table.ceilings or {}) for table in tables) if each is not None]
@@ -208,7 +209,13 @@ def ceilings_of(device: torch.device) -> Ceilings:
         found = known[0] if known else nominal(device)
     else:
         found = scale_to(fitted.ceilings, gpu)
-    return replace(found, host_ms=next((each.host_ms for each in known if each.host_ms), {}))
+    return replace(found, host_ms={name: ms for each in PASSES for name, ms in _host_ms(each, known).items()})
+
+
+def _host_ms(pass_name: str, known: list[Ceilings]) -> dict[str, float]:
+    both = {f"{pass_name} {backend}" for backend in BACKENDS}
+    times = next((each.host_ms for each in known if both <= each.host_ms.keys()), {})
+    return {name: ms for name, ms in times.items() if name.startswith(pass_name)}
 
 
 def _plausible(record: Variant, entry: Entry, problem: Problem, device: torch.device) -> bool:

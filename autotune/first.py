@@ -63,8 +63,8 @@ def first(problem: Problem, device: torch.device, pass_name: str, ceilings: Ceil
         return native, NO_CONFIG, reason
     least, record, config = min(candidates, key=lambda candidate: candidate[0])
     reason += f" and {record.name} {expected_ms(record, config) * 1e3:.3g} us"
-    if ceilings.host_ms:
-        hosts = [model.host_ms(each, ceilings) * 1e3 for each in (native, record)]
+    hosts = [model.host_ms(each, ceilings) * 1e3 for each in (native, record)]
+    if all(hosts):
         reason += f", and the host {hosts[0]:.3g} and {hosts[1]:.3g} us to enqueue them"
     return (record, config, reason) if least < MARGIN * spent(native, torch_ms) else (native, NO_CONFIG, reason)
 

@@ -12,6 +12,7 @@ from named_gpu import CUDA, H200, name_gpu
 from tritonconv import Problem
 from tritonconv.autotune import choose, model, serving, store
 from tritonconv.autotune.ceilings import from_json
+from tritonconv.autotune.first import first
 from tritonconv.autotune.key import Key, device_name
 from tritonconv.autotune.serving import Part
 from tritonconv.autotune.store import Entry, Table
@@ -166,6 +167,26 @@ def test_another_hopper_has_the_hosts_times_of_the_one_that_was_measured(monkeyp
     assert measured and choose.ceilings_of(CUDA).host_ms == measured
     name_gpu(monkeypatch, A100)
     assert not choose.ceilings_of(CUDA).host_ms
+
+
+@pytest.mark.parametrize("gpu", [H200, H100], ids=lambda gpu: gpu.name)
+def test_the_hosts_times_of_a_pass_come_from_one_table_that_has_torchs_and_the_kernels(monkeypatch, gpu):
+    """A short tuning run has times of a part: what has none would seem to take the host no time."""
+    name_gpu(monkeypatch, gpu)
+    shipped = choose.ceilings_of(CUDA)
+    before = [choose.choose(UNSEEN, CUDA, name).variant for name in PASSES]
+    part = {"forward torch": 0.2, "forward_torch_native": 0.2}
+    whole = {"backward_data torch": 0.3, "backward_data_torch_native": 0.3, "backward_data triton": 0.1}
+    mine = replace(shipped, device=gpu.name, measured=True, host_ms=part | whole)
+    store.merge(Table(gpu.name), None, lambda there: mine.to_json())
+    choose.forget()
+    found = choose.ceilings_of(CUDA).host_ms
+    assert {name: ms for name, ms in found.items() if name.startswith("backward_data")} == whole
+    rest = {name: ms for name, ms in shipped.host_ms.items() if not name.startswith("backward_data")}
+    assert {name: ms for name, ms in found.items() if not name.startswith("backward_data")} == rest
+    assert [choose.choose(UNSEEN, CUDA, name).variant for name in PASSES] == before
+    alone = first(UNSEEN, CUDA, "forward", replace(shipped, host_ms=part))
+    assert "to enqueue" not in alone[2]
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
