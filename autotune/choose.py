@@ -147,17 +147,22 @@ def _entries(key: Key, device: torch.device) -> Iterator[tuple[Entry, str, bool]
     sources = sources_of(device)
     if not any(source.table.entries for source in sources):
         return
-    alike = [(key, "this size", False)]
-    if device.type == "cuda":  # where a bias is fused into every kernel
-        alike.append((key.other_bias(), f"this size {'without' if key.bias else 'with'} a bias", False))
-    alike += [(near, "the neighbouring size", True) for each, _, _ in list(alike) for near in each.neighbours()]
-    if key.dtype == "float16" and device.type == "cuda":
-        alike += [(each.in_bfloat16(), f"{words} in bfloat16", near) for each, words, near in alike]
-    for each, words, near in alike:
+    for each, words, near in alike(key, device):
         for source in sources:
             entry = source.table.find(each)
             if entry is not None:
                 yield entry, words + source.words, near
+
+
+def alike(key: Key, device: torch.device) -> list[tuple[Key, str, bool]]:
+    """The keys whose entries serve a key, its own first: (key, description, whether its size is a neighbouring one)."""
+    found = [(key, "this size", False)]
+    if device.type == "cuda":  # where a bias is fused into every kernel
+        found.append((key.other_bias(), f"this size {'without' if key.bias else 'with'} a bias", False))
+    found += [(near, "the neighbouring size", True) for each, _, _ in list(found) for near in each.neighbours()]
+    if key.dtype == "float16" and device.type == "cuda":
+        found += [(each.in_bfloat16(), f"{words} in bfloat16", near) for each, words, near in found]
+    return found
 
 
 def untuned(problem: Problem, device: torch.device, pass_name: str, graphs: bool = True) -> Selection:

@@ -259,9 +259,11 @@ def test_no_kernel_reads_a_constexpr_of_its_module(path):
 def test_the_choices_that_ship_for_a_target_are_compiled_first():
     known = Problem(2, 320, 320, (4,) * 3, (2,) * 3, (2,) * 3, (0,) * 3, (8,) * 3, dtype=torch.bfloat16, layout="ndhwc")
     entries = store.shipped_table(serving.MEASURED).entries
-    for target, shipped in (("sm_90", True), ("sm_80", False)):
-        jobs = compiled_ahead.jobs_of([known], target, 1)
-        asked = [(name, config) for name, each, config in jobs if each == known]
+    alike = (dataclasses.replace(known, bias=True), dataclasses.replace(known, n=1))  # served by the same entries
+    asked_for = [("sm_90", problem, True) for problem in (known, *alike)]
+    for target, problem, shipped in (*asked_for, ("sm_80", known, False)):
+        jobs = compiled_ahead.jobs_of([problem], target, 1)
+        asked = [(name, config) for name, each, config in jobs if each == problem]
         for pass_name in PASSES:
             both = entries[str(Key.of(known, pass_name))].choices(graphs=True)
             wanted = [(each.variant, each.config) for each in both if "_torch_" not in each.variant]

@@ -17,7 +17,10 @@ from tritonconv.autotune.key import Key, device_name
 from tritonconv.autotune.serving import Part
 from tritonconv.autotune.store import Entry, Table
 from tritonconv.autotune.tuning import calibrate
+from tritonconv.autotune.tuning.candidates import stored
 from tritonconv.autotune.tuning.journal import Timing
+from tritonconv.autotune.tuning.session import Session
+from tritonconv.autotune.tuning.tasks import Report
 from tritonconv.epilogue import Epilogue
 from tritonconv.explain import explain_problem
 from tritonconv.kernels.registry import renamed, variant
@@ -187,6 +190,20 @@ def test_the_hosts_times_of_a_pass_come_from_one_table_that_has_torchs_and_the_k
     assert [choose.choose(UNSEEN, CUDA, name).variant for name in PASSES] == before
     alone = first(UNSEEN, CUDA, "forward", replace(shipped, host_ms=part))
     assert "to enqueue" not in alone[2]
+
+
+@pytest.mark.parametrize("gpu", [H200, H100], ids=lambda gpu: gpu.name)
+def test_a_tuning_run_times_first_what_serves_the_gpu_from_another_key_or_table(monkeypatch, gpu):
+    name_gpu(monkeypatch, gpu)
+    session = Session(CUDA)
+    session.report = Report(gpu.name)
+    rates = choose.ceilings_of(CUDA)
+    for problem in (SMALL, replace(SMALL, bias=True), replace(SMALL, dtype=torch.float16), replace(SMALL, n=1)):
+        for name in PASSES:
+            found = [each.selection for each in stored(problem, CUDA, name, session._tables(), rates)]
+            served = [choose.choose(problem, CUDA, name, graphs) for graphs in (True, False)]
+            assert {each.variant.name for each in found} == {each.variant.name for each in served}
+            assert all(any(each[:2] == other[:2] for other in found) for each in served)
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu"])

@@ -13,7 +13,7 @@ import torch
 
 from tritonconv.autotune import model
 from tritonconv.autotune.ceilings import Ceilings
-from tritonconv.autotune.choose import Selection, usable
+from tritonconv.autotune.choose import Selection, alike, usable
 from tritonconv.autotune.key import Key
 from tritonconv.autotune.store import Table
 from tritonconv.kernels.registry import variants
@@ -107,16 +107,22 @@ def candidates(
     return [each for _, each in sorted(found, key=lambda pair: (pair[0], pair[1].predicted_ms))]
 
 
-def stored(problem: Problem, device: torch.device, pass_name: str, table: Table, rates: Ceilings) -> list[Candidate]:
-    """The choices of a table's entry for the problem, that for CUDA graphs first; those that serve it on the device."""
-    entry = table.find(Key.of(problem, pass_name))
-    found = []
-    for each in () if entry is None else entry.choices(graphs=True):
-        record = usable(each, problem, device)
-        if record is not None:
-            ms = model.estimate(record, problem, each.config, rates).ms
-            found.append(Candidate(Selection(record, each.config, "stored"), ms))
-    return found
+def stored(
+    problem: Problem, device: torch.device, pass_name: str, tables: Iterable[Table], rates: Ceilings
+) -> list[Candidate]:
+    """The choices that these tables have for calls of the problem, that for CUDA graphs first: of its own key, else of
+    the nearest one."""
+    entries = (table.find(key) for key, _, _ in alike(Key.of(problem, pass_name), device) for table in tables)
+    for entry in entries:
+        found = []
+        for each in () if entry is None else entry.choices(graphs=True):
+            record = usable(each, problem, device)
+            if record is not None:
+                ms = model.estimate(record, problem, each.config, rates).ms
+                found.append(Candidate(Selection(record, each.config, "stored"), ms))
+        if found:
+            return found
+    return []
 
 
 def joined(*fields: Iterable[Candidate]) -> list[Candidate]:

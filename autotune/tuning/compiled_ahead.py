@@ -31,7 +31,7 @@ def jobs_of(problems: Iterable[Problem], target: str, configs: int = CONFIGS) ->
     rates = ceilings.of_capability(divmod(int(arch), 10) if backend == "cuda" else ceilings.UNKNOWN)
     effort = Effort(configs, NEAR, FAR, 0.0, formulations=False)
     hopper = TARGETS[target] is model.HOPPER
-    shipped = store.shipped_table(serving.MEASURED) if hopper else store.Table(target)
+    shipped = [store.shipped_table(serving.MEASURED)] if hopper else []
     fields: list[list[Request]] = []
     with compiling_for(TARGETS[target]):
         for problem in problems:

@@ -11,7 +11,7 @@ from time import perf_counter
 import torch
 
 from tritonconv import dispatch
-from tritonconv.autotune import ceilings, model, store
+from tritonconv.autotune import ceilings, model, serving, store
 from tritonconv.autotune.key import Key, device_name
 from tritonconv.autotune.sources import revision
 from tritonconv.autotune.store import Entry, Table
@@ -184,16 +184,23 @@ class Session:
             def raised(record: Variant, error: Exception) -> None:
                 mistakes.setdefault((record.pass_name, record.name), one_line(error))
 
-            table = store.read(self.report.device, self.folder)
+            tables = self._tables()
             found = {
                 name: joined(
-                    stored(problem, self.device, name, table, self.ceilings),
+                    stored(problem, self.device, name, tables, self.ceilings),
                     candidates(problem, self.device, name, self.ceilings, self.effort, ahead, raised),
                 )
                 for name in problem.passes
             }
             self.ranked[problem] = {name: compiled_first(each, ahead) for name, each in found.items()}
         return self.ranked[problem]
+
+    def _tables(self) -> list[Table]:
+        """Those that serve the device, this run's own first."""
+        gpu = serving.part(self.device)
+        others = [serving.table_for(gpu)] if gpu is not None else []
+        own = store.read(self.report.device, self.folder)
+        return [own, *(store.shipped_table(each) for each in others if each not in (None, own.device))]
 
     def _problem(self, task: Task, contest: Contest, share: float) -> None:
         table = store.read(self.report.device, self.folder)
