@@ -92,9 +92,7 @@ def choose(problem: Problem, device: torch.device, pass_name: str, graphs: bool 
                 record = usable(each, problem, device)
                 if record is not None and (not near or _plausible(record, each, problem, device)):
                     return Selection(record, each.config, _reason(each, entry, words), each)
-    if problem.epilogue is not None:
-        return _with_epilogue(choose(problem.plain, device, pass_name, graphs), problem, device)
-    if device.type == "cpu":
+    if device.type == "cpu" and problem.epilogue is None:
         from tritonconv.autotune import online  # its rows are read where a CPU's call needs them
 
         decided = online.decided(problem, pass_name)
@@ -108,10 +106,11 @@ def _with_epilogue(plain: Selection, problem: Problem, device: torch.device) -> 
     """The plain call's choice for the problem with its epilogue. Where its tile leaves that to torch's operations, it
     has half of the tile's columns, or of its rows, if that computes the epilogue and the model expects it to be faster.
     """
-    record, ceilings = plain.variant, ceilings_of(device)
+    record = plain.variant
     if plain.forced or record.launches is None or record.finishes(problem, plain.config, problem.epilogue):
         return plain
     because = "; by half of its tile, which computes the epilogue: the whole leaves it to torch's operations"
+    ceilings = ceilings_of(device)
     best, least = plain, model.estimate(record, problem, plain.config, ceilings).ms
     for name in HALVED:
         config = {**plain.config, name: plain.config.get(name, 0) // 2}
@@ -167,10 +166,11 @@ def alike(key: Key, device: torch.device) -> list[tuple[Key, str, bool]]:
 
 def untuned(problem: Problem, device: torch.device, pass_name: str, graphs: bool = True) -> Selection:
     """The choice without any stored entry: the cost model's on a GPU that it was validated on, else the rules' (torch's
-    own on a GPU). With an epilogue it is the plain call's, stored or not. Without ``graphs`` it heeds the host's time.
+    own on a GPU). With an epilogue it is the plain call's, stored or not, or half of its tile. Without ``graphs`` it
+    heeds the host's time.
     """
     if problem.epilogue is not None:
-        return choose(problem.plain, device, pass_name, graphs)
+        return _with_epilogue(choose(problem.plain, device, pass_name, graphs), problem, device)
     record, because = rules.choose(problem, device, pass_name)
     torchs = Selection(record, record.default(problem, device), because)
     gpu = serving.part(device)

@@ -219,6 +219,7 @@ def test_half_of_a_tile_computes_an_epilogue_that_the_plain_calls_tile_leaves_to
         changed = {key: plain.config[key] // value for key, value in found.config.items() if value != plain.config[key]}
         assert list(changed.values()) == [2] and changed.keys() <= {"BLOCK_M", "BLOCK_N"}
         assert "by half of its tile" in found.reason and chosen(problem.plain) == plain
+        assert choose.untuned(problem, CUDA, "forward") == found  # what a tuning run holds its challengers against
     wide = replace(KNOWN, c_in=1024, c_out=1024, epilogue=epilogue)  # compute-bound: half a tile costs more
     assert chosen(wide)[:2] == chosen(wide.plain)[:2]
 
