@@ -17,7 +17,7 @@ CONTIGUOUS = torch.contiguous_format
 # channels-last to NCDHW with a stride between consecutive reads; in blocks of 1 MiB the same copy is 1.7 to 2.7 times
 # faster (2 x 64 x 31x31x63 float32, 31 MB: 23.5 -> 8.8 ms; 2 cores of a Xeon with 2 MiB L2 each, torch 2.13).
 BLOCK_ELEMENTS = 1 << 18
-# On a GPU torch copies a tensor with gaps element by element: the skip of a concatenation in bfloat16 took an H200 693
+# On a GPU torch copies a tensor with gaps element by element: the skip of a concatenation in bfloat16 took an H200 696
 # us in NCDHW and 759 us in channels_last_3d (2x 32, 160x192x160, 1.26 GB), 1.7 to 1.8 TB/s of the 4.25 of a dense copy.
 # By elements of 16 bytes it loads and stores as a dense one does.
 WIDE = {16: torch.complex128, 8: torch.complex64, 4: torch.int32}
