@@ -22,6 +22,7 @@ from tritonconv.autotune import store
 from tritonconv.autotune.choose import Selection
 from tritonconv.autotune.key import Key, device_name
 from tritonconv.autotune.store import Entry, Table
+from tritonconv.kernels import torch_layout
 from tritonconv.kernels.registry import variant
 from tritonconv.lab.bench.case import Case
 from tritonconv.lab.bench.gpu import captured
@@ -272,3 +273,19 @@ def test_calls_run_torchs_own_until_the_kernels_are_compiled(tmp_path, monkeypat
     finally:
         monkeypatch.undo()
         dispatch.forget()
+
+
+@pytest.mark.parametrize("skip_first", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_stage_copies_its_skip_bit_for_bit_by_wide_elements(monkeypatch, layout, skip_first):
+    monkeypatch.setattr(torch_layout, "LEAST_WIDE", 0)
+    order, kind = LAYOUTS[layout], {"device": DEVICE, "dtype": torch.float16}
+    layer = tritonconv.ConvTranspose3d(8, 8, 2, stride=2, **kind)
+    x = torch.randn(2, 8, 2, 3, 4, **kind).contiguous(memory_format=order).requires_grad_()
+    skip = torch.randn(2, 24, 4, 6, 8, **kind).contiguous(memory_format=order).requires_grad_()
+    with tritonconv.use("forward_shuffle"):
+        found, y = tritonconv.up_concat(layer, x, skip, skip_first), layer(x)
+    want = torch.cat((skip, y) if skip_first else (y, skip), 1)
+    assert torch.equal(found, want) and found.stride() == want.stride()
+    leaves, grad = (x, skip, layer.weight, layer.bias), torch.randn_like(want)
+    torch.testing.assert_close(torch.autograd.grad(found, leaves, grad), torch.autograd.grad(want, leaves, grad))

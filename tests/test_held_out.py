@@ -20,6 +20,7 @@ from tritonconv.autotune.rules import FALLBACK
 from tritonconv.autotune.serving import Part
 from tritonconv.autotune.store import Table
 from tritonconv.autotune.tuning import held_out
+from tritonconv.errors import ResultsError
 from tritonconv.kernels import registry
 from tritonconv.lab import cli, predictions
 from tritonconv.lab.bench import results
@@ -27,24 +28,37 @@ from tritonconv.lab.bench.layer_sizes import resized
 from tritonconv.problem import PASSES
 
 ROWS = Path(__file__).resolve().parent.parent / "plots" / "examples" / "nvidia_h200"
+FITTED = ROWS, ROWS / "2026-11-29-tune"
 SHIPPED = Path(fit.__file__).with_name("fit_sm_90.json")
 CUDA = torch.device("cuda")
 pytestmark = pytest.mark.skipif(not registry.have_triton(), reason="needs Triton")
 LEAST_OF_ORACLE, MOST_SLOW = 0.9, 0.08
 
 
+def trials(*paths: Path) -> tuple[list[held_out.Trial], ceilings.Ceilings]:
+    """The groups of the rows, and the ceilings."""
+    runs = [results.load(path) for path in paths]
+    with predictions.as_on(runs[0]):
+        limits = predictions.ceilings_of(runs[0])
+        return held_out.trials_of(predictions.timed_in(runs), limits), limits
+
+
 @pytest.fixture(scope="module")
 def measured():
-    """The groups of the committed rows, and the ceilings."""
-    run = results.load(ROWS)
-    with predictions.as_on(run):
-        limits = predictions.ceilings_of(run)
-        return held_out.trials_of(predictions.timed(run), limits), limits
+    """Of the rows that what ships is fitted to."""
+    return trials(*FITTED)
 
 
 @pytest.fixture(scope="module")
 def fits(measured):
-    return held_out.fits(*measured)
+    """With the candidates of the campaign alone: a later run has its new kernels on few layers, so that the rest has
+    none of them where such a layer is left out."""
+    campaign = {key(each): each for each in trials(ROWS)[0]}
+    return [([campaign[key(each)] for each in mine], fitted) for mine, fitted in held_out.fits(*measured)]
+
+
+def key(trial: held_out.Trial) -> tuple:
+    return trial.layer, trial.problem, trial.pass_name
 
 
 @pytest.fixture
@@ -95,7 +109,7 @@ def test_what_ships_is_what_the_committed_rows_give(measured):
 def test_the_command_prints_the_figures_and_writes_the_fit(tmp_path, capsys, monkeypatch, measured):
     groups = measured[0]
     monkeypatch.setattr(held_out, "folds", lambda _: [(groups[:1], groups)])
-    assert cli.main(["report", str(ROWS), "--held-out", "--fit", str(tmp_path / "fit.json")]) == 0
+    assert cli.main(["report", *map(str, FITTED), "--held-out", "--fit", str(tmp_path / "fit.json")]) == 0
     said = capsys.readouterr().out
     assert "NVIDIA H200: 235 problems" in said and "siblings" in said and said.count("of the oracle") == 2
     written, kept = (Fit.from_json(json.loads(path.read_text())) for path in (tmp_path / "fit.json", SHIPPED))
@@ -103,6 +117,23 @@ def test_the_command_prints_the_figures_and_writes_the_fit(tmp_path, capsys, mon
     for name in PASSES:
         assert written.passes[name].kernels.kinds == kept.passes[name].kernels.kinds
         assert written.passes[name].rates == pytest.approx(kept.passes[name].rates, abs=0.01)
+
+
+def test_a_later_run_adds_the_kernels_that_were_not_timed_before():
+    first, later = (results.load(path) for path in FITTED)
+    both, alone = ({each.sample.record.name for each in some} for some in
+                   (predictions.timed_in([first, later]), predictions.timed(first)))  # fmt: skip
+    new = {"forward_depthwise_cells", "backward_weight_shuffle"}
+    assert new <= both - alone and all("_torch_" not in name for name in both - alone)
+    timed = predictions.timed_in([first, later])
+    old = [each for each in timed if each.sample.record.name in alone]
+    assert old == predictions.timed(first)
+
+
+def test_a_fit_is_of_one_device(tmp_path):
+    other = dataclasses.replace(results.load(FITTED[1]), environment={"device_name": "another"})
+    with pytest.raises(ResultsError, match=r"of one device, got NVIDIA H200 \(.*\), another \("):
+        predictions.fitted([results.load(ROWS), other], True, None)
 
 
 def test_corrections_follow_what_is_near_and_end_at_one_far_away():
@@ -134,7 +165,7 @@ def choice(each, pass_name="forward") -> choose.Selection:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_kernel_is_first_where_it_is_expected_to_win_and_torchs_own_elsewhere(hopper, dtype):
     wins = choice(problem("mednext_k3_dw_64", dtype))
-    assert wins.variant.name == "forward_depthwise" and "cost model expects" in wins.reason
+    assert wins.variant.name == "forward_depthwise_cells" and "cost model expects" in wins.reason
     loses = choice(problem("toothseg_256_last", dtype), "backward_data")
     assert loses.variant.name == FALLBACK["backward_data"] and "torch's own to take" in loses.reason
 

@@ -60,14 +60,20 @@ def accuracy(paths: Sequence[Path], runs: Sequence[Run]) -> str:
     return "\n".join(lines)
 
 
-def fitted(run: Run, figures: bool, path: Path | None) -> str:
-    """Fits the run; says how well the fit chooses for layers left out (``figures``), and writes it to ``path``.
+def fitted(runs: Sequence[Run], figures: bool, path: Path | None) -> str:
+    """Fits the runs of one device, with the rates of the first; says how well the fit chooses for layers left out
+    (``figures``), and writes it to ``path``.
 
-    Raises ResultsError where no variant was timed beside torch's own, or the file cannot be written.
+    Raises ResultsError where the runs are of several devices, where no variant was timed beside torch's own, or the
+    file cannot be written.
     """
+    run, devices = runs[0], {each.environment["device_name"]: each.path for each in runs}
+    if len(devices) > 1:
+        named = ", ".join(f"{name} ({where})" for name, where in devices.items())
+        raise ResultsError(f"results: a fit is of one device, got {named}")
     with as_on(run):
         ceilings = ceilings_of(run)
-        trials = held_out.trials_of(timed(run), ceilings)
+        trials = held_out.trials_of(timed_in(runs), ceilings)
         if not trials:
             raise ResultsError(
                 f"{run.path}: no timing of a single variant beside torch's own; run tritonconv tune on a GPU"
@@ -117,6 +123,23 @@ def as_on(run: Run) -> Iterator[None]:
 
     with assume_capability(int(capability.replace(".", ""))):
         yield
+
+
+def timed_in(runs: Sequence[Run]) -> list[held_out.Timed]:
+    """The timings of the first run, and of each further one those of kernels that no run before it has timed.
+
+    A kernel that was timed twice has mostly been edited in between, on few layers again: its times of two revisions
+    would be fitted as one.
+    """
+    found: list[held_out.Timed] = []
+    for run in runs:
+        known = {each.sample.record.name for each in found}
+        found += [
+            each
+            for each in timed(run)
+            if not known or (each.sample.record.backend == "triton" and each.sample.record.name not in known)
+        ]
+    return found
 
 
 def timed(run: Run) -> list[held_out.Timed]:

@@ -30,7 +30,8 @@ tritonconv bench --variants all). First Spearman's rank correlation, the median 
 model's first choice is the fastest or near it; then the measured over the predicted time of each kind of kernel.
 --held-out fits the times of a GPU with one layer after the other left out, and prints how the choice for that layer
 compares with the best measured one (the oracle) and with torch's own. --fit writes the fit to a file, as the one that
-ships (autotune/fit_sm_90.json).
+ships (autotune/fit_sm_90.json). Of several results, all of one device, the first is fitted, and of each further one the
+kernels that were not timed before.
 """
 
 
@@ -79,8 +80,7 @@ def _predictions(options: argparse.Namespace, paths: list[Path]) -> None:
     if options.model:
         print(predictions.accuracy(paths, runs))
     if options.held_out or options.fit:
-        for one in runs:
-            print(predictions.fitted(one, options.held_out, options.fit))
+        print(predictions.fitted(runs, options.held_out, options.fit))
 
 
 def _write(options: argparse.Namespace, path: Path) -> None:
