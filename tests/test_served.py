@@ -197,13 +197,13 @@ def test_a_tuning_run_times_first_what_serves_the_gpu_from_another_key_or_table(
     name_gpu(monkeypatch, gpu)
     session = Session(CUDA)
     session.report = Report(gpu.name)
-    rates = choose.ceilings_of(CUDA)
+    rates, entries = choose.ceilings_of(CUDA), store.shipped_table(serving.MEASURED).entries
     for problem in (SMALL, replace(SMALL, bias=True), replace(SMALL, dtype=torch.float16), replace(SMALL, n=1)):
         for name in PASSES:
+            both = entries[str(Key.of(SMALL, name))].choices(graphs=True)
             found = [each.selection for each in stored(problem, CUDA, name, session._tables(), rates)]
-            served = [choose.choose(problem, CUDA, name, graphs) for graphs in (True, False)]
-            assert {each.variant.name for each in found} == {each.variant.name for each in served}
-            assert all(any(each[:2] == other[:2] for other in found) for each in served)
+            assert [each[:2] for each in found] == [(variant(each.variant), each.config) for each in both]
+    assert not any(stored(UNSEEN, CUDA, name, session._tables(), rates) for name in PASSES)
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
