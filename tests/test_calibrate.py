@@ -20,6 +20,7 @@ from tritonconv.autotune.tuning import calibrate, session
 from tritonconv.autotune.tuning.calibrate import Sample
 from tritonconv.autotune.tuning.journal import Journal, Timing
 from tritonconv.autotune.tuning.session import Session, tasks_of
+from tritonconv.epilogue import Epilogue
 from tritonconv.kernels import registry
 from tritonconv.kernels.registry import variant
 from tritonconv.lab.bench.progress import Progress
@@ -221,7 +222,9 @@ def test_a_run_puts_back_no_factor_that_it_only_read(tmp_path, monkeypatch):
     def corrected(run, waiting, *args) -> bool:
         calibrate.keep_factors({"torch": 1.5}, CPU, tmp_path)  # by the other run
         for one in found:
-            run.journal.add(timing_of(one))
+            run.journal.add(dataclasses.replace(timing_of(one), host_ms=0.05))
+            with_relu = str(dataclasses.replace(one.problem, epilogue=Epilogue("relu")))
+            run.journal.add(dataclasses.replace(timing_of(one), problem=with_relu, host_ms=0.5))
         return False
 
     monkeypatch.setattr(Session, "_all", corrected)
@@ -229,6 +232,7 @@ def test_a_run_puts_back_no_factor_that_it_only_read(tmp_path, monkeypatch):
     run.run(tasks_of([one.problem for one in found]), Progress())
     kept = ceilings.from_json(store.read(device_name(CPU), tmp_path).ceilings)
     assert kept.factors == pytest.approx({kind(NAME): 2.0, "triton": 2.0, "torch": 1.5})
+    assert kept.host_ms == {NAME: 0.05, f"forward {variant(NAME).backend}": 0.05}  # of the plain layers alone
 
 
 def test_ceilings_without_factors_are_read_and_broken_ones_are_not():

@@ -102,8 +102,7 @@ class Session:
                         break
         finally:
             self._calibrate(waiting)
-            hosts = calibrate.host_times(self.journal.timings.values(), self.versions)
-            calibrate.keep_factors(self.factors, self.device, self.folder, hosts)
+            calibrate.keep_factors(self.factors, self.device, self.folder, self._hosts(waiting))
         dispatch.forget()
         return self.report
 
@@ -114,6 +113,12 @@ class Session:
             timed = calibrate.samples(self.journal.timings.values(), plain, self.versions)
             self.factors |= calibrate.factors(calibrate.counts(timed, self.ceilings), self.ceilings)
             self.ceilings = replace(self.ceilings, factors={**self.ceilings.factors, **self.factors})
+
+    def _hosts(self, tasks: list[Task]) -> dict[str, float]:
+        """The host's times for calls of the plain layers: an epilogue has operations of its own beside torch's."""
+        plain = {str(task.problem) for task in tasks if task.problem.epilogue is None}
+        timings = [each for each in self.journal.timings.values() if each.problem in plain]
+        return calibrate.host_times(timings, self.versions)
 
     def _efforts(self) -> tuple[Effort, ...]:
         by_degrees = self.device.type == "cuda" and self.seconds is not None and not self.again
