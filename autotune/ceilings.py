@@ -26,8 +26,8 @@ COPY_CACHE, COPY_MEMORY, COPY_L2, MATMUL, LAUNCH = "copy_cache", "copy_memory", 
 class Ceilings:
     """Rates in FLOP/s (``matrix`` by dtype, ``vector`` for FMAs) and bytes/s (``memory``, ``cache``); sizes in bytes,
     of shared memory and registers per multiprocessor; ``launch_us`` is the time of one launch. ``factors``: measured
-    over predicted time by kind of kernel; ``host_ms``: the host's time for a call by variant, and by pass and backend
-    for a variant that has none (``calibrate.py``).
+    over predicted time by kind of kernel; ``host_ms``: the host's time for a call, by formulation and by pass
+    and backend (``calibrate.py``).
     """
 
     device: str

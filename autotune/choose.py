@@ -279,8 +279,9 @@ def _warn_once(text: str) -> None:
 
 def _reason(chosen: Entry, entry: Entry, where: str) -> str:
     """The reason for one of an entry's choices."""
+    part = "forward + backward" if chosen.timed == "forward_backward" else chosen.timed.replace("_", "-")
     timed = (
-        f"tuned on {where}, {chosen.utc[:10]}: {chosen.timed.replace('_', ' + ')} of {chosen.problem} "
+        f"tuned on {where}, {chosen.utc[:10]}: {part} of {chosen.problem} "
         f"{chosen.ms:.3g} ms, torch's own {chosen.torch_ms:.3g} ms"
     )
     if entry.eager is None or chosen.host_ms is None:

@@ -107,15 +107,17 @@ def launches_ms(launches: int, ceilings: Ceilings) -> float:
     return times * ceilings.launch_us * 1e-3
 
 
-def hosts_of(record: Variant) -> tuple[str, str]:
-    """The names under which :attr:`Ceilings.host_ms` has the host's time for a call: the variant's, the backend's."""
-    return record.name, f"{record.pass_name} {record.backend}"
+def hosts_of(record: Variant) -> tuple[str, ...]:
+    """The names under which :attr:`Ceilings.host_ms` has the host's time for a call, the most exact first: the name of
+    a formulation, its pass and backend. The kernels of a pass have one together, for a few launches each differ less
+    than samples do."""
+    together = f"{record.pass_name} {record.backend}"
+    return (together,) if record.backend == "triton" else (record.name, together)
 
 
 def host_ms(record: Variant, ceilings: Ceilings) -> float:
     """The host's time to enqueue a call, in ms; 0 where none was measured."""
-    name, backend = hosts_of(record)
-    return ceilings.host_ms.get(name, ceilings.host_ms.get(backend, 0.0))
+    return next((ceilings.host_ms[name] for name in hosts_of(record) if name in ceilings.host_ms), 0.0)
 
 
 def eager_ms(ms: float, host_ms: float) -> float:

@@ -149,6 +149,13 @@ def test_the_hosts_times_are_medians_of_single_calls_by_variant_and_by_backend()
             timing(own, 9.0, versions={"triton": "3.0"}), timing("forward_gone", 9.0)]  # fmt: skip
     found = calibrate.host_times([*kept, *left], {})
     assert found == {own: 0.2, "forward torch": 0.3}
+    if registry.have_triton():  # the kernels of a pass have one time
+        kernels = "forward_phases", "forward_gather", "forward_phases"
+        both = calibrate.host_times([timing(name, ms) for name, ms in zip(kernels, (0.5, 0.1, 0.3), strict=True)], {})
+        assert (
+            both == {"forward triton": 0.3}
+            and model.host_ms(variant("forward_gather"), dataclasses.replace(GPU, host_ms=both)) == 0.3
+        )
     known = dataclasses.replace(GPU, host_ms=found)
     assert model.host_ms(variant(own), known) == 0.2 and model.host_ms(variant(other), known) == 0.3
     assert model.host_ms(variant(own), GPU) == model.host_ms(variant("backward_data_torch_native"), known) == 0.0
@@ -232,7 +239,7 @@ def test_a_run_puts_back_no_factor_that_it_only_read(tmp_path, monkeypatch):
     run.run(tasks_of([one.problem for one in found]), Progress())
     kept = ceilings.from_json(store.read(device_name(CPU), tmp_path).ceilings)
     assert kept.factors == pytest.approx({kind(NAME): 2.0, "triton": 2.0, "torch": 1.5})
-    assert kept.host_ms == {NAME: 0.05, f"forward {variant(NAME).backend}": 0.05}  # of the plain layers alone
+    assert kept.host_ms == dict.fromkeys(model.hosts_of(variant(NAME)), 0.05)  # of the plain layers alone
 
 
 def test_ceilings_without_factors_are_read_and_broken_ones_are_not():
