@@ -50,7 +50,7 @@ def filled(out: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _large_on_gpu(tensor: torch.Tensor) -> bool:
-    return tensor.device.type == "cuda" and tensor.numel() * tensor.itemsize >= LEAST_WIDE
+    return not tensor.is_cpu and tensor.device.type == "cuda" and tensor.numel() * tensor.itemsize >= LEAST_WIDE
 
 
 def _wide_rows(out: torch.Tensor, tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -90,8 +90,10 @@ def _rows(tensor: torch.Tensor, order: torch.memory_format) -> torch.Tensor | No
 
 def _in_blocks(tensor: torch.Tensor) -> bool:
     """A copy of it to NCDHW is faster in blocks: it is channels-last, on a CPU, and large."""
-    large = tensor.device.type == "cpu" and math.prod(tensor.shape[2:]) >= 2 * _block_of_voxels(tensor)
-    return large and tensor.is_contiguous(memory_format=CHANNELS_LAST) and not tensor.is_contiguous()
+    if tensor.is_contiguous() or not tensor.is_cpu:  # the usual case costs a tenth of a microsecond
+        return False
+    large = math.prod(tensor.shape[2:]) >= 2 * _block_of_voxels(tensor)
+    return large and tensor.is_contiguous(memory_format=CHANNELS_LAST)
 
 
 def _block_of_voxels(tensor: torch.Tensor) -> int:
