@@ -141,6 +141,15 @@ def test_an_activation_is_exact_from_small_to_large_and_keeps_a_nan(activation):
     assert (error[..., :-1] <= (bound * far)[..., :-1]).all()
 
 
+@pytest.mark.parametrize("activation", ["leaky_relu", "prelu"])
+def test_a_zero_is_multiplied_by_the_slope(activation):
+    """As torch does it, so that a slope that is a NaN shows."""
+    problem, config, x, weight, *_ = given("forward_gather")
+    epilogue, slopes = Epilogue(activation, float("nan")), torch.full((problem.c_out,), float("nan"))
+    y = computed("forward_gather", problem, config, torch.zeros_like(x), weight, None, epilogue, None, slopes)
+    assert y.isnan().all() and activated(torch.zeros_like(y), epilogue, slopes).isnan().all()
+
+
 def test_operands_of_other_strides():
     """A residual of another layout, an expanded one, a slice; one slope, and a column of slopes."""
     problem, config, x, weight, bias, residual, slopes = given("forward_phases")
