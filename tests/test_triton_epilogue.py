@@ -215,6 +215,21 @@ def test_groups_have_their_own_channels():
         assert near(y, z, epilogue, slopes), name
 
 
+@pytest.mark.parametrize("name", TAKING)
+def test_the_residual_and_the_slope_are_those_of_the_element(name):
+    """Of several images, planes, rows, and of channels that fill no tile where the variant has such."""
+    for layout in layouts_of(name):
+        own = case_of(name, FLOAT, layout)
+        odd = own._replace(n=2, size=(2, 3, 3), channels=(own.channels[0], 3))
+        served = variant(name).supports(odd.problem(FLOAT, layout), CPU) is None
+        case = odd if served else odd._replace(channels=own.channels)
+        problem, config, x, weight, bias, residual, slopes = given(name, FLOAT, layout, case)
+        epilogue = Epilogue("prelu", residual=True)
+        y = computed(name, problem, config, x, weight, bias, epilogue, residual, slopes)
+        z = torch.conv_transpose3d(x, weight, bias, problem.stride, problem.crop, 0, problem.groups) + residual
+        assert near(y, z, epilogue, slopes), layout
+
+
 def test_a_weight_in_other_strides_leads_to_the_kernel_that_packs_it():
     problem, config, x, weight, bias, residual, slopes = given("forward_shuffle_given", HALF)
     other = weight.contiguous(memory_format=torch.channels_last_3d)
