@@ -18,6 +18,8 @@ from triton.language import core
 from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 
+from tritonconv.lab.inspection.interpreted import named
+
 OPTIONS = interpreter.interpreter_builder.options
 SEMANTIC = TritonSemantic(interpreter.interpreter_builder)
 
@@ -48,6 +50,7 @@ def speed_up() -> None:
     interpreter.GridExecutor.__call__ = grid_call
     interpreter.InterpretedFunction.__call__ = device_call
     object.__setattr__(OPTIONS, "sanitize_overflow", False)
+    core._unwrap_if_constexpr = named(core._unwrap_if_constexpr)
     _watch_accesses()
     _remember_types()
     _remember_results()
