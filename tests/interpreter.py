@@ -1,7 +1,9 @@
-"""Makes Triton's interpreter fit for tests: several times faster, with its overflow checks where a test asks for them.
+"""Makes Triton's interpreter fit for tests: several times faster, and with more checks.
+
+It looks at every access of a launch, and for overflows where a test asks for it.
 
 The interpreter (3.6 to 3.9) patches ``triton.language`` anew at every call of a device function, recomputes every
-integer operation in 64 bits, and works out the type of every value anew. None of it changes a result.
+integer operation in 64 bits, and works out the type of every value anew. No result needs it.
 """
 
 from __future__ import annotations
