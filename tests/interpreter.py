@@ -1,7 +1,9 @@
-"""Makes Triton's interpreter fit for tests: several times faster, with its overflow checks where a test asks for them.
+"""Makes Triton's interpreter fit for tests: several times faster, and with more checks.
+
+It looks at every access of a launch, and for overflows where a test asks for it.
 
 The interpreter (3.6 to 3.9) patches ``triton.language`` anew at every call of a device function, recomputes every
-integer operation in 64 bits, and works out the type of every value anew. None of it changes a result.
+integer operation in 64 bits, and works out the type of every value anew. No result needs it.
 """
 
 from __future__ import annotations
@@ -9,12 +11,16 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+from collections.abc import Iterator
 
 import numpy as np
+import torch
 import triton.language as tl
 from triton.language import core
 from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
+
+from tritonconv.lab.inspection.interpreted import named
 
 OPTIONS = interpreter.interpreter_builder.options
 SEMANTIC = TritonSemantic(interpreter.interpreter_builder)
@@ -31,7 +37,11 @@ def speed_up() -> None:
     def grid_call(self, *args, **kwargs):
         patched.clear()
         patched.add(modules(self.fn))  # by the executor itself
-        return run_grid(self, *args, **kwargs)
+        _buffers[:] = [_extent(each) for each in _tensors((*args, *kwargs.values())) if each.numel()]
+        _stored.clear()
+        run_grid(self, *args, **kwargs)
+        if _stored and len(np.unique(every := np.concatenate(_stored))) < len(every):
+            raise RuntimeError(f"{self.fn.__name__} stores an element twice: on a GPU either may come last")
 
     def device_call(self, *args, **kwargs):
         if modules(self.fn) not in patched:
@@ -42,8 +52,54 @@ def speed_up() -> None:
     interpreter.GridExecutor.__call__ = grid_call
     interpreter.InterpretedFunction.__call__ = device_call
     object.__setattr__(OPTIONS, "sanitize_overflow", False)
+    core._unwrap_if_constexpr = named(core._unwrap_if_constexpr)
+    _watch_accesses()
     _remember_types()
     _remember_results()
+
+
+_buffers: list[tuple[int, int]] = []  # of the launch: each operand's first byte, and the one behind its last
+_stored: list[np.ndarray] = []  # addresses, of the launch
+
+
+def _tensors(values) -> Iterator[torch.Tensor]:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (tuple, list)):
+            yield from _tensors(value)
+        elif hasattr(value, "base"):  # of a descriptor
+            yield value.base
+
+
+def _extent(tensor: torch.Tensor) -> tuple[int, int]:
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
+
+
+def _watch_accesses() -> None:
+    """Two faults that the results of programs in one order seldom show are errors: an access beside all operands of
+    the launch, and an element that is stored twice.
+    """
+
+    def checked(access):
+        stores = access.__name__ == "create_masked_store"
+
+        @functools.wraps(access)
+        def operation(self, pointers, *rest, **more):
+            active = pointers.data[rest[stores].data]  # (value, mask) of a store, (mask, other) of a load
+            if active.size:
+                low, high = int(active.min()), int(active.max())
+                if not any(first <= low and high < end for first, end in _buffers):
+                    raise IndexError(f"{access.__name__} at {low} to {high}, beside the operands {_buffers}")
+                if stores:
+                    _stored.append(active)
+            return access(self, pointers, *rest, **more)
+
+        return operation
+
+    for name in ("create_masked_load", "create_masked_store"):
+        setattr(interpreter.InterpreterBuilder, name, checked(getattr(interpreter.InterpreterBuilder, name)))
 
 
 def _remember_types() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,9 @@ import pytest
 
 from tritonconv.kernels.registry import have_triton
 from tritonconv.lab.inspection.accesses import Access, Layout, layouts_of, sectors
+from tritonconv.lab.inspection.interpreted import named
 
+Pair = namedtuple("Pair", ("first", "second"))
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = Layout((1, 8), (4, 8), (1, 0))  # 8 neighbours of a row per lane, 8 lanes along the row
 SINGLE = Layout((1, 1), (1, 32), (1, 0))
@@ -73,6 +76,14 @@ def test_the_layouts_of_a_kernel():
     }
     row = Access("v", "l", "ndhwc", "store", (64, 64), False, 16, 10, 320, 160)
     assert row.efficiency == 0.5
+
+
+def test_a_named_tuple_keeps_its_names_and_their_values_are_taken_out():
+    """Of Triton 3.6 too, whose function makes a plain tuple of it."""
+    values = {"one": 1, "more": (2, 3)}
+    kept = named(lambda value: values.get(value, value))
+    inner = Pair("one", "more")
+    assert kept(Pair(inner, "more")) == Pair(Pair(1, (2, 3)), (2, 3)) and kept(Pair(inner, 0)).first.second == (2, 3)
 
 
 def run(*arguments: str) -> list[list[str]]:

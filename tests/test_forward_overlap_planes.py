@@ -16,6 +16,7 @@ CASES = {
     "k3 s2": Case(n=2, channels=(5, 2), size=(4, 9, 5), kernel=3, stride=2, front=1, back=0),
     "no overlap along d": Case(n=2, channels=(2, 3), size=(5, 7, 6), kernel=(2, 3, 4), stride=2, front=(0, 2, 1)),
     "no overlap along h": Case(n=1, channels=(16, 1), size=(6, 9, 7), kernel=(3, 2, 4), stride=2, front=(1, 0, 2)),
+    "fewer sums than columns": Case(n=1, channels=(3, 1), size=(5, 4, 6), kernel=2, stride=1, front=(0, 1, 0)),
     "strides of one": Case(n=1, channels=(4, 4), size=(5, 7, 9), kernel=(2, 2, 1), stride=1, front=(1, 0, 0)),
 }
 

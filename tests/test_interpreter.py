@@ -1,4 +1,6 @@
-"""The tests' short cuts through Triton's interpreter (interpreter.py) give what the interpreter itself gives."""
+"""The tests' short cuts through Triton's interpreter (interpreter.py) give what the interpreter itself gives, and its
+watch over the accesses sees the faults that no result shows.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +14,7 @@ import torch
 if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("the kernels are compiled here, not interpreted", allow_module_level=True)
 
+import triton
 import triton.language as tl
 from interpreter import OPERATORS, SEMANTIC
 from triton.language import core
@@ -101,3 +104,21 @@ def test_casts_and_new_axes():
             [(every, None), (None, every)] if len(shape) == 1 else [(every, None, every), (None, every, every)]
         ):
             check(core.tensor.__getitem__, tensor(own, shape, values), index)
+
+
+@triton.jit
+def copy_kernel(x_ptr, y_ptr, count, BLOCK: tl.constexpr):
+    lane = tl.arange(0, BLOCK)
+    tl.store(y_ptr + lane, tl.load(x_ptr + lane, mask=lane < count, other=0.0), mask=lane < count)
+
+
+def test_an_access_beside_the_operands_and_a_second_store_are_errors():
+    memory = torch.arange(32.0)
+    x, long, y = memory[2:7], memory[8:16], memory[20:25]
+    copy_kernel[(1,)](x, y, 5, BLOCK=8)
+    assert torch.equal(x, y)
+    for first, second, count in ((x, long, 6), (long, y, 6), (memory[:0], y, 1)):
+        with pytest.raises(interpreter.InterpreterError, match="beside the operands"):
+            copy_kernel[(1,)](first, second, count, BLOCK=8)
+    with pytest.raises(RuntimeError, match="copy_kernel stores an element twice"):
+        copy_kernel[(2,)](x, y, 5, BLOCK=8)

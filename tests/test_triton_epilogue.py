@@ -141,6 +141,15 @@ def test_an_activation_is_exact_from_small_to_large_and_keeps_a_nan(activation):
     assert (error[..., :-1] <= (bound * far)[..., :-1]).all()
 
 
+@pytest.mark.parametrize("activation", ["leaky_relu", "prelu"])
+def test_a_zero_is_multiplied_by_the_slope(activation):
+    """As torch does it, so that a slope that is a NaN shows."""
+    problem, config, x, weight, *_ = given("forward_gather")
+    epilogue, slopes = Epilogue(activation, float("nan")), torch.full((problem.c_out,), float("nan"))
+    y = computed("forward_gather", problem, config, torch.zeros_like(x), weight, None, epilogue, None, slopes)
+    assert y.isnan().all() and activated(torch.zeros_like(y), epilogue, slopes).isnan().all()
+
+
 def test_operands_of_other_strides():
     """A residual of another layout, an expanded one, a slice; one slope, and a column of slopes."""
     problem, config, x, weight, bias, residual, slopes = given("forward_phases")
@@ -204,6 +213,21 @@ def test_groups_have_their_own_channels():
         y = computed(name, problem, config, x, weight, bias, epilogue, residual, slopes)
         z = torch.conv_transpose3d(x, weight, bias, problem.stride, groups=2) + residual
         assert near(y, z, epilogue, slopes), name
+
+
+@pytest.mark.parametrize("name", TAKING)
+def test_the_residual_and_the_slope_are_those_of_the_element(name):
+    """Of several images, planes, rows, and of channels that fill no tile where the variant has such."""
+    for layout in layouts_of(name):
+        own = case_of(name, FLOAT, layout)
+        odd = own._replace(n=2, size=(2, 3, 3), channels=(own.channels[0], 3))
+        served = variant(name).supports(odd.problem(FLOAT, layout), CPU) is None
+        case = odd if served else odd._replace(channels=own.channels)
+        problem, config, x, weight, bias, residual, slopes = given(name, FLOAT, layout, case)
+        epilogue = Epilogue("prelu", residual=True)
+        y = computed(name, problem, config, x, weight, bias, epilogue, residual, slopes)
+        z = torch.conv_transpose3d(x, weight, bias, problem.stride, problem.crop, 0, problem.groups) + residual
+        assert near(y, z, epilogue, slopes), layout
 
 
 def test_a_weight_in_other_strides_leads_to_the_kernel_that_packs_it():

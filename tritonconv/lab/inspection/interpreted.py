@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,9 +33,21 @@ class _Enough(Exception):
     """The program has shown what it does."""
 
 
+def named(unwrap: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Triton's function that takes the values out of constants, with the names of a tuple kept: that of 3.6 drops them
+    on the way into a constexpr function."""
+
+    def kept(value: Any) -> Any:
+        fields = isinstance(value, tuple) and hasattr(value, "_fields")
+        return type(value)(*map(kept, value)) if fields else unwrap(value)
+
+    return kept
+
+
 @contextlib.contextmanager
 def watching() -> Iterator[list[Seen]]:
     """Inside the block each kernel runs one program, which stores nothing; the list fills with its accesses."""
+    from triton.language import core
     from triton.runtime import interpreter
 
     seen: list[Seen] = []
@@ -85,12 +98,15 @@ def watching() -> Iterator[list[Seen]]:
     for name, value in replaced.items():
         setattr(builder, name, value)
     executor.__call__ = one_program
+    unwrap = core._unwrap_if_constexpr
+    core._unwrap_if_constexpr = named(unwrap)
     try:
         yield seen
     finally:
         for name in replaced:
             delattr(builder, name)
         executor.__call__ = call
+        core._unwrap_if_constexpr = unwrap
 
 
 def measure(jobs: Sequence[Job]) -> list[Access]:
