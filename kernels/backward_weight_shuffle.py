@@ -183,7 +183,9 @@ def backward_weight_shuffle_kernel(
     if bias_partial_ptr is not None:
         if not ROWS and ONES:  # all columns are alike
             sums = tl.where(tl.arange(0, ONES)[None, :] == 0, sums, 0.0)
-        biases = tl.sum(tl.sum(sums, 1).reshape(BLOCK_M // SIDE // CHANNELS, CHANNELS), 0)  # (CHANNELS,)
+        # The rows of a channel first: the other way round Triton 3.9.0 fails for sm_100 (128 x 128 in 8 warps).
+        of_channels = sums.reshape(BLOCK_M // SIDE // CHANNELS, CHANNELS, sums.shape[1])
+        biases = tl.sum(tl.sum(of_channels, 0), 1)  # (CHANNELS,)
         channel_b = channel_tile * CHANNELS + tl.arange(0, CHANNELS)
         mask_b = channel_b + tile_n * C_OUT < C_OUT  # of the first input channels alone
         offs_b = group * C_OUT + channel_b

@@ -44,6 +44,7 @@ JOBS = [
     ("backward_data_shuffle_given", "nnunet_dynunet_128_up0", 2, "ncdhw", "sm_100"),
     ("backward_data_shuffle_resident", "toothseg_256_last_n4", 0, "ndhwc", "sm_90"),
     ("backward_data_shuffle_resident", "swinunetr_fs48_up4", 0, "ndhwc", "sm_90"),
+    ("backward_weight_shuffle", "vnet_up1", 0, "ndhwc", "sm_100"),
 ]
 
 
@@ -55,7 +56,7 @@ def test_what_was_refused_or_spilled_has_no_fault():
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     wide, unaligned = ["async 16"], ["async 16", "registers 2"]
-    assert [sorted(loads) for (loads,) in json.loads(done.stdout)] == [wide, wide, unaligned, wide, wide]
+    assert [sorted(loads) for (loads,) in json.loads(done.stdout)] == [wide, wide, unaligned, wide, wide, wide]
 
 
 # (voxels of a row of x, stride, taps along w) and BLOCK_W.
