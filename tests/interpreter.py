@@ -26,6 +26,7 @@ OPTIONS = interpreter.interpreter_builder.options
 SEMANTIC = TritonSemantic(interpreter.interpreter_builder)
 
 
+@functools.cache  # a second time each access would count twice
 def speed_up() -> None:
     patched: set = set()
     run_grid, patch = interpreter.GridExecutor.__call__, interpreter._patch_lang
