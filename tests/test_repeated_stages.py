@@ -172,3 +172,21 @@ def test_the_first_calls_run_each_road_as_it_would_serve(layout, launches, monke
         assert peak(lambda: up_concat(layer, x, skip)) == got.nbytes
     monkeypatch.undo()
     dispatch.forget()
+
+
+def test_a_call_without_gradients_keeps_its_forward_where_a_recorded_one_is_torchs_own(monkeypatch):
+    """A forward that saves less than the road through our autograd: recorded calls are torch's own."""
+    layer, x, skip = operands()
+    monkeypatch.setattr(dispatch.Plan, "torch_alone", ((2,) * 3, (0,) * 3, (0,) * 3, 1, (1,) * 3))
+    choose("shuffle", monkeypatch)
+    dispatch.forget()
+    ran, original = [], concatenation._concatenation
+    monkeypatch.setattr(concatenation, "_concatenation", lambda *call: ran.append(call) or original(*call))
+    for _ in range(3):
+        torch.testing.assert_close(up_concat(layer, x, skip), joined(layer, x, skip))
+    assert not ran
+    with torch.no_grad():
+        torch.testing.assert_close(up_concat(layer, x, skip), joined(layer, x, skip))
+    assert len(ran) == 1
+    monkeypatch.undo()
+    dispatch.forget()

@@ -189,7 +189,7 @@ def _eager(x, weight, bias, skip, skip_first, arguments):
         skip = skip.unsqueeze(0)
     place = None if direct is not None else _place(plan, skip)
     lasting = plan.lasting(recorded) if batched and x.is_cpu and skip.layout is torch.strided else None
-    if lasting is not None:
+    if lasting is not None and (direct is None or plan.torch_forward is not None):  # it serves without gradients too
         keep_stage(direct, place and place._replace(plan=lasting), x, weight, bias, skip, arguments, recorded)
     if direct is not None:
         joined = _concatenated(torch.conv_transpose3d(image, weight, bias, *direct), skip, skip_first)
