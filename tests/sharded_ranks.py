@@ -31,7 +31,8 @@ from tritonconv.lab import cli
 from tritonconv.lab.bench.workloads import workload
 from tritonconv.lab.commands.measurements import slabs
 
-SHORT = timedelta(seconds=1)  # a group's timeout where a rank does not come
+# Timeouts of a group: where a rank does not come, and where all do, however busy the machine is.
+SHORT, LONG = timedelta(seconds=3), timedelta(seconds=100)
 
 
 def layers(rank: int) -> dict:
@@ -126,7 +127,7 @@ def other_arguments(rank: int) -> dict:
     found["bias shape"] = said(call, bias=torch.ones(3 if rank == 2 else 2))
     with torch.autocast("cpu", torch.bfloat16):
         found["no tensor"] = said(call, x="x" if rank == 2 else None)
-    group = dist.new_group(timeout=SHORT)  # in which the ranks meet first, so that sizes too are compared
+    group = dist.new_group(timeout=LONG)  # in which the ranks meet first, so that sizes too are compared
     found["sizes"] = said(call, group=group, **({"sizes": [2] * WORLD} if rank == 2 else {}))
     found["sizes and a refusal"] = said(call, group=group, sizes=[2] * WORLD, stride=int(rank != 2))
     with_sizes = call(group=group, sizes=[2] * WORLD), call(group=group, sizes=[2] * WORLD)
@@ -213,6 +214,7 @@ def silent_rank(rank: int) -> dict:
     for name, sizes in (("compared", None), ("given sizes", [1] * WORLD)):
         group = dist.new_group(timeout=SHORT)
         x, weight = torch.ones(1, 1, 1, 2, 2), torch.ones(1, 1, 9, 1, 1)
+        dist.barrier()  # the ranks are in step, by the long timeout
         if sizes is not None:  # its first call meets all ranks
             sharded.conv_transpose3d(x, weight, padding=(4, 0, 0), group=group, sizes=sizes)
         if rank != WORLD - 1:
@@ -224,6 +226,7 @@ def dead_rank(rank: int) -> dict:
     """The last rank dies before the backward."""
     group = dist.new_group(timeout=SHORT)
     x = torch.ones(1, 1, 1, 2, 2, requires_grad=True)
+    dist.barrier()
     y = sharded.conv_transpose3d(x, torch.ones(1, 1, 3, 1, 1, requires_grad=True), padding=(1, 0, 0), group=group)
     if rank == WORLD - 1:
         return {}
@@ -238,7 +241,7 @@ def run(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     found: dict = {"no group": said(sharded.conv_transpose3d, torch.ones(1, 1, 1, 1, 1), torch.ones(1, 1, 1, 1, 1))}
     where = f"file://{folder / 'meet'}"
-    dist.init_process_group("gloo", init_method=where, rank=rank, world_size=WORLD, timeout=timedelta(seconds=30))
+    dist.init_process_group("gloo", init_method=where, rank=rank, world_size=WORLD, timeout=LONG)
     for check in CHECKS:
         start = time.process_time()
         try:

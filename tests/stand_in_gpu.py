@@ -44,6 +44,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 PRODUCT, OTHER, LAUNCH = 1000, 1, 10
 HOST, HOST_LAUNCH = 4, 4  # of the host, for an operation and for a kernel: one choice is the best for all calls
 MHZ = 1980
+SECONDS = 3000  # of a campaign beside it; its pieces are short
 
 # Both clocks, the graph that is being captured, and the current device's index: another GPU's where a test says so.
 now = SimpleNamespace(us=0, host_us=0, graph=None, device=GPU.index)
@@ -311,7 +312,7 @@ def shrink() -> None:
     measure.warm_up, timing.MOST_WARM_ROUNDS = (lambda *args: 0), 1
     layer_sizes.CPU_GFLOP, layer_sizes.CPU_BATCH, verification.CHECKED_AXES = 0.0, 1, 2
     verification.SAMPLE_LAYERS = {"k2s2": "segresnet_deconv_up2"}
-    campaign.SHARES["cuda"] = campaign.Shares(0.3, 0.002, 0.3, 0.05, 0.002)
+    campaign.SHARES["cuda"] = campaign.Shares(0.3, 0.6 / SECONDS, 0.3, 0.05, 0.6 / SECONDS)
     session.EFFORTS, session.WHOLE = (session.Effort(1, 1.0, 1.5, 0.1),), session.Effort(1, 1.0, 4.0, 0.1)
 
 

@@ -25,7 +25,7 @@ def python_beside(folder: Path) -> Callable[..., subprocess.CompletedProcess]:
 
     def run(*arguments: object) -> subprocess.CompletedProcess:
         command = [sys.executable, *map(str, arguments)]
-        return subprocess.run(command, env=own, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
+        return subprocess.run(command, env=own, cwd=folder, capture_output=True, text=True, timeout=1200, check=False)
 
     return run
 

@@ -17,6 +17,7 @@ pytest.importorskip("triton")
 
 from triton.backends.nvidia import driver
 
+from tritonconv.autotune.tuning import session
 from tritonconv.errors import ArgumentError
 from tritonconv.kernels import triton_compiled, triton_target
 from tritonconv.kernels.triton_compiled import CompiledFolder, CompiledWarning
@@ -267,8 +268,9 @@ def test_edited_sources_are_told_apart(copied, tmp_path):
     assert set(done.stdout.splitlines()[1].split()) == {"False"}
 
 
-def test_on_a_cpu_a_folder_is_of_no_use_and_does_no_harm(made, capsys, tmp_path):
-    done = cli.main(["tune", *ASKED[:-2], "--dtype", "float32", "--seconds", "9", "--device", "cpu", "--compiled",
+def test_on_a_cpu_a_folder_is_of_no_use_and_does_no_harm(made, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(session, "PROBLEM_SECONDS", 0.2)
+    done = cli.main(["tune", *ASKED[:-2], "--dtype", "float32", "--device", "cpu", "--compiled",
                      str(made), "--store", str(tmp_path), "--output", str(tmp_path), "--quiet"])  # fmt: skip
     assert done == 0
     assert f"tritonconv tune: {made}: kernels for sm_90 serve no cpu" in capsys.readouterr().err

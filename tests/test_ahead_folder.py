@@ -188,7 +188,7 @@ def test_what_was_compiled_ahead_is_not_sent_to_the_compiling_processes(monkeypa
     monkeypatch.setattr(workers, "WORKER", "raise SystemExit")
     jobs = [("forward_gather", UP, {"BLOCK_M": size}) for size in (2, 4)]
     with Precompiler("sm_90", processes=1, ahead=Held()) as compiler:
-        assert wait(compiler.start(jobs), timeout=60).not_done == set()
+        assert wait(compiler.start(jobs), timeout=300).not_done == set()
         assert not compiler.started
         (late,) = compiler.start([("forward_gather", UP, {"BLOCK_M": 3})])
         assert not late.result().ok and compiler.started

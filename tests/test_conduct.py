@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+import threading
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from tritonconv.autotune import choose, store
 from tritonconv.autotune.key import device_name
 from tritonconv.autotune.tuning import contest, journal, session
 from tritonconv.kernels import registry
-from tritonconv.lab import cli, verification
+from tritonconv.lab import campaign, cli, verification
 from tritonconv.lab.bench import calls, conduct, gate, layer_sizes, results, roofs, runner
 from tritonconv.lab.bench.case import Case
 from tritonconv.lab.bench.workloads import workload
@@ -22,9 +23,17 @@ from tritonconv.problem import Problem
 CPU = torch.device("cpu")
 LAYER = "segresnet_deconv_up2"
 HEAD = """
-import threading, time, torch
+import threading, torch
 from tritonconv import Variant
+from tritonconv.lab.bench.conduct import time
 kept, made = {}, []
+
+def later(y):
+    late, slept = torch.zeros_like(y), threading.Event()
+    thread = threading.Thread(target=lambda: (slept.wait(), late.copy_(y)), daemon=True)
+    thread.start()
+    time.waiting.append((slept, thread))
+    return late
 
 def answer(problem, x, weight, bias):
     return torch.nn.functional.conv_transpose3d(x, weight, bias, *problem.torch_arguments)
@@ -83,11 +92,12 @@ CHEATS = {
     "another thread": (LATE, """
         def launch(problem, config, x, weight, bias):
             y = answer(problem, x, weight, bias)
-            if problem.size[0] < 6:  # the gate's small problem
-                return y
-            late = torch.zeros_like(y)
-            threading.Thread(target=lambda: (time.sleep(1e-3), late.copy_(y))).start()
-            return late"""),
+            return y if problem.size[0] < 6 else later(y)  # the gate's problem is small"""),
+    "another thread, done by the next call": (LATE, """
+        def launch(problem, config, x, weight, bias):
+            time.sleep(0)
+            y = answer(problem, x, weight, bias)
+            return y if problem.size[0] < 6 else later(y)"""),
     "another dtype": ("expected torch.float32, got torch.float64", """
         def launch(problem, config, x, weight, bias):
             return answer(problem, x, weight, bias).double()"""),
@@ -95,6 +105,19 @@ CHEATS = {
         def launch(problem, config, x, weight, bias):
             return torch._neg_view(-answer(problem, x, weight, bias))"""),
 }  # fmt: skip
+
+
+class Waiting:
+    """In the place of the module time: a sleep is as long as the threads take that wait for one."""
+
+    def __init__(self) -> None:
+        self.waiting: list[tuple[threading.Event, threading.Thread]] = []
+
+    def sleep(self, seconds: float) -> None:
+        while self.waiting:
+            slept, thread = self.waiting.pop()
+            slept.set()
+            thread.join()
 
 
 @pytest.fixture
@@ -105,6 +128,7 @@ def cheat(tmp_path, monkeypatch, quick, own_store):
     monkeypatch.setattr(registry, "_files", files)
     monkeypatch.setattr(session, "PROBLEM_SECONDS", 0.05)
     monkeypatch.setattr(layer_sizes, "CPU_GFLOP", 0.02)
+    monkeypatch.setattr(conduct, "time", Waiting())
 
     def write(text: str) -> Path:
         path = tmp_path / "cheat.py"
@@ -160,11 +184,13 @@ def test_a_cheat_is_an_error_row_in_a_campaign(cheat, tmp_path, monkeypatch):
     monkeypatch.setattr(verification, "CHECKED_AXES", 3)
     monkeypatch.setattr(session, "WHOLE", session.WHOLE._replace(seconds=0.2))
     monkeypatch.setattr(runner, "MOST_CELL_SECONDS", 0.2)
+    short = {"roofs": 1e-5, "overhead": 1e-6}  # of a budget that no machine uses up
+    monkeypatch.setitem(campaign.SHARES, "cpu", campaign.SHARES["cpu"]._replace(**short))
     reason, text = CHEATS["by pointer"]
     out = tmp_path / "out"
     layer = ["--only", "spleen_64_16", "--passes", "forward"]
     arguments = ["--variant-file", str(cheat(text)), *layer, "--output", str(out), *FLAGS]
-    assert cli.main(["campaign", "--seconds", "30", *arguments]) == 1
+    assert cli.main(["campaign", "--seconds", "100000", *arguments]) == 1
     named, errors = rows_of(out)
     assert named == [] and len(errors) == 3  # verified, tuned, timed
     assert all(reason in row["message"] for row in errors), errors

@@ -17,7 +17,7 @@ import tritonconv
 from tritonconv import Problem, dispatch
 from tritonconv.autotune import choose, pins, store
 from tritonconv.autotune.key import Key, device_name
-from tritonconv.autotune.tuning import first_use
+from tritonconv.autotune.tuning import first_use, session
 from tritonconv.autotune.tuning.api import tune
 from tritonconv.epilogue import Epilogue
 from tritonconv.kernels import triton_background
@@ -205,7 +205,8 @@ def test_of_a_group_rank_0_tunes_and_the_others_read_what_it_stored(monkeypatch)
     monkeypatch.setattr(first_use, "_rank", lambda: 1)
     monkeypatch.setattr(first_use.Kind, "compile", None)
     reason = call(UP).choice("forward").reason
-    tune(UP, seconds=5)  # as rank 0 would, in another process: this one knows nothing of it
+    monkeypatch.setattr(session, "PROBLEM_SECONDS", 0.2)
+    tune(UP)  # as rank 0 would, in another process: this one knows nothing of it
     dispatch.drop(lambda plan: True)
     assert "tuned" not in reason
     call(OTHER)  # the next new kind
@@ -225,7 +226,7 @@ from tritonconv import Problem, dispatch
 assert dispatch._tuner is None and "tritonconv.autotune.tuning" not in sys.modules
 problem = Problem(1, 8, 4, (6, 6, 6), (2, 2, 2), (2, 2, 2), (0, 0, 0), (12, 12, 12))
 dispatch._offer_to_tuner(problem, torch.device("cpu"))
-from tritonconv.autotune.tuning import first_use
+from tritonconv.autotune.tuning import first_use, session
 assert dispatch._tuner is first_use.offer and not first_use._kinds
 """
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)

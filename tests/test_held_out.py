@@ -179,16 +179,27 @@ def test_every_pass_of_every_timed_layer_has_a_first_that_serves_it(hopper, meas
     assert kernels > 150
 
 
+def steps_of_python() -> dict[int, int]:
+    found: dict[int, int] = {}
+    for step in range(200_000):
+        found[step % 997] = found.get(step % 991, 0) + step
+    return found
+
+
 def test_a_choice_does_not_stall(hopper):
-    """Ranking whole spaces took 75 to 217 ms for three passes. CPU time: other programs do not count."""
+    """For three passes it takes less than 400,000 steps of Python, 50 ms on one CPU of 2026, where ranking whole spaces
+    took 75 to 217. CPU time of both in turns: neither other programs nor the CPU's speed count."""
     each, times = problem("psmnet_train_64_32"), []
     for more in range(1, 8):
         other = resized(each, tuple(size + more for size in each.size))
         begin = time.process_time()
         for name in PASSES:
             choice(other, name)
-        times.append(time.process_time() - begin)
-    assert min(times) < 0.05
+        between = time.process_time()
+        steps_of_python()
+        times.append((between - begin, time.process_time() - between))
+    mine, steps = map(min, zip(*times, strict=True))
+    assert mine < 2 * steps
 
 
 def test_variants_that_were_not_timed_do_not_take_part():

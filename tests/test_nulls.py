@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tritonconv import Problem
-from tritonconv.autotune.tuning import contest
+from tritonconv.autotune.tuning import contest, session
 from tritonconv.autotune.tuning.session import Session, tasks_of
 from tritonconv.autotune.tuning.tuner import ProblemTuner
 from tritonconv.forced import forced_variants, use
@@ -118,7 +118,8 @@ def test_without_memory_for_null_rows_a_problem_is_tuned_all_the_same(tmp_path, 
 
     monkeypatch.setattr(contest.Contest, "null_rows", no_room)
     monkeypatch.setattr(ProblemTuner, "gradients", lambda *args: ())
-    report = Session(CPU, tmp_path, seconds=1.0).run(tasks_of([UP]), Progress())
+    monkeypatch.setattr(session, "PROBLEM_SECONDS", 0.2)
+    report = Session(CPU, tmp_path).run(tasks_of([UP]), Progress())
     assert len(report.winners) == 1 and report.noise is None and "null rows" not in str(report)
 
 

@@ -113,16 +113,16 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 @needs_triton
 def test_the_end_of_the_block_ends_what_is_compiling(tmp_path, monkeypatch):
     started = tmp_path / "started"
-    hangs = f"import subprocess, sys; open({str(started)!r}, 'w'); subprocess.run(['sleep', '60'])"
+    hangs = f"import subprocess, sys; open({str(started)!r}, 'w'); subprocess.run(['sleep', '600'])"
     monkeypatch.setattr(workers, "WORKER", hangs)
     with Precompiler("sm_90", processes=2) as compiler:
         found = compiler.start([("forward_shuffle", UP, {})] * 4)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while not started.exists() and time.monotonic() < deadline:
             time.sleep(0.01)
         compiler.finish(found, seconds=0.01)
         begin = time.perf_counter()
-    assert time.perf_counter() - begin < 20  # its child, which holds the pipe, has ended too
+    assert time.perf_counter() - begin < 120  # its child, which holds the pipe, has ended too
     assert compiler.started and all(each.poll() is not None for each in compiler.started)
     assert all(each.cancelled() or not each.result(timeout=0).ok for each in found)
 

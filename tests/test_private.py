@@ -46,7 +46,7 @@ def test_without_any_of_them_calls_are_torchs_and_right():
         env=environment,
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=300,
         check=False,
     )
     assert done.stdout.split() == ["True", "False", "False"], done.stderr

@@ -116,7 +116,7 @@ time.sleep(60)
     assert process.stdout is not None
     path = Path(process.stdout.readline().strip())
     os.kill(process.pid, signal.SIGKILL)
-    process.wait(10)
+    process.wait(60)
     process.stdout.close()
     assert len(read(path).results) == 1
 

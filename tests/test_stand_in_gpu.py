@@ -46,8 +46,8 @@ def beside(tmp_path_factory):
 def test_a_campaign_goes_through_all_its_steps(beside, tmp_path, ncu):
     layer = "segresnet_deconv_up2"
     asked = ("--suite", "unet", "--only", layer, "--dtype", "float16", "--scale", "cpu", "--no-compile", "--quiet")
-    command = (TESTS / "stand_in_gpu.py", "campaign", "--seconds", 300, "--out", tmp_path, "--no-install", *asked)
-    code, out = beside(*command)
+    command = ("campaign", "--seconds", stand_in_gpu.SECONDS, "--out", tmp_path, "--no-install", *asked)
+    code, out = beside(TESTS / "stand_in_gpu.py", *command)
     assert code == 0
     found = results.read(results.latest(tmp_path))
     assert (found.environment["device"], found.environment["device_name"]) == ("cuda", stand_in_gpu.NAME)
@@ -129,7 +129,7 @@ def test_all_is_asked_of_the_gpu_that_is_meant_though_another_is_the_current_one
             triton_target.target = triton_launch.target = lambda: asked.add(stand_in_gpu.now.device)
             stand_in_gpu.now.device = 7
             options = Options((layer,), ("forward",), (torch.float16,), ("ncdhw",), (variant("forward_phases"),),
-                              device=stand_in_gpu.GPU, seconds=300)
+                              device=stand_in_gpu.GPU, seconds=stand_in_gpu.SECONDS)
             if {step!r} == "campaign":
                 assert campaign.Campaign(options, folder, Progress()).run().reason == "complete"
             else:

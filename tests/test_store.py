@@ -220,7 +220,7 @@ for index in range(25):
 def test_two_processes_that_write_at_once_lose_nothing(folder):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     both = [subprocess.Popen([sys.executable, "-c", WRITER, name], env=environment) for name in ("one", "two")]
-    assert [process.wait(timeout=120) for process in both] == [0, 0]
+    assert [process.wait(timeout=300) for process in both] == [0, 0]
     assert set(store.read("a box").entries) == {f"{name} {index}" for name in ("one", "two") for index in range(25)}
     assert not list(folder.glob(".*.json.*"))
 

@@ -38,7 +38,7 @@ def stored_keys(folder: Path) -> set[str]:
 def test_a_killed_run_goes_on_with_nothing_measured_twice_and_nothing_lost(tmp_path):
     folder = tmp_path / "killed"
     process = start(folder, tmp_path, "--layout", "ncdhw")
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not stored_keys(folder) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
@@ -46,7 +46,7 @@ def test_a_killed_run_goes_on_with_nothing_measured_twice_and_nothing_lost(tmp_p
     before, keys = stored_lines(folder), stored_keys(folder)
     assert keys
     second = start(folder, tmp_path, "--layout", "ncdhw")
-    out, err = second.communicate(timeout=120)
+    out, err = second.communicate(timeout=600)
     assert second.returncode == 0, err
     after = stored_lines(folder)
     assert after[: len(before)] == before and keys <= stored_keys(folder)
@@ -60,7 +60,7 @@ def test_two_tuners_at_once_keep_all_entries_of_both(tmp_path):
     folder = tmp_path / "both"
     one = start(folder, tmp_path, "--layout", "ndhwc")
     two = start(folder, tmp_path, "--layout", "ncdhw")
-    outs = [process.communicate(timeout=120) for process in (one, two)]
+    outs = [process.communicate(timeout=600) for process in (one, two)]
     assert [process.returncode for process in (one, two)] == [0, 0], outs
     decided = {row["key"] for path in (tmp_path / "results").glob("tune-*.jsonl") for row in rows(path, "tuned")}
     assert decided and decided == stored_keys(folder)
@@ -93,7 +93,7 @@ def test_rank_0_tunes_and_the_others_get_its_result(tmp_path):
         return subprocess.Popen(command, env={**os.environ, **own, "TRITON_INTERPRET": "0"}, **pipes)
 
     both = [rank(number) for number in (0, 1)]
-    outs = [process.communicate(timeout=120) for process in both]
+    outs = [process.communicate(timeout=600) for process in both]
     assert [process.returncode for process in both] == [0, 0], outs
     (tuned0, choice0), (tuned1, choice1) = (out.strip().split(" ", 1) for out, _ in outs)
     assert (tuned0, tuned1) == ("True", "False")

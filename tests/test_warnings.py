@@ -59,7 +59,7 @@ def test_what_is_an_error(options, failed, tmp_path):
     )
     named = ("-c", TESTS.parent / "pyproject.toml", "-p", "conftest", "-p", "a_plugin_that_warns", "-rA", *options)
     command = [sys.executable, "-c", code, *map(str, named), "-p", "no:cacheprovider", str(tmp_path / "test_sample.py")]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
     said = [line.split() for line in done.stdout.splitlines()]
     names = {
         outcome: {words[1].split("::")[-1] for words in said if words[:1] == [outcome]}
