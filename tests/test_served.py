@@ -201,9 +201,9 @@ def test_a_tuning_run_times_first_what_serves_the_gpu_from_another_key_or_table(
     for problem in (SMALL, replace(SMALL, bias=True), replace(SMALL, dtype=torch.float16), replace(SMALL, n=1)):
         for name in PASSES:
             both = entries[str(Key.of(SMALL, name))].choices(graphs=True)
-            found = [each.selection for each in stored(problem, CUDA, name, session._tables(), rates)]
+            found = [each.selection for (each,) in stored(problem, CUDA, (name,), session._tables(), rates)]
             assert [each[:2] for each in found] == [(variant(each.variant), each.config) for each in both]
-    assert not any(stored(UNSEEN, CUDA, name, session._tables(), rates) for name in PASSES)
+    assert not any(stored(UNSEEN, CUDA, (name,), session._tables(), rates) for name in PASSES)
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu"])

@@ -5,14 +5,16 @@ The device's and the host's times are made up.
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from test_tuning import TORCH, UP, entries, folder  # noqa: F401  (a fixture)
 
 import tritonconv
-from tritonconv.autotune import store
+from tritonconv.autotune import ceilings, store
 from tritonconv.autotune.key import Key, device_name
-from tritonconv.autotune.tuning import contest, journal, session
+from tritonconv.autotune.tuning import candidates, contest, journal, session
 from tritonconv.autotune.tuning.session import Session, tasks_of
 from tritonconv.lab.bench import measure, noise
 from tritonconv.lab.bench.progress import Progress
@@ -92,6 +94,39 @@ def test_the_gradients_of_an_eager_call_are_chosen_together(times):
     tritonconv.tune(UP)
     assert [chosen(name) for name in PASSES[1:]] == [(DATA, QUICK_DATA), (WEIGHT, QUICK_WEIGHT)]
     assert {each.timed for key, each in entries().items() if not key.startswith("forward ")} == {"forward_backward"}
+
+
+def test_a_stored_pair_of_gradients_is_tried_as_a_pair_however_slow_its_halves_are(times):
+    """They may share work that their own times do not show."""
+    pair = QUICK_DATA, WEIGHT
+    times.update({QUICK_DATA: (9.0, 9.0), " + ".join(pair): (0.5, 0.5)})
+    tritonconv.tune(UP)
+    assert chosen("backward_data") == ("backward_data_torch_native", None)
+    name = device_name(CPU)
+    keys = [str(Key.of(UP, each)) for each in PASSES[1:]]
+    found = [store.read(name).entries[key] for key in keys]
+    quick = [dataclasses.replace(entry, variant=each) for entry, each in zip(found, pair, strict=True)]
+    store.merge(store.Table(name, dict(zip(keys, quick, strict=True))))
+    tritonconv.tune(UP, again=True)
+    assert [chosen(each)[0] for each in PASSES[1:]] == list(pair)
+
+
+def test_stored_pairs_are_of_one_table_the_pair_for_graphs_first(times):
+    tritonconv.tune(UP)
+    keys = [str(Key.of(UP, each)) for each in PASSES[1:]]
+    entry = store.read(device_name(CPU)).entries[keys[0]]
+    both = dataclasses.replace(entry, variant=DATA, eager=store.Eager(QUICK_DATA, {}, "", 1.0, 1.0))
+    whole = store.Table("mine", {keys[0]: both, keys[1]: dataclasses.replace(entry, variant=WEIGHT)})
+    half = store.Table("half", {keys[0]: entry})
+
+    def labels(*tables):
+        pairs = candidates.stored(UP, CPU, PASSES[1:], tables, ceilings.nominal(CPU))
+        return [[each.label for each in pair] for pair in pairs]
+
+    assert labels(half, whole) == [[DATA, WEIGHT], [QUICK_DATA, WEIGHT]]
+    assert labels(half) == labels() == []
+    gone = dataclasses.replace(both, variant="backward_data_torch_of_another_version")
+    assert labels(store.Table("gone", {**whole.entries, keys[0]: gone}), whole) == [[QUICK_DATA, WEIGHT]]
 
 
 @pytest.mark.parametrize(

@@ -204,15 +204,15 @@ def test_a_tuning_run_times_first_what_is_stored():
     """Else a run that is short could store what is slower than an entry that it replaces."""
     rates, key = nominal(CPU), str(Key.of(PROBLEM, "forward"))
     field = candidates(PROBLEM, CPU, "forward", rates, WHOLE)
-    mine = stored(PROBLEM, CPU, "forward", [Table("a CPU", {key: entry()})], rates)
+    (mine,) = zip(*stored(PROBLEM, CPU, ("forward",), [Table("a CPU", {key: entry()})], rates), strict=True)
     assert [each.label for each in mine] == [GRAPH, EAGER]
     labels = [each.label for each in joined(mine, field)]
     assert labels[:2] == [GRAPH, EAGER] and sorted(labels) == sorted(each.label for each in field)
-    assert stored(PROBLEM, CPU, "forward", [Table("a CPU")], rates) == []
+    assert stored(PROBLEM, CPU, ("forward",), [Table("a CPU")], rates) == []
     gone = Table("a CPU", {key: entry(variant="forward_gone")})
-    assert [each.label for each in stored(PROBLEM, CPU, "forward", [gone], rates)] == [EAGER]
+    assert [each.label for (each,) in stored(PROBLEM, CPU, ("forward",), [gone], rates)] == [EAGER]
     twice = replace(PROBLEM, n=2 * PROBLEM.n)  # which the entry serves too
-    assert [each.label for each in stored(twice, CPU, "forward", [Table("none"), gone], rates)] == [EAGER]
+    assert [each.label for (each,) in stored(twice, CPU, ("forward",), [Table("none"), gone], rates)] == [EAGER]
 
 
 # ------------------------------------------------------------------ explain

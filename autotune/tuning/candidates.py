@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
+from itertools import chain, product
 from typing import NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from tritonconv.autotune import model
 from tritonconv.autotune.ceilings import Ceilings
 from tritonconv.autotune.choose import Selection, alike, usable
 from tritonconv.autotune.key import Key
-from tritonconv.autotune.store import Table
+from tritonconv.autotune.store import Entry, Table
 from tritonconv.kernels.registry import variants
 from tritonconv.kernels.variant import Config, Variant
 from tritonconv.lab.bench.contestants import why_not
@@ -44,6 +44,7 @@ class Candidate:
         return self.selection.variant.backend == "triton"
 
 
+Group = tuple[Candidate, ...]  # the candidates of one call, one for each pass that is decided
 Ranked = list[tuple[Config, model.Estimate]]
 WasCompiled = Callable[[Variant, Config], bool]  # the launch of a config was compiled ahead
 Raised = Callable[[Variant, Exception], None]
@@ -108,20 +109,28 @@ def candidates(
 
 
 def stored(
-    problem: Problem, device: torch.device, pass_name: str, tables: Iterable[Table], rates: Ceilings
-) -> list[Candidate]:
-    """The choices that these tables have for calls of the problem, that for CUDA graphs first: of its own key, else of
-    the nearest one."""
-    entries = (table.find(key) for key, _, _ in alike(Key.of(problem, pass_name), device) for table in tables)
-    for entry in entries:
-        found = []
-        for each in () if entry is None else entry.choices(graphs=True):
-            record = usable(each, problem, device)
-            if record is not None:
-                ms = model.estimate(record, problem, each.config, rates).ms
-                found.append(Candidate(Selection(record, each.config, "stored"), ms))
-        if found:
-            return found
+    problem: Problem, device: torch.device, passes: Sequence[str], tables: Sequence[Table], rates: Ceilings
+) -> list[Group]:
+    """The choices that one of these tables has for these passes of the problem's calls, that for CUDA graphs first: of
+    its own keys, else of the nearest ones."""
+
+    def candidate(entry: Entry) -> Candidate | None:
+        record = usable(entry, problem, device)
+        if record is None:
+            return None
+        ms = model.estimate(record, problem, entry.config, rates).ms
+        return Candidate(Selection(record, entry.config, "stored"), ms)
+
+    keys = zip(*(alike(Key.of(problem, name), device) for name in passes), strict=True)
+    for like, table in product(keys, tables):
+        choices = [entry.choices(graphs=True) for key, _, _ in like if (entry := table.find(key)) is not None]
+        if len(choices) < len(passes):
+            continue
+        of_calls = dict.fromkeys((0, max(map(len, choices)) - 1))  # in CUDA graphs, and eager where one has another
+        groups = [[candidate(each[min(place, len(each) - 1)]) for each in choices] for place in of_calls]
+        found = [tuple(each for each in group if each is not None) for group in groups]
+        if whole := [group for group in found if len(group) == len(passes)]:
+            return whole
     return []
 
 

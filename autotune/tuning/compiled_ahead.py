@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import zip_longest
+from itertools import chain, zip_longest
 
 import torch
 
@@ -37,7 +37,7 @@ def jobs_of(problems: Iterable[Problem], target: str, configs: int = CONFIGS) ->
         for problem in problems:
             for pass_name in problem.passes:
                 field = candidates(problem, GPU, pass_name, rates, effort)
-                field = joined(stored(problem, GPU, pass_name, shipped, rates), field)
+                field = joined(chain(*stored(problem, GPU, (pass_name,), shipped, rates)), field)
                 kernels = [each.selection for each in field if each.is_kernel]
                 fields.append([(each.variant.name, problem, each.config) for each in kernels])
     return with_reduced(job for jobs in zip_longest(*fields) for job in jobs if job is not None)

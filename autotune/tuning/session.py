@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
 from time import perf_counter
@@ -192,7 +193,7 @@ class Session:
             tables = self._tables()
             found = {
                 name: joined(
-                    stored(problem, self.device, name, tables, self.ceilings),
+                    chain(*stored(problem, self.device, (name,), tables, self.ceilings)),
                     candidates(problem, self.device, name, self.ceilings, self.effort, ahead, raised),
                 )
                 for name in problem.passes
@@ -218,10 +219,11 @@ class Session:
             raise OutOfTime
         self._nulls(task, contest)
         noise = self.report.noise
-        tuner = ProblemTuner(contest, fields, share, noise.noise if noise else 1.0)
-        stored = found["forward"]
-        forward = tuner.forward() if stored is None else Winner.stored("forward", stored)
-        if stored is None and forward is not None:
+        pairs = stored(task.problem, self.device, GRADIENTS, self._tables(), self.ceilings)
+        tuner = ProblemTuner(contest, fields, share, noise.noise if noise else 1.0, pairs)
+        known = found["forward"]
+        forward = tuner.forward() if known is None else Winner.stored("forward", known)
+        if known is None and forward is not None:
             self._keep(task, forward)
         for winner in tuner.gradients(forward) if task.problem.epilogue is None else ():
             self._keep(task, winner)

@@ -22,7 +22,7 @@ from tritonconv.autotune.choose import Selection, untuned
 from tritonconv.autotune.rules import FALLBACK
 from tritonconv.autotune.sources import revision
 from tritonconv.autotune.store import Eager, Entry
-from tritonconv.autotune.tuning.candidates import Candidate
+from tritonconv.autotune.tuning.candidates import Candidate, Group
 from tritonconv.autotune.tuning.contest import FINALISTS, Contest, Members
 from tritonconv.autotune.tuning.journal import FINAL, SCREEN, WRONG, Timing
 from tritonconv.dispatch import plan_of
@@ -41,7 +41,6 @@ HOST_NOISE = 1.05  # the host's time for a call varies more than the device's
 SCREENING, FORWARD_FINAL = 0.6, 0.15
 FORWARD, GRADIENTS = PASSES[:1], PASSES[1:]
 
-Group = tuple[Candidate, ...]  # the candidates of one call, one for each pass that is decided
 Ran = list[tuple[Candidate, Timing]]
 
 
@@ -104,14 +103,20 @@ class Decision(NamedTuple):
 class ProblemTuner:
     """Tunes the problem of a contest in about ``seconds``; timings in the journal are used again.
 
-    ``noise`` is the ratio beyond which null rows do not go (:class:`tritonconv.lab.bench.noise.Band`).
+    ``noise`` is the ratio beyond which null rows do not go (:class:`tritonconv.lab.bench.noise.Band`); ``pairs`` of the
+    gradients are tried whatever their halves take by themselves.
     """
 
     def __init__(
-        self, contest: Contest, fields: Mapping[str, list[Candidate]], seconds: float, noise: float = 1.0
+        self,
+        contest: Contest,
+        fields: Mapping[str, list[Candidate]],
+        seconds: float,
+        noise: float = 1.0,
+        pairs: Sequence[Group] = (),
     ) -> None:
         self.contest, self.case, self.seconds, self.fields = contest, contest.case, seconds, fields
-        self.noise = noise
+        self.noise, self.pairs = noise, pairs
         whole = max(1, sum(len(found) for found in fields.values()))
         self.screening = {name: SCREENING * seconds * len(found) / whole for name, found in fields.items()}
 
@@ -191,12 +196,12 @@ class ProblemTuner:
         return Decision(best, eager, times, winners)
 
     def _pairs(self, ran: Mapping[str, Ran]) -> list[Group]:
-        """The best of each gradient, also for eager calls, and the pairs that share work, cheapest first by their times
-        apart."""
+        """The pairs that were given, the best of each gradient, also for eager calls, and the pairs that share work,
+        cheapest first by their times apart."""
         data, weight = (ran[name] for name in GRADIENTS)
         if not data or not weight:
-            return []
-        best: list[Group] = [(data[0][0], weight[0][0])]
+            return list(self.pairs)
+        best: list[Group] = [*self.pairs, (data[0][0], weight[0][0])]
         shared = []
         for (left, first), (right, second) in itertools.product(data, weight):
             mine, theirs = left.selection, right.selection
