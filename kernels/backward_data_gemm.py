@@ -78,7 +78,7 @@ def store_data_tile(
         image=image, d=d * STRIDE[0] - crop[0], h=h * STRIDE[1] - crop[1], w=w * STRIDE[2] - crop[2],
         mask_m=mask_m, size=out_size,
         w_ptr=w_ptr + group * C_IN * w_strides[1], w_strides=w_strides,
-        tap=(0, 0, 0), taps=KERNEL, offs_n=offs_n, TAP_STEP=(1, 1, 1), VOXEL_STEP=DILATION, PLACES=KERNEL,
+        tap=(0, 0, 0), taps=KERNEL, offs_n=offs_n, TAP_STEP=(1, 1, 1), VOXEL_STEP=DILATION, MOST_TAPS=KERNEL,
         KERNEL=KERNEL, K_GROUP=C_OUT, N_GROUP=C_IN, WRAP_N=False, CONFIG=CONFIG, WIDE=WIDE, PRECISION=PRECISION,
         VOXELS_INNER=CONFIG.Y_VOXELS_INNER, split=split, splits=splits, SPLIT=SPLIT, SKIP=CONFIG.SKIP,
     )  # fmt: skip

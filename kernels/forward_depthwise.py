@@ -63,18 +63,18 @@ def forward_depthwise_kernel(
     zero = tl.zeros((BLOCK_H * BLOCK_W, BLOCK_C), tl.float32)
     start, bias = begun(zero, bias_ptr, channel, mask_c, CONFIG.EPILOGUE)
 
-    SHIFT: tl.constexpr = tap_shift(STRIDE[0], DILATION[0])
+    VOXEL_STEP: tl.constexpr = tap_shift(STRIDE[0], DILATION[0])
     for out_plane in range(first, tl.minimum(first + PLANES, out_size[0])):
         reach = out_plane + crop[0]
         _, _, tap, taps, _ = axis_phase(reach % STRIDE[0], crop[0], out_size[0], KERNEL[0], STRIDE[0], DILATION[0])
         newest = (reach - DILATION[0] * tap) // STRIDE[0]  # the plane of x that the first tap reads
-        low = tl.maximum(tl.cdiv(newest - size[0] + 1, SHIFT), 0)
-        high = tl.where(reach < DILATION[0] * tap, 0, tl.minimum(taps, newest // SHIFT + 1))
+        low = tl.maximum(tl.cdiv(newest - size[0] + 1, VOXEL_STEP), 0)
+        high = tl.where(reach < DILATION[0] * tap, 0, tl.minimum(taps, newest // VOXEL_STEP + 1))
         acc = filled(start, STRIDE[1] * STRIDE[2])
         for m in range(low, high):
             tap_d = tap + m * tap_period(STRIDE[0], DILATION[0])
             acc = add_window(
-                acc=acc, a_ptr=x_base + (newest - m * SHIFT) * x_strides[2] + x_tile, row=row, column=column,
+                acc=acc, a_ptr=x_base + (newest - m * VOXEL_STEP) * x_strides[2] + x_tile, row=row, column=column,
                 mask_c=mask_c, size=size, a_strides=x_strides,
                 w_ptr=w_tile + tap_d * (KERNEL[1] * KERNEL[2]) * w_strides[2], tap_stride=w_strides[2],
                 KERNEL=KERNEL, PLACES=PLACES, TAPS_H=TAPS_H, TAPS_W=TAPS_W,

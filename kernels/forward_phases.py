@@ -123,7 +123,7 @@ def forward_phases_kernel(
     PERIOD: tl.constexpr = (
         tap_period(STRIDE[0], DILATION[0]), tap_period(STRIDE[1], DILATION[1]), tap_period(STRIDE[2], DILATION[2]),
     )  # fmt: skip
-    SHIFT: tl.constexpr = (
+    VOXEL_STEP: tl.constexpr = (
         tap_shift(STRIDE[0], DILATION[0]), tap_shift(STRIDE[1], DILATION[1]), tap_shift(STRIDE[2], DILATION[2]),
     )  # fmt: skip
     group = widened(tile_n // COLUMNS * PACK, WIDE)
@@ -131,15 +131,15 @@ def forward_phases_kernel(
     acc = implicit_gemm(
         a_ptr=x_ptr + group * C_IN * x_strides[1], a_strides=x_strides,
         image=image,
-        d=d + offset_d - (taps_d - 1) * SHIFT[0],
-        h=h + offset_h - (taps_h - 1) * SHIFT[1],
-        w=w + offset_w - (taps_w - 1) * SHIFT[2],
+        d=d + offset_d - (taps_d - 1) * VOXEL_STEP[0],
+        h=h + offset_h - (taps_h - 1) * VOXEL_STEP[1],
+        w=w + offset_w - (taps_w - 1) * VOXEL_STEP[2],
         mask_m=mask_m, size=size,
         w_ptr=w_ptr + group * C_IN * w_strides[0], w_strides=w_strides,
         tap=(tap_d + (taps_d - 1) * PERIOD[0], tap_h + (taps_h - 1) * PERIOD[1], tap_w + (taps_w - 1) * PERIOD[2]),
         taps=(taps_d, taps_h, taps_w), offs_n=offs_n,
-        TAP_STEP=(-PERIOD[0], -PERIOD[1], -PERIOD[2]), VOXEL_STEP=SHIFT,
-        PLACES=(ceil_div(KERNEL[0], PERIOD[0]), ceil_div(KERNEL[1], PERIOD[1]), ceil_div(KERNEL[2], PERIOD[2])),
+        TAP_STEP=(-PERIOD[0], -PERIOD[1], -PERIOD[2]), VOXEL_STEP=VOXEL_STEP,
+        MOST_TAPS=(ceil_div(KERNEL[0], PERIOD[0]), ceil_div(KERNEL[1], PERIOD[1]), ceil_div(KERNEL[2], PERIOD[2])),
         KERNEL=KERNEL, K_GROUP=C_IN, N_GROUP=C_OUT, WRAP_N=True, CONFIG=CONFIG, WIDE=WIDE, PRECISION=PRECISION,
         VOXELS_INNER=CONFIG.X_VOXELS_INNER, split=split, splits=SPLITS, SPLIT=SPLITS > 1,
     )  # fmt: skip

@@ -67,15 +67,15 @@ MOST_WASTE = 8  # k1 s2; beyond it a kernel that knows which phases have no tap 
 
 
 @triton.constexpr_function
-def reach(kernel, stride, shift):
-    """How many input voxels the outputs of a cell read along an axis whose cells begin ``shift`` outputs late."""
-    return (kernel - 1 - shift) // stride + (2 if shift > 0 else 1)
+def extent(kernel, stride, start):
+    """How many input voxels the outputs of a cell read along an axis whose cells begin ``start`` outputs late."""
+    return (kernel - 1 - start) // stride + (2 if start > 0 else 1)
 
 
 @triton.constexpr_function
-def window_of(KERNEL, STRIDE, SHIFT):
-    """(d, h, w): input voxels that the outputs of one cell read."""
-    return reach(KERNEL[0], STRIDE[0], 0), reach(KERNEL[1], STRIDE[1], 0), reach(KERNEL[2], STRIDE[2], SHIFT)
+def started_window(KERNEL, STRIDE, CELL_START):
+    """(d, h, w): input voxels that the outputs of one cell read; along w cells begin CELL_START outputs late."""
+    return extent(KERNEL[0], STRIDE[0], 0), extent(KERNEL[1], STRIDE[1], 0), extent(KERNEL[2], STRIDE[2], CELL_START)
 
 
 @triton.jit(launch_metadata=accounting, do_not_specialize=phases.RUN_TIME)
@@ -88,7 +88,7 @@ def forward_phases_packed_kernel(
     n, d_in, h_in, w_in, d_out, h_out, w_out, d_crop, h_crop, w_crop,
     by_d, by_h, by_w, shift_d, shift_h, shift_w,
     strides,  # of x, of the weight, of y
-    LAYER: tl.constexpr, CONFIG: tl.constexpr, FACTS: tl.constexpr, SHIFT: tl.constexpr,
+    LAYER: tl.constexpr, CONFIG: tl.constexpr, FACTS: tl.constexpr, CELL_START: tl.constexpr,
     UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A program owns BLOCK_M rows, cells of y, x BLOCK_N columns (phase, output channel) of the phases that are packed;
@@ -105,14 +105,14 @@ def forward_phases_packed_kernel(
     APART: tl.constexpr = CONFIG.APART
     x_strides, w_strides, y_strides = aligned(strides, UNITS)
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
-    WINDOW: tl.constexpr = window_of(KERNEL, STRIDE, SHIFT)
+    WINDOW: tl.constexpr = started_window(KERNEL, STRIDE, CELL_START)
     ALONE: tl.constexpr = apart_of(STRIDE, APART)
     CELL: tl.constexpr = columns_of(STRIDE, APART)
     DEPTH: tl.constexpr = depth_of(WINDOW, C_IN, APART)
     CHANNELS_LAST: tl.constexpr = UNITS[0][1] == 0
     PLACES: tl.constexpr = places_of(WINDOW, C_IN, BLOCK_K, APART)
     TILES_N: tl.constexpr = ceil_div(column_count(CELL, C_OUT, CONFIG.ROWS), CONFIG.BLOCK_N)
-    crop = (crop[0], crop[1], crop[2] - SHIFT)
+    crop = (crop[0], crop[1], crop[2] - CELL_START)
     # The phases of a tile side by side: they read the same voxels. The first have the most taps.
     pid = tl.program_id(0)
     phi_d = pid // (ALONE[1] * ALONE[2]) % ALONE[0]
@@ -139,7 +139,7 @@ def forward_phases_packed_kernel(
     # Neighbours along w have one mask only where the compiler sees comparisons with the width, and wide loads only
     # where no delta moves them.
     WORDS: tl.constexpr = fits_a_word(WINDOW) and (WINDOW[2] > 1 or X_STEP == 1)
-    LATE: tl.constexpr = 1 if SHIFT > 0 else 0
+    LATE: tl.constexpr = 1 if CELL_START > 0 else 0
     words = mask_m
     if WORDS:
         words = voxel_words(
@@ -148,7 +148,7 @@ def forward_phases_packed_kernel(
         )  # fmt: skip
 
     phase_d, phase_h, phase_w, channel, mask_n = decoded(offs_n, C_OUT, CELL, CONFIG.ROWS)
-    phase_d, phase_h, phase_w = phase_d + phi_d, phase_h + phi_h, phase_w + (phi_w + SHIFT)
+    phase_d, phase_h, phase_w = phase_d + phi_d, phase_h + phi_h, phase_w + (phi_w + CELL_START)
     phase_tap = (phase_d * KERNEL[1] + phase_h) * KERNEL[2] + phase_w
     columns = channel * w_strides[1] + phase_tap * w_strides[2]
     x_ptr, w_ptr = x_ptr + group * C_IN * x_strides[1], w_ptr + group * C_IN * w_strides[0]
@@ -214,7 +214,7 @@ def forward_phases_packed_kernel(
             w_mask = w_mask & (w_d * STRIDE[0] + phase_d[None, :] < KERNEL[0])
         if KERNEL[1] % STRIDE[1] != 0 and APART < 2:
             w_mask = w_mask & (w_h * STRIDE[1] + phase_h[None, :] < KERNEL[1])
-        if (KERNEL[2] % STRIDE[2] != 0 and APART < 3) or SHIFT > 0:
+        if (KERNEL[2] % STRIDE[2] != 0 and APART < 3) or CELL_START > 0:
             w_mask = w_mask & inside(w_w * STRIDE[2] + phase_w[None, :], KERNEL[2])
         x_tile = load_voxels(x_ptrs, x_mask, CONFIG.X_VOXELS_INNER)  # (BLOCK_M, BLOCK_K)
         w_tile = tl.load(w_ptrs, mask=w_mask, other=0.0)  # (BLOCK_K, BLOCK_N)
@@ -236,10 +236,10 @@ def forward_phases_packed_kernel(
 
 
 def launches(problem, config, x, weight, bias, out=None, **epilogue):
-    late, config = shift(problem, config), {**config, APART: apart(config)}
+    start, config = cell_start(problem, config), {**config, APART: apart(config)}
     return phases.forward(
         forward_phases_packed_kernel, problem, config, x, weight, bias, out,
-        shift=late, SHIFT=late, apart=config[APART], **epilogue,
+        start=start, CELL_START=start, apart=config[APART], **epilogue,
     )  # fmt: skip
 
 
@@ -247,20 +247,20 @@ def apart(config) -> int:
     return config.get(APART, 0)
 
 
-def shift(problem: Problem, config) -> int:
-    """SHIFT: cells along w that begin with the first output, where rows are stored and the window does not grow.
+def cell_start(problem: Problem, config) -> int:
+    """CELL_START: cells along w begin with the first output, where rows are stored and the window does not grow.
 
     At k3 s2 p1 the pairs of outputs (0, 1), (2, 3), ... read two voxels each, just as (-1, 0), (1, 2), ... do, and
     only the former start on the boundaries that wide stores need.
     """
     axis = problem.axes[2]
     late = axis.crop % axis.stride
-    grows = reach(axis.kernel, axis.stride, late) > reach(axis.kernel, axis.stride, 0)
+    grows = extent(axis.kernel, axis.stride, late) > extent(axis.kernel, axis.stride, 0)
     return 0 if not config["ROWS"] or apart(config) > 2 or grows else late
 
 
 def window(problem: Problem) -> tuple[int, int, int]:
-    return window_of(problem.kernel, problem.stride, 0)
+    return started_window(problem.kernel, problem.stride, 0)
 
 
 def supports(problem: Problem, device: torch.device) -> str | None:
@@ -312,7 +312,7 @@ def _space(problem: Problem, default_of):
 def _depths(problem: Problem, alone: int) -> tuple[int, ...]:
     """The depth of each phase that has programs of its own; of all together, where none has."""
     taps = [
-        [parts(k - phase, s) for phase in range(s)] if axis < alone else [reach(k, s, 0)]
+        [parts(k - phase, s) for phase in range(s)] if axis < alone else [extent(k, s, 0)]
         for axis, (k, s) in enumerate(zip(problem.kernel, problem.stride, strict=True))
     ]
     return tuple(math.prod(each) * problem.c_in // problem.groups for each in itertools.product(*taps))
@@ -320,7 +320,7 @@ def _depths(problem: Problem, alone: int) -> tuple[int, ...]:
 
 def work(problem: Problem, config) -> Work:
     alone = apart(config)
-    size = phases.cells(problem, shift(problem, config), alone)
+    size = phases.cells(problem, cell_start(problem, config), alone)
     return phases.work(problem, config, size, _depths(problem, alone), columns_of(problem.stride, alone))
 
 

@@ -23,9 +23,9 @@ def reached(index, mask, size, taps, STEP: tl.constexpr):
 
 
 @triton.constexpr_function
-def fits_a_word(PLACES):
+def fits_a_word(MOST_TAPS):
     """Whether int32 has a bit for each tap of the three axes."""
-    return sum(int(places) for places in PLACES) <= 30
+    return sum(int(taps) for taps in MOST_TAPS) <= 30
 
 
 @triton.jit
@@ -40,7 +40,7 @@ def implicit_gemm(
     offs_n,  # (BLOCK_N,): columns
     TAP_STEP: tl.constexpr,  # (d, h, w): tap m is tap + m*TAP_STEP ...
     VOXEL_STEP: tl.constexpr,  # ... and reads the voxel at + m*VOXEL_STEP, which is positive
-    PLACES: tl.constexpr,  # (d, h, w): the most taps
+    MOST_TAPS: tl.constexpr,  # (d, h, w): of any phase
     KERNEL: tl.constexpr,
     K_GROUP: tl.constexpr,  # channels per group on the k side
     N_GROUP: tl.constexpr,  # and on the n side
@@ -74,8 +74,8 @@ def implicit_gemm(
         taps = (taps_d, taps_h, taps[2])
     rows = image * a_strides[0] + d * a_strides[2] + h * a_strides[3] + w * a_strides[4]
     words = mask_m
-    if fits_a_word(PLACES):
-        words = voxel_words(d, h, w, mask_m, size=size, KERNEL=PLACES, DILATION=VOXEL_STEP)
+    if fits_a_word(MOST_TAPS):
+        words = voxel_words(d, h, w, mask_m, size=size, KERNEL=MOST_TAPS, DILATION=VOXEL_STEP)
     offs_k = widened(tl.arange(0, BLOCK_K), WIDE)
     channels = offs_k
     a_offsets = rows[:, None] + (offs_k * a_strides[1])[None, :]
@@ -96,8 +96,8 @@ def implicit_gemm(
         vd = widened(md * VOXEL_STEP[0], WIDE)
         vh = widened(mh * VOXEL_STEP[1], WIDE)
         vw = widened(mw * VOXEL_STEP[2], WIDE)
-        if fits_a_word(PLACES):
-            wanted = (1 << md) | (1 << (PLACES[0] + mh)) | (1 << (PLACES[0] + PLACES[1] + mw))
+        if fits_a_word(MOST_TAPS):
+            wanted = (1 << md) | (1 << (MOST_TAPS[0] + mh)) | (1 << (MOST_TAPS[0] + MOST_TAPS[1] + mw))
             hit = (words & wanted) == wanted
         else:
             hit = mask_m & inside(d + vd, size[0]) & inside(h + vh, size[1]) & inside(w + vw, size[2])

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -122,10 +123,10 @@ def places(
 
     Cell 0, phase 0 is output ``origin``; a cell's first PHASES of the STRIDE outputs along each axis are columns.
     """
-    Y_STEP: tl.constexpr = FACTS[0]
-    WHOLE: tl.constexpr = FACTS[1]
-    DENSE: tl.constexpr = FACTS[2]
-    ACROSS: tl.constexpr = FACTS[3]
+    Y_STEP: tl.constexpr = FACTS.Y_STEP
+    WHOLE: tl.constexpr = FACTS.WHOLE
+    DENSE: tl.constexpr = FACTS.DENSE
+    ACROSS: tl.constexpr = FACTS.ACROSS
     SPAN: tl.constexpr = span(PHASES, ROWS)
     CELL: tl.constexpr = (PHASES[0], PHASES[1], 1 if ROWS else PHASES[2])
     if ACROSS:
@@ -193,13 +194,13 @@ def load_phases(
     return y_tile
 
 
-def cells(problem: Problem, shift: int = 0, apart: int = 0) -> Triple:
-    """(d, h, w): the host's side of :func:`cells_of`; ``shift`` outputs late along w.
+def cells(problem: Problem, start: int = 0, apart: int = 0) -> Triple:
+    """(d, h, w): the host's side of :func:`cells_of`; they begin ``start`` outputs late along w.
 
     Along the first ``apart`` axes those of one phase: the most that any has.
     """
     depth, height, width = problem.crop
-    axes = zip((depth, height, width - shift), problem.out_size, problem.stride, strict=True)
+    axes = zip((depth, height, width - start), problem.out_size, problem.stride, strict=True)
     whole = [(crop + out - 1) // s - crop // s + 1 for crop, out, s in axes]
     one = [parts(out, s) for out, s in zip(problem.out_size, problem.stride, strict=True)]
     return (*one[:apart], *whole[apart:])  # type: ignore[return-value]
@@ -238,13 +239,18 @@ def width_step(width: int, config) -> int:
     return step_of(width) if config["BLOCK_W"] else 1
 
 
-def facts(problem: Problem, config, y, channels: int | None = None, apart: int = 0) -> tuple:
-    """FACTS about y, for the compiler to load and store wide: (step, whole, dense, across).
+class Facts(NamedTuple):
+    """The argument FACTS of a kernel: what is known of y, or of grad_y, for the compiler to load and store wide."""
 
-    ``step`` divides the width; ``whole`` (d, h, w): all outputs of a cell are inside y, or none is, as the one of a
-    cell along the first ``apart`` axes; ``dense``: (phase_w, channel) is one contiguous stretch of a tile of
-    ``channels``, by default all of a group's; ``across`` is y's stride along w where that is its number of channels,
-    as a constant that shows how far its multiples are aligned, else 0.
+    Y_STEP: int  # divides the width
+    WHOLE: tuple[bool, ...]  # (d, h, w): all outputs of a cell are inside y, or none is
+    DENSE: bool  # (phase_w, channel) is one contiguous stretch of a tile
+    ACROSS: int  # the stride along w where that is the number of channels: a constant shows how it is aligned; or 0
+
+
+def facts(problem: Problem, config, y, channels: int | None = None, apart: int = 0) -> Facts:
+    """Of tiles of ``channels``, by default all of a group's, and of cells with one output along the first ``apart``
+    axes.
     """
     axes = zip(problem.crop, problem.out_size, problem.stride, strict=True)
     whole = tuple(axis < apart or crop % s == out % s == 0 for axis, (crop, out, s) in enumerate(axes))
@@ -252,7 +258,7 @@ def facts(problem: Problem, config, y, channels: int | None = None, apart: int =
     last = y.stride(1) == 1 and not config["ROWS"]
     dense = last and y.stride(4) == group and channels in (None, group)
     across = problem.c_out if last and y.stride(4) == problem.c_out else 0
-    return width_step(problem.out_size[2], config), whole, dense, across
+    return Facts(width_step(problem.out_size[2], config), whole, dense, across)
 
 
 def weight_order(problem: Problem, rows: int) -> int:
@@ -284,13 +290,13 @@ def tile(problem: Problem, size: Triple, wide: int, depth: int) -> dict[str, int
     }
 
 
-def forward(kernel, problem: Problem, config, x, weight, bias, out, grid=None, shift=0, channels=None, apart=0, **more):
+def forward(kernel, problem: Problem, config, x, weight, bias, out, grid=None, start=0, channels=None, apart=0, **more):
     """Launches a forward kernel over tiles of (cells, columns): ``grid`` programs, by default one per tile -> y.
 
-    ``shift`` and ``apart`` as in :func:`cells`, ``channels`` as in :func:`facts`.
+    ``start`` and ``apart`` as in :func:`cells`, ``channels`` as in :func:`facts`.
     """
     y = empty(problem, problem.y_shape, x) if out is None else out
-    size = cells(problem, shift, apart)
+    size = cells(problem, start, apart)
     if grid is None:
         wide = columns(problem, config["ROWS"], columns_of(problem.stride, apart))
         grid = math.prod(problem.stride[:apart]) * tiles.programs(problem, size, wide, config)
