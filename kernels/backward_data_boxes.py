@@ -16,15 +16,13 @@ from tritonconv.kernels.forward_boxes import box_config, box_space
 from tritonconv.kernels.triton_boxes import box_corner, box_gemm, box_voxels, box_zeros, boxes, store_box
 from tritonconv.kernels.triton_device import (
     aligned,
-    axis_phase,
     ceil_div,
     grouped_order,
     product,
-    tap_period,
-    tap_shift,
 )
 from tritonconv.kernels.triton_launch import RUN_TIME, accounting, empty, geometry, precision, wide
 from tritonconv.kernels.triton_launch import launch as run
+from tritonconv.kernels.triton_taps import tap_steps, volume_phase, voxel_steps
 from tritonconv.kernels.triton_target import compute_capability
 from tritonconv.kernels.variant import SPREADS_WEIGHT, Variant
 from tritonconv.kernels.weight_orders import OUT_INNERMOST
@@ -42,29 +40,11 @@ def phase_gemm(
     KERNEL: tl.constexpr = LAYER.KERNEL
     STRIDE: tl.constexpr = LAYER.STRIDE
     DILATION: tl.constexpr = LAYER.DILATION
-    _, outs_d, tap_d, taps_d, offset_d = axis_phase(
-        PHASE // (STRIDE[2] * STRIDE[1]), crop[0], out_size[0], KERNEL[0], STRIDE[0], DILATION[0]
-    )
-    _, outs_h, tap_h, taps_h, offset_h = axis_phase(
-        PHASE // STRIDE[2] % STRIDE[1], crop[1], out_size[1], KERNEL[1], STRIDE[1], DILATION[1]
-    )
-    _, outs_w, tap_w, taps_w, offset_w = axis_phase(
-        PHASE % STRIDE[2], crop[2], out_size[2], KERNEL[2], STRIDE[2], DILATION[2]
-    )
-    taps_d = tl.where(outs_d * outs_h * outs_w == 0, 0, taps_d)
+    _, outs, tap, taps, start = volume_phase(PHASE, crop, out_size, KERNEL, STRIDE, DILATION)
     return box_gemm(
-        acc, volume, weight, image=image, d=d - offset_d, h=h - offset_h, w=w - offset_w,
-        tap=(tap_d, tap_h, tap_w), taps=(taps_d, taps_h, taps_w), column=column,
-        TAP_STEP=(
-            tap_period(STRIDE[0], DILATION[0]),
-            tap_period(STRIDE[1], DILATION[1]),
-            tap_period(STRIDE[2], DILATION[2]),
-        ),
-        VOXEL_STEP=(
-            tap_shift(STRIDE[0], DILATION[0]),
-            tap_shift(STRIDE[1], DILATION[1]),
-            tap_shift(STRIDE[2], DILATION[2]),
-        ),
+        acc, volume, weight, image=image, d=d - start[0], h=h - start[1], w=w - start[2],
+        tap=tap, taps=(tl.where(outs[0] * outs[1] * outs[2] == 0, 0, taps[0]), taps[1], taps[2]), column=column,
+        TAP_STEP=tap_steps(STRIDE, DILATION), VOXEL_STEP=voxel_steps(STRIDE, DILATION),
         KERNEL=KERNEL, K=LAYER.C_OUT, K_INNERMOST=True, CONFIG=CONFIG,
         VOXELS_LAST=VOXELS_LAST, PRECISION=PRECISION, WAIT=WAIT,
     )  # fmt: skip

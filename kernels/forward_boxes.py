@@ -16,17 +16,15 @@ from tritonconv.kernels.forward_phases import largest_phase, phase_order
 from tritonconv.kernels.triton_boxes import box_corner, box_gemm, box_voxels, box_zeros, boxes, store_box
 from tritonconv.kernels.triton_device import (
     aligned,
-    axis_phase,
     ceil_div,
     grouped_order,
     product,
     ranked_phase,
-    tap_period,
-    tap_shift,
 )
 from tritonconv.kernels.triton_epilogue import computes, with_bias
 from tritonconv.kernels.triton_launch import RUN_TIME, accounting, empty, geometry, precision, wide
 from tritonconv.kernels.triton_launch import launch as run
+from tritonconv.kernels.triton_taps import tap_steps, volume_phase, voxel_steps
 from tritonconv.kernels.triton_tiles import power_of_two
 from tritonconv.kernels.variant import SPREADS_WEIGHT, Variant
 from tritonconv.kernels.weight_orders import IN_INNERMOST, OUT_INNERMOST
@@ -57,6 +55,7 @@ def forward_boxes_kernel(
     out_size, crop = (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     COLUMNS: tl.constexpr = ceil_div(C_OUT, BLOCK_N)
     PHASES: tl.constexpr = product(STRIDE)
+    VOXEL_STEP: tl.constexpr = voxel_steps(STRIDE, DILATION)
     largest = (
         tl.cdiv(out_size[0], STRIDE[0]),
         tl.cdiv(out_size[1], STRIDE[1]),
@@ -66,30 +65,14 @@ def forward_boxes_kernel(
     for tile in range(tl.program_id(0), tiles_m * COLUMNS * PHASES, tl.num_programs(0)):
         phase = ranked_phase(tile // (tiles_m * COLUMNS), ORDER)
         tile_m, tile_n = grouped_order(tile % (tiles_m * COLUMNS), tiles_m, COLUMNS, CONFIG.GROUP_M)
-        first_d, outs_d, tap_d, taps_d, offset_d = axis_phase(
-            phase // (STRIDE[2] * STRIDE[1]), crop[0], out_size[0], KERNEL[0], STRIDE[0], DILATION[0]
-        )
-        first_h, outs_h, tap_h, taps_h, offset_h = axis_phase(
-            phase // STRIDE[2] % STRIDE[1], crop[1], out_size[1], KERNEL[1], STRIDE[1], DILATION[1]
-        )
-        first_w, outs_w, tap_w, taps_w, offset_w = axis_phase(
-            phase % STRIDE[2], crop[2], out_size[2], KERNEL[2], STRIDE[2], DILATION[2]
-        )
+        first, outs, tap, taps, start = volume_phase(phase, crop, out_size, KERNEL, STRIDE, DILATION)
+        outs_d, outs_h, outs_w = outs
         image, d, h, w = box_corner(tile_m, largest, CONFIG)
         acc = box_gemm(
             box_zeros(CONFIG, VOXELS_LAST), x_desc, w_desc,
-            image=image, d=d + offset_d, h=h + offset_h, w=w + offset_w,
-            tap=(tap_d, tap_h, tap_w), taps=(taps_d, taps_h, taps_w), column=tile_n * BLOCK_N,
-            TAP_STEP=(
-                tap_period(STRIDE[0], DILATION[0]),
-                tap_period(STRIDE[1], DILATION[1]),
-                tap_period(STRIDE[2], DILATION[2]),
-            ),
-            VOXEL_STEP=(
-                -tap_shift(STRIDE[0], DILATION[0]),
-                -tap_shift(STRIDE[1], DILATION[1]),
-                -tap_shift(STRIDE[2], DILATION[2]),
-            ),
+            image=image, d=d + start[0], h=h + start[1], w=w + start[2],
+            tap=tap, taps=taps, column=tile_n * BLOCK_N,
+            TAP_STEP=tap_steps(STRIDE, DILATION), VOXEL_STEP=(-VOXEL_STEP[0], -VOXEL_STEP[1], -VOXEL_STEP[2]),
             KERNEL=KERNEL, K=LAYER.C_IN, K_INNERMOST=K_INNERMOST, CONFIG=CONFIG,
             VOXELS_LAST=VOXELS_LAST, PRECISION=PRECISION, WAIT=WAIT,
         )  # fmt: skip
@@ -100,7 +83,7 @@ def forward_boxes_kernel(
             bias = tl.load(bias_ptr + channel, mask=channel < C_OUT, other=0.0)
             acc = with_bias(acc, bias, y_ptr, CONFIG.EPILOGUE)
         d, h, w, mask_m = box_voxels(d, h, w, (outs_d, outs_h, outs_w), CONFIG, WIDE)
-        d, h, w = first_d + d * STRIDE[0], first_h + h * STRIDE[1], first_w + w * STRIDE[2]
+        d, h, w = first[0] + d * STRIDE[0], first[1] + h * STRIDE[1], first[2] + w * STRIDE[2]
         store_box(
             y_ptr, y_strides, acc, image=image, d=d, h=h, w=w, mask_m=mask_m, column=tile_n * BLOCK_N,
             CHANNELS=C_OUT, CONFIG=CONFIG, WIDE=WIDE,

@@ -24,14 +24,11 @@ from tritonconv.kernels.triton_channels_last import copying
 from tritonconv.kernels.triton_convolution import forward
 from tritonconv.kernels.triton_device import (
     aligned,
-    axis_phase,
     ceil_div,
     grouped_order,
     offset,
     product,
     ranked_phase,
-    tap_period,
-    tap_shift,
     voxel_tiles,
     voxels,
     widened,
@@ -41,6 +38,7 @@ from tritonconv.kernels.triton_gemm import implicit_gemm
 from tritonconv.kernels.triton_launch import RUN_TIME, accounting, empty, refusal
 from tritonconv.kernels.triton_reduce import sum_volumes
 from tritonconv.kernels.triton_store import store_outputs
+from tritonconv.kernels.triton_taps import tap_steps, volume_phase, voxel_steps
 from tritonconv.kernels.triton_target import compute_capability
 from tritonconv.kernels.triton_weights import preferred
 from tritonconv.kernels.variant import SPREADS_WEIGHT, Variant
@@ -100,46 +98,37 @@ def forward_phases_kernel(
         rank, pid = (pid // (tiles_m * tiles_n)).to(tl.int32), pid % (tiles_m * tiles_n)
     tile_m, tile_n = grouped_order(pid, tiles_m, tiles_n, CONFIG.GROUP_M)
     phase = ranked_phase(rank, ORDER)
-    phi_w = phase % STRIDE[2]
-    phi_h = phase // STRIDE[2] % STRIDE[1]
-    phi_d = phase // (STRIDE[2] * STRIDE[1])
-    first_d, outs_d, tap_d, taps_d, offset_d = axis_phase(
-        phi_d, crop[0], out_size[0], KERNEL[0], STRIDE[0], DILATION[0]
-    )
-    first_h, outs_h, tap_h, taps_h, offset_h = axis_phase(
-        phi_h, crop[1], out_size[1], KERNEL[1], STRIDE[1], DILATION[1]
-    )
-    first_w, outs_w, tap_w, taps_w, offset_w = axis_phase(
-        phi_w, crop[2], out_size[2], KERNEL[2], STRIDE[2], DILATION[2]
-    )
+    first, outs, tap, taps, start = volume_phase(phase, crop, out_size, KERNEL, STRIDE, DILATION)
+    outs_d, outs_h, outs_w = outs
     if outs_d * outs_h * outs_w == 0:  # fewer outputs than the stride: a phase may be empty
         return
     if SPLITS > 1:  # a place in the depth is divided by the taps along h and w, so d alone says that there is none
-        taps_d = tl.where(taps_h * taps_w == 0, 0, taps_d)
-        taps_h, taps_w = tl.maximum(taps_h, 1), tl.maximum(taps_w, 1)
+        taps = (tl.where(taps[1] * taps[2] == 0, 0, taps[0]), tl.maximum(taps[1], 1), tl.maximum(taps[2], 1))
     image, d, h, w, mask_m = voxels(tile_m, n, (outs_d, outs_h, outs_w), BLOCK_M, BLOCK_W, WIDE)
 
     # From the last tap to the first, so that the voxels count upwards.
-    PERIOD: tl.constexpr = (
-        tap_period(STRIDE[0], DILATION[0]), tap_period(STRIDE[1], DILATION[1]), tap_period(STRIDE[2], DILATION[2]),
-    )  # fmt: skip
-    VOXEL_STEP: tl.constexpr = (
-        tap_shift(STRIDE[0], DILATION[0]), tap_shift(STRIDE[1], DILATION[1]), tap_shift(STRIDE[2], DILATION[2]),
-    )  # fmt: skip
+    TAP_STEP: tl.constexpr = tap_steps(STRIDE, DILATION)
+    VOXEL_STEP: tl.constexpr = voxel_steps(STRIDE, DILATION)
     group = widened(tile_n // COLUMNS * PACK, WIDE)
     offs_n = tile_n % COLUMNS * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = implicit_gemm(
         a_ptr=x_ptr + group * C_IN * x_strides[1], a_strides=x_strides,
         image=image,
-        d=d + offset_d - (taps_d - 1) * VOXEL_STEP[0],
-        h=h + offset_h - (taps_h - 1) * VOXEL_STEP[1],
-        w=w + offset_w - (taps_w - 1) * VOXEL_STEP[2],
+        d=d + start[0] - (taps[0] - 1) * VOXEL_STEP[0],
+        h=h + start[1] - (taps[1] - 1) * VOXEL_STEP[1],
+        w=w + start[2] - (taps[2] - 1) * VOXEL_STEP[2],
         mask_m=mask_m, size=size,
         w_ptr=w_ptr + group * C_IN * w_strides[0], w_strides=w_strides,
-        tap=(tap_d + (taps_d - 1) * PERIOD[0], tap_h + (taps_h - 1) * PERIOD[1], tap_w + (taps_w - 1) * PERIOD[2]),
-        taps=(taps_d, taps_h, taps_w), offs_n=offs_n,
-        TAP_STEP=(-PERIOD[0], -PERIOD[1], -PERIOD[2]), VOXEL_STEP=VOXEL_STEP,
-        MOST_TAPS=(ceil_div(KERNEL[0], PERIOD[0]), ceil_div(KERNEL[1], PERIOD[1]), ceil_div(KERNEL[2], PERIOD[2])),
+        tap=(
+            tap[0] + (taps[0] - 1) * TAP_STEP[0],
+            tap[1] + (taps[1] - 1) * TAP_STEP[1],
+            tap[2] + (taps[2] - 1) * TAP_STEP[2],
+        ),
+        taps=taps, offs_n=offs_n,
+        TAP_STEP=(-TAP_STEP[0], -TAP_STEP[1], -TAP_STEP[2]), VOXEL_STEP=VOXEL_STEP,
+        MOST_TAPS=(
+            ceil_div(KERNEL[0], TAP_STEP[0]), ceil_div(KERNEL[1], TAP_STEP[1]), ceil_div(KERNEL[2], TAP_STEP[2]),
+        ),
         KERNEL=KERNEL, K_GROUP=C_IN, N_GROUP=C_OUT, WRAP_N=True, CONFIG=CONFIG, WIDE=WIDE, PRECISION=PRECISION,
         VOXELS_INNER=CONFIG.X_VOXELS_INNER, split=split, splits=SPLITS, SPLIT=SPLITS > 1,
     )  # fmt: skip
@@ -152,7 +141,7 @@ def forward_phases_kernel(
             mask_b = mask_n & (split + tl.zeros_like(offs_n) == 0)  # interpreted, a scalar's comparison is no mask
         acc = with_bias(acc, tl.load(bias_ptr + channel, mask=mask_b, other=0.0), y_ptr, EPILOGUE)
     rows = offset(
-        y_strides, image, 0, first_d + d * STRIDE[0], first_h + h * STRIDE[1], first_w + w * STRIDE[2]
+        y_strides, image, 0, first[0] + d * STRIDE[0], first[1] + h * STRIDE[1], first[2] + w * STRIDE[2]
     )  # (BLOCK_M,)
     store_outputs(
         y_ptr, y_strides, rows, channel, acc, mask_m=mask_m, mask_n=mask_n, VOXELS_INNER=CONFIG.Y_VOXELS_INNER,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from tritonconv.kernels.triton_device import axis_phase, tap_period, tap_shift
 from tritonconv.problem import Triple
 
 MOST_BITS = 62  # of a word that stays positive as int64; int32 holds 30
@@ -21,6 +22,35 @@ def refusal(places: Triple) -> str | None:
     if sum(places) > MOST_BITS:
         return f"the tap words hold {MOST_BITS} taps over the three axes, not {sum(places)}"
     return None
+
+
+@triton.constexpr_function
+def tap_steps(STRIDE, DILATION):
+    """(d, h, w): from one tap of a phase to its next."""
+    return tuple(tap_period(int(s), int(r)) for s, r in zip(STRIDE, DILATION, strict=True))
+
+
+@triton.constexpr_function
+def voxel_steps(STRIDE, DILATION):
+    """(d, h, w): from the voxel of x that one tap of a phase reads back to that of its next."""
+    return tuple(tap_shift(int(s), int(r)) for s, r in zip(STRIDE, DILATION, strict=True))
+
+
+@triton.jit
+def volume_phase(
+    phase, crop, out_size, KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr
+):  # fmt: skip
+    """first, outputs, tap, taps and start of a phase, w counted fastest, each (d, h, w): along each axis those of
+    ``triton_device.axis_phase``, where start is the offset.
+    """
+    phi_w = phase % STRIDE[2]
+    phi_h = phase // STRIDE[2] % STRIDE[1]
+    phi_d = phase // (STRIDE[2] * STRIDE[1])
+    first_d, outs_d, tap_d, taps_d, start_d = axis_phase(phi_d, crop[0], out_size[0], KERNEL[0], STRIDE[0], DILATION[0])
+    first_h, outs_h, tap_h, taps_h, start_h = axis_phase(phi_h, crop[1], out_size[1], KERNEL[1], STRIDE[1], DILATION[1])
+    first_w, outs_w, tap_w, taps_w, start_w = axis_phase(phi_w, crop[2], out_size[2], KERNEL[2], STRIDE[2], DILATION[2])
+    first, outs, tap = (first_d, first_h, first_w), (outs_d, outs_h, outs_w), (tap_d, tap_h, tap_w)
+    return first, outs, tap, (taps_d, taps_h, taps_w), (start_d, start_h, start_w)
 
 
 @triton.constexpr_function
