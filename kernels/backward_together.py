@@ -60,6 +60,9 @@ def backward_together_kernel(
     """The first ``data_programs`` programs own tiles of grad_x, as in
     :func:`backward_data_gemm_kernel`; the others own those of grad_weight and grad_bias, as in
     :func:`backward_weight_splitk_kernel`.
+
+    Rows, columns and depth are as there: voxels of x, input channels, (tap, output channel); and (tap, output channel),
+    input channels, voxels of x.
     """
     x_strides, grad_y_strides, w_strides, grad_x_strides, partial_strides = aligned(strides, UNITS)
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)

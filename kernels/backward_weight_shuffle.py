@@ -87,8 +87,8 @@ def backward_weight_shuffle_kernel(
     ONES: tl.constexpr,  # columns of a product with ones that sums grad_y; or 0
     ENTER: tl.constexpr, UNITS: tl.constexpr, WIDE: tl.constexpr, FAR_IDS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A program owns BLOCK_M rows (tap, output channel) x BLOCK_N input channels of grad_weight, and one of ``splits``
-    chunks of the n*d*h*w voxels of x, the depth; that of the first input channels owns its channels' bias too.
+    """A program owns BLOCK_M rows (tap, output channel) x BLOCK_N columns (input channel) of grad_weight, and one of
+    ``splits`` chunks of the voxels of x, the depth; that of the first input channels owns its channels' bias too.
 
     KERNEL is the stride too, and nothing is cropped. Voxels count in 32 bits unless FAR_IDS, also where their offsets
     take 64 (WIDE).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import tempfile
 from pathlib import Path
@@ -27,6 +28,27 @@ def test_every_link_leads_to_a_file():
         for link in re.findall(r"\]\(([^)#:]+)[)#]", text) + re.findall(r'src="([^"]+)"', text)
     ]
     assert [(str(path), link) for path, link in links if not list(path.parent.glob(link))] == []
+
+
+def test_every_compile_time_argument_of_a_convolution_kernel_is_explained():
+    """By name in kernels/README.md or in the kernel's docstring; so is each key of a config that a kernel reads."""
+    text, unexplained = TEXTS[ROOT / "kernels/README.md"], set()
+    entries = [
+        node
+        for path in (ROOT / "kernels").glob("*ward_*.py")
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")
+    ]
+    for kernel in entries:
+        names = {each.arg for each in kernel.args.args if each.annotation is not None}
+        names |= {
+            each.attr
+            for each in ast.walk(kernel)
+            if isinstance(each, ast.Attribute) and isinstance(each.value, ast.Name) and each.value.id == "CONFIG"
+        }
+        said = set(re.findall(r"\w+", text + (ast.get_docstring(kernel) or "")))
+        unexplained |= {(kernel.name, name) for name in names - said}
+    assert len(entries) >= 27 and unexplained == set()
 
 
 def test_each_block_of_python_runs(capsys, monkeypatch, tmp_path):
