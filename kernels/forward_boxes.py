@@ -24,7 +24,7 @@ from tritonconv.kernels.triton_device import (
 from tritonconv.kernels.triton_epilogue import computes, with_bias
 from tritonconv.kernels.triton_launch import RUN_TIME, accounting, empty, geometry, precision, wide
 from tritonconv.kernels.triton_launch import launch as run
-from tritonconv.kernels.triton_taps import tap_steps, volume_phase, voxel_steps
+from tritonconv.kernels.triton_taps import backward, tap_steps, volume_phase, voxel_steps
 from tritonconv.kernels.triton_tiles import power_of_two
 from tritonconv.kernels.variant import SPREADS_WEIGHT, Variant
 from tritonconv.kernels.weight_orders import IN_INNERMOST, OUT_INNERMOST
@@ -55,7 +55,6 @@ def forward_boxes_kernel(
     out_size, crop = (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     COLUMNS: tl.constexpr = ceil_div(C_OUT, BLOCK_N)
     PHASES: tl.constexpr = product(STRIDE)
-    VOXEL_STEP: tl.constexpr = voxel_steps(STRIDE, DILATION)
     largest = (
         tl.cdiv(out_size[0], STRIDE[0]),
         tl.cdiv(out_size[1], STRIDE[1]),
@@ -72,7 +71,7 @@ def forward_boxes_kernel(
             box_zeros(CONFIG, VOXELS_LAST), x_desc, w_desc,
             image=image, d=d + start[0], h=h + start[1], w=w + start[2],
             tap=tap, taps=taps, column=tile_n * BLOCK_N,
-            TAP_STEP=tap_steps(STRIDE, DILATION), VOXEL_STEP=(-VOXEL_STEP[0], -VOXEL_STEP[1], -VOXEL_STEP[2]),
+            TAP_STEP=tap_steps(STRIDE, DILATION), VOXEL_STEP=backward(voxel_steps(STRIDE, DILATION)),
             KERNEL=KERNEL, K=LAYER.C_IN, K_INNERMOST=K_INNERMOST, CONFIG=CONFIG,
             VOXELS_LAST=VOXELS_LAST, PRECISION=PRECISION, WAIT=WAIT,
         )  # fmt: skip

@@ -38,7 +38,7 @@ from tritonconv.kernels.triton_gemm import implicit_gemm
 from tritonconv.kernels.triton_launch import RUN_TIME, accounting, empty, refusal
 from tritonconv.kernels.triton_reduce import sum_volumes
 from tritonconv.kernels.triton_store import store_outputs
-from tritonconv.kernels.triton_taps import tap_steps, volume_phase, voxel_steps
+from tritonconv.kernels.triton_taps import backward, tap_steps, volume_phase, voxel_steps
 from tritonconv.kernels.triton_target import compute_capability
 from tritonconv.kernels.triton_weights import preferred
 from tritonconv.kernels.variant import SPREADS_WEIGHT, Variant
@@ -125,7 +125,7 @@ def forward_phases_kernel(
             tap[2] + (taps[2] - 1) * TAP_STEP[2],
         ),
         taps=taps, offs_n=offs_n,
-        TAP_STEP=(-TAP_STEP[0], -TAP_STEP[1], -TAP_STEP[2]), VOXEL_STEP=VOXEL_STEP,
+        TAP_STEP=backward(TAP_STEP), VOXEL_STEP=VOXEL_STEP,
         MOST_TAPS=(
             ceil_div(KERNEL[0], TAP_STEP[0]), ceil_div(KERNEL[1], TAP_STEP[1]), ceil_div(KERNEL[2], TAP_STEP[2]),
         ),

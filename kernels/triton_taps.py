@@ -36,6 +36,13 @@ def voxel_steps(STRIDE, DILATION):
     return tuple(tap_shift(int(s), int(r)) for s, r in zip(STRIDE, DILATION, strict=True))
 
 
+@triton.constexpr_function
+def backward(steps):
+    """The steps the other way: in Triton 3.6.0 those of a constant tuple are plain integers, of which a kernel makes no
+    constants."""
+    return tuple(-int(step) for step in steps)
+
+
 @triton.jit
 def volume_phase(
     phase, crop, out_size, KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr
