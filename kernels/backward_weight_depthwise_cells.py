@@ -51,9 +51,9 @@ def correlated(sums, tiles, outputs, SLOTS: tl.constexpr, KERNEL: tl.constexpr, 
     """One sum per tap plus the products of a cell's outputs with its window; one sum more is that of the outputs."""
     for place in tl.static_range(constant(PLACES[0] * PLACES[1] * PLACES[2])):
         for slot in tl.static_range(constant(SLOTS[0] * SLOTS[1] * SLOTS[2])):
-            if tap_of(slot, place, SLOTS, KERNEL, PLACES, TAPS_D, TAPS_H, TAPS_W) >= 0:
+            if tap_of(slot, place, SLOTS, KERNEL, PLACES, TAPS_D, along_h=TAPS_H, along_w=TAPS_W) >= 0:
                 sums = added(
-                    sums, tap_of(slot, place, SLOTS, KERNEL, PLACES, TAPS_D, TAPS_H, TAPS_W),
+                    sums, tap_of(slot, place, SLOTS, KERNEL, PLACES, TAPS_D, along_h=TAPS_H, along_w=TAPS_W),
                     tiles[slot] * outputs[place],
                 )  # fmt: skip
         if len(sums) > KERNEL[0] * KERNEL[1] * KERNEL[2]:

@@ -35,8 +35,10 @@ def cell_plane(start, tiles, taps, PLACE_D: tl.constexpr, SLOTS: tl.constexpr, K
     for place in tl.static_range(constant(PLACES[1] * PLACES[2])):
         acc = start
         for slot in tl.static_range(constant(SLOTS[0] * SLOTS[1] * SLOTS[2])):
-            if tap_of(slot, AT + place, SLOTS, KERNEL, PLACES, TAPS_D, TAPS_H, TAPS_W) >= 0:
-                acc = acc + tiles[slot] * taps[tap_of(slot, AT + place, SLOTS, KERNEL, PLACES, TAPS_D, TAPS_H, TAPS_W)]
+            if tap_of(slot, AT + place, SLOTS, KERNEL, PLACES, TAPS_D, along_h=TAPS_H, along_w=TAPS_W) >= 0:
+                acc = acc + tiles[slot] * taps[
+                    tap_of(slot, AT + place, SLOTS, KERNEL, PLACES, TAPS_D, along_h=TAPS_H, along_w=TAPS_W)
+                ]  # fmt: skip
         sums = sums + (acc,)  # type: ignore[assignment]  # noqa: RUF005
     return sums
 
