@@ -83,7 +83,7 @@ def backward_data_patches_kernel(
         w_tiles = w_tiles + (w_tile,)  # type: ignore[assignment]  # noqa: RUF005
     count = voxel_count(size, X_STEP, WIDE)
     by = None
-    if not WIDE:
+    if WIDE < 2:
         by = dividers(size, 0)
     # The next tile's patches are on their way while this one's sums are stored. Carried by the loop they are an operand
     # in shared memory; made in their own turn they would be one in registers.

@@ -84,7 +84,7 @@ def backward_weight_patches_kernel(
     mask_n = offs_n < C_IN
     count = voxel_count(size, X_STEP, WIDE)
     by = None
-    if not WIDE:
+    if WIDE < 2:
         by = dividers(size, 0)
     first, last = chunk(split, splits, voxel_tiles(n, size, BLOCK_K, 0, WIDE))
     # The next tile's patches are on their way during this one's product.

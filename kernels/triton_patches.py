@@ -105,10 +105,11 @@ def sided_voxels(tile, n, size, BLOCK: tl.constexpr, SIDES: tl.constexpr, WIDE: 
     by_d, by_h, by_w = None, None, None
     if by is not None:
         by_d, by_h, by_w = by
-    row, w = divided(widened(tile, WIDE) * BLOCK + lane % BLOCK, size[2], WIDE, by_w)
+    row, w = divided(widened(tile, WIDE > 1) * BLOCK + lane % BLOCK, size[2], WIDE, by_w)
     plane, h = divided(row, size[1], WIDE, by_h)
     image, d = divided(plane, size[0], WIDE, by_d)
-    return image, d, h, w, image < n, lane // BLOCK
+    mask = image < n
+    return widened(image, WIDE), widened(d, WIDE), widened(h, WIDE), widened(w, WIDE), mask, lane // BLOCK
 
 
 @triton.jit
@@ -119,7 +120,7 @@ def patches(
     """A part of the patches of a tile of BLOCK voxels, (BLOCK, PLACES); zeros beyond the last place, and of voxels not
     there. The columns are the places of :func:`part_places`.
 
-    ``by``: the dividers of ``size``, or None where WIDE. Where a patch has several parts two threads load a voxel's
+    ``by``: the dividers of ``size``, or None where WIDE is 2. Where a patch has several parts two threads load a voxel's
     places, each those of half the taps along d.
     """
     KERNEL: tl.constexpr = LAYER.KERNEL

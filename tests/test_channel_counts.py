@@ -86,8 +86,8 @@ def test_exact(name, count):
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("count", [5, 24])
+@pytest.mark.parametrize(("count", "limit"), [(5, "WIDE_FROM"), (24, "WIDE_FROM"), (5, "COUNTED_FROM")])
 @pytest.mark.parametrize("name", CALLS)
-def test_offsets_of_64_bits(name, count, monkeypatch):
-    monkeypatch.setattr("tritonconv.kernels.triton_launch.WIDE_FROM", 1)
+def test_offsets_and_numbers_of_voxels_of_64_bits(name, count, limit, monkeypatch):
+    monkeypatch.setattr(f"tritonconv.kernels.triton_launch.{limit}", 1)
     assert faults(name, count) == ([], count not in REFUSED.get(name, ()))
