@@ -150,7 +150,8 @@ def given_dividers(by_d, by_h, by_w, shift_d, shift_h, shift_w):
 def divided(value, divisor, WIDE: tl.constexpr, by=None):
     """Quotient and remainder of numbers of voxels, not negative: unsigned, which takes half the instructions.
 
-    Of 64 bits a division is a call, so both have 32 unless voxels alone need more (WIDE = 2). ``by`` is the :func:`divider` of the divisor: three instructions instead of about fifteen.
+    Of 64 bits a division is a call, so they have 32 unless numbers of voxels need more (WIDE = 2). ``by`` is the
+    :func:`divider` of the divisor: three instructions instead of about fifteen.
     """
     SIGNED: tl.constexpr = tl.int64 if WIDE > 1 else tl.int32
     UNSIGNED: tl.constexpr = tl.uint64 if WIDE > 1 else tl.uint32

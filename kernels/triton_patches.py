@@ -120,8 +120,8 @@ def patches(
     """A part of the patches of a tile of BLOCK voxels, (BLOCK, PLACES); zeros beyond the last place, and of voxels not
     there. The columns are the places of :func:`part_places`.
 
-    ``by``: the dividers of ``size``, or None where WIDE is 2. Where a patch has several parts two threads load a voxel's
-    places, each those of half the taps along d.
+    ``by``: the dividers of ``size``, or None where WIDE is 2. Where a patch has several parts two threads load a
+    voxel's places, each those of half the taps along d.
     """
     KERNEL: tl.constexpr = LAYER.KERNEL
     STRIDE: tl.constexpr = LAYER.STRIDE
