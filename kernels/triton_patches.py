@@ -192,21 +192,28 @@ def multiplied(left, right, acc, FLIPPED: tl.constexpr, PRECISION: tl.constexpr)
 @triton.jit
 def voxel_count(size, X_STEP: tl.constexpr, WIDE: tl.constexpr):
     """The voxels of an image; X_STEP, where it is not 0, divides them."""
-    count = widened(size[0], WIDE) * size[1] * size[2]
+    count = widened(size[0], WIDE > 1) * size[1] * size[2]
     if X_STEP > 0:
         count = multiple(count, X_STEP)
     return count
 
 
 @triton.jit
-def dense_places(voxel, channel, count, CHANNELS: tl.constexpr, X_STEP: tl.constexpr):
-    """Element offsets of voxels, counted over all images of ``count``, and those of channels, in dense x or grad_x.
+def tile_voxels(tile, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    """The voxels of a tile, counted over all images, (BLOCK,)."""
+    return widened(tile, WIDE > 1) * BLOCK + tl.arange(0, BLOCK)
+
+
+@triton.jit
+def dense_places(voxel, channel, count, CHANNELS: tl.constexpr, X_STEP: tl.constexpr, WIDE: tl.constexpr):
+    """Element offsets of :func:`tile_voxels`, of images of ``count``, and those of channels, in dense x or grad_x.
 
     The channels are innermost where X_STEP is 0, else the voxels.
     """
     if X_STEP > 0:
-        return voxel // count * (CHANNELS * count) + voxel % count, channel * count
-    return voxel * CHANNELS, channel
+        image, place = widened(voxel // count, WIDE), voxel % count
+        return image * (CHANNELS * widened(count, WIDE)) + place, channel * count
+    return widened(voxel, WIDE) * CHANNELS, channel
 
 
 def voxel_step(problem: Problem) -> int:
