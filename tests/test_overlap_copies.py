@@ -86,6 +86,17 @@ def test_the_kernel_gets_the_copy_and_writes_y_in_its_own_order(name):
         assert (x.shape, x.stride()[1]) == (problem.x_shape, 1 if copies else 24) and y.is_contiguous()
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_of_one_output_channel_the_launch_on_a_copy_is_that_of_the_ndhwc_layer(name):
+    """But for its memory: the strides of y are no constants of the code, except the one along w, which is 1 in both."""
+    problem, record = CASES["16 to 1"].problem(HALF), variant(name)
+    launched = []
+    for each in (problem, replace(problem, layout="ndhwc")):
+        arguments = record.program(each, record.starts(each, DEVICE)[-1]).kernels[-1].arguments
+        launched.append({key: value for key, value in arguments.items() if not key.endswith("_ptr") and key != "y_c"})
+    assert launched[0] == launched[1] and launched[0]["y_w"] == 1
+
+
 def test_planes_serves_many_channels_of_ncdhw_on_copies_alone():
     record, case = variant("forward_overlap_planes"), CASES["33 to 3"]
     problem = case.problem(HALF)
