@@ -1,4 +1,4 @@
-"""Every Triton variant at channel counts of all kinds, in its default config and on copies, and with offsets of 64 bits."""
+"""Every Triton variant at channel counts of all kinds: in its default config, on copies, with offsets of 64 bits."""
 
 from __future__ import annotations
 
