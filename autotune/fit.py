@@ -162,7 +162,8 @@ class Fit:
 
     def to_json(self) -> dict[str, Any]:
         """Places are written once each: samples name them, and their kinds, by number."""
-        places = sorted({_rounded(row) for each in self.passes.values() for row in each.kernels.places})
+        smoothers = [one for each in self.passes.values() for one in (each.torch, each.kernels)]
+        places = sorted({_rounded(row) for one in smoothers for row in one.places})
         numbers = {row: number for number, row in enumerate(places)}
         return {
             "format": FORMAT,

@@ -36,6 +36,7 @@ from tritonconv.kernels.triton_patches import (
     part_places,
     patches,
     refused,
+    tile_voxels,
     voxel_count,
 )
 from tritonconv.kernels.triton_weights import oriented, packed
@@ -83,7 +84,7 @@ def backward_data_patches_kernel(
         w_tiles = w_tiles + (w_tile,)  # type: ignore[assignment]  # noqa: RUF005
     count = voxel_count(size, X_STEP, WIDE)
     by = None
-    if not WIDE:
+    if WIDE < 2:
         by = dividers(size, 0)
     # The next tile's patches are on their way while this one's sums are stored. Carried by the loop they are an operand
     # in shared memory; made in their own turn they would be one in registers.
@@ -105,8 +106,8 @@ def backward_data_patches_kernel(
             grad_y_ptr, grad_y_strides, tile + walkers, n=n, size=size, out_size=out_size, crop=crop, by=by,
             LAYER=LAYER, BLOCK=BLOCK_M, PLACES=BLOCK_K, WIDE=WIDE,
         )  # fmt: skip
-        voxel = widened(tile, WIDE) * BLOCK_M + tl.arange(0, BLOCK_M)
-        rows, columns = dense_places(voxel, offs_n, count, C_IN, X_STEP)
+        voxel = tile_voxels(tile, BLOCK_M, WIDE)
+        rows, columns = dense_places(voxel, offs_n, count, C_IN, X_STEP, WIDE)
         store_tile(grad_x_ptr, rows, columns, acc, voxel < n * count, mask_n, VOXELS_INNER=X_STEP > 0)
 
 

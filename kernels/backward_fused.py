@@ -197,7 +197,7 @@ def backward(problem, config, x, weight, grad_y, need_bias):
             FACTS=phases.facts(problem, config, grad_y),
             BLOCK_N=_block_n(problem, config["ROWS"]),
             BLOCK_C=_block_c(problem),
-            PLAIN=wide_offsets or config["BLOCK_W"] > 0 or 0 < compute_capability() < 90,  # dividers spill on sm_80
+            PLAIN=wide_offsets > 1 or config["BLOCK_W"] > 0 or 0 < compute_capability() < 90,  # dividers spill on sm_80
             WIDE=wide_offsets,
             PRECISION=precision(problem.dtype),
         )

@@ -137,7 +137,7 @@ def _join(data: KernelLaunch, own: KernelLaunch) -> None:
         "DATA_CONFIG": data.arguments["CONFIG"],
         "WEIGHT_CONFIG": arguments.pop("CONFIG"),
     }
-    arguments["WIDE"] = data.arguments["WIDE"] or own.arguments["WIDE"]
+    arguments["WIDE"] = max(data.arguments["WIDE"], own.arguments["WIDE"])
     run(backward_together_kernel, data.grid[0] + own.grid[0], {}, (*data.written, *own.written), **arguments)
 
 

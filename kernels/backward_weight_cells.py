@@ -137,7 +137,7 @@ def backward_weight_cells_kernel(
     x_rows = offset(x_strides, 0, ci, slot_d - x_cut[0], slot_h - x_cut[1], slot_w - x_cut[2])  # (BLOCK_N,)
     y_strides = strided(grad_y_strides, STRIDE, WIDE)
     by = None
-    if not (WIDE or Y_VOXELS_INNER):
+    if WIDE < 2 and not Y_VOXELS_INNER:
         by = dividers(cells, BLOCK_W)
     first, last = chunk(split, splits, voxel_tiles(n, cells, BLOCK_K, BLOCK_W, WIDE))
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)

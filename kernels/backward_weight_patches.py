@@ -27,6 +27,7 @@ from tritonconv.kernels.triton_patches import (
     part_places,
     patches,
     refused,
+    tile_voxels,
     voxel_count,
 )
 from tritonconv.kernels.triton_split_gemm import SplitGemm, store_channel_sums
@@ -84,7 +85,7 @@ def backward_weight_patches_kernel(
     mask_n = offs_n < C_IN
     count = voxel_count(size, X_STEP, WIDE)
     by = None
-    if not WIDE:
+    if WIDE < 2:
         by = dividers(size, 0)
     first, last = chunk(split, splits, voxel_tiles(n, size, BLOCK_K, 0, WIDE))
     # The next tile's patches are on their way during this one's product.
@@ -97,9 +98,9 @@ def backward_weight_patches_kernel(
         acc = tl.zeros((BLOCK_N, BLOCK_M) if FLIPPED else (BLOCK_M, BLOCK_N), tl.float32)
         accs = accs + (acc,)  # type: ignore[assignment]  # noqa: RUF005
     for tile in range(first, last):
-        voxel = widened(tile, WIDE) * BLOCK_K + tl.arange(0, BLOCK_K)
+        voxel = tile_voxels(tile, BLOCK_K, WIDE)
         mask_k = voxel < n * count
-        rows, columns = dense_places(voxel, offs_n, count, C_IN, X_STEP)
+        rows, columns = dense_places(voxel, offs_n, count, C_IN, X_STEP, WIDE)
         if X_STEP > 0:
             x_ptrs = x_ptr + (columns[:, None] + rows[None, :])
             x_tile = tl.trans(tl.load(x_ptrs, mask=mask_n[:, None] & mask_k[None, :], other=0.0))

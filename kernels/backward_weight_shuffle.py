@@ -25,7 +25,6 @@ import triton.language as tl
 from tritonconv.kernels import triton_shuffle_tiles as shuffle
 from tritonconv.kernels.triton_arrival import ARRIVE, ahead, last_to_arrive, sum_in_order
 from tritonconv.kernels.triton_device import (
-    FAR,
     aligned,
     ceil_div,
     chunk,
@@ -41,7 +40,7 @@ from tritonconv.kernels.triton_device import (
 )
 from tritonconv.kernels.triton_fold import folded, folded_outputs
 from tritonconv.kernels.triton_fold import pays as fold_pays
-from tritonconv.kernels.triton_launch import RUN_TIME, WIDE_FROM, accounting, precision, refusal, wide
+from tritonconv.kernels.triton_launch import RUN_TIME, accounting, precision, refusal, wide
 from tritonconv.kernels.triton_partials import WeightGradients
 from tritonconv.kernels.triton_reduce import sum_parts, sum_volumes
 from tritonconv.kernels.triton_shuffle_tiles import tile_taps
@@ -85,13 +84,12 @@ def backward_weight_shuffle_kernel(
     VOXELS_INNER: tl.constexpr,  # of x and of grad_y: see load_voxels
     W_STEP: tl.constexpr,  # with ROWS: divides w_in and the strides across w, those of grad_y KERNEL[2] times
     ONES: tl.constexpr,  # columns of a product with ones that sums grad_y; or 0
-    ENTER: tl.constexpr, UNITS: tl.constexpr, WIDE: tl.constexpr, FAR_IDS: tl.constexpr, PRECISION: tl.constexpr,
+    ENTER: tl.constexpr, UNITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A program owns BLOCK_M rows (tap, output channel) x BLOCK_N columns (input channel) of grad_weight, and one of
     ``splits`` chunks of the voxels of x, the depth; that of the first input channels owns its channels' bias too.
 
-    KERNEL is the stride too, and nothing is cropped. Voxels count in 32 bits unless FAR_IDS, also where their offsets
-    take 64 (WIDE).
+    KERNEL is the stride too, and nothing is cropped.
     """
     x_strides, grad_y_strides = aligned(strides, UNITS)
     if ROWS:
@@ -127,7 +125,7 @@ def backward_weight_shuffle_kernel(
     size = (d_in, h_in, w_in)
     fine = (d_in, h_in, w_in * SIDE)
     by, by_fine = None, None
-    if not FAR_IDS and BLOCK_W == 0:
+    if WIDE < 2 and BLOCK_W == 0:
         by, by_fine = dividers(size, BLOCK_W), dividers(fine, BLOCK_W)
     if ROWS:
         acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
@@ -136,16 +134,15 @@ def backward_weight_shuffle_kernel(
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         sums = tl.zeros((BLOCK_M, ONES if ONES else 1), tl.float32)
         ones = tl.full((BLOCK_K, ONES if ONES else 1), 1.0, x_ptr.dtype.element_ty)
-    first, last = chunk(split, splits, voxel_tiles(n, size, BLOCK_K, BLOCK_W, FAR_IDS))
+    first, last = chunk(split, splits, voxel_tiles(n, size, BLOCK_K, BLOCK_W, WIDE))
     for tile_k in range(first, entered(first, last, ENTER)):
-        image, d, h, w, mask_k = voxels(tile_k, n, size, BLOCK_K, BLOCK_W, FAR_IDS, by=by)
-        x_rows = offset(x_strides, widened(image, WIDE), 0, widened(d, WIDE), widened(h, WIDE), widened(w, WIDE))
+        image, d, h, w, mask_k = voxels(tile_k, n, size, BLOCK_K, BLOCK_W, WIDE, by=by)
+        x_rows = offset(x_strides, image, 0, d, h, w)
         if ROWS:
             mask_k = (image < n) & (w < multiple(w_in, W_STEP))
             x_mask = mask_n[:, None] & mask_k[None, :]
             x_tile = tl.load(x_ptr + (x_lanes[:, None] + x_rows[None, :]), mask=x_mask, other=0.0)
-            image, d, h, w, _ = voxels(tile_k, n, fine, BLOCK_K * SIDE, BLOCK_W * SIDE, FAR_IDS, by=by_fine)
-            image, d, h, w = widened(image, WIDE), widened(d, WIDE), widened(h, WIDE), widened(w, WIDE)
+            image, d, h, w, _ = voxels(tile_k, n, fine, BLOCK_K * SIDE, BLOCK_W * SIDE, WIDE, by=by_fine)
             y_columns = offset(grad_y_strides, image, 0, d * KERNEL[0], h * KERNEL[1], w)
             y_mask = mask_m[:, None] & ((image < n) & (w < multiple(w_in, W_STEP) * SIDE))[None, :]
             rows_tile = tl.load(grad_y_ptr + (y_lanes[:, None] + y_columns[None, :]), mask=y_mask, other=0.0)
@@ -156,7 +153,6 @@ def backward_weight_shuffle_kernel(
             if bias_partial_ptr is not None:  # of neighbours in one thread: the rest after the loop
                 sums += tl.sum(rows_tile.reshape(BLOCK_M // SIDE, BLOCK_K * SIDE // 8, 8).to(tl.float32), 2)
         else:
-            image, d, h, w = widened(image, WIDE), widened(d, WIDE), widened(h, WIDE), widened(w, WIDE)
             y_rows = offset(grad_y_strides, image, 0, d * KERNEL[0], h * KERNEL[1], w * KERNEL[2])
             y_mask, x_mask = mask_k[:, None] & mask_m[None, :], mask_k[:, None] & mask_n[None, :]
             grad_y_tile = load_voxels(grad_y_ptr + (y_rows[:, None] + y_lanes[None, :]), y_mask, VOXELS_INNER[1])
@@ -223,7 +219,6 @@ def launches(problem, config, x, grad_y, need_bias):
         ONES=_ones(problem) if need_bias else 0,
         ENTER=zeros_behind_loops(),
         WIDE=wide(x, grad_y, sums.partial),
-        FAR_IDS=math.prod(grad_y.shape) // problem.c_out >= WIDE_FROM or max(grad_y.shape[2:]) >= FAR // 2,
         PRECISION=precision(problem.dtype),
     )
     if across > 1:

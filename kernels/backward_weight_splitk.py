@@ -96,7 +96,7 @@ def store_weight_tile(
     first, last = chunk(split, splits, voxel_tiles(n, size, BLOCK_K, BLOCK_W, WIDE))
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     by = None
-    if not (WIDE or Y_VOXELS_INNER):
+    if WIDE < 2 and not Y_VOXELS_INNER:
         by = dividers(size, BLOCK_W)
     lanes = spans((vd, vh, vw), crop, out_size, mask_m, STRIDE)
     # Of i*stride - crop + tap the loop adds only i*stride.

@@ -21,6 +21,7 @@ import triton.language as tl
 from tritonconv.kernels import triton_epilogue
 from tritonconv.kernels import triton_phases as phases
 from tritonconv.kernels import triton_tiles as tiles
+from tritonconv.kernels.triton_channels_last import copying
 from tritonconv.kernels.triton_device import aligned, inside, offset, product, widened
 from tritonconv.kernels.triton_epilogue import finished, with_bias
 from tritonconv.kernels.triton_launch import (
@@ -320,9 +321,9 @@ def work(problem: Problem, config) -> Work:
     return replace(counts, cache_bytes=max(counts.memory_bytes, counts.cache_bytes - added))  # sums alone are stored
 
 
-VARIANT = Variant(
+VARIANT = copying(Variant(
     "forward_overlap", "forward",
     "very few channels out: x times all taps once, overlapping products added in registers", "triton",
     launches=launches, supports=supports, space=space, default=default, spreads_nonfinite=SPREADS_WEIGHT, work=work,
     epilogue=triton_epilogue.computes,
-)  # fmt: skip
+), ("x",), "c_in")  # fmt: skip

@@ -27,6 +27,7 @@ from tritonconv.kernels.forward_overlap import (
     window,
 )
 from tritonconv.kernels.targets import MULTIPROCESSORS
+from tritonconv.kernels.triton_channels_last import copying
 from tritonconv.kernels.triton_device import aligned, inside, offset, product, widened
 from tritonconv.kernels.triton_epilogue import computes, finished, with_bias
 from tritonconv.kernels.triton_launch import RUN_TIME, Y_STRIDES, accounting, refusal
@@ -268,9 +269,9 @@ def work(problem: Problem, config: Config) -> Work:
     )
 
 
-VARIANT = Variant(
+VARIANT = copying(Variant(
     "forward_overlap_planes", "forward",
     "very few channels out: plane after plane along d, overlapping products carried and added in registers", "triton",
     launches=launches, supports=supports, space=space, default=default, spreads_nonfinite=SPREADS_WEIGHT, work=work,
     epilogue=computes,
-)  # fmt: skip
+), ("x",), "c_in")  # fmt: skip

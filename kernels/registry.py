@@ -36,7 +36,7 @@ RENAMED: dict[str, tuple[str, dict[str, int]]] = {
     name + old: (name, {COPY: copies})
     for name in ("forward_phases", "backward_data_gemm", "backward_weight_splitk", "backward_weight_cells")
     for old, copies in (("", 0), ("_last", 1))
-} | {"forward_phases_packed": ("forward_phases_packed", {COPY: 0})}
+} | {name: (name, {COPY: 0}) for name in ("forward_overlap", "forward_overlap_planes", "forward_phases_packed")}
 # Triton's modules that the kernels import.
 TRITON_MODULES = ("language", "knobs", "backends.compiler", "compiler.compiler", "tools.tensor_descriptor")
 

@@ -1,7 +1,8 @@
 """Operands of NCDHW layers in channels_last_3d: one copy, so that a tile's loads are 16 bytes wide.
 
 In NCDHW the neighbours of a tap start at any address, and every load of a tile is 2 bytes (4 of float32) wide. Where
-taps overlap, each element is loaded several times, and one copy in the other order can cost less than that.
+taps overlap, each element is loaded several times, or once by programs that issue and wait for such loads; one copy in
+the other order can cost less than that.
 """
 
 from __future__ import annotations
@@ -33,11 +34,12 @@ def channels_last(x: Buffer) -> Buffer:
 
 def copying(base: Variant, copied: tuple[str, ...], gathered: str, tiles: Tiles | None = None) -> Variant:
     """``base`` with the key COPY in its configs: 1 runs it on channels-last copies of the operands ``copied`` of an
-    NCDHW layer, in the tiles of an NDHWC layer. The default has 0.
+    NCDHW layer, in the tiles of an NDHWC layer. The default has 0; of a layer that the base serves in NDHWC alone, 1.
 
     ``gathered`` (``c_in`` or ``c_out``) are the channels of the operand that the taps gather. The space has configs
-    with 1 where these fill a sector and an element is read more than once. ``tiles``: the default config and the space
-    of such configs for the NCDHW problem, by default those of the base for its NDHWC twin.
+    with 1 where these fill a sector and the taps overlap: other layers have rows of voxels at known addresses, and wide
+    loads of them. ``tiles``: the default config and the space of such configs for the NCDHW problem, by default those
+    of the base for its NDHWC twin.
     """
     default_for, space_for = tiles or (
         lambda problem, device: base.default(last(problem), device),
@@ -47,6 +49,17 @@ def copying(base: Variant, copied: tuple[str, ...], gathered: str, tiles: Tiles 
     def pays(problem: Problem) -> bool:
         overlap = any(axis.kernel > axis.stride for axis in problem.axes)
         return problem.layout == "ncdhw" and overlap and getattr(problem, gathered) // problem.groups >= LEAST_CHANNELS
+
+    def plain(problem: Problem, device: torch.device) -> bool:
+        """Whether a served problem has configs without a copy."""
+        return not pays(problem) or base.supports(problem, device) is None
+
+    def supports(problem: Problem, device: torch.device) -> str | None:
+        why_not = base.supports(problem, device)
+        if why_not is None or not pays(problem):
+            return why_not
+        of_copies = base.supports(last(problem), device)
+        return of_copies if of_copies in (None, why_not) else f"{why_not}; of a copy in ndhwc: {of_copies}"
 
     original = base.launches
     assert original is not None  # only Triton kernels read what they have had copied
@@ -60,10 +73,15 @@ def copying(base: Variant, copied: tuple[str, ...], gathered: str, tiles: Tiles 
         return original(problem, plain, *operands, **more)
 
     def space(problem: Problem, device: torch.device) -> tuple[Config, ...]:
-        configs = [{**config, COPY: 0} for config in base.space(problem, device)]
+        configs = [{**config, COPY: 0} for config in base.space(problem, device)] if plain(problem, device) else []
         if pays(problem):
             configs += [{**config, COPY: 1} for config in space_for(problem, device)]
         return tuple(configs)
+
+    def default(problem: Problem, device: torch.device) -> Config:
+        if plain(problem, device):
+            return {**base.default(problem, device), COPY: 0}
+        return {**default_for(problem, device), COPY: 1}
 
     def default_of_copies(problem: Problem, device: torch.device) -> Config | None:
         return {**default_for(problem, device), COPY: 1} if pays(problem) else None
@@ -93,8 +111,9 @@ def copying(base: Variant, copied: tuple[str, ...], gathered: str, tiles: Tiles 
     return replace(
         base,
         launches=launches,
+        supports=supports,
         space=space,
-        default=lambda problem, device: {**base.default(problem, device), COPY: 0},
+        default=default,
         copied=default_of_copies,
         workspace_bytes=workspace_bytes,
         work=work,

@@ -1,7 +1,8 @@
 """Device code that the Triton kernels share: voxels of a tile, taps of a phase, offsets, program order, the store.
 
 Words: a *tile* is BLOCK_M voxels; ``size`` and its kin are (d, h, w); strides are in elements, (n, c, d, h, w). Ids
-are widened to 64 bits before they are multiplied, and only where WIDE says that an offset needs it.
+are widened to 64 bits before they are multiplied, and only where WIDE says that an offset needs it. Of WIDE 0 nothing
+needs 64 bits, of 1 offsets do, of 2 numbers of voxels too (``triton_launch.wide``).
 """
 
 from __future__ import annotations
@@ -131,7 +132,7 @@ def dividers(size, BLOCK_W: tl.constexpr):
     """The dividers of :func:`voxels` along (d, h, w), for loops over tiles and where the channels are contiguous.
 
     Not where tiles are rows along w: of a division the compiler knows that neighbours along w have one quotient, of a
-    multiplication it does not, and loads would be narrow. Nor where offsets are 64 bits wide.
+    multiplication it does not, and loads would be narrow. Nor where numbers of voxels need 64 bits.
     """
     across = tl.cdiv(size[2], BLOCK_W) if BLOCK_W > 0 else size[2]
     return divider(size[0]), divider(size[1]), divider(across)
@@ -147,12 +148,13 @@ def given_dividers(by_d, by_h, by_w, shift_d, shift_h, shift_w):
 
 @triton.jit
 def divided(value, divisor, WIDE: tl.constexpr, by=None):
-    """Quotient and remainder of integers that are not negative: unsigned, which takes half the instructions.
+    """Quotient and remainder of numbers of voxels, not negative: unsigned, which takes half the instructions.
 
-    ``by`` is the :func:`divider` of the divisor: three instructions instead of about fifteen.
+    Of 64 bits a division is a call, so they have 32 unless numbers of voxels need more (WIDE = 2). ``by`` is the
+    :func:`divider` of the divisor: three instructions instead of about fifteen.
     """
-    SIGNED: tl.constexpr = tl.int64 if WIDE else tl.int32
-    UNSIGNED: tl.constexpr = tl.uint64 if WIDE else tl.uint32
+    SIGNED: tl.constexpr = tl.int64 if WIDE > 1 else tl.int32
+    UNSIGNED: tl.constexpr = tl.uint64 if WIDE > 1 else tl.uint32
     divisor = tl.full((), 0, UNSIGNED) + divisor
     value = value.to(UNSIGNED)
     if by is None:  # noqa: SIM108
@@ -165,7 +167,7 @@ def divided(value, divisor, WIDE: tl.constexpr, by=None):
 @triton.jit
 def voxel_tiles(n, size, BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr, WIDE: tl.constexpr):
     """How many tiles cover n images of ``size``; see :func:`voxels`."""
-    rows = widened(n * size[0] * size[1], WIDE)
+    rows = widened(n, WIDE > 1) * size[0] * size[1]
     if BLOCK_W > 0:
         return tl.cdiv(rows, BLOCK_M // BLOCK_W) * tl.cdiv(size[2], BLOCK_W)
     return tl.cdiv(rows * size[2], BLOCK_M)
@@ -179,7 +181,7 @@ def voxels(tile, n, size, BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr, WIDE: tl
     compiler knows to be neighbours: wide loads and stores where w is the contiguous axis.
     """
     lane = tl.arange(0, BLOCK_M)
-    tile = widened(tile, WIDE)
+    tile = widened(tile, WIDE > 1)
     by_d, by_h, by_w = None, None, None
     if by is not None:
         by_d, by_h, by_w = by
@@ -193,7 +195,8 @@ def voxels(tile, n, size, BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr, WIDE: tl
         row, w = divided(voxel, size[2], WIDE, by_w)
     plane, h = divided(row, size[1], WIDE, by_h)
     image, d = divided(plane, size[0], WIDE, by_d)
-    return image, d, h, w, (image < n) & (w < size[2])
+    mask = (image < n) & (w < size[2])
+    return widened(image, WIDE), widened(d, WIDE), widened(h, WIDE), widened(w, WIDE), mask
 
 
 @triton.jit

@@ -24,6 +24,7 @@ from tritonconv.problem import Problem, Triple, largest_offset
 
 INTERPRETED_PROGRAMS = 3  # few, so that each takes several tiles there as well
 WIDE_FROM = 2**30  # half of the int32 range: the rest is head-room for masked addresses outside the tensor
+COUNTED_FROM = 2**29  # voxels: those of a tile's cells may be twice as many, and fill a tile beyond the last one
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -138,20 +139,23 @@ def precision(dtype: torch.dtype) -> str:
     return TF32 if gpu is None or _multiplies_tf32(gpu.backend, gpu.arch) else IEEE
 
 
-def wide(*buffers: Buffer | None, of: Problem | None = None) -> bool:
-    """Whether an element offset into one of the buffers needs 64 bits; also for axes too long for dividers.
+def wide(*buffers: Buffer | None, of: Problem | None = None) -> int:
+    """WIDE: 0, 1 where an element offset into one of the buffers needs 64 bits, 2 where numbers of its voxels do too or
+    an axis is too long for dividers.
 
     ``of``: the problem whose taps and crops reach beyond x and y, masked: offsets of voxels not there count too.
     """
     reach = (0, 0, 0) if of is None else tuple(2 * (a.dilation * a.kernel + a.crop + a.stride) for a in of.axes)
-    return any(_is_wide(each, reach) for each in buffers if each is not None)
+    return max((_width(each, reach) for each in buffers if each is not None), default=0)
 
 
-def _is_wide(buffer: Buffer, reach: tuple[int, ...]) -> bool:
+def _width(buffer: Buffer, reach: tuple[int, ...]) -> int:
     shape, strides = buffer.shape, buffer.stride()
+    voxels = shape[0] * math.prod(length + more for length, more in zip(shape[2:], reach, strict=False))
+    if voxels >= COUNTED_FROM or max(shape[2:], default=0) >= FAR // 2:
+        return 2
     beyond = sum(more * abs(stride) for more, stride in zip(reach, strides[2:], strict=False))
-    far = beyond >= WIDE_FROM or max(shape[2:], default=0) >= FAR // 2
-    return far or largest_offset(shape, strides) >= WIDE_FROM
+    return int(beyond >= WIDE_FROM or largest_offset(shape, strides) >= WIDE_FROM)
 
 
 def units(strides: tuple[int, ...]) -> tuple[int, ...]:

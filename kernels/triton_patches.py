@@ -105,10 +105,11 @@ def sided_voxels(tile, n, size, BLOCK: tl.constexpr, SIDES: tl.constexpr, WIDE: 
     by_d, by_h, by_w = None, None, None
     if by is not None:
         by_d, by_h, by_w = by
-    row, w = divided(widened(tile, WIDE) * BLOCK + lane % BLOCK, size[2], WIDE, by_w)
+    row, w = divided(widened(tile, WIDE > 1) * BLOCK + lane % BLOCK, size[2], WIDE, by_w)
     plane, h = divided(row, size[1], WIDE, by_h)
     image, d = divided(plane, size[0], WIDE, by_d)
-    return image, d, h, w, image < n, lane // BLOCK
+    mask = image < n
+    return widened(image, WIDE), widened(d, WIDE), widened(h, WIDE), widened(w, WIDE), mask, lane // BLOCK
 
 
 @triton.jit
@@ -119,8 +120,8 @@ def patches(
     """A part of the patches of a tile of BLOCK voxels, (BLOCK, PLACES); zeros beyond the last place, and of voxels not
     there. The columns are the places of :func:`part_places`.
 
-    ``by``: the dividers of ``size``, or None where WIDE. Where a patch has several parts two threads load a voxel's
-    places, each those of half the taps along d.
+    ``by``: the dividers of ``size``, or None where WIDE is 2. Where a patch has several parts two threads load a
+    voxel's places, each those of half the taps along d.
     """
     KERNEL: tl.constexpr = LAYER.KERNEL
     STRIDE: tl.constexpr = LAYER.STRIDE
@@ -191,21 +192,28 @@ def multiplied(left, right, acc, FLIPPED: tl.constexpr, PRECISION: tl.constexpr)
 @triton.jit
 def voxel_count(size, X_STEP: tl.constexpr, WIDE: tl.constexpr):
     """The voxels of an image; X_STEP, where it is not 0, divides them."""
-    count = widened(size[0], WIDE) * size[1] * size[2]
+    count = widened(size[0], WIDE > 1) * size[1] * size[2]
     if X_STEP > 0:
         count = multiple(count, X_STEP)
     return count
 
 
 @triton.jit
-def dense_places(voxel, channel, count, CHANNELS: tl.constexpr, X_STEP: tl.constexpr):
-    """Element offsets of voxels, counted over all images of ``count``, and those of channels, in dense x or grad_x.
+def tile_voxels(tile, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    """The voxels of a tile, counted over all images, (BLOCK,)."""
+    return widened(tile, WIDE > 1) * BLOCK + tl.arange(0, BLOCK)
+
+
+@triton.jit
+def dense_places(voxel, channel, count, CHANNELS: tl.constexpr, X_STEP: tl.constexpr, WIDE: tl.constexpr):
+    """Element offsets of :func:`tile_voxels`, of images of ``count``, and those of channels, in dense x or grad_x.
 
     The channels are innermost where X_STEP is 0, else the voxels.
     """
     if X_STEP > 0:
-        return voxel // count * (CHANNELS * count) + voxel % count, channel * count
-    return voxel * CHANNELS, channel
+        image, place = widened(voxel // count, WIDE), voxel % count
+        return image * (CHANNELS * widened(count, WIDE)) + place, channel * count
+    return widened(voxel, WIDE) * CHANNELS, channel
 
 
 def voxel_step(problem: Problem) -> int:

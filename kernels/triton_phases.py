@@ -22,7 +22,7 @@ from tritonconv.kernels import triton_convolution, triton_launch
 from tritonconv.kernels import triton_tiles as tiles
 from tritonconv.kernels.targets import MULTIPROCESSORS
 from tritonconv.kernels.triton_apart import columns_of
-from tritonconv.kernels.triton_device import dividers, inside, load_along, multiple, product, voxels
+from tritonconv.kernels.triton_device import dividers, inside, load_along, multiple, product, voxels, widened
 from tritonconv.kernels.triton_launch import BY, division, empty
 from tritonconv.kernels.triton_target import compute_capability, step_of
 from tritonconv.kernels.triton_weights import preferred
@@ -142,9 +142,9 @@ def places(
     h = h * STRIDE[1] + origin[1]
     w = w + origin[2]
     offs_n = tile_n * (BLOCK_N // SPAN) + tl.arange(0, BLOCK_N // SPAN)
-    if WIDE:
-        offs_n = offs_n.to(tl.int64)
     phase_d, phase_h, phase_w, channel, mask_n = decoded(offs_n, CHANNELS, CELL, False)
+    phase_d, phase_h = widened(phase_d, WIDE), widened(phase_h, WIDE)
+    phase_w, channel = widened(phase_w, WIDE), widened(channel, WIDE)
     if DENSE:
         inner = offs_n % (CELL[2] * CHANNELS)
         across = w * CHANNELS

@@ -24,9 +24,9 @@ from tritonconv.kernels.triton_phases import decoded
 
 @triton.jit
 def row_dividers(by_d, by_h, by_w, shift_d, shift_h, shift_w, CONFIG: tl.constexpr, WIDE: tl.constexpr):
-    """The dividers of a tile's voxels; None where it has rows along w, or wide offsets: see ``dividers``."""
+    """The dividers of a tile's voxels; None where it has rows along w, or WIDE is 2: see ``dividers``."""
     by = None
-    if CONFIG.BLOCK_W == 0 and not CONFIG.ROWS and not WIDE:
+    if CONFIG.BLOCK_W == 0 and not CONFIG.ROWS and WIDE < 2:
         by = given_dividers(by_d, by_h, by_w, shift_d, shift_h, shift_w)
     return by
 

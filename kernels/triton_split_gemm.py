@@ -44,7 +44,7 @@ def store_channel_sums(
     first, last = chunk(split, splits, voxel_tiles(n, out_size, BLOCK_V, BLOCK_W, WIDE))
     acc = tl.zeros((BLOCK_V, BLOCK_C), tl.float32)
     by = None
-    if not (WIDE or VOXELS_INNER):
+    if WIDE < 2 and not VOXELS_INNER:
         by = dividers(out_size, BLOCK_W)
     for tile_v in range(first, last):
         image, d, h, w, mask_v = voxels(tile_v, n, out_size, BLOCK_V, BLOCK_W, WIDE, by=by)

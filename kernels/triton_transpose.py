@@ -19,7 +19,8 @@ from tritonconv.kernels.triton_launch import launch, wide
 from tritonconv.kernels.triton_target import STEP, step_of
 from tritonconv.kernels.triton_tiles import power_of_two
 
-SMALLEST, LARGEST = 1024, 8192  # elements of a tile: of 4 bytes 8 to 64 in each of its 128 threads
+SMALLEST, LARGEST = 1024, 8192  # elements of a tile
+IN_FOUR_WARPS = 16 << 10  # bytes of a tile: of more, 64 elements of 4 bytes for each of 128 threads, ptxas spills some
 ROWS = 64  # at least so many, where there are: elements of a tile that become neighbours
 
 
@@ -53,10 +54,11 @@ def _transpose(source, out, batch, inner, flat, step, taps=(0, 0)) -> None:
     block_i = power_of_two(inner, 8, max(8, largest // block_f))
     if block_i == block_f:  # Triton gives tiles of one shape one layout, and what is wide for one axis is not for both
         block_i //= 2
+    warps = 4 if block_i * block_f * source.dtype.itemsize <= IN_FOUR_WARPS else 8
     launch(
         transpose_kernel,
         batch * triton.cdiv(inner, block_i) * triton.cdiv(flat, block_f),
-        {"BLOCK_I": block_i, "BLOCK_F": block_f, "num_warps": 4},
+        {"BLOCK_I": block_i, "BLOCK_F": block_f, "num_warps": warps},
         (out,),
         source_ptr=source,
         out_ptr=out,

@@ -159,10 +159,10 @@ class Variant:
         return self.epilogue(problem, config, epilogue)
 
     def starts(self, problem: Problem, device: torch.device) -> tuple[Config, ...]:
-        """The default config, and the one that copies operands first, where there is one: the others of the space are
+        """The default config, and the one that copies operands first, where there is another: the rest of the space is
         around these."""
-        copied = None if self.copied is None else self.copied(problem, device)
-        return (self.default(problem, device), *(() if copied is None else (copied,)))
+        default, copied = self.default(problem, device), None if self.copied is None else self.copied(problem, device)
+        return (default,) if copied in (None, default) else (default, copied)
 
     def __post_init__(self) -> None:
         if self.pass_name not in PASSES:

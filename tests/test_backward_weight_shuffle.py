@@ -57,9 +57,8 @@ def test_exact(label, layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_wide_offsets_and_wide_counts(layout, monkeypatch):
     """Voxels count in 32 bits where only their offsets take 64, and in 64 bits beyond that."""
-    monkeypatch.setattr(kernel, "wide", lambda *buffers, of=None: True)
-    for least in (kernel.WIDE_FROM, 0):
-        monkeypatch.setattr(kernel, "WIDE_FROM", least)
+    for wide in (1, 2):
+        monkeypatch.setattr(kernel, "wide", lambda *buffers, of=None, wide=wide: wide)
         for label in ("1 to 2", "24 to 16"):
             assert complaints(RECORD, CASES[label], torch.float16, layout, True, DEVICE, configs) == []
 

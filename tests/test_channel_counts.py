@@ -1,4 +1,4 @@
-"""Every Triton variant at channel counts of all kinds, in its default config, and with offsets of 64 bits."""
+"""Every Triton variant at channel counts of all kinds: in its default config, on copies, with offsets of 64 bits."""
 
 from __future__ import annotations
 
@@ -61,10 +61,11 @@ MORE = {
 
 
 def faults(name: str, count: int) -> tuple[list[str], bool]:
-    """Of the default config's results in both layouts; whether one of the calls is served in float16."""
+    """Of the results in both layouts, of the default config and on copies; whether one of the calls is served in
+    float16."""
     record, found, served = variant(name), [], False
     more = MORE.get(name, lambda count: {})(count)
-    configs = lambda problem: [{**record.default(problem, DEVICE), **more}]  # noqa: E731
+    configs = lambda problem: [{**start, **more} for start in record.starts(problem, DEVICE)]  # noqa: E731
     for place, case in enumerate(CALLS[name](count)):
         for layout in LAYOUTS:
             answer = complaints(record, case, torch.float16, layout, place == 0, DEVICE, configs)
@@ -86,8 +87,8 @@ def test_exact(name, count):
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("count", [5, 24])
+@pytest.mark.parametrize(("count", "limit"), [(5, "WIDE_FROM"), (24, "WIDE_FROM"), (5, "COUNTED_FROM")])
 @pytest.mark.parametrize("name", CALLS)
-def test_offsets_of_64_bits(name, count, monkeypatch):
-    monkeypatch.setattr("tritonconv.kernels.triton_launch.WIDE_FROM", 1)
+def test_offsets_and_numbers_of_voxels_of_64_bits(name, count, limit, monkeypatch):
+    monkeypatch.setattr(f"tritonconv.kernels.triton_launch.{limit}", 1)
     assert faults(name, count) == ([], count not in REFUSED.get(name, ()))

@@ -51,8 +51,8 @@ def served(name, **sizes):
             return record, problem
     raise AssertionError(name)
 
-def turns(pair, place, layout):
-    return pair if sys.argv[2] else (pair[(place + (layout == "ndhwc")) % 2],)
+def turns(some, place, layout):
+    return some if sys.argv[2] else (some[(place + (layout == "ndhwc")) % len(some)],)
 
 def compiled(record, problem, config=None):
     config = record.default(problem, GPU) if config is None else config
@@ -136,13 +136,15 @@ def test_offsets_of_64_bits_and_sizes_of_one_compile(layout):
         wrong = []
         with compiling_for(TARGETS["sm_90"]):
             for place, name in enumerate(sys.argv[3:]):
-                for n, size in turns(((1 << 14, (64, 32, 32)), (1, (1, 1, 1))), place, sys.argv[1]):
+                many = ((1 << 14, (64, 32, 32), 2), (520, (64, 32, 32), 1), (1, (1, 1, 1), 0))
+                for n, size, wide in turns(many, place, sys.argv[1]):
                     try:
                         record, problem = served(name, n=n, size=size, layout=sys.argv[1])
                     except AssertionError:
                         continue
-                    if n > 1 and triton_launch.wide(operand(torch.empty(problem.y_shape, device=META), 0)) is False:
-                        wrong.append(f"{name}: not beyond 32 bits")
+                    x, y = (operand(torch.empty(shape, device=META), 0) for shape in (problem.x_shape, problem.y_shape))
+                    if triton_launch.wide(x, y, of=problem) != wide:
+                        wrong.append(f"{name} {n} {size}: not {wide}")
                     try:
                         compiled(record, problem)
                     except Exception as error:

@@ -146,17 +146,14 @@ def timed(run: Run) -> list[held_out.Timed]:
     """The tuner's timings of variants that are known here."""
     wrong = {_name(row) for row in run.errors if row["status"] == "wrong" and isinstance(row.get("config"), dict)}
     records = {record.name: record for record in variants()}
-    return [
-        held_out.Timed(
-            row["layer"],
-            calibrate.Sample(records[row["variant"]], problem_of_row(row), row["config"], row["median_ms"]),
-            row["speedup"],
-            row["stage"] == "final",
-            _name(row) not in wrong,
-        )
-        for row in run.timings
-        if row["variant"] in records and row["speedup"] is not None and isinstance(row.get("problem"), dict)
-    ]
+    found = []
+    for row in run.timings:
+        if row["variant"] in records and row["speedup"] is not None and isinstance(row.get("problem"), dict):
+            sample = calibrate.Sample(records[row["variant"]], problem_of_row(row), row["config"], row["median_ms"])
+            sound, lasting = _name(row) not in wrong, held_out.lasting(sample, run.environment["utc"])
+            last = row["stage"] == "final"
+            found.append(held_out.Timed(row["layer"], sample, row["speedup"], last, sound, lasting))
+    return found
 
 
 def _name(row: Mapping) -> tuple:
