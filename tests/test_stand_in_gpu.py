@@ -46,8 +46,9 @@ def beside(tmp_path_factory):
 def test_a_campaign_goes_through_all_its_steps(beside, tmp_path, ncu):
     layer = "segresnet_deconv_up2"
     asked = ("--suite", "unet", "--only", layer, "--dtype", "float16", "--scale", "cpu", "--no-compile", "--quiet")
-    command = ("campaign", "--seconds", stand_in_gpu.SECONDS, "--out", tmp_path, "--no-install", *asked)
-    code, out = beside(TESTS / "stand_in_gpu.py", *command)
+    asked = ("--seconds", stand_in_gpu.SECONDS, "--out", tmp_path, "--no-install", *asked)
+    command = (TESTS / "stand_in_gpu.py", "campaign", *asked)
+    code, out = beside(*command)
     assert code == 0
     found = results.read(results.latest(tmp_path))
     assert (found.environment["device"], found.environment["device_name"]) == ("cuda", stand_in_gpu.NAME)
