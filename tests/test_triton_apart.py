@@ -14,6 +14,8 @@ from tritonconv.kernels.registry import variant
 from tritonconv.problem import LAYOUTS, Problem
 
 phases_apart = pytest.importorskip("tritonconv.kernels.triton_apart")
+from tritonconv.kernels import forward_phases_packed as packed  # noqa: E402
+
 NAME = "forward_phases_packed"
 CHANNELS = ((1, 2), (2, 1), (3, 4), (4, 5), (5, 3), (16, 24), (24, 16), (28, 3), (3, 28), (48, 5), (5, 48), (112, 2))
 SMALL = {"BLOCK_N": 16, "BLOCK_K": 16}
@@ -114,3 +116,12 @@ def test_a_step_is_of_neighbours_along_w_where_w_is_packed_and_their_channels_fi
     places = {each: int(phases_apart.places_of(window, channels, *each)) for each in tries}
     assert places == {(16, 2): 1, (16, 3): 1, (32, 2): 2, (32, 3): 0}
     assert phases_apart.places_of(window, 24, 32, 0) == 0 and phases_apart.places_of((2, 2, 1), channels, 32, 0) == 0
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "crop", "late"), [(3, 2, 1, 1), (3, 2, 2, 0), (4, 2, 1, 0), (5, 3, 4, 0), (5, 3, 2, 2)]
+)
+def test_stored_rows_begin_with_the_first_output_where_no_cell_then_reads_more(kernel, stride, crop, late):
+    problem = Case(kernel=kernel, stride=stride, front=crop).problem()
+    assert [packed.shift(problem, {"ROWS": 1, "APART": apart}) for apart in (0, 2, 3)] == [late, late, 0]
+    assert packed.shift(problem, {"ROWS": 0}) == 0
