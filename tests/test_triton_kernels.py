@@ -89,7 +89,7 @@ def test_empty_chunks_add_nothing(name, layout):
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", ["forward_phases", "backward_data_gemm"])
+@pytest.mark.parametrize("name", ["forward_phases", "forward_phases_packed", "backward_data_gemm"])
 def test_more_taps_than_a_word_has_bits(name, layout):
     """Which taps find a voxel is looked up in the bits of an integer, or, of so many, worked out for each."""
     case = Case(n=1, channels=(16, 16), size=(2, 2, 4), kernel=(3, 2, 26), front=(1, 0, 9), back=(1, 1, 9))
