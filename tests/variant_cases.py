@@ -194,6 +194,7 @@ TINY = {
     "one voxel": Case(n=1, size=1, stride=2, front=1, back=1, extra=1),
     "one long axis": Case(n=1, channels=(2, 2), size=(1, 1, 19), kernel=(1, 1, 11), stride=(1, 1, 4)),
     "k2x1x2 s1 to 8": Case(n=1, channels=(3, 8), size=(3, 4, 3), kernel=(2, 1, 2), front=(1, 2, 1), back=(0, 1, 1)),
+    "k3x1x2 s2x1x2 16": Case(n=1, channels=(16, 16), size=(1, 2, 2), kernel=(3, 1, 2), stride=(2, 1, 2)),
     "k1x1x4 s1x1x2 to 1": Case(n=1, channels=(3, 1), size=(2, 1, 3), kernel=(1, 1, 4), stride=(1, 1, 2)),
 }
 
