@@ -40,7 +40,7 @@ TESTS = (
 )
 # Further tests of a file's device code, whose ids name no variant.
 FURTHER = {
-    "backward_fused": ("test_fused_backward",),
+    "backward_fused": ("test_fused_backward", "test_arrival"),
     "forward_phases_packed": ("test_triton_apart",),
     "triton_gemm": ("test_skipped_taps",),
     "triton_transpose": ("test_transpose",),
