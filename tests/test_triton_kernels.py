@@ -96,6 +96,22 @@ def test_more_taps_than_a_word_has_bits(name, layout):
     assert complaints(form(name), case, torch.float32, layout, True, DEVICE, configs_of(form(name), 1)) == []
 
 
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["backward_data_depthwise"])
+def test_the_most_voxels_of_a_lane(name, layout):
+    """Four along h and two along w, more than any default has."""
+    case = TINY["depthwise k5 s2"]
+    space = form(name).space(case.problem(), DEVICE)
+    most = {key: max(config[key] for config in space) for key in ("UNROLL_H", "UNROLL_W")}
+    assert most == {"UNROLL_H": 4, "UNROLL_W": 2}
+
+    def configs(problem):
+        return [{**small(form(name).default(problem, DEVICE)), **most}]
+
+    assert complaints(form(name), case, torch.float32, layout, True, DEVICE, configs) == []
+
+
 def test_every_problem_has_a_kernel_in_every_pass():
     for layout in LAYOUTS:
         for label, case in TINY.items():
