@@ -2,10 +2,10 @@
 
 ``python tests/mutations.py --count 20 --seed 1`` draws so many single breaks of the device code: an index that is added
 and not subtracted, a bound that is off by one, a mask that is joined otherwise, a product in the place of a quotient.
-Each is made in a copy of the project, where the exact tests of the variants that run the broken function must fail. A
-break that they do not notice *survives*: a case is missing, or the break changes nothing. The same seed draws the same
-breaks while the kernels stay as they are, so two states of the project can be compared. It takes a minute for each
-break, and is no part of ``make test``; the exit code is 1 where a break survives.
+Each is made in a copy of the project, where the exact tests of the variants that run the broken function, and those of
+its own file, must fail. A break that they do not notice *survives*: a case is missing, or the break changes nothing.
+The same seed draws the same breaks while the kernels stay as they are, so two states of the project can be compared. It
+takes a minute for each break, and is no part of ``make test``; the exit code is 1 where a break survives.
 """
 
 from __future__ import annotations
@@ -38,6 +38,18 @@ TESTS = (
     "tests/test_channel_counts.py",
     "tests/test_triton_epilogue.py",
 )
+# Further tests of a file's device code, whose ids name no variant.
+FURTHER = {
+    "backward_fused": ("test_fused_backward", "test_arrival"),
+    "forward_phases_packed": ("test_triton_apart",),
+    "triton_gemm": ("test_skipped_taps",),
+    "triton_transpose": ("test_transpose",),
+    "triton_depthwise_cells": ("test_depthwise_cells",),
+    "forward_depthwise_cells": ("test_depthwise_cells",),
+    "backward_data_depthwise_cells": ("test_depthwise_cells",),
+    "backward_weight_depthwise_cells": ("test_depthwise_cells", "test_arrival"),
+    "backward_weight_depthwise": ("test_arrival",),
+}
 # The operator that each becomes, as it is written.
 OPERATORS: dict[type[ast.AST], tuple[str, str]] = {
     ast.Add: ("+", "-"), ast.Sub: ("-", "+"), ast.Mult: ("*", "+"), ast.FloorDiv: ("//", "%"), ast.Mod: ("%", "//"),
@@ -104,8 +116,9 @@ def noticed(broken: Break, names: list[str], folder: Path) -> bool:
     path = folder / "kernels" / f"{stem}.py"
     whole = path.read_bytes()
     path.write_bytes(whole[: broken.begin] + broken.new.encode() + whole[broken.end :])
-    asked = " or ".join((f"test_{stem}", *(f"[{name}" for name in names)))
-    own = [name for name in (f"tests/test_{stem}.py",) if (folder / name).exists() and name not in TESTS]
+    files = dict.fromkeys((f"test_{stem}", *FURTHER.get(stem, ()), *(f"test_{name}" for name in names)))
+    asked = " or ".join((*files, *(f"[{name}" for name in names)))
+    own = [name for name in (f"tests/{file}.py" for file in files) if (folder / name).exists() and name not in TESTS]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *own, *TESTS, "-k", asked]
     environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
     try:

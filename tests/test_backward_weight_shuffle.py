@@ -126,3 +126,11 @@ def test_the_count_of_bytes():
     splitk = variant("backward_weight_splitk")
     theirs = splitk.work(problem, splitk.default(problem, torch.device("cuda")))
     assert counts.cache_bytes < theirs.cache_bytes and counts.launches == 2
+
+
+def test_a_tile_has_all_taps_where_few_channels_of_each_fit_beside_them():
+    for c_out, block_m, rows, taps in (
+        (16, 32, 0, 8), (16, 16, 0, 1), (16, 16, 1, 2), (1, 16, 0, 8), (2, 16, 0, 8), (3, 16, 0, 4),
+    ):  # fmt: skip
+        assert shuffle.tile_taps((2, 2, 2), c_out, block_m, rows) == taps, (c_out, block_m, rows)
+    assert shuffle.tile_taps((4, 4, 4), 16, 128, 0) == 8

@@ -14,8 +14,12 @@ from tritonconv.kernels.registry import variant
 from tritonconv.problem import LAYOUTS, Problem
 
 phases_apart = pytest.importorskip("tritonconv.kernels.triton_apart")
+from tritonconv.kernels import forward_phases_packed as packed  # noqa: E402
+
 NAME = "forward_phases_packed"
-CHANNELS = ((1, 2), (2, 1), (3, 4), (4, 5), (5, 3), (16, 24), (24, 16), (28, 3), (3, 28), (48, 5), (5, 48), (112, 2))
+CHANNELS = (
+    (1, 2), (2, 1), (3, 4), (4, 5), (5, 3), (16, 24), (24, 16), (28, 3), (3, 28), (48, 5), (5, 48), (112, 2), (14, 3),
+)  # fmt: skip
 SMALL = {"BLOCK_N": 16, "BLOCK_K": 16}
 
 
@@ -61,6 +65,19 @@ def test_exact_with_offsets_of_64_bits(apart, monkeypatch):
     monkeypatch.setattr("tritonconv.kernels.triton_launch.WIDE_FROM", 1)
     case = Case(n=1, channels=(5, 3), size=(2, 3, 2), stride=2, front=1, back=1, extra=1)
     assert complaints(variant(NAME), case, torch.float32, "ndhwc", True, DEVICE, configs_of(apart, 1)) == []
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("apart", [0, 1])
+def test_exact_where_the_outputs_of_a_cell_read_one_voxel_along_a_width_of_whole_steps(apart, layout):
+    """Then the voxels are compared with the borders, and no word tells which are inside; see WORDS."""
+    case = Case(channels=(3, 4), size=(2, 3, 8), kernel=(3, 4, 2), stride=2, front=(1, 0, 0), back=(0, 1, 0))
+
+    def configs(problem):
+        return [{**configs_of(apart, 2)(problem)[0], "BLOCK_W": 4}]
+
+    assert complaints(variant(NAME), case, torch.float16, layout, True, DEVICE, configs) == []
 
 
 LAYERS = {
@@ -114,3 +131,12 @@ def test_a_step_is_of_neighbours_along_w_where_w_is_packed_and_their_channels_fi
     places = {each: int(phases_apart.places_of(window, channels, *each)) for each in tries}
     assert places == {(16, 2): 1, (16, 3): 1, (32, 2): 2, (32, 3): 0}
     assert phases_apart.places_of(window, 24, 32, 0) == 0 and phases_apart.places_of((2, 2, 1), channels, 32, 0) == 0
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "crop", "late"), [(3, 2, 1, 1), (3, 2, 2, 0), (4, 2, 1, 0), (5, 3, 4, 0), (5, 3, 2, 2)]
+)
+def test_stored_rows_begin_with_the_first_output_where_no_cell_then_reads_more(kernel, stride, crop, late):
+    problem = Case(kernel=kernel, stride=stride, front=crop).problem()
+    assert [packed.shift(problem, {"ROWS": 1, "APART": apart}) for apart in (0, 2, 3)] == [late, late, 0]
+    assert packed.shift(problem, {"ROWS": 0}) == 0

@@ -89,11 +89,27 @@ def test_empty_chunks_add_nothing(name, layout):
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", ["forward_phases", "backward_data_gemm"])
+@pytest.mark.parametrize("name", ["forward_phases", "forward_phases_packed", "backward_data_gemm"])
 def test_more_taps_than_a_word_has_bits(name, layout):
     """Which taps find a voxel is looked up in the bits of an integer, or, of so many, worked out for each."""
     case = Case(n=1, channels=(16, 16), size=(2, 2, 4), kernel=(3, 2, 26), front=(1, 0, 9), back=(1, 1, 9))
     assert complaints(form(name), case, torch.float32, layout, True, DEVICE, configs_of(form(name), 1)) == []
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["backward_data_depthwise"])
+def test_the_most_voxels_of_a_lane(name, layout):
+    """Four along h and two along w, more than any default has."""
+    case = TINY["depthwise k5 s2"]
+    space = form(name).space(case.problem(), DEVICE)
+    most = {key: max(config[key] for config in space) for key in ("UNROLL_H", "UNROLL_W")}
+    assert most == {"UNROLL_H": 4, "UNROLL_W": 2}
+
+    def configs(problem):
+        return [{**small(form(name).default(problem, DEVICE)), **most}]
+
+    assert complaints(form(name), case, torch.float32, layout, True, DEVICE, configs) == []
 
 
 def test_every_problem_has_a_kernel_in_every_pass():

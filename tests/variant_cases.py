@@ -196,6 +196,8 @@ TINY = {
     "k2x1x2 s1 to 8": Case(n=1, channels=(3, 8), size=(3, 4, 3), kernel=(2, 1, 2), front=(1, 2, 1), back=(0, 1, 1)),
     "k3 s2 20 to 2": Case(n=1, channels=(20, 2), size=(2, 1, 3), stride=2, front=1, back=1),
     "k4 s2 48 to 1": Case(n=1, channels=(48, 1), size=(1, 2, 3), kernel=4, stride=2, front=1, back=1),
+    "k3x1x2 s2x1x2 16": Case(n=1, channels=(16, 16), size=(1, 2, 2), kernel=(3, 1, 2), stride=(2, 1, 2)),
+    "k1x1x4 s1x1x2 to 1": Case(n=1, channels=(3, 1), size=(2, 1, 3), kernel=(1, 1, 4), stride=(1, 1, 2)),
 }
 
 
