@@ -67,10 +67,10 @@ def backward_data_boxes_kernel(
     BLOCK_N: tl.constexpr = CONFIG.BLOCK_N
     (x_strides,) = aligned(strides, UNITS)
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
-    COLUMNS: tl.constexpr = ceil_div(C_IN, BLOCK_N)
+    TILES_N: tl.constexpr = ceil_div(C_IN, BLOCK_N)
     tiles_m = n * boxes(size, CONFIG)
-    for tile in range(tl.program_id(0), tiles_m * COLUMNS, tl.num_programs(0)):
-        tile_m, tile_n = grouped_order(tile, tiles_m, COLUMNS, CONFIG.GROUP_M)
+    for tile in range(tl.program_id(0), tiles_m * TILES_N, tl.num_programs(0)):
+        tile_m, tile_n = grouped_order(tile, tiles_m, TILES_N, CONFIG.GROUP_M)
         image, d, h, w = box_corner(tile_m, size, CONFIG)
         acc = box_zeros(CONFIG, VOXELS_LAST)
         for PHASE in tl.static_range(product(LAYER.STRIDE)):

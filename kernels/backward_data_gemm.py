@@ -62,15 +62,15 @@ def store_data_tile(
     SPLIT: tl.constexpr = CONFIG.SPLIT
     BLOCK_N: tl.constexpr = CONFIG.BLOCK_N
     grad_y_strides, w_strides, grad_x_strides = strides
-    COLUMNS: tl.constexpr = ceil_div(PACK * C_IN, BLOCK_N)
+    TILES_N: tl.constexpr = ceil_div(PACK * C_IN, BLOCK_N)
     split = 0
     if SPLIT:
         split, pid = pid % splits, pid // splits
         grad_x_ptr += widened(split, WIDE) * split_stride
-    tile_m, tile_n = grouped_order(pid, tiles_m, COLUMNS * (GROUPS // PACK), CONFIG.GROUP_M)
+    tile_m, tile_n = grouped_order(pid, tiles_m, TILES_N * (GROUPS // PACK), CONFIG.GROUP_M)
     image, d, h, w, mask_m = voxels(tile_m, n, size, CONFIG.BLOCK_M, CONFIG.BLOCK_W, WIDE)
-    group = tile_n // COLUMNS * PACK
-    offs_n = tile_n % COLUMNS * BLOCK_N + tl.arange(0, BLOCK_N)
+    group = tile_n // TILES_N * PACK
+    offs_n = tile_n % TILES_N * BLOCK_N + tl.arange(0, BLOCK_N)
     if WIDE:
         group = group.to(tl.int64)
     acc = implicit_gemm(

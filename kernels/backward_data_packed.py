@@ -55,13 +55,13 @@ def backward_data_packed_kernel(
     """
     grad_y_strides, w_strides, grad_x_strides = aligned(strides, UNITS)
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
-    COLUMNS: tl.constexpr = ceil_div(C_IN, BLOCK_N)
+    TILES_N: tl.constexpr = ceil_div(C_IN, BLOCK_N)
     DEPTH: tl.constexpr = product(KERNEL) * C_OUT
     tiles_m = voxel_tiles(n, size, BLOCK_M, BLOCK_W, WIDE)
-    tile_m, tile_n = grouped_order(tl.program_id(0), tiles_m, COLUMNS * GROUPS, GROUP_M)
+    tile_m, tile_n = grouped_order(tl.program_id(0), tiles_m, TILES_N * GROUPS, GROUP_M)
     image, d, h, w, mask_m = voxels(tile_m, n, size, BLOCK_M, BLOCK_W, WIDE)
-    group = tile_n // COLUMNS
-    offs_n = tile_n % COLUMNS * BLOCK_N + tl.arange(0, BLOCK_N)
+    group = tile_n // TILES_N
+    offs_n = tile_n % TILES_N * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < C_IN
     offs_k = tl.arange(0, BLOCK_K)
     if WIDE:

@@ -71,9 +71,9 @@ def backward_data_patches_kernel(
     (w_strides,) = aligned(strides, UNITS)
     grad_y_strides = (y_n, y_c, y_d, y_h, y_w)
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
-    COLUMNS: tl.constexpr = ceil_div(C_IN, BLOCK_N)
-    first, walkers = tl.program_id(0) // COLUMNS, tl.num_programs(0) // COLUMNS
-    offs_n = widened(tl.program_id(0) % COLUMNS * BLOCK_N + tl.arange(0, BLOCK_N), WIDE)
+    TILES_N: tl.constexpr = ceil_div(C_IN, BLOCK_N)
+    first, walkers = tl.program_id(0) // TILES_N, tl.num_programs(0) // TILES_N
+    offs_n = widened(tl.program_id(0) % TILES_N * BLOCK_N + tl.arange(0, BLOCK_N), WIDE)
     mask_n = offs_n < C_IN
     w_tiles = ()
     for part in tl.static_range(PARTS):

@@ -66,12 +66,12 @@ def backward_weight_patches_kernel(
     FLIPPED: tl.constexpr = PATCH.FLIPPED
     grad_y_strides = (y_n, y_c, y_d, y_h, y_w)
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
-    ROWS: tl.constexpr = product(LAYER.KERNEL) * C_OUT
-    PARTS: tl.constexpr = part_count(ROWS, BLOCK_M)
-    COLUMNS: tl.constexpr = ceil_div(C_IN, BLOCK_N)
+    M: tl.constexpr = product(LAYER.KERNEL) * C_OUT
+    PARTS: tl.constexpr = part_count(M, BLOCK_M)
+    TILES_N: tl.constexpr = ceil_div(C_IN, BLOCK_N)
     BIAS_TILES: tl.constexpr = 0 if bias_partial_ptr is None else ceil_div(C_OUT, BIAS_C)
     pid = tl.program_id(0)
-    split, column = pid // (COLUMNS + BIAS_TILES), pid % (COLUMNS + BIAS_TILES) - BIAS_TILES
+    split, column = pid // (TILES_N + BIAS_TILES), pid % (TILES_N + BIAS_TILES) - BIAS_TILES
     if bias_partial_ptr is not None:  # noqa: SIM102
         if column < 0:
             store_channel_sums(
@@ -123,7 +123,7 @@ def backward_weight_patches_kernel(
 
     for part in tl.static_range(PARTS):
         row, there = part_places(LAYER, BLOCK_M, part)
-        places = widened(split, WIDE) * (ROWS * C_IN) + (row * C_IN)[:, None] + offs_n[None, :]
+        places = widened(split, WIDE) * (M * C_IN) + (row * C_IN)[:, None] + offs_n[None, :]
         acc = tl.trans(accs[part]) if FLIPPED else accs[part]  # type: ignore[misc]
         tl.store(partial_ptr + places, acc, mask=there[:, None] & mask_n[None, :])
 

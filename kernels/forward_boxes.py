@@ -53,7 +53,7 @@ def forward_boxes_kernel(
     BLOCK_N: tl.constexpr = CONFIG.BLOCK_N
     (y_strides,) = aligned(strides, UNITS)
     out_size, crop = (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
-    COLUMNS: tl.constexpr = ceil_div(C_OUT, BLOCK_N)
+    TILES_N: tl.constexpr = ceil_div(C_OUT, BLOCK_N)
     PHASES: tl.constexpr = product(STRIDE)
     largest = (
         tl.cdiv(out_size[0], STRIDE[0]),
@@ -61,9 +61,9 @@ def forward_boxes_kernel(
         tl.cdiv(out_size[2], STRIDE[2]),
     )
     tiles_m = n * boxes(largest, CONFIG)
-    for tile in range(tl.program_id(0), tiles_m * COLUMNS * PHASES, tl.num_programs(0)):
-        phase = ranked_phase(tile // (tiles_m * COLUMNS), ORDER)
-        tile_m, tile_n = grouped_order(tile % (tiles_m * COLUMNS), tiles_m, COLUMNS, CONFIG.GROUP_M)
+    for tile in range(tl.program_id(0), tiles_m * TILES_N * PHASES, tl.num_programs(0)):
+        phase = ranked_phase(tile // (tiles_m * TILES_N), ORDER)
+        tile_m, tile_n = grouped_order(tile % (tiles_m * TILES_N), tiles_m, TILES_N, CONFIG.GROUP_M)
         first, outs, tap, taps, start = volume_phase(phase, crop, out_size, KERNEL, STRIDE, DILATION)
         outs_d, outs_h, outs_w = outs
         image, d, h, w = box_corner(tile_m, largest, CONFIG)

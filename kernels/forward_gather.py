@@ -62,12 +62,12 @@ def forward_gather_kernel(
     DILATION: tl.constexpr = LAYER.DILATION
     x_strides, w_strides, y_strides = aligned(strides, UNITS)
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
-    COLUMNS: tl.constexpr = ceil_div(C_OUT, BLOCK_N)
+    TILES_N: tl.constexpr = ceil_div(C_OUT, BLOCK_N)
     tiles_m = voxel_tiles(n, out_size, BLOCK_M, BLOCK_W, WIDE)
-    tile_m, tile_n = grouped_order(tl.program_id(0), tiles_m, COLUMNS * LAYER.GROUPS, GROUP_M)
+    tile_m, tile_n = grouped_order(tl.program_id(0), tiles_m, TILES_N * LAYER.GROUPS, GROUP_M)
     image, d, h, w, mask_m = voxels(tile_m, n, out_size, BLOCK_M, BLOCK_W, WIDE)
-    group = widened(tile_n // COLUMNS, WIDE)
-    offs_n = widened(tile_n % COLUMNS * BLOCK_N + tl.arange(0, BLOCK_N), WIDE)
+    group = widened(tile_n // TILES_N, WIDE)
+    offs_n = widened(tile_n % TILES_N * BLOCK_N + tl.arange(0, BLOCK_N), WIDE)
     offs_k = widened(tl.arange(0, BLOCK_K), WIDE)
     mask_n = offs_n < C_OUT
     x_ptr += group * C_IN * x_strides[1]

@@ -79,14 +79,14 @@ def forward_phases_kernel(
     x_strides, w_strides, y_strides = aligned(strides, UNITS)
     size, out_size, crop = (d_in, h_in, w_in), (d_out, h_out, w_out), (d_crop, h_crop, w_crop)
     PHASES: tl.constexpr = product(STRIDE)
-    COLUMNS: tl.constexpr = ceil_div(PACK * C_OUT, BLOCK_N)
+    TILES_N: tl.constexpr = ceil_div(PACK * C_OUT, BLOCK_N)
     largest = (
         tl.cdiv(out_size[0], STRIDE[0]),
         tl.cdiv(out_size[1], STRIDE[1]),
         tl.cdiv(out_size[2], STRIDE[2]),
     )
     tiles_m = voxel_tiles(n, largest, BLOCK_M, BLOCK_W, WIDE)
-    tiles_n = COLUMNS * (GROUPS // PACK)
+    all_tiles_n = TILES_N * (GROUPS // PACK)
     pid = tl.program_id(0)
     split = 0
     if SPLITS > 1:
@@ -95,8 +95,8 @@ def forward_phases_kernel(
     if CONFIG.PHASE_INNER:
         rank, pid = pid % PHASES, pid // PHASES
     else:
-        rank, pid = (pid // (tiles_m * tiles_n)).to(tl.int32), pid % (tiles_m * tiles_n)
-    tile_m, tile_n = grouped_order(pid, tiles_m, tiles_n, CONFIG.GROUP_M)
+        rank, pid = (pid // (tiles_m * all_tiles_n)).to(tl.int32), pid % (tiles_m * all_tiles_n)
+    tile_m, tile_n = grouped_order(pid, tiles_m, all_tiles_n, CONFIG.GROUP_M)
     phase = ranked_phase(rank, ORDER)
     first, outs, tap, taps, start = volume_phase(phase, crop, out_size, KERNEL, STRIDE, DILATION)
     outs_d, outs_h, outs_w = outs
@@ -109,8 +109,8 @@ def forward_phases_kernel(
     # From the last tap to the first, so that the voxels count upwards.
     TAP_STEP: tl.constexpr = tap_steps(STRIDE, DILATION)
     VOXEL_STEP: tl.constexpr = voxel_steps(STRIDE, DILATION)
-    group = widened(tile_n // COLUMNS * PACK, WIDE)
-    offs_n = tile_n % COLUMNS * BLOCK_N + tl.arange(0, BLOCK_N)
+    group = widened(tile_n // TILES_N * PACK, WIDE)
+    offs_n = tile_n % TILES_N * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = implicit_gemm(
         a_ptr=x_ptr + group * C_IN * x_strides[1], a_strides=x_strides,
         image=image,

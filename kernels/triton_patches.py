@@ -48,23 +48,23 @@ def levels(BLOCK):
 
 
 @triton.constexpr_function
-def patch_sides(WHOLE, PLACES):
-    """Threads that load a voxel's patch of WHOLE places, in parts of PLACES: one where it has a part alone."""
-    return PARTED_SIDES if int(WHOLE) > int(PLACES) else 1
+def patch_sides(PATCH_PLACES, PLACES):
+    """Threads that load a voxel's patch of PATCH_PLACES places, in parts of PLACES: one where it has a part alone."""
+    return PARTED_SIDES if int(PATCH_PLACES) > int(PLACES) else 1
 
 
 @triton.constexpr_function
-def part_count(WHOLE, PLACES):
+def part_count(PATCH_PLACES, PLACES):
     """Parts of a patch."""
-    return -(-int(WHOLE) // int(PLACES))
+    return -(-int(PATCH_PLACES) // int(PLACES))
 
 
 @triton.constexpr_function
-def part_filled(WHOLE, PLACES, PART):
+def part_filled(PATCH_PLACES, PLACES, PART):
     """Places that a part has of each side of a patch."""
-    sides = PARTED_SIDES if int(WHOLE) > int(PLACES) else 1
+    sides = PARTED_SIDES if int(PATCH_PLACES) > int(PLACES) else 1
     run = int(PLACES) // sides
-    return min(run, int(WHOLE) // sides - int(PART) * run)
+    return min(run, int(PATCH_PLACES) // sides - int(PART) * run)
 
 
 @triton.jit
@@ -126,11 +126,11 @@ def patches(
     KERNEL: tl.constexpr = LAYER.KERNEL
     STRIDE: tl.constexpr = LAYER.STRIDE
     DILATION: tl.constexpr = LAYER.DILATION
-    WHOLE: tl.constexpr = product(KERNEL) * LAYER.C_OUT
-    SIDES: tl.constexpr = patch_sides(WHOLE, PLACES)
+    PATCH_PLACES: tl.constexpr = product(KERNEL) * LAYER.C_OUT
+    SIDES: tl.constexpr = patch_sides(PATCH_PLACES, PLACES)
     TAPS_D: tl.constexpr = KERNEL[0] // SIDES
     FIRST: tl.constexpr = PART * (PLACES // SIDES)
-    FILLED: tl.constexpr = part_filled(WHOLE, PLACES, PART)
+    FILLED: tl.constexpr = part_filled(PATCH_PLACES, PLACES, PART)
     if SIDES > 1:
         image, d, h, w, mask, side = sided_voxels(tile, n, size, BLOCK=BLOCK, SIDES=SIDES, WIDE=WIDE, by=by)
     else:
@@ -168,14 +168,14 @@ def patches(
 def part_places(LAYER: tl.constexpr, PLACES: tl.constexpr, PART: tl.constexpr):
     """The places in a part of a patch, (PLACES,), and which of them there are: a run of each side's."""
     place = tl.arange(0, PLACES)
-    WHOLE: tl.constexpr = product(LAYER.KERNEL) * LAYER.C_OUT
-    SIDES: tl.constexpr = patch_sides(WHOLE, PLACES)
+    PATCH_PLACES: tl.constexpr = product(LAYER.KERNEL) * LAYER.C_OUT
+    SIDES: tl.constexpr = patch_sides(PATCH_PLACES, PLACES)
     if SIDES > 1:
         RUN: tl.constexpr = PLACES // SIDES
         within = PART * RUN + place % RUN
-        found, there = place // RUN * (WHOLE // SIDES) + within, within < WHOLE // SIDES
+        found, there = place // RUN * (PATCH_PLACES // SIDES) + within, within < PATCH_PLACES // SIDES
     else:
-        found, there = place, place < WHOLE
+        found, there = place, place < PATCH_PLACES
     return found, there
 
 
