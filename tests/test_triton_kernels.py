@@ -98,6 +98,18 @@ def test_more_taps_than_a_word_has_bits(name, layout):
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["backward_data_packed", "backward_data_gemm"])
+def test_more_tiles_of_rows_than_are_in_a_group(name, layout):
+    case = Case(channels=(5, 3), size=(2, 3, 5), kernel=3, stride=2, front=1, back=1)
+
+    def configs(problem):
+        return [{**small(form(name).default(problem, DEVICE)), "GROUP_M": 1}]
+
+    assert complaints(form(name), case, torch.float32, layout, True, DEVICE, configs) == []
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", ["backward_data_depthwise"])
 def test_the_most_voxels_of_a_lane(name, layout):
     """Four along h and two along w, more than any default has."""
