@@ -1,6 +1,6 @@
 """Tensors of more than 2**31 elements, on a GPU: each variant on the first such problem it serves, in both layouts.
 
-Each answer twice, bitwise the same. The tensors take 20 GB together, so pytest-xdist keeps the tests in one process.
+Each answer twice, bitwise the same. The tensors take 25 GB together, so pytest-xdist keeps the tests in one process.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ GIANT = {
     "k2 s2": Problem(1, 8, 8, (256, 1024, 130), (2, 2, 2), (2, 2, 2), (0, 0, 0), (512, 2048, 260)),
     "depthwise": Problem(1, 16, 16, (130, 1024, 128), (3, 3, 3), (2, 2, 2), (1, 1, 1), (260, 2048, 256), groups=16),
     "to 1": Problem(1, 4, 1, (130, 1024, 2048), (4, 4, 4), (2, 2, 2), (1, 1, 1), (260, 2048, 4096)),
+    "16 to 2": Problem(1, 16, 2, (130, 1024, 1024), (4, 4, 4), (2, 2, 2), (1, 1, 1), (260, 2048, 2048)),
 }
 BEYOND = 2**31
 TAIL = 8  # planes of x at the end that are compared

@@ -138,5 +138,5 @@ def test_a_step_is_of_neighbours_along_w_where_w_is_packed_and_their_channels_fi
 )
 def test_stored_rows_begin_with_the_first_output_where_no_cell_then_reads_more(kernel, stride, crop, late):
     problem = Case(kernel=kernel, stride=stride, front=crop).problem()
-    assert [packed.shift(problem, {"ROWS": 1, "APART": apart}) for apart in (0, 2, 3)] == [late, late, 0]
-    assert packed.shift(problem, {"ROWS": 0}) == 0
+    assert [packed.cell_start(problem, {"ROWS": 1, "APART": apart}) for apart in (0, 2, 3)] == [late, late, 0]
+    assert packed.cell_start(problem, {"ROWS": 0}) == 0
