@@ -46,6 +46,7 @@ def forward_boxes_kernel(
     """A program owns every ``num_programs``-th tile. Rows: a box of BLOCK_D x BLOCK_H x BLOCK_W outputs of one phase;
     columns: BLOCK_N output channels; depth: (tap of the phase, input channel).
     """
+    EPILOGUE: tl.constexpr = CONFIG.EPILOGUE  # Triton 3.6.0 hands no tuple with a name on as an attribute
     C_OUT: tl.constexpr = LAYER.C_OUT
     KERNEL: tl.constexpr = LAYER.KERNEL
     STRIDE: tl.constexpr = LAYER.STRIDE
@@ -80,13 +81,13 @@ def forward_boxes_kernel(
         if bias_ptr is not None:
             channel = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
             bias = tl.load(bias_ptr + channel, mask=channel < C_OUT, other=0.0)
-            acc = with_bias(acc, bias, y_ptr, CONFIG.EPILOGUE)
+            acc = with_bias(acc, bias, y_ptr, EPILOGUE)
         d, h, w, mask_m = box_voxels(d, h, w, (outs_d, outs_h, outs_w), CONFIG, WIDE)
         d, h, w = first[0] + d * STRIDE[0], first[1] + h * STRIDE[1], first[2] + w * STRIDE[2]
         store_box(
             y_ptr, y_strides, acc, image=image, d=d, h=h, w=w, mask_m=mask_m, column=tile_n * BLOCK_N,
             CHANNELS=C_OUT, CONFIG=CONFIG, WIDE=WIDE,
-            residual_ptr=residual_ptr, slopes=slopes, EPILOGUE=CONFIG.EPILOGUE,
+            residual_ptr=residual_ptr, slopes=slopes, EPILOGUE=EPILOGUE,
         )  # fmt: skip
 
 

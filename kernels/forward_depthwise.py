@@ -40,6 +40,7 @@ def forward_depthwise_kernel(
     """A program owns BLOCK_H x BLOCK_W lanes of STRIDE[1] x STRIDE[2] outputs, the rows, x BLOCK_C channels, the
     columns, and PLANES planes. The depth is the taps.
     """
+    EPILOGUE: tl.constexpr = CONFIG.EPILOGUE  # Triton 3.6.0 hands no tuple with a name on as an attribute
     C_OUT: tl.constexpr = LAYER.C_OUT
     KERNEL: tl.constexpr = LAYER.KERNEL
     STRIDE: tl.constexpr = LAYER.STRIDE
@@ -61,7 +62,7 @@ def forward_depthwise_kernel(
     x_tile = row * x_strides[3] + column * x_strides[4] + channel // C_OUT * x_strides[1]  # (BLOCK_M, BLOCK_C)
     w_tile = w_ptr + channel // C_OUT * w_strides[0] + channel % C_OUT * w_strides[1]  # (1, BLOCK_C)
     zero = tl.zeros((BLOCK_H * BLOCK_W, BLOCK_C), tl.float32)
-    start, bias = begun(zero, bias_ptr, channel, mask_c, CONFIG.EPILOGUE)
+    start, bias = begun(zero, bias_ptr, channel, mask_c, EPILOGUE)
 
     VOXEL_STEP: tl.constexpr = tap_shift(STRIDE[0], DILATION[0])
     for out_plane in range(first, tl.minimum(first + PLANES, out_size[0])):
@@ -86,7 +87,7 @@ def forward_depthwise_kernel(
         store_places(
             acc, y_plane, h=h, w=w, channel=channel, size=out_size, out_strides=y_strides, mask_c=mask_c,
             PLACES=PLACES, INTERLEAVE=INTERLEAVE, BLOCK_H=BLOCK_H, BLOCK_W=BLOCK_W, bias=bias,
-            residual_ptr=residual_plane, slopes=slopes, EPILOGUE=CONFIG.EPILOGUE,
+            residual_ptr=residual_plane, slopes=slopes, EPILOGUE=EPILOGUE,
         )  # fmt: skip
 
 

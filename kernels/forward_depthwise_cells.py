@@ -59,6 +59,7 @@ def forward_depthwise_cells_kernel(
     """A program owns BLOCK_H x BLOCK_W cells along h and w, the rows, x BLOCK_C channels, the columns, and PLANES cells
     along d. The depth is the taps.
     """
+    EPILOGUE: tl.constexpr = CONFIG.EPILOGUE  # Triton 3.6.0 hands no tuple with a name on as an attribute
     GROUPS: tl.constexpr = LAYER.GROUPS
     KERNEL: tl.constexpr = LAYER.KERNEL
     STRIDE: tl.constexpr = LAYER.STRIDE
@@ -81,7 +82,7 @@ def forward_depthwise_cells_kernel(
     x_tile = x_ptr + image * x_strides[0] + (row * x_strides[3] + column * x_strides[4] + channel * x_strides[1])
     taps = load_taps(w_ptr + channel * w_strides[0], mask_c, w_strides[2], product(KERNEL))
     zero = tl.zeros((BLOCK_H * BLOCK_W, BLOCK_C), tl.float32)
-    start, bias = begun(zero, bias_ptr, channel, mask_c, CONFIG.EPILOGUE)
+    start, bias = begun(zero, bias_ptr, channel, mask_c, EPILOGUE)
 
     last = tl.minimum(first + PLANES, count[0])
     plane = first + crop[0] // STRIDE[0] + FIRST[0]  # of x: slot 0 of the first cell along d
@@ -109,7 +110,7 @@ def forward_depthwise_cells_kernel(
                 sums, y_plane, h, w, channel, size=out_size, out_strides=y_strides,
                 mask_c=gated(mask_c, out_plane < out_size[0]),
                 PLACES=PLACES, INTERLEAVE=INTERLEAVE, BLOCK_H=BLOCK_H, BLOCK_W=BLOCK_W,
-                bias=bias, residual_ptr=residual_plane, slopes=slopes, EPILOGUE=CONFIG.EPILOGUE,
+                bias=bias, residual_ptr=residual_plane, slopes=slopes, EPILOGUE=EPILOGUE,
             )  # fmt: skip
 
 

@@ -55,6 +55,7 @@ def forward_gather_kernel(
 
     Depth: (tap, input channel), BLOCK_K channels of one tap in a step.
     """
+    EPILOGUE: tl.constexpr = CONFIG.EPILOGUE  # Triton 3.6.0 hands no tuple with a name on as an attribute
     C_IN: tl.constexpr = LAYER.C_IN
     C_OUT: tl.constexpr = LAYER.C_OUT
     KERNEL: tl.constexpr = LAYER.KERNEL
@@ -98,11 +99,11 @@ def forward_gather_kernel(
 
     channel = group * C_OUT + offs_n
     if bias_ptr is not None:
-        acc = with_bias(acc, tl.load(bias_ptr + channel, mask=mask_n, other=0.0), y_ptr, CONFIG.EPILOGUE)
+        acc = with_bias(acc, tl.load(bias_ptr + channel, mask=mask_n, other=0.0), y_ptr, EPILOGUE)
     rows = offset(y_strides, image, 0, d, h, w)  # (BLOCK_M,)
     store_outputs(
         y_ptr, y_strides, rows, channel, acc, mask_m=mask_m, mask_n=mask_n, VOXELS_INNER=CONFIG.VOXELS_INNER,
-        residual_ptr=residual_ptr, slopes=slopes, EPILOGUE=CONFIG.EPILOGUE,
+        residual_ptr=residual_ptr, slopes=slopes, EPILOGUE=EPILOGUE,
     )  # fmt: skip
 
 

@@ -96,6 +96,7 @@ def forward_phases_packed_kernel(
 
     Depth: (voxel of the window, input channel).
     """
+    EPILOGUE: tl.constexpr = CONFIG.EPILOGUE  # Triton 3.6.0 hands no tuple with a name on as an attribute
     C_IN: tl.constexpr = LAYER.C_IN
     C_OUT: tl.constexpr = LAYER.C_OUT
     KERNEL: tl.constexpr = LAYER.KERNEL
@@ -222,7 +223,7 @@ def forward_phases_packed_kernel(
 
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + group * C_OUT + channel, mask=mask_n, other=0.0)
-        acc = with_bias(acc, bias, y_ptr, CONFIG.EPILOGUE)
+        acc = with_bias(acc, bias, y_ptr, EPILOGUE)
     origin = (
         first[0] * STRIDE[0] + phi_d - crop[0],
         first[1] * STRIDE[1] + phi_h - crop[1],

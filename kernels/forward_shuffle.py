@@ -38,6 +38,7 @@ def forward_shuffle_kernel(
     """A program owns BLOCK_M rows (cells) x BLOCK_N columns (phase, output channel) of a group; the depth is its input
     channels.
     """
+    EPILOGUE: tl.constexpr = CONFIG.EPILOGUE  # Triton 3.6.0 hands no tuple with a name on as an attribute
     C_IN: tl.constexpr = LAYER.C_IN
     C_OUT: tl.constexpr = LAYER.C_OUT
     STRIDE: tl.constexpr = LAYER.STRIDE
@@ -74,7 +75,7 @@ def forward_shuffle_kernel(
 
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + group * C_OUT + channel, mask=mask_n, other=0.0)
-        acc = with_bias(acc, bias, y_ptr, CONFIG.EPILOGUE)
+        acc = with_bias(acc, bias, y_ptr, EPILOGUE)
     origin = (first[0] * STRIDE[0] - crop[0], first[1] * STRIDE[1] - crop[1], first[2] * STRIDE[2] - crop[2])
     store_phases(
         acc, y_ptr, first_channel=group * C_OUT, strides=y_strides, tile=tile_m, n=n, cells=cells, origin=origin,

@@ -51,6 +51,7 @@ def forward_shuffle_given_kernel(
     """A program owns BLOCK_M rows (cells) x BLOCK_N columns (output channel, tap), as the weight has them; the depth is
     the input channels of the group.
     """
+    EPILOGUE: tl.constexpr = CONFIG.EPILOGUE  # Triton 3.6.0 hands no tuple with a name on as an attribute
     C_IN: tl.constexpr = LAYER.C_IN
     C_OUT: tl.constexpr = LAYER.C_OUT
     KERNEL: tl.constexpr = LAYER.KERNEL
@@ -84,9 +85,9 @@ def forward_shuffle_given_kernel(
         acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)
 
     if bias_ptr is not None:
-        acc = with_bias(acc, tl.load(bias_ptr + channel + offs_n // TAPS), y_ptr, CONFIG.EPILOGUE)
+        acc = with_bias(acc, tl.load(bias_ptr + channel + offs_n // TAPS), y_ptr, EPILOGUE)
     origin = (first[0] * STRIDE[0] - crop[0], first[1] * STRIDE[1] - crop[1], first[2] * STRIDE[2] - crop[2])
-    if CONFIG.EPILOGUE is None:  # half the bytes to exchange
+    if EPILOGUE is None:  # half the bytes to exchange
         acc = acc.to(y_ptr.dtype.element_ty)
     store_phases(
         phases_first(acc, KERNEL, CONFIG.ROWS), y_ptr, first_channel=channel, strides=y_strides, tile=tile_m, n=n,

@@ -47,6 +47,7 @@ def forward_shuffle_resident_kernel(
     """A program owns BLOCK_N columns (phase, output channel), whose weight it keeps, of every tile of BLOCK_M rows
     (cells) that no other program of these columns takes; the depth is the input channels, in one step.
     """
+    EPILOGUE: tl.constexpr = CONFIG.EPILOGUE  # Triton 3.6.0 hands no tuple with a name on as an attribute
     C_IN: tl.constexpr = LAYER.C_IN
     C_OUT: tl.constexpr = LAYER.C_OUT
     STRIDE: tl.constexpr = LAYER.STRIDE
@@ -80,7 +81,7 @@ def forward_shuffle_resident_kernel(
         x_tile = load_voxels(x_ptrs, x_mask, CONFIG.X_VOXELS_INNER)
         acc = tl.dot(x_tile, w_tile, input_precision=PRECISION)  # (BLOCK_M, BLOCK_K) x (BLOCK_K, BLOCK_N)
         if bias_ptr is not None:
-            acc = with_bias(acc, bias, y_ptr, CONFIG.EPILOGUE)
+            acc = with_bias(acc, bias, y_ptr, EPILOGUE)
         store_phases(
             acc, y_ptr, first_channel=0, strides=y_strides, tile=tile_m, n=n, cells=cells, origin=origin,
             out_size=out_size, tile_n=tile_n, CHANNELS=C_OUT, PHASES=STRIDE, STRIDE=STRIDE, FACTS=FACTS,
