@@ -16,6 +16,7 @@ from variant_cases import DEVICE, TINY, Case, complaints, expected, form, form_n
 import tritonconv
 from tritonconv import VariantNotApplicable
 from tritonconv.kernels import backward_data_shuffle_given, forward_shuffle_given, triton_convolution
+from tritonconv.kernels import triton_tiles as tiles
 from tritonconv.problem import LAYOUTS, PASSES
 
 
@@ -104,6 +105,21 @@ def test_more_tiles_of_rows_than_are_in_a_group(name, layout):
 
     def configs(problem):
         return [{**small(form(name).default(problem, DEVICE)), "GROUP_M": 1}]
+
+    assert complaints(form(name), case, torch.float32, layout, True, DEVICE, configs) == []
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["forward_gather", "backward_data_gemm"])
+def test_the_last_group_of_tiles_is_not_full(name, layout):
+    """Three tiles of rows in groups of two, and two of columns: the last group has a tile of rows for each of them."""
+    case = Case(n=1, channels=(20, 20), size=(2, 3, 7), kernel=1)
+
+    def configs(problem):
+        config = {**small(form(name).default(problem, DEVICE)), "GROUP_M": 2, "BLOCK_W": 0}
+        assert tiles.programs(problem, problem.size, problem.c_in, config) == 3 * 2
+        return [config]
 
     assert complaints(form(name), case, torch.float32, layout, True, DEVICE, configs) == []
 
