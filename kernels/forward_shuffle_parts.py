@@ -141,7 +141,7 @@ def supports(problem: Problem, device: torch.device) -> str | None:
 def _fitting(problem: Problem, rows: int) -> Iterator[dict[str, int]]:
     """The configs that fit the target, the best guess first."""
     wide, half = sum(_parts(problem, rows)), problem.dtype.itemsize == 2
-    depths = [depth for depth in (64, 32, 16) if depth < 2 * max(16, problem.c_in) and (half or depth < 64)]
+    depths = dict.fromkeys(tiles.power_of_two(problem.c_in, 16, depth) for depth in ((64, 32) if half else (32, 16)))
     for stages, block_m in itertools.product((3, 2, 4), (128, 64, 256)):
         first, then = (8, 4) if block_m * wide >= phases.LARGEST_ACCUMULATOR else (4, 8)
         for warps, depth in itertools.product((first, then), depths):
