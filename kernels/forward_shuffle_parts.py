@@ -31,7 +31,7 @@ from tritonconv.kernels.work import WARP, Work
 from tritonconv.problem import Problem
 
 MOST_PARTS = 3
-SUMS_OF_A_WARP = 160 * WARP  # float32 elements: 160 registers of a thread
+SUMS = {2: 160 * WARP, 4: 80 * WARP}  # of a warp, by the bytes of an element: without matrix units more would spill
 
 
 @triton.jit
@@ -142,11 +142,15 @@ def _fitting(problem: Problem, rows: int) -> Iterator[dict[str, int]]:
     """The configs that fit the target, the best guess first."""
     wide, half = sum(_parts(problem, rows)), problem.dtype.itemsize == 2
     depths = dict.fromkeys(tiles.power_of_two(problem.c_in, 16, depth) for depth in ((64, 32) if half else (32, 16)))
-    for stages, block_m in itertools.product((3, 2, 4), (128, 64, 256)):
-        first, then = (8, 4) if block_m * wide >= phases.LARGEST_ACCUMULATOR else (4, 8)
+    for stages, block_m in itertools.product((3, 2, 4), (128, 64, 256) if half else (64, 128)):
+        first, then = (8, 4) if block_m * wide >= phases.LARGEST_ACCUMULATOR // (1 if half else 2) else (4, 8)
         for warps, depth in itertools.product((first, then), depths):
             loaded = (block_m + wide) * depth * problem.dtype.itemsize
-            if block_m * wide > SUMS_OF_A_WARP * warps or loaded > tiles.MOST_LOADED * warps or 8 * warps > block_m:
+            if (
+                block_m * wide > SUMS[problem.dtype.itemsize] * warps
+                or loaded > tiles.MOST_LOADED * warps
+                or 8 * warps > block_m
+            ):
                 continue
             if loaded * pipeline_buffers(stages) <= shared_bytes():
                 yield {
