@@ -3,7 +3,8 @@
 Variants are compared by their default configs, then the configs of the best one, by the cost model's time with the
 factors and corrections from measurements (``fit.py``). torch's own stays unless a kernel is expected to beat it by a
 margin. Only variants that were timed take part, in the forms that were, and no config of a kind that was not: with an
-option of its variant (APART, FOLD, SPLITS of a forward), or with steps of a quarter of the default's depth.
+option of its variant (APART, FOLD, SPLITS of a forward), with rows along w where the default has none, or with steps of
+a quarter of the default's depth.
 """
 
 from __future__ import annotations
@@ -72,7 +73,8 @@ def first(problem: Problem, device: torch.device, pass_name: str, ceilings: Ceil
 def _was_timed(record: Variant, config: Config, default: Config) -> bool:
     """Whether some layer was timed with a config of this kind."""
     shallow = config.get("BLOCK_K", 0) * 4 <= default.get("BLOCK_K", -1)
-    return not shallow and not any(config.get(key) for key in record.options)
+    in_rows = config.get("BLOCK_W", 0) > 0 and default.get("BLOCK_W", 0) == 0
+    return not shallow and not in_rows and not any(config.get(key) for key in record.options)
 
 
 def takes_part(record: Variant, fitted: Fit, unseen: bool = False) -> bool:

@@ -42,7 +42,7 @@ SRAM = LINE * CLOCK  # bytes per second of one multiprocessor's L1 and shared me
 ISSUE = 4 * CLOCK  # instructions per second of its four schedulers
 BESIDE = 0.1  # of the parts beside the longest: what a pipeline does not hide; not measured
 SIMILAR = 1.25  # times the best one's time: of such configs one of each tile comes before a second of any
-SETS = 5  # of the configs one in so many is of each set of packed axes
+SETS = 5  # of the configs one in so many is of each set of packed axes, and of those with rows along w
 SPILLED = 3.0  # a spilling kernel is ranked behind its neighbours
 
 LAUNCH = "launch"
@@ -155,7 +155,8 @@ def candidates(
 
     The best one of a form and, besides, the best that loads the other way (through a pipeline or not) are among them,
     for between these two the model knows least; with three or more the default as well; then a part of them, at least
-    one, from each set of packed axes (key APART), whose order it has not been measured against.
+    one, from each set of packed axes (key APART) and of those with and without rows along w, whose orders it has not
+    been measured against.
     """
     spaces = [around(record, problem, device, start) for start in record.starts(problem.plain, device)]
     return _ranked([pair for space in spaces for pair in _best(record, problem, space, ceilings, most)])
@@ -196,11 +197,13 @@ def _best(
 
 
 def _some_of_each_set(ranked: list[tuple[Config, Estimate]], some: int) -> list[tuple[Config, Estimate]]:
-    """The best configs of each set of packed axes (key APART), where there are several: of each way to load, half."""
-    sets: dict[tuple[int, bool], list[tuple[Config, Estimate]]] = {}
+    """The best configs of each set of packed axes (key APART), and of those with and without rows along w (BLOCK_W),
+    where there are several: of each way to load, half."""
+    sets: dict[tuple[tuple[int, bool], bool], list[tuple[Config, Estimate]]] = {}
     for pair in ranked:
-        sets.setdefault((pair[0].get(APART, 0), pair[1].work.pipelined), []).append(pair)
-    several = len({apart for apart, _ in sets}) > 1
+        kind = pair[0].get(APART, 0), pair[0].get("BLOCK_W", 0) > 0
+        sets.setdefault((kind, pair[1].work.pipelined), []).append(pair)
+    several = len({kind for kind, _ in sets}) > 1
     return [pair for pairs in sets.values() for pair in pairs[: max(1, some // 2)]] if several else []
 
 

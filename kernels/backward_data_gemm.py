@@ -184,7 +184,7 @@ def splits_of(problem: Problem, config: Config) -> int:
 def space(problem: Problem, device: torch.device):
     base = default(problem, device)
     near = tiles.around(
-        base, problem, WEIGHT=(0, 1, 2), SKIP=(0, 1), num_stages=tiles.UNSTAGED,
+        base, problem, width=problem.size[2], WEIGHT=(0, 1, 2), SKIP=(0, 1), num_stages=tiles.UNSTAGED,
         BLOCK_K=tiles.depths(base["PACK"] * problem.c_out // problem.groups),
         GROUP_M=tiles.orders(columns_of(problem, base)),
     )  # fmt: skip

@@ -246,8 +246,9 @@ def default(problem: Problem, device: torch.device):
 
 def space(problem: Problem, device: torch.device):
     base = default(problem, device)
+    width = parts(problem.out_size[2], problem.stride[2])
     configs = tiles.around(
-        base, problem, PHASE_INNER=(0, 1), WEIGHT=(0, 1, 2), num_stages=tiles.UNSTAGED,
+        base, problem, width=width, PHASE_INNER=(0, 1), WEIGHT=(0, 1, 2), num_stages=tiles.UNSTAGED,
         BLOCK_K=tiles.depths(base["PACK"] * problem.c_in // problem.groups),
         GROUP_M=tiles.orders(columns_of(problem, base)),
     )  # fmt: skip

@@ -302,7 +302,7 @@ def _default_of_copies(problem: Problem, alone: int):
 def _space(problem: Problem, default_of):
     rows = (0, 1) if phases.whole_rows(problem) else ()
     more: dict[str, Any] = {"GROUP_M": (8,), "WEIGHT": (0, 1, 2), "num_stages": tiles.UNSTAGED, "ROWS": rows}
-    configs = tiles.around(default_of(problem, 0), problem, **more)
+    configs = tiles.around(default_of(problem, 0), problem, width=phases.cells(problem)[2], **more)
     for alone in (1, 2):
         if problem.stride[alone - 1] > 1:  # along an axis of stride 1 there is one phase, wherever it is counted
             configs += tiles.around({**default_of(problem, alone), APART: alone}, problem, **more)

@@ -102,7 +102,7 @@ def default(problem: Problem, device: torch.device):
 
 
 def space(problem: Problem, device: torch.device):
-    return phases.around(default(problem, device), problem)
+    return phases.around(default(problem, device), problem, width=phases.cells(problem)[2])
 
 
 def work(problem: Problem, config) -> Work:

@@ -167,7 +167,8 @@ def default(problem: Problem, device: torch.device):
 
 def space(problem: Problem, device: torch.device):
     rows = (0, 1) if phases.whole_rows(problem) else ()
-    configs = tiles.around(default(problem, device), problem, GROUP_M=(8,), ROWS=rows)
+    width = phases.cells(problem)[2]
+    configs = tiles.around(default(problem, device), problem, width=width, GROUP_M=(8,), ROWS=rows)
     return tuple(each for each in configs if fits(problem, each["BLOCK_N"]))
 
 

@@ -8,6 +8,7 @@ grid loads them once, and the next tiles of x are on their way while one is mult
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 import triton
@@ -145,9 +146,14 @@ def _fits(problem: Problem, config: Config) -> bool:
 
 def space(problem: Problem, device: torch.device):
     base = _deep(problem, default(problem, device))
-    more = {"WEIGHT": (0, 1, 2), "ROWS": (0, 1) if phases.whole_rows(problem) else (), "RESIDENT": (1, 2, 3, 4)}
-    configs = (each for each in tiles.around(base, problem, "BLOCK_M", **more) if each["BLOCK_K"] == base["BLOCK_K"])
-    shallow = ({key: value for key, value in each.items() if key != "BLOCK_K"} for each in configs)
+    more: dict[str, Any] = {
+        "WEIGHT": (0, 1, 2),
+        "ROWS": (0, 1) if phases.whole_rows(problem) else (),
+        "RESIDENT": (1, 2, 3, 4),
+    }
+    configs = tiles.around(base, problem, width=phases.cells(problem)[2], **more)
+    deep = (each for each in configs if each["BLOCK_K"] == base["BLOCK_K"])
+    shallow = ({key: value for key, value in each.items() if key != "BLOCK_K"} for each in deep)
     return tuple(each for each in shallow if _fits(problem, each))
 
 

@@ -229,9 +229,13 @@ def whole_rows(problem: Problem) -> int:
     return int(contiguous and 1 < problem.stride[2] <= 16)
 
 
-def around(base: Config, problem: Problem) -> tuple[Config, ...]:
-    """The candidates of a kernel that shuffles: tiles, orders of the weight, and both orders of the columns."""
-    return tiles.around(base, problem, GROUP_M=(8,), WEIGHT=(0, 1, 2), ROWS=(0, 1) if whole_rows(problem) else ())
+def around(base: Config, problem: Problem, width: int = 0) -> tuple[Config, ...]:
+    """The candidates of a kernel that shuffles: tiles, orders of the weight, and both orders of the columns.
+
+    ``width`` as in ``triton_tiles.around``.
+    """
+    rows = (0, 1) if whole_rows(problem) else ()
+    return tiles.around(base, problem, width=width, GROUP_M=(8,), WEIGHT=(0, 1, 2), ROWS=rows)
 
 
 def width_step(width: int, config) -> int:

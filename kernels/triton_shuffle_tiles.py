@@ -10,6 +10,7 @@ import itertools
 import math
 from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
@@ -157,7 +158,11 @@ def space(problem: Problem, device: torch.device) -> tuple[Config, ...]:
     """The configs around the default, each with several numbers of chunks."""
     base = default(problem, device)
     configs = {tuple(base.items()): base}
-    more = {"num_warps": (4, 8), "ROWS": (0, 1) if base["ROWS"] else (), "BLOCK_W": (0, base["BLOCK_K"])}
+    more: dict[str, Any] = {
+        "num_warps": (4, 8),
+        "ROWS": (0, 1) if base["ROWS"] else (),
+        "BLOCK_W": (0, base["BLOCK_K"]),
+    }
     for changed in tiles.around(base, problem, "BLOCK_K", **more):
         for splits in chunks(problem, changed):  # other tiles are other programs
             counted = {**changed, "SPLITS": splits}

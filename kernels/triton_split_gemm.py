@@ -212,10 +212,6 @@ def _bias_tile(problem: Problem, width: int) -> dict[str, int]:
 
 def block_w(problem: Problem, size: Triple, rows: int) -> int:
     """BLOCK_W: tiles along w also in NDHWC, where w nearly fills them: a tile then spans few rows to un-ravel."""
-    width = size[2]
     if problem.layout == "ncdhw":
         return tiles.block_w(problem, size, rows)
-    for block in (64, 32, 16, 8):
-        if block <= rows and -(-width // block) * block * 8 <= width * 9:
-            return block
-    return 0
+    return tiles.filling(size[2], rows)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import triton
 
@@ -19,6 +19,7 @@ RIDGE = 206  # FLOP per byte from which an H200 is compute-bound: 989 TFLOP/s (b
 # Without a software pipeline loads go through L1, where what one tap read waits for the next; cp.async passes it by.
 UNSTAGED = (1,)
 LARGEST_TILE = 256 * 128  # float32 sums: 128 registers in each of 8 warps' threads
+LEAST_ROW = 32  # voxels along w of an NDHWC layer's tile: with shorter rows a thread stores to as many of them
 MOST_LOADED = 10 * 1024  # bytes that a warp loads in one step: of more the addresses and masks spill
 
 
@@ -42,6 +43,11 @@ def rows_along_w(problem: Problem, size: Triple, block_m: int) -> int:
     half = SECTOR / problem.dtype.itemsize / 2
     blocks = [b for b in (64, 32, 16, 8) if b <= block_m]
     return min(blocks, key=lambda b: math.ceil(size[2] / b) * (b + b + half))
+
+
+def filling(width: int, most: int, least: int = 8) -> int:
+    """The widest BLOCK_W from ``least`` to ``most`` whose rows a width nearly fills; 0 where none does."""
+    return next((b for b in (64, 32, 16, 8) if least <= b <= most and parts(width, b) * b * 8 <= width * 9), 0)
 
 
 def gemm(problem: Problem, size: Triple, columns: int, depth: int, programs: int = 1) -> dict[str, int]:
@@ -109,12 +115,16 @@ def programs(problem: Problem, size: Triple, columns: int, config: Config) -> in
     return tiles_of(problem.n, size, config) * parts(columns, config["BLOCK_N"]) * problem.groups
 
 
-def around(base: Config, problem: Problem, along: str = "BLOCK_M", **more: tuple[int, ...]) -> tuple[Config, ...]:
+def around(
+    base: Config, problem: Problem, along: str = "BLOCK_M", width: int = 0, **more: tuple[int, ...]
+) -> tuple[Config, ...]:
     """``base`` and the configs around it that fit.
 
     Its neighbours, with halved and doubled tiles, other stages or ``more`` values of other keys, come first; then every
     combination of tiles, of stages and depths that ``more`` may add to, and of these with the weight in torch's order,
-    for the cost model to choose from. ``along`` is the block of voxels, which a row of BLOCK_W fits in.
+    for the cost model to choose from. ``along`` is the block of voxels, which a row of BLOCK_W fits in. ``width``: of
+    voxels; where rows of 32 or more nearly fill it, the pipelined configs of an NDHWC layer come with such rows too,
+    for the place of a voxel in a row takes no division (0: they do not).
     """
     configs = {frozenset(base.items()): dict(base)}
     for changed in itertools.chain(_neighbours(base, more), _grid(base, more)):
@@ -123,7 +133,21 @@ def around(base: Config, problem: Problem, along: str = "BLOCK_M", **more: tuple
         key = frozenset(changed.items())
         if key not in configs and sensible(changed, problem.dtype.itemsize):
             configs[key] = changed
-    return tuple(configs.values())
+    return (*configs.values(), *_in_rows(configs.values(), base, problem, along, width))
+
+
+def _in_rows(
+    configs: Iterable[dict[str, int]], base: Config, problem: Problem, along: str, width: int
+) -> Iterator[dict[str, int]]:
+    """The pipelined ones with other tiles and stages than ``base`` alone, of an NDHWC layer, with rows along w."""
+    if width == 0 or base["BLOCK_W"] > 0 or problem.layout != "ndhwc":
+        return
+    others = [key for key in base if not key.startswith(("BLOCK_", "num_"))]
+    for config in configs:
+        # Of float32 half a tile at most is one row, as in the default of NCDHW.
+        row = filling(width, config[along] // (1 if problem.dtype.itemsize == 2 else 2), LEAST_ROW)
+        if row and config["num_stages"] > 1 and all(config[key] == base[key] for key in others):
+            yield {**config, "BLOCK_W": row}
 
 
 def _neighbours(base: Config, more: dict[str, tuple[int, ...]]) -> Iterator[dict[str, int]]:
