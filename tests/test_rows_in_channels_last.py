@@ -1,4 +1,4 @@
-"""Tiles of rows along w in channels-last: where they are tried, that they are exact, that no unmeasured layer has them."""
+"""Tiles of rows along w in channels-last: where they are tried, that they are exact, untimed ones not chosen."""
 
 from __future__ import annotations
 
