@@ -1,15 +1,16 @@
 """Forward where kernel <= stride, for columns that fill no power of two: all of them in one tile, in parts that do.
 
 A patch decoder has 160 columns (phase, output channel), or 384: :mod:`~tritonconv.kernels.forward_shuffle` multiplies
-a tile of 256 with the rest padded, and reads x once for each of two. Here a program has all columns, one after the
-other in parts that are powers of two (:mod:`~tritonconv.kernels.triton_parts`): each step loads a tile of x once for
-all of them, and a tile has room for more rows.
+160 as 256, with padding, and reads x twice for 384 in two tiles. Here a program has all columns, one after the other in
+parts that are powers of two (:mod:`~tritonconv.kernels.triton_parts`): each step loads a tile of x once for all of
+them, and a tile has room for more rows.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -30,8 +31,16 @@ from tritonconv.kernels.variant import Config, Variant
 from tritonconv.kernels.work import WARP, Work
 from tritonconv.problem import Problem
 
+if TYPE_CHECKING:
+    from tritonconv.epilogue import Epilogue
+
 MOST_PARTS = 3
 SUMS = {2: 160 * WARP, 4: 80 * WARP}  # of a warp, by the bytes of an element: without matrix units more would spill
+
+# Sums of a thread beside which an epilogue finds registers, those of all parts: they are finished part by part. With 80
+# residual + gelu spills 12 and 32 bytes for sm_90 in NDHWC (Triton 3.6.0, 3.9.0) and nothing for sm_80 and sm_100, with
+# 160 up to 1676 (pangu_patch_recovery3d, bfloat16).
+MOST_SUMS = 80
 
 
 @triton.jit
@@ -130,12 +139,17 @@ def supports(problem: Problem, device: torch.device) -> str | None:
     why_not = forward_shuffle.supports(problem, device)
     if why_not is None and problem.groups > 1:
         why_not = f"{problem.groups} groups: one is served"
+    if why_not is not None:
+        return why_not
     rows = phases.whole_rows(problem)
-    if why_not is None and not (1 < len(_parts(problem, rows)) <= MOST_PARTS and list(_fitting(problem, rows))):
-        why_not = (
-            f"{phases.columns(problem, rows)} columns (phase, output channel): no 2 or {MOST_PARTS} parts fit a tile"
-        )
-    return why_not
+    sizes, of_columns = _parts(problem, rows), f"{phases.columns(problem, rows)} columns (phase, output channel)"
+    if len(sizes) == 1:
+        return f"{of_columns} fill one part of {sizes[0]}: there is nothing to divide"
+    if len(sizes) > MOST_PARTS:
+        return f"{of_columns} are {len(sizes)} parts {sizes}: at most {MOST_PARTS} are served"
+    if next(_fitting(problem, rows), None) is None:
+        return f"{of_columns}: no tile of all parts {sizes} fits the registers and the shared memory of the target"
+    return None
 
 
 def _block_w(problem: Problem, block_m: int) -> int:
@@ -184,14 +198,22 @@ def space(problem: Problem, device: torch.device):
     return tuple(config for index, config in enumerate(configs) if config not in configs[:index])
 
 
+def _whole(problem: Problem, config: Config) -> dict[str, int]:
+    """With BLOCK_N: the columns of all parts, whose sums a thread has at once."""
+    return {**config, "BLOCK_N": sum(_parts(problem, config["ROWS"]))}
+
+
 def work(problem: Problem, config: Config) -> Work:
-    wide = sum(_parts(problem, config["ROWS"]))
-    return phases.work(problem, {**config, "BLOCK_N": wide}, phases.cells(problem), [problem.c_in])
+    return phases.work(problem, _whole(problem, config), phases.cells(problem), [problem.c_in])
+
+
+def epilogue(problem: Problem, config: Config, epilogue: Epilogue) -> bool:
+    return computes(problem, _whole(problem, config), epilogue, MOST_SUMS)
 
 
 VARIANT = Variant(
     "forward_shuffle_parts", "forward",
     "kernel <= stride: all columns in one tile, in parts that are powers of two", "triton",
     launches=launches, supports=supports, space=space, default=default, work=work,
-    epilogue=computes,
+    epilogue=epilogue,
 )  # fmt: skip

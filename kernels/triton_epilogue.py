@@ -113,11 +113,12 @@ def tanh(z):
     return tl.where(size < 0.625, near * square * z + z, tl.where(z < 0, -far, far))
 
 
-def computes(problem: Problem, config: Config, epilogue: Epilogue) -> bool:
+def computes(problem: Problem, config: Config, epilogue: Epilogue, most: int = MOST_SUMS) -> bool:
     """``Variant.epilogue`` of the kernels that store a program's own whole sums: with torch's rounding only the
-    activations that have torch's bits, and in a tile of more than MOST_SUMS a thread only those, without a residual."""
+    activations that have torch's bits, and in a tile of more than ``most`` sums a thread only those, without a
+    residual."""
     plain = epilogue.activation in EXACT
-    wide = _sums_of_a_thread(config) > MOST_SUMS
+    wide = _sums_of_a_thread(config) > most
     return (
         config.get("SPLITS", 0) <= 1
         and (plain or epilogue.rounding is None)

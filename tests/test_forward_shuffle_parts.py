@@ -10,10 +10,11 @@ from variant_cases import DEVICE, Case, complaints, form
 
 pytest.importorskip("triton")
 
+from tritonconv.epilogue import Epilogue
 from tritonconv.kernels import triton_phases as phases
 from tritonconv.kernels import triton_tiles as tiles
 from tritonconv.kernels.triton_parts import LEAST, part_sizes, part_start
-from tritonconv.kernels.work import parts
+from tritonconv.kernels.work import WARP, parts
 from tritonconv.problem import LAYOUTS
 
 PATCHES = Case(n=1, channels=(20, 5), size=(1, 3, 17), kernel=(2, 4, 4), stride=(2, 4, 4))  # 160 columns
@@ -76,14 +77,35 @@ def test_every_tile_is_exact(case, layout):
 @pytest.mark.parametrize(
     ("case", "words"),
     [
-        (PATCHES._replace(channels=(20, 8)), "256 columns"),
-        (PATCHES._replace(channels=(20, 28)), "896 columns"),
+        (PATCHES._replace(channels=(20, 8)), "256 columns (phase, output channel) fill one part of 256"),
+        (PATCHES._replace(channels=(20, 7)), "224 columns (phase, output channel) fill one part of 256"),
+        (
+            PATCHES._replace(channels=(20, 26)),
+            "832 columns (phase, output channel): no tile of all parts (512, 256, 64) fits",
+        ),
+        (Case(n=1, channels=(20, 54), kernel=(1, 2, 4), stride=(1, 2, 4)), "4 parts (256, 128, 32, 16): at most 3"),
         (PATCHES._replace(channels=(20, 10), groups=2), "2 groups"),
         (PATCHES._replace(size=(2, 3, 17), kernel=(3, 4, 4)), "several taps"),
     ],
 )
 def test_refusals(case, words):
     assert words in form("forward_shuffle_parts").supports(case.problem(HALF), DEVICE)
+
+
+def test_an_epilogue_is_declined_beside_the_sums_of_all_parts():
+    """160 a thread leave no registers for a residual or a function, 80 do; the config has no BLOCK_N to say so."""
+    record = form("forward_shuffle_parts")
+    problem = PATCHES._replace(size=(7, 181, 360)).problem(HALF)
+    declined = set()
+    for config in record.space(problem, DEVICE):
+        many = config["BLOCK_M"] * 160 // (WARP * config["num_warps"]) == 160
+        declined.add(many)
+        assert record.epilogue(problem, config, Epilogue("relu"))
+        assert record.epilogue(problem, config, Epilogue("gelu")) is not many
+        assert record.epilogue(problem, config, Epilogue("relu", residual=True)) is not many
+    assert declined == {True, False} and record.epilogue(
+        problem, record.default(problem, DEVICE), Epilogue("gelu", residual=True)
+    )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
