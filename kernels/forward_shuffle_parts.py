@@ -35,11 +35,12 @@ if TYPE_CHECKING:
     from tritonconv.epilogue import Epilogue
 
 MOST_PARTS = 3
-SUMS = {2: 160 * WARP, 4: 80 * WARP}  # of a warp, by the bytes of an element: without matrix units more would spill
+# Sums of a warp, by the bytes of an element. In the half types 160 of a thread leave registers for addresses; in float32
+# without matrix units more than 80 spill.
+SUMS = {2: 160 * WARP, 4: 80 * WARP}
 
 # Sums of a thread beside which an epilogue finds registers, those of all parts: they are finished part by part. With 80
-# residual + gelu spills 12 and 32 bytes for sm_90 in NDHWC (Triton 3.6.0, 3.9.0) and nothing for sm_80 and sm_100, with
-# 160 up to 1676 (pangu_patch_recovery3d, bfloat16).
+# no default spills (pangu_patch_recovery3d, bfloat16), with 160 up to 1676 bytes were seen.
 MOST_SUMS = 80
 
 
@@ -94,9 +95,8 @@ def forward_shuffle_parts_kernel(
         masks = masks + (tapped,)  # type: ignore[assignment]  # noqa: RUF005
         sums = sums + (zero_part(CONFIG, PARTS[part]),)  # type: ignore[assignment]  # noqa: RUF005
 
-    steps = tl.maximum(
-        tl.cdiv(C_IN, BLOCK_K), -n
-    )  # the former: of a constant all steps are unrolled, in many registers
+    # As many as without the maximum: of a constant number the compiler unrolls all steps, in many registers.
+    steps = tl.maximum(tl.cdiv(C_IN, BLOCK_K), -n)
     for step in range(steps):
         k = step * BLOCK_K + offs_k
         mask_k = (k < C_IN) | (C_IN % BLOCK_K == 0)
