@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from tritonconv.epilogue import Epilogue
 
 MOST_PARTS = 3
-# Sums of a warp, by the bytes of an element. In the half types 160 of a thread leave registers for addresses; in float32
-# without matrix units more than 80 spill.
+# Of a warp, by the bytes of an element. Beside 160 sums of a thread the addresses have registers; of float32 more than
+# 80 spill without matrix units.
 SUMS = {2: 160 * WARP, 4: 80 * WARP}
 
 # Sums of a thread beside which an epilogue finds registers, those of all parts: they are finished part by part. With 80
