@@ -31,7 +31,7 @@ from tritonconv.kernels.triton_patches import (
     voxel_count,
 )
 from tritonconv.kernels.triton_split_gemm import SplitGemm, store_channel_sums
-from tritonconv.kernels.triton_target import compute_capability, shared_bytes
+from tritonconv.kernels.triton_target import compute_capability
 from tritonconv.kernels.variant import SPREADS_VOXELS, Config, Variant
 from tritonconv.kernels.work import WARP, Work, parts
 from tritonconv.problem import Problem
@@ -161,7 +161,8 @@ def _config(problem: Problem, warps: int, block_n: int, waves: int | None = None
     bias = {key: value for key, value in gemm(problem).default().items() if key.startswith("BIAS_")}
     voxels = patch.voxels_of(problem, warps)
     config = {"BLOCK_N": block_n, "BLOCK_K": voxels, **bias, "num_warps": warps, "num_stages": stages}
-    waves = waves or patch.resident(problem, LEAST_ROWS, _sums(problem, config), warps)
+    sums = _sums(problem, config)
+    waves = waves or patch.resident(problem, config, LEAST_ROWS, sums, "backward_weight")
     # Those of the bias are short, and make room for others: they do not count.
     unbiased = gemm(replace(problem, bias=False))
     return {**config, "SPLITS": unbiased.splits(_whole(problem, config), waves)}
@@ -173,13 +174,23 @@ def _sums(problem: Problem, config: Config) -> int:
     return rows * config["BLOCK_N"] // (config["num_warps"] * WARP)
 
 
-def _shared_bytes(problem: Problem, config: Config) -> int:
-    return patch.shared_of(problem, config, LEAST_ROWS, "backward_weight")
+def _too_large(problem: Problem, config: Config) -> str | None:
+    return patch.too_large(problem, config, LEAST_ROWS, "backward_weight")
+
+
+def _fits(problem: Problem, config: Config) -> bool:
+    """Whether the target has the shared memory, and a thread room for its sums beside a part of a long patch."""
+    crowded = patch.sides(problem) > 1 and _sums(problem, config) > MOST_SUMS
+    return not crowded and not _too_large(problem, config)
 
 
 def _spills(problem: Problem, config: Config) -> bool:
     """Whether it may on sm_80: float32, and few sums beside a patch of several output channels."""
     return problem.dtype.itemsize == 4 or (problem.c_out > 1 and _sums(problem, config) <= FEW_SUMS)
+
+
+def supports(problem: Problem, device: torch.device) -> str | None:
+    return refused(problem, device) or _too_large(problem, default(problem, device))
 
 
 def default(problem: Problem, device: torch.device):
@@ -188,7 +199,7 @@ def default(problem: Problem, device: torch.device):
     if 0 < compute_capability() < 90 and _spills(problem, config):
         columns = max(16, columns // 2)
         config = _config(problem, 4 * patch.sides(problem), columns)
-    while _shared_bytes(problem, config) > shared_bytes() and columns > 16:  # of an sm_86
+    while not _fits(problem, config) and columns > 16:
         columns //= 2
         config = _config(problem, 4 * patch.sides(problem), columns)
     return config
@@ -201,9 +212,7 @@ def space(problem: Problem, device: torch.device):
     configs = [base, *(_config(problem, warps, n) for warps in (4, 8) for n in widths)]
     configs += [_config(problem, own, base["BLOCK_N"], waves) for waves in (1, 2, 4, 8)]
     configs += [{**base, "num_stages": stages} for stages in (2, 4)]
-    fitting = [config for config in configs if _shared_bytes(problem, config) <= shared_bytes()]
-    if patch.sides(problem) > 1:
-        fitting = [config for config in fitting if _sums(problem, config) <= MOST_SUMS]
+    fitting = [config for config in configs if _fits(problem, config)]
     return tuple(config for index, config in enumerate(fitting) if config not in fitting[:index])
 
 
@@ -226,6 +235,6 @@ def workspace_bytes(problem: Problem) -> int:
 VARIANT = Variant(
     "backward_weight_patches", "backward_weight",
     "very few output channels: patches of grad_y, gathered once, times x, read once", "triton",
-    launches=launches, supports=refused, space=space, default=default, spreads_nonfinite=SPREADS_VOXELS,
+    launches=launches, supports=supports, space=space, default=default, spreads_nonfinite=SPREADS_VOXELS,
     workspace_bytes=workspace_bytes, work=work,
 )  # fmt: skip

@@ -17,7 +17,7 @@ import triton.language as tl
 from tritonconv.kernels import triton_tiles as tiles
 from tritonconv.kernels.triton_device import constant, divided, inside, multiple, offset, product, voxels, widened
 from tritonconv.kernels.triton_launch import refusal
-from tritonconv.kernels.triton_target import BARRIERS, compute_capability, pipeline_buffers, step_of
+from tritonconv.kernels.triton_target import BARRIERS, compute_capability, pipeline_buffers, shared_bytes, step_of
 from tritonconv.kernels.variant import Config
 from tritonconv.kernels.work import BASE_REGISTERS, HALO, LINE, WARP, Work, parts, size_of
 from tritonconv.problem import Problem
@@ -25,7 +25,7 @@ from tritonconv.problem import Problem
 MOST_CHANNELS = 5  # output channels; more are wide enough to be loaded side by side
 DEEPEST = {2: 128, 4: 64}  # places of a patch, by the bytes of an element: each has a register of a thread
 # Of a longer patch: threads, each of which loads the places of a part of the taps along d, in parts of so many places.
-MOST_PLACES, PARTED_SIDES, PART = 256, 2, 64
+MOST_PLACES, PARTED_SIDES, PART = 320, 2, 64
 WIDEST, LONG = 64, 64  # columns of a program; places of a patch above which half as many fit the registers
 MOST_RESIDENT = 4  # programs per multiprocessor, where its registers allow
 REGISTERS = 1 << 16  # of a multiprocessor
@@ -235,10 +235,19 @@ def refused(problem: Problem, device: torch.device) -> str | None:
         return (
             f"{problem.groups} groups, {problem.c_out} output channels: one group of at most {MOST_CHANNELS} is served"
         )
-    deepest = DEEPEST[problem.dtype.itemsize]
-    if places(problem) > (MOST_PLACES if divisible(problem) else deepest):
-        return f"{places(problem)} taps and output channels: a patch of at most {deepest} fits the registers"
+    most = MOST_PLACES if divisible(problem) else DEEPEST[problem.dtype.itemsize]
+    if places(problem) > most:
+        return f"{places(problem)} taps and output channels: a patch of at most {most} fits the registers"
     return None
+
+
+def too_large(problem: Problem, config: Config, least: int, pass_name: str) -> str | None:
+    """Why the config asks for more shared memory than the target has; None where it does not."""
+    asked = shared_of(problem, config, least, pass_name)
+    if asked <= shared_bytes():
+        return None
+    patch = f"{places(problem)} taps and output channels with {config['BLOCK_N']} input channels"
+    return f"{patch} take {asked} bytes of shared memory, of which there are {shared_bytes()}"
 
 
 def divisible(problem: Problem) -> bool:
@@ -285,9 +294,11 @@ def registers_of(problem: Problem, least: int, sums: int) -> int:
     return BASE_REGISTERS + padded(problem, least) + max(48, sums * 3 // 2)
 
 
-def resident(problem: Problem, least: int, sums: int, warps: int) -> int:
-    """The programs of ``warps`` warps that share a multiprocessor."""
-    return max(1, min(MOST_RESIDENT, REGISTERS // (registers_of(problem, least, sums) * warps * WARP)))
+def resident(problem: Problem, config: Config, least: int, sums: int, pass_name: str) -> int:
+    """The programs that share a multiprocessor, by their registers and their shared memory."""
+    threads = config["num_warps"] * WARP
+    by_registers = REGISTERS // (registers_of(problem, least, sums) * threads)
+    return max(1, min(MOST_RESIDENT, by_registers, shared_bytes() // shared_of(problem, config, least, pass_name)))
 
 
 def shared_of(problem: Problem, config: Config, least: int, pass_name: str) -> int:

@@ -36,7 +36,7 @@ def test_chunks_of_several_tiles(label, layout, monkeypatch):
 def test_wide_offsets(layout, monkeypatch):
     monkeypatch.setattr("tritonconv.kernels.backward_weight_patches.wide", lambda *buffers, of=None: True)
     configs = lambda problem: [{**RECORD.default(problem, DEVICE), "SPLITS": 2}]  # noqa: E731
-    for label in ("k4 s2", "dilation", "160 places"):
+    for label in ("k4 s2", "dilation", "160 places", "320 places"):
         assert complaints(RECORD, CASES[label], torch.float16, layout, True, DEVICE, configs) == []
 
 
@@ -57,13 +57,14 @@ def test_x_is_read_once():
 
 
 def test_the_default_has_fewer_columns_where_as_many_spill(monkeypatch):
-    """On sm_80: in float32, and where a thread has few sums beside a patch of several channels."""
+    """On sm_80: in float32, and where a thread has few sums beside a patch of several channels. On any: where it would
+    have more than 128 of them."""
     layers = {name: Case(n=32, channels=channels, size=32, kernel=taps, stride=2) for name, channels, taps in (
-        ("one channel", (32, 1), 4), ("two", (32, 2), 3), ("two, more sums", (64, 2), 3), ("in parts", (240, 3), 4),
+        ("one channel", (32, 1), 4), ("two", (32, 2), 3), ("two, more sums", (64, 2), 3), ("in parts", (240, 3), 4), ("in five parts", (256, 5), 4),
     )}  # fmt: skip
-    monkeypatch.setattr("tritonconv.kernels.backward_weight_patches.shared_bytes", lambda: 160 * 1024)
-    elsewhere = 32, 32, 64, 128
-    for capability, float32, columns in ((80, 16, (32, 16, 64, 128)), (90, 32, elsewhere), (100, 32, elsewhere)):
+    monkeypatch.setattr(patches, "shared_bytes", lambda: 160 * 1024)
+    elsewhere = 32, 32, 64, 128, 64
+    for capability, float32, columns in ((80, 16, (32, 16, 64, 128, 64)), (90, 32, elsewhere), (100, 32, elsewhere)):
         monkeypatch.setattr(
             "tritonconv.kernels.backward_weight_patches.compute_capability", lambda found=capability: found
         )
