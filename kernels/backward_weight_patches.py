@@ -8,6 +8,7 @@ are in one tile, so x is read once; the voxels, the depth, are split into chunks
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -178,10 +179,30 @@ def _too_large(problem: Problem, config: Config) -> str | None:
     return patch.too_large(problem, config, LEAST_ROWS, "backward_weight")
 
 
+def _crowded(problem: Problem, config: Config) -> bool:
+    """Whether a thread spills its sums beside a part of a long patch."""
+    if patch.sides(problem) == 1:
+        return False
+    capability, columns = compute_capability(), config["BLOCK_N"]
+    if 0 < capability < 90 or capability >= 120:  # operands are in registers (HMMA): seen in the compiled kernels
+        spills = columns in (32, 64) if config["num_warps"] > 4 else columns > 32
+        return spills or _sums(problem, config) > MOST_SUMS
+    return _sums(problem, config) > MOST_SUMS
+
+
 def _fits(problem: Problem, config: Config) -> bool:
-    """Whether the target has the shared memory, and a thread room for its sums beside a part of a long patch."""
-    crowded = patch.sides(problem) > 1 and _sums(problem, config) > MOST_SUMS
-    return not crowded and not _too_large(problem, config)
+    return not _crowded(problem, config) and _too_large(problem, config) is None
+
+
+def _guesses(problem: Problem) -> Iterator[dict[str, int]]:
+    """Configs of fewer and fewer columns, best guess first; of a long patch in 8 warps, then in 4."""
+    sides, columns = patch.sides(problem), patch.columns(problem)
+    if 0 < compute_capability() < 90 and _spills(problem, _config(problem, 4 * sides, columns)):
+        columns = max(16, columns // 2)
+    while columns >= 16:
+        for warps in range(4 * sides, 0, -4):
+            yield _config(problem, warps, columns)
+        columns //= 2
 
 
 def _spills(problem: Problem, config: Config) -> bool:
@@ -194,15 +215,8 @@ def supports(problem: Problem, device: torch.device) -> str | None:
 
 
 def default(problem: Problem, device: torch.device):
-    columns = patch.columns(problem)
-    config = _config(problem, 4 * patch.sides(problem), columns)
-    if 0 < compute_capability() < 90 and _spills(problem, config):
-        columns = max(16, columns // 2)
-        config = _config(problem, 4 * patch.sides(problem), columns)
-    while not _fits(problem, config) and columns > 16:
-        columns //= 2
-        config = _config(problem, 4 * patch.sides(problem), columns)
-    return config
+    guesses = list(_guesses(problem))
+    return next((config for config in guesses if _fits(problem, config)), guesses[-1])
 
 
 def space(problem: Problem, device: torch.device):

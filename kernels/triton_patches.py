@@ -25,7 +25,8 @@ from tritonconv.problem import Problem
 MOST_CHANNELS = 5  # output channels; more are wide enough to be loaded side by side
 DEEPEST = {2: 128, 4: 64}  # places of a patch, by the bytes of an element: each has a register of a thread
 # Of a longer patch: threads, each of which loads the places of a part of the taps along d, in parts of so many places.
-MOST_PLACES, PARTED_SIDES, PART = 320, 2, 64
+PARTED_SIDES, PART = 2, 64
+MOST_PLACES = 320  # of a patch in parts: of kernel 4 and the most channels
 WIDEST, LONG = 64, 64  # columns of a program; places of a patch above which half as many fit the registers
 MOST_RESIDENT = 4  # programs per multiprocessor, where its registers allow
 REGISTERS = 1 << 16  # of a multiprocessor
@@ -303,13 +304,13 @@ def resident(problem: Problem, config: Config, least: int, sums: int, pass_name:
 
 def shared_of(problem: Problem, config: Config, least: int, pass_name: str) -> int:
     """Bytes of shared memory: a part of the patches and, in backward-data, the whole weight, which stays; in
-    backward-weight the tiles of x on their way. On sm_100 the parts of backward-weight do not take turns."""
+    backward-weight the tiles of x on their way. On sm_100 (not sm_120) the parts of backward-weight take no turns."""
     part, turns = padded(problem, least), patch_parts(problem)
     voxels, wide = voxels_of(problem, config["num_warps"]), config["BLOCK_N"]
     if pass_name == "backward_data":
         elements = part * voxels + turns * part * wide
     else:
-        places = part * (turns if compute_capability() >= 100 else 1)
+        places = part * (turns if 100 <= compute_capability() < 120 else 1)
         elements = voxels * (places + wide * pipeline_buffers(config["num_stages"]))
     return elements * problem.dtype.itemsize + BARRIERS
 

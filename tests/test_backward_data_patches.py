@@ -110,9 +110,9 @@ def test_every_config_fits_every_gpu(name):
     """The longest patches that are served, beside any number of input channels."""
     record, found = variant(name), set()
     for target in NVIDIA.values():
-        for (kernel, c_out), c_in in itertools.product(LONG, (5, 64, 96, 512)):
+        for (taps, c_out), c_in in itertools.product(LONG, (5, 64, 96, 512)):
             for dtype, layout in itertools.product((torch.float16, torch.float32), LAYOUTS):
-                problem = Case(channels=(c_in, c_out), size=16, kernel=kernel, stride=2).problem(dtype, layout)
+                problem = Case(channels=(c_in, c_out), size=16, kernel=taps, stride=2).problem(dtype, layout)
                 with assume_capability(target.arch):
                     if record.supports(problem, DEVICE) is not None:
                         continue
