@@ -47,7 +47,7 @@ def store_phases(
 ):  # fmt: skip
     """Writes the outputs of a tile, of CHANNELS from ``first_channel`` on, rounded once."""
     BLOCK_M: tl.constexpr = CONFIG.BLOCK_M
-    BLOCK_N: tl.constexpr = CONFIG.BLOCK_N
+    BLOCK_N: tl.constexpr = acc.shape[1]  # or a part of CONFIG.BLOCK_N
     EPILOGUE: tl.constexpr = CONFIG.EPILOGUE
     SPAN: tl.constexpr = span(PHASES, CONFIG.ROWS)
     y_ptr += first_channel * strides[1]

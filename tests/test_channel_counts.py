@@ -33,6 +33,9 @@ CALLS = {
          "backward_weight_fused", "backward_weight_shuffle"),
         pairs(EXACT_TILES),
     ),
+    "forward_shuffle_parts": lambda count: [
+        Case(n=1, channels=pair, **EXACT_TILES) for pair in ((count, 5), (2, count))
+    ],
     **dict.fromkeys(
         ("forward_overlap", "forward_overlap_planes", "backward_data_packed", "backward_data_patches",
          "backward_weight_patches"),

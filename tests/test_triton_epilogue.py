@@ -22,6 +22,7 @@ pytestmark = pytest.mark.skipif(not have_triton(), reason="Triton is not install
 HALF, FLOAT = torch.float16, torch.float32
 LAYOUTS = ("ncdhw", "ndhwc")
 SHUFFLED = Case(n=1, channels=(2, 8), size=(1, 1, 3), kernel=(1, 1, 2), stride=(1, 1, 2))
+PARTED = SHUFFLED._replace(channels=(2, 20))
 OVERLAPPED = SHUFFLED._replace(kernel=(1, 1, 3), front=(0, 0, 1), back=(0, 0, 1))
 FEW = OVERLAPPED._replace(channels=(2, 2))
 DEPTHWISE = OVERLAPPED._replace(channels=(3, 3), groups=3, kernel=(1, 3, 3), stride=(1, 2, 2))
@@ -32,7 +33,7 @@ TAKING = [each.name for each in variants("forward") if each.epilogue is not None
 
 def case_of(name: str, dtype, layout) -> Case | None:
     """The first case that the variant serves."""
-    cases = (OVERLAPPED, SHUFFLED, FEW, DEPTHWISE, BOXED)
+    cases = (OVERLAPPED, SHUFFLED, PARTED, FEW, DEPTHWISE, BOXED)
     return next((each for each in cases if variant(name).supports(each.problem(dtype, layout), CPU) is None), None)
 
 
@@ -75,7 +76,7 @@ def test_the_kernels_that_take_one():
     assert set(TAKING) >= {
         "forward_boxes", "forward_depthwise", "forward_depthwise_cells", "forward_gather", "forward_overlap",
         "forward_overlap_planes", "forward_phases", "forward_phases_packed", "forward_shuffle", "forward_shuffle_given",
-        "forward_shuffle_resident",
+        "forward_shuffle_parts", "forward_shuffle_resident",
     }  # fmt: skip
 
 

@@ -31,6 +31,7 @@ SAMPLE_LAYERS = {
     "few_out": "vqvae3d_256_1",  # 1 output channel
     "by_8_and_4": "foundationstereo_56_28",  # channels, and so strides, that 16 does not divide
     "short": "monai_unet_spleen_128_32",  # neither gradient alone fills a GPU
+    "patches": "pangu_patch_recovery3d",  # 160 columns (phase, output channel), no power of two
 }
 FEW = 2  # layers per variant unless others are asked for
 
