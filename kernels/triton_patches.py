@@ -19,7 +19,7 @@ from tritonconv.kernels.triton_device import constant, divided, inside, multiple
 from tritonconv.kernels.triton_launch import refusal
 from tritonconv.kernels.triton_target import BARRIERS, compute_capability, pipeline_buffers, shared_bytes, step_of
 from tritonconv.kernels.variant import Config
-from tritonconv.kernels.work import BASE_REGISTERS, HALO, LINE, WARP, Work, parts, size_of
+from tritonconv.kernels.work import BASE_REGISTERS, HALO, LINE, VECTOR, WARP, Work, parts, size_of
 from tritonconv.problem import Problem
 
 MOST_CHANNELS = 5  # output channels; more are wide enough to be loaded side by side
@@ -244,11 +244,9 @@ def refused(problem: Problem, device: torch.device) -> str | None:
 
 def too_large(problem: Problem, config: Config, least: int, pass_name: str) -> str | None:
     """Why the config asks for more shared memory than the target has; None where it does not."""
-    asked = shared_of(problem, config, least, pass_name)
-    if asked <= shared_bytes():
-        return None
+    asked, most = shared_of(problem, config, least, pass_name), shared_bytes()
     patch = f"{places(problem)} taps and output channels with {config['BLOCK_N']} input channels"
-    return f"{patch} take {asked} bytes of shared memory, of which there are {shared_bytes()}"
+    return f"{patch} take {asked} bytes of shared memory, of which there are {most}" if asked > most else None
 
 
 def divisible(problem: Problem) -> bool:
@@ -305,14 +303,16 @@ def resident(problem: Problem, config: Config, least: int, sums: int, pass_name:
 def shared_of(problem: Problem, config: Config, least: int, pass_name: str) -> int:
     """Bytes of shared memory: a part of the patches and, in backward-data, the whole weight, which stays; in
     backward-weight the tiles of x on their way. On sm_100 (not sm_120) the parts of backward-weight take no turns."""
-    part, turns = padded(problem, least), patch_parts(problem)
+    part, turns, barriers = padded(problem, least), patch_parts(problem), BARRIERS
     voxels, wide = voxels_of(problem, config["num_warps"]), config["BLOCK_N"]
     if pass_name == "backward_data":
         elements = part * voxels + turns * part * wide
+        if form(problem, least).FLIPPED and config["num_warps"] > 4:  # the first part's sums change threads
+            barriers += config["num_warps"] * WARP * VECTOR
     else:
         places = part * (turns if 100 <= compute_capability() < 120 else 1)
         elements = voxels * (places + wide * pipeline_buffers(config["num_stages"]))
-    return elements * problem.dtype.itemsize + BARRIERS
+    return elements * problem.dtype.itemsize + barriers
 
 
 def patch_work(
