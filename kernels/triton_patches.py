@@ -307,7 +307,7 @@ def shared_of(problem: Problem, config: Config, least: int, pass_name: str) -> i
     voxels, wide = voxels_of(problem, config["num_warps"]), config["BLOCK_N"]
     if pass_name == "backward_data":
         elements = part * voxels + turns * part * wide
-        if form(problem, least).FLIPPED and config["num_warps"] > 4:  # the first part's sums change threads
+        if form(problem, least).FLIPPED and config["num_warps"] > 4 and wide == 64:  # the first sums change threads
             barriers += config["num_warps"] * WARP * VECTOR
     else:
         places = part * (turns if 100 <= compute_capability() < 120 else 1)
