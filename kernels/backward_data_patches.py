@@ -152,18 +152,31 @@ def programs(problem: Problem, config: Config, slots: int) -> int:
 
 def _config(problem: Problem, warps: int, block_n: int, resident: int | None = None) -> dict[str, int]:
     """A voxel for each thread, or for each two; without ``resident`` as many programs as fit."""
-    return {
+    config = {
         "BLOCK_M": patch.voxels_of(problem, warps),
         "BLOCK_N": block_n,
         "num_warps": warps,
         "num_stages": 1,  # all loads of the loop are narrow: they come through registers
         "WEIGHT": AS_GIVEN,  # read once by a program, taps side by side
-        "RESIDENT": resident or patch.resident(problem, LEAST_DEPTH, block_n // patch.sides(problem), warps),
     }
+    sums = block_n // patch.sides(problem)
+    fit = resident or patch.resident(problem, config, LEAST_DEPTH, sums, "backward_data")
+    return {**config, "RESIDENT": fit}
+
+
+def _too_large(problem: Problem, config: Config) -> str | None:
+    return patch.too_large(problem, config, LEAST_DEPTH, "backward_data")
+
+
+def supports(problem: Problem, device: torch.device) -> str | None:
+    return refused(problem, device) or _too_large(problem, default(problem, device))
 
 
 def default(problem: Problem, device: torch.device):
-    return _config(problem, 4, patch.columns(problem))
+    columns = patch.columns(problem)
+    while _too_large(problem, _config(problem, 4, columns)) and columns > 16:
+        columns //= 2
+    return _config(problem, 4, columns)
 
 
 def space(problem: Problem, device: torch.device):
@@ -172,7 +185,8 @@ def space(problem: Problem, device: torch.device):
     configs = [base, *(_config(problem, warps, n) for warps in (4, 8) for n in widths)]
     configs += [{**base, "RESIDENT": programs} for programs in range(1, patch.MOST_RESIDENT + 1)]
     configs += [{**base, "WEIGHT": order} for order in (0, 1, 2)]
-    return tuple(config for index, config in enumerate(configs) if config not in configs[:index])
+    fitting = [config for config in configs if not _too_large(problem, config)]
+    return tuple(config for index, config in enumerate(fitting) if config not in fitting[:index])
 
 
 def work(problem: Problem, config: Config) -> Work:
@@ -187,5 +201,5 @@ def work(problem: Problem, config: Config) -> Work:
 VARIANT = Variant(
     "backward_data_patches", "backward_data",
     "very few output channels: patches of grad_y, loaded once, times a weight that stays", "triton",
-    launches=launches, supports=refused, space=space, default=default, spreads_nonfinite=SPREADS_WEIGHT, work=work,
+    launches=launches, supports=supports, space=space, default=default, spreads_nonfinite=SPREADS_WEIGHT, work=work,
 )  # fmt: skip

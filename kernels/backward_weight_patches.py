@@ -8,6 +8,7 @@ are in one tile, so x is read once; the voxels, the depth, are split into chunks
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -31,7 +32,7 @@ from tritonconv.kernels.triton_patches import (
     voxel_count,
 )
 from tritonconv.kernels.triton_split_gemm import SplitGemm, store_channel_sums
-from tritonconv.kernels.triton_target import compute_capability, shared_bytes
+from tritonconv.kernels.triton_target import compute_capability
 from tritonconv.kernels.variant import SPREADS_VOXELS, Config, Variant
 from tritonconv.kernels.work import WARP, Work, parts
 from tritonconv.problem import Problem
@@ -161,7 +162,8 @@ def _config(problem: Problem, warps: int, block_n: int, waves: int | None = None
     bias = {key: value for key, value in gemm(problem).default().items() if key.startswith("BIAS_")}
     voxels = patch.voxels_of(problem, warps)
     config = {"BLOCK_N": block_n, "BLOCK_K": voxels, **bias, "num_warps": warps, "num_stages": stages}
-    waves = waves or patch.resident(problem, LEAST_ROWS, _sums(problem, config), warps)
+    sums = _sums(problem, config)
+    waves = waves or patch.resident(problem, config, LEAST_ROWS, sums, "backward_weight")
     # Those of the bias are short, and make room for others: they do not count.
     unbiased = gemm(replace(problem, bias=False))
     return {**config, "SPLITS": unbiased.splits(_whole(problem, config), waves)}
@@ -173,8 +175,34 @@ def _sums(problem: Problem, config: Config) -> int:
     return rows * config["BLOCK_N"] // (config["num_warps"] * WARP)
 
 
-def _shared_bytes(problem: Problem, config: Config) -> int:
-    return patch.shared_of(problem, config, LEAST_ROWS, "backward_weight")
+def _too_large(problem: Problem, config: Config) -> str | None:
+    return patch.too_large(problem, config, LEAST_ROWS, "backward_weight")
+
+
+def _crowded(problem: Problem, config: Config) -> bool:
+    """Whether a thread spills its sums beside a part of a long patch."""
+    if patch.sides(problem) == 1:
+        return False
+    capability, columns = compute_capability(), config["BLOCK_N"]
+    if 0 < capability < 90 or capability >= 120:  # operands are in registers (HMMA): seen in the compiled kernels
+        spills = columns in (32, 64) if config["num_warps"] > 4 else columns > 32
+        return spills or _sums(problem, config) > MOST_SUMS
+    return _sums(problem, config) > MOST_SUMS
+
+
+def _fits(problem: Problem, config: Config) -> bool:
+    return not _crowded(problem, config) and _too_large(problem, config) is None
+
+
+def _guesses(problem: Problem) -> Iterator[dict[str, int]]:
+    """Configs of fewer and fewer columns, best guess first; of a long patch in 8 warps, then in 4."""
+    sides, columns = patch.sides(problem), patch.columns(problem)
+    if 0 < compute_capability() < 90 and _spills(problem, _config(problem, 4 * sides, columns)):
+        columns = max(16, columns // 2)
+    while columns >= 16:
+        for warps in range(4 * sides, 0, -4):
+            yield _config(problem, warps, columns)
+        columns //= 2
 
 
 def _spills(problem: Problem, config: Config) -> bool:
@@ -182,16 +210,13 @@ def _spills(problem: Problem, config: Config) -> bool:
     return problem.dtype.itemsize == 4 or (problem.c_out > 1 and _sums(problem, config) <= FEW_SUMS)
 
 
+def supports(problem: Problem, device: torch.device) -> str | None:
+    return refused(problem, device) or _too_large(problem, default(problem, device))
+
+
 def default(problem: Problem, device: torch.device):
-    columns = patch.columns(problem)
-    config = _config(problem, 4 * patch.sides(problem), columns)
-    if 0 < compute_capability() < 90 and _spills(problem, config):
-        columns = max(16, columns // 2)
-        config = _config(problem, 4 * patch.sides(problem), columns)
-    while _shared_bytes(problem, config) > shared_bytes() and columns > 16:  # of an sm_86
-        columns //= 2
-        config = _config(problem, 4 * patch.sides(problem), columns)
-    return config
+    guesses = list(_guesses(problem))
+    return next((config for config in guesses if _fits(problem, config)), guesses[-1])
 
 
 def space(problem: Problem, device: torch.device):
@@ -201,9 +226,7 @@ def space(problem: Problem, device: torch.device):
     configs = [base, *(_config(problem, warps, n) for warps in (4, 8) for n in widths)]
     configs += [_config(problem, own, base["BLOCK_N"], waves) for waves in (1, 2, 4, 8)]
     configs += [{**base, "num_stages": stages} for stages in (2, 4)]
-    fitting = [config for config in configs if _shared_bytes(problem, config) <= shared_bytes()]
-    if patch.sides(problem) > 1:
-        fitting = [config for config in fitting if _sums(problem, config) <= MOST_SUMS]
+    fitting = [config for config in configs if _fits(problem, config)]
     return tuple(config for index, config in enumerate(fitting) if config not in fitting[:index])
 
 
@@ -226,6 +249,6 @@ def workspace_bytes(problem: Problem) -> int:
 VARIANT = Variant(
     "backward_weight_patches", "backward_weight",
     "very few output channels: patches of grad_y, gathered once, times x, read once", "triton",
-    launches=launches, supports=refused, space=space, default=default, spreads_nonfinite=SPREADS_VOXELS,
+    launches=launches, supports=supports, space=space, default=default, spreads_nonfinite=SPREADS_VOXELS,
     workspace_bytes=workspace_bytes, work=work,
 )  # fmt: skip

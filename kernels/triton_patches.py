@@ -17,15 +17,16 @@ import triton.language as tl
 from tritonconv.kernels import triton_tiles as tiles
 from tritonconv.kernels.triton_device import constant, divided, inside, multiple, offset, product, voxels, widened
 from tritonconv.kernels.triton_launch import refusal
-from tritonconv.kernels.triton_target import BARRIERS, compute_capability, pipeline_buffers, step_of
+from tritonconv.kernels.triton_target import BARRIERS, compute_capability, pipeline_buffers, shared_bytes, step_of
 from tritonconv.kernels.variant import Config
-from tritonconv.kernels.work import BASE_REGISTERS, HALO, LINE, WARP, Work, parts, size_of
+from tritonconv.kernels.work import BASE_REGISTERS, HALO, LINE, VECTOR, WARP, Work, parts, size_of
 from tritonconv.problem import Problem
 
 MOST_CHANNELS = 5  # output channels; more are wide enough to be loaded side by side
 DEEPEST = {2: 128, 4: 64}  # places of a patch, by the bytes of an element: each has a register of a thread
 # Of a longer patch: threads, each of which loads the places of a part of the taps along d, in parts of so many places.
-MOST_PLACES, PARTED_SIDES, PART = 256, 2, 64
+PARTED_SIDES, PART = 2, 64
+MOST_PLACES = 320  # of a patch in parts: of kernel 4 and the most channels
 WIDEST, LONG = 64, 64  # columns of a program; places of a patch above which half as many fit the registers
 MOST_RESIDENT = 4  # programs per multiprocessor, where its registers allow
 REGISTERS = 1 << 16  # of a multiprocessor
@@ -235,10 +236,17 @@ def refused(problem: Problem, device: torch.device) -> str | None:
         return (
             f"{problem.groups} groups, {problem.c_out} output channels: one group of at most {MOST_CHANNELS} is served"
         )
-    deepest = DEEPEST[problem.dtype.itemsize]
-    if places(problem) > (MOST_PLACES if divisible(problem) else deepest):
-        return f"{places(problem)} taps and output channels: a patch of at most {deepest} fits the registers"
+    most = MOST_PLACES if divisible(problem) else DEEPEST[problem.dtype.itemsize]
+    if places(problem) > most:
+        return f"{places(problem)} taps and output channels: a patch of at most {most} fits the registers"
     return None
+
+
+def too_large(problem: Problem, config: Config, least: int, pass_name: str) -> str | None:
+    """Why the config asks for more shared memory than the target has; None where it does not."""
+    asked, most = shared_of(problem, config, least, pass_name), shared_bytes()
+    patch = f"{places(problem)} taps and output channels with {config['BLOCK_N']} input channels"
+    return f"{patch} take {asked} bytes of shared memory, of which there are {most}" if asked > most else None
 
 
 def divisible(problem: Problem) -> bool:
@@ -285,22 +293,26 @@ def registers_of(problem: Problem, least: int, sums: int) -> int:
     return BASE_REGISTERS + padded(problem, least) + max(48, sums * 3 // 2)
 
 
-def resident(problem: Problem, least: int, sums: int, warps: int) -> int:
-    """The programs of ``warps`` warps that share a multiprocessor."""
-    return max(1, min(MOST_RESIDENT, REGISTERS // (registers_of(problem, least, sums) * warps * WARP)))
+def resident(problem: Problem, config: Config, least: int, sums: int, pass_name: str) -> int:
+    """The programs that share a multiprocessor, by their registers and their shared memory."""
+    threads = config["num_warps"] * WARP
+    by_registers = REGISTERS // (registers_of(problem, least, sums) * threads)
+    return max(1, min(MOST_RESIDENT, by_registers, shared_bytes() // shared_of(problem, config, least, pass_name)))
 
 
 def shared_of(problem: Problem, config: Config, least: int, pass_name: str) -> int:
     """Bytes of shared memory: a part of the patches and, in backward-data, the whole weight, which stays; in
-    backward-weight the tiles of x on their way. On sm_100 the parts of backward-weight do not take turns."""
-    part, turns = padded(problem, least), patch_parts(problem)
+    backward-weight the tiles of x on their way. On sm_100 (not sm_120) the parts of backward-weight take no turns."""
+    part, turns, barriers = padded(problem, least), patch_parts(problem), BARRIERS
     voxels, wide = voxels_of(problem, config["num_warps"]), config["BLOCK_N"]
     if pass_name == "backward_data":
         elements = part * voxels + turns * part * wide
+        if form(problem, least).FLIPPED and config["num_warps"] > 4 and wide == 64:  # the first sums change threads
+            barriers += config["num_warps"] * WARP * VECTOR
     else:
-        places = part * (turns if compute_capability() >= 100 else 1)
+        places = part * (turns if 100 <= compute_capability() < 120 else 1)
         elements = voxels * (places + wide * pipeline_buffers(config["num_stages"]))
-    return elements * problem.dtype.itemsize + BARRIERS
+    return elements * problem.dtype.itemsize + barriers
 
 
 def patch_work(

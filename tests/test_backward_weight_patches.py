@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -14,6 +15,7 @@ from tritonconv.problem import LAYOUTS
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 patches = pytest.importorskip("tritonconv.kernels.triton_patches")
+from tritonconv.kernels.triton_target import assume_capability  # noqa: E402
 
 RECORD = variant("backward_weight_patches")
 
@@ -36,7 +38,7 @@ def test_chunks_of_several_tiles(label, layout, monkeypatch):
 def test_wide_offsets(layout, monkeypatch):
     monkeypatch.setattr("tritonconv.kernels.backward_weight_patches.wide", lambda *buffers, of=None: True)
     configs = lambda problem: [{**RECORD.default(problem, DEVICE), "SPLITS": 2}]  # noqa: E731
-    for label in ("k4 s2", "dilation", "160 places"):
+    for label in ("k4 s2", "dilation", "160 places", "320 places"):
         assert complaints(RECORD, CASES[label], torch.float16, layout, True, DEVICE, configs) == []
 
 
@@ -57,13 +59,15 @@ def test_x_is_read_once():
 
 
 def test_the_default_has_fewer_columns_where_as_many_spill(monkeypatch):
-    """On sm_80: in float32, and where a thread has few sums beside a patch of several channels."""
+    """On sm_80: in float32, and where a thread has few sums beside a patch of several channels. On any: where it would
+    have more than 128 of them."""
     layers = {name: Case(n=32, channels=channels, size=32, kernel=taps, stride=2) for name, channels, taps in (
         ("one channel", (32, 1), 4), ("two", (32, 2), 3), ("two, more sums", (64, 2), 3), ("in parts", (240, 3), 4),
+        ("in five parts", (256, 5), 4),
     )}  # fmt: skip
-    monkeypatch.setattr("tritonconv.kernels.backward_weight_patches.shared_bytes", lambda: 160 * 1024)
-    elsewhere = 32, 32, 64, 128
-    for capability, float32, columns in ((80, 16, (32, 16, 64, 128)), (90, 32, elsewhere), (100, 32, elsewhere)):
+    monkeypatch.setattr(patches, "shared_bytes", lambda: 160 * 1024)
+    elsewhere = 32, 32, 64, 128, 64
+    for capability, float32, columns in ((80, 16, (32, 16, 64, 128, 32)), (90, 32, elsewhere), (100, 32, elsewhere)):
         monkeypatch.setattr(
             "tritonconv.kernels.backward_weight_patches.compute_capability", lambda found=capability: found
         )
@@ -71,3 +75,18 @@ def test_the_default_has_fewer_columns_where_as_many_spill(monkeypatch):
         assert tuple(RECORD.default(each, torch.device("cuda"))["BLOCK_N"] for each in halves) == columns
         problem = layers["one channel"].problem(torch.float32, "ndhwc")
         assert RECORD.default(problem, torch.device("cuda"))["BLOCK_N"] == float32
+
+
+def test_long_patches_have_four_warps_where_eight_spill():
+    """Compiled for sm_80 and sm_120, whose products are HMMA: 8 warps spill up to 10 KiB with 32 or 64 columns."""
+    hopper = {16: (8, 16), 32: (8, 32), 64: (8, 64), 240: (8, 128)}
+    older = {16: (8, 16), 32: (4, 32), 64: (4, 32), 240: (8, 128)}
+    for capability, shapes in ((80, older), (86, older), (120, older), (90, hopper), (100, hopper)):
+        with assume_capability(capability):
+            for c_in, c_out in itertools.product(shapes, (3, 4, 5)):
+                problem = Case(n=1, channels=(c_in, c_out), size=64, kernel=4, stride=2).problem(torch.bfloat16)
+                config = RECORD.default(problem, torch.device("cuda"))
+                expected = shapes[64 if (c_in, c_out) == (240, 5) else c_in]  # 128 columns are 160 sums of a thread
+                assert (config["num_warps"], config["BLOCK_N"]) == expected
+                assert config["BLOCK_K"] == 16 * config["num_warps"]
+                assert config in RECORD.space(problem, torch.device("cuda"))
