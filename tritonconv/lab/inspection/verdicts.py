@@ -47,6 +47,7 @@ def jobs_of(record: Variant, precisions: Iterable[str] = PRODUCTS) -> list[Job]:
                     special = precision, *((layout, job.problem.tiles_exactly) if precision == PRODUCTS[0] else ())
                     if special not in jobs and record.supports(job.problem, GPU) is None:
                         jobs[special] = job
+        # Here too: what fits decides the space, and the target decides what fits.
         return [replace(job, config=dict(config)) for job in jobs.values() for config in _configs(record, job)]
 
 
