@@ -291,11 +291,12 @@ def space(problem: Problem, device: torch.device) -> tuple[Config, ...]:
         "ROWS": (0, 1) if base["ROWS"] else (),
     }
     configs = [base]
-    for key, values in changes.items():
-        for value in values:
-            changed = {**base, key: value}
-            if changed not in configs and changed["SPLITS"] and changed["BLOCK_M"] >= max(16, changed["BLOCK_W"]):
-                configs.append(changed)
+    for changed in ({**base, key: value} for key, values in changes.items() for value in values):
+        if changed not in configs and changed["SPLITS"] and changed["BLOCK_M"] >= max(16, changed["BLOCK_W"]):
+            configs.append(changed)
+    row = tiles.filling(problem.size[2], base["BLOCK_M"], tiles.LEAST_ROW) if problem.layout == "ndhwc" else 0
+    if row and base["BLOCK_W"] == 0:
+        configs += [{**base, "BLOCK_W": row, "num_stages": stages} for stages in (base["num_stages"], 3)]
     return tuple(config for config in configs if _shared_bytes(problem, config) <= shared_bytes())
 
 
