@@ -45,7 +45,7 @@ def served(name, **sizes):
     for more in (
         {}, {"channels": (64, 64), "groups": 64, "kernel": 3}, {"channels": (32, 4)}, {"channels": (16, 16)},
         {"channels": (32, 2), "kernel": 4}, {"kernel": 3, "layout": "ncdhw"},
-        {"channels": (32, 2), "kernel": 4, "layout": "ncdhw"}, {"channels": (64, 5)},
+        {"channels": (32, 2), "kernel": 4, "layout": "ncdhw"}, {"channels": (64, 48)},
     ):
         problem = problem_of(**{**more, **sizes})
         if record.supports(problem, GPU) is None:

@@ -34,6 +34,7 @@ OF_PASS = {name: [n for n in NAMES if form(n).pass_name == name] for name in PAS
 # (c_in, c_out, kernel, stride, padding, output_padding, groups): a layer of each class
 TRAINED = {
     "k2 s2": (16, 16, 2, 2, 0, 0, 1),
+    "k2 s2 to 5": (16, 5, 2, 2, 0, 0, 1),
     "k3 s2": (16, 24, 3, 2, 1, 1, 1),
     "depthwise": (16, 16, 3, 2, 1, 1, 16),
     "groups": (8, 8, 3, 2, 1, 0, 2),
@@ -111,7 +112,7 @@ def test_a_layer_trains(names, launches):
 def test_rounding_is_torchs(name):
     """Random numbers: no further from float64 than the limit of every other variant; float32 sums in half types."""
     record, checked = form(name), 0
-    labels = ("k2 s2", "k3 s2 p1 q1", "k4 s2 p1", "depthwise k3", "1 channel out", "k1 s2 q1")
+    labels = ("k2 s2", "k3 s2 p1 q1", "k4 s2 p1", "depthwise k3", "1 channel out", "k1 s2 q1", "anisotropic")
     for label, layout in itertools.product(labels, ("ndhwc", "ncdhw")):
         for dtype in DTYPES[1:] if not ON_GPU else DTYPES:
             problem = LAYERS[label].problem(dtype, layout)
