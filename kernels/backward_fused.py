@@ -294,7 +294,7 @@ def space(problem: Problem, device: torch.device) -> tuple[Config, ...]:
     for changed in ({**base, key: value} for key, values in changes.items() for value in values):
         if changed not in configs and changed["SPLITS"] and changed["BLOCK_M"] >= max(16, changed["BLOCK_W"]):
             configs.append(changed)
-    row = tiles.filling(problem.size[2], base["BLOCK_M"], tiles.LEAST_ROW) if problem.layout == "ndhwc" else 0
+    row = tiles.row_in_channels_last(problem, problem.size[2], base["BLOCK_M"])
     if row and base["BLOCK_W"] == 0:
         configs += [{**base, "BLOCK_W": row, "num_stages": stages} for stages in (base["num_stages"], 3)]
     return tuple(config for config in configs if _shared_bytes(problem, config) <= shared_bytes())

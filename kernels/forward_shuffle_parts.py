@@ -187,10 +187,9 @@ def space(problem: Problem, device: torch.device):
     configs = [*_fitting(problem, base["ROWS"]), *({**base, "WEIGHT": order} for order in (0, 1, 2))]
     if base["ROWS"] and len(_parts(problem, 0)) <= MOST_PARTS:
         configs += _fitting(problem, 0)
-    if problem.layout == "ndhwc":  # as triton_tiles.around has them
-        width = phases.cells(problem)[2]
-        rows = [(each, tiles.filling(width, each["BLOCK_M"], tiles.LEAST_ROW)) for each in configs]
-        configs += [{**each, "BLOCK_W": row} for each, row in rows if row and each["BLOCK_W"] == 0]
+    width = phases.cells(problem)[2]
+    rows = [(each, tiles.row_in_channels_last(problem, width, each["BLOCK_M"])) for each in configs]
+    configs += [{**each, "BLOCK_W": row} for each, row in rows if row and each["BLOCK_W"] == 0]
     return tuple(config for index, config in enumerate(configs) if config not in configs[:index])
 
 

@@ -50,6 +50,11 @@ def filling(width: int, most: int, least: int = 8) -> int:
     return next((b for b in (64, 32, 16, 8) if least <= b <= most and parts(width, b) * b * 8 <= width * 9), 0)
 
 
+def row_in_channels_last(problem: Problem, width: int, block: int) -> int:
+    """BLOCK_W of an NDHWC layer's tile in rows along w, of ``block`` voxels at most; 0 where none is worth trying."""
+    return filling(width, block, LEAST_ROW) if problem.layout == "ndhwc" else 0
+
+
 def gemm(problem: Problem, size: Triple, columns: int, depth: int, programs: int = 1) -> dict[str, int]:
     """The default tile of a GEMM with n * prod(size) rows, ``columns`` columns and ``depth`` per tap.
 
@@ -140,12 +145,12 @@ def _in_rows(
     configs: Iterable[dict[str, int]], base: Config, problem: Problem, along: str, width: int
 ) -> Iterator[dict[str, int]]:
     """The pipelined ones with other tiles and stages than ``base`` alone, of an NDHWC layer, with rows along w."""
-    if width == 0 or base["BLOCK_W"] > 0 or problem.layout != "ndhwc":
+    if width == 0 or base["BLOCK_W"] > 0:
         return
     others = [key for key in base if not key.startswith(("BLOCK_", "num_"))]
     for config in configs:
         # Of float32 half a tile at most is one row, as in the default of NCDHW.
-        row = filling(width, config[along] // (1 if problem.dtype.itemsize == 2 else 2), LEAST_ROW)
+        row = row_in_channels_last(problem, width, config[along] // (1 if problem.dtype.itemsize == 2 else 2))
         if row and config["num_stages"] > 1 and all(config[key] == base[key] for key in others):
             yield {**config, "BLOCK_W": row}
 
