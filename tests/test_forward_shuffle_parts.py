@@ -118,4 +118,4 @@ def test_the_count_has_the_columns_that_are_multiplied(layout):
         depth = parts(problem.c_in, config["BLOCK_K"]) * config["BLOCK_K"]
         assert record.work(problem, config).flops == 2.0 * rows * depth * 160
     least, whole = (each.work(problem, each.default(problem, DEVICE)) for each in (record, form("forward_shuffle")))
-    assert whole.flops >= 1.49 * least.flops and whole.cache_bytes > 1.2 * least.cache_bytes
+    assert whole.flops >= 1.5 * least.flops and whole.cache_bytes > 1.2 * least.cache_bytes
